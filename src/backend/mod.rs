@@ -1,0 +1,21 @@
+//! Backends: what turns a plan into numbers. An [`Executor`] knows nothing of text.
+
+mod step;
+
+pub use step::{Chunk, Limits, Logits, NextToken, Rows, Span, Step};
+
+use crate::error::Result;
+
+/// Runs a plan. The executor owns the KV memory; the caller owns which slot holds what and how long it is, so a
+/// slot is reused or cut back by naming a smaller `past_tokens`.
+pub trait Executor: Send {
+    /// What the plan was built for.
+    fn limits(&self) -> &Limits;
+
+    /// Runs one step: writes the new tokens' keys and values to their slots and returns the wanted logits.
+    /// A sequence's logits are bit-identical whatever else is in the step and however its tokens were chunked.
+    ///
+    /// # Errors
+    /// Whatever the backend reports; the slots of the step then hold no defined content past their `past_tokens`.
+    fn forward(&mut self, step: &Step) -> Result<Logits<'_>>;
+}

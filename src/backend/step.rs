@@ -1,0 +1,256 @@
+//! What an executor is asked to do: one step over a set of slots, checked against the engine's limits
+//! before any backend sees it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// What an engine was built for. Taken from the package's manifest; every [`Step`] is checked against it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Sequences that can be in the KV cache at once.
+    pub slots: usize,
+    /// KV capacity of one slot in tokens, prompt and answer together.
+    pub max_sequence_tokens: usize,
+    /// Most new tokens in one step, over all its sequences.
+    pub max_step_tokens: usize,
+    /// Most rows of logits one step may ask for.
+    pub max_logits_rows: usize,
+    /// Columns of the logits: the model's vocabulary, padding included.
+    pub vocab_size: usize,
+}
+
+/// Which rows of a chunk's logits the caller wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// None: more of the prompt follows.
+    None,
+    /// The last token's only: what sampling needs.
+    Last,
+    /// Every token's: what scoring needs.
+    All,
+}
+
+/// New tokens of one sequence in a prefill step.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunk<'a> {
+    /// The sequence's place in the KV cache.
+    pub slot: usize,
+    /// Tokens of this sequence already in the cache; the chunk's first token takes this position.
+    pub past_tokens: usize,
+    /// The new tokens, at least one.
+    pub tokens: &'a [u32],
+    /// Which logits to return.
+    pub rows: Rows,
+}
+
+/// One sequence's token in a decode step; its logits are always returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NextToken {
+    /// The sequence's place in the KV cache.
+    pub slot: usize,
+    /// Tokens of this sequence already in the cache; this token takes this position.
+    pub past_tokens: usize,
+    /// The token.
+    pub token: u32,
+}
+
+/// Where one sequence's tokens lie in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The slot.
+    pub slot: usize,
+    /// Position of the first token in its sequence.
+    pub past_tokens: usize,
+    /// Index of the first token in [`Step::tokens`].
+    pub first: usize,
+    /// Number of tokens, at least 1.
+    pub len: usize,
+}
+
+/// One forward step, known to be within the limits: slots distinct and in range, lengths within capacity,
+/// token ids within the vocabulary.
+#[derive(Debug, Clone)]
+pub struct Step {
+    tokens: Vec<u32>,
+    spans: Vec<Span>,
+    logits_rows: Vec<u32>,
+}
+
+impl Step {
+    /// A step that adds prompt tokens of one or more sequences. Logits rows come back in the order of the chunks.
+    ///
+    /// # Errors
+    /// [`Error::Step`] with both numbers when a chunk is empty, a slot repeats or is out of range, a token id is
+    /// outside the vocabulary, or tokens, rows or a sequence exceed the limits.
+    pub fn prefill(limits: &Limits, chunks: &[Chunk<'_>]) -> Result<Step> {
+        let total = chunks.iter().map(|c| c.tokens.len()).sum();
+        let mut step = Step {
+            tokens: Vec::with_capacity(total),
+            spans: Vec::with_capacity(chunks.len()),
+            logits_rows: Vec::new(),
+        };
+        for chunk in chunks {
+            step.push(limits, chunk.slot, chunk.past_tokens, chunk.tokens)?;
+            let end = step.tokens.len();
+            match chunk.rows {
+                Rows::None => {}
+                Rows::Last => step.logits_rows.push(end as u32 - 1),
+                Rows::All => step.logits_rows.extend((end - chunk.tokens.len()) as u32..end as u32),
+            }
+        }
+        step.check_totals(limits)
+    }
+
+    /// A step that adds one token to each of several sequences and returns one row of logits for each, in order.
+    ///
+    /// # Errors
+    /// As [`Step::prefill`].
+    pub fn decode(limits: &Limits, next: &[NextToken]) -> Result<Step> {
+        let mut step = Step {
+            tokens: Vec::with_capacity(next.len()),
+            spans: Vec::with_capacity(next.len()),
+            logits_rows: (0..next.len() as u32).collect(),
+        };
+        for n in next {
+            step.push(limits, n.slot, n.past_tokens, &[n.token])?;
+        }
+        step.check_totals(limits)
+    }
+
+    fn push(&mut self, limits: &Limits, slot: usize, past_tokens: usize, tokens: &[u32]) -> Result<()> {
+        if slot >= limits.slots {
+            return Err(Error::Step(format!("slot {slot}, but the engine has {} slots", limits.slots)));
+        }
+        if self.spans.iter().any(|s| s.slot == slot) {
+            return Err(Error::Step(format!("slot {slot} appears twice in one step")));
+        }
+        if tokens.is_empty() {
+            return Err(Error::Step(format!("slot {slot} adds no tokens; a chunk has at least one")));
+        }
+        let end = past_tokens.saturating_add(tokens.len());
+        if end > limits.max_sequence_tokens {
+            return Err(Error::Step(format!(
+                "slot {slot} would hold {end} tokens, but a sequence holds at most {}",
+                limits.max_sequence_tokens
+            )));
+        }
+        if let Some(token) = tokens.iter().find(|t| **t as usize >= limits.vocab_size) {
+            return Err(Error::Step(format!(
+                "token id {token} in slot {slot}, but the vocabulary has ids 0 to {}",
+                limits.vocab_size.saturating_sub(1)
+            )));
+        }
+        self.spans.push(Span { slot, past_tokens, first: self.tokens.len(), len: tokens.len() });
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    fn check_totals(self, limits: &Limits) -> Result<Step> {
+        if self.tokens.is_empty() {
+            return Err(Error::Step("no tokens".into()));
+        }
+        if self.tokens.len() > limits.max_step_tokens {
+            return Err(Error::Step(format!(
+                "{} new tokens, but one step takes at most {}",
+                self.tokens.len(),
+                limits.max_step_tokens
+            )));
+        }
+        if self.logits_rows.len() > limits.max_logits_rows {
+            return Err(Error::Step(format!(
+                "{} rows of logits, but one step returns at most {}",
+                self.logits_rows.len(),
+                limits.max_logits_rows
+            )));
+        }
+        Ok(self)
+    }
+
+    /// The new tokens of all sequences, one span after the other.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The sequences of the step, in order; slots are distinct.
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// Indices into [`Step::tokens`] whose logits are wanted, ascending.
+    pub fn logits_rows(&self) -> &[u32] {
+        &self.logits_rows
+    }
+}
+
+/// Rows of logits in an executor's own buffer, FP32, `[rows, vocab_size]`, in the order of [`Step::logits_rows`].
+#[derive(Debug, Clone, Copy)]
+pub struct Logits<'a> {
+    values: &'a [f32],
+    vocab_size: usize,
+}
+
+impl<'a> Logits<'a> {
+    /// Wraps a buffer of whole rows.
+    ///
+    /// # Errors
+    /// [`Error::Step`] if `values` is not a whole number of rows.
+    pub fn new(values: &'a [f32], vocab_size: usize) -> Result<Logits<'a>> {
+        if vocab_size == 0 || !values.len().is_multiple_of(vocab_size) {
+            return Err(Error::Step(format!("{} logits are not whole rows of {vocab_size}", values.len())));
+        }
+        Ok(Logits { values, vocab_size })
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.values.len() / self.vocab_size
+    }
+
+    /// Row `index`, `[vocab_size]`, or `None` past the last.
+    pub fn row(&self, index: usize) -> Option<&'a [f32]> {
+        self.values.chunks_exact(self.vocab_size).nth(index)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits { slots: 2, max_sequence_tokens: 8, max_step_tokens: 6, max_logits_rows: 4, vocab_size: 10 }
+    }
+
+    fn refused(result: Result<Step>) -> String {
+        result.expect_err("must be refused").to_string()
+    }
+
+    #[test]
+    fn rows_follow_the_chunks() {
+        let chunks = [
+            Chunk { slot: 1, past_tokens: 0, tokens: &[1, 2], rows: Rows::Last },
+            Chunk { slot: 0, past_tokens: 3, tokens: &[4, 5], rows: Rows::All },
+        ];
+        let step = Step::prefill(&limits(), &chunks).unwrap();
+        assert_eq!(step.tokens(), [1, 2, 4, 5]);
+        assert_eq!(step.logits_rows(), [1, 2, 3]);
+        assert_eq!(step.spans()[1], Span { slot: 0, past_tokens: 3, first: 2, len: 2 });
+    }
+
+    #[test]
+    fn every_limit_is_refused_with_its_number() {
+        let chunk = |slot, past_tokens, tokens, rows| Chunk { slot, past_tokens, tokens, rows };
+        let l = limits();
+        assert!(refused(Step::prefill(&l, &[])).contains("no tokens"));
+        assert!(refused(Step::prefill(&l, &[chunk(2, 0, &[1], Rows::Last)])).contains("2 slots"));
+        assert!(refused(Step::prefill(&l, &[chunk(0, 0, &[], Rows::Last)])).contains("at least one"));
+        assert!(refused(Step::prefill(&l, &[chunk(0, 7, &[1, 1], Rows::Last)])).contains("9 tokens"));
+        assert!(refused(Step::prefill(&l, &[chunk(0, usize::MAX, &[1, 1], Rows::Last)])).contains("at most 8"));
+        assert!(refused(Step::prefill(&l, &[chunk(0, 0, &[10], Rows::Last)])).contains("token id 10"));
+        assert!(refused(Step::prefill(&l, &[chunk(0, 0, &[1; 7], Rows::Last)])).contains("at most 6"));
+        assert!(refused(Step::prefill(&l, &[chunk(0, 0, &[1; 5], Rows::All)])).contains("5 rows"));
+        let twice = [NextToken { slot: 0, past_tokens: 1, token: 1 }; 2];
+        assert!(refused(Step::decode(&l, &twice)).contains("twice"));
+    }
+}

@@ -1,0 +1,114 @@
+//! The library's error: one closed enum whose messages name the thing that is wrong and what to do about it.
+
+use std::path::{Path, PathBuf};
+
+/// What every fallible function of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something could not be done. Every message stands alone: it names the file, tensor, op or
+/// limit concerned, what was expected, what was found and, where there is one, the way out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused an action on a file.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was attempted, as a verb: "open", "write".
+        action: &'static str,
+        /// The file or folder concerned.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// A file is damaged, truncated or hostile: its content contradicts itself or its format.
+    #[error("{}: {detail}", path.display())]
+    Format {
+        /// The file concerned.
+        path: PathBuf,
+        /// What is wrong, with names and offsets, and what was expected.
+        detail: String,
+    },
+    /// A file is well formed but asks for something this version does not compute.
+    #[error("{}: unsupported: {detail}", path.display())]
+    Unsupported {
+        /// The file that asks for it.
+        path: PathBuf,
+        /// The key and value, and what is supported.
+        detail: String,
+    },
+    /// A graph does not type-check, or a pass or lowering met something it cannot express.
+    #[error("graph: op {op} ({name}): {detail}")]
+    Graph {
+        /// The op's kind.
+        op: String,
+        /// The value it defines.
+        name: String,
+        /// Shapes and dtypes found and expected.
+        detail: String,
+    },
+    /// An engine package cannot be used as it is.
+    #[error("engine package {}: {detail}", path.display())]
+    Package {
+        /// The package folder.
+        path: PathBuf,
+        /// Which file or field, found and expected, and the command that mends it.
+        detail: String,
+    },
+    /// A recipe has a key or value that does not fit.
+    #[error("recipe {name}: {detail}")]
+    Recipe {
+        /// The recipe's name or file.
+        name: String,
+        /// The key, its value and what is accepted.
+        detail: String,
+    },
+    /// A step breaks the limits the engine was built with.
+    #[error("step refused: {0}")]
+    Step(String),
+    /// A prompt leaves no room for an answer.
+    #[error(
+        "the prompt has {prompt_tokens} tokens, but this engine holds {max_sequence_tokens} tokens per sequence, \
+         prompt and answer together; shorten the prompt to at most {} tokens", max_sequence_tokens.saturating_sub(1)
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt, template included.
+        prompt_tokens: usize,
+        /// The engine's limit.
+        max_sequence_tokens: usize,
+    },
+    /// The model produced numbers that are not numbers.
+    #[error("numerics: {0}")]
+    Numerics(String),
+    /// A request has a value out of range.
+    #[error("invalid request: {0}")]
+    Request(String),
+    /// The tokenizer refused its file or a text.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// The caller asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    /// An [`Error::Io`] maker for `map_err`.
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Io { action, path, source }
+    }
+
+    /// An [`Error::Format`].
+    pub fn format(path: impl AsRef<Path>, detail: impl Into<String>) -> Error {
+        Error::Format { path: path.as_ref().to_path_buf(), detail: detail.into() }
+    }
+
+    /// An [`Error::Unsupported`].
+    pub fn unsupported(path: impl AsRef<Path>, detail: impl Into<String>) -> Error {
+        Error::Unsupported { path: path.as_ref().to_path_buf(), detail: detail.into() }
+    }
+
+    /// An [`Error::Package`].
+    pub fn package(path: impl AsRef<Path>, detail: impl Into<String>) -> Error {
+        Error::Package { path: path.as_ref().to_path_buf(), detail: detail.into() }
+    }
+}

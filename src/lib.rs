@@ -1,0 +1,4 @@
+//! aotron
+pub mod backend;
+pub mod error;
+pub mod tensor;
