@@ -1,4 +1,5 @@
 //! aotron
 pub mod backend;
+pub mod checkpoint;
 pub mod error;
 pub mod tensor;
