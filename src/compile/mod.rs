@@ -1,0 +1,2 @@
+//! Ahead of time: a checkpoint becomes an engine package.
+pub mod passes;

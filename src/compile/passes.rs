@@ -1,0 +1,383 @@
+//! Graph to graph: each pass rebuilds the graph (so the result type-checks again) and reports, site by site, what
+//! it did or why it did not.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use crate::error::Result;
+use crate::graph::{Const, Dim, Graph, Node, Op, Type, Value};
+use crate::tensor::DType;
+
+/// What one pass did at the places it looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// The pass.
+    pub pass: &'static str,
+    /// Values it rewrote.
+    pub applied: Vec<String>,
+    /// Values it looked at and left, with the reason.
+    pub left: Vec<(String, String)>,
+}
+
+impl Report {
+    fn new(pass: &'static str) -> Report {
+        Report { pass, applied: Vec::new(), left: Vec::new() }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} applied", self.pass, self.applied.len())?;
+        if let (Some(first), true) = (self.applied.first(), self.applied.len() > 1) {
+            write!(f, " ({first} … {})", self.applied[self.applied.len() - 1])?;
+        } else if let Some(only) = self.applied.first() {
+            write!(f, " ({only})")?;
+        }
+        for (site, reason) in &self.left {
+            write!(f, "\n  left {site}: {reason}")?;
+        }
+        Ok(())
+    }
+}
+
+/// How a plan computes; the precision pass makes the graph say so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Everything in FP32.
+    F32,
+    /// Weights, the inputs of matrix products and the KV cache in BF16; sums, norms, softmax and the residual
+    /// stream in FP32.
+    Bf16,
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        })
+    }
+}
+
+/// Runs every pass in order. `positions` is the longest sequence the plan holds, in tokens.
+///
+/// # Errors
+/// [`crate::Error::Graph`] if a rewritten graph does not type-check, which is a defect of a pass.
+pub fn run(graph: Graph, precision: Precision, positions: usize) -> Result<(Graph, Vec<Report>)> {
+    let tables = |graph: &Graph| rotary_tables(graph, positions);
+    let mut passes: Vec<&dyn Fn(&Graph) -> Result<(Graph, Report)>> = vec![&fold_constants, &fuse_linears, &tables];
+    if precision == Precision::Bf16 {
+        passes.push(&narrow_to_bf16);
+    }
+    passes.push(&remove_dead_values);
+    let mut graph = graph;
+    let mut reports = Vec::with_capacity(passes.len());
+    for pass in passes {
+        let (rewritten, report) = pass(&graph)?;
+        graph = rewritten;
+        reports.push(report);
+    }
+    Ok((graph, reports))
+}
+
+/// A graph being rebuilt: where each old value went.
+struct Rewrite<'g> {
+    old: &'g Graph,
+    new: Graph,
+    moved: Vec<Option<Value>>,
+}
+
+impl<'g> Rewrite<'g> {
+    fn new(old: &'g Graph) -> Rewrite<'g> {
+        Rewrite { old, new: Graph::new(), moved: vec![None; old.nodes().len()] }
+    }
+
+    fn operand(&self, value: Value) -> Result<Value> {
+        self.moved[value.index()].ok_or_else(|| crate::Error::Graph {
+            op: self.old.node(value).op.kind().into(),
+            name: self.old.node(value).name.clone(),
+            detail: "a pass dropped this value while another still uses it".into(),
+        })
+    }
+
+    fn operands(&self, node: &Node) -> Result<Vec<Value>> {
+        node.operands.iter().map(|v| self.operand(*v)).collect()
+    }
+
+    fn copy(&mut self, value: Value) -> Result<Value> {
+        let node = self.old.node(value);
+        let copied = match &node.op {
+            Op::Input(input) => self.new.input(&node.name, *input, node.ty.clone()),
+            Op::Const(expr) => self.new.constant(&node.name, expr.clone(), node.ty.clone()),
+            op => {
+                let operands = self.operands(node)?;
+                self.new.add(&node.name, op.clone(), &operands)?
+            }
+        };
+        self.moved[value.index()] = Some(copied);
+        Ok(copied)
+    }
+
+    fn finish(mut self) -> Result<Graph> {
+        for output in self.old.outputs() {
+            let value = self.operand(*output)?;
+            self.new.output(value);
+        }
+        Ok(self.new)
+    }
+}
+
+fn const_of(graph: &Graph, value: Value) -> Option<&Const> {
+    match &graph.node(value).op {
+        Op::Const(expr) => Some(expr),
+        _ => None,
+    }
+}
+
+/// `constant + scalar` becomes a constant: LayerNorm1P's `1 + w` costs nothing at run time.
+fn fold_constants(graph: &Graph) -> Result<(Graph, Report)> {
+    let mut report = Report::new("fold-constants");
+    let mut r = Rewrite::new(graph);
+    for (value, node) in graph.iter() {
+        let Op::AddScalar(scalar) = node.op else {
+            r.copy(value)?;
+            continue;
+        };
+        if let Some(inner) = const_of(graph, node.operands[0]) {
+            let folded = Const::AddScalar(Box::new(inner.clone()), scalar);
+            r.moved[value.index()] = Some(r.new.constant(&node.name, folded, node.ty.clone()));
+            report.applied.push(node.name.clone());
+        } else {
+            report.left.push((node.name.clone(), "its operand is computed by the step".into()));
+            r.copy(value)?;
+        }
+    }
+    Ok((r.finish()?, report))
+}
+
+/// Linear layers over one input become one, followed by column slices: queries, keys and values are one product.
+fn fuse_linears(graph: &Graph) -> Result<(Graph, Report)> {
+    let mut report = Report::new("fuse-linears");
+    let mut groups: HashMap<Value, Vec<Value>> = HashMap::new();
+    for (value, node) in graph.iter() {
+        if node.op == Op::Linear {
+            groups.entry(node.operands[0]).or_default().push(value);
+        }
+    }
+    let mut r = Rewrite::new(graph);
+    for (value, node) in graph.iter() {
+        if r.moved[value.index()].is_some() {
+            continue;
+        }
+        let group = match (&node.op, groups.get(&node.operands.first().copied().unwrap_or(value))) {
+            (Op::Linear, Some(group)) if group.len() > 1 => group,
+            (Op::Linear, _) => {
+                report.left.push((node.name.clone(), "no other linear layer reads its input".into()));
+                r.copy(value)?;
+                continue;
+            }
+            _ => {
+                r.copy(value)?;
+                continue;
+            }
+        };
+        let weights: Option<Vec<Const>> =
+            group.iter().map(|v| const_of(graph, graph.node(*v).operands[1]).cloned()).collect();
+        let widths: Option<Vec<usize>> = group.iter().map(|v| graph.node(*v).ty.width()).collect();
+        let (Some(weights), Some(widths)) = (weights, widths) else {
+            report.left.push((node.name.clone(), "a weight of the group is not a constant".into()));
+            r.copy(value)?;
+            continue;
+        };
+        let weight_type = &graph.node(node.operands[1]).ty;
+        let rows: usize = widths.iter().sum();
+        let ty = Type { dtype: weight_type.dtype, shape: vec![Dim::fixed(rows), weight_type.shape[1]] };
+        let names: Vec<&str> = group.iter().map(|v| last_part(&graph.node(*v).name)).collect();
+        let prefix = node.name.strip_suffix(names[0]).unwrap_or("");
+        let name = format!("{prefix}{}", names.concat());
+        let weight = r.new.constant(format!("{name}.weight"), Const::ConcatRows(weights), ty);
+        let x = r.operand(node.operands[0])?;
+        let fused = r.new.add(&name, Op::Linear, &[x, weight])?;
+        let mut start = 0;
+        for (member, width) in group.iter().zip(widths) {
+            let slice = r.new.add(&graph.node(*member).name, Op::Columns { start, width }, &[fused])?;
+            r.moved[member.index()] = Some(slice);
+            start += width;
+        }
+        report.applied.push(name);
+    }
+    report.left.dedup_by(|a, b| a.1 == b.1);
+    Ok((r.finish()?, report))
+}
+
+fn last_part(name: &str) -> &str {
+    name.rsplit('.').next().unwrap_or(name)
+}
+
+/// Rotary angles of every position are tabulated at build time; a step gathers its rows.
+fn rotary_tables(graph: &Graph, positions: usize) -> Result<(Graph, Report)> {
+    let mut report = Report::new("rotary-tables");
+    let mut r = Rewrite::new(graph);
+    for (value, node) in graph.iter() {
+        let Op::RotaryAngle { trig, theta, rotary_dim } = node.op else {
+            r.copy(value)?;
+            continue;
+        };
+        let ty = Type::new(DType::F32, [Dim::fixed(positions), (rotary_dim / 2).into()]);
+        let expr = Const::RotaryTable { trig, theta, rotary_dim, positions };
+        let table = r.new.constant(format!("{}.table", node.name), expr, ty);
+        let indices = r.operand(node.operands[0])?;
+        r.moved[value.index()] = Some(r.new.add(&node.name, Op::Gather, &[indices, table])?);
+        report.applied.push(node.name.clone());
+    }
+    Ok((r.finish()?, report))
+}
+
+/// Narrows linear layers (inputs and weights), the embedding and the KV cache to BF16.
+fn narrow_to_bf16(graph: &Graph) -> Result<(Graph, Report)> {
+    let mut report = Report::new("bf16");
+    let mut r = Rewrite::new(graph);
+    let mut casts: HashMap<Value, Value> = HashMap::new();
+    for (value, node) in graph.iter() {
+        match &node.op {
+            Op::Input(input @ (crate::graph::Input::KeyCache(_) | crate::graph::Input::ValueCache(_))) => {
+                let ty = Type { dtype: DType::BF16, shape: node.ty.shape.clone() };
+                r.moved[value.index()] = Some(r.new.input(&node.name, *input, ty));
+            }
+            Op::Linear => {
+                let x = narrowed(&mut r, &mut casts, node.operands[0])?;
+                let weight = narrowed(&mut r, &mut casts, node.operands[1])?;
+                r.moved[value.index()] = Some(r.new.add(&node.name, Op::Linear, &[x, weight])?);
+                report.applied.push(node.name.clone());
+            }
+            Op::CacheUpdate => {
+                let cache = r.operand(node.operands[0])?;
+                let new = narrowed(&mut r, &mut casts, node.operands[1])?;
+                let past = r.operand(node.operands[2])?;
+                r.moved[value.index()] = Some(r.new.add(&node.name, Op::CacheUpdate, &[cache, new, past])?);
+            }
+            Op::Gather if is_checkpoint_tensor(graph, node.operands[1]) => {
+                let indices = r.operand(node.operands[0])?;
+                let table = narrowed(&mut r, &mut casts, node.operands[1])?;
+                r.moved[value.index()] = Some(r.new.add(&node.name, Op::Gather, &[indices, table])?);
+                report.applied.push(node.name.clone());
+            }
+            _ => {
+                r.copy(value)?;
+            }
+        }
+    }
+    Ok((r.finish()?, report))
+}
+
+fn is_checkpoint_tensor(graph: &Graph, value: Value) -> bool {
+    matches!(const_of(graph, value), Some(Const::Tensor(_)))
+}
+
+fn narrowed(r: &mut Rewrite<'_>, casts: &mut HashMap<Value, Value>, value: Value) -> Result<Value> {
+    if let Some(done) = casts.get(&value) {
+        return Ok(*done);
+    }
+    let node = r.old.node(value);
+    let name = format!("{}.bf16", node.name);
+    let cast = match &node.op {
+        Op::Const(expr) => {
+            let ty = Type { dtype: DType::BF16, shape: node.ty.shape.clone() };
+            r.new.constant(name, Const::Cast(Box::new(expr.clone()), DType::BF16), ty)
+        }
+        _ => {
+            let x = r.operand(value)?;
+            r.new.add(name, Op::Cast(DType::BF16), &[x])?
+        }
+    };
+    casts.insert(value, cast);
+    Ok(cast)
+}
+
+/// Drops every value that no result depends on.
+fn remove_dead_values(graph: &Graph) -> Result<(Graph, Report)> {
+    let mut report = Report::new("dead-values");
+    let mut live = vec![false; graph.nodes().len()];
+    let mut pending: Vec<Value> = graph.outputs().to_vec();
+    while let Some(value) = pending.pop() {
+        if !std::mem::replace(&mut live[value.index()], true) {
+            pending.extend(&graph.node(value).operands);
+        }
+    }
+    let mut r = Rewrite::new(graph);
+    for (value, node) in graph.iter() {
+        if live[value.index()] {
+            r.copy(value)?;
+        } else {
+            report.applied.push(node.name.clone());
+        }
+    }
+    Ok((r.finish()?, report))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::ModelConfig;
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            vocab_size: 50,
+            hidden_size: 24,
+            intermediate_size: 40,
+            num_layers: 2,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 8,
+            rotary_dim: 4,
+            rope_theta: 10000.0,
+            max_position_embeddings: 64,
+            norm_eps: 1e-5,
+            tie_word_embeddings: false,
+            dtype: DType::BF16,
+            bos_token_id: Some(2),
+            eos_token_ids: vec![3],
+        }
+    }
+
+    fn count(graph: &Graph, op: &Op) -> usize {
+        graph.nodes().iter().filter(|n| std::mem::discriminant(&n.op) == std::mem::discriminant(op)).count()
+    }
+
+    #[test]
+    fn passes_leave_only_what_a_step_computes() {
+        let graph = crate::model::build_graph(&config()).unwrap();
+        assert_eq!(count(&graph, &Op::Linear), 2 * 6 + 1);
+        assert_eq!(count(&graph, &Op::AddScalar(0.0)), 5);
+        let (graph, reports) = run(graph, Precision::F32, 64).unwrap();
+        assert_eq!(count(&graph, &Op::Linear), 2 * 4 + 1, "q, k and v are one product");
+        assert_eq!(count(&graph, &Op::AddScalar(0.0)), 0, "1 + w is folded");
+        let angle = Op::RotaryAngle { trig: crate::graph::Trig::Cos, theta: 0.0, rotary_dim: 0 };
+        assert_eq!(count(&graph, &angle), 0, "angles are tabulated");
+        let users = graph.users();
+        for (value, node) in graph.iter() {
+            assert!(!users[value.index()].is_empty() || graph.outputs().contains(&value), "{} is dead", node.name);
+        }
+        let fused = reports.iter().find(|r| r.pass == "fuse-linears").unwrap();
+        assert_eq!(fused.applied, ["layers.0.attention.qkv", "layers.1.attention.qkv"]);
+        assert_eq!(fused.left.len(), 1, "reasons are not repeated: {:?}", fused.left);
+    }
+
+    #[test]
+    fn bf16_narrows_products_and_caches_only() {
+        let (graph, _) = run(crate::model::build_graph(&config()).unwrap(), Precision::Bf16, 64).unwrap();
+        for node in graph.nodes() {
+            match node.op {
+                Op::Linear => {
+                    assert_eq!(graph.node(node.operands[0]).ty.dtype, DType::BF16, "{}", node.name);
+                    assert_eq!(graph.node(node.operands[1]).ty.dtype, DType::BF16, "{}", node.name);
+                    assert_eq!(node.ty.dtype, DType::F32, "{}", node.name);
+                }
+                Op::CacheUpdate => assert_eq!(node.ty.dtype, DType::BF16),
+                Op::LayerNorm { .. } | Op::Attention { .. } | Op::Add => assert_eq!(node.ty.dtype, DType::F32),
+                _ => {}
+            }
+        }
+    }
+}
