@@ -1,5 +1,6 @@
 //! Backends: what turns a plan into numbers. An [`Executor`] knows nothing of text.
 
+pub mod cpu;
 mod step;
 
 pub use step::{Chunk, Limits, Logits, NextToken, Rows, Span, Step};

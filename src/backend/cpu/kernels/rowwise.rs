@@ -1,0 +1,234 @@
+//! Kernels that treat each row by itself: norms, rotary positions, elementwise operations, gathers.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::isa::Isa;
+use super::{Element, Rows, kernel, mul_add};
+
+/// Elements below which rows are not worth waking other threads.
+const SERIAL_ELEMENTS: usize = 1 << 15;
+/// Partial sums of a reduction: one per lane of the widest vector, so every machine sums in one order.
+const LANES: usize = 16;
+
+/// Rows to write: `rows` of them, `stride` apart from the start of `data`.
+#[derive(Debug)]
+pub struct RowsMut<'a, T> {
+    /// At least `rows * stride` elements.
+    pub data: &'a mut [T],
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// Number of rows.
+    pub rows: usize,
+}
+
+impl<T: Send> RowsMut<'_, T> {
+    /// Runs `row(index, out_row)` for each row, on all threads if there is enough to do.
+    fn for_each(self, row: impl Fn(usize, &mut [T]) + Sync) {
+        let used = &mut self.data[..self.rows * self.stride];
+        if self.rows < 2 || used.len() < SERIAL_ELEMENTS {
+            used.chunks_exact_mut(self.stride).enumerate().for_each(|(i, out)| row(i, out));
+        } else {
+            used.par_chunks_exact_mut(self.stride).enumerate().for_each(|(i, out)| row(i, out));
+        }
+    }
+}
+
+/// LayerNorm: `(x − mean) / sqrt(var + eps) · gamma + beta`, population variance, two passes, FP32 inside.
+/// `gamma` and `beta` are `[width]`.
+pub fn layer_norm<O: Element>(isa: Isa, x: Rows<'_, f32>, gamma: &[f32], beta: &[f32], eps: f32, out: RowsMut<'_, O>) {
+    out.for_each(|i, out| layer_norm_row(isa, x.row(i), gamma, beta, eps, out));
+}
+
+kernel! {
+    /// One row of [`layer_norm`].
+    pub fn layer_norm_row[O: Element](x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [O]) = layer_norm_body
+}
+
+#[inline(always)]
+fn layer_norm_body<O: Element, const FMA: bool>(x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [O]) {
+    let width = x.len() as f32;
+    let mean = sum_lanes(x, |v| v) / width;
+    let variance = sum_lanes(x, |v| (v - mean) * (v - mean)) / width;
+    let scale = 1.0 / (variance + eps).sqrt();
+    for (((out, x), gamma), beta) in out.iter_mut().zip(x).zip(gamma).zip(beta) {
+        *out = O::from_f32(mul_add::<FMA>((x - mean) * scale, *gamma, *beta));
+    }
+}
+
+/// Sums `f(x)` in [`LANES`] partial sums, then those in order.
+#[inline(always)]
+fn sum_lanes(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for (lane, v) in lanes.iter_mut().zip(block) {
+            *lane += f(*v);
+        }
+    }
+    for (lane, v) in lanes.iter_mut().zip(rest) {
+        *lane += f(*v);
+    }
+    lanes.iter().sum()
+}
+
+/// Rotates dims `(j, j + half)` of each head of `head_dim` by the row's angle and copies the others;
+/// `cos` and `sin` have rows of `half`.
+pub fn rotary<O: Element>(
+    isa: Isa,
+    x: Rows<'_, f32>,
+    cos: Rows<'_, f32>,
+    sin: Rows<'_, f32>,
+    head_dim: usize,
+    out: RowsMut<'_, O>,
+) {
+    out.for_each(|i, out| rotary_row(isa, x.row(i), cos.row(i), sin.row(i), head_dim, out));
+}
+
+kernel! {
+    /// One row of [`rotary`].
+    pub fn rotary_row[O: Element](x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) = rotary_body
+}
+
+#[inline(always)]
+fn rotary_body<O: Element, const FMA: bool>(x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) {
+    let half = cos.len();
+    for (x, out) in x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
+        let (x1, x2, pass) = (&x[..half], &x[half..2 * half], &x[2 * half..]);
+        let (out1, rest) = out.split_at_mut(half);
+        let (out2, out_pass) = rest.split_at_mut(half);
+        for j in 0..half {
+            out1[j] = O::from_f32(x1[j] * cos[j] - x2[j] * sin[j]);
+            out2[j] = O::from_f32(x2[j] * cos[j] + x1[j] * sin[j]);
+        }
+        for (out, x) in out_pass.iter_mut().zip(pass) {
+            *out = O::from_f32(*x);
+        }
+    }
+}
+
+/// An operation on each element.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Unary {
+    /// To the output's element type.
+    Convert,
+    /// `max(x, 0)²`
+    Relu2,
+    /// `x + scalar`
+    AddScalar(f32),
+}
+
+/// Applies `op` to each element.
+pub fn unary<T: Element, O: Element>(op: Unary, x: Rows<'_, T>, out: RowsMut<'_, O>) {
+    out.for_each(|i, out| {
+        for (out, x) in out.iter_mut().zip(x.row(i)) {
+            let x = x.to_f32();
+            *out = O::from_f32(match op {
+                Unary::Convert => x,
+                Unary::Relu2 if x < 0.0 => 0.0, // NaN passes
+                Unary::Relu2 => x * x,
+                Unary::AddScalar(scalar) => x + scalar,
+            });
+        }
+    });
+}
+
+/// `x + y`.
+pub fn add(x: Rows<'_, f32>, y: Rows<'_, f32>, out: RowsMut<'_, f32>) {
+    out.for_each(|i, out| {
+        for ((out, x), y) in out.iter_mut().zip(x.row(i)).zip(y.row(i)) {
+            *out = x + y;
+        }
+    });
+}
+
+/// Row `indices[i]` of `table` to row `i` of `out`.
+///
+/// # Panics
+/// If an index is outside the table; steps are checked before they run.
+pub fn gather<T: Element>(table: Rows<'_, T>, indices: &[u32], out: RowsMut<'_, f32>) {
+    out.for_each(|i, out| {
+        for (out, value) in out.iter_mut().zip(table.row(indices[i] as usize)) {
+            *out = value.to_f32();
+        }
+    });
+}
+
+/// Writes one token's keys or values, `[heads · head_dim]`, to its position in a cache slot of
+/// `[heads, capacity, padded_dim]`.
+pub fn store_position<O: Element>(x: &[f32], head_dim: usize, padded_dim: usize, position: usize, slot: &mut [O]) {
+    let heads = x.len() / head_dim;
+    let per_head = slot.len() / heads;
+    for (x, cache) in x.chunks_exact(head_dim).zip(slot.chunks_exact_mut(per_head)) {
+        for (out, x) in cache[position * padded_dim..][..head_dim].iter_mut().zip(x) {
+            *out = O::from_f32(*x);
+        }
+    }
+}
+
+/// As [`store_position`] for values that are BF16 already.
+pub fn store_narrow(x: &[bf16], head_dim: usize, padded_dim: usize, position: usize, slot: &mut [bf16]) {
+    let heads = x.len() / head_dim;
+    let per_head = slot.len() / heads;
+    for (x, cache) in x.chunks_exact(head_dim).zip(slot.chunks_exact_mut(per_head)) {
+        cache[position * padded_dim..][..head_dim].copy_from_slice(x);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn out(data: &mut [f32], stride: usize) -> RowsMut<'_, f32> {
+        let rows = data.len() / stride;
+        RowsMut { data, stride, rows }
+    }
+
+    #[test]
+    fn layer_norm_is_the_formula() {
+        let width = 37;
+        let x: Vec<f32> = (0..2 * width).map(|i| ((i * 37 % 11) as f32 - 4.0) * 1.7 + 100.0).collect();
+        let gamma: Vec<f32> = (0..width).map(|i| 1.0 + i as f32 * 0.01).collect();
+        let beta: Vec<f32> = (0..width).map(|i| i as f32 * -0.02).collect();
+        for isa in Isa::available() {
+            let mut got = vec![f32::NAN; 2 * width];
+            layer_norm(isa, Rows::new(&x, width, width), &gamma, &beta, 1e-5, out(&mut got, width));
+            for (got, x) in got.chunks(width).zip(x.chunks(width)) {
+                let mean = x.iter().map(|v| *v as f64).sum::<f64>() / width as f64;
+                let var = x.iter().map(|v| (*v as f64 - mean).powi(2)).sum::<f64>() / width as f64;
+                for i in 0..width {
+                    let expected = (x[i] as f64 - mean) / (var + 1e-5).sqrt() * gamma[i] as f64 + beta[i] as f64;
+                    assert!((got[i] as f64 - expected).abs() < 2e-5, "{isa} {i}: {} {expected}", got[i]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rotary_rotates_halves_and_passes_the_rest() {
+        let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let (cos, sin) = ([0.0, 1.0], [1.0, 0.0]);
+        let mut got = [f32::NAN; 6];
+        let (cos, sin) = (Rows::new(&cos[..], 2, 2), Rows::new(&sin[..], 2, 2));
+        rotary(Isa::detect(), Rows::new(&x, 6, 6), cos, sin, 6, out(&mut got, 6));
+        assert_eq!(got, [-3.0, 2.0, 1.0, 4.0, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn elementwise_and_gather() {
+        let x = [-2.0, 3.0, f32::NAN, 1.0];
+        let mut got = [0.0; 4];
+        unary(Unary::Relu2, Rows::new(&x, 2, 2), out(&mut got, 2));
+        assert!(got[0] == 0.0 && got[1] == 9.0 && got[2].is_nan() && got[3] == 1.0);
+        gather(Rows::new(&x, 2, 2), &[1, 0], out(&mut got, 2));
+        assert!(got[0].is_nan() && got[1..] == [1.0, -2.0, 3.0]);
+    }
+
+    #[test]
+    fn cache_positions_are_per_head() {
+        let mut slot = [0.0f32; 2 * 3 * 4]; // 2 heads, capacity 3, padded to 4
+        store_position(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 4, 1, &mut slot);
+        assert_eq!(slot[4..8], [1.0, 2.0, 3.0, 0.0]);
+        assert_eq!(slot[16..20], [4.0, 5.0, 6.0, 0.0]);
+    }
+}
