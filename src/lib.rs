@@ -2,4 +2,6 @@
 pub mod backend;
 pub mod checkpoint;
 pub mod error;
+pub mod mmap;
 pub mod tensor;
+pub mod tensor_file;
