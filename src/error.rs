@@ -112,3 +112,22 @@ impl Error {
         Error::Package { path: path.as_ref().to_path_buf(), detail: detail.into() }
     }
 }
+
+/// Text that came from a file, made fit for one line of a message: control characters escaped, cut at 200 characters.
+pub(crate) fn clip(text: impl std::fmt::Display) -> String {
+    const LONGEST: usize = 200;
+    let text = text.to_string();
+    let mut clipped = String::new();
+    for (count, character) in text.chars().enumerate() {
+        if count == LONGEST {
+            clipped.push('…');
+            break;
+        }
+        if character.is_control() {
+            clipped.extend(character.escape_default());
+        } else {
+            clipped.push(character);
+        }
+    }
+    clipped
+}

@@ -4,6 +4,9 @@ pub mod checkpoint;
 pub mod compile;
 pub mod error;
 pub mod graph;
+pub mod mmap;
 pub mod model;
 pub mod tensor;
+pub mod tensor_file;
+
 pub use error::{Error, Result};

@@ -1,0 +1,390 @@
+//! `config.json` of a Hugging Face folder, as transformers 4 and 5 write it, into a [`ModelConfig`].
+//!
+//! A key that is not understood could change the math, and a model computed without it would speak fluently and
+//! wrongly. So every key is one of: read, known to be neutral, required to be off, or an error. Keys with the value
+//! `null` ask for nothing and pass. Two keys that mean the same thing (`head_dim` and `kv_channels`, `rope_theta` here
+//! and in `rope_parameters`) must agree. An absent optional key means what transformers' `NemotronConfig` makes of it.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::ModelConfig;
+use super::json::{kind, shown};
+use crate::error::{Error, Result, clip};
+use crate::tensor::DType;
+
+/// The one architecture read here.
+const ARCHITECTURE: &str = "NemotronForCausalLM";
+const MODEL_TYPE: &str = "nemotron";
+
+/// `NemotronConfig`'s values for keys that are absent.
+mod default {
+    pub const NORM_EPS: f64 = 1e-5;
+    pub const ROPE_THETA: f64 = 10_000.0;
+    pub const PARTIAL_ROTARY_FACTOR: f64 = 0.5;
+    pub const BOS: u32 = 2;
+    pub const EOS: u32 = 3;
+}
+
+/// Keys whose value cannot change a logit: bookkeeping, training-time settings, and generation defaults that older
+/// transformers kept here (they are read from generation_config.json).
+const NEUTRAL: &[&str] = &[
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "attention_dropout",
+    "attn_implementation",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "gradient_checkpointing",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_labels",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    "pretraining_tp",
+    "problem_type",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tie_last_hidden_states",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "unk_token_id",
+    "use_bfloat16",
+    "use_cache",
+];
+
+/// Keys that switch on something not computed here: only `false`, `{}` and `[]` (and `null`) are accepted.
+const MUST_BE_OFF: &[&str] = &[
+    "add_cross_attention",
+    "attention_bias",
+    "auto_map",
+    "compression_config",
+    "cross_attention_hidden_size",
+    "is_encoder_decoder",
+    "mlp_bias",
+    "per_layer_config",
+    "pruned_heads",
+    "quantization_config",
+    "sliding_window",
+    "use_sliding_window",
+];
+
+/// What config.json says.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct HfConfig {
+    /// The architecture, [validated](ModelConfig::validate). Its `dtype` is F32 when none is declared.
+    pub model: ModelConfig,
+    /// Whether the file has a `dtype` or `torch_dtype`.
+    pub declares_dtype: bool,
+}
+
+/// Reads the `object` that is the content of `path`.
+///
+/// # Errors
+/// [`Error::Unsupported`] if a key asks for what is not computed here or is unknown, [`Error::Format`] if a value is
+/// missing, of the wrong kind, contradicts another or makes no model; both name key and value.
+pub(super) fn read(path: &Path, object: Map<String, Value>) -> Result<HfConfig> {
+    let mut keys = Keys { path, within: "", object };
+    check_architecture(&mut keys)?;
+    for key in MUST_BE_OFF {
+        keys.must_be_off(key)?;
+    }
+    match keys.text("hidden_act")?.as_deref() {
+        None | Some("relu2") => {}
+        Some(other) => return Err(keys.unsupported("hidden_act", other, "\"relu2\"")),
+    }
+
+    let hidden_size = keys.required_size("hidden_size")?;
+    let num_heads = keys.required_size("num_attention_heads")?;
+    let head_dim = match keys.agreeing([("head_dim", None), ("kv_channels", None)], Keys::size)? {
+        Some(head_dim) => head_dim,
+        None if num_heads != 0 && hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
+        None => {
+            let detail = format!("no head_dim, and hidden_size {hidden_size} is no multiple of {num_heads} heads");
+            return Err(Error::format(path, detail));
+        }
+    };
+    let rope = read_rope(&mut keys)?;
+    let dtype = keys.agreeing([("dtype", None), ("torch_dtype", None)], Keys::dtype)?;
+    let model = ModelConfig {
+        vocab_size: keys.required_size("vocab_size")?,
+        hidden_size,
+        intermediate_size: keys.required_size("intermediate_size")?,
+        num_layers: keys.required_size("num_hidden_layers")?,
+        num_heads,
+        num_kv_heads: keys.size("num_key_value_heads")?.unwrap_or(num_heads),
+        head_dim,
+        // As transformers computes it: the product in binary64, its fraction dropped.
+        rotary_dim: (head_dim as f64 * rope.partial_rotary_factor) as usize,
+        rope_theta: rope.theta,
+        max_position_embeddings: keys.required_size("max_position_embeddings")?,
+        norm_eps: keys.number("norm_eps")?.unwrap_or(default::NORM_EPS),
+        tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
+        dtype: dtype.unwrap_or(DType::F32),
+        bos_token_id: match keys.present("bos_token_id") {
+            true => token_id(&mut keys, "bos_token_id")?,
+            false => Some(default::BOS),
+        },
+        eos_token_ids: match keys.present("eos_token_id") {
+            true => token_ids(&mut keys, "eos_token_id")?,
+            false => vec![default::EOS],
+        },
+    };
+    keys.refuse_rest(NEUTRAL)?;
+    model.validate().map_err(|detail| Error::format(path, detail))?;
+    Ok(HfConfig { model, declares_dtype: dtype.is_some() })
+}
+
+fn check_architecture(keys: &mut Keys) -> Result<()> {
+    let model_type = keys.text("model_type")?;
+    if let Some(other) = model_type.as_deref().filter(|name| *name != MODEL_TYPE) {
+        return Err(keys.unsupported("model_type", other, "\"nemotron\""));
+    }
+    match keys.take("architectures") {
+        None if model_type.is_some() => Ok(()),
+        None => Err(Error::format(keys.path, "neither model_type nor architectures: not a model's config.json")),
+        Some(Value::Array(names)) if names == [ARCHITECTURE] => Ok(()),
+        Some(other) => Err(keys.unsupported("architectures", shown(&other), "[\"NemotronForCausalLM\"]")),
+    }
+}
+
+/// What the rotary embedding's keys say together.
+struct Rope {
+    theta: f64,
+    partial_rotary_factor: f64,
+}
+
+/// Reads transformers 5's `rope_parameters` and transformers 4's `rope_scaling` with its keys beside it.
+fn read_rope(keys: &mut Keys) -> Result<Rope> {
+    let mut nested = Vec::new();
+    for within in ["rope_parameters", "rope_scaling"] {
+        let Some(value) = keys.take(within) else { continue };
+        let Value::Object(object) = value else {
+            return Err(keys.wrong_kind(within, "an object or null", &value));
+        };
+        let mut rope = Keys { path: keys.path, within, object };
+        for key in ["rope_type", "type"] {
+            if let Some(other) = rope.text(key)?.filter(|name| name != "default") {
+                return Err(rope.unsupported(key, other, "\"default\" (no scaling of positions)"));
+            }
+        }
+        nested.push((rope.within, rope.number("rope_theta")?, rope.number("partial_rotary_factor")?));
+        rope.refuse_rest(&[])?;
+    }
+    let thetas = nested.iter().map(|(within, theta, _)| (*within, *theta));
+    let factors = nested.iter().map(|(within, _, factor)| (*within, *factor));
+    let theta = keys.agreeing([("rope_theta", None)].into_iter().chain(thetas), Keys::number)?;
+    let own_factors = [("partial_rotary_factor", None), ("rope_percent", None)];
+    let factor = keys.agreeing(own_factors.into_iter().chain(factors), Keys::number)?;
+    let partial_rotary_factor = factor.unwrap_or(default::PARTIAL_ROTARY_FACTOR);
+    if !(partial_rotary_factor > 0.0 && partial_rotary_factor <= 1.0) {
+        let detail = format!("partial_rotary_factor is {partial_rotary_factor}, expected above 0 and at most 1");
+        return Err(Error::format(keys.path, detail));
+    }
+    Ok(Rope { theta: theta.unwrap_or(default::ROPE_THETA), partial_rotary_factor })
+}
+
+/// A token id; `null` and -1, which tokenizers without such a token report, mean none.
+fn token_id(keys: &mut Keys, key: &'static str) -> Result<Option<u32>> {
+    match keys.take(key) {
+        None => Ok(None),
+        Some(value) => one_token_id(keys, key, &value),
+    }
+}
+
+/// Token ids: one, a list, or `null` for none.
+pub(super) fn token_ids(keys: &mut Keys, key: &'static str) -> Result<Vec<u32>> {
+    match keys.take(key) {
+        None => Ok(Vec::new()),
+        Some(Value::Array(ids)) => {
+            let ids = ids.iter().map(|id| one_token_id(keys, key, id)).collect::<Result<Vec<_>>>()?;
+            Ok(ids.into_iter().flatten().collect())
+        }
+        Some(value) => Ok(one_token_id(keys, key, &value)?.into_iter().collect()),
+    }
+}
+
+fn one_token_id(keys: &Keys, key: &str, value: &Value) -> Result<Option<u32>> {
+    match value.as_u64().and_then(|id| u32::try_from(id).ok()) {
+        Some(id) => Ok(Some(id)),
+        None if value.as_i64() == Some(-1) => Ok(None),
+        None => Err(keys.wrong_kind(key, "token ids (whole numbers below 2^32)", value)),
+    }
+}
+
+/// The keys of an object that are not read yet.
+pub(super) struct Keys<'a> {
+    path: &'a Path,
+    /// The key the object is the value of; empty for the file's own.
+    within: &'static str,
+    object: Map<String, Value>,
+}
+
+impl<'a> Keys<'a> {
+    /// All keys of the `object` that is the content of `path`.
+    pub(super) fn new(path: &'a Path, object: Map<String, Value>) -> Keys<'a> {
+        Keys { path, within: "", object }
+    }
+
+    fn present(&self, key: &str) -> bool {
+        self.object.contains_key(key)
+    }
+
+    /// The key's value; `None` if it is absent or null.
+    fn take(&mut self, key: &str) -> Option<Value> {
+        self.object.swap_remove(key).filter(|value| !value.is_null())
+    }
+
+    fn size(&mut self, key: &str) -> Result<Option<usize>> {
+        self.read(key, "a whole number", |value| usize::try_from(value.as_u64()?).ok())
+    }
+
+    fn required_size(&mut self, key: &'static str) -> Result<usize> {
+        self.size(key)?.ok_or_else(|| Error::format(self.path, format!("the key {key} is missing")))
+    }
+
+    /// Any JSON number; whole ones included.
+    pub(super) fn number(&mut self, key: &str) -> Result<Option<f64>> {
+        self.read(key, "a number", Value::as_f64)
+    }
+
+    /// A whole number below 2^32.
+    pub(super) fn count(&mut self, key: &str) -> Result<Option<u32>> {
+        self.read(key, "a whole number below 2^32", |value| u32::try_from(value.as_u64()?).ok())
+    }
+
+    /// `true` or `false`.
+    pub(super) fn flag(&mut self, key: &str) -> Result<Option<bool>> {
+        self.read(key, "true or false", Value::as_bool)
+    }
+
+    fn text(&mut self, key: &str) -> Result<Option<String>> {
+        self.read(key, "a string", |value| value.as_str().map(str::to_owned))
+    }
+
+    fn dtype(&mut self, key: &str) -> Result<Option<DType>> {
+        let Some(name) = self.text(key)? else { return Ok(None) };
+        match name.strip_prefix("torch.").unwrap_or(&name) {
+            "float32" => Ok(Some(DType::F32)),
+            "float16" => Ok(Some(DType::F16)),
+            "bfloat16" => Ok(Some(DType::BF16)),
+            _ => Err(self.unsupported(key, name, "\"float32\", \"float16\" or \"bfloat16\"")),
+        }
+    }
+
+    fn read<T>(&mut self, key: &str, expected: &str, convert: impl FnOnce(&Value) -> Option<T>) -> Result<Option<T>> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        match convert(&value) {
+            Some(converted) => Ok(Some(converted)),
+            None => Err(self.wrong_kind(key, expected, &value)),
+        }
+    }
+
+    /// The one value that all of `names` give: those with `None` beside them are read as keys of this object, the
+    /// others were read before. None of them need be there.
+    fn agreeing<T: Copy + PartialEq + std::fmt::Debug>(
+        &mut self,
+        names: impl IntoIterator<Item = (&'static str, Option<T>)>,
+        read: impl Fn(&mut Self, &str) -> Result<Option<T>>,
+    ) -> Result<Option<T>> {
+        let mut agreed: Option<(&str, T)> = None;
+        for (name, known) in names {
+            let value = match known {
+                Some(value) => Some(value),
+                None => read(self, name)?,
+            };
+            match (agreed, value) {
+                (Some((first, one)), Some(other)) if one != other => {
+                    let detail = format!("{first} says {one:?} and {name} says {other:?}; they mean the same thing");
+                    return Err(Error::format(self.path, detail));
+                }
+                (None, Some(value)) => agreed = Some((name, value)),
+                _ => {}
+            }
+        }
+        Ok(agreed.map(|(_, value)| value))
+    }
+
+    fn must_be_off(&mut self, key: &str) -> Result<()> {
+        match self.take(key) {
+            None | Some(Value::Bool(false)) => Ok(()),
+            Some(Value::Object(object)) if object.is_empty() => Ok(()),
+            Some(Value::Array(list)) if list.is_empty() => Ok(()),
+            Some(value) => Err(self.unsupported(key, shown(&value), "it to be absent or off")),
+        }
+    }
+
+    /// Refuses the first key that is neither read, nor `neutral`, nor null.
+    fn refuse_rest(&self, neutral: &[&str]) -> Result<()> {
+        match self.object.iter().find(|(key, value)| !value.is_null() && !neutral.contains(&key.as_str())) {
+            None => Ok(()),
+            Some((key, value)) => {
+                let (key, value) = (self.full(&clip(key)), shown(value));
+                let detail = format!(
+                    "unknown key {key} = {value} might change the math; remove it if you know that it does not"
+                );
+                Err(Error::unsupported(self.path, detail))
+            }
+        }
+    }
+
+    /// The keys left that carry a value, `neutral` ones aside.
+    pub(super) fn rest(self, neutral: &[&str]) -> Vec<String> {
+        let carries = |(key, value): &(String, Value)| !value.is_null() && !neutral.contains(&key.as_str());
+        self.object.into_iter().filter(carries).map(|(key, _)| clip(key)).collect()
+    }
+
+    fn full(&self, key: &str) -> String {
+        if self.within.is_empty() { key.to_owned() } else { format!("{}.{key}", self.within) }
+    }
+
+    fn unsupported(&self, key: &str, value: impl std::fmt::Display, expected: &str) -> Error {
+        Error::unsupported(self.path, format!("{} is {}, expected {expected}", self.full(key), clip(value)))
+    }
+
+    fn wrong_kind(&self, key: &str, expected: &str, value: &Value) -> Error {
+        let detail = format!("{} is {} ({}), expected {expected}", self.full(key), shown(value), kind(value));
+        Error::format(self.path, detail)
+    }
+}
+
+#[cfg(test)]
+mod tests;

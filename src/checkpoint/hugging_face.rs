@@ -1,0 +1,165 @@
+//! A Hugging Face folder: config.json beside model.safetensors, or beside shards and their index.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Component, Path};
+
+use serde_json::Value;
+
+use super::json::{kind, read_object, shown};
+use super::{Checkpoint, Weight, hf_config, schema};
+use crate::error::{Error, Result, clip};
+use crate::mmap::MappedFile;
+use crate::tensor_file::{StoredTensor, TensorFile};
+
+/// The longest config.json or generation_config.json that is read. Real ones have about 1 KB.
+pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
+/// The longest model.safetensors.index.json that is read. The 8B model's has 30 KB.
+const MAX_INDEX_BYTES: u64 = 16 << 20;
+
+const CONFIG: &str = "config.json";
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+pub(super) fn looks_like_one(path: &Path) -> bool {
+    path.join(CONFIG).is_file() && (path.join(SINGLE).is_file() || path.join(INDEX).is_file())
+}
+
+pub(super) fn open(path: &Path) -> Result<Checkpoint> {
+    let kind = std::fs::metadata(path).map_err(Error::io("open", path))?;
+    if !kind.is_dir() {
+        let detail = "not a folder; a checkpoint is a folder with config.json and model.safetensors or its shards";
+        return Err(Error::unsupported(path, detail));
+    }
+    let config_path = path.join(CONFIG);
+    let mut config = hf_config::read(&config_path, read_object(&config_path, MAX_CONFIG_BYTES)?)?;
+    let not_fitting = |detail: String| Error::format(path, detail);
+
+    let (files, stored) = open_weights(path)?;
+    // Between several files the index has seen to it that no name is there twice.
+    let by_name: BTreeMap<&str, &(usize, StoredTensor)> =
+        stored.iter().map(|placed| (placed.1.name.as_str(), placed)).collect();
+    let found = by_name.iter().map(|(name, (_, tensor))| (*name, (tensor.dtype, tensor.shape.as_slice()))).collect();
+    let expected = schema::expected(&config.model).ok_or_else(|| not_fitting("the sizes overflow".to_owned()))?;
+    schema::check(&expected, &found).map_err(not_fitting)?;
+
+    let mut weights = Vec::with_capacity(expected.len());
+    for schema::Expected { name, shape } in expected {
+        // `check` has found every expected tensor, stored as a weight may be.
+        let placed = by_name.get(name.as_str()).and_then(|(file, tensor)| {
+            let dtype = schema::weight_dtype(tensor.dtype)?;
+            Some((dtype, *file, tensor.bytes.clone()))
+        });
+        let (dtype, file, bytes) = placed.ok_or_else(|| not_fitting(format!("no tensor `{name}`")))?;
+        weights.push(Weight { name, dtype, shape, file, bytes });
+    }
+    if !config.declares_dtype && let Some(embedding) = weights.first() {
+        config.model.dtype = embedding.dtype;
+    }
+    if config.model.tie_word_embeddings
+        && let (Some(head), Some(embedding)) = (by_name.get(schema::HEAD), by_name.get(schema::EMBEDDING))
+        && !same(&files, head, embedding)
+    {
+        let detail = format!(
+            "config.json ties `{}` to `{}`, but both are stored and differ; set tie_word_embeddings to false to use \
+             both, or remove the head",
+            schema::HEAD,
+            schema::EMBEDDING
+        );
+        return Err(not_fitting(detail));
+    }
+
+    let by_name = weights.iter().enumerate().map(|(index, weight)| (weight.name.clone(), index)).collect();
+    Ok(Checkpoint { path: path.to_path_buf(), format: "hugging-face", config: config.model, files, weights, by_name })
+}
+
+/// Whether two stored tensors are the same one, byte for byte.
+fn same(files: &[MappedFile], one: &(usize, StoredTensor), other: &(usize, StoredTensor)) -> bool {
+    let data = |(file, tensor): &(usize, StoredTensor)| &files[*file].bytes()[tensor.bytes.clone()];
+    (one.1.dtype, &one.1.shape) == (other.1.dtype, &other.1.shape) && data(one) == data(other)
+}
+
+/// The mapped weight files of a folder, and every tensor in them with the index of its file.
+type Stored = (Vec<MappedFile>, Vec<(usize, StoredTensor)>);
+
+/// Opens model.safetensors, or without one the shards that the index names: the order transformers looks in.
+fn open_weights(folder: &Path) -> Result<Stored> {
+    let index_path = folder.join(INDEX);
+    if folder.join(SINGLE).exists() {
+        let (file, tensors) = TensorFile::open(&folder.join(SINGLE))?.into_parts();
+        Ok((vec![file], tensors.into_iter().map(|tensor| (0, tensor)).collect()))
+    } else if index_path.exists() {
+        open_shards(folder, &index_path)
+    } else {
+        let other = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+        let hint = match other.iter().any(|name| folder.join(name).exists()) {
+            true => "; load its pytorch_model.bin with transformers and save_pretrained it, which writes safetensors",
+            false => "",
+        };
+        Err(Error::format(folder, format!("neither {SINGLE} nor {INDEX} is there{hint}")))
+    }
+}
+
+/// Opens every shard named in the index, and checks that each holds exactly the tensors the index says it does.
+fn open_shards(folder: &Path, index_path: &Path) -> Result<Stored> {
+    let shard_of = read_index(index_path)?;
+    let mut shards: BTreeMap<&str, usize> = BTreeMap::new();
+    for shard in shard_of.values() {
+        *shards.entry(shard).or_default() += 1;
+    }
+
+    let (mut files, mut stored) = (Vec::new(), Vec::new());
+    for (shard, listed) in shards {
+        let (file, tensors) = TensorFile::open(&folder.join(shard))?.into_parts();
+        let mut here = 0;
+        for tensor in &tensors {
+            match shard_of.get(&tensor.name) {
+                Some(named) if named == shard => here += 1,
+                Some(named) => {
+                    let (name, named) = (clip(&tensor.name), clip(named));
+                    let detail = format!("holds tensor `{name}`, which {INDEX} says is in `{named}`");
+                    return Err(Error::format(file.path(), detail));
+                }
+                None if schema::is_computed_buffer(&tensor.name) => {}
+                None => {
+                    let detail = format!("holds tensor `{}`, which {INDEX} does not list", clip(&tensor.name));
+                    return Err(Error::format(file.path(), detail));
+                }
+            }
+        }
+        if here != listed {
+            let holds = |name: &str| tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).is_ok();
+            let missing = shard_of.iter().filter(|(name, named)| *named == shard && !holds(name)).map(|(name, _)| name);
+            let (first, count) = (missing.clone().next().map(clip).unwrap_or_default(), missing.count());
+            let detail = format!("lacks {count} tensor(s) that {INDEX} says are in it, such as `{first}`");
+            return Err(Error::format(file.path(), detail));
+        }
+        stored.extend(tensors.into_iter().map(|tensor| (files.len(), tensor)));
+        files.push(file);
+    }
+    Ok((files, stored))
+}
+
+/// The index's map from tensor to shard. Every shard is the bare name of a file in the folder.
+fn read_index(path: &Path) -> Result<HashMap<String, String>> {
+    let mut object = read_object(path, MAX_INDEX_BYTES)?;
+    let Some(Value::Object(weight_map)) = object.swap_remove("weight_map") else {
+        return Err(Error::format(path, "no object under the key weight_map"));
+    };
+    let mut shard_of = HashMap::with_capacity(weight_map.len());
+    for (name, shard) in weight_map {
+        let Value::String(shard) = shard else {
+            let detail = format!("tensor `{}`: {} is {}, expected a file name", clip(name), shown(&shard), kind(&shard));
+            return Err(Error::format(path, detail));
+        };
+        let mut parts = Path::new(&shard).components();
+        let bare = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == shard.as_str());
+        if !bare || !shard.ends_with(".safetensors") {
+            let (name, shard) = (clip(name), clip(shard));
+            let detail =
+                format!("tensor `{name}`: `{shard}` is not the name of a .safetensors file in the same folder");
+            return Err(Error::format(path, detail));
+        }
+        shard_of.insert(name, shard);
+    }
+    Ok(shard_of)
+}
