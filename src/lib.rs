@@ -2,6 +2,7 @@
 pub mod backend;
 pub mod checkpoint;
 pub mod compile;
+pub mod engine;
 pub mod error;
 pub mod graph;
 pub mod mmap;

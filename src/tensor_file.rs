@@ -59,6 +59,11 @@ impl TensorFile {
         self.file.path()
     }
 
+    /// The whole file; [`StoredTensor::bytes`] are ranges of it.
+    pub fn mapped(&self) -> &[u8] {
+        self.file.bytes()
+    }
+
     /// All tensors, sorted by name.
     pub fn tensors(&self) -> &[StoredTensor] {
         &self.tensors
@@ -80,6 +85,31 @@ impl TensorFile {
     pub fn into_parts(self) -> (MappedFile, Vec<StoredTensor>) {
         (self.file, self.tensors)
     }
+}
+
+/// The first bytes of a safetensors file with these tensors, stored in this order without holes: length and header,
+/// padded so that the data starts at a multiple of 64 bytes.
+///
+/// # Errors
+/// [`Error::Format`] if the header would be longer than readers accept.
+pub fn encode_header(tensors: &[(&str, Dtype, Vec<usize>)]) -> Result<Vec<u8>> {
+    let mut header = serde_json::Map::new();
+    let mut offset = 0u64;
+    for (name, dtype, shape) in tensors {
+        let bytes = shape.iter().map(|n| *n as u64).product::<u64>() * dtype.bitsize() as u64 / 8;
+        let info = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + bytes]});
+        header.insert((*name).to_owned(), info);
+        offset += bytes;
+    }
+    let mut json = serde_json::Value::Object(header).to_string().into_bytes();
+    json.resize((json.len() + LENGTH_BYTES).next_multiple_of(64) - LENGTH_BYTES, b' ');
+    if json.len() as u64 > MAX_HEADER_BYTES {
+        let detail = format!("a header for {} tensors would take {} bytes", tensors.len(), json.len());
+        return Err(Error::format("safetensors", detail));
+    }
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut json);
+    Ok(bytes)
 }
 
 /// Parses and validates the whole file `bytes`.
@@ -111,7 +141,11 @@ fn parse(bytes: &[u8]) -> Result<(Vec<StoredTensor>, BTreeMap<String, String>), 
 }
 
 /// Checks names, shapes and offsets against the `data_bytes` bytes that start at `data_start`.
-fn place(mut infos: Vec<(String, TensorInfo)>, data_start: usize, data_bytes: usize) -> Result<Vec<StoredTensor>, String> {
+fn place(
+    mut infos: Vec<(String, TensorInfo)>,
+    data_start: usize,
+    data_bytes: usize,
+) -> Result<Vec<StoredTensor>, String> {
     infos.sort_by(|(left, _), (right, _)| left.cmp(right));
     if let Some((second, _)) = infos.iter().skip(1).zip(&infos).map(|(b, a)| (&b.0, &a.0)).find(|(b, a)| a == b) {
         return Err(format!("tensor `{}` is in the header twice", clip(second)));

@@ -52,7 +52,9 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         let (dtype, file, bytes) = placed.ok_or_else(|| not_fitting(format!("no tensor `{name}`")))?;
         weights.push(Weight { name, dtype, shape, file, bytes });
     }
-    if !config.declares_dtype && let Some(embedding) = weights.first() {
+    if !config.declares_dtype
+        && let Some(embedding) = weights.first()
+    {
         config.model.dtype = embedding.dtype;
     }
     if config.model.tie_word_embeddings
@@ -148,11 +150,13 @@ fn read_index(path: &Path) -> Result<HashMap<String, String>> {
     let mut shard_of = HashMap::with_capacity(weight_map.len());
     for (name, shard) in weight_map {
         let Value::String(shard) = shard else {
-            let detail = format!("tensor `{}`: {} is {}, expected a file name", clip(name), shown(&shard), kind(&shard));
+            let detail =
+                format!("tensor `{}`: {} is {}, expected a file name", clip(name), shown(&shard), kind(&shard));
             return Err(Error::format(path, detail));
         };
         let mut parts = Path::new(&shard).components();
-        let bare = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == shard.as_str());
+        let bare =
+            matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == shard.as_str());
         if !bare || !shard.ends_with(".safetensors") {
             let (name, shard) = (clip(name), clip(shard));
             let detail =

@@ -220,7 +220,9 @@ pub enum Epilogue {
     Accumulate,
 }
 
-/// One call. Views that are read and written never overlap.
+/// One call. Views that are read and written never overlap. `out` is a buffer's index; `weight`, `gamma` and `beta`
+/// are weights'.
+#[allow(missing_docs)] // the fields are the operands that each variant's line names
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Kernel {
@@ -347,8 +349,16 @@ impl Program {
                 return Err(format!("buffer {} does not lie in the arena of {} bytes", b.name, self.arena_bytes));
             }
         }
+        let mut written = vec![false; self.buffers.len()];
         for (index, kernel) in self.kernels.iter().enumerate() {
             self.check(kernel).map_err(|e| format!("kernel {index}: {e}"))?;
+            let updated = kernel.writes().and_then(|(out, reads)| reads.then_some(out));
+            if let Some(early) = kernel.reads().iter().map(|v| v.buffer).chain(updated).find(|b| !written[*b]) {
+                return Err(format!("kernel {index}: it reads {} before it is written", self.buffers[early].name));
+            }
+            if let Some((out, _)) = kernel.writes() {
+                written[out] = true;
+            }
         }
         let logits = self.buffer(self.logits)?;
         if logits.width != l.vocab_size || logits.dtype != DType::F32 || logits.rows != RowCount::LogitsRows {

@@ -4,7 +4,6 @@
 //! Blocks start at multiples of [`KEY_BLOCK`] in the sequence, never at a chunk's edge, so a token's result is the
 //! same however its prompt was cut.
 
-use super::isa::Isa;
 use super::{Element, kernel, mul_add};
 
 /// Keys per block: 128 × 128 BF16 keys are 32 KiB.
@@ -114,6 +113,7 @@ fn add_values<C: Element, const FMA: bool>(sums: &mut [f32], weights: &[f32], va
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::Isa;
     use super::*;
 
     #[test]

@@ -1,6 +1,5 @@
 //! Kernels that treat each row by itself: norms, rotary positions, elementwise operations, gathers.
 
-use half::bf16;
 use rayon::prelude::*;
 
 use super::isa::Isa;
@@ -156,22 +155,19 @@ pub fn gather<T: Element>(table: Rows<'_, T>, indices: &[u32], out: RowsMut<'_, 
 
 /// Writes one token's keys or values, `[heads · head_dim]`, to its position in a cache slot of
 /// `[heads, capacity, padded_dim]`.
-pub fn store_position<O: Element>(x: &[f32], head_dim: usize, padded_dim: usize, position: usize, slot: &mut [O]) {
+pub fn store_position<T: Element, O: Element>(
+    x: &[T],
+    head_dim: usize,
+    padded_dim: usize,
+    position: usize,
+    slot: &mut [O],
+) {
     let heads = x.len() / head_dim;
     let per_head = slot.len() / heads;
     for (x, cache) in x.chunks_exact(head_dim).zip(slot.chunks_exact_mut(per_head)) {
         for (out, x) in cache[position * padded_dim..][..head_dim].iter_mut().zip(x) {
-            *out = O::from_f32(*x);
+            *out = O::from_f32(x.to_f32());
         }
-    }
-}
-
-/// As [`store_position`] for values that are BF16 already.
-pub fn store_narrow(x: &[bf16], head_dim: usize, padded_dim: usize, position: usize, slot: &mut [bf16]) {
-    let heads = x.len() / head_dim;
-    let per_head = slot.len() / heads;
-    for (x, cache) in x.chunks_exact(head_dim).zip(slot.chunks_exact_mut(per_head)) {
-        cache[position * padded_dim..][..head_dim].copy_from_slice(x);
     }
 }
 
@@ -227,7 +223,7 @@ mod tests {
     #[test]
     fn cache_positions_are_per_head() {
         let mut slot = [0.0f32; 2 * 3 * 4]; // 2 heads, capacity 3, padded to 4
-        store_position(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 4, 1, &mut slot);
+        store_position(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 4, 1, &mut slot);
         assert_eq!(slot[4..8], [1.0, 2.0, 3.0, 0.0]);
         assert_eq!(slot[16..20], [4.0, 5.0, 6.0, 0.0]);
     }

@@ -1,0 +1,447 @@
+//! Runs a program: mapped weights, one arena, one block of KV memory, a pool of threads. A step allocates nothing.
+
+use std::ops::Range;
+use std::path::Path;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::kernels::isa::Isa;
+use super::kernels::matmul::{self, Packed};
+use super::kernels::rowwise::{self, RowsMut, Unary};
+use super::kernels::{Element, Rows, attention};
+use super::program::{BufferSpec, CacheKind, CacheSpec, Epilogue, Indices, Kernel, Program, RowCount, Table, View};
+use crate::backend::{Executor, Limits, Logits, Step};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+use crate::tensor_file::TensorFile;
+
+/// Query rows times heads times positions below which attention is not worth waking other threads.
+const SERIAL_ATTENTION: usize = 1 << 10;
+
+/// How to run a program on this machine.
+#[derive(Debug, Clone, Default)]
+pub struct CpuOptions {
+    /// Threads; `None` takes one per core that this process may use.
+    pub threads: Option<usize>,
+    /// Instruction set; `None` takes the best there is.
+    pub isa: Option<Isa>,
+    /// Sequences to reserve KV memory for, at most and by default those of the plan.
+    pub slots: Option<usize>,
+}
+
+/// The CPU executor.
+pub struct CpuExecutor {
+    program: Program,
+    limits: Limits,
+    weights: Weights,
+    arena: Box<[Line]>,
+    cache: Box<[Line]>,
+    positions: Vec<u32>, // [tokens of the step]
+    slots: Vec<u32>,     // [tokens of the step]
+    pool: rayon::ThreadPool,
+    isa: Isa,
+}
+
+/// Memory is allocated in cache lines, which aligns every buffer.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+struct Weights {
+    file: TensorFile,
+    ranges: Vec<Range<usize>>, // per weight of the program, in bytes of the file
+}
+
+impl CpuExecutor {
+    /// Maps weights and reserves memory. `weights` are those the program names, as the packer wrote them.
+    ///
+    /// # Errors
+    /// [`Error::Package`] if the program does not hold together or a weight is missing or has another shape;
+    /// [`Error::Request`] if an option is out of range or the memory cannot be reserved.
+    pub fn new(
+        mut program: Program,
+        plan_path: &Path,
+        weights: TensorFile,
+        options: &CpuOptions,
+    ) -> Result<CpuExecutor> {
+        program.validate().map_err(|e| Error::package(plan_path, format!("{e}; build the package again")))?;
+        if let Some(slots) = options.slots {
+            if slots == 0 || slots > program.limits.slots {
+                let most = program.limits.slots;
+                return Err(Error::Request(format!("{slots} slots, but this engine was built for 1 to {most}")));
+            }
+            program.limits.slots = slots;
+        }
+        let weights = Weights::new(&program, weights)?;
+        let threads = match options.threads {
+            Some(0) => return Err(Error::Request("0 threads; at least one is needed".into())),
+            Some(n) if n > 1024 => return Err(Error::Request(format!("{n} threads; at most 1024 are supported"))),
+            Some(n) => n,
+            None => std::thread::available_parallelism().map_or(1, |n| n.get()),
+        };
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("aotron-cpu-{i}"))
+            .build()
+            .map_err(|e| Error::Request(format!("cannot start {threads} threads: {e}")))?;
+        let limits = program.limits.clone();
+        let cache_bytes = program.cache.total_bytes(&limits).unwrap_or(usize::MAX);
+        Ok(CpuExecutor {
+            arena: reserve(program.arena_bytes, "activations", &limits)?,
+            cache: reserve(cache_bytes, "KV cache", &limits)?,
+            positions: Vec::with_capacity(limits.max_step_tokens),
+            slots: Vec::with_capacity(limits.max_step_tokens),
+            isa: options.isa.unwrap_or_else(Isa::detect),
+            program,
+            limits,
+            weights,
+            pool,
+        })
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Threads in use.
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+}
+
+/// Zeroed memory that the operating system hands out as it is touched.
+fn reserve(bytes: usize, what: &str, limits: &Limits) -> Result<Box<[Line]>> {
+    bytemuck::allocation::try_zeroed_slice_box(bytes.div_ceil(size_of::<Line>())).map_err(|()| {
+        Error::Request(format!(
+            "cannot reserve {bytes} bytes for the {what} of {} sequences of {} tokens; ask for fewer slots",
+            limits.slots, limits.max_sequence_tokens
+        ))
+    })
+}
+
+impl Weights {
+    fn new(program: &Program, file: TensorFile) -> Result<Weights> {
+        let mut ranges = Vec::with_capacity(program.weights.len());
+        for spec in &program.weights {
+            let refuse = |detail: String| Error::package(file.path(), format!("{detail}; build the package again"));
+            let (stored, data) =
+                file.tensor(&spec.name).ok_or_else(|| refuse(format!("weight `{}` is missing", spec.name)))?;
+            let dtype = match stored.dtype {
+                safetensors::Dtype::F32 => Some(DType::F32),
+                safetensors::Dtype::BF16 => Some(DType::BF16),
+                _ => None,
+            };
+            if dtype != Some(spec.dtype) || stored.shape != spec.stored_shape() {
+                return Err(refuse(format!(
+                    "weight `{}` is {:?} {:?}, the plan expects {} {:?}",
+                    spec.name,
+                    stored.dtype,
+                    stored.shape,
+                    spec.dtype,
+                    spec.stored_shape()
+                )));
+            }
+            if !(data.as_ptr() as usize).is_multiple_of(spec.dtype.bytes()) {
+                return Err(refuse(format!("weight `{}` is not aligned", spec.name)));
+            }
+            ranges.push(stored.bytes.clone());
+        }
+        Ok(Weights { file, ranges })
+    }
+
+    fn data<T: Element>(&self, index: usize) -> &[T] {
+        bytemuck::cast_slice(&self.file.mapped()[self.ranges[index].clone()])
+    }
+}
+
+impl Executor for CpuExecutor {
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
+        if step.tokens().len() > self.limits.max_step_tokens || step.logits_rows().len() > self.limits.max_logits_rows {
+            return Err(Error::Step("the step was made for another engine's limits".into()));
+        }
+        self.positions.clear();
+        self.slots.clear();
+        for span in step.spans() {
+            self.positions.extend((span.past_tokens..span.past_tokens + span.len).map(|p| p as u32));
+            self.slots.extend(std::iter::repeat_n(span.slot as u32, span.len));
+        }
+        let out_of_range = self.slots.iter().any(|s| *s as usize >= self.limits.slots)
+            || self.positions.iter().any(|p| *p as usize >= self.limits.max_sequence_tokens)
+            || step.tokens().iter().any(|t| *t as usize >= self.limits.vocab_size);
+        if out_of_range {
+            return Err(Error::Step("the step was made for another engine's limits".into()));
+        }
+        if cfg!(debug_assertions) {
+            bytemuck::cast_slice_mut::<Line, u8>(&mut self.arena).fill(0xff); // NaN: nothing may read what was not written
+        }
+        let mut run = Run {
+            step,
+            positions: &self.positions,
+            slots: &self.slots,
+            program: &self.program,
+            limits: &self.limits,
+            weights: &self.weights,
+            arena: bytemuck::cast_slice_mut(&mut self.arena),
+            cache: bytemuck::cast_slice_mut(&mut self.cache),
+            isa: self.isa,
+        };
+        self.pool.install(|| {
+            for kernel in &run.program.kernels {
+                run.kernel(kernel);
+            }
+        });
+        let logits = &self.program.buffers[self.program.logits];
+        let bytes = step.logits_rows().len() * logits.width * 4;
+        let arena: &[u8] = bytemuck::cast_slice(&self.arena);
+        Logits::new(bytemuck::cast_slice(&arena[logits.offset..logits.offset + bytes]), logits.width)
+    }
+}
+
+/// One step on its way. Every index and shape below was checked by [`Program::validate`] and against the step.
+struct Run<'a> {
+    step: &'a Step,
+    positions: &'a [u32], // [tokens]
+    slots: &'a [u32],     // [tokens]
+    program: &'a Program,
+    limits: &'a Limits,
+    weights: &'a Weights,
+    arena: &'a mut [u8],
+    cache: &'a mut [u8], // [layers, keys and values, slots, kv_heads, max_sequence_tokens, padded_dim]
+    isa: Isa,
+}
+
+/// Runs an expression with `$t` bound to the Rust type of a dtype.
+macro_rules! with_type {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            DType::BF16 => {
+                type $t = bf16;
+                $body
+            }
+            _ => {
+                type $t = f32;
+                $body
+            }
+        }
+    };
+}
+
+impl Run<'_> {
+    fn kernel(&mut self, kernel: &Kernel) {
+        let isa = self.isa;
+        let program = self.program;
+        let weights = self.weights;
+        match *kernel {
+            Kernel::Gather { indices, table, out } => {
+                let indices = match indices {
+                    Indices::TokenIds => self.step.tokens(),
+                    Indices::Positions => self.positions,
+                    Indices::LogitsRows => self.step.logits_rows(),
+                };
+                match table {
+                    Table::Weight(w) => {
+                        let width = program.weights[w].columns;
+                        with_type!(program.weights[w].dtype, T => {
+                            let table = Rows::new(weights.data::<T>(w), width, width);
+                            rowwise::gather(table, indices, self.rows_mut(out));
+                        });
+                    }
+                    Table::View(x) => {
+                        let ([x], out) = self.buffers([x], out);
+                        rowwise::gather(x.rows::<f32>(), indices, out.rows_mut());
+                    }
+                }
+            }
+            Kernel::LayerNorm { x, gamma, beta, eps, out } => {
+                let (gamma, beta) = (weights.data::<f32>(gamma), weights.data::<f32>(beta));
+                let ([x], out) = self.buffers([x], out);
+                with_type!(out.spec.dtype, O => {
+                    rowwise::layer_norm::<O>(isa, x.rows(), gamma, beta, eps, out.rows_mut());
+                });
+            }
+            Kernel::Linear { x, weight, epilogue, out } => {
+                let spec = &program.weights[weight];
+                let ([x], out) = self.buffers([x], out);
+                with_type!(spec.dtype, T => {
+                    if let Some(packed) = Packed::new(weights.data::<T>(weight), spec.rows, spec.columns) {
+                        with_type!(out.spec.dtype, O => {
+                            let out = out.rows_mut::<O>();
+                            let epilogue = match epilogue {
+                                Epilogue::Store => matmul::Epilogue::Store,
+                                Epilogue::Relu2 => matmul::Epilogue::Relu2,
+                                Epilogue::Accumulate => matmul::Epilogue::Accumulate,
+                            };
+                            matmul::linear(isa, x.rows::<T>(), out.rows, packed, epilogue, out.data, out.stride);
+                        });
+                    }
+                });
+            }
+            Kernel::Rotary { x, cos, sin, head_dim, out } => {
+                let ([x, cos, sin], out) = self.buffers([x, cos, sin], out);
+                rowwise::rotary::<f32>(isa, x.rows(), cos.rows(), sin.rows(), head_dim, out.rows_mut());
+            }
+            Kernel::Store { x, layer, kind } => self.store(x, layer, kind),
+            Kernel::Attention { q, layer, scale, out } => {
+                with_type!(program.cache.dtype, C => self.attention::<C>(q, layer, scale, out))
+            }
+            Kernel::Convert { x, out } => self.unary(Unary::Convert, x, out),
+            Kernel::Relu2 { x, out } => self.unary(Unary::Relu2, x, out),
+            Kernel::AddScalar { x, scalar, out } => self.unary(Unary::AddScalar(scalar), x, out),
+            Kernel::Add { x, y, out } => {
+                let ([x, y], out) = self.buffers([x, y], out);
+                rowwise::add(x.rows(), y.rows(), out.rows_mut());
+            }
+        }
+    }
+
+    fn unary(&mut self, op: Unary, x: View, out: usize) {
+        let ([x], out) = self.buffers([x], out);
+        with_type!(x.spec.dtype, T => with_type!(out.spec.dtype, O => {
+            rowwise::unary::<T, O>(op, x.rows(), out.rows_mut());
+        }));
+    }
+
+    fn store(&mut self, x: View, layer: usize, kind: CacheKind) {
+        let cache = &self.program.cache;
+        let (head_dim, padded_dim) = (cache.head_dim, cache.padded_dim());
+        let bytes = cache_range(cache, self.limits, layer, kind);
+        let slot_elements = bytes.len() / self.limits.slots / cache.dtype.bytes();
+        let x = source(self.arena, self.program, self.limits, x, 0);
+        with_type!(cache.dtype, C => {
+            let slots: &mut [C] = bytemuck::cast_slice_mut(&mut self.cache[bytes]);
+            for (row, (slot, position)) in self.slots.iter().zip(self.positions).enumerate() {
+                let slot = &mut slots[*slot as usize * slot_elements..][..slot_elements];
+                with_type!(x.spec.dtype, T => {
+                    let x = x.rows::<T>();
+                    rowwise::store_position::<T, C>(x.row(row), head_dim, padded_dim, *position as usize, slot);
+                });
+            }
+        });
+    }
+
+    fn attention<C: Element>(&mut self, q: View, layer: usize, scale: f32, out: usize) {
+        let cache = &self.program.cache;
+        let keys: &[C] = bytemuck::cast_slice(&self.cache[cache_range(cache, self.limits, layer, CacheKind::Keys)]);
+        let values: &[C] = bytemuck::cast_slice(&self.cache[cache_range(cache, self.limits, layer, CacheKind::Values)]);
+        let (slots, positions, isa) = (self.slots, self.positions, self.isa);
+        let (head_dim, padded_dim) = (cache.head_dim, cache.padded_dim());
+        let head_elements = self.limits.max_sequence_tokens * padded_dim;
+        let kv_heads = cache.kv_heads;
+        let heads = q.width / head_dim;
+        let rows = self.step.tokens().len();
+        let ([q], out) = split(self.arena, self.program, self.limits, [q], out, rows);
+        let q = q.rows::<f32>();
+        with_type!(out.spec.dtype, O => {
+            let one = |index: usize, out: &mut [O]| {
+                let (row, head) = (index / heads, index % heads);
+                let kv_head = slots[row] as usize * kv_heads + head / (heads / kv_heads);
+                let block = kv_head * head_elements..(kv_head + 1) * head_elements;
+                let q = &q.row(row)[head * head_dim..][..head_dim];
+                let len = positions[row] as usize + 1;
+                attention::attend(isa, q, &keys[block.clone()], &values[block], padded_dim, len, scale, out);
+            };
+            let out = out.rows_mut::<O>();
+            let out = &mut out.data[..out.rows * out.stride];
+            let work: usize = positions.iter().map(|p| *p as usize + 1).sum::<usize>() * heads;
+            if work < SERIAL_ATTENTION {
+                out.chunks_exact_mut(head_dim).enumerate().for_each(|(i, out)| one(i, out));
+            } else {
+                out.par_chunks_exact_mut(head_dim).enumerate().for_each(|(i, out)| one(i, out));
+            }
+        });
+    }
+}
+
+impl<'a> Run<'a> {
+    fn row_count(&self, spec: &BufferSpec) -> usize {
+        match spec.rows {
+            RowCount::Tokens => self.step.tokens().len(),
+            RowCount::LogitsRows => self.step.logits_rows().len(),
+        }
+    }
+
+    fn rows_mut<T: Element>(&mut self, out: usize) -> RowsMut<'_, T> {
+        let ([], out) = self.buffers([], out);
+        out.rows_mut()
+    }
+
+    /// Some buffers to read and one, apart from them, to write.
+    fn buffers<const N: usize>(&mut self, reads: [View; N], out: usize) -> ([Source<'_>; N], Target<'_>) {
+        let rows = self.row_count(&self.program.buffers[out]);
+        split(self.arena, self.program, self.limits, reads, out, rows)
+    }
+}
+
+/// Columns of a buffer to read.
+struct Source<'a> {
+    bytes: &'a [u8], // from the first row's first element
+    spec: &'a BufferSpec,
+    view: View,
+}
+
+/// A buffer to write.
+struct Target<'a> {
+    bytes: &'a mut [u8],
+    spec: &'a BufferSpec,
+    rows: usize,
+}
+
+impl<'a> Source<'a> {
+    fn rows<T: Element>(&self) -> Rows<'a, T> {
+        let elements: &'a [T] = bytemuck::cast_slice(self.bytes);
+        Rows::new(&elements[self.view.column..], self.spec.width, self.view.width)
+    }
+}
+
+impl<'a> Target<'a> {
+    fn rows_mut<T: Element>(self) -> RowsMut<'a, T> {
+        RowsMut { data: bytemuck::cast_slice_mut(self.bytes), stride: self.spec.width, rows: self.rows }
+    }
+}
+
+fn byte_range(spec: &BufferSpec, limits: &Limits) -> Range<usize> {
+    spec.offset..spec.offset + spec.rows.max(limits) * spec.width * spec.dtype.bytes()
+}
+
+fn source<'a>(arena: &'a [u8], program: &'a Program, limits: &Limits, view: View, arena_start: usize) -> Source<'a> {
+    let spec = &program.buffers[view.buffer];
+    let range = byte_range(spec, limits);
+    Source { bytes: &arena[range.start - arena_start..range.end - arena_start], spec, view }
+}
+
+/// Splits the arena around `out`; a valid program's reads lie on either side of it.
+fn split<'a, const N: usize>(
+    arena: &'a mut [u8],
+    program: &'a Program,
+    limits: &Limits,
+    reads: [View; N],
+    out: usize,
+    rows: usize,
+) -> ([Source<'a>; N], Target<'a>) {
+    let spec = &program.buffers[out];
+    let range = byte_range(spec, limits);
+    let (before, rest) = arena.split_at_mut(range.start);
+    let (bytes, after) = rest.split_at_mut(range.len());
+    let (before, after) = (&*before, &*after);
+    let sources = reads.map(|view| {
+        if program.buffers[view.buffer].offset < range.start {
+            source(before, program, limits, view, 0)
+        } else {
+            source(after, program, limits, view, range.end)
+        }
+    });
+    (sources, Target { bytes, spec, rows })
+}
+
+/// Bytes of one layer's keys or values, all slots, in the cache.
+fn cache_range(cache: &CacheSpec, limits: &Limits, layer: usize, kind: CacheKind) -> Range<usize> {
+    let bytes = cache.slot_elements(limits).unwrap_or(0) * limits.slots * cache.dtype.bytes();
+    let index = 2 * layer + usize::from(kind == CacheKind::Values);
+    index * bytes..(index + 1) * bytes
+}

@@ -1,0 +1,201 @@
+//! `engine.json`: what a package is and what is in it.
+
+use std::path::{Component, Path};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::backend::Limits;
+use crate::checkpoint::ModelConfig;
+use crate::error::{Error, Result};
+
+/// The manifest's file name.
+pub const MANIFEST_NAME: &str = "engine.json";
+/// Version of the package's layout and manifest. A package of another version is refused by name.
+pub const FORMAT_VERSION: u32 = 1;
+/// A manifest is refused unread past this size.
+pub(super) const MAX_MANIFEST_BYTES: u64 = 4 << 20;
+const FORMAT: &str = "aotron-engine";
+
+/// The manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// `"aotron-engine"`.
+    pub format: String,
+    /// [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Name and version of the program that built the package.
+    pub tool: String,
+    /// The model's dimensions.
+    pub model: ModelConfig,
+    /// Where the weights came from.
+    pub checkpoint: CheckpointInfo,
+    /// The tokenizer; a package without one takes and gives token ids only.
+    pub tokenizer: Option<TokenizerInfo>,
+    /// How a generation goes when the request does not say.
+    pub generation: GenerationSettings,
+    /// What can run, one per target and precision.
+    pub plans: Vec<PlanInfo>,
+    /// Every other file of the package.
+    pub files: Vec<FileInfo>,
+    /// SHA-256 of this manifest with this field empty.
+    pub sha256: String,
+}
+
+/// What a package was built from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointInfo {
+    /// The kind of checkpoint: `"hugging-face"`.
+    pub format: String,
+    /// `sha256:` of the config and every tensor's name, dtype, shape and bytes.
+    pub digest: String,
+}
+
+/// The package's tokenizer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerInfo {
+    /// Its file.
+    pub file: String,
+    /// Largest id plus one. The model's ids from there on are padding and are never sampled.
+    pub vocab_size: usize,
+}
+
+/// Defaults of a generation, and what ends it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GenerationSettings {
+    /// Ids that always end a generation and are never shown.
+    pub stop_token_ids: Vec<u32>,
+    /// Texts that end a chat answer and are never shown.
+    pub stop_strings: Vec<String>,
+    /// New tokens, if the request does not say.
+    pub max_tokens: usize,
+}
+
+/// A plan and what it needs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanInfo {
+    /// What it runs on: `"cpu"`.
+    pub target: String,
+    /// How it computes: `"f32"`, `"bf16"`.
+    pub precision: String,
+    /// The plan's file.
+    pub plan: String,
+    /// The weights it reads.
+    pub weights: String,
+    /// What it was built for.
+    pub limits: Limits,
+    /// Bytes of KV cache per token of one sequence.
+    pub kv_bytes_per_token: usize,
+    /// The recipe's text.
+    pub recipe: String,
+}
+
+/// A file of the package.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileInfo {
+    /// Path inside the package, with `/`.
+    pub path: String,
+    /// Size.
+    pub bytes: u64,
+    /// Digest, hexadecimal.
+    pub sha256: String,
+}
+
+impl Manifest {
+    /// A manifest of this format and tool; `files` and `sha256` are filled in by [`super::PackageWriter`].
+    pub fn new(model: ModelConfig, checkpoint: CheckpointInfo, generation: GenerationSettings) -> Manifest {
+        Manifest {
+            format: FORMAT.into(),
+            format_version: FORMAT_VERSION,
+            tool: concat!("aotron ", env!("CARGO_PKG_VERSION")).into(),
+            model,
+            checkpoint,
+            tokenizer: None,
+            generation,
+            plans: Vec::new(),
+            files: Vec::new(),
+            sha256: String::new(),
+        }
+    }
+
+    /// The manifest's text, sealed with its digest.
+    pub(super) fn seal(&mut self) -> Result<String> {
+        self.sha256.clear();
+        self.sha256 = hex(&Sha256::digest(self.json()?));
+        self.json()
+    }
+
+    fn json(&self) -> Result<String> {
+        let mut text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::package(MANIFEST_NAME, format!("cannot be written as JSON: {e}")))?;
+        text.push('\n');
+        Ok(text)
+    }
+
+    /// Reads and checks a manifest; `folder` is named in errors.
+    pub(super) fn parse(folder: &Path, text: &[u8]) -> Result<Manifest> {
+        #[derive(Deserialize)]
+        struct Head {
+            format: String,
+            format_version: u64,
+        }
+        let refuse = |detail: String| Error::package(folder, format!("{MANIFEST_NAME}: {detail}"));
+        let head: Head = serde_json::from_slice(text).map_err(|e| refuse(format!("not a manifest: {e}")))?;
+        if head.format != FORMAT {
+            let found: String = head.format.chars().take(40).collect();
+            return Err(refuse(format!("the format is \"{found}\", expected \"{FORMAT}\"")));
+        }
+        if head.format_version != u64::from(FORMAT_VERSION) {
+            let way_out = if head.format_version > u64::from(FORMAT_VERSION) {
+                "use a newer aotron, or build the package again with this one"
+            } else {
+                "build the package again"
+            };
+            let found = head.format_version;
+            return Err(refuse(format!(
+                "format version {found}, this aotron reads version {FORMAT_VERSION}; {way_out}"
+            )));
+        }
+        let mut manifest: Manifest = serde_json::from_slice(text).map_err(|e| refuse(e.to_string()))?;
+        let stated = std::mem::take(&mut manifest.sha256);
+        if hex(&Sha256::digest(manifest.json()?)) != stated {
+            return Err(refuse(
+                "its content does not match its own digest: it was changed or damaged; build the package again".into(),
+            ));
+        }
+        manifest.sha256 = stated;
+        for file in &manifest.files {
+            let plain = Path::new(&file.path).components().all(|c| matches!(c, Component::Normal(_)));
+            if !plain || file.path.is_empty() {
+                return Err(refuse(format!("\"{}\" is not a path inside the package", file.path)));
+            }
+        }
+        let referenced = manifest.plans.iter().flat_map(|p| [&p.plan, &p.weights]);
+        for path in referenced.chain(manifest.tokenizer.as_ref().map(|t| &t.file)) {
+            if manifest.file(path).is_none() {
+                return Err(refuse(format!("\"{path}\" is used but not listed in files")));
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// The entry of a file.
+    pub fn file(&self, path: &str) -> Option<&FileInfo> {
+        self.files.iter().find(|f| f.path == path)
+    }
+}
+
+/// Lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, b| {
+        let _ = write!(text, "{b:02x}");
+        text
+    })
+}

@@ -1,0 +1,18 @@
+//! The engine package: a folder with everything that running a model needs.
+//!
+//! ```text
+//! engine.json          the manifest: what the package is, its plans, every file's size and SHA-256
+//! plans/<target>.*     what a target executes
+//! weights/*.safetensors  packed weights, mapped and read in place
+//! tokenizer.json
+//! ```
+
+mod manifest;
+mod package;
+mod writer;
+
+pub use manifest::{
+    CheckpointInfo, FORMAT_VERSION, FileInfo, GenerationSettings, MANIFEST_NAME, Manifest, PlanInfo, TokenizerInfo,
+};
+pub use package::{Package, is_package};
+pub use writer::PackageWriter;

@@ -1,0 +1,118 @@
+//! Opening a package: everything small is checked against its digest, the weights against their size (and on request
+//! their digest).
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::manifest::{FileInfo, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, hex};
+use crate::error::{Error, Result};
+use crate::mmap::{MappedFile, open_regular};
+
+/// Whether `path` looks like an engine package.
+pub fn is_package(path: &Path) -> bool {
+    path.join(MANIFEST_NAME).is_file()
+}
+
+/// An opened engine package.
+#[derive(Debug, Clone)]
+pub struct Package {
+    path: PathBuf,
+    manifest: Manifest,
+}
+
+impl Package {
+    /// Opens the package at `path` and checks its manifest and the size of every file. Weights are not read.
+    ///
+    /// # Errors
+    /// [`Error::Package`] naming the file that is missing, truncated, or of another format version.
+    pub fn open(path: &Path) -> Result<Package> {
+        if !path.exists() {
+            return Err(Error::package(path, "there is no such folder; `aotron build` makes one"));
+        }
+        let file = path.join(MANIFEST_NAME);
+        if !file.exists() {
+            return Err(Error::package(
+                path,
+                format!("no {MANIFEST_NAME} in it, so it is not an engine package; `aotron build` makes one"),
+            ));
+        }
+        let mut text = Vec::new();
+        let reader = open_regular(&file)?;
+        reader.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut text).map_err(Error::io("read", &file))?;
+        if text.len() as u64 > MAX_MANIFEST_BYTES {
+            return Err(Error::package(path, format!("{MANIFEST_NAME} is over {MAX_MANIFEST_BYTES} bytes")));
+        }
+        let package = Package { manifest: Manifest::parse(path, &text)?, path: path.to_path_buf() };
+        for file in &package.manifest.files {
+            let found = package.path.join(&file.path);
+            match std::fs::metadata(&found) {
+                Ok(meta) if meta.is_file() && meta.len() == file.bytes => {}
+                Ok(meta) => {
+                    let (bytes, found) = (file.bytes, meta.len());
+                    return Err(package.refuse(&file.path, &format!("has {found} bytes, {bytes} were written")));
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(package.refuse(&file.path, "is missing"));
+                }
+                Err(e) => return Err(Error::io("look at", &found)(e)),
+            }
+        }
+        Ok(package)
+    }
+
+    fn refuse(&self, file: &str, detail: &str) -> Error {
+        Error::package(&self.path, format!("{file} {detail}; copy the package again or build it again"))
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Where a file of the package is.
+    pub fn file_path(&self, file: &str) -> PathBuf {
+        self.path.join(file)
+    }
+
+    /// A small file's content, checked against its digest.
+    ///
+    /// # Errors
+    /// [`Error::Package`] if it is not listed or not what was written.
+    pub fn read(&self, file: &str) -> Result<Vec<u8>> {
+        let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
+        let mapped = MappedFile::open(&self.file_path(file))?;
+        self.check(info, mapped.bytes(), &|_| {})?;
+        Ok(mapped.bytes().to_vec())
+    }
+
+    /// Checks every file against its digest; `progress` gets numbers of bytes.
+    ///
+    /// # Errors
+    /// [`Error::Package`] naming the first file whose bytes are not what was written.
+    pub fn verify(&self, progress: &dyn Fn(u64)) -> Result<()> {
+        for info in &self.manifest.files {
+            let mapped = MappedFile::open(&self.file_path(&info.path))?;
+            self.check(info, mapped.bytes(), progress)?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, info: &FileInfo, bytes: &[u8], progress: &dyn Fn(u64)) -> Result<()> {
+        let mut digest = Sha256::new();
+        for piece in bytes.chunks(1 << 20) {
+            digest.update(piece);
+            progress(piece.len() as u64);
+        }
+        if hex(&digest.finalize()) != info.sha256 {
+            return Err(self.refuse(&info.path, "does not match its digest: it is damaged"));
+        }
+        Ok(())
+    }
+}

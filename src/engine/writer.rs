@@ -1,0 +1,163 @@
+//! Writing a package so that it appears whole or not at all.
+//!
+//! Files are written to a folder beside the target, each flushed to disk; the folder is renamed last. A build that
+//! dies leaves such a folder behind; the next build to the same target removes it (a lock tells a dead build's
+//! folder from a running one's).
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use sha2::{Digest, Sha256};
+
+use super::manifest::{FileInfo, MANIFEST_NAME, Manifest, hex};
+use super::package::is_package;
+use crate::error::{Error, Result};
+
+/// A package being written. Dropped unfinished, it leaves nothing.
+#[derive(Debug)]
+pub struct PackageWriter {
+    target: PathBuf,
+    building: PathBuf,
+    lock: Option<File>,
+    replace: bool,
+    files: Vec<FileInfo>,
+}
+
+impl PackageWriter {
+    /// Starts a package at `target`. Missing parent folders are made.
+    ///
+    /// # Errors
+    /// [`Error::Package`] if `target` exists, unless `replace` is set and it is an engine package or an empty folder;
+    /// [`Error::Io`] if a folder cannot be made.
+    pub fn create(target: &Path, replace: bool) -> Result<PackageWriter> {
+        let name = target
+            .file_name()
+            .and_then(|n| n.to_str())
+            .ok_or_else(|| Error::package(target, "the output must be a folder's path that ends in a plain name"))?;
+        let parent = match target.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+            Some(parent) => parent,
+            None => Path::new("."),
+        };
+        refuse_existing(target, replace)?;
+        fs::create_dir_all(parent).map_err(Error::io("make the folder", parent))?;
+        let prefix = format!(".{name}.building-");
+        remove_leftovers(parent, &prefix);
+        let building = parent.join(format!("{prefix}{}", std::process::id()));
+        fs::create_dir(&building).map_err(Error::io("make the folder", &building))?;
+        let mut writer =
+            PackageWriter { target: target.to_path_buf(), building, lock: None, replace, files: Vec::new() };
+        let lock = File::open(&writer.building).map_err(Error::io("open", &writer.building))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|e| Error::io("lock", &writer.building)(e.into()))?;
+        writer.lock = Some(lock);
+        Ok(writer)
+    }
+
+    /// Bytes free on the disk that the package goes to.
+    pub fn free_bytes(&self) -> Option<u64> {
+        let stat = rustix::fs::statvfs(&self.building).ok()?;
+        stat.f_bavail.checked_mul(stat.f_frsize)
+    }
+
+    /// Adds a file; `fill` writes its content through the function it gets.
+    ///
+    /// # Errors
+    /// What `fill` returns, or [`Error::Io`] naming the file (a full disk, say).
+    pub fn add(
+        &mut self,
+        path: &str,
+        fill: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        let full = self.building.join(path);
+        if let Some(folder) = full.parent() {
+            fs::create_dir_all(folder).map_err(Error::io("make the folder", folder))?;
+        }
+        let file = File::create_new(&full).map_err(Error::io("create", &full))?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        let mut digest = Sha256::new();
+        let mut bytes = 0u64;
+        fill(&mut |piece| {
+            digest.update(piece);
+            bytes += piece.len() as u64;
+            out.write_all(piece).map_err(Error::io("write", &full))
+        })?;
+        let file = out.into_inner().map_err(|e| Error::io("write", &full)(e.into_error()))?;
+        file.sync_all().map_err(Error::io("flush to disk", &full))?;
+        self.files.push(FileInfo { path: path.into(), bytes, sha256: hex(&digest.finalize()) });
+        Ok(())
+    }
+
+    /// Writes the manifest and makes the package appear at its target.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if that fails; the target is then as it was.
+    pub fn finish(mut self, manifest: &mut Manifest) -> Result<()> {
+        manifest.files = std::mem::take(&mut self.files);
+        let text = manifest.seal()?;
+        self.add(MANIFEST_NAME, |write| write(text.as_bytes()))?;
+        let folders = manifest.files.iter().filter_map(|f| Path::new(&f.path).parent()).map(|p| self.building.join(p));
+        for folder in folders {
+            sync_folder(&folder)?;
+        }
+        sync_folder(&self.building)?;
+        refuse_existing(&self.target, self.replace)?;
+        let rename = |flags| renameat_with(CWD, &self.building, CWD, &self.target, flags);
+        if self.target.exists() {
+            // The old package takes the building folder's name and is removed by `drop`.
+            rename(RenameFlags::EXCHANGE).map_err(|e| Error::io("replace", &self.target)(e.into()))?;
+        } else {
+            match rename(RenameFlags::NOREPLACE) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+                    fs::rename(&self.building, &self.target).map_err(Error::io("rename to", &self.target))?;
+                }
+                Err(e) => return Err(Error::io("rename to", &self.target)(e.into())),
+            }
+        }
+        match self.target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => sync_folder(parent),
+            _ => sync_folder(Path::new(".")),
+        }
+    }
+}
+
+impl Drop for PackageWriter {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.building);
+    }
+}
+
+fn refuse_existing(target: &Path, replace: bool) -> Result<()> {
+    if !target.exists() {
+        return Ok(());
+    }
+    let empty = fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
+    if !empty && !is_package(target) {
+        return Err(Error::package(target, "the output exists and is not an engine package; choose another folder"));
+    }
+    if !empty && !replace {
+        return Err(Error::package(target, "the output exists; pass --force to replace it"));
+    }
+    Ok(())
+}
+
+/// Removes what dead builds left. A running build holds its folder's lock.
+fn remove_leftovers(parent: &Path, prefix: &str) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        if !entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix)) {
+            continue;
+        }
+        let Ok(folder) = File::open(entry.path()) else { continue };
+        if flock(&folder, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn sync_folder(path: &Path) -> Result<()> {
+    File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("flush to disk", path))
+}
