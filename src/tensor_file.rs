@@ -15,7 +15,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 
-/// The longest header that is parsed. The 8B model's is 40 KB.
+/// The longest header that is parsed. The 8B model's has about 40 KB.
 pub const MAX_HEADER_BYTES: u64 = 16 << 20;
 
 const LENGTH_BYTES: usize = size_of::<u64>();
@@ -111,7 +111,11 @@ fn parse(bytes: &[u8]) -> Result<(Vec<StoredTensor>, BTreeMap<String, String>), 
 }
 
 /// Checks names, shapes and offsets against the `data_bytes` bytes that start at `data_start`.
-fn place(mut infos: Vec<(String, TensorInfo)>, data_start: usize, data_bytes: usize) -> Result<Vec<StoredTensor>, String> {
+fn place(
+    mut infos: Vec<(String, TensorInfo)>,
+    data_start: usize,
+    data_bytes: usize,
+) -> Result<Vec<StoredTensor>, String> {
     infos.sort_by(|(left, _), (right, _)| left.cmp(right));
     if let Some((second, _)) = infos.iter().skip(1).zip(&infos).map(|(b, a)| (&b.0, &a.0)).find(|(b, a)| a == b) {
         return Err(format!("tensor `{}` is in the header twice", clip(second)));

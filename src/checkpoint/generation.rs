@@ -79,7 +79,8 @@ mod tests {
 
     #[test]
     fn reads_what_transformers_writes() {
-        let text = r#"{"_from_model_config": true, "bos_token_id": 2, "eos_token_id": 3, "transformers_version": "5.0"}"#;
+        let text =
+            r#"{"_from_model_config": true, "bos_token_id": 2, "eos_token_id": 3, "transformers_version": "5.0"}"#;
         assert_eq!(parse(text).unwrap(), GenerationConfig { eos_token_ids: vec![3], ..Default::default() });
         let text = r#"{"eos_token_id": [3, 7], "do_sample": true, "temperature": 1, "top_k": 50, "top_p": 0.9,
                        "repetition_penalty": 1.1, "min_p": 0.1, "pad_token_id": null}"#;
