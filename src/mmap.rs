@@ -86,6 +86,11 @@ mod tests {
         assert!(error.contains("not a regular file"), "{error}");
         let error = MappedFile::open(Path::new("/dev/zero")).unwrap_err().to_string();
         assert!(error.contains("/dev/zero: not a regular file"), "{error}");
+        // Opening a pipe would wait for a writer.
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let error = MappedFile::open(&pipe).unwrap_err().to_string();
+        assert!(error.contains("pipe: not a regular file"), "{error}");
         let error = MappedFile::open(&folder.path().join("absent")).unwrap_err().to_string();
         assert!(error.contains("cannot open") && error.contains("absent"), "{error}");
     }

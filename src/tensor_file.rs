@@ -15,7 +15,7 @@ use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 
-/// The longest header that is parsed. The 8B model's is 40 KB.
+/// The longest header that is parsed. The 8B model's has about 40 KB.
 pub const MAX_HEADER_BYTES: u64 = 16 << 20;
 
 const LENGTH_BYTES: usize = size_of::<u64>();

@@ -13,7 +13,7 @@ use crate::tensor_file::{StoredTensor, TensorFile};
 
 /// The longest config.json or generation_config.json that is read. Real ones have about 1 KB.
 pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
-/// The longest model.safetensors.index.json that is read. The 8B model's has 30 KB.
+/// The longest model.safetensors.index.json that is read. The 8B model's has about 30 KB.
 const MAX_INDEX_BYTES: u64 = 16 << 20;
 
 const CONFIG: &str = "config.json";
@@ -74,6 +74,11 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     Ok(Checkpoint { path: path.to_path_buf(), format: "hugging-face", config: config.model, files, weights, by_name })
 }
 
+/// Whether a folder lists `path`, be it as a broken link: opening that gives a better message than its absence.
+pub(super) fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
 /// Whether two stored tensors are the same one, byte for byte.
 fn same(files: &[MappedFile], one: &(usize, StoredTensor), other: &(usize, StoredTensor)) -> bool {
     let data = |(file, tensor): &(usize, StoredTensor)| &files[*file].bytes()[tensor.bytes.clone()];
@@ -86,10 +91,10 @@ type Stored = (Vec<MappedFile>, Vec<(usize, StoredTensor)>);
 /// Opens model.safetensors, or without one the shards that the index names: the order transformers looks in.
 fn open_weights(folder: &Path) -> Result<Stored> {
     let index_path = folder.join(INDEX);
-    if folder.join(SINGLE).exists() {
+    if is_there(&folder.join(SINGLE)) {
         let (file, tensors) = TensorFile::open(&folder.join(SINGLE))?.into_parts();
         Ok((vec![file], tensors.into_iter().map(|tensor| (0, tensor)).collect()))
-    } else if index_path.exists() {
+    } else if is_there(&index_path) {
         open_shards(folder, &index_path)
     } else {
         let other = ["pytorch_model.bin", "pytorch_model.bin.index.json"];

@@ -127,7 +127,7 @@ impl Checkpoint {
     }
 
     fn existing(&self, name: &str) -> Option<PathBuf> {
-        Some(self.path.join(name)).filter(|path| path.exists())
+        Some(self.path.join(name)).filter(|path| hugging_face::is_there(path))
     }
 
     fn view<'a>(&'a self, weight: &'a Weight) -> TensorView<'a> {
