@@ -3,3 +3,4 @@ pub mod backend;
 pub mod checkpoint;
 pub mod error;
 pub mod tensor;
+pub mod text;
