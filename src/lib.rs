@@ -9,5 +9,6 @@ pub mod mmap;
 pub mod model;
 pub mod tensor;
 pub mod tensor_file;
+pub mod text;
 
 pub use error::{Error, Result};

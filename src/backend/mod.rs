@@ -1,10 +1,13 @@
 //! Backends: what turns a plan into numbers. An [`Executor`] knows nothing of text.
 
 pub mod cpu;
+mod select;
 mod step;
 
-pub use step::{Chunk, Limits, Logits, NextToken, Rows, Span, Step};
+pub use select::{ExecutorOptions, open, open_cpu};
+pub use step::{Chunk, Logits, NextToken, Rows, Span, Step};
 
+pub use crate::engine::Limits;
 use crate::error::Result;
 
 /// Runs a plan. The executor owns the KV memory; the caller owns which slot holds what and how long it is, so a

@@ -1,25 +1,8 @@
 //! What an executor is asked to do: one step over a set of slots, checked against the engine's limits
 //! before any backend sees it.
 
-use serde::{Deserialize, Serialize};
-
+use crate::engine::Limits;
 use crate::error::{Error, Result};
-
-/// What an engine was built for. Taken from the package's manifest; every [`Step`] is checked against it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Limits {
-    /// Sequences that can be in the KV cache at once.
-    pub slots: usize,
-    /// KV capacity of one slot in tokens, prompt and answer together.
-    pub max_sequence_tokens: usize,
-    /// Most new tokens in one step, over all its sequences.
-    pub max_step_tokens: usize,
-    /// Most rows of logits one step may ask for.
-    pub max_logits_rows: usize,
-    /// Columns of the logits: the model's vocabulary, padding included.
-    pub vocab_size: usize,
-}
 
 /// Which rows of a chunk's logits the caller wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

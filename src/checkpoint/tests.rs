@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-
-=======
 use std::fs;
 
 use proptest::prelude::*;
@@ -412,4 +409,3 @@ proptest! {
         }
     }
 }
->>>>>>> checkpoint

@@ -140,8 +140,7 @@ impl Recipe {
 mod tests {
     use super::*;
 
-    const GOOD: &str =
-        "target = 'cpu'\nprecision = 'f32'\nslots = 2\nprefill_chunk_tokens = 16\nlogits_rows = 1\n";
+    const GOOD: &str = "target = 'cpu'\nprecision = 'f32'\nslots = 2\nprefill_chunk_tokens = 16\nlogits_rows = 1\n";
 
     #[test]
     fn the_recipes_inside_are_good() {

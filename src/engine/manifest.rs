@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::backend::Limits;
+use super::Limits;
 use crate::checkpoint::ModelConfig;
 use crate::error::{Error, Result};
 

@@ -7,10 +7,12 @@
 //! tokenizer.json
 //! ```
 
+mod limits;
 mod manifest;
 mod package;
 mod writer;
 
+pub use limits::Limits;
 pub use manifest::{
     CheckpointInfo, FORMAT_VERSION, FileInfo, GenerationSettings, MANIFEST_NAME, Manifest, PlanInfo, TokenizerInfo,
 };

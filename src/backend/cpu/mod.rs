@@ -6,3 +6,5 @@ pub mod kernels;
 pub mod lower;
 pub mod pack;
 pub mod program;
+
+pub use executor::{CpuExecutor, CpuOptions};

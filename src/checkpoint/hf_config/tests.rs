@@ -1,6 +1,3 @@
-<<<<<<< HEAD
-
-=======
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -222,4 +219,3 @@ proptest! {
         }
     }
 }
->>>>>>> checkpoint

@@ -1,0 +1,18 @@
+//! Text: the tokenizer, the decoder that turns sampled ids into text as they come, and the chat template.
+//!
+//! The template writes the special pieces as text and its output is encoded whole, with nothing added, so there is
+//! one place that knows them.
+
+mod pieces;
+mod stream;
+pub mod template;
+mod tokenizer;
+
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;
+
+pub use stream::StreamDecoder;
+pub use template::{Message, Role};
+pub use tokenizer::Tokenizer;

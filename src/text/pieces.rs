@@ -1,0 +1,293 @@
+//! What each id contributes to a text, and the rules that hold between ids: read once from the `decoder` of a
+//! tokenizer.json, so that decoding is a table look-up and the same code serves whole texts and streams.
+
+use std::collections::HashSet;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// Bytes of every id and the rules at the start of a text.
+#[derive(Debug)]
+pub(super) struct PieceTable {
+    /// The bytes of all ids, one after the other.
+    bytes: Vec<u8>,
+    /// `[vocab_size + 1]`: id i has `bytes[ends[i]..ends[i + 1]]`.
+    ends: Vec<usize>,
+    /// Ids with a space of their own, not a replaced `▁`: it shows at the start of a text too.
+    own_space: HashSet<u32>,
+    rules: Rules,
+}
+
+/// How pieces become text.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Rules {
+    /// Replaced in every piece, in order: `▁` to a space.
+    replacements: Vec<(String, String)>,
+    /// `▁` is dropped from the first piece of a text instead of being replaced (Metaspace with a prepend scheme).
+    drops_in_first: bool,
+    /// Up to this many of this character are cut from the start of a text (Strip).
+    strip_start: Option<(char, usize)>,
+    /// Put between pieces: a tokenizer.json without a decoder separates by a space.
+    separator: &'static str,
+    bytes: ByteRule,
+    fused: bool,
+}
+
+/// How pieces name bytes that are not characters by themselves.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum ByteRule {
+    /// Pieces are characters.
+    #[default]
+    None,
+    /// SentencePiece's `<0x0A>` pieces; a byte that is part of no character becomes one U+FFFD.
+    Fallback,
+    /// GPT-2's printable stand-ins for all 256 bytes; a malformed sequence becomes one U+FFFD.
+    Level,
+}
+
+/// The decoders of a tokenizer.json this crate computes.
+#[derive(Deserialize)]
+#[serde(tag = "type")]
+enum DecoderSpec {
+    Sequence { decoders: Vec<DecoderSpec> },
+    Replace { pattern: PatternSpec, content: String },
+    Metaspace { replacement: char, prepend_scheme: String },
+    Strip { content: char, start: usize, stop: usize },
+    ByteFallback {},
+    ByteLevel {},
+    Fuse {},
+}
+
+#[derive(Deserialize)]
+enum PatternSpec {
+    String(String),
+}
+
+impl Rules {
+    /// Reads the `decoder` value of a tokenizer.json; `None` where it has none.
+    pub(super) fn read(decoder: Option<&Value>) -> Result<Rules> {
+        let Some(decoder) = decoder else {
+            return Ok(Rules { separator: " ", ..Rules::default() });
+        };
+        let spec = DecoderSpec::deserialize(decoder).map_err(|source| {
+            Error::Tokenizer(format!(
+                "decoder {decoder} is not one this version computes ({source}); supported: Sequence, Replace of a \
+                 string, Metaspace, ByteFallback, ByteLevel, Fuse, Strip"
+            ))
+        })?;
+        let mut rules = Rules::default();
+        rules.add(spec)?;
+        Ok(rules)
+    }
+
+    fn add(&mut self, spec: DecoderSpec) -> Result<()> {
+        match spec {
+            DecoderSpec::Sequence { decoders } => {
+                for decoder in decoders {
+                    self.add(decoder)?;
+                }
+            }
+            // Beside ByteFallback the order matters only to a `▁` spelled in byte pieces: it stays, as in SentencePiece.
+            DecoderSpec::Replace { pattern: PatternSpec::String(pattern), content } => {
+                if self.fused || pattern.is_empty() {
+                    return Err(Error::Tokenizer(format!(
+                        "decoder Replace of {pattern:?} is supported before Fuse and for a non-empty pattern only"
+                    )));
+                }
+                self.replacements.push((pattern, content));
+            }
+            DecoderSpec::Metaspace { replacement, prepend_scheme } => {
+                self.drops_in_first = prepend_scheme != "never";
+                self.replacements.push((replacement.to_string(), " ".into()));
+            }
+            DecoderSpec::Strip { content, start, stop } => {
+                if !self.fused || stop != 0 {
+                    return Err(Error::Tokenizer(format!(
+                        "decoder Strip of {content:?} (start {start}, stop {stop}) is supported after Fuse and with \
+                         stop 0 only"
+                    )));
+                }
+                self.strip_start = Some((content, start));
+            }
+            DecoderSpec::ByteFallback {} => self.bytes = ByteRule::Fallback,
+            DecoderSpec::ByteLevel {} => self.bytes = ByteRule::Level,
+            DecoderSpec::Fuse {} => self.fused = true,
+        }
+        Ok(())
+    }
+
+    /// Appends the bytes `piece` contributes anywhere but at the start of a text.
+    fn piece_bytes(&self, piece: &str, out: &mut Vec<u8>) {
+        if self.bytes == ByteRule::Fallback
+            && let Some(byte) = fallback_byte(piece)
+        {
+            return out.push(byte);
+        }
+        let replaced;
+        let text = if self.replacements.iter().any(|(from, _)| piece.contains(from.as_str())) {
+            let replace = |text: String, (from, to): &(String, String)| text.replace(from.as_str(), to);
+            replaced = self.replacements.iter().fold(piece.to_string(), replace);
+            &replaced
+        } else {
+            piece
+        };
+        if self.bytes == ByteRule::Level {
+            let start = out.len();
+            for c in text.chars() {
+                let Some(byte) = level_byte(c) else {
+                    // An added token may hold characters outside the table; it then stands for its own text.
+                    out.truncate(start);
+                    break;
+                };
+                out.push(byte);
+            }
+            if out.len() > start || text.is_empty() {
+                return;
+            }
+        }
+        out.extend_from_slice(text.as_bytes());
+    }
+}
+
+impl PieceTable {
+    /// A table of `vocab_size` ids; `piece` gives an id's piece, or `None` where the vocabulary has a hole, which
+    /// contributes nothing.
+    pub(super) fn new(vocab_size: usize, rules: Rules, piece: impl Fn(u32) -> Option<String>) -> PieceTable {
+        let ends = Vec::with_capacity(vocab_size + 1);
+        let mut table = PieceTable { bytes: Vec::new(), ends, own_space: HashSet::new(), rules };
+        table.ends.push(0);
+        for id in 0..vocab_size as u32 {
+            if let Some(piece) = piece(id) {
+                table.rules.piece_bytes(&piece, &mut table.bytes);
+                if piece.contains(' ') || piece == "<0x20>" {
+                    table.own_space.insert(id);
+                }
+            }
+            table.ends.push(table.bytes.len());
+        }
+        table
+    }
+
+    /// Largest id + 1.
+    pub(super) fn vocab_size(&self) -> usize {
+        self.ends.len().saturating_sub(1)
+    }
+
+    fn bytes_of(&self, id: u32) -> Option<&[u8]> {
+        let index = id as usize;
+        self.bytes.get(*self.ends.get(index)?..*self.ends.get(index + 1)?)
+    }
+}
+
+/// Decoding in progress: what a sequence of ids has not said for certain yet, at most 3 bytes.
+#[derive(Debug, Clone)]
+pub(super) struct Decoding {
+    /// Start of a character whose other bytes have not come.
+    pending: Vec<u8>,
+    /// No id has come, and the ids start a text.
+    at_first_piece: bool,
+    /// How many characters Strip may still cut.
+    strip_left: usize,
+    /// Whether a separator goes before the next piece.
+    separate: bool,
+}
+
+impl Decoding {
+    /// `continuing`: the ids follow others, so the rules at the start of a text do not apply.
+    pub(super) fn new(table: &PieceTable, continuing: bool) -> Decoding {
+        let strip_left = table.rules.strip_start.map_or(0, |(_, count)| count);
+        Decoding {
+            pending: Vec::new(),
+            at_first_piece: !continuing,
+            strip_left: if continuing { 0 } else { strip_left },
+            separate: continuing,
+        }
+    }
+
+    /// Appends to `out` what is certain after `id`.
+    pub(super) fn push(&mut self, table: &PieceTable, id: u32, out: &mut String) -> Result<()> {
+        let Some(bytes) = table.bytes_of(id) else {
+            return Err(Error::Tokenizer(format!(
+                "id {id} has no piece; the tokenizer has ids 0 to {}",
+                table.vocab_size().saturating_sub(1)
+            )));
+        };
+        if std::mem::replace(&mut self.separate, true) {
+            self.pending.extend_from_slice(table.rules.separator.as_bytes());
+        }
+        let drops = table.rules.drops_in_first && !table.own_space.contains(&id);
+        if std::mem::take(&mut self.at_first_piece) && drops {
+            // Metaspace's `▁` is a space by now.
+            self.pending.extend(bytes.iter().filter(|byte| **byte != b' '));
+        } else {
+            self.pending.extend_from_slice(bytes);
+        }
+        self.drain(table, false, out);
+        Ok(())
+    }
+
+    /// Appends what is left: bytes that will never become a character, as U+FFFD.
+    pub(super) fn flush(&mut self, table: &PieceTable, out: &mut String) {
+        self.drain(table, true, out);
+    }
+
+    fn drain(&mut self, table: &PieceTable, last: bool, out: &mut String) {
+        let pending = std::mem::take(&mut self.pending);
+        let mut kept: &[u8] = &[];
+        for chunk in pending.utf8_chunks() {
+            self.emit(table, chunk.valid(), out);
+            let invalid = chunk.invalid();
+            // `invalid` is a truncated character exactly when it could still be completed; only the last chunk can be.
+            let at_end = invalid.as_ptr_range().end == pending.as_ptr_range().end;
+            if !last && at_end && is_truncated(invalid) {
+                kept = invalid;
+            } else if !invalid.is_empty() {
+                let count = if table.rules.bytes == ByteRule::Fallback { invalid.len() } else { 1 };
+                for _ in 0..count {
+                    self.emit(table, "\u{FFFD}", out);
+                }
+            }
+        }
+        self.pending = kept.to_vec();
+    }
+
+    fn emit(&mut self, table: &PieceTable, mut text: &str, out: &mut String) {
+        while self.strip_left > 0 && !text.is_empty() {
+            match table.rules.strip_start.and_then(|(c, _)| text.strip_prefix(c)) {
+                Some(rest) => {
+                    self.strip_left -= 1;
+                    text = rest;
+                }
+                None => self.strip_left = 0,
+            }
+        }
+        out.push_str(text);
+    }
+}
+
+/// Whether more bytes could make these a character.
+fn is_truncated(bytes: &[u8]) -> bool {
+    std::str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none())
+}
+
+/// The byte of a `<0x0A>` piece.
+fn fallback_byte(piece: &str) -> Option<u8> {
+    let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
+    let is_hex = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    if is_hex { u8::from_str_radix(digits, 16).ok() } else { None }
+}
+
+/// The byte a character of GPT-2's byte alphabet stands for: printable Latin-1 stands for itself, and the other 68
+/// bytes, in order, for U+0100 to U+0143.
+fn level_byte(c: char) -> Option<u8> {
+    let stands_for_itself = |code: u32| matches!(code, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
+    match u32::from(c) {
+        code if stands_for_itself(code) => u8::try_from(code).ok(),
+        code @ 0x100..=0x143 => {
+            (0u8..=255).filter(|byte| !stands_for_itself(u32::from(*byte))).nth((code - 0x100) as usize)
+        }
+        _ => None,
+    }
+}

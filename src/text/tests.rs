@@ -1,0 +1,183 @@
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::fixture::{byte_id, sentencepiece_decoder, tokenizer, tokenizer_json, tokenizer_with};
+use super::template::{self, Message};
+use super::{StreamDecoder, Tokenizer};
+
+fn shared() -> Arc<Tokenizer> {
+    static SHARED: OnceLock<Arc<Tokenizer>> = OnceLock::new();
+    SHARED.get_or_init(tokenizer).clone()
+}
+
+fn bytes_as_ids(bytes: &[u8]) -> Vec<u32> {
+    bytes.iter().map(|byte| byte_id(*byte)).collect()
+}
+
+fn stream(tokenizer: &Arc<Tokenizer>, ids: &[u32]) -> Vec<String> {
+    let mut decoder = StreamDecoder::new(tokenizer.clone());
+    let mut pieces = Vec::new();
+    for id in ids {
+        let mut text = String::new();
+        decoder.push(*id, &mut text).unwrap();
+        pieces.push(text);
+    }
+    let mut rest = String::new();
+    decoder.flush(&mut rest);
+    pieces.push(rest);
+    pieces
+}
+
+#[test]
+fn text_survives_the_round_trip_whole() {
+    let tokenizer = shared();
+    for text in ["Hello world", "the\nUser", "é日", "🙂 مرحبا 你好 \u{0}", " two  spaces ", "a▁b", ""] {
+        let ids = tokenizer.encode(text).unwrap();
+        // The fixture adds no space in front, so the text is read as a continuation; `▁` is how a space is spelled.
+        assert_eq!(tokenizer.decode_continuation(&ids).unwrap(), text.replace('▁', " "), "{ids:?}");
+    }
+    let hello = tokenizer.id("▁Hello").unwrap();
+    assert_eq!(tokenizer.decode(&[hello, hello]).unwrap(), "Hello Hello");
+    assert_eq!(tokenizer.decode_continuation(&[hello, hello]).unwrap(), " Hello Hello");
+    assert!(tokenizer.encode(&"x".repeat(1000)).unwrap().len() == 1000, "the file's truncation to 4 is off");
+}
+
+#[test]
+fn special_pieces_are_one_id_each_and_none_are_added() {
+    let tokenizer = shared();
+    let text = template::render(&[Message::user("Hello")]).unwrap();
+    let ids = tokenizer.encode(&text).unwrap();
+    let marker = tokenizer.id(template::TURN_MARKER).unwrap();
+    assert_eq!(ids[0], tokenizer.id(template::SYSTEM_MARKER).unwrap());
+    assert_eq!(ids.iter().filter(|id| **id == marker).count(), 2);
+    assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+    assert_eq!(tokenizer.vocab_size() as u32, marker + 1);
+    assert_eq!(tokenizer.piece(marker).as_deref(), Some("<extra_id_1>"));
+    assert_eq!((tokenizer.piece(marker + 1), tokenizer.id("nothing like it")), (None, None));
+    assert_eq!(tokenizer.decode(&[3]).unwrap(), "</s>", "control ids show; the stop logic removes them");
+    let error = tokenizer.decode(&[marker + 1]).unwrap_err().to_string();
+    assert!(error.contains(&format!("ids 0 to {marker}")), "{error}");
+}
+
+#[test]
+fn a_character_shows_when_its_last_byte_comes() {
+    let tokenizer = shared();
+    assert_eq!(stream(&tokenizer, &bytes_as_ids("🙂".as_bytes())), ["", "", "", "🙂", ""]);
+    assert_eq!(stream(&tokenizer, &bytes_as_ids(&[0xE4, 0xBD])), ["", "", "\u{FFFD}\u{FFFD}"]);
+    assert_eq!(stream(&tokenizer, &bytes_as_ids(&[0xFF, b'a', 0xC3, b'b'])), ["\u{FFFD}", "a", "", "\u{FFFD}b", ""]);
+    // A surrogate and an overlong form are malformed at their second byte.
+    assert_eq!(stream(&tokenizer, &bytes_as_ids(&[0xED, 0xA0, 0x80])).concat(), "\u{FFFD}".repeat(3));
+    let hello = tokenizer.id("▁Hello").unwrap();
+    assert_eq!(stream(&tokenizer, &[byte_id(0xF0), byte_id(0x9F), hello]), ["", "", "\u{FFFD}\u{FFFD} Hello", ""]);
+}
+
+#[test]
+fn decoding_agrees_with_the_reference() {
+    let json = tokenizer_json(&sentencepiece_decoder()).to_string();
+    let reference = tokenizers::Tokenizer::from_bytes(json.as_bytes()).unwrap();
+    let ours = shared();
+    for text in ["▁Hello", "  Hello", "日本語 🙂🙂 User\n<extra_id_1>", "é ê ë"] {
+        let ids = ours.encode(text).unwrap();
+        assert_eq!(ours.decode(&ids).unwrap(), reference.decode(&ids, false).unwrap(), "{text:?}");
+    }
+    for decoder in [
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}),
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": false}),
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
+        json!(null),
+    ] {
+        let json = tokenizer_json(&decoder).to_string();
+        let reference = tokenizers::Tokenizer::from_bytes(json.as_bytes()).unwrap();
+        let ours = tokenizer_with(&decoder);
+        for id in 0..ours.vocab_size() as u32 {
+            let ids = [id, 270, id];
+            assert_eq!(ours.decode(&ids).unwrap(), reference.decode(&ids, false).unwrap(), "{decoder} {id}");
+        }
+    }
+}
+
+#[test]
+fn byte_level_pieces_are_bytes() {
+    let vocab = json!({"Ġ": 0, "ð": 1, "Ł": 2, "Ļ": 3, "Ĥ": 4, "a": 5, "Ċ": 6, "ł": 7, "Ń": 8});
+    let json = json!({"version": "1.0", "added_tokens": [], "decoder": {"type": "ByteLevel", "add_prefix_space": false,
+        "trim_offsets": true, "use_regex": true}, "model": {"type": "BPE", "vocab": vocab, "merges": []}});
+    let text = json.to_string();
+    let ours = Arc::new(Tokenizer::from_bytes(Path::new("t"), text.as_bytes()).unwrap());
+    let ids = [0, 1, 2, 3, 4, 5, 6];
+    assert_eq!(ours.decode(&ids).unwrap(), " 🙂a\n");
+    assert_eq!(stream(&ours, &ids), [" ", "", "", "", "🙂", "a", "\n", ""]);
+    let reference = tokenizers::Tokenizer::from_bytes(text.as_bytes()).unwrap();
+    for ids in [[1, 2, 5, 7], [7, 8, 1, 1], [1, 2, 3, 6]] {
+        assert_eq!(ours.decode(&ids).unwrap(), reference.decode(&ids, false).unwrap());
+    }
+}
+
+#[test]
+fn what_is_not_a_usable_tokenizer_says_why() {
+    let load = |text: &str| Tokenizer::from_bytes(Path::new("dir/tokenizer.json"), text.as_bytes());
+    for text in ["", "{", "[]", "{\"version\": \"1.0\"}", "\u{0}"] {
+        assert!(load(text).unwrap_err().to_string().starts_with("dir/tokenizer.json: not a tokenizer.json"), "{text}");
+    }
+    let with = |decoder| load(&tokenizer_json(&decoder).to_string());
+    let error = with(json!({"type": "WordPiece", "prefix": "##", "cleanup": true})).unwrap_err().to_string();
+    assert!(error.contains("unsupported") && error.contains("WordPiece"), "{error}");
+    let error = with(json!({"type": "Strip", "content": " ", "start": 0, "stop": 1})).unwrap_err().to_string();
+    assert!(error.contains("stop 1"), "{error}");
+    let mut huge = tokenizer_json(&json!(null));
+    huge["model"]["vocab"]["far"] = json!(4_000_000_000u32);
+    assert!(load(&huge.to_string()).unwrap_err().to_string().contains("4000000000"));
+    let empty = json!({"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}});
+    assert!(load(&empty.to_string()).unwrap_err().to_string().contains("empty"));
+}
+
+proptest! {
+    #[test]
+    fn a_stream_is_the_text_for_every_sequence(ids in prop::collection::vec(0u32..380, 0..40)) {
+        let tokenizer = shared();
+        let ids: Vec<u32> = ids.into_iter().filter(|id| (*id as usize) < tokenizer.vocab_size()).collect();
+        prop_assert_eq!(stream(&tokenizer, &ids).concat(), tokenizer.decode(&ids).unwrap());
+    }
+
+    #[test]
+    fn bytes_of_any_text_come_back(text in any::<String>(), junk in prop::collection::vec(any::<u8>(), 0..6)) {
+        let tokenizer = shared();
+        let all = stream(&tokenizer, &bytes_as_ids(text.as_bytes())).concat();
+        prop_assert_eq!(&all, text.strip_prefix(' ').unwrap_or(&text));
+        // Whatever follows, what was shown before stays as it is.
+        let bytes = [b"x", text.as_bytes(), &junk].concat();
+        let with_junk = stream(&tokenizer, &bytes_as_ids(&bytes)).concat();
+        let shown = format!("x{text}");
+        prop_assert!(with_junk.starts_with(&shown));
+    }
+}
+
+#[test]
+fn the_template_is_the_cards() {
+    let card = "<extra_id_0>System\n\n<extra_id_1>User\nWrite a poem\n<extra_id_1>Assistant\n";
+    assert_eq!(template::render(&[Message::user("Write a poem")]).unwrap(), card);
+    assert_eq!(template::render(&[Message::system(""), Message::user("Write a poem")]).unwrap(), card);
+    let turns = [Message::system("Be brief."), Message::user(" a "), Message::assistant("b\n"), Message::user("c")];
+    assert_eq!(
+        template::render(&turns).unwrap(),
+        "<extra_id_0>System\nBe brief.\n<extra_id_1>User\n a \n<extra_id_1>Assistant\nb\n\n<extra_id_1>User\nc\n\
+         <extra_id_1>Assistant\n"
+    );
+}
+
+#[test]
+fn a_conversation_out_of_order_is_refused() {
+    let refused = |messages: &[Message]| template::render(messages).unwrap_err().to_string();
+    let (system, user, assistant) = (Message::system("s"), Message::user("u"), Message::assistant("a"));
+    assert!(refused(&[]).contains("of 0 messages none is the user's"));
+    assert!(refused(std::slice::from_ref(&system)).contains("of 1 messages none"));
+    assert!(refused(&[user.clone(), assistant.clone()]).contains("the last is the assistant's"));
+    assert!(refused(&[user.clone(), user.clone()]).contains("message 2 has role user, but assistant is next"));
+    assert!(refused(&[system.clone(), assistant.clone()]).contains("message 2 has role assistant, but user"));
+    assert!(refused(&[user, system, assistant]).contains("message 2 has role system"));
+    let json = r#"{"role": "user", "content": "x"}"#;
+    assert_eq!(serde_json::from_str::<Message>(json).unwrap(), Message::user("x"));
+    assert!(serde_json::from_str::<Message>(r#"{"role": "tool", "content": ""}"#).is_err());
+}

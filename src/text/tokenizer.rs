@@ -1,0 +1,110 @@
+//! The tokenizer: a tokenizer.json over the reference implementation for encoding, and a table for decoding.
+
+use std::path::Path;
+
+use super::pieces::{Decoding, PieceTable, Rules};
+use crate::error::{Error, Result};
+
+/// Vocabularies past this are taken for damaged files; the largest known ones have under 300,000 pieces.
+const MAX_VOCAB_SIZE: usize = 1 << 24;
+
+/// Turns text into token ids and back. Immutable, so it is shared by `Arc` between sessions and threads.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    pieces: PieceTable,
+}
+
+impl Tokenizer {
+    /// Reads a tokenizer.json. `name` is the file named in errors. Truncation and padding the file may ask for are
+    /// off: a prompt is never cut in silence.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the file is not a tokenizer.json; [`Error::Unsupported`] where its decoder is one
+    /// this version does not compute.
+    pub fn from_bytes(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|source| Error::format(name, format!("not a tokenizer.json: {source}")))?;
+        inner
+            .with_padding(None)
+            .with_truncation(None)
+            .map_err(|source| Error::format(name, format!("truncation cannot be turned off: {source}")))?;
+        let Some(largest) = inner.get_vocab(true).into_values().max() else {
+            return Err(Error::format(name, "the vocabulary is empty"));
+        };
+        let vocab_size = largest as usize + 1;
+        if vocab_size > MAX_VOCAB_SIZE {
+            return Err(Error::format(name, format!("largest id {largest}; at most {} is read", MAX_VOCAB_SIZE - 1)));
+        }
+        let decoder = inner
+            .get_decoder()
+            .map(serde_json::to_value)
+            .transpose()
+            .map_err(|source| Error::format(name, format!("decoder: {source}")))?;
+        let rules = Rules::read(decoder.as_ref()).map_err(|error| Error::unsupported(name, error.to_string()))?;
+        let pieces = PieceTable::new(vocab_size, rules, |id| inner.id_to_token(id));
+        Ok(Tokenizer { inner, pieces })
+    }
+
+    /// The ids of `text`, encoded in one call; no special tokens are added. Special pieces written in the text become
+    /// their ids, which is how the chat template's reach the model.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] where the tokenizer has no way to write the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, false)
+            .map_err(|source| Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len())))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids` as a text of its own: the leading space a tokenizer adds in front of a text is removed
+    /// where the file says so. Every id shows, special ones too (`</s>`): which ids end a generation and stay out of
+    /// sight is for the stop logic to say. Bytes that make no character become U+FFFD, for byte-fallback
+    /// pieces one for each byte, as SentencePiece does.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] for an id at or past [`Tokenizer::vocab_size`].
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.decode_all(ids, false)
+    }
+
+    /// The text of `ids` that follow other ids: as [`Tokenizer::decode`], but a leading space is kept. What a
+    /// model adds to a prompt is decoded this way, so that `decode(prompt)` followed by it is the text of both.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn decode_continuation(&self, ids: &[u32]) -> Result<String> {
+        self.decode_all(ids, true)
+    }
+
+    fn decode_all(&self, ids: &[u32], continuing: bool) -> Result<String> {
+        let mut text = String::new();
+        let mut decoding = Decoding::new(&self.pieces, continuing);
+        for id in ids {
+            decoding.push(&self.pieces, *id, &mut text)?;
+        }
+        decoding.flush(&self.pieces, &mut text);
+        Ok(text)
+    }
+
+    /// The piece of an id as the vocabulary spells it: `▁the`, `<0x0A>`, `</s>`.
+    pub fn piece(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of a piece as the vocabulary spells it.
+    pub fn id(&self, piece: &str) -> Option<u32> {
+        self.inner.token_to_id(piece)
+    }
+
+    /// Largest id + 1, added tokens included. Ids past it are padding of the model's vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.pieces.vocab_size()
+    }
+
+    pub(super) fn pieces(&self) -> &PieceTable {
+        &self.pieces
+    }
+}

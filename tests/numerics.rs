@@ -1,0 +1,84 @@
+//! Logits of packages built from small random checkpoints, against transformers in FP32.
+
+use std::path::{Path, PathBuf};
+
+use aotron::backend::cpu::CpuOptions;
+use aotron::backend::{Chunk, Executor, NextToken, Rows, Step, open_cpu};
+use aotron::compile::{BuildRequest, Precision, Progress, Recipe, build};
+use aotron::engine::Package;
+
+pub struct Quiet;
+impl Progress for Quiet {
+    fn stage(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+}
+
+pub fn shapes() -> Vec<PathBuf> {
+    ["odd", "gqa", "theta", "wide"].map(|s| Path::new("tests/data/shapes").join(s)).to_vec()
+}
+
+pub fn build_package(checkpoint: &Path, precision: Precision, output: &Path) -> Package {
+    let mut recipe = Recipe::load("cpu").unwrap();
+    recipe.precision = precision;
+    let request = BuildRequest { checkpoint: checkpoint.into(), recipe, output: output.into(), replace: false };
+    build(&request, &Quiet).unwrap();
+    let package = Package::open(output).unwrap();
+    package.verify(&|_| {}).unwrap();
+    package
+}
+
+/// (ids, logits `[tokens, vocab]`) pairs that the generator stored.
+fn golden(shape: &Path) -> Vec<(Vec<u32>, Vec<f32>)> {
+    let bytes = std::fs::read(shape.join("golden.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut pairs = Vec::new();
+    while let Ok(ids) = file.tensor(&format!("ids.{}", pairs.len())) {
+        let logits = file.tensor(&format!("logits.{}", pairs.len())).unwrap();
+        let ids = ids.data().as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect();
+        pairs.push((ids, logits.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()));
+    }
+    assert!(!pairs.is_empty());
+    pairs
+}
+
+/// Logits of every position, in steps of `chunk` tokens.
+fn score(executor: &mut dyn Executor, slot: usize, ids: &[u32], chunk: usize) -> Vec<f32> {
+    let limits = executor.limits().clone();
+    let mut logits = Vec::new();
+    let mut past_tokens = 0;
+    for tokens in ids.chunks(chunk.min(limits.max_logits_rows)) {
+        let step = Step::prefill(&limits, &[Chunk { slot, past_tokens, tokens, rows: Rows::All }]).unwrap();
+        let rows = executor.forward(&step).unwrap();
+        (0..rows.rows()).for_each(|i| logits.extend_from_slice(rows.row(i).unwrap()));
+        past_tokens += tokens.len();
+    }
+    logits
+}
+
+/// max |a − b| over max |b|
+fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(got.len(), expected.len());
+    let worst = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(got.iter().all(|v| v.is_finite()));
+    worst / expected.iter().map(|v| v.abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn logits_are_transformers() {
+    for shape in shapes() {
+        for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 3e-2)] {
+            let folder = tempfile::tempdir().unwrap();
+            let package = build_package(&shape, precision, &folder.path().join("engine"));
+            for isa in aotron::backend::cpu::kernels::isa::Isa::available() {
+                let options = CpuOptions { threads: Some(2), isa: Some(isa), slots: None };
+                let mut executor = open_cpu(&package, &options).unwrap();
+                for (ids, expected) in golden(&shape) {
+                    let error = relative_error(&score(&mut executor, 1, &ids, 7), &expected);
+                    println!("{} {precision} {isa}: {} tokens, {error:.1e}", shape.display(), ids.len());
+                    assert!(error < tolerance, "{} {precision} {isa}: {error:e}", shape.display());
+                }
+            }
+        }
+    }
+}
