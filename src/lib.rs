@@ -2,5 +2,6 @@
 pub mod backend;
 pub mod checkpoint;
 pub mod error;
+pub mod runtime;
 pub mod tensor;
 pub mod text;

@@ -135,7 +135,7 @@ fn what_is_not_a_usable_tokenizer_says_why() {
 
 proptest! {
     #[test]
-    fn a_stream_is_the_text_for_every_sequence(ids in prop::collection::vec(0u32..380, 0..40)) {
+    fn a_stream_is_the_text_for_every_sequence(ids in prop::collection::vec(0u32..420, 0..40)) {
         let tokenizer = shared();
         let ids: Vec<u32> = ids.into_iter().filter(|id| (*id as usize) < tokenizer.vocab_size()).collect();
         prop_assert_eq!(stream(&tokenizer, &ids).concat(), tokenizer.decode(&ids).unwrap());
