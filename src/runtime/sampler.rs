@@ -261,7 +261,13 @@ impl Sampler {
         self.keep_top_k();
         if self.params.top_p > 0.0 && self.params.top_p < 1.0 {
             let total: f64 = self.candidates.iter().map(weight).sum();
-            self.keep_top_p(f64::from(self.params.top_p) * total, weight);
+            let mass = f64::from(self.params.top_p) * total;
+            // All candidates lighter than this weigh less than `total - mass` together, so none of them is among the
+            // best that reach `mass`. A little slack outweighs the rounding of f32.
+            let least = (total - mass) / self.candidates.len() as f64;
+            let least_logit = max + least.ln() as f32 - 0.01;
+            self.candidates.retain(|candidate| candidate.logit >= least_logit);
+            self.keep_top_p(mass, weight);
         }
         if self.params.min_p > 0.0 {
             let least = f64::from(self.params.min_p);
@@ -315,7 +321,7 @@ impl Sampler {
     }
 
     /// Cuts `candidates` to the best ones whose weights reach `mass`, the one that reaches it included. Sorts only a
-    /// prefix, twice as long each time it was too short.
+    /// prefix, four times as long each time it was too short.
     fn keep_top_p(&mut self, mass: f64, weight: impl Fn(&Candidate) -> f64) {
         let mut reached = 0.0;
         let mut sorted = 0;
@@ -334,7 +340,7 @@ impl Sampler {
                 }
             }
             sorted += count;
-            next *= 2;
+            next *= 4;
         }
     }
 }

@@ -87,3 +87,28 @@ impl Slots {
         self.slots.get(index).map_or(0, |slot| slot.ids.len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_goes_where_most_of_it_is_and_else_where_nothing_was_for_longest() {
+        let mut slots = Slots::new(3);
+        let taken: Vec<_> = (0..3).map(|n| slots.acquire(&[n, 7]).unwrap()).collect();
+        assert_eq!(taken, [(0, 0), (1, 0), (2, 0)]);
+        assert_eq!(slots.acquire(&[1]), None);
+        for (slot, ids) in [(0, [0, 7]), (1, [1, 7]), (2, [2, 7])] {
+            slots.extend(slot, &ids);
+        }
+        for slot in [1, 2, 0] {
+            slots.release(slot);
+        }
+        assert_eq!(slots.acquire(&[2, 7]), Some((2, 1)), "the last token is computed again");
+        assert_eq!((slots.len(2), slots.len(0)), (1, 2));
+        assert_eq!(slots.acquire(&[9, 9]), Some((1, 0)));
+        slots.forget_all();
+        assert_eq!(slots.acquire(&[0, 7]), Some((0, 0)));
+        assert!(!slots.has_free() && reusable(&[], &[]) == 0);
+    }
+}

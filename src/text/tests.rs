@@ -181,3 +181,22 @@ fn a_conversation_out_of_order_is_refused() {
     assert_eq!(serde_json::from_str::<Message>(json).unwrap(), Message::user("x"));
     assert!(serde_json::from_str::<Message>(r#"{"role": "tool", "content": ""}"#).is_err());
 }
+
+proptest! {
+    #[test]
+    fn a_damaged_file_is_an_error_or_a_tokenizer(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..40), 1..4),
+    ) {
+        let mut bytes = tokenizer_json(&sentencepiece_decoder()).to_string().into_bytes();
+        for (to, from, len) in edits {
+            let (to, from) = (to.index(bytes.len()), from.index(bytes.len()));
+            let copied = bytes[from..bytes.len().min(from + len)].to_vec();
+            bytes.splice(to..bytes.len().min(to + len / 2), copied);
+        }
+        if let Ok(tokenizer) = Tokenizer::from_bytes(Path::new("t"), &bytes) {
+            if let Ok(ids) = tokenizer.encode("Hello the 🙂 <extra_id_1>\n") {
+                tokenizer.decode(&ids).unwrap();
+            }
+        }
+    }
+}

@@ -178,6 +178,15 @@ fn a_request_for_nothing_is_done_without_a_step() {
     assert!(log.lock().unwrap().is_empty());
 }
 
+#[test]
+fn sessions_and_batchers_can_move_to_a_thread() {
+    fn is_send<T: Send>() {}
+    is_send::<Session>();
+    is_send::<Batcher>();
+    is_send::<super::super::Chat>();
+    is_send::<Event>();
+}
+
 /// A request whose text, stops and settings vary.
 fn any_request() -> impl Strategy<Value = GenerationRequest> {
     let sampling = (0u32..4, any::<u64>(), any::<bool>(), 0usize..4).prop_map(|(top_k, seed, penalty, min_tokens)| {
