@@ -44,9 +44,9 @@ struct Matcher {
 impl Matcher {
     fn new(pattern: &str) -> Matcher {
         let mut matcher = Matcher { pattern: pattern.as_bytes().to_vec(), fallback: Vec::new(), matched: 0 };
-        for index in 0..matcher.pattern.len() {
+        for (index, byte) in pattern.bytes().enumerate() {
             if index > 0 {
-                matcher.advance(pattern.as_bytes()[index]);
+                matcher.advance(byte);
             }
             matcher.fallback.push(matcher.matched);
         }

@@ -193,10 +193,10 @@ proptest! {
             let copied = bytes[from..bytes.len().min(from + len)].to_vec();
             bytes.splice(to..bytes.len().min(to + len / 2), copied);
         }
-        if let Ok(tokenizer) = Tokenizer::from_bytes(Path::new("t"), &bytes) {
-            if let Ok(ids) = tokenizer.encode("Hello the 🙂 <extra_id_1>\n") {
-                tokenizer.decode(&ids).unwrap();
-            }
+        if let Ok(tokenizer) = Tokenizer::from_bytes(Path::new("t"), &bytes)
+            && let Ok(ids) = tokenizer.encode("Hello the 🙂 <extra_id_1>\n")
+        {
+            tokenizer.decode(&ids).unwrap();
         }
     }
 }
