@@ -126,6 +126,9 @@ fn one_bad_request_fails_alone() {
         assert_eq!(outcomes.done[id].token_ids, alone(request, None).token_ids);
     }
     // What led to NaN is not reused.
+    let bad = batcher.submit(request(&[9, 2], 6)).unwrap();
+    outcomes.run(&mut batcher);
+    assert!(outcomes.failed.contains_key(&bad));
     let after = batcher.submit(request(&[9, 2], 1)).unwrap();
     outcomes.run(&mut batcher);
     assert_eq!(outcomes.done[&after].reused_tokens, 0);
