@@ -7,6 +7,7 @@ pub mod error;
 pub mod graph;
 pub mod mmap;
 pub mod model;
+pub mod runtime;
 pub mod tensor;
 pub mod tensor_file;
 pub mod text;
