@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use aotron::backend::cpu::kernels::isa::Isa;
 use aotron::runtime::SamplingParams;
-use clap::error::{ErrorKind, RichFormatter};
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use super::{bench, build, chat, doctor, inspect, run, score, tokenize};
@@ -146,7 +146,7 @@ pub fn count(most: u64) -> impl clap::builder::TypedValueParser<Value = usize> {
 
 /// An error about the arguments that parsing alone cannot find; exit code 2.
 pub fn usage(message: impl std::fmt::Display) -> anyhow::Error {
-    clap::Error::<RichFormatter>::raw(ErrorKind::ValueValidation, format!("{message}\n")).into()
+    clap::Error::raw(ErrorKind::ValueValidation, format!("{message}\n")).into()
 }
 
 fn isa(name: &str) -> Result<Isa, String> {
