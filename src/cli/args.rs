@@ -40,10 +40,8 @@ pub enum Command {
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Format {
-    /// For people
     #[default]
     Text,
-    /// One JSON object
     Json,
 }
 

@@ -215,16 +215,15 @@ impl Conversation {
             interrupt.end();
         }
         waiting.end();
-        let has_answer = sent.as_ref().is_ok_and(|completion| !completion.text.is_empty());
         answer.end_line()?;
         let completion = sent?;
-        if interrupt.is_some() {
-            match completion.finish_reason {
-                FinishReason::Cancelled => self.aside("(stopped)")?,
-                FinishReason::Length => self.aside(&self.why_cut(&completion))?,
-                FinishReason::Stop if !has_answer => self.aside("(an empty answer)")?,
-                FinishReason::Stop => {}
-            }
+        match (completion.finish_reason, interrupt) {
+            (_, None) if completion.text.is_empty() => self.say("")?,
+            (_, None) => {}
+            (FinishReason::Cancelled, _) => self.aside("(stopped)")?,
+            (FinishReason::Length, _) => self.aside(&self.why_cut(&completion))?,
+            (FinishReason::Stop, _) if completion.text.is_empty() => self.aside("(an empty answer)")?,
+            (FinishReason::Stop, _) => {}
         }
         self.totals.answers += 1;
         self.totals.completion_tokens += completion.completion_tokens;

@@ -120,7 +120,8 @@ impl Hinter for Assistant {
 
     fn hint(&self, line: &str, pos: usize, _: &Context<'_>) -> Option<String> {
         self.line_is_empty.set(line.is_empty());
-        if pos < line.len() || line.len() < 2 || !line.starts_with('/') {
+        // Without colours a hint would look as if it had been typed.
+        if pos < line.len() || line.len() < 2 || !line.starts_with('/') || !self.style.has_colours() {
             return None;
         }
         let whole = |(name, rest): &(&str, &str)| format!("{name} {rest}").trim_end().to_owned();

@@ -115,6 +115,9 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
                 let _ = answer.show(&completion.text);
             }
             answer.end_line()?;
+            if completion.text.is_empty() {
+                writeln!(std::io::stdout().lock())?;
+            }
             if completion.finish_reason == FinishReason::Length && std::io::stderr().is_terminal() {
                 term::note(format!("the answer was cut at {} tokens; see --max-tokens", completion.completion_tokens));
             }
@@ -152,21 +155,13 @@ impl Answer {
         }
     }
 
-    /// Whether something was shown that did not end its line.
-    pub fn is_mid_line(&self) -> bool {
-        !self.ends_line
-    }
-
     /// Ends the last line, or returns what writing failed with.
-    pub fn end_line(&mut self) -> anyhow::Result<()> {
-        if let Some(failure) = self.failure.take() {
-            return Err(failure.into());
+    pub fn end_line(self) -> anyhow::Result<()> {
+        match self.failure {
+            Some(failure) => Err(failure.into()),
+            None if self.ends_line => Ok(()),
+            None => Ok(writeln!(std::io::stdout().lock())?),
         }
-        if self.is_mid_line() {
-            self.ends_line = true;
-            writeln!(std::io::stdout().lock())?;
-        }
-        Ok(())
     }
 }
 
