@@ -1,6 +1,10 @@
 //! All integration tests in one binary.
 
+/// Hostile and broken inputs through the real program.
+mod hostile;
 /// A sequence's logits do not depend on its batch or its chunks.
 mod invariance;
-/// Logits against transformers in FP32, batch and chunk invariance.
+/// Builds killed at random moments.
+mod kill;
+/// Logits against transformers in FP32.
 mod numerics;
