@@ -82,6 +82,14 @@ pub enum Error {
     /// A request has a value out of range.
     #[error("invalid request: {0}")]
     Request(String),
+    /// There is no room for another request; a later one may find some.
+    #[error("all {slots} slots are busy and {queued} requests wait, the most this server queues; try again later")]
+    QueueFull {
+        /// Sequences that run at once.
+        slots: usize,
+        /// Requests that wait.
+        queued: usize,
+    },
     /// The tokenizer refused its file or a text.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

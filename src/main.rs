@@ -1,1 +1,2 @@
+//! The `aotron` program.
 fn main() {}

@@ -135,7 +135,7 @@ fn what_is_not_a_usable_tokenizer_says_why() {
 
 proptest! {
     #[test]
-    fn a_stream_is_the_text_for_every_sequence(ids in prop::collection::vec(0u32..380, 0..40)) {
+    fn a_stream_is_the_text_for_every_sequence(ids in prop::collection::vec(0u32..420, 0..40)) {
         let tokenizer = shared();
         let ids: Vec<u32> = ids.into_iter().filter(|id| (*id as usize) < tokenizer.vocab_size()).collect();
         prop_assert_eq!(stream(&tokenizer, &ids).concat(), tokenizer.decode(&ids).unwrap());
@@ -180,4 +180,23 @@ fn a_conversation_out_of_order_is_refused() {
     let json = r#"{"role": "user", "content": "x"}"#;
     assert_eq!(serde_json::from_str::<Message>(json).unwrap(), Message::user("x"));
     assert!(serde_json::from_str::<Message>(r#"{"role": "tool", "content": ""}"#).is_err());
+}
+
+proptest! {
+    #[test]
+    fn a_damaged_file_is_an_error_or_a_tokenizer(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..40), 1..4),
+    ) {
+        let mut bytes = tokenizer_json(&sentencepiece_decoder()).to_string().into_bytes();
+        for (to, from, len) in edits {
+            let (to, from) = (to.index(bytes.len()), from.index(bytes.len()));
+            let copied = bytes[from..bytes.len().min(from + len)].to_vec();
+            bytes.splice(to..bytes.len().min(to + len / 2), copied);
+        }
+        if let Ok(tokenizer) = Tokenizer::from_bytes(Path::new("t"), &bytes)
+            && let Ok(ids) = tokenizer.encode("Hello the 🙂 <extra_id_1>\n")
+        {
+            tokenizer.decode(&ids).unwrap();
+        }
+    }
 }

@@ -1,6 +1,10 @@
 //! The tokenizer: a tokenizer.json over the reference implementation for encoding, and a table for decoding.
 
+use std::fmt::Display;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+
+use serde::de::IgnoredAny;
 
 use super::pieces::{Decoding, PieceTable, Rules};
 use crate::error::{Error, Result};
@@ -23,8 +27,10 @@ impl Tokenizer {
     /// [`Error::Format`] where the file is not a tokenizer.json; [`Error::Unsupported`] where its decoder is one
     /// this version does not compute.
     pub fn from_bytes(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|source| Error::format(name, format!("not a tokenizer.json: {source}")))?;
+        let refused = |source: &dyn Display| Error::format(name, format!("not a tokenizer.json: {source}"));
+        // A truncated file is found here, with its line and column.
+        serde_json::from_slice::<IgnoredAny>(bytes).map_err(|source| refused(&source))?;
+        let mut inner = contained(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(|source| refused(&source))?;
         inner
             .with_padding(None)
             .with_truncation(None)
@@ -52,9 +58,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] where the tokenizer has no way to write the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, false)
+        let encoding = contained(|| self.inner.encode_fast(text, false))
             .map_err(|source| Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len())))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -107,4 +111,11 @@ impl Tokenizer {
     pub(super) fn pieces(&self) -> &PieceTable {
         &self.pieces
     }
+}
+
+/// Runs the reference implementation, which panics on some damaged files (a merge shorter than the model's prefix,
+/// for one), and makes such a panic an error. What it may leave behind is a cache, which it rebuilds.
+fn contained<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(run))
+        .unwrap_or_else(|_| Err("the tokenizer's data contradicts itself in a way its reader cannot handle".into()))
 }

@@ -1,0 +1,265 @@
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+
+use proptest::prelude::*;
+
+use super::super::scripted::{Answer, Scripted};
+use super::super::{FinishReason, SamplingParams, Session};
+use super::*;
+use crate::text::fixture::{EOS, tokenizer};
+
+fn limits(slots: usize, max_step_tokens: usize) -> Limits {
+    Limits { slots, max_sequence_tokens: 40, max_step_tokens, max_logits_rows: 3, vocab_size: 420 }
+}
+
+fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
+    GenerationRequest { max_tokens, ..GenerationRequest::new(prompt.to_vec()) }
+}
+
+/// What a session of its own gives.
+fn alone(request: &GenerationRequest, tokenizer: Option<Arc<Tokenizer>>) -> Completion {
+    let mut session = Session::new(Box::new(Scripted::hashing(&limits(1, 40))), tokenizer);
+    session.generate(request, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+/// The last event of each request and all its text.
+#[derive(Default)]
+struct Outcomes {
+    text: HashMap<RequestId, String>,
+    done: HashMap<RequestId, Completion>,
+    failed: HashMap<RequestId, String>,
+}
+
+impl Outcomes {
+    fn take(&mut self, events: Vec<(RequestId, Event)>) {
+        for (id, event) in events {
+            assert!(!self.done.contains_key(&id) && !self.failed.contains_key(&id), "{id} was over");
+            match event {
+                Event::Text(text) => self.text.entry(id).or_default().push_str(&text),
+                Event::Done(completion) => {
+                    assert_eq!(self.text.get(&id).map_or("", String::as_str), completion.text);
+                    self.done.insert(id, completion);
+                }
+                Event::Failed(error) => {
+                    self.failed.insert(id, error.to_string());
+                }
+            }
+        }
+    }
+
+    fn run(&mut self, batcher: &mut Batcher) {
+        let mut steps = 0;
+        while !batcher.is_idle() {
+            self.take(batcher.step());
+            steps += 1;
+            assert!(steps < 10_000, "the batcher makes no progress");
+        }
+    }
+}
+
+#[test]
+fn requests_beyond_the_slots_wait_and_beyond_the_queue_are_refused() {
+    let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(2, 8))), None, 1);
+    let ids: Vec<RequestId> = (1..4).map(|n| batcher.submit(request(&[n, 2], 4)).unwrap()).collect();
+    assert_eq!((batcher.active(), batcher.queued()), (2, 1));
+    let error = batcher.submit(request(&[4], 4)).unwrap_err();
+    assert!(matches!(error, Error::QueueFull { slots: 2, queued: 1 }), "{error}");
+    assert!(matches!(batcher.submit(request(&[1; 40], 4)).unwrap_err(), Error::PromptTooLong { .. }));
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    for (n, id) in (1..4).zip(ids) {
+        assert_eq!(outcomes.done[&id].token_ids, alone(&request(&[n, 2], 4), None).token_ids);
+    }
+    assert!(batcher.step().is_empty());
+    let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(1, 8))), None, 0);
+    batcher.submit(request(&[1], 1)).unwrap();
+    assert!(batcher.submit(request(&[1], 1)).is_err());
+}
+
+#[test]
+fn a_long_prompt_does_not_stall_those_who_decode() {
+    let executor = Scripted::hashing(&limits(2, 2));
+    let log = executor.log();
+    let mut batcher = Batcher::new(Box::new(executor), None, 0);
+    batcher.submit(request(&[1, 2], 30)).unwrap();
+    batcher.step();
+    batcher.submit(request(&[3; 20], 2)).unwrap();
+    for _ in 0..20 {
+        batcher.step();
+    }
+    let slots: Vec<usize> = log.lock().unwrap().iter().skip(1).take(18).map(|spans| spans[0].slot).collect();
+    assert_eq!(slots, [0, 1].repeat(9), "decode and prefill take turns");
+}
+
+#[test]
+fn all_who_decode_have_their_turn_when_a_step_cannot_take_all() {
+    let executor = Scripted::hashing(&limits(5, 8));
+    let log = executor.log();
+    let mut batcher = Batcher::new(Box::new(executor), None, 0);
+    for n in 0..5 {
+        batcher.submit(request(&[n], 20)).unwrap();
+    }
+    for _ in 0..22 {
+        batcher.step();
+    }
+    let log = log.lock().unwrap();
+    let turns = |slot| log.iter().flatten().filter(|span| span.slot == slot).count();
+    let counts: Vec<usize> = (0..5).map(turns).collect();
+    assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1, "{counts:?}");
+}
+
+#[test]
+fn one_bad_request_fails_alone() {
+    let script = |_: usize, sequence: &[u32]| {
+        if sequence[0] == 9 && sequence.len() > 3 { Answer::Spoiled(17, f32::NAN) } else { Answer::Hash }
+    };
+    let mut batcher = Batcher::new(Box::new(Scripted::new(&limits(3, 8), script)), None, 4);
+    let good = [request(&[1, 2], 6), request(&[4], 6), request(&[8, 9], 2)];
+    let mut outcomes = Outcomes::default();
+    let first = batcher.submit(good[0].clone()).unwrap();
+    let bad = batcher.submit(request(&[9, 2], 6)).unwrap();
+    let second = batcher.submit(good[1].clone()).unwrap();
+    let third = batcher.submit(good[2].clone()).unwrap();
+    outcomes.run(&mut batcher);
+    assert!(outcomes.failed[&bad].contains("index 17"), "{}", outcomes.failed[&bad]);
+    for (id, request) in [first, second, third].iter().zip(&good) {
+        assert_eq!(outcomes.done[id].token_ids, alone(request, None).token_ids);
+    }
+    // What led to NaN is not reused.
+    let bad = batcher.submit(request(&[9, 2], 6)).unwrap();
+    outcomes.run(&mut batcher);
+    assert!(outcomes.failed.contains_key(&bad));
+    let after = batcher.submit(request(&[9, 2], 1)).unwrap();
+    outcomes.run(&mut batcher);
+    assert_eq!(outcomes.done[&after].reused_tokens, 0);
+}
+
+#[test]
+fn when_the_executor_fails_the_batcher_stays_usable() {
+    let script = |step: usize, _: &[u32]| if step == 2 { Answer::Fail } else { Answer::Hash };
+    let mut batcher = Batcher::new(Box::new(Scripted::new(&limits(2, 8), script)), None, 4);
+    let ids: Vec<RequestId> = (0..3).map(|n| batcher.submit(request(&[n, 7], 5)).unwrap()).collect();
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    assert!(outcomes.failed[&ids[0]].contains("the device is gone") && outcomes.failed[&ids[1]].contains("gone"));
+    let waited = &outcomes.done[&ids[2]];
+    assert_eq!((&waited.token_ids, waited.reused_tokens), (&alone(&request(&[2, 7], 5), None).token_ids, 0));
+}
+
+#[test]
+fn cancelling_frees_the_slot_at_once() {
+    let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(1, 4))), None, 2);
+    let running = batcher.submit(request(&[1, 2, 3, 4, 5, 6], 20)).unwrap();
+    let waiting = batcher.submit(request(&[1, 2, 3, 4, 5, 7], 3)).unwrap();
+    let unlucky = batcher.submit(request(&[1], 3)).unwrap();
+    for _ in 0..4 {
+        batcher.step();
+    }
+    let cancelled = batcher.cancel(running).unwrap();
+    assert_eq!((cancelled.finish_reason, cancelled.completion_tokens), (FinishReason::Cancelled, 3));
+    assert_eq!(batcher.active(), 0);
+    assert_eq!(batcher.cancel(unlucky).unwrap().completion_tokens, 0);
+    assert!(batcher.cancel(running).is_none());
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    let completion = &outcomes.done[&waiting];
+    assert_eq!(completion.reused_tokens, 5, "the cancelled request's prompt is still there");
+    assert_eq!(completion.token_ids, alone(&request(&[1, 2, 3, 4, 5, 7], 3), None).token_ids);
+}
+
+#[test]
+fn a_request_for_nothing_is_done_without_a_step() {
+    let executor = Scripted::hashing(&limits(1, 4));
+    let log = executor.log();
+    let mut batcher = Batcher::new(Box::new(executor), None, 3);
+    let ids = [(); 3].map(|()| batcher.submit(request(&[1], 0)).unwrap());
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    for id in ids {
+        assert_eq!((outcomes.done[&id].completion_tokens, outcomes.done[&id].finish_reason), (0, FinishReason::Length));
+    }
+    assert!(log.lock().unwrap().is_empty());
+}
+
+#[test]
+fn sessions_and_batchers_can_move_to_a_thread() {
+    fn is_send<T: Send>() {}
+    is_send::<Session>();
+    is_send::<Batcher>();
+    is_send::<super::super::Chat>();
+    is_send::<Event>();
+}
+
+/// A request whose text, stops and settings vary.
+fn any_request() -> impl Strategy<Value = GenerationRequest> {
+    let sampling = (0u32..4, any::<u64>(), any::<bool>(), 0usize..4).prop_map(|(top_k, seed, penalty, min_tokens)| {
+        let repetition_penalty = if penalty { 1.3 } else { 1.0 };
+        SamplingParams {
+            top_k,
+            seed: Some(seed),
+            temperature: 3.0,
+            top_p: 0.9,
+            repetition_penalty,
+            min_tokens,
+            ..SamplingParams::default()
+        }
+    });
+    let prompt = prop::collection::vec(0u32..4, 1..30);
+    (prompt, sampling, 0usize..25, any::<bool>(), "[a-zA-Z]{1,2}").prop_map(
+        |(prompt, sampling, max_tokens, trim, stop)| GenerationRequest {
+            sampling,
+            trim,
+            stop_strings: vec![stop],
+            stop_ids: (EOS..60).collect(),
+            ..request(&prompt, max_tokens)
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+    #[test]
+    fn same_request_same_tokens_whatever_else_runs(
+        requests in prop::collection::vec((any_request(), 0usize..6, prop::option::weighted(0.15, 0usize..20)), 1..10),
+        slots in 1usize..5,
+        step_tokens in 1usize..12,
+    ) {
+        let tokenizer = Some(tokenizer());
+        let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(slots, step_tokens))), tokenizer.clone(), 99);
+        let mut outcomes = Outcomes::default();
+        let mut submitted = Vec::new();
+        let mut cancels: Vec<(usize, RequestId)> = Vec::new();
+        let mut time = 0;
+        let mut step = |batcher: &mut Batcher, cancels: &[(usize, RequestId)], outcomes: &mut Outcomes| {
+            time += 1;
+            for (_, id) in cancels.iter().filter(|(at, _)| *at == time) {
+                batcher.cancel(*id);
+            }
+            outcomes.take(batcher.step());
+            time
+        };
+        let mut now = 0;
+        for (request, wait, cancel_after) in requests {
+            for _ in 0..wait {
+                now = step(&mut batcher, &cancels, &mut outcomes);
+            }
+            let id = batcher.submit(request.clone()).unwrap();
+            cancels.extend(cancel_after.map(|after| (now + after + 1, id)));
+            submitted.push((id, request));
+        }
+        while !batcher.is_idle() {
+            step(&mut batcher, &cancels, &mut outcomes);
+        }
+        prop_assert!(outcomes.failed.is_empty());
+        for (id, request) in submitted {
+            let Some(found) = outcomes.done.get(&id) else {
+                prop_assert!(cancels.iter().any(|(_, cancelled)| *cancelled == id));
+                continue;
+            };
+            let expected = alone(&request, tokenizer.clone());
+            prop_assert_eq!(&found.token_ids, &expected.token_ids);
+            prop_assert_eq!(&found.text, &expected.text);
+            prop_assert_eq!(found.finish_reason, expected.finish_reason);
+        }
+    }
+}

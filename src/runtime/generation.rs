@@ -1,0 +1,207 @@
+//! One generation from its first row of logits to its completion: the one piece of code that chooses ids, makes text
+//! of them and decides when it is over.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::request::{Completion, FinishReason, GenerationRequest, Timings};
+use super::sampler::Sampler;
+use super::stop::StopFilter;
+use crate::backend::Limits;
+use crate::error::{Error, Result};
+use crate::text::{StreamDecoder, Tokenizer};
+
+/// What is shared by all generations of one engine.
+#[derive(Debug, Clone)]
+pub(super) struct Vocabulary {
+    tokenizer: Option<Arc<Tokenizer>>,
+    /// Ids that can be sampled: the model's, without the padding past the tokenizer's.
+    sampled_ids: usize,
+}
+
+impl Vocabulary {
+    pub(super) fn new(limits: &Limits, tokenizer: Option<Arc<Tokenizer>>) -> Vocabulary {
+        let known = tokenizer.as_ref().map_or(limits.vocab_size, |tokenizer| tokenizer.vocab_size());
+        Vocabulary { tokenizer, sampled_ids: known.min(limits.vocab_size) }
+    }
+
+    pub(super) fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref()
+    }
+}
+
+/// A checked request and how far it has come.
+#[derive(Debug)]
+pub(super) struct Generation {
+    prompt: Vec<u32>,
+    stop_ids: Vec<u32>,
+    /// Most ids to sample, at most what the sequence has room for.
+    budget: usize,
+    sampler: Sampler,
+    decoder: Option<StreamDecoder>,
+    filter: StopFilter,
+    ids: Vec<u32>,
+    text: String,
+    finish: Option<FinishReason>,
+    reused_tokens: usize,
+    started: Option<Instant>,
+    first_id: Option<Instant>,
+    last_id: Option<Instant>,
+}
+
+impl Generation {
+    /// Checks a request against the engine. Nothing of it is refused later.
+    pub(super) fn new(request: GenerationRequest, limits: &Limits, vocabulary: &Vocabulary) -> Result<Generation> {
+        if limits.slots == 0 || limits.max_step_tokens == 0 || limits.max_logits_rows == 0 {
+            return Err(Error::Step(format!("an engine with these limits can run nothing: {limits:?}")));
+        }
+        let GenerationRequest { prompt, sampling, max_tokens, stop_strings, stop_ids, trim } = request;
+        let room = check_prompt(&prompt, limits)?;
+        if let Some(id) = stop_ids.iter().find(|id| **id as usize >= limits.vocab_size) {
+            return Err(Error::Request(format!(
+                "stop id {id}; accepted are 0 to {}",
+                limits.vocab_size.saturating_sub(1)
+            )));
+        }
+        let decoder = vocabulary.tokenizer.clone().map(StreamDecoder::continuing);
+        if decoder.is_none() && !stop_strings.is_empty() {
+            return Err(Error::Request(format!(
+                "{} stop strings, but there is no tokenizer to find them with; use stop ids",
+                stop_strings.len()
+            )));
+        }
+        let budget = max_tokens.min(room);
+        Ok(Generation {
+            sampler: Sampler::new(&sampling, vocabulary.sampled_ids, &stop_ids, &prompt)?,
+            decoder,
+            filter: StopFilter::new(&stop_strings, trim)?,
+            prompt,
+            stop_ids,
+            budget,
+            ids: Vec::new(),
+            text: String::new(),
+            finish: (budget == 0).then_some(FinishReason::Length),
+            reused_tokens: 0,
+            started: None,
+            first_id: None,
+            last_id: None,
+        })
+    }
+
+    /// The clock starts; `reused_tokens` of the prompt are in the KV cache.
+    pub(super) fn start(&mut self, reused_tokens: usize) {
+        self.reused_tokens = reused_tokens;
+        self.started = Some(Instant::now());
+    }
+
+    /// Chooses an id from one row of logits and appends the text it makes certain to `delta`.
+    pub(super) fn accept(&mut self, row: &[f32], delta: &mut String) -> Result<()> {
+        let id = self.sampler.sample(row)?;
+        let now = Instant::now();
+        self.first_id.get_or_insert(now);
+        self.last_id = Some(now);
+        self.ids.push(id);
+        if self.stop_ids.contains(&id) {
+            self.end(FinishReason::Stop, delta);
+            return Ok(());
+        }
+        let mut shown = String::new();
+        if let Some(decoder) = &mut self.decoder {
+            let mut decoded = String::new();
+            decoder.push(id, &mut decoded)?;
+            if self.filter.push(&decoded, &mut shown) {
+                self.finish = Some(FinishReason::Stop);
+            }
+        }
+        self.show(&shown, delta);
+        if self.finish.is_none() && self.ids.len() >= self.budget {
+            self.end(FinishReason::Length, delta);
+        }
+        Ok(())
+    }
+
+    /// Ends the text: what was held back shows, unless it completes a stop string.
+    fn end(&mut self, reason: FinishReason, delta: &mut String) {
+        self.finish = Some(reason);
+        let (mut decoded, mut shown) = (String::new(), String::new());
+        if let Some(decoder) = &mut self.decoder {
+            decoder.flush(&mut decoded);
+        }
+        if self.filter.push(&decoded, &mut shown) {
+            self.finish = Some(FinishReason::Stop);
+        }
+        self.filter.flush(&mut shown);
+        self.show(&shown, delta);
+    }
+
+    fn show(&mut self, shown: &str, delta: &mut String) {
+        self.text.push_str(shown);
+        delta.push_str(shown);
+    }
+
+    pub(super) fn prompt(&self) -> &[u32] {
+        &self.prompt
+    }
+
+    /// The id sampled last.
+    pub(super) fn last(&self) -> Option<u32> {
+        self.ids.last().copied()
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.finish.is_some()
+    }
+
+    /// The completion so far; cancelled if it has not ended.
+    pub(super) fn complete(self) -> Completion {
+        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
+            _ => 0.0,
+        };
+        let prompt_tokens = self.prompt.len();
+        let has_ids = !self.ids.is_empty();
+        Completion {
+            text: self.text,
+            finish_reason: self.finish.unwrap_or(FinishReason::Cancelled),
+            prompt_tokens,
+            reused_tokens: self.reused_tokens,
+            completion_tokens: self.ids.len(),
+            seed: self.sampler.seed(),
+            timings: Timings {
+                prefill_seconds: seconds(self.started, self.first_id),
+                decode_seconds: seconds(self.first_id, self.last_id),
+                prefill_tokens: if has_ids { prompt_tokens - self.reused_tokens.min(prompt_tokens) } else { 0 },
+                decode_tokens: self.ids.len().saturating_sub(1),
+            },
+            token_ids: self.ids,
+        }
+    }
+}
+
+/// Room left for an answer, in tokens, at least 1.
+fn check_prompt(prompt: &[u32], limits: &Limits) -> Result<usize> {
+    if prompt.is_empty() {
+        return Err(Error::Request("the prompt is empty; it has at least one token".into()));
+    }
+    let room = limits.max_sequence_tokens.saturating_sub(prompt.len());
+    if room == 0 {
+        return Err(Error::PromptTooLong {
+            prompt_tokens: prompt.len(),
+            max_sequence_tokens: limits.max_sequence_tokens,
+        });
+    }
+    check_ids(prompt, limits)?;
+    Ok(room)
+}
+
+/// Refuses ids the model has no embedding for.
+pub(super) fn check_ids(ids: &[u32], limits: &Limits) -> Result<()> {
+    match ids.iter().position(|id| *id as usize >= limits.vocab_size) {
+        Some(index) => Err(Error::Request(format!(
+            "token {index} of the prompt has id {}; accepted are 0 to {}",
+            ids.get(index).copied().unwrap_or_default(),
+            limits.vocab_size.saturating_sub(1)
+        ))),
+        None => Ok(()),
+    }
+}

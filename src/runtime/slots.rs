@@ -1,0 +1,114 @@
+//! Which slot of the KV cache holds which ids, and which are free.
+
+/// Length of the longest common prefix.
+pub(super) fn common_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Prompt tokens that need not be computed again: the longest prefix in the cache, but never the whole prompt, because
+/// the logits of its last token are wanted.
+pub(super) fn reusable(cached: &[u32], prompt: &[u32]) -> usize {
+    common_prefix(cached, prompt).min(prompt.len().saturating_sub(1))
+}
+
+/// The slots of one executor.
+#[derive(Debug)]
+pub(super) struct Slots {
+    slots: Vec<Slot>,
+    /// Counts releases, so that the slot unused for longest can be found.
+    releases: u64,
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// Ids whose keys and values the slot holds.
+    ids: Vec<u32>,
+    busy: bool,
+    released: u64,
+}
+
+impl Slots {
+    pub(super) fn new(count: usize) -> Slots {
+        Slots { slots: (0..count).map(|_| Slot::default()).collect(), releases: 0 }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn has_free(&self) -> bool {
+        self.slots.iter().any(|slot| !slot.busy)
+    }
+
+    /// Takes the free slot that holds most of the prompt already, then the one unused for longest. Returns it and how
+    /// many tokens it holds; `None` when all are busy.
+    pub(super) fn acquire(&mut self, prompt: &[u32]) -> Option<(usize, usize)> {
+        let free = self.slots.iter_mut().enumerate().filter(|(_, slot)| !slot.busy);
+        let ranked = free.map(|(index, slot)| (reusable(&slot.ids, prompt), index, slot));
+        let (reused, index, slot) =
+            ranked.max_by_key(|(reused, index, slot)| (*reused, std::cmp::Reverse((slot.released, *index))))?;
+        slot.busy = true;
+        slot.ids.truncate(reused);
+        Some((index, reused))
+    }
+
+    /// Frees a slot; what it holds can be reused.
+    pub(super) fn release(&mut self, index: usize) {
+        self.releases += 1;
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.busy = false;
+            slot.released = self.releases;
+        }
+    }
+
+    /// Records that the executor has written `ids` behind what the slot held.
+    pub(super) fn extend(&mut self, index: usize, ids: &[u32]) {
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.ids.extend_from_slice(ids);
+        }
+    }
+
+    /// Forgets what a slot holds: its numbers are not to be trusted.
+    pub(super) fn forget(&mut self, index: usize) {
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.ids.clear();
+        }
+    }
+
+    /// Forgets what all slots hold.
+    pub(super) fn forget_all(&mut self) {
+        for slot in &mut self.slots {
+            slot.ids.clear();
+        }
+    }
+
+    /// Tokens a slot holds.
+    pub(super) fn len(&self, index: usize) -> usize {
+        self.slots.get(index).map_or(0, |slot| slot.ids.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_goes_where_most_of_it_is_and_else_where_nothing_was_for_longest() {
+        let mut slots = Slots::new(3);
+        let taken: Vec<_> = (0..3).map(|n| slots.acquire(&[n, 7]).unwrap()).collect();
+        assert_eq!(taken, [(0, 0), (1, 0), (2, 0)]);
+        assert_eq!(slots.acquire(&[1]), None);
+        for (slot, ids) in [(0, [0, 7]), (1, [1, 7]), (2, [2, 7])] {
+            slots.extend(slot, &ids);
+        }
+        for slot in [1, 2, 0] {
+            slots.release(slot);
+        }
+        assert_eq!(slots.acquire(&[2, 7]), Some((2, 1)), "the last token is computed again");
+        assert_eq!((slots.len(2), slots.len(0)), (1, 2));
+        assert_eq!(slots.acquire(&[9, 9]), Some((1, 0)));
+        slots.forget_all();
+        assert_eq!(slots.acquire(&[0, 7]), Some((0, 0)));
+        assert!(!slots.has_free() && reusable(&[], &[]) == 0);
+    }
+}

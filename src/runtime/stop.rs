@@ -1,0 +1,150 @@
+//! Stop strings and trimming, on text that comes in pieces.
+
+use crate::error::{Error, Result};
+
+#[cfg(test)]
+mod tests;
+
+/// Most stop strings of one request.
+pub(crate) const MAX_STOP_STRINGS: usize = 64;
+
+/// Longest stop string, in bytes.
+pub(crate) const MAX_STOP_BYTES: usize = 1024;
+
+/// Ends a text at the first stop string and, if asked, trims it, while it comes in pieces.
+///
+/// The stop string that is complete first wins; of several complete at the same character, the longest. So what is
+/// shown depends on the text alone, never on how it was split. Neither the stop string nor anything after it is
+/// shown, and of the text so far only what could still be part of a stop string is held back.
+///
+/// Trimming removes leading and trailing Unicode whitespace of what is shown; whitespace is held back until something
+/// follows it.
+#[derive(Debug)]
+pub struct StopFilter {
+    matchers: Vec<Matcher>,
+    trim: bool,
+    /// Text that may be the start of a stop string.
+    held: String,
+    /// Whitespace that shows if something follows it; used when trimming.
+    spaces: String,
+    shown_any: bool,
+    stopped: bool,
+}
+
+/// Knuth-Morris-Pratt over one stop string.
+#[derive(Debug)]
+struct Matcher {
+    pattern: Vec<u8>,
+    /// `fallback[n]`: length of the longest proper prefix of the pattern that ends its first n + 1 bytes.
+    fallback: Vec<usize>,
+    /// Length of the longest prefix of the pattern that ends the text.
+    matched: usize,
+}
+
+impl Matcher {
+    fn new(pattern: &str) -> Matcher {
+        let mut matcher = Matcher { pattern: pattern.as_bytes().to_vec(), fallback: Vec::new(), matched: 0 };
+        for (index, byte) in pattern.bytes().enumerate() {
+            if index > 0 {
+                matcher.advance(byte);
+            }
+            matcher.fallback.push(matcher.matched);
+        }
+        matcher.matched = 0;
+        matcher
+    }
+
+    fn advance(&mut self, byte: u8) {
+        while self.matched > 0 && self.pattern.get(self.matched) != Some(&byte) {
+            self.matched = self.fallback.get(self.matched - 1).copied().unwrap_or(0);
+        }
+        if self.pattern.get(self.matched) == Some(&byte) {
+            self.matched += 1;
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.matched == self.pattern.len()
+    }
+}
+
+impl StopFilter {
+    /// A filter for one text.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for an empty stop string, one over 1024 bytes, or more than 64 of them.
+    pub fn new(stop_strings: &[String], trim: bool) -> Result<StopFilter> {
+        if stop_strings.len() > MAX_STOP_STRINGS {
+            return Err(Error::Request(format!(
+                "{} stop strings, but at most {MAX_STOP_STRINGS} are accepted",
+                stop_strings.len()
+            )));
+        }
+        if let Some(index) = stop_strings.iter().position(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
+            return Err(Error::Request(format!(
+                "stop string {index} has {} bytes; accepted are 1 to {MAX_STOP_BYTES}",
+                stop_strings.get(index).map_or(0, String::len)
+            )));
+        }
+        Ok(StopFilter {
+            matchers: stop_strings.iter().map(|s| Matcher::new(s)).collect(),
+            trim,
+            held: String::new(),
+            spaces: String::new(),
+            shown_any: false,
+            stopped: false,
+        })
+    }
+
+    /// Takes the next piece of text and appends to `out` what can be shown. Returns whether a stop string is
+    /// complete; after that nothing is taken any more.
+    pub fn push(&mut self, text: &str, out: &mut String) -> bool {
+        if self.stopped {
+            return true;
+        }
+        let held_bytes = self.held.len();
+        self.held.push_str(text);
+        for (index, byte) in text.bytes().enumerate() {
+            for matcher in &mut self.matchers {
+                matcher.advance(byte);
+            }
+            if let Some(longest) = self.matchers.iter().filter(|m| m.is_complete()).map(|m| m.pattern.len()).max() {
+                self.held.truncate((held_bytes + index + 1).saturating_sub(longest));
+                self.stopped = true;
+                self.flush(out);
+                return true;
+            }
+        }
+        let partial = self.matchers.iter().map(|m| m.matched).max().unwrap_or(0);
+        let certain = self.held.len().saturating_sub(partial);
+        let rest = self.held.split_off(certain);
+        let shown = std::mem::replace(&mut self.held, rest);
+        self.show(&shown, out);
+        false
+    }
+
+    /// The text has ended: appends what was held back and is no stop string.
+    pub fn flush(&mut self, out: &mut String) {
+        let rest = std::mem::take(&mut self.held);
+        self.show(&rest, out);
+        self.spaces.clear();
+    }
+
+    fn show(&mut self, text: &str, out: &mut String) {
+        if !self.trim {
+            return out.push_str(text);
+        }
+        let text = if self.shown_any { text } else { text.trim_start() };
+        let body = text.trim_end();
+        if body.is_empty() {
+            if self.shown_any {
+                self.spaces.push_str(text);
+            }
+            return;
+        }
+        self.shown_any = true;
+        out.push_str(&std::mem::take(&mut self.spaces));
+        out.push_str(body);
+        self.spaces.push_str(text.get(body.len()..).unwrap_or_default());
+    }
+}
