@@ -8,3 +8,5 @@ mod invariance;
 mod kill;
 /// Logits against transformers in FP32.
 mod numerics;
+/// The 500 conversations of tiny-chat.
+mod tiny_chat;
