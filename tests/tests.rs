@@ -6,6 +6,8 @@ mod hostile;
 mod invariance;
 /// Builds killed at random moments.
 mod kill;
+/// Lowering to the CPU.
+mod lowering;
 /// Logits against transformers in FP32.
 mod numerics;
 /// The 500 conversations of tiny-chat.
