@@ -1,4 +1,69 @@
-//! aotron
+//! An ahead-of-time compiler and a lightweight runtime for NVIDIA's Nemotron-3-8B-Chat-4k-RLHF and its architecture.
+//!
+//! # The way of the data
+//!
+//! ```text
+//!   checkpoint ──► graph ──► passes ──► lowering ──► engine package        build time
+//!   (HF folder)   (typed IR) (reports)  (kernels,    (a folder: manifest,
+//!                                        arena,       plans, packed weights,
+//!                                        weights)     tokenizer)
+//!                                                         │
+//!   text ◄── session / batcher ◄── executor ◄─────────────┘                run time
+//!            (KV slots, sampling,   (runs a plan;
+//!             stops, template)       knows no text)
+//! ```
+//!
+//! # The rooms
+//!
+//! Imports go downward only, in this order; a room may use those above it in the list.
+//!
+//! | room | what lives there |
+//! | --- | --- |
+//! | [`error`], [`tensor`], [`mmap`], [`tensor_file`] | the error type, element types and borrowed tensors, mapped files, safetensors |
+//! | [`checkpoint`] | readers: a folder becomes a config and named, validated, mapped tensors |
+//! | [`graph`] | the typed intermediate representation of one forward step |
+//! | [`text`] | tokenizer, streaming decoder, chat template |
+//! | [`model`] | the architecture: a config becomes a graph |
+//! | [`engine`] | the package: manifest, limits, opening and writing |
+//! | [`backend`] | [`Step`](backend::Step), the [`Executor`](backend::Executor) trait, and the CPU: lowering, packing, kernels |
+//! | [`compile`] | recipes, passes, and [`compile::build`], which runs the upper half of the picture |
+//! | [`runtime`] | sampling, stops, [`Session`](runtime::Session) (one conversation), [`Batcher`](runtime::Batcher) (many); it sees neither graphs nor checkpoints |
+//!
+//! The program's command line is not part of the library.
+//!
+//! # From a checkpoint to an answer
+//!
+//! ```no_run
+//! use std::{ops::ControlFlow, path::Path, sync::Arc};
+//!
+//! use aotron::backend::{self, ExecutorOptions};
+//! use aotron::engine::Package;
+//! use aotron::runtime::{Chat, SamplingParams, Session};
+//! use aotron::text::Tokenizer;
+//!
+//! # fn main() -> aotron::Result<()> {
+//! let package = Package::open(Path::new("engines/tiny-chat"))?; // made by `aotron build`
+//! let executor = backend::open(&package, &ExecutorOptions::default())?;
+//! let tokenizer = Arc::new(Tokenizer::from_bytes(Path::new("tokenizer.json"), &package.read("tokenizer.json")?)?);
+//! let session = Session::new(executor, Some(tokenizer));
+//! let mut chat = Chat::new(session, &package.manifest().generation.stop_token_ids)?;
+//! let answer = chat.send("What is the capital of France?", &SamplingParams::default(), 200, &mut |text| {
+//!     print!("{text}");
+//!     ControlFlow::Continue(())
+//! })?;
+//! println!("\n({} tokens, {:?})", answer.completion_tokens, answer.finish_reason);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What holds everywhere
+//!
+//! - **Same request, same tokens.** On the CPU a sequence's logits are bit-identical whatever else is in the batch and
+//!   however its prompt was cut into chunks (see [`backend::cpu::kernels`]).
+//! - **Nothing half-written is taken for whole.** A package appears by one rename, after all of it is on disk.
+//! - **Files and requests are not trusted.** Everything read is validated before it is used; errors name the file,
+//!   tensor, op or limit and what was expected.
+
 pub mod backend;
 pub mod checkpoint;
 pub mod compile;

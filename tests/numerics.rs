@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use aotron::backend::cpu::CpuOptions;
-use aotron::backend::{Chunk, Executor, NextToken, Rows, Step, open_cpu};
+use aotron::backend::{Chunk, Executor, Rows, Step, open_cpu};
 use aotron::compile::{BuildRequest, Precision, Progress, Recipe, build};
 use aotron::engine::Package;
 

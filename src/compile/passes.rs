@@ -66,7 +66,8 @@ impl fmt::Display for Precision {
 /// [`crate::Error::Graph`] if a rewritten graph does not type-check, which is a defect of a pass.
 pub fn run(graph: Graph, precision: Precision, positions: usize) -> Result<(Graph, Vec<Report>)> {
     let tables = |graph: &Graph| rotary_tables(graph, positions);
-    let mut passes: Vec<&dyn Fn(&Graph) -> Result<(Graph, Report)>> = vec![&fold_constants, &fuse_linears, &tables];
+    type Pass<'p> = &'p dyn Fn(&Graph) -> Result<(Graph, Report)>;
+    let mut passes: Vec<Pass<'_>> = vec![&fold_constants, &fuse_linears, &tables];
     if precision == Precision::Bf16 {
         passes.push(&narrow_to_bf16);
     }

@@ -10,7 +10,9 @@ use super::kernels::isa::Isa;
 use super::kernels::matmul::{self, Packed};
 use super::kernels::rowwise::{self, RowsMut, Unary};
 use super::kernels::{Element, Rows, attention};
-use super::program::{BufferSpec, CacheKind, CacheSpec, Epilogue, Indices, Kernel, Program, RowCount, Table, View};
+use super::program::{
+    ALIGN, BufferSpec, CacheKind, CacheSpec, Epilogue, Indices, Kernel, Program, RowCount, Table, View,
+};
 use crate::backend::{Executor, Limits, Logits, Step};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -35,18 +37,47 @@ pub struct CpuExecutor {
     program: Program,
     limits: Limits,
     weights: Weights,
-    arena: Box<[Line]>,
-    cache: Box<[Line]>,
+    arena: Memory,
+    cache: Memory,
     positions: Vec<u32>, // [tokens of the step]
     slots: Vec<u32>,     // [tokens of the step]
     pool: rayon::ThreadPool,
     isa: Isa,
 }
 
-/// Memory is allocated in cache lines, which aligns every buffer.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
+/// Zeroed memory that starts at a cache line and that the operating system hands out as it is touched. (An allocation
+/// that asks for alignment would be zeroed by hand, all of it at once.)
+struct Memory {
+    bytes: Box<[u8]>,
+    start: usize,
+    len: usize,
+}
+
+impl Memory {
+    fn reserve(len: usize, what: &str, limits: &Limits) -> Result<Memory> {
+        let refuse = || {
+            Error::Request(format!(
+                "cannot reserve {len} bytes for the {what} of {} sequences of {} tokens; ask for fewer slots",
+                limits.slots, limits.max_sequence_tokens
+            ))
+        };
+        let padded = len.checked_add(ALIGN).ok_or_else(refuse)?;
+        let bytes = bytemuck::allocation::try_zeroed_slice_box::<u8>(padded).map_err(|()| refuse())?;
+        let start = bytes.as_ptr().align_offset(ALIGN);
+        if start > ALIGN {
+            return Err(refuse());
+        }
+        Ok(Memory { bytes, start, len })
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..self.start + self.len]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.len]
+    }
+}
 
 struct Weights {
     file: TensorFile,
@@ -88,8 +119,8 @@ impl CpuExecutor {
         let limits = program.limits.clone();
         let cache_bytes = program.cache.total_bytes(&limits).unwrap_or(usize::MAX);
         Ok(CpuExecutor {
-            arena: reserve(program.arena_bytes, "activations", &limits)?,
-            cache: reserve(cache_bytes, "KV cache", &limits)?,
+            arena: Memory::reserve(program.arena_bytes, "activations", &limits)?,
+            cache: Memory::reserve(cache_bytes, "KV cache", &limits)?,
             positions: Vec::with_capacity(limits.max_step_tokens),
             slots: Vec::with_capacity(limits.max_step_tokens),
             isa: options.isa.unwrap_or_else(Isa::detect),
@@ -109,16 +140,6 @@ impl CpuExecutor {
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
     }
-}
-
-/// Zeroed memory that the operating system hands out as it is touched.
-fn reserve(bytes: usize, what: &str, limits: &Limits) -> Result<Box<[Line]>> {
-    bytemuck::allocation::try_zeroed_slice_box(bytes.div_ceil(size_of::<Line>())).map_err(|()| {
-        Error::Request(format!(
-            "cannot reserve {bytes} bytes for the {what} of {} sequences of {} tokens; ask for fewer slots",
-            limits.slots, limits.max_sequence_tokens
-        ))
-    })
 }
 
 impl Weights {
@@ -178,7 +199,7 @@ impl Executor for CpuExecutor {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
         if cfg!(debug_assertions) {
-            bytemuck::cast_slice_mut::<Line, u8>(&mut self.arena).fill(0xff); // NaN: nothing may read what was not written
+            self.arena.bytes_mut().fill(0xff); // NaN: nothing may read what was not written
         }
         let mut run = Run {
             step,
@@ -187,8 +208,8 @@ impl Executor for CpuExecutor {
             program: &self.program,
             limits: &self.limits,
             weights: &self.weights,
-            arena: bytemuck::cast_slice_mut(&mut self.arena),
-            cache: bytemuck::cast_slice_mut(&mut self.cache),
+            arena: self.arena.bytes_mut(),
+            cache: self.cache.bytes_mut(),
             isa: self.isa,
         };
         self.pool.install(|| {
@@ -198,8 +219,7 @@ impl Executor for CpuExecutor {
         });
         let logits = &self.program.buffers[self.program.logits];
         let bytes = step.logits_rows().len() * logits.width * 4;
-        let arena: &[u8] = bytemuck::cast_slice(&self.arena);
-        Logits::new(bytemuck::cast_slice(&arena[logits.offset..logits.offset + bytes]), logits.width)
+        Logits::new(bytemuck::cast_slice(&self.arena.bytes()[logits.offset..logits.offset + bytes]), logits.width)
     }
 }
 

@@ -1,0 +1,416 @@
+//! Hostile and broken inputs, through the real program: each gives a clear error that names the thing, a non-zero
+//! exit code, no panic, and little memory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use aotron::compile::Precision;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use wait4::Wait4;
+
+use crate::numerics::build_package;
+
+/// No refusal may take more memory than this.
+const MAX_BYTES: u64 = 100 << 20;
+
+/// A fresh folder, and ways to break what is in it.
+struct Scene {
+    folder: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        Scene { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A copy of a good checkpoint.
+    fn checkpoint(&self, shape: &str) -> PathBuf {
+        let copy = self.path("checkpoint");
+        copy_folder(&Path::new("tests/data/shapes").join(shape), &copy);
+        copy
+    }
+
+    /// A good package.
+    fn package(&self) -> PathBuf {
+        let path = self.path("engine");
+        build_package(Path::new("tests/data/shapes/gqa"), Precision::Bf16, &path);
+        path
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_file() {
+            fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut value: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    edit(&mut value);
+    fs::write(path, serde_json::to_vec_pretty(&value).unwrap()).unwrap();
+}
+
+fn edit_bytes(path: &Path, edit: impl FnOnce(&mut Vec<u8>)) {
+    let mut bytes = fs::read(path).unwrap();
+    edit(&mut bytes);
+    fs::write(path, bytes).unwrap();
+}
+
+/// Rewrites the header of a safetensors file, keeping its data.
+fn edit_header(path: &Path, edit: impl FnOnce(&mut Value)) {
+    edit_bytes(path, |bytes| {
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        edit(&mut header);
+        let header = serde_json::to_vec(&header).unwrap();
+        let mut out = (header.len() as u64).to_le_bytes().to_vec();
+        out.extend(header);
+        out.extend_from_slice(&bytes[8 + length..]);
+        *bytes = out;
+    });
+}
+
+/// Changes a package's manifest and seals it again, as an attacker would.
+fn edit_manifest(package: &Path, edit: impl FnOnce(&mut Value)) {
+    let path = package.join("engine.json");
+    edit_json(&path, |manifest| {
+        edit(manifest);
+        manifest["sha256"] = json!("");
+    });
+    let text = format!("{}\n", fs::read_to_string(&path).unwrap());
+    let digest: String = Sha256::digest(text.as_bytes()).iter().map(|b| format!("{b:02x}")).collect();
+    fs::write(&path, text.replace("\"sha256\": \"\"", &format!("\"sha256\": \"{digest}\""))).unwrap();
+}
+
+/// Changes a package's plan, and its entry in the manifest so that the change is not found by its digest.
+fn edit_plan(package: &Path, edit: impl FnOnce(&mut Value)) {
+    let plan = package.join("plans/cpu.json");
+    edit_json(&plan, edit);
+    let bytes = fs::read(&plan).unwrap();
+    let digest: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+    edit_manifest(package, |manifest| {
+        for file in manifest["files"].as_array_mut().unwrap() {
+            if file["path"] == "plans/cpu.json" {
+                file["sha256"] = json!(digest);
+                file["bytes"] = json!(bytes.len());
+            }
+        }
+    });
+}
+
+/// Runs the program; it must refuse, and say all of `expected`.
+fn refused(arguments: &[&str], expected: &[&str]) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_aotron"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    let mut message = Vec::new();
+    std::io::Read::read_to_end(&mut stderr, &mut message).unwrap();
+    let used = child.wait4().unwrap();
+    let message = String::from_utf8_lossy(&message);
+    let case = arguments.join(" ");
+    assert!(!used.status.success(), "`{case}` was accepted");
+    assert!(used.status.code().is_some(), "`{case}` died of a signal: {message}");
+    assert!(!message.contains("panicked"), "`{case}` panicked: {message}");
+    for part in expected {
+        assert!(message.contains(part), "`{case}` does not say {part:?}: {message}");
+    }
+    assert!(message.len() < 4000, "`{case}` says too much: {message}");
+    assert!(used.rusage.maxrss < MAX_BYTES, "`{case}` took {} bytes", used.rusage.maxrss);
+}
+
+fn build_refused(scene: &Scene, checkpoint: &Path, expected: &[&str]) {
+    let output = scene.path("out");
+    refused(&["build", text(checkpoint), "--recipe", "cpu", "-o", text(&output)], expected);
+    assert!(!output.exists(), "a refused build left {}", output.display());
+    let left: Vec<_> = fs::read_dir(scene.folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.iter().all(|n| !n.to_string_lossy().contains("building")), "{left:?}");
+}
+
+fn run_refused(package: &Path, more: &[&str], expected: &[&str]) {
+    let mut arguments = vec!["run", text(package), "--token-ids", "1,2,3", "--max-tokens", "1"];
+    arguments.extend(more);
+    refused(&arguments, expected);
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A test per case, so that a failure names it.
+macro_rules! cases {
+    ($($name:ident: |$scene:ident| $body:block)*) => { $(
+        #[test]
+        fn $name() {
+            let $scene = &Scene::new();
+            $body
+        }
+    )* };
+}
+
+/// A checkpoint whose config has one key set to a value.
+macro_rules! config_cases {
+    ($($name:ident: $key:literal = $value:tt, says $expected:expr;)*) => { cases! { $(
+        $name: |scene| {
+            let checkpoint = scene.checkpoint("odd");
+            edit_json(&checkpoint.join("config.json"), |c| c[$key] = json!($value));
+            build_refused(scene, &checkpoint, &$expected);
+        }
+    )* } };
+}
+
+config_cases! {
+    config_gelu: "hidden_act" = "gelu", says ["config.json", "hidden_act", "gelu", "relu2"];
+    config_rope_type: "rope_parameters" = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}, says ["llama3"];
+    config_attention_bias: "attention_bias" = true, says ["attention_bias"];
+    config_quantized: "quantization_config" = {"bits": 4}, says ["quantization_config"];
+    config_unknown_key: "attention_multiplier" = 2.0, says ["attention_multiplier"];
+    config_huge_vocab: "vocab_size" = 4611686018427387904u64, says ["vocab_size"];
+    config_zero_layers: "num_hidden_layers" = 0, says ["num_hidden_layers"];
+    config_heads_do_not_divide: "num_key_value_heads" = 7, says ["config.json", "7"];
+    config_eps_negative: "norm_eps" = (-1.0), says ["eps"];
+}
+
+cases! {
+    no_such_checkpoint: |scene| {
+        build_refused(scene, &scene.path("nowhere"), &["nowhere"]);
+    }
+    checkpoint_is_empty: |scene| {
+        fs::create_dir(scene.path("empty")).unwrap();
+        build_refused(scene, &scene.path("empty"), &["config.json"]);
+    }
+    config_truncated: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_bytes(&checkpoint.join("config.json"), |b| b.truncate(b.len() / 2));
+        build_refused(scene, &checkpoint, &["config.json"]);
+    }
+    config_is_binary: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        fs::write(checkpoint.join("config.json"), [0xff, 0x00, 0x80, 0x7f].repeat(1000)).unwrap();
+        build_refused(scene, &checkpoint, &["config.json"]);
+    }
+    config_nests_deep: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        fs::write(checkpoint.join("config.json"), "[".repeat(500_000)).unwrap();
+        build_refused(scene, &checkpoint, &["config.json"]);
+    }
+    weights_missing: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        fs::remove_file(checkpoint.join("model.safetensors")).unwrap();
+        build_refused(scene, &checkpoint, &["model.safetensors"]);
+    }
+    weights_empty: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        fs::write(checkpoint.join("model.safetensors"), []).unwrap();
+        build_refused(scene, &checkpoint, &["model.safetensors"]);
+    }
+    weights_header_is_huge: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_bytes(&checkpoint.join("model.safetensors"), |b| b[..8].copy_from_slice(&u64::MAX.to_le_bytes()));
+        build_refused(scene, &checkpoint, &["model.safetensors", "header"]);
+    }
+    weights_header_truncated: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_bytes(&checkpoint.join("model.safetensors"), |b| b.truncate(100));
+        build_refused(scene, &checkpoint, &["model.safetensors", "truncated"]);
+    }
+    weights_data_truncated: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_bytes(&checkpoint.join("model.safetensors"), |b| b.truncate(b.len() - 1));
+        build_refused(scene, &checkpoint, &["model.safetensors", "truncated"]);
+    }
+    weights_overlap: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_header(&checkpoint.join("model.safetensors"), |h| {
+            let other = h["model.layers.0.mlp.up_proj.weight"]["data_offsets"].clone();
+            h["model.layers.1.mlp.up_proj.weight"]["data_offsets"] = other;
+        });
+        build_refused(scene, &checkpoint, &["model.safetensors", "mlp.up_proj"]);
+    }
+    weights_shape_overflows: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_header(&checkpoint.join("model.safetensors"), |h| {
+            h["lm_head.weight"]["shape"] = json!([u64::MAX / 2, 8]);
+        });
+        build_refused(scene, &checkpoint, &["lm_head.weight"]);
+    }
+    weights_offsets_past_the_end: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_header(&checkpoint.join("model.safetensors"), |h| {
+            h["lm_head.weight"]["data_offsets"] = json!([0, u64::MAX]);
+        });
+        build_refused(scene, &checkpoint, &["lm_head.weight"]);
+    }
+    tensor_missing: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_header(&checkpoint.join("model.safetensors"), |h| {
+            let norm = h.as_object_mut().unwrap().remove("model.norm.bias").unwrap();
+            h["model.norm.bias_"] = norm;
+        });
+        build_refused(scene, &checkpoint, &["model.norm.bias"]);
+    }
+    tensor_transposed: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_header(&checkpoint.join("model.safetensors"), |h| {
+            let shape = &mut h["model.layers.0.mlp.up_proj.weight"]["shape"];
+            shape.as_array_mut().unwrap().reverse();
+        });
+        build_refused(scene, &checkpoint, &["model.layers.0.mlp.up_proj.weight", "expected"]);
+    }
+    tensor_of_integers: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_header(&checkpoint.join("model.safetensors"), |h| h["lm_head.weight"]["dtype"] = json!("I32"));
+        build_refused(scene, &checkpoint, &["lm_head.weight", "I32"]);
+    }
+    tensor_has_nan: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        edit_bytes(&checkpoint.join("model.safetensors"), |b| {
+            let end = b.len();
+            b[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+        });
+        build_refused(scene, &checkpoint, &["NaN", "row"]);
+    }
+    shard_missing: |scene| {
+        let checkpoint = scene.checkpoint("gqa");
+        fs::remove_file(checkpoint.join("model-00002-of-00002.safetensors")).unwrap();
+        build_refused(scene, &checkpoint, &["model-00002-of-00002.safetensors"]);
+    }
+    shard_outside_the_folder: |scene| {
+        let checkpoint = scene.checkpoint("gqa");
+        edit_json(&checkpoint.join("model.safetensors.index.json"), |i| {
+            i["weight_map"]["lm_head.weight"] = json!("../../etc/model.safetensors");
+        });
+        build_refused(scene, &checkpoint, &["../../etc/model.safetensors"]);
+    }
+    tokenizer_is_garbage: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        fs::write(checkpoint.join("tokenizer.json"), "{\"model\": 7}").unwrap();
+        build_refused(scene, &checkpoint, &["tokenizer.json"]);
+    }
+    recipe_has_an_unknown_key: |scene| {
+        let recipe = scene.path("recipe.toml");
+        fs::write(&recipe, format!("{}\nturbo = true\n", include_str!("../engines/cpu.toml"))).unwrap();
+        let output = scene.path("out");
+        let checkpoint = "tests/data/shapes/odd";
+        refused(&["build", checkpoint, "--recipe", text(&recipe), "-o", text(&output)], &["turbo"]);
+    }
+    recipe_does_not_exist: |scene| {
+        let output = scene.path("out");
+        let arguments = ["build", "tests/data/shapes/odd", "--recipe", "tpu", "-o", text(&output)];
+        refused(&arguments, &["tpu", "cpu"]);
+    }
+    output_is_someone_elses: |scene| {
+        fs::write(scene.path("precious"), "data").unwrap();
+        let folder = text(scene.folder.path());
+        let arguments = ["build", "tests/data/shapes/odd", "--recipe", "cpu", "--force", "-o", folder];
+        refused(&arguments, &["not an engine package"]);
+        assert_eq!(fs::read_to_string(scene.path("precious")).unwrap(), "data");
+    }
+
+    no_such_package: |scene| {
+        run_refused(&scene.path("nowhere"), &[], &["nowhere", "aotron build"]);
+    }
+    package_without_manifest: |scene| {
+        run_refused(scene.folder.path(), &[], &["engine.json"]);
+    }
+    package_of_a_newer_format: |scene| {
+        let package = scene.package();
+        edit_manifest(&package, |m| m["format_version"] = json!(2));
+        run_refused(&package, &[], &["format version 2", "reads version 1"]);
+    }
+    manifest_truncated: |scene| {
+        let package = scene.package();
+        edit_bytes(&package.join("engine.json"), |b| b.truncate(b.len() - 20));
+        run_refused(&package, &[], &["engine.json"]);
+    }
+    manifest_changed: |scene| {
+        let package = scene.package();
+        edit_json(&package.join("engine.json"), |m| m["generation"]["max_tokens"] = json!(7));
+        run_refused(&package, &[], &["engine.json", "digest"]);
+    }
+    manifest_names_a_file_outside: |scene| {
+        let package = scene.package();
+        edit_manifest(&package, |m| m["files"][0]["path"] = json!("../../secret"));
+        run_refused(&package, &[], &["../../secret"]);
+    }
+    plan_damaged: |scene| {
+        let package = scene.package();
+        edit_bytes(&package.join("plans/cpu.json"), |b| b[40] ^= 1);
+        run_refused(&package, &[], &["plans/cpu.json", "damaged"]);
+    }
+    plan_writes_outside_the_arena: |scene| {
+        let package = scene.package();
+        edit_plan(&package, |p| p["buffers"][0]["offset"] = json!(1u64 << 40));
+        run_refused(&package, &[], &["plans/cpu.json", "arena"]);
+    }
+    plan_names_a_weight_that_is_not_there: |scene| {
+        let package = scene.package();
+        edit_plan(&package, |p| p["weights"][0]["rows"] = json!(1_000_000_007));
+        run_refused(&package, &[], &["cpu.json"]);
+    }
+    plan_wants_a_huge_arena: |scene| {
+        let package = scene.package();
+        edit_plan(&package, |p| p["arena_bytes"] = json!(u64::MAX / 4));
+        run_refused(&package, &[], &["cannot reserve"]);
+    }
+    weights_file_truncated: |scene| {
+        let package = scene.package();
+        edit_bytes(&package.join("weights/cpu-bf16.safetensors"), |b| b.truncate(b.len() - 64));
+        run_refused(&package, &[], &["weights/cpu-bf16.safetensors", "bytes"]);
+    }
+    weights_file_missing: |scene| {
+        let package = scene.package();
+        fs::remove_file(package.join("weights/cpu-bf16.safetensors")).unwrap();
+        run_refused(&package, &[], &["weights/cpu-bf16.safetensors", "missing"]);
+    }
+    weights_file_damaged: |scene| {
+        let package = scene.package();
+        edit_bytes(&package.join("weights/cpu-bf16.safetensors"), |b| {
+            let end = b.len();
+            b[end - 1] ^= 0x40;
+        });
+        run_refused(&package, &["--verify"], &["weights/cpu-bf16.safetensors", "damaged"]);
+    }
+
+    prompt_too_long: |scene| {
+        let package = scene.package();
+        let ids = vec!["5"; 5000].join(",");
+        refused(&["run", text(&package), "--token-ids", &ids], &["5000 tokens", "at most"]);
+    }
+    token_id_outside_the_vocabulary: |scene| {
+        let package = scene.package();
+        refused(&["run", text(&package), "--token-ids", "1,4000000000"], &["4000000000"]);
+    }
+    temperature_is_nan: |scene| {
+        let package = scene.package();
+        run_refused(&package, &["--temperature", "nan"], &["temperature"]);
+    }
+    text_without_a_tokenizer: |scene| {
+        let package = scene.package();
+        refused(&["run", text(&package), "--prompt", "hello"], &["tokenizer", "--token-ids"]);
+    }
+    ids_file_is_garbage: |scene| {
+        let package = scene.package();
+        fs::write(scene.path("ids.json"), "[[1, 2], \"three\"]").unwrap();
+        refused(&["score", text(&package), "--ids", text(&scene.path("ids.json"))], &["ids.json"]);
+    }
+    prompt_file_is_not_utf8: |scene| {
+        let package = scene.package();
+        fs::write(scene.path("prompt.txt"), [0xff, 0xfe, 0x00]).unwrap();
+        refused(&["run", text(&package), "--prompt-file", text(&scene.path("prompt.txt"))], &["prompt.txt"]);
+    }
+}

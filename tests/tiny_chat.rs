@@ -1,0 +1,174 @@
+//! The 500 conversations of tiny-chat against transformers' greedy answers in FP32.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use aotron::backend::cpu::CpuOptions;
+use aotron::backend::{Executor, open_cpu};
+use aotron::compile::Precision;
+use aotron::engine::Package;
+use aotron::runtime::{Batcher, Chat, Completion, Event, FinishReason, GenerationRequest, SamplingParams, Session};
+use aotron::text::{Message, Tokenizer};
+use serde_json::Value;
+
+use crate::numerics::build_package;
+
+const CHECKPOINT: &str = "tests/data/tiny-chat";
+const MAX_TOKENS: usize = 200;
+
+struct Turn {
+    user: String,
+    prompt_ids: Vec<u32>,
+    token_ids: Vec<u32>,
+    text: String,
+}
+
+struct Conversation {
+    system: String,
+    turns: Vec<Turn>,
+}
+
+fn json_lines(file: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(Path::new(CHECKPOINT).join(file)).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn conversations() -> Vec<Conversation> {
+    let (asked, answered) = (json_lines("conversations.jsonl"), json_lines("answers.jsonl"));
+    assert_eq!((asked.len(), answered.len()), (500, 500));
+    let turn = |(asked, answered): (&Value, &Value)| Turn {
+        user: asked["user"].as_str().unwrap().into(),
+        prompt_ids: ids(&answered["prompt_ids"]),
+        token_ids: ids(&answered["token_ids"]),
+        text: answered["text"].as_str().unwrap().into(),
+    };
+    let conversation = |(asked, answered): (&Value, &Value)| {
+        assert_eq!(asked["id"], answered["id"]);
+        let (turns, answers) = (asked["turns"].as_array().unwrap(), answered["turns"].as_array().unwrap());
+        assert_eq!(turns.len(), answers.len());
+        let system = asked["system"].as_str().unwrap().into();
+        Conversation { system, turns: turns.iter().zip(answers).map(turn).collect() }
+    };
+    asked.iter().zip(&answered).map(conversation).collect()
+}
+
+fn tokenizer(package: &Package) -> Arc<Tokenizer> {
+    Arc::new(Tokenizer::from_bytes(Path::new("tokenizer.json"), &package.read("tokenizer.json").unwrap()).unwrap())
+}
+
+fn executor(package: &Package) -> Box<dyn Executor> {
+    Box::new(open_cpu(package, &CpuOptions::default()).unwrap())
+}
+
+/// Holds every conversation, turn after turn. `check` gets each turn with what was answered and says whether to go on
+/// with the conversation.
+fn converse(package: &Package, mut check: impl FnMut(&Turn, &Completion, String) -> bool) {
+    let stops = &package.manifest().generation.stop_token_ids;
+    let mut chat = Chat::new(Session::new(executor(package), Some(tokenizer(package))), stops).unwrap();
+    for conversation in conversations() {
+        chat.reset();
+        chat.set_system(&conversation.system);
+        for (index, turn) in conversation.turns.iter().enumerate() {
+            let mut streamed = String::new();
+            let mut on_text = |text: &str| {
+                streamed.push_str(text);
+                ControlFlow::Continue(())
+            };
+            let answer = chat.send(&turn.user, &SamplingParams::default(), MAX_TOKENS, &mut on_text).unwrap();
+            assert_eq!(answer.prompt_tokens, turn.prompt_ids.len(), "{}", turn.user);
+            assert!(index == 0 || answer.reused_tokens > 0, "earlier turns were computed again: {}", turn.user);
+            if !check(turn, &answer, streamed) {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn f32_answers_are_transformers() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = build_package(Path::new(CHECKPOINT), Precision::F32, &folder.path().join("engine"));
+    let mut turns = 0;
+    converse(&package, |turn, answer, streamed| {
+        assert_eq!(answer.token_ids, turn.token_ids, "{}: {:?}", turn.user, answer.text);
+        assert_eq!(answer.text, turn.text);
+        assert_eq!(streamed, turn.text);
+        assert_eq!(answer.finish_reason, FinishReason::Stop);
+        turns += 1;
+        true
+    });
+    println!("{turns} turns equal");
+}
+
+/// BF16 may choose another token only where FP32 had no clear favourite: where the gap between its two best is within
+/// what BF16 changes the logits by.
+#[test]
+fn bf16_answers_differ_only_where_fp32_was_undecided() {
+    let folder = tempfile::tempdir().unwrap();
+    let narrow = build_package(Path::new(CHECKPOINT), Precision::Bf16, &folder.path().join("bf16"));
+    let wide = build_package(Path::new(CHECKPOINT), Precision::F32, &folder.path().join("f32"));
+    let mut wide_session = Session::new(executor(&wide), None);
+    let mut narrow_session = Session::new(executor(&narrow), None);
+    let mut differing = 0;
+    converse(&narrow, |turn, answer, _| {
+        let Some(at) = (0..turn.token_ids.len()).find(|i| answer.token_ids.get(*i) != Some(&turn.token_ids[*i])) else {
+            return true;
+        };
+        differing += 1;
+        let context = [&turn.prompt_ids[..], &turn.token_ids[..at]].concat();
+        let (exact, rounded) = (last_row(&mut wide_session, &context), last_row(&mut narrow_session, &context));
+        let error = exact.iter().zip(&rounded).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let mut best = exact.clone();
+        best.sort_by(|a, b| b.total_cmp(a));
+        let margin = best[0] - best[1];
+        println!("{:?} at token {at}: margin {margin:.4}, BF16 error {error:.4}", turn.user);
+        assert!(margin <= 2.0 * error, "{}: margin {margin}, BF16 error only {error}", turn.user);
+        false
+    });
+    println!("{differing} of 500 conversations differ");
+    assert!(differing <= 5, "{differing} of 500 conversations differ");
+}
+
+fn last_row(session: &mut Session, ids: &[u32]) -> Vec<f32> {
+    let mut last = Vec::new();
+    session.score(ids, &mut |_, row| last = row.to_vec()).unwrap();
+    last
+}
+
+/// All first turns at once, in eight slots: batching changes no token.
+#[test]
+fn batched_answers_are_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = build_package(Path::new(CHECKPOINT), Precision::F32, &folder.path().join("engine"));
+    let tokenizer = tokenizer(&package);
+    let stops = &package.manifest().generation.stop_token_ids;
+    let mut batcher = Batcher::new(executor(&package), Some(tokenizer.clone()), 500);
+    let mut expected = std::collections::HashMap::new();
+    for conversation in conversations() {
+        let messages = [Message::system(conversation.system), Message::user(conversation.turns[0].user.clone())];
+        let request = GenerationRequest::chat(&tokenizer, &messages, stops).unwrap();
+        assert_eq!(request.prompt, conversation.turns[0].prompt_ids);
+        let id = batcher.submit(GenerationRequest { max_tokens: MAX_TOKENS, ..request }).unwrap();
+        expected.insert(id, conversation.turns.into_iter().next().unwrap());
+    }
+    let mut streamed = std::collections::HashMap::new();
+    while !batcher.is_idle() {
+        for (id, event) in batcher.step() {
+            match event {
+                Event::Text(text) => streamed.entry(id).or_insert_with(String::new).push_str(&text),
+                Event::Done(answer) => {
+                    let turn = expected.remove(&id).unwrap();
+                    assert_eq!(answer.token_ids, turn.token_ids, "{}", turn.user);
+                    assert_eq!(streamed.remove(&id).unwrap_or_default(), turn.text);
+                }
+                Event::Failed(error) => panic!("{error}"),
+            }
+        }
+    }
+    assert!(expected.is_empty(), "{} requests were never answered", expected.len());
+}
