@@ -40,7 +40,7 @@ pub struct Flags {
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let subject = if is_package(&flags.path) {
-        Subject::Engine(Package::open(&flags.path)?)
+        Subject::Engine(Box::new(Package::open(&flags.path)?))
     } else {
         Subject::Checkpoint(Box::new(Checkpoint::open(&flags.path)?))
     };
@@ -69,7 +69,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 }
 
 enum Subject {
-    Engine(Package),
+    Engine(Box<Package>),
     Checkpoint(Box<Checkpoint>),
 }
 
