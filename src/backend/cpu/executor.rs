@@ -6,6 +6,7 @@ use std::path::Path;
 use half::bf16;
 use rayon::prelude::*;
 
+use super::kernels::attention::QUERY_GROUP;
 use super::kernels::isa::Isa;
 use super::kernels::matmul::{self, Packed};
 use super::kernels::rowwise::{self, RowsMut, Unary};
@@ -232,7 +233,7 @@ struct Run<'a> {
     limits: &'a Limits,
     weights: &'a Weights,
     arena: &'a mut [u8],
-    cache: &'a mut [u8], // [layers, keys and values, slots, kv_heads, max_sequence_tokens, padded_dim]
+    cache: &'a mut [u8], // [layers, keys and values, slots, kv_heads, head_elements]
     isa: Isa,
 }
 
@@ -329,20 +330,24 @@ impl Run<'_> {
 
     fn store(&mut self, x: View, layer: usize, kind: CacheKind) {
         let cache = &self.program.cache;
-        let (head_dim, padded_dim) = (cache.head_dim, cache.padded_dim());
+        let (head_dim, padded_dim, kv_heads) = (cache.head_dim, cache.padded_dim(), cache.kv_heads);
+        let head_elements = cache.head_elements(self.limits).unwrap_or(0);
         let bytes = cache_range(cache, self.limits, layer, kind);
-        let slot_elements = bytes.len() / self.limits.slots / cache.dtype.bytes();
         let x = source(self.arena, self.program, self.limits, x, 0);
-        with_type!(cache.dtype, C => {
-            let slots: &mut [C] = bytemuck::cast_slice_mut(&mut self.cache[bytes]);
+        with_type!(cache.dtype, C => with_type!(x.spec.dtype, T => {
+            let heads: &mut [C] = bytemuck::cast_slice_mut(&mut self.cache[bytes]);
+            let x = x.rows::<T>();
             for (row, (slot, position)) in self.slots.iter().zip(self.positions).enumerate() {
-                let slot = &mut slots[*slot as usize * slot_elements..][..slot_elements];
-                with_type!(x.spec.dtype, T => {
-                    let x = x.rows::<T>();
-                    rowwise::store_position::<T, C>(x.row(row), head_dim, padded_dim, *position as usize, slot);
-                });
+                let (slot, position) = (*slot as usize, *position as usize);
+                for (head, x) in x.row(row).chunks_exact(head_dim).enumerate() {
+                    let head = &mut heads[(slot * kv_heads + head) * head_elements..][..head_elements];
+                    match kind {
+                        CacheKind::Keys => attention::store_keys(x, padded_dim, position, head),
+                        CacheKind::Values => attention::store_values(x, padded_dim, position, head),
+                    }
+                }
             }
-        });
+        }));
     }
 
     fn attention<C: Element>(&mut self, q: View, layer: usize, scale: f32, out: usize) {
@@ -351,28 +356,51 @@ impl Run<'_> {
         let values: &[C] = bytemuck::cast_slice(&self.cache[cache_range(cache, self.limits, layer, CacheKind::Values)]);
         let (slots, positions, isa) = (self.slots, self.positions, self.isa);
         let (head_dim, padded_dim) = (cache.head_dim, cache.padded_dim());
-        let head_elements = self.limits.max_sequence_tokens * padded_dim;
+        let head_elements = cache.head_elements(self.limits).unwrap_or(0);
         let kv_heads = cache.kv_heads;
         let heads = q.width / head_dim;
-        let rows = self.step.tokens().len();
+        let rows = positions.len();
         let ([q], out) = split(self.arena, self.program, self.limits, [q], out, rows);
         let q = q.rows::<f32>();
+        // What one head of the rows from `first` on is computed from.
+        let operands = |first: usize, head: usize| {
+            let kv_head = slots[first] as usize * kv_heads + head / (heads / kv_heads);
+            let block = kv_head * head_elements..(kv_head + 1) * head_elements;
+            let head_cache =
+                attention::Head { keys: &keys[block.clone()], values: &values[block], head_dim, padded_dim };
+            let (from_first, q_stride) = q.from_row(first);
+            (&from_first[head * head_dim..], q_stride, head_cache, positions[first] as usize + 1)
+        };
         with_type!(out.spec.dtype, O => {
-            let one = |index: usize, out: &mut [O]| {
-                let (row, head) = (index / heads, index % heads);
-                let kv_head = slots[row] as usize * kv_heads + head / (heads / kv_heads);
-                let block = kv_head * head_elements..(kv_head + 1) * head_elements;
-                let q = &q.row(row)[head * head_dim..][..head_dim];
-                let len = positions[row] as usize + 1;
-                attention::attend(isa, q, &keys[block.clone()], &values[block], padded_dim, len, scale, out);
+            let RowsMut { data, stride, rows } = out.rows_mut::<O>();
+            let data = &mut data[..rows * stride];
+            // Many rows: a task takes a few whole rows, so that neighbours share what they load.
+            let group_rows = |group: usize, out: &mut [O]| {
+                let (mut row, end) = (group * QUERY_GROUP, rows.min((group + 1) * QUERY_GROUP));
+                while row < end {
+                    let same = |next: &usize| slots[*next] == slots[row];
+                    let count = (row..end).take_while(same).count();
+                    for head in 0..heads {
+                        let (q, q_stride, cache, len) = operands(row, head);
+                        let out = &mut out[(row - group * QUERY_GROUP) * stride + head * head_dim..];
+                        attention::attend(isa, count, q, q_stride, cache, len, scale, out, stride);
+                    }
+                    row += count;
+                }
             };
-            let out = out.rows_mut::<O>();
-            let out = &mut out.data[..out.rows * out.stride];
+            // Few rows: a task takes one head of one row.
+            let one_head = |index: usize, out: &mut [O]| {
+                let (q, q_stride, cache, len) = operands(index / heads, index % heads);
+                attention::attend(isa, 1, q, q_stride, cache, len, scale, out, head_dim);
+            };
+            let threads = rayon::current_num_threads();
             let work: usize = positions.iter().map(|p| *p as usize + 1).sum::<usize>() * heads;
-            if work < SERIAL_ATTENTION {
-                out.chunks_exact_mut(head_dim).enumerate().for_each(|(i, out)| one(i, out));
+            if threads == 1 || work < SERIAL_ATTENTION {
+                data.chunks_mut(QUERY_GROUP * stride).enumerate().for_each(|(i, out)| group_rows(i, out));
+            } else if rows >= 2 * threads * QUERY_GROUP {
+                data.par_chunks_mut(QUERY_GROUP * stride).enumerate().for_each(|(i, out)| group_rows(i, out));
             } else {
-                out.par_chunks_exact_mut(head_dim).enumerate().for_each(|(i, out)| one(i, out));
+                data.par_chunks_exact_mut(head_dim).enumerate().for_each(|(i, out)| one_head(i, out));
             }
         });
     }

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::kernels::attention::{HEAD_ALIGN, MAX_HEAD_DIM};
+use super::kernels::attention::{LANES, MAX_HEAD_DIM};
 use super::kernels::matmul::{PANEL, Weight, panel_elements};
 use crate::backend::Limits;
 use crate::tensor::DType;
@@ -37,7 +37,8 @@ pub struct Program {
     pub logits: usize,
 }
 
-/// One KV cache per layer, `[slots, kv_heads, max_sequence_tokens, padded head_dim]`, keys and values each.
+/// One KV cache per layer, `[slots, kv_heads, capacity, padded head_dim]`, keys and values each; how a head lies in it
+/// is told in [`super::kernels::attention`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CacheSpec {
@@ -54,12 +55,17 @@ pub struct CacheSpec {
 impl CacheSpec {
     /// Width of a head in memory: padded with zeros to whole vectors.
     pub fn padded_dim(&self) -> usize {
-        self.head_dim.next_multiple_of(HEAD_ALIGN)
+        self.head_dim.next_multiple_of(LANES)
+    }
+
+    /// Elements of one head of one slot's keys (or values): whole groups of positions.
+    pub fn head_elements(&self, limits: &Limits) -> Option<usize> {
+        limits.max_sequence_tokens.checked_next_multiple_of(LANES)?.checked_mul(self.padded_dim())
     }
 
     /// Elements of one slot of one layer's keys (or values).
     pub fn slot_elements(&self, limits: &Limits) -> Option<usize> {
-        self.kv_heads.checked_mul(limits.max_sequence_tokens)?.checked_mul(self.padded_dim())
+        self.kv_heads.checked_mul(self.head_elements(limits)?)
     }
 
     /// Bytes of all caches.

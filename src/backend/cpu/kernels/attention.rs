@@ -1,113 +1,241 @@
-//! Causal attention over the cache, one query row and head at a time, in blocks of keys with a running softmax
-//! (Milakov & Gimelshein, "Online normalizer calculation for softmax"; Dao et al., "FlashAttention").
+//! Causal attention over the cache, in blocks of keys with a running softmax (Milakov & Gimelshein, "Online normalizer
+//! calculation for softmax"; Dao et al., "FlashAttention").
 //!
-//! Blocks start at multiples of [`KEY_BLOCK`] in the sequence, never at a chunk's edge, so a token's result is the
-//! same however its prompt was cut.
+//! **Cache.** One head of one slot holds `capacity` positions, a multiple of [`LANES`]; `padded_dim` is the head's
+//! width rounded up to [`LANES`].
+//! - keys `[capacity / LANES, padded_dim, LANES]`: one vector lane computes one key's product, so nothing is summed
+//!   across lanes;
+//! - values `[capacity, padded_dim]`.
+//!
+//! **Same bits.** Blocks start at multiples of [`KEY_BLOCK`] in the sequence, never at a chunk's edge, and a query's
+//! sums run over dimensions, then keys, in order. Four queries share the loads of the blocks that all of them see
+//! whole; the rest of its keys each query takes alone. Both ways compute a query's numbers in the same order.
 
 use super::{Element, kernel, mul_add};
 
-/// Keys per block: 128 × 128 BF16 keys are 32 KiB.
-pub const KEY_BLOCK: usize = 128;
-/// Head widths are padded to this many elements in the cache, with zeros.
-pub const HEAD_ALIGN: usize = 16;
+/// Keys per block.
+pub const KEY_BLOCK: usize = 64;
+/// Keys side by side in the cache, and the multiple that head widths are padded to.
+pub const LANES: usize = 16;
 /// Widest head, in elements.
 pub const MAX_HEAD_DIM: usize = 512;
+/// Query rows that share their loads.
+pub const QUERY_GROUP: usize = 4;
+const GROUPS: usize = KEY_BLOCK / LANES;
+
+/// One head of one slot's cache.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a, C> {
+    /// `[capacity / LANES, padded_dim, LANES]`
+    pub keys: &'a [C],
+    /// `[capacity, padded_dim]`
+    pub values: &'a [C],
+    /// Width of the head.
+    pub head_dim: usize,
+    /// Width of the head in the cache.
+    pub padded_dim: usize,
+}
 
 kernel! {
-    /// One head of one query row.
+    /// One head of `rows` neighbouring query rows, at most [`QUERY_GROUP`].
     ///
-    /// `q` is `[head_dim]`, not yet scaled; `keys` and `values` are `[capacity, padded_dim]` of one slot and head, of
-    /// which the first `len >= 1` positions are attended to; `out` is `[head_dim]`.
+    /// Row `m` is `q[m * q_stride..][..head_dim]`, not yet scaled; it attends to the first `len + m` positions,
+    /// `len >= 1`, and its result is `out[m * out_stride..][..head_dim]`.
     ///
     /// # Panics
-    /// If `head_dim > MAX_HEAD_DIM` or the caches are shorter than `len`; plans and steps are checked before they run.
+    /// If `head_dim > MAX_HEAD_DIM` or the cache is shorter than the positions; plans and steps are checked before
+    /// they run.
     pub fn attend[C: Element, O: Element](
-        q: &[f32], keys: &[C], values: &[C], padded_dim: usize, len: usize, scale: f32, out: &mut [O],
+        rows: usize, q: &[f32], q_stride: usize, head: Head<'_, C>, len: usize, scale: f32,
+        out: &mut [O], out_stride: usize,
     ) = attend_body
 }
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 fn attend_body<C: Element, O: Element, const FMA: bool>(
+    rows: usize,
     q: &[f32],
-    keys: &[C],
-    values: &[C],
-    padded_dim: usize,
+    q_stride: usize,
+    head: Head<'_, C>,
     len: usize,
     scale: f32,
     out: &mut [O],
+    out_stride: usize,
 ) {
-    let mut scaled = [0f32; MAX_HEAD_DIM];
-    for (s, q) in scaled.iter_mut().zip(q) {
-        *s = q * scale;
+    if rows == QUERY_GROUP {
+        return attend_group::<C, O, FMA, QUERY_GROUP>(q, q_stride, head, len, scale, out, out_stride);
     }
-    let q = &scaled[..padded_dim];
-    let mut sums = [0f32; MAX_HEAD_DIM];
-    let sums = &mut sums[..padded_dim];
-    let (mut peak, mut total) = (f32::NEG_INFINITY, 0f32);
-    let mut start = 0;
-    while start < len {
-        let count = KEY_BLOCK.min(len - start);
-        let mut weights = [0f32; KEY_BLOCK];
+    for m in 0..rows {
+        let (q, out) = (&q[m * q_stride..], &mut out[m * out_stride..]);
+        attend_group::<C, O, FMA, 1>(q, q_stride, head, len + m, scale, out, out_stride);
+    }
+}
+
+/// A query on its way through the keys.
+#[derive(Clone, Copy)]
+struct Query {
+    q: [f32; MAX_HEAD_DIM],    // scaled
+    sums: [f32; MAX_HEAD_DIM], // Σ exp(score − peak) · value
+    peak: f32,                 // largest score so far
+    total: f32,                // Σ exp(score − peak)
+}
+
+#[inline(always)]
+fn attend_group<C: Element, O: Element, const FMA: bool, const M: usize>(
+    q: &[f32],
+    q_stride: usize,
+    head: Head<'_, C>,
+    len: usize,
+    scale: f32,
+    out: &mut [O],
+    out_stride: usize,
+) {
+    let start = Query { q: [0.0; MAX_HEAD_DIM], sums: [0.0; MAX_HEAD_DIM], peak: f32::NEG_INFINITY, total: 0.0 };
+    let mut queries = [start; M];
+    for (m, query) in queries.iter_mut().enumerate() {
+        for (scaled, q) in query.q.iter_mut().zip(&q[m * q_stride..][..head.head_dim]) {
+            *scaled = q * scale;
+        }
+    }
+    let shared = len / KEY_BLOCK * KEY_BLOCK;
+    for first in (0..shared).step_by(KEY_BLOCK) {
+        visit_block::<C, FMA, M>(&mut queries, head, first, KEY_BLOCK);
+    }
+    for (m, query) in queries.iter_mut().enumerate() {
+        let query = std::array::from_mut(query);
+        for first in (shared..len + m).step_by(KEY_BLOCK) {
+            visit_block::<C, FMA, 1>(query, head, first, KEY_BLOCK.min(len + m - first));
+        }
+    }
+    for (m, query) in queries.iter().enumerate() {
+        let norm = 1.0 / query.total;
+        for (out, sum) in out[m * out_stride..][..head.head_dim].iter_mut().zip(&query.sums) {
+            *out = O::from_f32(sum * norm);
+        }
+    }
+}
+
+/// Takes the queries through keys `first .. first + count`, a block or its beginning.
+#[inline(always)]
+fn visit_block<C: Element, const FMA: bool, const M: usize>(
+    queries: &mut [Query; M],
+    head: Head<'_, C>,
+    first: usize,
+    count: usize,
+) {
+    let mut weights = [[0f32; KEY_BLOCK]; M];
+    let keys = &head.keys[first * head.padded_dim..];
+    if count == KEY_BLOCK {
+        score_keys::<C, FMA, M, GROUPS>(queries, keys, head, 0, &mut weights);
+    } else {
+        for group in 0..count.div_ceil(LANES) {
+            score_keys::<C, FMA, M, 1>(queries, &keys[group * head.padded_dim * LANES..], head, group, &mut weights);
+        }
+    }
+    for (query, weights) in queries.iter_mut().zip(&mut weights) {
         let weights = &mut weights[..count];
-        let block = start * padded_dim..(start + count) * padded_dim;
-        for (weight, key) in weights.iter_mut().zip(keys[block.clone()].chunks_exact(padded_dim)) {
-            *weight = dot::<C, FMA>(q, key);
-        }
-        let block_peak = weights.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let new_peak = peak.max(block_peak);
-        let shrink = (peak - new_peak).exp(); // 0 for the first block
-        total *= shrink;
-        sums.iter_mut().for_each(|s| *s *= shrink);
+        let peak = weights.iter().copied().fold(query.peak, f32::max);
+        let shrink = (query.peak - peak).exp(); // 0 for the first block
+        query.peak = peak;
+        query.total *= shrink;
+        query.sums[..head.padded_dim].iter_mut().for_each(|s| *s *= shrink);
         for weight in weights.iter_mut() {
-            *weight = (*weight - new_peak).exp();
-            total += *weight;
-        }
-        add_values::<C, FMA>(sums, weights, &values[block], padded_dim);
-        peak = new_peak;
-        start += count;
-    }
-    let norm = 1.0 / total;
-    for (out, sum) in out.iter_mut().zip(sums.iter()) {
-        *out = O::from_f32(sum * norm);
-    }
-}
-
-/// `q · key` in 16 partial sums; both are padded with zeros to a multiple of 16.
-#[inline(always)]
-fn dot<C: Element, const FMA: bool>(q: &[f32], key: &[C]) -> f32 {
-    let mut lanes = [0f32; HEAD_ALIGN];
-    for (q, key) in q.as_chunks::<HEAD_ALIGN>().0.iter().zip(key.as_chunks::<HEAD_ALIGN>().0) {
-        for i in 0..HEAD_ALIGN {
-            lanes[i] = mul_add::<FMA>(q[i], key[i].to_f32(), lanes[i]);
+            *weight = (*weight - peak).exp();
+            query.total += *weight;
         }
     }
-    // A tree of halves, the same on every machine.
-    let mut width = HEAD_ALIGN / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
-/// `sums += Σ weights[j] · values[j]`, keys in order.
-#[inline(always)]
-fn add_values<C: Element, const FMA: bool>(sums: &mut [f32], weights: &[f32], values: &[C], padded_dim: usize) {
+    let values = &head.values[first * head.padded_dim..][..count * head.padded_dim];
     let mut column = 0;
-    for lanes in sums.as_chunks_mut::<HEAD_ALIGN>().0 {
-        let mut acc = *lanes;
-        for (weight, value) in weights.iter().zip(values.chunks_exact(padded_dim)) {
-            if let Some(value) = value[column..].first_chunk::<HEAD_ALIGN>() {
-                for i in 0..HEAD_ALIGN {
-                    acc[i] = mul_add::<FMA>(*weight, value[i].to_f32(), acc[i]);
+    while column < head.padded_dim {
+        if M == 1 && column + 4 * LANES <= head.padded_dim {
+            add_values::<C, FMA, M, 4>(queries, &weights, values, head.padded_dim, column);
+            column += 4 * LANES;
+        } else if column + 2 * LANES <= head.padded_dim {
+            add_values::<C, FMA, M, 2>(queries, &weights, values, head.padded_dim, column);
+            column += 2 * LANES;
+        } else {
+            add_values::<C, FMA, M, 1>(queries, &weights, values, head.padded_dim, column);
+            column += LANES;
+        }
+    }
+}
+
+/// `weights[m][(group + g) · LANES + lane] = q[m] · key`, dimensions in order.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // plain indices keep the sums in registers
+fn score_keys<C: Element, const FMA: bool, const M: usize, const G: usize>(
+    queries: &[Query; M],
+    keys: &[C],
+    head: Head<'_, C>,
+    group: usize,
+    weights: &mut [[f32; KEY_BLOCK]; M],
+) {
+    let lanes = &keys.as_chunks::<LANES>().0[..G * head.padded_dim];
+    let mut acc = [[[0f32; LANES]; G]; M];
+    for d in 0..head.head_dim {
+        for g in 0..G {
+            let key = &lanes[g * head.padded_dim + d];
+            for m in 0..M {
+                let q = queries[m].q[d];
+                for i in 0..LANES {
+                    acc[m][g][i] = mul_add::<FMA>(q, key[i].to_f32(), acc[m][g][i]);
                 }
             }
         }
-        *lanes = acc;
-        column += HEAD_ALIGN;
+    }
+    for m in 0..M {
+        for g in 0..G {
+            weights[m][(group + g) * LANES..][..LANES].copy_from_slice(&acc[m][g]);
+        }
+    }
+}
+
+/// `sums[m] += Σ weights[m][j] · values[j]` for `N` vectors of columns, keys in order.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // plain indices keep the sums in registers
+fn add_values<C: Element, const FMA: bool, const M: usize, const N: usize>(
+    queries: &mut [Query; M],
+    weights: &[[f32; KEY_BLOCK]; M],
+    values: &[C],
+    padded_dim: usize,
+    column: usize,
+) {
+    let mut acc = [[[0f32; LANES]; N]; M];
+    for m in 0..M {
+        for n in 0..N {
+            acc[m][n].copy_from_slice(&queries[m].sums[column + n * LANES..][..LANES]);
+        }
+    }
+    for (j, value) in values.chunks_exact(padded_dim).enumerate() {
+        let lanes = &value[column..].as_chunks::<LANES>().0[..N];
+        for n in 0..N {
+            for m in 0..M {
+                for i in 0..LANES {
+                    acc[m][n][i] = mul_add::<FMA>(weights[m][j], lanes[n][i].to_f32(), acc[m][n][i]);
+                }
+            }
+        }
+    }
+    for m in 0..M {
+        for n in 0..N {
+            queries[m].sums[column + n * LANES..][..LANES].copy_from_slice(&acc[m][n]);
+        }
+    }
+}
+
+/// Writes one position's keys of one head, `[head_dim]`, to its place in `[capacity / LANES, padded_dim, LANES]`.
+pub fn store_keys<T: Element, C: Element>(x: &[T], padded_dim: usize, position: usize, keys: &mut [C]) {
+    let group = &mut keys[position / LANES * padded_dim * LANES..][..padded_dim * LANES];
+    for (lanes, x) in group.as_chunks_mut::<LANES>().0.iter_mut().zip(x) {
+        lanes[position % LANES] = C::from_f32(x.to_f32());
+    }
+}
+
+/// Writes one position's values of one head, `[head_dim]`, to its place in `[capacity, padded_dim]`.
+pub fn store_values<T: Element, C: Element>(x: &[T], padded_dim: usize, position: usize, values: &mut [C]) {
+    for (out, x) in values[position * padded_dim..][..padded_dim].iter_mut().zip(x) {
+        *out = C::from_f32(x.to_f32());
     }
 }
 
@@ -116,37 +244,69 @@ mod tests {
     use super::super::isa::Isa;
     use super::*;
 
+    struct Case {
+        head_dim: usize,
+        keys: Vec<f32>,   // [len, head_dim]
+        values: Vec<f32>, // [len, head_dim]
+        cache: [Vec<f32>; 2],
+    }
+
+    impl Case {
+        /// Random keys and values; what no query may read is NaN.
+        fn new(head_dim: usize, len: usize, random: &mut impl FnMut() -> f32) -> Case {
+            let padded = head_dim.next_multiple_of(LANES);
+            let capacity = (len + 3).next_multiple_of(LANES);
+            let mut cache = [vec![f32::NAN; capacity * padded], vec![f32::NAN; capacity * padded]];
+            let keys: Vec<f32> = (0..len * head_dim).map(|_| random()).collect();
+            let values: Vec<f32> = (0..len * head_dim).map(|_| random()).collect();
+            for position in 0..len {
+                cache[1][position * padded..][..padded].fill(0.0); // the padding is read, and multiplied away
+                store_keys(&keys[position * head_dim..][..head_dim], padded, position, &mut cache[0]);
+                store_values(&values[position * head_dim..][..head_dim], padded, position, &mut cache[1]);
+            }
+            Case { head_dim, keys, values, cache }
+        }
+
+        fn head(&self) -> Head<'_, f32> {
+            let [keys, values] = &self.cache;
+            Head { keys, values, head_dim: self.head_dim, padded_dim: self.head_dim.next_multiple_of(LANES) }
+        }
+
+        /// Softmax attention in double precision.
+        fn expected(&self, q: &[f32], len: usize, scale: f64) -> Vec<f64> {
+            let dim = self.head_dim;
+            let scores: Vec<f64> = (0..len)
+                .map(|j| (0..dim).map(|d| q[d] as f64 * self.keys[j * dim + d] as f64).sum::<f64>() * scale)
+                .collect();
+            let peak = scores.iter().copied().fold(f64::MIN, f64::max);
+            let total: f64 = scores.iter().map(|s| (s - peak).exp()).sum();
+            let weight = |j: usize| (scores[j] - peak).exp() / total;
+            (0..dim).map(|d| (0..len).map(|j| weight(j) * self.values[j * dim + d] as f64).sum()).collect()
+        }
+    }
+
     #[test]
-    fn matches_softmax_in_f64() {
+    fn matches_softmax_in_f64_and_grouping_changes_no_bit() {
         let mut seed = 1u32;
         let mut random = move || {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (seed >> 8) as f32 / (1 << 22) as f32 - 2.0
         };
-        for (head_dim, len) in [(6, 1), (16, 5), (40, 128), (128, 129), (20, 300)] {
-            let padded = usize::next_multiple_of(head_dim, HEAD_ALIGN);
-            let q: Vec<f32> = (0..head_dim).map(|_| random()).collect();
-            let mut cache = || {
-                let mut cache = vec![f32::NAN; (len + 3) * padded]; // beyond len: poison
-                for position in cache.chunks_mut(padded).take(len) {
-                    position.fill(0.0);
-                    position[..head_dim].fill_with(&mut random);
-                }
-                cache
-            };
-            let (keys, values) = (cache(), cache());
-            let scores: Vec<f64> = (0..len)
-                .map(|j| (0..head_dim).map(|d| q[d] as f64 * keys[j * padded + d] as f64).sum::<f64>() * 0.3)
-                .collect();
-            let peak = scores.iter().copied().fold(f64::MIN, f64::max);
-            let total: f64 = scores.iter().map(|s| (s - peak).exp()).sum();
+        for (head_dim, len) in [(6, 1), (16, 5), (40, 64), (128, 129), (20, 300), (80, 61), (8, 127)] {
+            let rows = QUERY_GROUP;
+            let case = Case::new(head_dim, len + rows - 1, &mut random);
+            let q: Vec<f32> = (0..rows * head_dim).map(|_| random()).collect();
             for isa in Isa::available() {
-                let mut out = vec![f32::NAN; head_dim];
-                attend(isa, &q, &keys, &values, padded, len, 0.3, &mut out);
-                for d in 0..head_dim {
-                    let expected: f64 =
-                        (0..len).map(|j| (scores[j] - peak).exp() / total * values[j * padded + d] as f64).sum();
-                    assert!((out[d] as f64 - expected).abs() < 1e-5, "{isa} {head_dim} {len}: {} {expected}", out[d]);
+                let mut out = vec![f32::NAN; rows * head_dim];
+                attend(isa, rows, &q, head_dim, case.head(), len, 0.3, &mut out, head_dim);
+                for m in 0..rows {
+                    let (q, out) = (&q[m * head_dim..][..head_dim], &out[m * head_dim..][..head_dim]);
+                    for (got, expected) in out.iter().zip(case.expected(q, len + m, 0.3)) {
+                        assert!((*got as f64 - expected).abs() < 1e-5, "{isa} {head_dim} {len}+{m}: {got} {expected}");
+                    }
+                    let mut alone = vec![f32::NAN; head_dim];
+                    attend(isa, 1, q, head_dim, case.head(), len + m, 0.3, &mut alone, head_dim);
+                    assert_eq!(alone, out, "{isa} {head_dim} {len}+{m}: a query depends on its neighbours");
                 }
             }
         }

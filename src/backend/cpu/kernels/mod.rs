@@ -32,6 +32,12 @@ impl<'a, T> Rows<'a, T> {
     pub fn row(&self, index: usize) -> &'a [T] {
         &self.data[index * self.stride..index * self.stride + self.width]
     }
+
+    /// Everything from the start of row `index`, and the distance to the next row.
+    #[inline(always)]
+    pub fn from_row(&self, index: usize) -> (&'a [T], usize) {
+        (&self.data[index * self.stride..], self.stride)
+    }
 }
 
 /// Rounds to BF16, ties to even; NaN stays NaN. Branch-free, so loops over it vectorize.

@@ -153,24 +153,6 @@ pub fn gather<T: Element>(table: Rows<'_, T>, indices: &[u32], out: RowsMut<'_, 
     });
 }
 
-/// Writes one token's keys or values, `[heads · head_dim]`, to its position in a cache slot of
-/// `[heads, capacity, padded_dim]`.
-pub fn store_position<T: Element, O: Element>(
-    x: &[T],
-    head_dim: usize,
-    padded_dim: usize,
-    position: usize,
-    slot: &mut [O],
-) {
-    let heads = x.len() / head_dim;
-    let per_head = slot.len() / heads;
-    for (x, cache) in x.chunks_exact(head_dim).zip(slot.chunks_exact_mut(per_head)) {
-        for (out, x) in cache[position * padded_dim..][..head_dim].iter_mut().zip(x) {
-            *out = O::from_f32(x.to_f32());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -218,13 +200,5 @@ mod tests {
         assert!(got[0] == 0.0 && got[1] == 9.0 && got[2].is_nan() && got[3] == 1.0);
         gather(Rows::new(&x, 2, 2), &[1, 0], out(&mut got, 2));
         assert!(got[0].is_nan() && got[1..] == [1.0, -2.0, 3.0]);
-    }
-
-    #[test]
-    fn cache_positions_are_per_head() {
-        let mut slot = [0.0f32; 2 * 3 * 4]; // 2 heads, capacity 3, padded to 4
-        store_position(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 4, 1, &mut slot);
-        assert_eq!(slot[4..8], [1.0, 2.0, 3.0, 0.0]);
-        assert_eq!(slot[16..20], [4.0, 5.0, 6.0, 0.0]);
     }
 }
