@@ -14,7 +14,7 @@ use aotron::runtime::{Chat, Completion, FinishReason, SamplingParams};
 use super::args::{EngineFlags, SamplingFlags};
 use super::editor::{LineEditor, Typed};
 use super::prompt::next_line;
-use super::run::{Answer, per_second};
+use super::run::{Answer, per_second, why_cut};
 use super::term::{self, Style};
 use super::whole_file::WholeFile;
 
@@ -37,7 +37,7 @@ pub struct Flags {
     #[command(flatten)]
     engine: EngineFlags,
     /// The system message
-    #[arg(short, long, value_name = "TEXT")]
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
     /// Most tokens of an answer [default: the engine's, 200]
     #[arg(short = 'n', long, value_name = "N")]
@@ -221,7 +221,7 @@ impl Conversation {
             (_, None) if completion.text.is_empty() => self.say("")?,
             (_, None) => {}
             (FinishReason::Cancelled, _) => self.aside("(stopped)")?,
-            (FinishReason::Length, _) => self.aside(&self.why_cut(&completion))?,
+            (FinishReason::Length, _) => self.aside(&format!("({})", why_cut(&completion, self.max_tokens)))?,
             (FinishReason::Stop, _) if completion.text.is_empty() => self.aside("(an empty answer)")?,
             (FinishReason::Stop, _) => {}
         }
@@ -231,15 +231,6 @@ impl Conversation {
         self.totals.decode_seconds += completion.timings.decode_seconds;
         self.last = Some(completion);
         Ok(())
-    }
-
-    fn why_cut(&self, completion: &Completion) -> String {
-        let tokens = completion.completion_tokens;
-        if tokens >= self.max_tokens {
-            return format!("(cut at {tokens} tokens, see --max-tokens)");
-        }
-        let most = self.plan.limits.max_sequence_tokens;
-        format!("(cut: the conversation has reached {most} tokens, the engine's limit; /reset starts a new one)")
     }
 
     fn obey(&mut self, command: &Line<'_>) -> anyhow::Result<()> {

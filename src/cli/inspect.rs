@@ -56,7 +56,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         Format::Text => {
             let mut out = std::io::stdout().lock();
             match dumps.text() {
-                Some(text) => write!(out, "{text}")?,
+                Some(text) => write!(out, "{}", term::harmless(&text))?,
                 None => {
                     for line in subject.lines()? {
                         writeln!(out, "{line}")?;
@@ -182,13 +182,14 @@ struct Lines {
 
 impl Lines {
     fn fact(&mut self, name: &str, text: impl std::fmt::Display) {
+        let text = term::harmless(&text.to_string());
         self.lines.push(format!("{} {text}", self.style.dim(format!("{name:<12}"))));
     }
 
     fn engine(&mut self, package: &Package) {
         let manifest = package.manifest();
         self.lines.push(self.style.bold(format!("{}, an engine package", package.path().display())));
-        self.fact("built by", format!("{}, format {}", term::harmless(&manifest.tool), manifest.format_version));
+        self.fact("built by", format!("{}, format {}", manifest.tool, manifest.format_version));
         self.fact("from", format!("{} checkpoint {}", manifest.checkpoint.format, manifest.checkpoint.digest));
         self.model(&manifest.model);
         match &manifest.tokenizer {

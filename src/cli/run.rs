@@ -25,13 +25,13 @@ pub struct Flags {
     #[arg(long, conflicts_with = "system")]
     raw: bool,
     /// The system message of the chat template
-    #[arg(short, long, value_name = "TEXT")]
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
     /// Most tokens of the answer [default: the engine's, 200]
     #[arg(short = 'n', long, value_name = "N")]
     max_tokens: Option<usize>,
     /// Also end the answer before this text; can be repeated
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// How the answer is printed
     #[arg(long, value_enum, default_value_t)]
@@ -90,7 +90,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let engine = flags.engine.open()?;
     let load_seconds = engine.load_seconds;
     let request = flags.request(prompt, engine.tokenizer.as_deref(), &engine.package.manifest().generation)?;
-    let has_text = engine.tokenizer.is_some();
+    let (max_tokens, has_text) = (request.max_tokens, engine.tokenizer.is_some());
     if !has_text {
         note_ids_only(&engine.package);
     }
@@ -119,7 +119,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
                 writeln!(std::io::stdout().lock())?;
             }
             if completion.finish_reason == FinishReason::Length && std::io::stderr().is_terminal() {
-                term::note(format!("the answer was cut at {} tokens; see --max-tokens", completion.completion_tokens));
+                term::note(why_cut(&completion, max_tokens));
             }
         }
     }
@@ -163,6 +163,16 @@ impl Answer {
             None => Ok(writeln!(std::io::stdout().lock())?),
         }
     }
+}
+
+/// Why an answer ended without an end of its own.
+pub fn why_cut(completion: &Completion, max_tokens: usize) -> String {
+    let answer = completion.completion_tokens;
+    if answer >= max_tokens {
+        return format!("the answer was cut at {}, see --max-tokens", term::plural(answer, "token"));
+    }
+    let all = completion.prompt_tokens + answer;
+    format!("the answer was cut: prompt and answer have the {all} tokens that the engine holds")
 }
 
 fn as_json(completion: &Completion, has_text: bool, load_seconds: f64) -> Value {

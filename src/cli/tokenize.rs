@@ -16,7 +16,7 @@ pub struct Flags {
     #[arg(value_name = "ENGINE|CHECKPOINT")]
     path: PathBuf,
     /// The text
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     text: String,
     /// Encode the text as it is, not as a user's message in the chat template
     #[arg(long)]

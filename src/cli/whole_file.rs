@@ -19,16 +19,18 @@ impl WholeFile {
     ///
     /// # Errors
     /// [`Error::Io`] if there is no such folder or it cannot be written to; [`Error::Request`] for a path that names
-    /// a folder.
+    /// something else than a file, such as a folder or a device.
     pub fn create(target: &Path) -> Result<WholeFile> {
-        let Some(name) = target.file_name().filter(|_| !target.is_dir()) else {
-            return Err(Error::Request(format!("{} is not a file's path", target.display())));
+        let Some(name) = target.file_name().filter(|_| target.is_file() || !target.exists()) else {
+            return Err(Error::Request(format!("cannot write {}: it is not a file", target.display())));
         };
         let mut hidden = OsString::from(".");
         hidden.push(name);
         hidden.push(format!(".part-{}", std::process::id()));
         let written_to = target.with_file_name(hidden);
-        let file = File::create(&written_to).map_err(Error::io("create", &written_to))?;
+        // Only a process of the same number that died can have left one.
+        let _ = fs::remove_file(&written_to);
+        let file = File::create_new(&written_to).map_err(Error::io("create", &written_to))?;
         Ok(WholeFile { target: target.into(), written_to, out: BufWriter::with_capacity(1 << 20, file) })
     }
 
@@ -55,5 +57,36 @@ impl Drop for WholeFile {
     fn drop(&mut self) {
         // After a rename there is nothing to remove.
         let _ = fs::remove_file(&self.written_to);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn appears_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("a.json");
+        let count = || fs::read_dir(folder.path()).unwrap().count();
+        let mut file = WholeFile::create(&target).unwrap();
+        file.write(b"half").unwrap();
+        assert!(!target.exists());
+        drop(file);
+        assert_eq!(count(), 0);
+        for text in ["one", "two"] {
+            let mut file = WholeFile::create(&target).unwrap();
+            file.write(text.as_bytes()).unwrap();
+            file.finish().unwrap();
+            assert_eq!(fs::read_to_string(&target).unwrap(), text);
+        }
+        assert_eq!(count(), 1);
+    }
+
+    #[test]
+    fn what_is_no_file_is_left_alone() {
+        for path in ["/dev/null", "/tmp", "/", "nowhere/a.json"] {
+            assert!(WholeFile::create(Path::new(path)).is_err(), "{path}");
+        }
     }
 }
