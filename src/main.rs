@@ -1,2 +1,7 @@
-//! The `aotron` program.
-fn main() {}
+//! The `aotron` program: a command line over the library of the same name.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

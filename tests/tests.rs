@@ -1,5 +1,7 @@
 //! All integration tests in one binary.
 
+/// The program, as its users run it.
+mod cli;
 /// Hostile and broken inputs through the real program.
 mod hostile;
 /// A sequence's logits do not depend on its batch or its chunks.

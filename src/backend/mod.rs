@@ -4,7 +4,7 @@ pub mod cpu;
 mod select;
 mod step;
 
-pub use select::{ExecutorOptions, open, open_cpu};
+pub use select::{ExecutorOptions, cpu_program, open, open_cpu};
 pub use step::{Chunk, Logits, NextToken, Rows, Span, Step};
 
 pub use crate::engine::Limits;

@@ -3,7 +3,7 @@
 use super::Executor;
 use super::cpu::executor::{CpuExecutor, CpuOptions};
 use super::cpu::program::{PROGRAM_VERSION, Program};
-use crate::engine::Package;
+use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 
@@ -27,6 +27,16 @@ pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Exec
 /// # Errors
 /// As [`open`].
 pub fn open_cpu(package: &Package, options: &CpuOptions) -> Result<CpuExecutor> {
+    let (plan, program) = cpu_program(package)?;
+    let weights = TensorFile::open(&package.file_path(&plan.weights))?;
+    CpuExecutor::new(program, &package.file_path(&plan.plan), weights, options)
+}
+
+/// The package's CPU plan and its program. Whether the program holds together is checked when it is opened.
+///
+/// # Errors
+/// [`Error::Package`] if the package has no such plan or it is not one of this version.
+pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
     let plans = &package.manifest().plans;
     let Some(plan) = plans.iter().find(|p| p.target == "cpu") else {
         let targets: Vec<&str> = plans.iter().map(|p| p.target.as_str()).collect();
@@ -51,6 +61,5 @@ pub fn open_cpu(package: &Package, options: &CpuOptions) -> Result<CpuExecutor> 
     if program.limits != plan.limits {
         return Err(refuse("its limits are not those of the manifest".into()));
     }
-    let weights = TensorFile::open(&package.file_path(&plan.weights))?;
-    CpuExecutor::new(program, &package.file_path(&plan.plan), weights, options)
+    Ok((plan, program))
 }

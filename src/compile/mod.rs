@@ -88,7 +88,10 @@ pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSum
     let checkpoint = Checkpoint::open(&request.checkpoint)?;
     let config = checkpoint.config();
     let limits = recipe.limits(config)?;
-    let tokenizer = read_tokenizer(&checkpoint, progress)?;
+    let tokenizer = checkpoint_tokenizer(&checkpoint)?;
+    if tokenizer.is_none() {
+        warn_without_tokenizer(&checkpoint, progress);
+    }
     let generation = generation_settings(&checkpoint, tokenizer.as_ref().map(|(_, t)| t), progress)?;
 
     let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens)?;
@@ -137,19 +140,12 @@ pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSum
     Ok(BuildSummary { package: request.output.clone(), bytes, limits, kv_bytes_per_token, reports })
 }
 
-/// The checkpoint's tokenizer, if it has one that can be read.
-fn read_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Option<(Vec<u8>, Tokenizer)>> {
-    let Some(path) = checkpoint.tokenizer_json() else {
-        let hint = match checkpoint.sentencepiece_model() {
-            Some(_) => " (its tokenizer.model is not read yet: convert it to a tokenizer.json)",
-            None => "",
-        };
-        progress.warn(&format!(
-            "{} has no tokenizer.json{hint}: the package will take and give token ids only",
-            checkpoint.path().display()
-        ));
-        return Ok(None);
-    };
+/// The checkpoint's tokenizer, with its file's content, if it has one that can be read.
+///
+/// # Errors
+/// [`Error::Io`], [`Error::Format`] or [`Error::Unsupported`] naming the file, also where it does not fit the model.
+pub fn checkpoint_tokenizer(checkpoint: &Checkpoint) -> Result<Option<(Vec<u8>, Tokenizer)>> {
+    let Some(path) = checkpoint.tokenizer_json() else { return Ok(None) };
     let bytes = std::fs::metadata(&path).map_err(Error::io("look at", &path))?.len();
     if bytes > MAX_TOKENIZER_BYTES {
         return Err(Error::format(&path, format!("{bytes} bytes; a tokenizer has at most {MAX_TOKENIZER_BYTES}")));
@@ -162,6 +158,17 @@ fn read_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<Op
         return Err(Error::format(&path, format!("it has {ids} ids, but the model's vocab_size is {rows}")));
     }
     Ok(Some((bytes, tokenizer)))
+}
+
+fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {
+    let hint = match checkpoint.sentencepiece_model() {
+        Some(_) => " (its tokenizer.model is not read yet: convert it to a tokenizer.json)",
+        None => "",
+    };
+    progress.warn(&format!(
+        "{} has no tokenizer.json{hint}: the package will take and give token ids only",
+        checkpoint.path().display()
+    ));
 }
 
 /// What ends a generation: the checkpoint's end-of-sequence ids, and the marker of the next turn.

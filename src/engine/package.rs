@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::manifest::{FileInfo, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, hex};
 use crate::error::{Error, Result};
 use crate::mmap::{MappedFile, open_regular};
+use crate::text::Tokenizer;
 
 /// Whether `path` looks like an engine package.
 pub fn is_package(path: &Path) -> bool {
@@ -90,6 +91,16 @@ impl Package {
         let mapped = MappedFile::open(&self.file_path(file))?;
         self.check(info, mapped.bytes(), &|_| {})?;
         Ok(mapped.bytes().to_vec())
+    }
+
+    /// The package's tokenizer, if it has one.
+    ///
+    /// # Errors
+    /// As [`Package::read`], and [`Error::Format`] if it cannot be read as one.
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
+        let Some(info) = &self.manifest.tokenizer else { return Ok(None) };
+        let bytes = self.read(&info.file)?;
+        Tokenizer::from_bytes(&self.file_path(&info.file), &bytes).map(Some)
     }
 
     /// Checks every file against its digest; `progress` gets numbers of bytes.

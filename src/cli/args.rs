@@ -1,0 +1,211 @@
+//! The program's arguments, and the groups of flags that several commands share.
+
+use std::path::PathBuf;
+
+use aotron::backend::cpu::kernels::isa::Isa;
+use aotron::runtime::SamplingParams;
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand, ValueEnum};
+
+use super::{bench, build, chat, doctor, inspect, run, score, tokenize};
+
+/// Compiles Nemotron chat models ahead of time and runs them.
+#[derive(Debug, Parser)]
+#[command(name = "aotron", version, arg_required_else_help = true, disable_help_subcommand = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Compile a checkpoint into an engine package
+    Build(build::Flags),
+    /// Talk with a model
+    Chat(chat::Flags),
+    /// Answer one prompt
+    Run(run::Flags),
+    /// Compute how probable given token ids are, and their logits
+    Score(score::Flags),
+    /// Show the token ids of a text
+    Tokenize(tokenize::Flags),
+    /// Show what is in an engine package or a checkpoint
+    Inspect(inspect::Flags),
+    /// Measure prefill and decode speed
+    Bench(bench::Flags),
+    /// Say what this machine can build and run
+    Doctor(doctor::Flags),
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Format {
+    #[default]
+    Text,
+    Json,
+}
+
+/// An engine and how to run it.
+#[derive(Debug, clap::Args)]
+pub struct EngineFlags {
+    /// Engine package, a folder that `aotron build` made
+    pub engine: PathBuf,
+    /// CPU threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = count(1024))]
+    pub threads: Option<usize>,
+    /// Instruction set of the CPU kernels
+    #[arg(long, value_name = "NAME", hide = true, value_parser = isa)]
+    pub isa: Option<Isa>,
+}
+
+/// How tokens are chosen. Nothing set means greedy.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Sampling (greedy if none is given)")]
+pub struct SamplingFlags {
+    /// Divide the logits by this; below 1 is more predictable, 0 is greedy
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Choose among the K most likely tokens; 1 is greedy, 0 is off
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<u32>,
+    /// Choose among the most likely tokens that together have probability P; 1 is off
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Choose among tokens at least P times as likely as the most likely one
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Weaken tokens that are in the prompt or the answer; 1 is off
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+    /// Subtract this from the logits of tokens that are in the answer
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Subtract this for each time a token is in the answer
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Add BIAS to the logit of token ID; can be repeated
+    #[arg(long, value_name = "ID=BIAS", value_parser = bias)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Do not end the answer before it has this many tokens
+    #[arg(long, value_name = "N")]
+    pub min_tokens: Option<usize>,
+    /// Make the random choices repeatable
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u64>,
+}
+
+impl SamplingFlags {
+    /// The library's settings. They are greedy unless a flag asks for a choice: then those left out are off, so that
+    /// each flag has an effect by itself.
+    pub fn params(&self) -> SamplingParams {
+        let default = SamplingParams::default();
+        let chooses =
+            self.temperature.is_some() || self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some();
+        let (top_k, top_p) = if chooses { (0, 1.0) } else { (default.top_k, default.top_p) };
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(default.temperature),
+            top_k: self.top_k.unwrap_or(top_k),
+            top_p: self.top_p.unwrap_or(top_p),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(default.frequency_penalty),
+            logit_bias: self.logit_bias.clone(),
+            min_tokens: self.min_tokens.unwrap_or(default.min_tokens),
+            seed: self.seed,
+        }
+    }
+
+    /// Flags that were given and do nothing, in a sentence.
+    pub fn without_effect(&self) -> Option<String> {
+        if !self.params().is_greedy() {
+            return None;
+        }
+        let given = [
+            ("--temperature", self.temperature.is_some_and(|t| t != 0.0)),
+            ("--top-k", self.top_k.is_some_and(|k| k > 1)),
+            ("--top-p", self.top_p.is_some_and(|p| p > 0.0)),
+            ("--min-p", self.min_p.is_some()),
+            ("--seed", self.seed.is_some()),
+        ];
+        let idle: Vec<&str> = given.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+        (!idle.is_empty()).then(|| {
+            let verb = if idle.len() == 1 { "has" } else { "have" };
+            format!("{} {verb} no effect: the most likely token is always taken", idle.join(", "))
+        })
+    }
+}
+
+/// A parser of a number from 1 to `most`.
+pub fn count(most: u64) -> impl clap::builder::TypedValueParser<Value = usize> {
+    use clap::builder::TypedValueParser;
+    clap::value_parser!(u64).range(1..=most).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
+}
+
+/// An error about the arguments that parsing alone cannot find; exit code 2.
+pub fn usage(message: impl std::fmt::Display) -> anyhow::Error {
+    clap::Error::raw(ErrorKind::ValueValidation, format!("{message}\n")).into()
+}
+
+fn isa(name: &str) -> Result<Isa, String> {
+    Isa::by_name(name).ok_or_else(|| {
+        let names: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
+        format!("this machine has {}", names.join(", "))
+    })
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let expected = "expected a token id, `=` and a number, such as 42=-1.5";
+    let (id, bias) = text.split_once('=').ok_or(expected)?;
+    Ok((id.trim().parse().map_err(|_| expected)?, bias.trim().parse().map_err(|_| expected)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Only {
+        #[command(flatten)]
+        sampling: SamplingFlags,
+    }
+
+    fn flags(text: &str) -> SamplingFlags {
+        Only::try_parse_from(format!("x {text}").split_whitespace()).unwrap().sampling
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        <Args as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn nothing_set_is_greedy_and_each_flag_alone_is_not() {
+        assert_eq!(flags("").params(), SamplingParams::default());
+        assert!(flags("").params().is_greedy());
+        for text in ["--temperature 0.7", "--top-k 40", "--top-p 0.9", "--min-p 0.1"] {
+            assert!(!flags(text).params().is_greedy(), "{text}");
+            assert_eq!(flags(text).without_effect(), None, "{text}");
+        }
+        for text in ["--temperature 0", "--top-k 1", "--top-p 0", "--repetition-penalty 1.1 --logit-bias 3=-1"] {
+            assert!(flags(text).params().is_greedy(), "{text}");
+            assert_eq!(flags(text).without_effect(), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn flags_without_effect_are_named() {
+        let idle = |text: &str| flags(text).without_effect().unwrap();
+        assert!(idle("--seed 1").starts_with("--seed has no effect"));
+        assert!(idle("--top-k 1 --temperature 0.7").starts_with("--temperature has"));
+        assert!(idle("--temperature 0 --top-p 0.9 --seed 3").starts_with("--top-p, --seed have"));
+    }
+
+    #[test]
+    fn a_bias_is_an_id_and_a_number() {
+        assert_eq!(flags("--logit-bias 7=-2.5 --logit-bias 8=1").logit_bias, [(7, -2.5), (8, 1.0)]);
+        for text in ["7", "7=", "=1", "-1=2", "x=1"] {
+            assert!(bias(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,376 @@
+//! `aotron chat`: a conversation, typed or piped in.
+
+use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use anyhow::bail;
+use aotron::Error;
+use aotron::engine::PlanInfo;
+use aotron::runtime::{Chat, Completion, FinishReason, SamplingParams};
+
+use super::args::{EngineFlags, SamplingFlags};
+use super::editor::{LineEditor, Typed};
+use super::prompt::next_line;
+use super::run::{Answer, per_second};
+use super::term::{self, Style};
+use super::whole_file::WholeFile;
+
+/// Commands of the conversation: name, what follows it.
+const COMMANDS: &[(&str, &str)] =
+    &[("/system", "TEXT"), ("/reset", ""), ("/save", "FILE"), ("/stats", ""), ("/help", ""), ("/quit", "")];
+
+const HELP: &str = "\
+/system TEXT   set the system message; without TEXT, remove it
+/reset         forget the conversation, but not the system message
+/save FILE     write the conversation to a file, as JSON
+/stats         tokens, speed and memory
+/help          this
+/quit          leave; Ctrl-D does too
+A line that ends in \\ goes on in the next one. Ctrl-C ends an answer.";
+
+/// Whom to talk with, and how.
+#[derive(Debug, clap::Args)]
+pub struct Flags {
+    #[command(flatten)]
+    engine: EngineFlags,
+    /// The system message
+    #[arg(short, long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Most tokens of an answer [default: the engine's, 200]
+    #[arg(short = 'n', long, value_name = "N")]
+    max_tokens: Option<usize>,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+}
+
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    if let Some(idle) = flags.sampling.without_effect() {
+        term::warn(idle);
+    }
+    let engine = flags.engine.open()?;
+    let (plan, settings) = (engine.plan()?, engine.package.manifest().generation.clone());
+    if engine.tokenizer.is_none() {
+        let path = engine.package.path().display();
+        bail!("{path} has no tokenizer, so it cannot chat; `aotron run` takes --token-ids");
+    }
+    let name = engine.package.path().display().to_string();
+    let mut chat = Chat::new(engine.into_session(), &settings.stop_token_ids)?;
+    chat.set_system(flags.system.as_deref().unwrap_or_default());
+    let mut conversation = Conversation {
+        chat,
+        plan,
+        sampling: flags.sampling.params(),
+        max_tokens: flags.max_tokens.unwrap_or(settings.max_tokens),
+        totals: Totals::default(),
+        last: None,
+        style: term::on_stdout(),
+    };
+    if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() {
+        conversation.typed(&name)
+    } else {
+        conversation.piped()
+    }
+}
+
+/// A line of input.
+enum Line<'a> {
+    Empty,
+    Message(&'a str),
+    System(&'a str),
+    Reset,
+    Save(&'a str),
+    Stats,
+    Help,
+    Quit,
+    Unknown(&'a str),
+}
+
+impl Line<'_> {
+    /// A command starts with a slash; a message that does so too starts with a space.
+    fn parse(line: &str) -> Line<'_> {
+        let text = line.trim();
+        if !line.starts_with('/') {
+            return if text.is_empty() { Line::Empty } else { Line::Message(text) };
+        }
+        let (name, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+        match (name, rest.trim()) {
+            ("/system", text) => Line::System(text),
+            ("/save", file) => Line::Save(file),
+            ("/reset", "") => Line::Reset,
+            ("/stats", "") => Line::Stats,
+            ("/help" | "/?", "") => Line::Help,
+            ("/quit" | "/exit", "") => Line::Quit,
+            _ => Line::Unknown(text),
+        }
+    }
+}
+
+struct Conversation {
+    chat: Chat,
+    plan: PlanInfo,
+    sampling: SamplingParams,
+    max_tokens: usize,
+    totals: Totals,
+    last: Option<Completion>,
+    style: Style,
+}
+
+#[derive(Default)]
+struct Totals {
+    answers: usize,
+    completion_tokens: usize,
+    decode_tokens: usize,
+    decode_seconds: f64,
+}
+
+impl Conversation {
+    /// With a person at the terminal: an error is shown and the conversation goes on.
+    fn typed(&mut self, name: &str) -> anyhow::Result<()> {
+        let interrupt = Interrupt::install()?;
+        let mut editor = LineEditor::new(COMMANDS, self.style)?;
+        let PlanInfo { target, precision, limits, .. } = &self.plan;
+        let about = format!("{target}, {precision}, {} tokens a conversation", limits.max_sequence_tokens);
+        self.say(&format!("{} {}", self.style.bold(name), self.style.dim(format!("({about})"))))?;
+        self.say(&self.style.dim("/help lists commands, Ctrl-C ends an answer, Ctrl-D leaves"))?;
+        self.say("")?;
+        loop {
+            let line = match editor.read()? {
+                Typed::Line(line) => line,
+                Typed::Discarded => continue,
+                Typed::End => return Ok(()),
+            };
+            match Line::parse(&line) {
+                Line::Quit => return Ok(()),
+                Line::Message(text) => {
+                    if let Err(error) = self.answer(text, Some(&interrupt)) {
+                        self.complain(error)?;
+                    }
+                    self.say("")?;
+                }
+                command => {
+                    if let Err(error) = self.obey(&command) {
+                        self.complain(error)?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// With lines from a file or a program: an error ends the conversation.
+    fn piped(&mut self) -> anyhow::Result<()> {
+        let mut input = std::io::stdin().lock();
+        while let Some(line) = next_line(&mut input, "standard input")? {
+            match Line::parse(&line) {
+                Line::Quit => break,
+                Line::Message(text) => {
+                    self.say(&format!("> {text}"))?;
+                    self.answer(text, None)?;
+                    self.say("")?;
+                }
+                Line::Unknown(command) => bail!("there is no command {command}"),
+                command => self.obey(&command)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn say(&self, line: &str) -> anyhow::Result<()> {
+        Ok(writeln!(std::io::stdout().lock(), "{line}")?)
+    }
+
+    fn aside(&self, text: &str) -> anyhow::Result<()> {
+        self.say(&self.style.dim(text))
+    }
+
+    /// Shows an error, or returns it if nothing can be shown any more.
+    fn complain(&self, error: anyhow::Error) -> anyhow::Result<()> {
+        if error.is::<std::io::Error>() {
+            return Err(error);
+        }
+        let way_out = match error.downcast_ref() {
+            Some(Error::PromptTooLong { .. }) => " (/reset starts a new conversation)",
+            _ => "",
+        };
+        self.say(&format!("{} {error}{way_out}", self.style.bold_red("error:")))
+    }
+
+    fn answer(&mut self, text: &str, interrupt: Option<&Interrupt>) -> anyhow::Result<()> {
+        let mut answer = Answer::new();
+        let mut waiting = Waiting::start(self.style);
+        let stops = || interrupt.is_some_and(Interrupt::is_stopping);
+        if let Some(interrupt) = interrupt {
+            interrupt.begin();
+        }
+        let sent = self.chat.send(text, &self.sampling, self.max_tokens, &mut |text| {
+            if !text.is_empty() {
+                waiting.end();
+            }
+            let flow = answer.show(text);
+            if stops() { ControlFlow::Break(()) } else { flow }
+        });
+        if let Some(interrupt) = interrupt {
+            interrupt.end();
+        }
+        waiting.end();
+        answer.end_line()?;
+        let completion = sent?;
+        match (completion.finish_reason, interrupt) {
+            (_, None) if completion.text.is_empty() => self.say("")?,
+            (_, None) => {}
+            (FinishReason::Cancelled, _) => self.aside("(stopped)")?,
+            (FinishReason::Length, _) => self.aside(&self.why_cut(&completion))?,
+            (FinishReason::Stop, _) if completion.text.is_empty() => self.aside("(an empty answer)")?,
+            (FinishReason::Stop, _) => {}
+        }
+        self.totals.answers += 1;
+        self.totals.completion_tokens += completion.completion_tokens;
+        self.totals.decode_tokens += completion.timings.decode_tokens;
+        self.totals.decode_seconds += completion.timings.decode_seconds;
+        self.last = Some(completion);
+        Ok(())
+    }
+
+    fn why_cut(&self, completion: &Completion) -> String {
+        let tokens = completion.completion_tokens;
+        if tokens >= self.max_tokens {
+            return format!("(cut at {tokens} tokens, see --max-tokens)");
+        }
+        let most = self.plan.limits.max_sequence_tokens;
+        format!("(cut: the conversation has reached {most} tokens, the engine's limit; /reset starts a new one)")
+    }
+
+    fn obey(&mut self, command: &Line<'_>) -> anyhow::Result<()> {
+        match command {
+            Line::System("") => {
+                self.chat.set_system("");
+                self.aside("no system message")
+            }
+            Line::System(text) => {
+                self.chat.set_system(text);
+                self.aside("the system message is set")
+            }
+            Line::Reset => {
+                self.chat.reset();
+                self.aside("a new conversation")
+            }
+            Line::Save("") => bail!("/save needs a file's name"),
+            Line::Save(file) => {
+                self.save(Path::new(file))?;
+                self.aside(&format!("saved {} to {file}", term::plural(self.chat.messages().len(), "message")))
+            }
+            Line::Stats => self.print_stats(),
+            Line::Help => self.say(HELP),
+            Line::Unknown(name) => bail!("there is no command {name}; /help lists them (put a space before a message)"),
+            Line::Empty | Line::Message(_) | Line::Quit => Ok(()),
+        }
+    }
+
+    fn save(&self, path: &Path) -> anyhow::Result<()> {
+        let mut json = serde_json::to_vec_pretty(self.chat.messages())?;
+        json.push(b'\n');
+        let mut file = WholeFile::create(path)?;
+        file.write(&json)?;
+        Ok(file.finish()?)
+    }
+
+    fn print_stats(&self) -> anyhow::Result<()> {
+        let speed = |tokens, seconds| match per_second(tokens, seconds) {
+            Some(speed) => format!("{speed:.1} tokens a second"),
+            None => "not measured".into(),
+        };
+        let fact = |name: &str, text: String| self.say(&format!("{} {text}", self.style.dim(format!("{name:<12}"))));
+        let Some(last) = &self.last else { return self.aside("no answer yet") };
+        let (t, prompt) = (&last.timings, term::plural(last.prompt_tokens, "token"));
+        fact("prompt", format!("{prompt}, {} of them already in the cache", last.reused_tokens))?;
+        fact("prefill", speed(t.prefill_tokens, t.prefill_seconds))?;
+        fact("answer", format!("{}, seed {}", term::plural(last.completion_tokens, "token"), last.seed))?;
+        fact("decode", speed(t.decode_tokens, t.decode_seconds))?;
+        let totals = &self.totals;
+        let (answers, tokens) =
+            (term::plural(totals.answers, "answer"), term::plural(totals.completion_tokens, "token"));
+        fact("so far", format!("{answers}, {tokens}, {}", speed(totals.decode_tokens, totals.decode_seconds)))?;
+        let most = self.plan.limits.max_sequence_tokens;
+        let held = (last.prompt_tokens + last.timings.decode_tokens).min(most);
+        let bytes = |tokens: usize| term::bytes((tokens * self.plan.kv_bytes_per_token) as u64);
+        fact("KV cache", format!("{held} of {most} tokens, {} of {}", bytes(held), bytes(most)))
+    }
+}
+
+/// A sign that the prompt is being read, until the first text comes.
+struct Waiting {
+    is_shown: bool,
+}
+
+impl Waiting {
+    fn start(style: Style) -> Waiting {
+        if style.has_colours() {
+            let mut out = std::io::stdout().lock();
+            let _ = write!(out, "{}", style.dim("…")).and_then(|()| out.flush());
+        }
+        Waiting { is_shown: style.has_colours() }
+    }
+
+    fn end(&mut self) {
+        if std::mem::replace(&mut self.is_shown, false) {
+            let mut out = std::io::stdout().lock();
+            let _ = write!(out, "\r\x1b[K").and_then(|()| out.flush());
+        }
+    }
+}
+
+/// Ctrl-C: ends the answer that is being written, and the program when there is none or at the second time.
+struct Interrupt {
+    state: Arc<AtomicU8>,
+}
+
+const IDLE: u8 = 0;
+const ANSWERING: u8 = 1;
+const STOPPING: u8 = 2;
+/// What a shell reports for a program that Ctrl-C ended.
+const INTERRUPTED: i32 = 130;
+
+impl Interrupt {
+    fn install() -> anyhow::Result<Interrupt> {
+        let state = Arc::new(AtomicU8::new(IDLE));
+        let shared = state.clone();
+        ctrlc::set_handler(move || {
+            if shared.compare_exchange(ANSWERING, STOPPING, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+                std::process::exit(INTERRUPTED);
+            }
+        })?;
+        Ok(Interrupt { state })
+    }
+
+    fn begin(&self) {
+        self.state.store(ANSWERING, Ordering::SeqCst);
+    }
+
+    fn end(&self) {
+        self.state.store(IDLE, Ordering::SeqCst);
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == STOPPING
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_start_the_line() {
+        assert!(matches!(Line::parse("  "), Line::Empty));
+        assert!(matches!(Line::parse(" hi "), Line::Message("hi")));
+        assert!(matches!(Line::parse(" /etc is what?"), Line::Message("/etc is what?")));
+        assert!(matches!(Line::parse("/etc is what?"), Line::Unknown(_)));
+        assert!(matches!(Line::parse("/system  Be brief. "), Line::System("Be brief.")));
+        assert!(matches!(Line::parse("/system"), Line::System("")));
+        assert!(matches!(Line::parse("/save a b.json"), Line::Save("a b.json")));
+        assert!(matches!(Line::parse("/reset now"), Line::Unknown("/reset now")));
+        assert!(matches!(Line::parse("/quit"), Line::Quit));
+    }
+}

@@ -1,0 +1,140 @@
+//! `aotron doctor`: what this machine can build and run.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use aotron::backend::cpu::kernels::isa::Isa;
+use aotron::compile::Recipe;
+use serde::Serialize;
+
+use super::args::Format;
+use super::term;
+
+/// Weights of Nemotron-3-8B.
+const PARAMETERS_8B: u64 = 8_540_135_424;
+/// Its keys and values of 4096 tokens, in BF16: 32 layers of 2 · 32 heads · 128.
+const KV_BYTES_8B: u64 = 4096 * 32 * 2 * 32 * 128 * 2;
+
+/// How to say it.
+#[derive(Debug, clap::Args)]
+pub struct Flags {
+    /// How the findings are printed
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+#[derive(Debug, Serialize)]
+struct Findings {
+    version: &'static str,
+    cpu: Option<String>,
+    /// Instruction sets that kernels exist for and this CPU has, plainest first; the last is used.
+    instruction_sets: Vec<String>,
+    /// Cores this process may use.
+    cores: usize,
+    memory_bytes: Option<u64>,
+    /// Without swapping, and within the limit of the control group.
+    memory_available_bytes: Option<u64>,
+    /// Free in the current folder.
+    disk_free_bytes: Option<u64>,
+    /// The NVIDIA driver is loaded.
+    nvidia_driver: bool,
+    targets: Vec<TargetFinding>,
+}
+
+#[derive(Debug, Serialize)]
+struct TargetFinding {
+    name: &'static str,
+    builds: bool,
+    runs: bool,
+}
+
+impl Findings {
+    fn gather() -> Findings {
+        let known = |name: &&'static str| Recipe::built_in().any(|built_in| built_in == *name);
+        let targets = ["cpu", "a100", "h100"];
+        Findings {
+            version: env!("CARGO_PKG_VERSION"),
+            cpu: cpu_name(),
+            instruction_sets: Isa::available().iter().map(ToString::to_string).collect(),
+            cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            memory_bytes: meminfo("MemTotal:"),
+            memory_available_bytes: available_memory(),
+            disk_free_bytes: disk_free(Path::new(".")),
+            nvidia_driver: Path::new("/proc/driver/nvidia/version").exists(),
+            targets: targets
+                .iter()
+                .map(|name| TargetFinding { name, builds: known(name), runs: *name == "cpu" })
+                .collect(),
+        }
+    }
+}
+
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    let findings = Findings::gather();
+    match flags.format {
+        Format::Json => term::print_json(&findings),
+        Format::Text => print(&findings),
+    }
+}
+
+fn print(found: &Findings) -> anyhow::Result<()> {
+    let style = term::on_stdout();
+    let mut out = std::io::stdout().lock();
+    let unknown = || "unknown".to_owned();
+    let size = |bytes: Option<u64>| bytes.map_or_else(unknown, term::bytes);
+    let mut line = |name: &str, text: String| writeln!(out, "{} {text}", style.dim(format!("{name:<13}")));
+    line("aotron", found.version.into())?;
+    line("CPU", found.cpu.clone().unwrap_or_else(unknown))?;
+    let best = found.instruction_sets.last().cloned().unwrap_or_else(unknown);
+    line("instructions", format!("{best} (of {})", found.instruction_sets.join(", ")))?;
+    line("cores", found.cores.to_string())?;
+    line("memory", format!("{} available of {}", size(found.memory_available_bytes), size(found.memory_bytes)))?;
+    line("disk", format!("{} free in this folder", size(found.disk_free_bytes)))?;
+    line("GPU", if found.nvidia_driver { "an NVIDIA driver is loaded" } else { "no NVIDIA driver" }.into())?;
+    for target in &found.targets {
+        let verdict = match (target.builds, target.runs) {
+            (true, true) => "builds and runs here",
+            (true, false) => "builds here, runs on such a GPU",
+            (false, _) => "not in this version",
+        };
+        line(&format!("{} plans", target.name), verdict.into())?;
+    }
+    if let Some(available) = found.memory_available_bytes {
+        for (precision, width) in [("bf16", 2), ("f32", 4)] {
+            let needed = PARAMETERS_8B * width + KV_BYTES_8B * width / 2;
+            let verdict = if needed <= available { "fits" } else { "does not fit" };
+            let text = format!("needs {} for a sequence of 4096 tokens: {verdict}", term::bytes(needed));
+            line(&format!("8B in {precision}"), text)?;
+        }
+    }
+    Ok(())
+}
+
+fn cpu_name() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(term::harmless(line.split_once(':')?.1.trim()))
+}
+
+/// A line of /proc/meminfo, which counts in KiB.
+fn meminfo(key: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Bytes this process can still use: the machine's, or what its control group has left.
+pub fn available_memory() -> Option<u64> {
+    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let machine = meminfo("MemAvailable:");
+    let group = number("/sys/fs/cgroup/memory.max")
+        .zip(number("/sys/fs/cgroup/memory.current"))
+        .map(|(most, current)| most.saturating_sub(current));
+    machine.into_iter().chain(group).min()
+}
+
+fn disk_free(folder: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(folder).ok()?;
+    stat.f_bavail.checked_mul(stat.f_frsize)
+}

@@ -1,0 +1,313 @@
+//! `aotron inspect`: what is in a package or a checkpoint.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use aotron::backend::cpu::lower::lower;
+use aotron::backend::cpu::program::Program;
+use aotron::backend::{Limits, cpu_program};
+use aotron::checkpoint::{Checkpoint, ModelConfig};
+use aotron::compile::{Precision, Recipe, Report, checkpoint_tokenizer, optimized_graph};
+use aotron::engine::{Package, is_package};
+use aotron::graph::Graph;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::args::Format;
+use super::term::{self, Style};
+
+/// What to look at.
+#[derive(Debug, clap::Args)]
+pub struct Flags {
+    /// Engine package or checkpoint
+    #[arg(value_name = "ENGINE|CHECKPOINT")]
+    path: PathBuf,
+    /// Print the optimized graph
+    #[arg(long)]
+    graph: bool,
+    /// Print the kernels of the CPU plan
+    #[arg(long)]
+    program: bool,
+    /// Print what each pass of the compiler does, and what it leaves and why
+    #[arg(long)]
+    passes: bool,
+    /// How the facts are printed
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    let subject = if is_package(&flags.path) {
+        Subject::Engine(Box::new(Package::open(&flags.path)?))
+    } else {
+        Subject::Checkpoint(Box::new(Checkpoint::open(&flags.path)?))
+    };
+    let dumps = Dumps::make(flags, &subject)?;
+    match flags.format {
+        Format::Json => {
+            let mut json = subject.json()?;
+            if let Some(facts) = json.as_object_mut() {
+                facts.extend(dumps.json());
+            }
+            term::print_json(&json)
+        }
+        Format::Text => {
+            let mut out = std::io::stdout().lock();
+            match dumps.text() {
+                Some(text) => write!(out, "{text}")?,
+                None => {
+                    for line in subject.lines()? {
+                        writeln!(out, "{line}")?;
+                    }
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+enum Subject {
+    Engine(Box<Package>),
+    Checkpoint(Box<Checkpoint>),
+}
+
+/// What the compiler makes of the model, as far as it was asked for.
+#[derive(Default)]
+struct Dumps {
+    passes: Option<Vec<Report>>,
+    graph: Option<Graph>,
+    program: Option<Program>,
+}
+
+impl Dumps {
+    fn make(flags: &Flags, subject: &Subject) -> anyhow::Result<Dumps> {
+        let mut dumps = Dumps::default();
+        if flags.graph || flags.passes || (flags.program && matches!(subject, Subject::Checkpoint(_))) {
+            let (config, precision, limits) = subject.compiled_as()?;
+            let (graph, reports) = optimized_graph(config, precision, limits.max_sequence_tokens)?;
+            dumps.passes = flags.passes.then_some(reports);
+            if flags.program {
+                dumps.program = Some(lower(&graph, &limits)?.program);
+            }
+            dumps.graph = flags.graph.then_some(graph);
+        }
+        if let (true, Subject::Engine(package)) = (flags.program, subject) {
+            dumps.program = Some(cpu_program(package)?.1);
+        }
+        Ok(dumps)
+    }
+
+    fn text(&self) -> Option<String> {
+        let reports = self.passes.iter().flatten().map(|report| format!("{report}\n")).collect();
+        let graph = self.graph.as_ref().map(Graph::to_string);
+        let program = self.program.as_ref().map(Program::to_string);
+        let parts: Vec<String> =
+            self.passes.as_ref().map(|_| reports).into_iter().chain(graph).chain(program).collect();
+        (!parts.is_empty()).then(|| parts.join("\n"))
+    }
+
+    fn json(self) -> serde_json::Map<String, Value> {
+        let mut map = serde_json::Map::new();
+        if let Some(reports) = self.passes {
+            let pass = |r: &Report| {
+                let left: Vec<Value> = r.left.iter().map(|(at, reason)| json!({"at": at, "reason": reason})).collect();
+                json!({"pass": r.pass, "applied": r.applied, "left": left})
+            };
+            map.insert("passes".into(), reports.iter().map(pass).collect());
+        }
+        map.extend(self.graph.map(|graph| ("graph".into(), json!(graph.to_string()))));
+        map.extend(self.program.map(|program| ("program".into(), json!(program.to_string()))));
+        map
+    }
+}
+
+impl Subject {
+    /// The model, and how it is compiled: a package as it was, a checkpoint with the recipe for CPUs.
+    fn compiled_as(&self) -> anyhow::Result<(&ModelConfig, Precision, Limits)> {
+        match self {
+            Subject::Engine(package) => {
+                let (plan, _) = cpu_program(package)?;
+                let precision = serde_json::from_value(json!(plan.precision))
+                    .with_context(|| format!("precision `{}` of plan {}", plan.precision, plan.plan))?;
+                Ok((&package.manifest().model, precision, plan.limits.clone()))
+            }
+            Subject::Checkpoint(checkpoint) => {
+                let recipe = Recipe::load("cpu")?;
+                let config = checkpoint.config();
+                Ok((config, recipe.precision, recipe.limits(config)?))
+            }
+        }
+    }
+
+    fn json(&self) -> anyhow::Result<Value> {
+        match self {
+            Subject::Engine(package) => Ok(json!({
+                "kind": "engine",
+                "path": package.path(),
+                "parameters": package.manifest().model.parameters(),
+                "manifest": package.manifest(),
+            })),
+            Subject::Checkpoint(checkpoint) => {
+                let tokenizer = checkpoint_tokenizer(checkpoint)?;
+                Ok(json!({
+                    "kind": "checkpoint",
+                    "path": checkpoint.path(),
+                    "format": checkpoint.format(),
+                    "model": checkpoint.config(),
+                    "parameters": checkpoint.config().parameters(),
+                    "weight_bytes": checkpoint.weight_bytes(),
+                    "tokenizer": tokenizer.map(|(_, tokenizer)| json!({"vocab_size": tokenizer.vocab_size()})),
+                    "tensors": tensor_groups(checkpoint),
+                }))
+            }
+        }
+    }
+
+    fn lines(&self) -> anyhow::Result<Vec<String>> {
+        let mut lines = Lines { style: term::on_stdout(), lines: Vec::new() };
+        match self {
+            Subject::Engine(package) => lines.engine(package),
+            Subject::Checkpoint(checkpoint) => lines.checkpoint(checkpoint)?,
+        }
+        Ok(lines.lines)
+    }
+}
+
+struct Lines {
+    style: Style,
+    lines: Vec<String>,
+}
+
+impl Lines {
+    fn fact(&mut self, name: &str, text: impl std::fmt::Display) {
+        self.lines.push(format!("{} {text}", self.style.dim(format!("{name:<12}"))));
+    }
+
+    fn engine(&mut self, package: &Package) {
+        let manifest = package.manifest();
+        self.lines.push(self.style.bold(format!("{}, an engine package", package.path().display())));
+        self.fact("built by", format!("{}, format {}", term::harmless(&manifest.tool), manifest.format_version));
+        self.fact("from", format!("{} checkpoint {}", manifest.checkpoint.format, manifest.checkpoint.digest));
+        self.model(&manifest.model);
+        match &manifest.tokenizer {
+            Some(tokenizer) => self.fact("tokenizer", format!("{} ids, in {}", tokenizer.vocab_size, tokenizer.file)),
+            None => self.fact("tokenizer", "none: takes and gives token ids only"),
+        }
+        let settings = &manifest.generation;
+        let stops = settings.stop_token_ids.iter().map(|id| format!("id {id}"));
+        let stops: Vec<String> = stops.chain(settings.stop_strings.iter().map(|s| format!("{s:?}"))).collect();
+        let stops = if stops.is_empty() { "nothing".into() } else { stops.join(", ") };
+        self.fact("generation", format!("ended by {stops}, or after {} tokens unless told", settings.max_tokens));
+        for plan in &manifest.plans {
+            let limits = &plan.limits;
+            self.fact(&format!("{} plan", plan.target), format!("{}, {}", plan.precision, plan.plan));
+            self.fact(
+                "  limits",
+                format!(
+                    "{} of {} tokens; a step takes {} new tokens and gives {} rows of logits",
+                    term::plural(limits.slots, "sequence"),
+                    limits.max_sequence_tokens,
+                    limits.max_step_tokens,
+                    limits.max_logits_rows
+                ),
+            );
+            let per_token = plan.kv_bytes_per_token as u64;
+            let per_sequence = per_token.saturating_mul(limits.max_sequence_tokens as u64);
+            let all = per_sequence.saturating_mul(limits.slots as u64);
+            self.fact(
+                "  KV memory",
+                format!(
+                    "{per_token} bytes a token, {} a sequence, {} for all",
+                    term::bytes(per_sequence),
+                    term::bytes(all)
+                ),
+            );
+        }
+        for file in &manifest.files {
+            self.fact("file", format!("{:>9}  {}  {}", term::bytes(file.bytes), file.path, short(&file.sha256)));
+        }
+    }
+
+    fn checkpoint(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+        let title = format!("{}, a {} checkpoint", checkpoint.path().display(), checkpoint.format());
+        self.lines.push(self.style.bold(title));
+        let config = checkpoint.config();
+        self.model(config);
+        self.fact("weights", term::bytes(checkpoint.weight_bytes()));
+        match checkpoint_tokenizer(checkpoint)? {
+            Some((_, tokenizer)) => self.fact("tokenizer", format!("{} ids", tokenizer.vocab_size())),
+            None => self.fact("tokenizer", "none that is read"),
+        }
+        let kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim;
+        self.fact("KV memory", format!("{} bytes a token in bf16, {} in f32", 2 * kv_values, 4 * kv_values));
+        self.fact("ends", format!("ids {:?}", config.eos_token_ids));
+        let groups = tensor_groups(checkpoint);
+        let width = groups.iter().map(|group| group.name.chars().count()).max().unwrap_or(0);
+        for TensorGroup { name, count, dtype, shape, bytes } in groups {
+            let times = if count == 1 { String::new() } else { format!("{count} × ") };
+            let line = format!("{name:<width$} {times:>6}{dtype} {shape:?}");
+            self.fact("tensor", format!("{line:<70} {:>9}", term::bytes(bytes)));
+        }
+        Ok(())
+    }
+
+    fn model(&mut self, c: &ModelConfig) {
+        let parameters = c.parameters().map_or("too many parameters".into(), |count| {
+            let short = [(1e9, "billion"), (1e6, "million")].into_iter().find(|(unit, _)| count as f64 >= *unit);
+            match short {
+                Some((unit, name)) => format!("{:.2} {name} parameters", count as f64 / unit),
+                None => format!("{count} parameters"),
+            }
+        });
+        self.fact("model", format!("{parameters}, {} layers, hidden size {}", c.num_layers, c.hidden_size));
+        self.fact("  MLP", format!("{} wide, squared ReLU", c.intermediate_size));
+        let heads = match c.num_kv_heads == c.num_heads {
+            true => format!("{} heads of {}", c.num_heads, c.head_dim),
+            false => format!("{} heads of {}, {} key/value heads", c.num_heads, c.head_dim, c.num_kv_heads),
+        };
+        self.fact("  attention", format!("{heads}, {} dimensions rotate, base {}", c.rotary_dim, c.rope_theta));
+        let tied = if c.tie_word_embeddings { ", the head is tied to the embedding" } else { "" };
+        self.fact("  vocabulary", format!("{} ids{tied}", c.vocab_size));
+        self.fact("  context", format!("{} tokens", c.max_position_embeddings));
+    }
+}
+
+/// The start of a digest, enough to tell two apart.
+fn short(digest: &str) -> &str {
+    digest.get(..12).unwrap_or(digest)
+}
+
+/// Tensors that differ in nothing but their layer.
+#[derive(Debug, Serialize)]
+struct TensorGroup {
+    name: String,
+    count: usize,
+    dtype: String,
+    shape: Vec<usize>,
+    bytes: u64,
+}
+
+fn tensor_groups(checkpoint: &Checkpoint) -> Vec<TensorGroup> {
+    let mut groups: Vec<TensorGroup> = Vec::new();
+    let mut index_of: HashMap<(String, String, Vec<usize>), usize> = HashMap::new();
+    for view in checkpoint.tensors() {
+        let parts = view.name.split('.').map(|part| match part.parse::<usize>() {
+            Ok(_) => "*",
+            Err(_) => part,
+        });
+        let name = parts.collect::<Vec<&str>>().join(".");
+        let key = (name.clone(), view.dtype.to_string(), view.shape.to_vec());
+        let index = *index_of.entry(key).or_insert_with(|| {
+            let (dtype, shape) = (view.dtype.to_string(), view.shape.to_vec());
+            groups.push(TensorGroup { name, count: 0, dtype, shape, bytes: 0 });
+            groups.len() - 1
+        });
+        if let Some(group) = groups.get_mut(index) {
+            group.count += 1;
+            group.bytes += view.data.len() as u64;
+        }
+    }
+    groups
+}

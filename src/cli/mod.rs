@@ -1,0 +1,86 @@
+//! The command line, the only layer that prints: data goes to standard output, everything else to standard error.
+//!
+//! A command is a module with its raw flags and a `run`, which makes the library's objects from them.
+
+mod args;
+mod bench;
+mod build;
+mod chat;
+mod doctor;
+mod editor;
+mod engine;
+mod inspect;
+mod prompt;
+mod run;
+mod score;
+mod term;
+mod tokenize;
+mod whole_file;
+
+use std::io::{ErrorKind, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+
+/// Parses the arguments, runs the command, and reports its error: exit code 1, or 2 for arguments that do not fit.
+pub fn main() -> ExitCode {
+    match run(Args::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report(&error),
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Build(flags) => build::run(&flags),
+        Command::Chat(flags) => chat::run(&flags),
+        Command::Run(flags) => run::run(&flags),
+        Command::Score(flags) => score::run(&flags),
+        Command::Tokenize(flags) => tokenize::run(&flags),
+        Command::Inspect(flags) => inspect::run(&flags),
+        Command::Bench(flags) => bench::run(&flags),
+        Command::Doctor(flags) => doctor::run(&flags),
+    }
+}
+
+fn report(error: &anyhow::Error) -> ExitCode {
+    if let Some(usage) = error.downcast_ref::<clap::Error>() {
+        let _ = usage.print();
+        return ExitCode::from(2);
+    }
+    // Whoever reads the output has had enough of it, `head` for example.
+    let is_closed_pipe = |e: &std::io::Error| e.kind() == ErrorKind::BrokenPipe;
+    if error.chain().any(|cause| cause.downcast_ref().is_some_and(is_closed_pipe)) {
+        return ExitCode::SUCCESS;
+    }
+    let _ = writeln!(std::io::stderr(), "{} {}", term::on_stderr().bold_red("error:"), message(error));
+    ExitCode::FAILURE
+}
+
+/// The error and its causes in one line each, without those that their consequence quotes.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    #[test]
+    fn a_cause_that_is_quoted_is_not_repeated() {
+        let gone = || std::io::Error::new(std::io::ErrorKind::NotFound, "gone");
+        let quoted = anyhow::Error::from(aotron::Error::io("open", "a.json")(gone()));
+        assert_eq!(super::message(&quoted), "cannot open a.json: gone");
+        let apart = Err::<(), _>(gone()).context("list 3").unwrap_err();
+        assert_eq!(super::message(&apart), "list 3: gone");
+    }
+}

@@ -1,0 +1,138 @@
+//! Where the prompt of `aotron run` comes from.
+
+use std::io::{BufRead, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow, bail};
+
+use super::args::usage;
+
+/// A longer prompt is refused unread: it would not fit any model.
+const MAX_PROMPT_BYTES: u64 = 16 << 20;
+
+/// The prompt's flags: one of them, or piped standard input.
+#[derive(Debug, clap::Args)]
+#[group(multiple = false)]
+pub struct PromptFlags {
+    /// The prompt
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+    /// Read the prompt from a file, `-` for standard input [default: standard input, if it is not a terminal]
+    #[arg(short = 'f', long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// The prompt's token ids, with commas; nothing is added to them
+    #[arg(long, value_name = "IDS", value_parser = token_ids, conflicts_with_all = ["raw", "system"])]
+    token_ids: Option<TokenIds>,
+}
+
+/// Ids as one argument.
+#[derive(Debug, Clone)]
+struct TokenIds(Vec<u32>);
+
+/// A prompt.
+#[derive(Debug, PartialEq)]
+pub enum Prompt {
+    Text(String),
+    TokenIds(Vec<u32>),
+}
+
+impl PromptFlags {
+    /// Reads the prompt. With `as_message`, the line break at the end of a file is not part of it.
+    pub fn read(&self, as_message: bool) -> anyhow::Result<Prompt> {
+        if let Some(text) = &self.prompt {
+            return Ok(Prompt::Text(text.clone()));
+        }
+        if let Some(ids) = &self.token_ids {
+            return Ok(Prompt::TokenIds(ids.0.clone()));
+        }
+        let mut text = match &self.prompt_file {
+            Some(path) if path != Path::new("-") => {
+                let file = std::fs::File::open(path).map_err(aotron::Error::io("open", path))?;
+                text_of(file, &path.display().to_string())?
+            }
+            None => {
+                let stdin = std::io::stdin().lock();
+                let text = if stdin.is_terminal() { String::new() } else { text_of(stdin, "standard input")? };
+                if text.is_empty() {
+                    let message = "there is no prompt: pass --prompt, --prompt-file or --token-ids, or pipe one in";
+                    return Err(usage(message));
+                }
+                text
+            }
+            Some(_) => text_of(std::io::stdin().lock(), "standard input")?,
+        };
+        if as_message && text.ends_with('\n') {
+            text.pop();
+            if text.ends_with('\r') {
+                text.pop();
+            }
+        }
+        Ok(Prompt::Text(text))
+    }
+}
+
+/// `1,2,3`, spaces and brackets allowed.
+fn token_ids(text: &str) -> Result<TokenIds, String> {
+    let text = text.trim();
+    let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let id = |part: &str| part.trim().parse().map_err(|_| format!("`{}` is not a token id", part.trim()));
+    inner.split(',').map(id).collect::<Result<_, _>>().map(TokenIds)
+}
+
+/// The next line of `reader`, without its end; `None` at the end of the text.
+pub fn next_line(reader: &mut impl BufRead, name: &str) -> anyhow::Result<Option<String>> {
+    let mut bytes = Vec::new();
+    let read = reader.take(MAX_PROMPT_BYTES + 1).read_until(b'\n', &mut bytes);
+    if read.with_context(|| format!("cannot read {name}"))? == 0 {
+        return Ok(None);
+    }
+    let line = as_text(bytes, name)?;
+    Ok(Some(line.trim_end_matches(['\n', '\r']).to_owned()))
+}
+
+fn text_of(reader: impl Read, name: &str) -> anyhow::Result<String> {
+    let mut bytes = Vec::new();
+    reader.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes).with_context(|| format!("cannot read {name}"))?;
+    as_text(bytes, name)
+}
+
+fn as_text(bytes: Vec<u8>, name: &str) -> anyhow::Result<String> {
+    if bytes.len() as u64 > MAX_PROMPT_BYTES {
+        bail!("{name} has more than {MAX_PROMPT_BYTES} bytes, the most that is read as a prompt");
+    }
+    String::from_utf8(bytes)
+        .map_err(|error| anyhow!("{name} is not UTF-8 text: byte {} is wrong", error.utf8_error().valid_up_to()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_come_without_their_ends() {
+        let mut text = &b"one\r\n\nthree"[..];
+        let mut next = || next_line(&mut text, "f").unwrap();
+        assert_eq!(
+            [next(), next(), next(), next()].map(|line| line.unwrap_or("end".into())),
+            ["one", "", "three", "end"]
+        );
+    }
+
+    #[test]
+    fn ids_may_look_like_json() {
+        for text in ["1,20", " 1, 20 ", "[1, 20]"] {
+            assert_eq!(token_ids(text).unwrap().0, [1, 20], "{text}");
+        }
+        assert_eq!(token_ids("1,,2").unwrap_err(), "`` is not a token id");
+        assert_eq!(token_ids("1,-2").unwrap_err(), "`-2` is not a token id");
+    }
+
+    #[test]
+    fn what_is_not_text_is_refused() {
+        assert_eq!(text_of(&b"a\xc3\xa9"[..], "f").unwrap(), "aé");
+        let error = text_of(&b"ab\xff"[..], "f").unwrap_err().to_string();
+        assert_eq!(error, "f is not UTF-8 text: byte 2 is wrong");
+        let error = text_of(std::io::repeat(b'a'), "f").unwrap_err().to_string();
+        assert!(error.contains("f has more than 16777216 bytes"), "{error}");
+    }
+}

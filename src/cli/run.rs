@@ -1,0 +1,190 @@
+//! `aotron run`: one prompt, one answer.
+
+use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
+
+use anyhow::bail;
+use aotron::engine::GenerationSettings;
+use aotron::runtime::{Completion, FinishReason, GenerationRequest};
+use aotron::text::{Message, Tokenizer};
+use serde_json::{Value, json};
+
+use super::args::{EngineFlags, Format, SamplingFlags};
+use super::engine::note_ids_only;
+use super::prompt::{Prompt, PromptFlags};
+use super::term;
+
+/// What to answer, and how.
+#[derive(Debug, clap::Args)]
+pub struct Flags {
+    #[command(flatten)]
+    engine: EngineFlags,
+    #[command(flatten)]
+    prompt: PromptFlags,
+    /// Continue the text as it is, without the chat template
+    #[arg(long, conflicts_with = "system")]
+    raw: bool,
+    /// The system message of the chat template
+    #[arg(short, long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Most tokens of the answer [default: the engine's, 200]
+    #[arg(short = 'n', long, value_name = "N")]
+    max_tokens: Option<usize>,
+    /// Also end the answer before this text; can be repeated
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// How the answer is printed
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Print the answer when it is complete, not as it comes
+    #[arg(long)]
+    no_stream: bool,
+    /// First check every byte of the engine package against its digests
+    #[arg(long)]
+    verify: bool,
+    #[command(flatten)]
+    sampling: SamplingFlags,
+}
+
+impl Flags {
+    fn request(
+        &self,
+        prompt: Prompt,
+        tokenizer: Option<&Tokenizer>,
+        settings: &GenerationSettings,
+    ) -> anyhow::Result<GenerationRequest> {
+        let request = match (prompt, tokenizer) {
+            (Prompt::TokenIds(ids), _) => GenerationRequest::new(ids),
+            (Prompt::Text(_), None) => bail!(
+                "{} has no tokenizer, so it takes no text: pass --token-ids, or build it from a checkpoint with a \
+                 tokenizer.json",
+                self.engine.engine.display()
+            ),
+            (Prompt::Text(text), Some(tokenizer)) if self.raw => GenerationRequest::new(tokenizer.encode(&text)?),
+            (Prompt::Text(text), Some(tokenizer)) => {
+                let system = self.system.iter().map(Message::system);
+                let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
+                GenerationRequest::chat(tokenizer, &messages, &[])?
+            }
+        };
+        let stop_ids = request.stop_ids.iter().chain(&settings.stop_token_ids).copied().collect();
+        let stop_strings = request.stop_strings.iter().chain(&self.stop).cloned().collect();
+        Ok(GenerationRequest {
+            sampling: self.sampling.params(),
+            max_tokens: self.max_tokens.unwrap_or(settings.max_tokens),
+            stop_strings,
+            stop_ids,
+            ..request
+        })
+    }
+}
+
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    if let Some(idle) = flags.sampling.without_effect() {
+        term::warn(idle);
+    }
+    let prompt = flags.prompt.read(!flags.raw)?;
+    if flags.verify {
+        flags.engine.verify()?;
+    }
+    let engine = flags.engine.open()?;
+    let load_seconds = engine.load_seconds;
+    let request = flags.request(prompt, engine.tokenizer.as_deref(), &engine.package.manifest().generation)?;
+    let has_text = engine.tokenizer.is_some();
+    if !has_text {
+        note_ids_only(&engine.package);
+    }
+
+    let streams = flags.format == Format::Text && !flags.no_stream && has_text;
+    let mut answer = Answer::new();
+    let completion = engine.into_session().generate(&request, &mut |text| match streams {
+        true => answer.show(text),
+        false => ControlFlow::Continue(()),
+    })?;
+    match flags.format {
+        Format::Json => {
+            let json = as_json(&completion, has_text, load_seconds);
+            writeln!(std::io::stdout().lock(), "{json}")?;
+        }
+        Format::Text if !has_text => {
+            let ids: Vec<String> = completion.token_ids.iter().map(u32::to_string).collect();
+            writeln!(std::io::stdout().lock(), "{}", ids.join(","))?;
+        }
+        Format::Text => {
+            if !streams {
+                let _ = answer.show(&completion.text);
+            }
+            answer.end_line()?;
+            if completion.text.is_empty() {
+                writeln!(std::io::stdout().lock())?;
+            }
+            if completion.finish_reason == FinishReason::Length && std::io::stderr().is_terminal() {
+                term::note(format!("the answer was cut at {} tokens; see --max-tokens", completion.completion_tokens));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Text on standard output as it comes; ends the generation when nobody reads it any more.
+pub struct Answer {
+    is_terminal: bool,
+    ends_line: bool,
+    failure: Option<std::io::Error>,
+}
+
+impl Answer {
+    pub fn new() -> Answer {
+        Answer { is_terminal: std::io::stdout().is_terminal(), ends_line: true, failure: None }
+    }
+
+    pub fn show(&mut self, text: &str) -> ControlFlow<()> {
+        let Some(last) = text.chars().last() else { return ControlFlow::Continue(()) };
+        self.ends_line = last == '\n';
+        let mut out = std::io::stdout().lock();
+        let written = match self.is_terminal {
+            true => out.write_all(term::harmless(text).as_bytes()),
+            false => out.write_all(text.as_bytes()),
+        };
+        match written.and_then(|()| out.flush()) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                self.failure = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    /// Ends the last line, or returns what writing failed with.
+    pub fn end_line(self) -> anyhow::Result<()> {
+        match self.failure {
+            Some(failure) => Err(failure.into()),
+            None if self.ends_line => Ok(()),
+            None => Ok(writeln!(std::io::stdout().lock())?),
+        }
+    }
+}
+
+fn as_json(completion: &Completion, has_text: bool, load_seconds: f64) -> Value {
+    let timings = &completion.timings;
+    json!({
+        "text": has_text.then_some(&completion.text),
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": completion.completion_tokens,
+        "seed": completion.seed,
+        "timings": {
+            "load_seconds": load_seconds,
+            "prefill_seconds": timings.prefill_seconds,
+            "decode_seconds": timings.decode_seconds,
+            "prefill_tokens_per_second": per_second(timings.prefill_tokens, timings.prefill_seconds),
+            "decode_tokens_per_second": per_second(timings.decode_tokens, timings.decode_seconds),
+        },
+    })
+}
+
+/// Tokens per second; `None` where nothing was measured.
+pub fn per_second(tokens: usize, seconds: f64) -> Option<f64> {
+    (tokens > 0 && seconds > 0.0).then(|| tokens as f64 / seconds)
+}

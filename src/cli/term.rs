@@ -1,0 +1,229 @@
+//! What printing needs: styles that know whether they are seen, sizes for people, progress.
+
+use std::fmt::Display;
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use aotron::compile::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+/// How often a long stage says how far it is where there is no terminal to draw a bar on.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Colours, if whoever reads the stream sees them.
+#[derive(Debug, Clone, Copy)]
+pub struct Style {
+    colours: bool,
+}
+
+/// The style of standard output.
+pub fn on_stdout() -> Style {
+    Style { colours: std::io::stdout().is_terminal() && colours_wanted() }
+}
+
+/// The style of standard error.
+pub fn on_stderr() -> Style {
+    Style { colours: std::io::stderr().is_terminal() && colours_wanted() }
+}
+
+fn colours_wanted() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        && std::env::var_os("TERM").is_none_or(|value| value != "dumb")
+}
+
+impl Style {
+    /// Whether colours are seen.
+    pub fn has_colours(self) -> bool {
+        self.colours
+    }
+
+    fn paint(self, code: &str, text: impl Display) -> String {
+        if self.colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_string() }
+    }
+
+    pub fn dim(self, text: impl Display) -> String {
+        self.paint("2", text)
+    }
+
+    pub fn bold(self, text: impl Display) -> String {
+        self.paint("1", text)
+    }
+
+    pub fn bold_cyan(self, text: impl Display) -> String {
+        self.paint("1;36", text)
+    }
+
+    pub fn bold_red(self, text: impl Display) -> String {
+        self.paint("1;31", text)
+    }
+
+    fn yellow(self, text: impl Display) -> String {
+        self.paint("33", text)
+    }
+}
+
+/// Tells the user something on standard error.
+pub fn note(message: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{} {message}", on_stderr().dim("note:"));
+}
+
+/// Warns the user on standard error.
+pub fn warn(message: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{} {message}", on_stderr().yellow("warning:"));
+}
+
+/// Prints a value as indented JSON.
+pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(value)?;
+    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+}
+
+/// A size for people: `7.9 MiB`.
+pub fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if bytes < 1024 {
+        return format!("{bytes} bytes");
+    }
+    let mut size = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while size >= 1023.95 && unit + 1 < UNITS.len() {
+        size /= 1024.0;
+        unit += 1;
+    }
+    if size < 99.95 { format!("{size:.1} {}", UNITS[unit]) } else { format!("{size:.0} {}", UNITS[unit]) }
+}
+
+/// A duration for people: `85 ms`, `3.2 s`, `2 min 5 s`.
+pub fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    if seconds < 0.9995 {
+        format!("{:.0} ms", seconds * 1e3)
+    } else if seconds < 99.95 {
+        format!("{seconds:.1} s")
+    } else {
+        let whole = seconds.round() as u64;
+        format!("{} min {} s", whole / 60, whole % 60)
+    }
+}
+
+/// `1 token`, `2 tokens`.
+pub fn plural(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+/// Text of a model or a file, fit for a terminal: characters that would drive it are shown as U+FFFD.
+pub fn harmless(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+}
+
+/// A bar over `total` things, drawn on standard error if that is a terminal.
+pub fn bar(name: &str, total: u64, template: &str) -> ProgressBar {
+    let bar = ProgressBar::new(total).with_prefix(name.to_owned());
+    match ProgressStyle::with_template(template) {
+        Ok(style) => bar.with_style(style.progress_chars("━╸ ")),
+        Err(_) => bar,
+    }
+}
+
+/// The look of a bar over bytes.
+pub const BYTES: &str = "{prefix:>10} {bar:32} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left";
+/// The look of a bar over tokens.
+pub const TOKENS: &str = "{prefix:>10} {bar:32} {pos}/{len} tokens {per_sec} {eta} left";
+
+/// Follows stages of bytes: a bar on a terminal, a line now and then elsewhere.
+pub struct Stages {
+    stage: Mutex<Option<Stage>>,
+}
+
+struct Stage {
+    name: String,
+    total: u64,
+    done: u64,
+    bar: ProgressBar,
+    last_line: Instant,
+}
+
+impl Stages {
+    pub fn new() -> Stages {
+        Stages { stage: Mutex::new(None) }
+    }
+
+    /// Removes the bar of the last stage.
+    pub fn finish(&self) {
+        if let Ok(mut stage) = self.stage.lock()
+            && let Some(stage) = stage.take()
+        {
+            stage.bar.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Stages {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+impl Progress for Stages {
+    fn stage(&self, name: &str, bytes: u64) {
+        self.finish();
+        if !std::io::stderr().is_terminal() {
+            let _ = writeln!(std::io::stderr(), "{name}: {}", self::bytes(bytes));
+        }
+        if let Ok(mut stage) = self.stage.lock() {
+            let bar = bar(name, bytes, BYTES);
+            *stage = Some(Stage { name: name.into(), total: bytes, done: 0, bar, last_line: Instant::now() });
+        }
+    }
+
+    fn advance(&self, bytes: u64) {
+        let Ok(mut stage) = self.stage.lock() else { return };
+        let Some(stage) = stage.as_mut() else { return };
+        stage.done += bytes;
+        stage.bar.inc(bytes);
+        if stage.last_line.elapsed() >= LINE_INTERVAL && !std::io::stderr().is_terminal() {
+            stage.last_line = Instant::now();
+            let (done, total) = (self::bytes(stage.done), self::bytes(stage.total));
+            let _ = writeln!(std::io::stderr(), "{}: {done} of {total}", stage.name);
+        }
+    }
+
+    fn warn(&self, message: &str) {
+        match self.stage.lock() {
+            Ok(stage) => match stage.as_ref() {
+                Some(stage) => stage.bar.suspend(|| warn(message)),
+                None => warn(message),
+            },
+            Err(_) => warn(message),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_well() {
+        let sizes = [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (7_487_928, "7.1 MiB")];
+        for (size, text) in sizes.into_iter().chain([(2 << 30, "2.0 GiB"), ((1 << 20) - 1, "1.0 MiB")]) {
+            assert_eq!(bytes(size), text);
+        }
+        assert_eq!(bytes(512 << 20), "512 MiB");
+        assert_eq!(bytes(u64::MAX), "16384 PiB");
+    }
+
+    #[test]
+    fn durations_read_well() {
+        for (millis, text) in [(0, "0 ms"), (85, "85 ms"), (1000, "1.0 s"), (3249, "3.2 s"), (125_000, "2 min 5 s")] {
+            assert_eq!(duration(Duration::from_millis(millis)), text);
+        }
+    }
+
+    #[test]
+    fn escapes_do_not_reach_a_terminal() {
+        assert_eq!(harmless("a\tb\n\u{1b}[2Jé"), "a\tb\n\u{fffd}[2Jé");
+    }
+}

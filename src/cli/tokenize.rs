@@ -1,0 +1,40 @@
+//! `aotron tokenize`: the ids of a text.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::bail;
+use aotron::checkpoint::Checkpoint;
+use aotron::compile::checkpoint_tokenizer;
+use aotron::engine::{Package, is_package};
+use aotron::text::{Message, template};
+
+/// Which text, and whose tokens.
+#[derive(Debug, clap::Args)]
+pub struct Flags {
+    /// Engine package or checkpoint
+    #[arg(value_name = "ENGINE|CHECKPOINT")]
+    path: PathBuf,
+    /// The text
+    #[arg(long, value_name = "TEXT")]
+    text: String,
+    /// Encode the text as it is, not as a user's message in the chat template
+    #[arg(long)]
+    raw: bool,
+}
+
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    let tokenizer = if is_package(&flags.path) {
+        Package::open(&flags.path)?.tokenizer()?
+    } else {
+        checkpoint_tokenizer(&Checkpoint::open(&flags.path)?)?.map(|(_, tokenizer)| tokenizer)
+    };
+    let Some(tokenizer) = tokenizer else {
+        bail!("{} has no tokenizer", flags.path.display());
+    };
+    let text = if flags.raw { flags.text.clone() } else { template::render(&[Message::user(&flags.text)])? };
+    let ids = tokenizer.encode(&text)?;
+    let pieces: Vec<Option<String>> = ids.iter().map(|id| tokenizer.piece(*id)).collect();
+    let json = serde_json::json!({"ids": ids, "pieces": pieces});
+    Ok(writeln!(std::io::stdout().lock(), "{json}")?)
+}

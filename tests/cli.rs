@@ -1,0 +1,414 @@
+//! The real executable, one fresh folder a test.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
+
+use aotron::compile::Precision;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::numerics::build_package;
+
+const CHAT: &str = "tests/data/tiny-chat";
+const ODD: &str = "tests/data/shapes/odd";
+
+/// A chat model's package, and one without a tokenizer; built once, only ever read.
+static PACKAGES: LazyLock<(TempDir, PathBuf, PathBuf)> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    let (chat, odd) = (folder.path().join("chat"), folder.path().join("odd"));
+    build_package(Path::new(CHAT), Precision::F32, &chat);
+    build_package(Path::new(ODD), Precision::F32, &odd);
+    (folder, chat, odd)
+});
+
+fn chat() -> &'static str {
+    PACKAGES.1.to_str().unwrap()
+}
+
+fn odd() -> &'static str {
+    PACKAGES.2.to_str().unwrap()
+}
+
+/// What a command did.
+struct Ran {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl Ran {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {}{}", self.out, self.err))
+    }
+
+    /// The command was to succeed.
+    fn ok(self) -> Ran {
+        assert_eq!(self.code, Some(0), "{}", self.err);
+        self
+    }
+
+    /// The command was to fail with this code and these words on standard error, and nothing on standard output.
+    fn fails(self, code: i32, words: &[&str]) {
+        assert_eq!(self.code, Some(code), "{}{}", self.out, self.err);
+        assert_eq!(self.out, "");
+        assert!(self.err.lines().any(|line| line.starts_with("error: ")), "{}", self.err);
+        for word in words {
+            assert!(self.err.contains(word), "no `{word}` in: {}", self.err);
+        }
+        assert!(!self.err.contains("panicked"), "{}", self.err);
+    }
+}
+
+fn aotron(args: &[&str]) -> Ran {
+    aotron_with(args, b"")
+}
+
+fn aotron_with(args: &[&str], input: &[u8]) -> Ran {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_aotron"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A command that fails early does not read its input.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
+    Ran { code: status.code(), out: String::from_utf8(stdout).unwrap(), err: String::from_utf8(stderr).unwrap() }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u64> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect()
+}
+
+#[test]
+fn build_makes_a_package_that_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let build = ["build", CHAT, "--precision", "bf16", "--slots", "3", "--max-sequence-tokens", "100", "-v", "-o"];
+    let with = |more: &[&str]| aotron(&[&build[..], &[text(&output)], more].concat());
+    let ran = with(&[]).ok();
+    assert!(ran.out.contains("3 sequences of 100 tokens"), "{}", ran.out);
+    assert!(ran.out.contains(&format!("aotron chat {}", text(&output))), "{}", ran.out);
+    assert!(ran.err.contains("packing: ") && ran.err.contains("fuse-linears: "), "{}", ran.err);
+    aotron(&["run", text(&output), "--prompt", "hi", "-n", "3", "--verify"]).ok();
+
+    with(&[]).fails(1, &["--force"]);
+    with(&["--force"]).ok();
+    let recipe = aotron(&["inspect", text(&output), "--format", "json"]).ok().json()["manifest"]["plans"][0]["recipe"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert!(recipe.contains("# On the command line: slots = 3"), "{recipe}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside the package");
+}
+
+#[test]
+fn build_refuses_what_does_not_fit() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let build = |more: &[&str]| aotron(&[&["build", ODD, "-o", text(&output)], more].concat());
+    build(&["--max-sequence-tokens", "65"]).fails(1, &["max_sequence_tokens is 65", "64"]);
+    build(&["--recipe", "tpu"]).fails(1, &["no such recipe", "cpu"]);
+    build(&["--precision", "fp8"]).fails(2, &["f32 or bf16"]);
+    build(&["--slots", "0"]).fails(2, &["0"]);
+    aotron(&["build", text(folder.path()), "-o", text(&output)]).fails(1, &["config.json"]);
+    assert!(!output.exists());
+}
+
+#[test]
+fn run_gives_the_same_answer_in_every_form() {
+    let args = ["run", chat(), "--prompt", "What is 3 + 4?", "-n", "20"];
+    let with = |more: &[&str]| aotron(&[&args[..], more].concat()).ok();
+    let json = with(&["--format", "json"]).json();
+    let answer = json["text"].as_str().unwrap();
+    assert_eq!(answer, answer.trim());
+    assert_eq!(json["completion_tokens"].as_u64().unwrap() as usize, ids(&json["token_ids"]).len());
+    assert!(json["finish_reason"] == "stop" || json["completion_tokens"] == 20);
+    assert!(json["seed"].is_u64() && json["timings"]["load_seconds"].is_f64());
+    assert_eq!(with(&[]).out, format!("{answer}\n"));
+    assert_eq!(with(&["--no-stream", "--threads", "1"]).out, format!("{answer}\n"));
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt.txt");
+    std::fs::write(&file, "What is 3 + 4?\n").unwrap();
+    let from_file = aotron(&["run", chat(), "--prompt-file", text(&file), "-n", "20"]).ok();
+    let piped = aotron_with(&["run", chat(), "-n", "20"], b"What is 3 + 4?\r\n").ok();
+    assert_eq!([from_file.out, piped.out], [format!("{answer}\n"), format!("{answer}\n")]);
+}
+
+#[test]
+fn run_applies_the_template_unless_told_not_to() {
+    let prompt_tokens = |more: &[&str]| {
+        let args = ["run", chat(), "--prompt", "hi", "-n", "1", "--format", "json"];
+        aotron(&[&args[..], more].concat()).ok().json()["prompt_tokens"].as_u64().unwrap()
+    };
+    let tokens_of = |more: &[&str]| {
+        let json = aotron(&[&["tokenize", chat(), "--text", "hi"], more].concat()).ok().json();
+        assert_eq!(json["pieces"].as_array().unwrap().len(), ids(&json["ids"]).len());
+        ids(&json["ids"]).len() as u64
+    };
+    assert_eq!(prompt_tokens(&[]), tokens_of(&[]));
+    assert_eq!(prompt_tokens(&["--raw"]), tokens_of(&["--raw"]));
+    assert!(tokens_of(&[]) > tokens_of(&["--raw"]));
+    assert!(prompt_tokens(&["--system", "Be brief."]) > prompt_tokens(&[]));
+}
+
+#[test]
+fn token_ids_are_what_the_text_would_be() {
+    let tokens = aotron(&["tokenize", CHAT, "--text", "What is 3 + 4?"]).ok().json();
+    let list = tokens["ids"].to_string();
+    let by_ids = aotron(&["run", "--token-ids", &list, chat(), "-n", "9", "--format", "json"]).ok().json();
+    let by_text = aotron(&["run", chat(), "-p", "What is 3 + 4?", "-n", "9", "--format", "json"]).ok().json();
+    assert_eq!(by_ids["token_ids"], by_text["token_ids"]);
+    assert_eq!(by_ids["prompt_tokens"], by_text["prompt_tokens"]);
+}
+
+#[test]
+fn without_a_tokenizer_there_are_ids() {
+    let ran = aotron(&["run", odd(), "--token-ids", "1,2,3", "-n", "4"]).ok();
+    assert!(ran.err.contains("no tokenizer"), "{}", ran.err);
+    let json = aotron(&["run", odd(), "--token-ids", "1,2,3", "-n", "4", "--format", "json"]).ok().json();
+    assert!(json["text"].is_null());
+    let list: Vec<String> = ids(&json["token_ids"]).iter().map(u64::to_string).collect();
+    assert_eq!(ran.out, list.join(",") + "\n");
+    aotron(&["run", odd(), "--prompt", "hi"]).fails(1, &["no tokenizer", "--token-ids"]);
+    aotron(&["chat", odd()]).fails(1, &["no tokenizer"]);
+    aotron(&["tokenize", odd(), "--text", "hi"]).fails(1, &["no tokenizer"]);
+}
+
+#[test]
+fn sampling_flags_do_what_they_say() {
+    let run = |more: &[&str]| {
+        let args = ["run", chat(), "--raw", "--prompt", "The", "-n", "16", "--format", "json"];
+        aotron(&[&args[..], more].concat()).ok()
+    };
+    let greedy = run(&[]).json();
+    let sampled = run(&["--temperature", "5", "--seed", "7"]);
+    assert_eq!(sampled.err, "");
+    assert_eq!(sampled.json()["seed"], 7);
+    assert_ne!(sampled.json()["token_ids"], greedy["token_ids"]);
+    assert_eq!(sampled.json()["token_ids"], run(&["--temperature", "5", "--seed", "7"]).json()["token_ids"]);
+    let first = ids(&greedy["token_ids"])[0];
+    let biased = run(&["--logit-bias", &format!("{first}=-100")]).json();
+    assert_ne!(ids(&biased["token_ids"])[0], first);
+    let idle = run(&["--seed", "7"]);
+    assert!(idle.err.contains("--seed has no effect"), "{}", idle.err);
+    assert_eq!(idle.json()["token_ids"], greedy["token_ids"]);
+    let long = run(&["--min-tokens", "16"]).json();
+    assert_eq!((&long["finish_reason"], ids(&long["token_ids"]).len()), (&Value::from("length"), 16));
+    let shown = long["text"].as_str().unwrap();
+    let stop: String = shown.chars().skip(3).take(2).collect();
+    let stopped = run(&["--min-tokens", "16", "--stop", &stop]).json();
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert_eq!(stopped["text"], shown.split(&stop).next().unwrap());
+}
+
+#[test]
+fn run_refuses_what_it_cannot_do() {
+    let run = |more: &[&str]| aotron(&[&["run", chat()], more].concat());
+    run(&[]).fails(2, &["there is no prompt"]);
+    run(&["--prompt", "a", "--token-ids", "1"]).fails(2, &["cannot be used with"]);
+    run(&["--prompt", "a", "--raw", "--system", "b"]).fails(2, &["cannot be used with"]);
+    run(&["--token-ids", "1", "--raw"]).fails(2, &["cannot be used with"]);
+    run(&["--token-ids", "1,x"]).fails(2, &["`x` is not a token id"]);
+    run(&["--prompt", "a", "--logit-bias", "3"]).fails(2, &["42=-1.5"]);
+    run(&["--prompt", "a", "--threads", "0"]).fails(2, &["0"]);
+    run(&["--prompt", "a", "--isa", "altivec"]).fails(2, &["this machine has"]);
+    run(&["--prompt", "a", "--top-p", "1.5"]).fails(1, &["top_p is 1.5", "0 to 1"]);
+    run(&["--prompt", "a", "--temperature", "nan"]).fails(1, &["temperature is NaN"]);
+    run(&["--token-ids", "99999999"]).fails(1, &["99999999"]);
+    run(&["--prompt-file", "nowhere.txt"]).fails(1, &["cannot open nowhere.txt"]);
+    aotron_with(&["run", chat()], b"ab\xff").fails(1, &["standard input is not UTF-8", "byte 2"]);
+    let long = "word ".repeat(2000);
+    run(&["--prompt", &long]).fails(1, &["the prompt has", "holds 512 tokens"]);
+    aotron(&["run", "nowhere", "--prompt", "a"]).fails(1, &["nowhere", "aotron build"]);
+    aotron(&["run", CHAT, "--prompt", "a"]).fails(1, &["not an engine package", "aotron build"]);
+}
+
+#[test]
+fn a_damaged_package_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("engine");
+    build_package(Path::new(ODD), Precision::F32, &path);
+    let weights = path.join("weights/cpu-f32.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, &bytes).unwrap();
+    let run = ["run", text(&path), "--token-ids", "1"];
+    aotron(&[&run[..], &["--verify"]].concat()).fails(1, &["weights/cpu-f32.safetensors", "digest"]);
+    std::fs::write(&weights, &bytes[..bytes.len() - 1]).unwrap();
+    aotron(&run).fails(1, &["weights/cpu-f32.safetensors", "bytes"]);
+}
+
+#[test]
+fn an_output_nobody_reads_is_no_error() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_aotron"))
+        .args(["inspect", odd(), "--graph"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let ended = child.wait_with_output().unwrap();
+    assert!(ended.status.success());
+    assert_eq!(String::from_utf8_lossy(&ended.stderr), "");
+}
+
+#[test]
+fn score_writes_the_logits_it_scored_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let logits = folder.path().join("logits.safetensors");
+    let list = Path::new(ODD).join("ids.json");
+    let args = ["score", odd(), "--ids", text(&list)];
+    let json = aotron(&[&args[..], &["--logits", text(&logits), "--format", "json"]].concat()).ok().json();
+    let lists: Vec<Vec<u32>> = serde_json::from_slice(&std::fs::read(&list).unwrap()).unwrap();
+
+    let bytes = std::fs::read(&logits).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.len(), lists.len());
+    let mut total = 0.0;
+    for (index, ids) in lists.iter().enumerate() {
+        let tensor = file.tensor(&format!("logits.{index}")).unwrap();
+        let [rows, columns] = tensor.shape() else { panic!("{:?}", tensor.shape()) };
+        assert_eq!(*rows, ids.len());
+        let values: Vec<f64> =
+            tensor.data().as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect();
+        let log_probability: f64 = values
+            .chunks(*columns)
+            .zip(&ids[1..])
+            .map(|(row, id)| row[*id as usize] - row.iter().map(|value| value.exp()).sum::<f64>().ln())
+            .sum();
+        let score = &json["lists"][index];
+        assert_eq!(score["tokens"], ids.len());
+        let stated = score["log_probability"].as_f64().unwrap();
+        assert!((stated - log_probability).abs() < 1e-3 * log_probability.abs(), "{stated} {log_probability}");
+        total += stated;
+    }
+    assert!((json["overall"]["log_probability"].as_f64().unwrap() - total).abs() < 1e-9);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside the file");
+    let table = aotron(&args).ok().out;
+    assert_eq!(table.lines().count(), lists.len() + 2, "{table}");
+}
+
+#[test]
+fn score_refuses_before_it_computes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (list, logits) = (folder.path().join("ids.json"), folder.path().join("logits.safetensors"));
+    let score = |json: &str| {
+        std::fs::write(&list, json).unwrap();
+        aotron(&["score", odd(), "--ids", text(&list), "--logits", text(&logits)])
+    };
+    let long = format!("[[1], {:?}]", vec![1; 65]);
+    score(&long).fails(1, &["list 1 has 65 ids", "1 to 64"]);
+    score("[[1], []]").fails(1, &["list 1 has 0 ids"]);
+    score("[[1, 70000]]").fails(1, &["list 0 has id 70000"]);
+    score("[1, 2]").fails(1, &["list of lists"]);
+    score("[]").fails(1, &["no list"]);
+    assert!(!logits.exists());
+    let one = aotron(&["score", odd(), "--ids", text(&list), "--format", "json"]);
+    one.fails(1, &["no list"]);
+    std::fs::write(&list, "[[1]]").unwrap();
+    let json = aotron(&["score", odd(), "--ids", text(&list), "--format", "json"]).ok().json();
+    assert!(json["lists"][0]["perplexity"].is_null());
+}
+
+#[test]
+fn chat_answers_piped_questions() {
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("saved.json");
+    let input = format!("What is 3 + 4?\n\n/system Be brief.\nHello\n/save {}\n/stats\n/quit\nnever\n", text(&saved));
+    let ran = aotron_with(&["chat", chat(), "-n", "20"], input.as_bytes()).ok();
+    assert!(ran.out.starts_with("> What is 3 + 4?\n"), "{}", ran.out);
+    assert!(ran.out.contains("\n> Hello\n") && !ran.out.contains("never"), "{}", ran.out);
+    assert!(ran.out.contains("KV cache") && !ran.out.contains('\x1b'), "{}", ran.out);
+    let messages: Vec<aotron::text::Message> = serde_json::from_slice(&std::fs::read(&saved).unwrap()).unwrap();
+    let roles: Vec<String> = messages.iter().map(|message| message.role.to_string()).collect();
+    assert_eq!(roles, ["system", "user", "assistant", "user", "assistant"]);
+    assert!(ran.out.contains(&format!("> What is 3 + 4?\n{}", messages[2].content)), "{}", ran.out);
+
+    let first = aotron(&["run", chat(), "--prompt", "What is 3 + 4?", "-n", "20"]).ok().out;
+    assert_eq!(first.trim_end(), messages[2].content);
+}
+
+#[test]
+fn chat_ends_at_an_error_in_its_input() {
+    let ran = aotron_with(&["chat", chat()], b"/nonsense\nHello\n");
+    ran.fails(1, &["there is no command /nonsense"]);
+    aotron_with(&["chat", chat()], b"\xff\n").fails(1, &["standard input is not UTF-8"]);
+    let ran = aotron_with(&["chat", chat()], "word ".repeat(2000).as_bytes());
+    assert_eq!(ran.code, Some(1));
+    assert!(ran.err.contains("the prompt has"), "{}", ran.err);
+}
+
+#[test]
+fn inspect_describes_both() {
+    let engine = aotron(&["inspect", chat()]).ok().out;
+    let checkpoint = aotron(&["inspect", CHAT]).ok().out;
+    for (text, words) in [
+        (&engine, ["an engine package", "tokenizer.json", "KV memory", "weights/cpu-f32.safetensors"]),
+        (&checkpoint, ["hugging-face checkpoint", "parameters", "model.layers.*.mlp.up_proj.weight", "KV memory"]),
+    ] {
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    }
+    let engine = aotron(&["inspect", chat(), "--format", "json"]).ok().json();
+    let checkpoint = aotron(&["inspect", CHAT, "--format", "json"]).ok().json();
+    assert_eq!((&engine["kind"], &checkpoint["kind"]), (&"engine".into(), &"checkpoint".into()));
+    assert_eq!(engine["parameters"], checkpoint["parameters"]);
+    assert_eq!(engine["manifest"]["model"], checkpoint["model"]);
+
+    for path in [odd(), ODD] {
+        let dumps = aotron(&["inspect", path, "--graph", "--program", "--passes"]).ok().out;
+        for word in ["fuse-linears: ", "%0 token_ids: ", "return %", "= attention ("] {
+            assert!(dumps.contains(word), "no {word} in {dumps}");
+        }
+    }
+    aotron(&["inspect", "nowhere"]).fails(1, &["nowhere"]);
+}
+
+#[test]
+fn bench_measures_within_the_limits() {
+    let args = ["bench", odd(), "--prompt-tokens", "20", "--decode-tokens", "4", "--repeat", "2", "--threads", "2"];
+    let with = |more: &[&str]| aotron(&[&args[..], more].concat());
+    let json = with(&["--batch", "1,3", "--format", "json"]).ok().json();
+    let figures = json["figures"].as_array().unwrap();
+    assert_eq!(figures.len(), 2);
+    for (figure, batch) in figures.iter().zip([1, 3]) {
+        assert_eq!(figure["batch"], batch);
+        for speed in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
+            let at = |part: &str| figure[speed][part].as_f64().unwrap();
+            assert!(at("min") > 0.0 && at("min") <= at("median") && at("median") <= at("max"), "{figure}");
+        }
+    }
+    assert!(json["weight_bytes"].as_u64().unwrap() > 0);
+    assert!(with(&[]).ok().out.contains("GB/s"));
+    with(&["--batch", "9"]).fails(2, &["--batch 9", "8 sequences"]);
+    let long = ["bench", odd(), "--prompt-tokens", "60", "--decode-tokens", "5"];
+    aotron(&long).fails(2, &["65 tokens", "holds 64"]);
+    aotron(&["bench", odd(), "--repeat", "0"]).fails(2, &["0"]);
+}
+
+#[test]
+fn doctor_says_what_there_is() {
+    let text = aotron(&["doctor"]).ok().out;
+    assert!(text.contains("cpu plans     builds and runs here"), "{text}");
+    let json = aotron(&["doctor", "--format", "json"]).ok().json();
+    assert!(json["cores"].as_u64().unwrap() > 0);
+    assert!(json["instruction_sets"].as_array().unwrap().contains(&"portable".into()));
+}
+
+#[test]
+fn help_and_mistakes_go_where_they_belong() {
+    let help = aotron(&["--help"]).ok();
+    assert!(help.out.contains("build") && help.err.is_empty());
+    let ran = aotron(&["fly"]);
+    assert_eq!((ran.code, ran.out.as_str()), (Some(2), ""));
+    assert!(aotron(&["--version"]).ok().out.starts_with("aotron "));
+}
