@@ -132,7 +132,15 @@ fn refused(arguments: &[&str], expected: &[&str]) {
         assert!(message.contains(part), "`{case}` does not say {part:?}: {message}");
     }
     assert!(message.len() < 4000, "`{case}` says too much: {message}");
-    assert!(used.rusage.maxrss < MAX_BYTES, "`{case}` took {} bytes", used.rusage.maxrss);
+    let most = MAX_BYTES.max(own_peak_bytes());
+    assert!(used.rusage.maxrss <= most, "`{case}` took {} bytes", used.rusage.maxrss);
+}
+
+/// The system counts what this process had at its largest as a child's too, if the child never has more.
+fn own_peak_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
 }
 
 fn build_refused(scene: &Scene, checkpoint: &Path, expected: &[&str]) {
