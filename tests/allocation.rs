@@ -1,14 +1,15 @@
 //! A step allocates nothing: the arena, the cache and the step's indices are made when an engine is opened.
 #![allow(unsafe_code)]
 
+mod packages;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::{Chunk, Executor, NextToken, Rows, Step, open_cpu};
-use aotron::compile::{BuildRequest, Progress, Recipe, build};
-use aotron::engine::Package;
+use aotron::compile::Precision;
 
 static BYTES: AtomicUsize = AtomicUsize::new(0);
 
@@ -30,24 +31,11 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-struct Quiet;
-impl Progress for Quiet {
-    fn stage(&self, _: &str, _: u64) {}
-    fn advance(&self, _: u64) {}
-    fn warn(&self, _: &str) {}
-}
-
 #[test]
 fn steps_allocate_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let request = BuildRequest {
-        checkpoint: Path::new("tests/data/shapes/odd").into(),
-        recipe: Recipe::load("cpu").unwrap(),
-        output: folder.path().join("engine"),
-        replace: false,
-    };
-    build(&request, &Quiet).unwrap();
-    let package = Package::open(&request.output).unwrap();
+    let checkpoint = Path::new("tests/data/shapes/odd");
+    let package = packages::build_package(checkpoint, Precision::Bf16, &folder.path().join("engine"));
     let mut executor = open_cpu(&package, &CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
     let limits = executor.limits().clone();
     let prompt: Vec<u32> = (0..32).collect();

@@ -9,7 +9,7 @@ use aotron::compile::Precision;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::numerics::build_package;
+use crate::packages::build_package;
 
 const CHAT: &str = "tests/data/tiny-chat";
 const ODD: &str = "tests/data/shapes/odd";

@@ -1,5 +1,7 @@
 //! Hostile and broken inputs, through the real program: each gives a clear error that names the thing, a non-zero
-//! exit code, no panic, and little memory.
+//! exit code, no panic, and little memory. (A process of its own: Linux counts the parent's peak memory as the child's.)
+
+mod packages;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +12,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use wait4::Wait4;
 
-use crate::numerics::build_package;
+use crate::packages::build_package;
 
 /// No refusal may take more memory than this.
 const MAX_BYTES: u64 = 100 << 20;
@@ -188,7 +190,7 @@ config_cases! {
     config_quantized: "quantization_config" = {"bits": 4}, says ["quantization_config"];
     config_unknown_key: "attention_multiplier" = 2.0, says ["attention_multiplier"];
     config_huge_vocab: "vocab_size" = 4611686018427387904u64, says ["vocab_size"];
-    config_zero_layers: "num_hidden_layers" = 0, says ["num_hidden_layers"];
+    config_zero_layers: "num_hidden_layers" = 0, says ["num_layers is 0"];
     config_heads_do_not_divide: "num_key_value_heads" = 7, says ["config.json", "7"];
     config_eps_negative: "norm_eps" = (-1.0), says ["eps"];
 }
@@ -368,7 +370,7 @@ cases! {
     plan_names_a_weight_that_is_not_there: |scene| {
         let package = scene.package();
         edit_plan(&package, |p| p["weights"][0]["rows"] = json!(1_000_000_007));
-        run_refused(&package, &[], &["cpu.json"]);
+        run_refused(&package, &[], &["weights/cpu-bf16.safetensors", "the plan expects"]);
     }
     plan_wants_a_huge_arena: |scene| {
         let package = scene.package();

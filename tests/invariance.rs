@@ -11,7 +11,7 @@ use aotron::compile::Precision;
 use aotron::engine::Package;
 use proptest::prelude::*;
 
-use crate::numerics::build_package;
+use crate::packages::build_package;
 
 /// One package per shape and precision, built once.
 static PACKAGES: LazyLock<(tempfile::TempDir, Vec<Package>)> = LazyLock::new(|| {

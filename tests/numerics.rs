@@ -4,28 +4,12 @@ use std::path::{Path, PathBuf};
 
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::{Chunk, Executor, Rows, Step, open_cpu};
-use aotron::compile::{BuildRequest, Precision, Progress, Recipe, build};
-use aotron::engine::Package;
+use aotron::compile::Precision;
 
-pub struct Quiet;
-impl Progress for Quiet {
-    fn stage(&self, _: &str, _: u64) {}
-    fn advance(&self, _: u64) {}
-    fn warn(&self, _: &str) {}
-}
+use crate::packages::build_package;
 
 pub fn shapes() -> Vec<PathBuf> {
     ["odd", "gqa", "theta", "wide"].map(|s| Path::new("tests/data/shapes").join(s)).to_vec()
-}
-
-pub fn build_package(checkpoint: &Path, precision: Precision, output: &Path) -> Package {
-    let mut recipe = Recipe::load("cpu").unwrap();
-    recipe.precision = precision;
-    let request = BuildRequest { checkpoint: checkpoint.into(), recipe, output: output.into(), replace: false };
-    build(&request, &Quiet).unwrap();
-    let package = Package::open(output).unwrap();
-    package.verify(&|_| {}).unwrap();
-    package
 }
 
 /// (ids, logits `[tokens, vocab]`) pairs that the generator stored.

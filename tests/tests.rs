@@ -1,9 +1,7 @@
-//! All integration tests in one binary.
+//! The integration tests, but for two that need a process of their own: `hostile` and `allocation`.
 
 /// The program, as its users run it.
 mod cli;
-/// Hostile and broken inputs through the real program.
-mod hostile;
 /// A sequence's logits do not depend on its batch or its chunks.
 mod invariance;
 /// Builds killed at random moments.
@@ -12,5 +10,7 @@ mod kill;
 mod lowering;
 /// Logits against transformers in FP32.
 mod numerics;
+/// Packages for the tests below.
+mod packages;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;

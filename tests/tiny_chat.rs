@@ -12,7 +12,7 @@ use aotron::runtime::{Batcher, Chat, Completion, Event, FinishReason, Generation
 use aotron::text::{Message, Tokenizer};
 use serde_json::Value;
 
-use crate::numerics::build_package;
+use crate::packages::build_package;
 
 const CHECKPOINT: &str = "tests/data/tiny-chat";
 const MAX_TOKENS: usize = 200;

@@ -175,12 +175,9 @@ fn score_keys<C: Element, const FMA: bool, const M: usize, const G: usize>(
     let mut acc = [[[0f32; LANES]; G]; M];
     for d in 0..head.head_dim {
         for g in 0..G {
-            let key = &lanes[g * head.padded_dim + d];
+            let key = widen(&lanes[g * head.padded_dim + d]);
             for m in 0..M {
-                let q = queries[m].q[d];
-                for i in 0..LANES {
-                    acc[m][g][i] = mul_add::<FMA>(q, key[i].to_f32(), acc[m][g][i]);
-                }
+                acc[m][g] = add_scaled::<FMA>(acc[m][g], queries[m].q[d], key);
             }
         }
     }
@@ -210,10 +207,9 @@ fn add_values<C: Element, const FMA: bool, const M: usize, const N: usize>(
     for (j, value) in values.chunks_exact(padded_dim).enumerate() {
         let lanes = &value[column..].as_chunks::<LANES>().0[..N];
         for n in 0..N {
+            let value = widen(&lanes[n]);
             for m in 0..M {
-                for i in 0..LANES {
-                    acc[m][n][i] = mul_add::<FMA>(weights[m][j], lanes[n][i].to_f32(), acc[m][n][i]);
-                }
+                acc[m][n] = add_scaled::<FMA>(acc[m][n], weights[m][j], value);
             }
         }
     }
@@ -222,6 +218,24 @@ fn add_values<C: Element, const FMA: bool, const M: usize, const N: usize>(
             queries[m].sums[column + n * LANES..][..LANES].copy_from_slice(&acc[m][n]);
         }
     }
+}
+
+#[inline(always)]
+fn widen<C: Element>(lanes: &[C; LANES]) -> [f32; LANES] {
+    let mut wide = [0f32; LANES];
+    for i in 0..LANES {
+        wide[i] = lanes[i].to_f32();
+    }
+    wide
+}
+
+/// `sums + scale · lanes`
+#[inline(always)]
+fn add_scaled<const FMA: bool>(mut sums: [f32; LANES], scale: f32, lanes: [f32; LANES]) -> [f32; LANES] {
+    for i in 0..LANES {
+        sums[i] = mul_add::<FMA>(scale, lanes[i], sums[i]);
+    }
+    sums
 }
 
 /// Writes one position's keys of one head, `[head_dim]`, to its place in `[capacity / LANES, padded_dim, LANES]`.
