@@ -39,13 +39,11 @@
 //! use aotron::backend::{self, ExecutorOptions};
 //! use aotron::engine::Package;
 //! use aotron::runtime::{Chat, SamplingParams, Session};
-//! use aotron::text::Tokenizer;
 //!
 //! # fn main() -> aotron::Result<()> {
 //! let package = Package::open(Path::new("engines/tiny-chat"))?; // made by `aotron build`
 //! let executor = backend::open(&package, &ExecutorOptions::default())?;
-//! let tokenizer = Arc::new(Tokenizer::from_bytes(Path::new("tokenizer.json"), &package.read("tokenizer.json")?)?);
-//! let session = Session::new(executor, Some(tokenizer));
+//! let session = Session::new(executor, package.tokenizer()?.map(Arc::new));
 //! let mut chat = Chat::new(session, &package.manifest().generation.stop_token_ids)?;
 //! let answer = chat.send("What is the capital of France?", &SamplingParams::default(), 200, &mut |text| {
 //!     print!("{text}");

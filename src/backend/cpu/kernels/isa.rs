@@ -11,7 +11,7 @@ enum Level {
 }
 
 /// An instruction set known to be present: one is only made by [`Isa::detect`] and [`Isa::available`], which is what
-/// makes the calls of [`kernel!`](super::kernel) sound.
+/// makes the calls of `kernel!` sound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Isa(Level);
 

@@ -149,7 +149,7 @@ impl<T> Disjoint<T> {
     }
 }
 
-/// One task: up to [`ROW_BLOCK`] rows by one panel.
+/// One task: up to `ROW_BLOCK` rows by one panel.
 pub struct Tile<'a, T, O> {
     x: *const T, // [rows, inputs], rows x_stride apart
     x_stride: usize,
