@@ -66,3 +66,34 @@ fn logits_are_transformers() {
         }
     }
 }
+
+/// The command, end to end: a package whose checkpoint is gone scores lists of ids as transformers does.
+#[test]
+fn score_is_transformers_with_the_checkpoint_deleted() {
+    for shape in shapes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let (checkpoint, engine, logits) = (path("checkpoint"), path("engine"), path("logits.safetensors"));
+        std::fs::create_dir(&checkpoint).unwrap();
+        for entry in std::fs::read_dir(&shape).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), Path::new(&checkpoint).join(entry.file_name())).unwrap();
+        }
+        let ids = shape.join("ids.json").to_str().unwrap().to_owned();
+        let run = |arguments: &[&str]| {
+            let output = std::process::Command::new(env!("CARGO_BIN_EXE_aotron")).args(arguments).output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        };
+        run(&["build", &checkpoint, "--recipe", "cpu", "--precision", "f32", "-o", &engine]);
+        std::fs::remove_dir_all(&checkpoint).unwrap();
+        run(&["score", &engine, "--ids", &ids, "--logits", &logits]);
+        let bytes = std::fs::read(&logits).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        for (index, (_, expected)) in golden(&shape).iter().enumerate() {
+            let tensor = file.tensor(&format!("logits.{index}")).unwrap();
+            let got: Vec<f32> = tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            let error = relative_error(&got, expected);
+            assert!(error < 1e-4, "{}: {error:e}", shape.display());
+        }
+    }
+}
