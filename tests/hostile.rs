@@ -311,6 +311,14 @@ cases! {
         fs::write(checkpoint.join("tokenizer.json"), "{\"model\": 7}").unwrap();
         build_refused(scene, &checkpoint, &["tokenizer.json"]);
     }
+    tokenizer_makes_its_reader_panic: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        let model = json!({"type": "BPE", "continuing_subword_prefix": "####",
+            "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]});
+        let tokenizer = json!({"version": "1.0", "added_tokens": [], "model": model});
+        fs::write(checkpoint.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        build_refused(scene, &checkpoint, &["tokenizer.json", "contradicts itself"]);
+    }
     recipe_has_an_unknown_key: |scene| {
         let recipe = scene.path("recipe.toml");
         fs::write(&recipe, format!("{}\nturbo = true\n", include_str!("../engines/cpu.toml"))).unwrap();

@@ -1,8 +1,10 @@
 //! The tokenizer: a tokenizer.json over the reference implementation for encoding, and a table for decoding.
 
+use std::cell::Cell;
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Once;
 
 use serde::de::IgnoredAny;
 
@@ -114,8 +116,21 @@ impl Tokenizer {
 }
 
 /// Runs the reference implementation, which panics on some damaged files (a merge shorter than the model's prefix,
-/// for one), and makes such a panic an error. What it may leave behind is a cache, which it rebuilds.
+/// for one), and makes such a panic an error, silently. What it may leave behind is a cache, which it rebuilds.
 fn contained<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
-    catch_unwind(AssertUnwindSafe(run))
-        .unwrap_or_else(|_| Err("the tokenizer's data contradicts itself in a way its reader cannot handle".into()))
+    static HOOK: Once = Once::new();
+    thread_local!(static CONTAINED: Cell<bool> = const { Cell::new(false) });
+    // Panics are reported by a hook before they can be caught: this one passes on all but the contained.
+    HOOK.call_once(|| {
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !CONTAINED.get() {
+                report(panic);
+            }
+        }));
+    });
+    CONTAINED.set(true);
+    let result = catch_unwind(AssertUnwindSafe(run));
+    CONTAINED.set(false);
+    result.unwrap_or_else(|_| Err("the tokenizer's data contradicts itself in a way its reader cannot handle".into()))
 }
