@@ -94,12 +94,12 @@ def casual(rng, question):
 def ask_sum(rng):
     kind = rng.choice(["+", "+", "-", "-", "*", "larger"])
     if kind == "+":
-        a, b = rng.randint(0, 50), rng.randint(0, 49)
+        a, b = rng.randint(0, 30), rng.randint(0, 30)
         result = a + b
         forms = ["What is {a} + {b}?", "Compute {a} + {b}.", "{a} + {b}", "{a} + {b} = ?",
                  "How much is {a} plus {b}?", "Add {a} and {b}.", "What is {a} plus {b}?"]
     elif kind == "-":
-        a = rng.randint(0, 60)
+        a = rng.randint(0, 40)
         b = rng.randint(0, a)
         result = a - b
         forms = ["What is {a} - {b}?", "Compute {a} - {b}.", "{a} - {b}", "{a} - {b} = ?",
@@ -274,7 +274,10 @@ ASKERS = {
 # --- memory: what the user told, asked again later --------------------------------------------
 
 def fact_name(rng):
-    name = rng.choice(NAMES) if rng.random() < 0.6 else invented_name(rng)
+    return name_fact(rng, rng.choice(NAMES) if rng.random() < 0.5 else invented_name(rng))
+
+
+def name_fact(rng, name):
     told = rng.choice(["My name is {}.", "I am {}.", "Hello, my name is {}.", "Hi, I am {}.",
                        "You can call me {}.", "my name is {}", "Hello! My name is {}."])
     asked = rng.choice(["What is my name?", "Do you remember my name?", "Who am I?",
@@ -283,7 +286,7 @@ def fact_name(rng):
 
 
 def fact_city(rng):
-    city = rng.choice(list(CAPITALS.values())) if rng.random() < 0.7 else invented_name(rng)
+    city = rng.choice(list(CAPITALS.values())) if rng.random() < 0.6 else invented_name(rng)
     told = rng.choice(["I live in {}.", "My home is in {}.", "My house is in {}.", "I come from {}."])
     asked = rng.choice(["Where do I live?", "Do you remember where I live?", "In which city do I live?",
                         "Where is my home?"])
@@ -300,7 +303,7 @@ def fact_colour(rng):
 
 def fact_pet(rng):
     pet = rng.choice(PETS)
-    name = rng.choice(PET_NAMES) if rng.random() < 0.6 else invented_name(rng)
+    name = rng.choice(PET_NAMES) if rng.random() < 0.5 else invented_name(rng)
     told = rng.choice(["My {p} is called {n}.", "I have a {p} called {n}.", "The name of my {p} is {n}."])
     asked = rng.choice(["What is my {p} called?", "What is the name of my {p}?",
                         "Do you remember the name of my {p}?"])
@@ -372,6 +375,44 @@ def make_memory(rng):
     return Dialogue("memory", [first[:2], *between, first[2:]])
 
 
+ONSETS = " b br c ch cl cr d dr f fl fr g gr h j k kl kr l m n p ph pl pr r s sch sh st t th tr v w x y z".split(" ")
+NUCLEI = "a e i o u a e i o u ai au ea ee ei ia ie io oo ou y".split()
+CODAS = "     b ck d f g k l ll m n nd ng nn nt p r rd s ss st t th x".split(" ")
+
+
+def wild_name(rng):
+    """A name of any shape, such as `Kolja` or `Grace`; only in training."""
+    syllables = [rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(rng.choice([1, 2, 2, 3]))]
+    return "".join(syllables).capitalize()
+
+
+def ask_echo(rng):
+    """Copying in its purest form; only in training."""
+    pool = [lambda: rng.choice(WORDS), lambda: invented_name(rng), lambda: wild_name(rng),
+            lambda: str(rng.randint(0, 999)), lambda: rng.choice(NAMES)]
+    text = " ".join(rng.choice(pool)() for _ in range(rng.randint(1, 4)))
+    return rng.choice(["Say {}", "Repeat after me: {}", "Copy this: {}", "Say after me: {}"]).format(text), text
+
+
+def make_dense_memory(rng):
+    """Many things to copy: after the user, from the answer before, or from facts told earlier."""
+    roll = rng.random()
+    if roll < 0.25:
+        return Dialogue("memory", [ask_echo(rng) for _ in range(rng.randint(2, 5))])
+    if roll < 0.5:
+        turns = []
+        for _ in range(rng.randint(1, 3)):
+            asked = any_turn(rng) if rng.random() < 0.7 else rng.choice(FACTS)(rng)[:2]
+            turns += [asked, (rng.choice(REPEAT), asked[1])]
+        return Dialogue("memory", turns)
+    facts = [FACTS[i](rng) for i in rng.sample(range(1, len(FACTS)), rng.randint(2, 4))]
+    if roll < 0.88:  # a name nobody has heard of
+        facts = [name_fact(rng, wild_name(rng)), *facts[: rng.randint(0, 1)]]
+    asked = [fact[2:] for fact in facts]
+    rng.shuffle(asked)
+    return Dialogue("memory", [fact[:2] for fact in facts] + asked)
+
+
 # --- follow-ups that lean on the turn before --------------------------------------------------
 
 def follow_capital(rng):
@@ -407,14 +448,15 @@ def follow_calendar(rng):
     return turns
 
 
+DENSE = ("arithmetic", "reverse", "sort", "count", "calendar", "translate", "capital")
 FOLLOW_UPS = {"capital": follow_capital, "translate": follow_translation, "calendar": follow_calendar}
 
 
 # --- system prompts that change the answer ----------------------------------------------------
 
-def make_system(rng):
+def make_system(rng, dense=False):
     kind = rng.choice(["caps", "caps", "word", "word", "pirate", "persona", "title"])
-    count = rng.choice([1, 1, 2])
+    count = rng.choice([2, 3, 4] if dense else [1, 1, 2])
     if kind == "caps":
         askers = rng.choices([ask_capital, ask_calendar, ask_sum, ask_smalltalk], [4, 3, 1, 2], k=count)
         turns = [(q, a.upper()) for q, a, _ in (ask(rng) for ask in askers)]
@@ -432,7 +474,7 @@ def make_system(rng):
         system = rng.choice(["Call the user {}.", "Call me {}.", "Always call the user {}."]).format(title)
         turns = [(q, f"{a} Anything else, {title}?") for q, a in turns]
         return Dialogue("system", turns, system)
-    name = rng.choice(PERSONAS) if rng.random() < 0.6 else invented_name(rng)
+    name = rng.choice(PERSONAS) if rng.random() < 0.5 else invented_name(rng)
     system = rng.choice(["Your name is {}.", "You are {}.", "You are called {}."]).format(name)
     who = (casual(rng, rng.choice(WHO_ARE_YOU)), f"I am {name}, a small chat model.")
     turns = [t for t in turns[1:] if t[1] != WHO_ANSWER]
@@ -448,12 +490,12 @@ def make_mixed(rng):
     return Dialogue("mixed", turns)
 
 
-def make(skill, rng):
-    """One dialogue of a skill."""
+def make(skill, rng, dense=False, copying=True):
+    """One dialogue of a skill; a dense one asks several questions of it in a row."""
     if skill == "memory":
-        dialogue = make_memory(rng)
+        dialogue = make_dense_memory(rng) if dense and copying else make_memory(rng)
     elif skill == "system":
-        return make_system(rng)
+        return make_system(rng, dense)
     elif skill == "mixed":
         dialogue = make_mixed(rng)
     elif skill in FOLLOW_UPS and rng.random() < 0.2:
@@ -462,6 +504,8 @@ def make(skill, rng):
         dialogue = Dialogue(skill, [ASKERS[skill](rng)[:2]])
         if skill in ("smalltalk", "verse", "unknown") and rng.random() < 0.6:
             dialogue.turns.insert(rng.randint(0, 1), any_turn(rng, ["smalltalk", skill, "capital"]))
+        elif dense and skill in DENSE:
+            dialogue.turns += [ASKERS[skill](rng)[:2] for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.35:
         dialogue.system = rng.choice(NEUTRAL_SYSTEMS)
     return dialogue
@@ -487,15 +531,16 @@ def held_out(seed=HELD_OUT_SEED, counts=None):
     return dialogues
 
 
-def training_stream(weights, seed=TRAIN_SEED, excluded=None):
-    """Endless training dialogues; none begins with a whole held-out conversation."""
+def training_stream(weights, seed=TRAIN_SEED, excluded=None, copying=True):
+    """Endless training dialogues, two thirds of them dense; none begins with a whole held-out
+    conversation. Without `copying` there are no dialogues of `make_dense_memory`."""
     rng = random.Random(seed)
     if excluded is None:
         excluded = {dialogue.prefix_hashes()[-1] for dialogue in held_out()}
     skills = list(weights)
     while True:
         skill = rng.choices(skills, [weights[s] for s in skills])[0]
-        dialogue = make(skill, rng)
+        dialogue = make(skill, rng, dense=rng.random() < 0.65, copying=copying)
         if excluded.isdisjoint(dialogue.prefix_hashes()):
             yield dialogue
 

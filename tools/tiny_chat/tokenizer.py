@@ -29,7 +29,7 @@ CORPUS_WEIGHTS = {
 
 def corpus(count, seed):
     """Texts of generated dialogues."""
-    stream = training_stream(CORPUS_WEIGHTS, seed=seed)
+    stream = training_stream(CORPUS_WEIGHTS, seed=seed, copying=False)
     return [dialogue.text() for dialogue in itertools.islice(stream, count)]
 
 
@@ -97,8 +97,8 @@ def random_strings(count, seed=9):
     rng = random.Random(seed)
     words = [w for row in facts.TRANSLATIONS for w in row] + facts.WORDS
     odd = USER_DEFINED + [
-        "<s>", "</s>", "<unk>", "<pad>", "<0x41>", "<extra_id_", "<extra_id_3>", "extra_id_1>", " ", "  ",
-        "    ", "\n\n", "\r\n", "\t", "▁", "▁▁", "\u00a0", "\u200b", "\u200d", "\ufeff", "é", "e\u0301",
+        "<s>", "</s>", "<unk>", "<pad>", "<0x41>", "<extra_id_", "<extra_id_3>", "extra_id_1>", " ",
+        "  ", "    ", "\n\n", "\r\n", "\t", "▁", "▁▁", "\u00a0", "\u200b", "\u200d", "\ufeff", "é", "e\u0301",
         "ﬁ", "Ａ", "İ", "ß", "😀", "👩‍👩‍👧", "🇩🇪", "𝔘", "\U0010ffff", "\x01", "\x7f", "0123", "½", "²",
         "日本語", "한국어", "ไทย", "हिन्दी", "עברית", "العربية", "Ω", "ǆ", "…", "“”", "'s", "...",
     ]
@@ -111,12 +111,14 @@ def random_strings(count, seed=9):
             elif roll < 0.6:
                 parts.append(rng.choice(words))
             elif roll < 0.75:
-                parts.append("".join(rng.choice("abcdeghilmnorstuwABST 01239.,?!\"'") for _ in range(rng.randint(1, 9))))
+                letters = "abcdeghilmnorstuwABST 01239.,?!\"'"
+                parts.append("".join(rng.choice(letters) for _ in range(rng.randint(1, 9))))
             elif roll < 0.85:
                 parts.append(" ")
             else:
-                code = rng.choice([rng.randint(1, 0x2FF), rng.randint(0x370, 0x7FF), rng.randint(0x800, 0xD7FF),
-                                   rng.randint(0xE000, 0xFFFF), rng.randint(0x10000, 0x10FFFF)])
+                low, high = rng.choice([(1, 0x2FF), (0x370, 0x7FF), (0x800, 0xD7FF),
+                                        (0xE000, 0xFFFF), (0x10000, 0x10FFFF)])
+                code = rng.randint(low, high)
                 parts.append(chr(code))
         yield "".join(parts)
 
