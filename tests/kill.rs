@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use aotron::engine::Package;
 
 const KILLS: u32 = 100;
-const CHECKPOINT: &str = "tests/data/shapes/odd";
+const CHECKPOINT: &str = "tests/data/tiny-chat";
 
 fn start(output: &Path) -> Child {
     Command::new(env!("CARGO_BIN_EXE_aotron"))

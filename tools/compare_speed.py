@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed of an aotron CPU package beside transformers on the same checkpoint, in alternating rounds.
 
-    python tools/make_random_checkpoint.py build/mid --shape mid --shards 4
+    python tools/make_checkpoint.py build/mid --shape mid --shards 4
     target/release/aotron build build/mid --recipe cpu -o engines/mid
     python tools/compare_speed.py build/mid engines/mid --rounds 3
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes a randomly initialised NemotronForCausalLM as a Hugging Face folder, and its golden logits.
 
-    make_random_checkpoint.py tests/data/shapes/odd --shape odd      # how each shipped folder was made
-    make_random_checkpoint.py /somewhere/mid --shape mid --shards 4  # a model worth timing, 1.9 GB
+    make_checkpoint.py tests/data/shapes/odd --shape odd      # how each shipped folder was made
+    make_checkpoint.py /somewhere/mid --shape mid --shards 4  # a model worth timing, 1.9 GB
 
 Needs torch, transformers 5 and safetensors. A named shape fixes every option below; options given override it.
 The weights depend on --seed and the tensors' names and sizes alone. They are scaled so that attention is uneven and
@@ -44,6 +44,9 @@ SHAPES = {
     # Large enough to time, small enough to make in a minute.
     "mid": {"vocab": 32000, "hidden": 2048, "ffn": 8192, "layers": 16, "heads": 16, "positions": 4096,
             "dtype": "bf16", "seed": 0, "golden": False},
+    # Nemotron-3-8B's sizes, 17 GB.
+    "8b": {"vocab": 256000, "hidden": 4096, "ffn": 16384, "layers": 32, "heads": 32, "positions": 4096,
+           "dtype": "bf16", "seed": 0, "golden": False, "shards": 36},
 }
 GOLDEN_TOKENS = (5, 17, 40)
 
