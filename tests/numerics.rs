@@ -48,10 +48,21 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
     worst / expected.iter().map(|v| v.abs()).fold(0.0, f32::max)
 }
 
+/// What random weights, which average out less than trained ones, allow.
+fn tolerance(precision: Precision) -> f32 {
+    match precision {
+        Precision::F32 => 1e-5,
+        Precision::Bf16 => 3e-2,
+        Precision::Int8 => 4e-2,
+        Precision::Int4 => 4e-1,
+    }
+}
+
 #[test]
 fn logits_are_transformers() {
     for shape in shapes() {
-        for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 3e-2)] {
+        for precision in Precision::ALL {
+            let tolerance = tolerance(precision);
             let folder = tempfile::tempdir().unwrap();
             let package = build_package(&shape, precision, &folder.path().join("engine"));
             for isa in aotron::backend::cpu::kernels::isa::Isa::available() {

@@ -18,8 +18,8 @@ pub struct Flags {
     /// What to build for: the name of a recipe, or a file with one
     #[arg(long, value_name = "NAME|FILE", default_value = "cpu")]
     recipe: String,
-    /// Number format of weights and KV cache [default: the recipe's]
-    #[arg(long, value_parser = precision, value_name = "f32|bf16")]
+    /// Number format of weights; of the KV cache too, which int8 and int4 keep in bf16 [default: the recipe's]
+    #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4")]
     precision: Option<Precision>,
     /// Longest sequence, prompt and answer together [default: the model's]
     #[arg(long, value_name = "N", value_parser = count(1 << 20))]
@@ -120,10 +120,10 @@ fn shell_word(path: &Path) -> String {
 }
 
 fn precision(name: &str) -> Result<Precision, String> {
-    [Precision::F32, Precision::Bf16]
-        .into_iter()
-        .find(|precision| precision.to_string() == name)
-        .ok_or_else(|| "expected f32 or bf16".into())
+    Precision::ALL.into_iter().find(|precision| precision.to_string() == name).ok_or_else(|| {
+        let names: Vec<String> = Precision::ALL.iter().map(Precision::to_string).collect();
+        format!("expected one of {}", names.join(", "))
+    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Ahead of time: a checkpoint becomes an engine package.
 
 pub mod passes;
+mod quantize;
 mod recipe;
 
 use std::path::{Path, PathBuf};

@@ -4,8 +4,10 @@
 use std::collections::HashMap;
 use std::fmt;
 
+use super::quantize::quantize_weights;
 use crate::error::Result;
 use crate::graph::{Const, Dim, Graph, Node, Op, Type, Value};
+use crate::quantize::Scheme;
 use crate::tensor::DType;
 
 /// What one pass did at the places it looked at.
@@ -20,7 +22,7 @@ pub struct Report {
 }
 
 impl Report {
-    fn new(pass: &'static str) -> Report {
+    pub(super) fn new(pass: &'static str) -> Report {
         Report { pass, applied: Vec::new(), left: Vec::new() }
     }
 }
@@ -49,6 +51,25 @@ pub enum Precision {
     /// Weights, the inputs of matrix products and the KV cache in BF16; sums, norms, softmax and the residual
     /// stream in FP32.
     Bf16,
+    /// BF16, but the weights of linear layers other than the head are 8-bit integers, one scale an output.
+    Int8,
+    /// BF16, but the weights of linear layers other than the head are 4-bit integers, one scale for 128 inputs of an
+    /// output.
+    Int4,
+}
+
+impl Precision {
+    /// All there are, by what they keep of a weight.
+    pub const ALL: [Precision; 4] = [Precision::F32, Precision::Bf16, Precision::Int8, Precision::Int4];
+
+    /// How the weights of linear layers are quantized, if they are.
+    pub fn scheme(self) -> Option<Scheme> {
+        match self {
+            Precision::F32 | Precision::Bf16 => None,
+            Precision::Int8 => Some(Scheme::INT8),
+            Precision::Int4 => Some(Scheme::INT4),
+        }
+    }
 }
 
 impl fmt::Display for Precision {
@@ -56,6 +77,8 @@ impl fmt::Display for Precision {
         f.pad(match self {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
+            Precision::Int8 => "int8",
+            Precision::Int4 => "int4",
         })
     }
 }
@@ -68,8 +91,12 @@ pub fn run(graph: Graph, precision: Precision, positions: usize) -> Result<(Grap
     let tables = |graph: &Graph| rotary_tables(graph, positions);
     type Pass<'p> = &'p dyn Fn(&Graph) -> Result<(Graph, Report)>;
     let mut passes: Vec<Pass<'_>> = vec![&fold_constants, &fuse_linears, &tables];
-    if precision == Precision::Bf16 {
+    if precision != Precision::F32 {
         passes.push(&narrow_to_bf16);
+    }
+    let quantize = precision.scheme().map(|scheme| move |graph: &Graph| quantize_weights(graph, scheme));
+    if let Some(quantize) = &quantize {
+        passes.push(quantize);
     }
     passes.push(&remove_dead_values);
     let mut graph = graph;
@@ -83,18 +110,18 @@ pub fn run(graph: Graph, precision: Precision, positions: usize) -> Result<(Grap
 }
 
 /// A graph being rebuilt: where each old value went.
-struct Rewrite<'g> {
+pub(super) struct Rewrite<'g> {
     old: &'g Graph,
-    new: Graph,
-    moved: Vec<Option<Value>>,
+    pub(super) new: Graph,
+    pub(super) moved: Vec<Option<Value>>,
 }
 
 impl<'g> Rewrite<'g> {
-    fn new(old: &'g Graph) -> Rewrite<'g> {
+    pub(super) fn new(old: &'g Graph) -> Rewrite<'g> {
         Rewrite { old, new: Graph::new(), moved: vec![None; old.nodes().len()] }
     }
 
-    fn operand(&self, value: Value) -> Result<Value> {
+    pub(super) fn operand(&self, value: Value) -> Result<Value> {
         self.moved[value.index()].ok_or_else(|| crate::Error::Graph {
             op: self.old.node(value).op.kind().into(),
             name: self.old.node(value).name.clone(),
@@ -106,7 +133,7 @@ impl<'g> Rewrite<'g> {
         node.operands.iter().map(|v| self.operand(*v)).collect()
     }
 
-    fn copy(&mut self, value: Value) -> Result<Value> {
+    pub(super) fn copy(&mut self, value: Value) -> Result<Value> {
         let node = self.old.node(value);
         let copied = match &node.op {
             Op::Input(input) => self.new.input(&node.name, *input, node.ty.clone()),
@@ -120,7 +147,7 @@ impl<'g> Rewrite<'g> {
         Ok(copied)
     }
 
-    fn finish(mut self) -> Result<Graph> {
+    pub(super) fn finish(mut self) -> Result<Graph> {
         for output in self.old.outputs() {
             let value = self.operand(*output)?;
             self.new.output(value);
@@ -129,7 +156,7 @@ impl<'g> Rewrite<'g> {
     }
 }
 
-fn const_of(graph: &Graph, value: Value) -> Option<&Const> {
+pub(super) fn const_of(graph: &Graph, value: Value) -> Option<&Const> {
     match &graph.node(value).op {
         Op::Const(expr) => Some(expr),
         _ => None,
@@ -379,6 +406,26 @@ mod tests {
                 Op::LayerNorm { .. } | Op::Attention { .. } | Op::Add => assert_eq!(node.ty.dtype, DType::F32),
                 _ => {}
             }
+        }
+    }
+
+    #[test]
+    fn quantized_layers_are_all_but_the_head() {
+        for precision in [Precision::Int8, Precision::Int4] {
+            let scheme = precision.scheme().unwrap();
+            let (graph, reports) = run(crate::model::build_graph(&config()).unwrap(), precision, 64).unwrap();
+            let quantized = Op::QuantizedLinear { block: scheme.block() };
+            assert_eq!(graph.nodes().iter().filter(|n| n.op == quantized).count(), 2 * 4);
+            let head: Vec<&Node> = graph.nodes().iter().filter(|n| n.op == Op::Linear).collect();
+            assert_eq!(head.iter().map(|n| n.name.as_str()).collect::<Vec<_>>(), ["logits"]);
+            for node in graph.nodes().iter().filter(|n| n.op == quantized) {
+                let dtypes = node.operands.iter().map(|v| graph.node(*v).ty.dtype).collect::<Vec<_>>();
+                assert_eq!(dtypes, [DType::BF16, scheme.dtype(), DType::F32], "{}", node.name);
+            }
+            let unused = graph.nodes().iter().filter(|n| n.name.ends_with("proj.weight.bf16")).count();
+            assert_eq!(unused, 0, "no weight is kept twice");
+            let report = reports.iter().find(|r| r.pass == "quantize-weights").unwrap();
+            assert_eq!((report.applied.len(), report.left.len()), (8, 1), "{report}");
         }
     }
 }

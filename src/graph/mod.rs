@@ -165,6 +165,8 @@ mod tests {
             Op::Gather,
             Op::LayerNorm { eps: 1e-5 },
             Op::Linear,
+            Op::QuantizedLinear { block: None },
+            Op::QuantizedLinear { block: Some(2) },
             Op::Columns { start: 7, width: 2 },
             Op::RotaryAngle { trig: Trig::Cos, theta: 1e4, rotary_dim: 3 },
             Op::Rotary { head_dim: 3 },

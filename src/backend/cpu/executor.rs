@@ -9,8 +9,10 @@ use rayon::prelude::*;
 use super::kernels::attention::QUERY_GROUP;
 use super::kernels::isa::Isa;
 use super::kernels::matmul::{self, Packed};
+use super::kernels::quantized::{self, Quantized};
 use super::kernels::rowwise::{self, RowsMut, Unary};
 use super::kernels::{Element, Rows, attention};
+use super::pack::stored_dtype;
 use super::program::{
     ALIGN, BufferSpec, CacheKind, CacheSpec, Epilogue, Indices, Kernel, Program, RowCount, Table, View,
 };
@@ -150,12 +152,7 @@ impl Weights {
             let refuse = |detail: String| Error::package(file.path(), format!("{detail}; build the package again"));
             let (stored, data) =
                 file.tensor(&spec.name).ok_or_else(|| refuse(format!("weight `{}` is missing", spec.name)))?;
-            let dtype = match stored.dtype {
-                safetensors::Dtype::F32 => Some(DType::F32),
-                safetensors::Dtype::BF16 => Some(DType::BF16),
-                _ => None,
-            };
-            if dtype != Some(spec.dtype) || stored.shape != spec.stored_shape() {
+            if stored.dtype != stored_dtype(spec.dtype) || stored.shape != spec.stored_shape() {
                 return Err(refuse(format!(
                     "weight `{}` is {:?} {:?}, the plan expects {} {:?}",
                     spec.name,
@@ -173,7 +170,7 @@ impl Weights {
         Ok(Weights { file, ranges })
     }
 
-    fn data<T: Element>(&self, index: usize) -> &[T] {
+    fn data<T: bytemuck::Pod>(&self, index: usize) -> &[T] {
         bytemuck::cast_slice(&self.file.mapped()[self.ranges[index].clone()])
     }
 }
@@ -237,6 +234,16 @@ struct Run<'a> {
     isa: Isa,
 }
 
+impl From<Epilogue> for matmul::Epilogue {
+    fn from(epilogue: Epilogue) -> matmul::Epilogue {
+        match epilogue {
+            Epilogue::Store => matmul::Epilogue::Store,
+            Epilogue::Relu2 => matmul::Epilogue::Relu2,
+            Epilogue::Accumulate => matmul::Epilogue::Accumulate,
+        }
+    }
+}
+
 /// Runs an expression with `$t` bound to the Rust type of a dtype.
 macro_rules! with_type {
     ($dtype:expr, $t:ident => $body:expr) => {
@@ -293,15 +300,22 @@ impl Run<'_> {
                     if let Some(packed) = Packed::new(weights.data::<T>(weight), spec.rows, spec.columns) {
                         with_type!(out.spec.dtype, O => {
                             let out = out.rows_mut::<O>();
-                            let epilogue = match epilogue {
-                                Epilogue::Store => matmul::Epilogue::Store,
-                                Epilogue::Relu2 => matmul::Epilogue::Relu2,
-                                Epilogue::Accumulate => matmul::Epilogue::Accumulate,
-                            };
+                            let epilogue = epilogue.into();
                             matmul::linear(isa, x.rows::<T>(), out.rows, packed, epilogue, out.data, out.stride);
                         });
                     }
                 });
+            }
+            Kernel::QuantizedLinear { x, codes, scales, block, epilogue, out } => {
+                let spec = &program.weights[codes];
+                let ([x], out) = self.buffers([x], out);
+                let (codes, scales) = (weights.data::<u8>(codes), weights.data::<f32>(scales));
+                if let Some(weight) = Quantized::new(codes, scales, spec.dtype, [spec.rows, spec.columns], block) {
+                    with_type!(x.spec.dtype, T => with_type!(out.spec.dtype, O => {
+                        let (out, epilogue) = (out.rows_mut::<O>(), epilogue.into());
+                        quantized::linear(isa, x.rows::<T>(), out.rows, weight, epilogue, out.data, out.stride);
+                    }));
+                }
             }
             Kernel::Rotary { x, cos, sin, head_dim, out } => {
                 let ([x, cos, sin], out) = self.buffers([x, cos, sin], out);
