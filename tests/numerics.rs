@@ -55,6 +55,7 @@ fn tolerance(precision: Precision) -> f32 {
         Precision::Bf16 => 3e-2,
         Precision::Int8 => 4e-2,
         Precision::Int4 => 4e-1,
+        Precision::Fp8 => 2e-1,
     }
 }
 

@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use super::quantize::quantize_weights;
+use super::calibration::Calibration;
+use super::quantize::{quantize_weights, round_inputs};
 use crate::error::Result;
 use crate::graph::{Const, Dim, Graph, Node, Op, Type, Value};
 use crate::quantize::Scheme;
@@ -56,11 +57,14 @@ pub enum Precision {
     /// BF16, but the weights of linear layers other than the head are 4-bit integers, one scale for 128 inputs of an
     /// output.
     Int4,
+    /// BF16, but the weights and inputs of linear layers other than the head are E4M3 floats: weights with one scale an
+    /// output, inputs with one for the layer, from a calibration.
+    Fp8,
 }
 
 impl Precision {
     /// All there are, by what they keep of a weight.
-    pub const ALL: [Precision; 4] = [Precision::F32, Precision::Bf16, Precision::Int8, Precision::Int4];
+    pub const ALL: [Precision; 5] = [Precision::F32, Precision::Bf16, Precision::Int8, Precision::Int4, Precision::Fp8];
 
     /// How the weights of linear layers are quantized, if they are.
     pub fn scheme(self) -> Option<Scheme> {
@@ -68,7 +72,13 @@ impl Precision {
             Precision::F32 | Precision::Bf16 => None,
             Precision::Int8 => Some(Scheme::INT8),
             Precision::Int4 => Some(Scheme::INT4),
+            Precision::Fp8 => Some(Scheme::FP8),
         }
+    }
+
+    /// Whether the inputs of linear layers are in 8 bits, which needs their ranges.
+    pub fn needs_calibration(self) -> bool {
+        self == Precision::Fp8
     }
 }
 
@@ -79,15 +89,23 @@ impl fmt::Display for Precision {
             Precision::Bf16 => "bf16",
             Precision::Int8 => "int8",
             Precision::Int4 => "int4",
+            Precision::Fp8 => "fp8",
         })
     }
 }
 
-/// Runs every pass in order. `positions` is the longest sequence the plan holds, in tokens.
+/// Runs every pass in order. `positions` is the longest sequence the plan holds, in tokens; `calibration` is read where
+/// [`Precision::needs_calibration`].
 ///
 /// # Errors
-/// [`crate::Error::Graph`] if a rewritten graph does not type-check, which is a defect of a pass.
-pub fn run(graph: Graph, precision: Precision, positions: usize) -> Result<(Graph, Vec<Report>)> {
+/// [`crate::Error::Graph`] if a rewritten graph does not type-check, which is a defect of a pass, or a layer has no
+/// scale in the calibration.
+pub fn run(
+    graph: Graph,
+    precision: Precision,
+    positions: usize,
+    calibration: Option<&Calibration>,
+) -> Result<(Graph, Vec<Report>)> {
     let tables = |graph: &Graph| rotary_tables(graph, positions);
     type Pass<'p> = &'p dyn Fn(&Graph) -> Result<(Graph, Report)>;
     let mut passes: Vec<Pass<'_>> = vec![&fold_constants, &fuse_linears, &tables];
@@ -95,8 +113,12 @@ pub fn run(graph: Graph, precision: Precision, positions: usize) -> Result<(Grap
         passes.push(&narrow_to_bf16);
     }
     let quantize = precision.scheme().map(|scheme| move |graph: &Graph| quantize_weights(graph, scheme));
+    let round = |graph: &Graph| round_inputs(graph, calibration);
     if let Some(quantize) = &quantize {
         passes.push(quantize);
+    }
+    if precision.needs_calibration() {
+        passes.push(&round);
     }
     passes.push(&remove_dead_values);
     let mut graph = graph;
@@ -378,7 +400,7 @@ mod tests {
         let graph = crate::model::build_graph(&config()).unwrap();
         assert_eq!(count(&graph, &Op::Linear), 2 * 6 + 1);
         assert_eq!(count(&graph, &Op::AddScalar(0.0)), 5);
-        let (graph, reports) = run(graph, Precision::F32, 64).unwrap();
+        let (graph, reports) = run(graph, Precision::F32, 64, None).unwrap();
         assert_eq!(count(&graph, &Op::Linear), 2 * 4 + 1, "q, k and v are one product");
         assert_eq!(count(&graph, &Op::AddScalar(0.0)), 0, "1 + w is folded");
         let angle = Op::RotaryAngle { trig: crate::graph::Trig::Cos, theta: 0.0, rotary_dim: 0 };
@@ -394,7 +416,7 @@ mod tests {
 
     #[test]
     fn bf16_narrows_products_and_caches_only() {
-        let (graph, _) = run(crate::model::build_graph(&config()).unwrap(), Precision::Bf16, 64).unwrap();
+        let (graph, _) = run(crate::model::build_graph(&config()).unwrap(), Precision::Bf16, 64, None).unwrap();
         for node in graph.nodes() {
             match node.op {
                 Op::Linear => {
@@ -413,7 +435,7 @@ mod tests {
     fn quantized_layers_are_all_but_the_head() {
         for precision in [Precision::Int8, Precision::Int4] {
             let scheme = precision.scheme().unwrap();
-            let (graph, reports) = run(crate::model::build_graph(&config()).unwrap(), precision, 64).unwrap();
+            let (graph, reports) = run(crate::model::build_graph(&config()).unwrap(), precision, 64, None).unwrap();
             let quantized = Op::QuantizedLinear { block: scheme.block() };
             assert_eq!(graph.nodes().iter().filter(|n| n.op == quantized).count(), 2 * 4);
             let head: Vec<&Node> = graph.nodes().iter().filter(|n| n.op == Op::Linear).collect();
@@ -427,5 +449,12 @@ mod tests {
             let report = reports.iter().find(|r| r.pass == "quantize-weights").unwrap();
             assert_eq!((report.applied.len(), report.left.len()), (8, 1), "{report}");
         }
+    }
+
+    #[test]
+    fn fp8_needs_a_scale_for_each_layer() {
+        let graph = || crate::model::build_graph(&config()).unwrap();
+        let error = run(graph(), Precision::Fp8, 64, None).unwrap_err().to_string();
+        assert!(error.contains("layers.0.attention.qkv") && error.contains("calibration"), "{error}");
     }
 }

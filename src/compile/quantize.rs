@@ -1,9 +1,12 @@
-//! The pass that keeps the weights of linear layers as codes and scales. It runs on a graph that was narrowed to BF16,
+//! The passes that keep the weights of linear layers as codes and scales, and round their inputs. They run on a graph that was narrowed to BF16,
 //! so activations, embedding, head and cache are BF16's. Every backend reads the same expressions: the constants
 //! [`Const::Codes`] and [`Const::Scales`], and the op [`Op::QuantizedLinear`].
 
+use std::collections::HashMap;
+
+use super::calibration::Calibration;
 use super::passes::{Report, Rewrite, const_of};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Const, Dim, Graph, Op, Type};
 use crate::quantize::Scheme;
 use crate::tensor::DType;
@@ -46,6 +49,40 @@ pub(super) fn quantize_weights(graph: &Graph, scheme: Scheme) -> Result<(Graph, 
         };
         report.left.push((node.name.clone(), reason.into()));
         r.copy(value)?;
+    }
+    Ok((r.finish()?, report))
+}
+
+/// Rounds the inputs of quantized linear layers to E4M3 with the scales of a calibration.
+pub(super) fn round_inputs(graph: &Graph, calibration: Option<&Calibration>) -> Result<(Graph, Report)> {
+    let mut report = Report::new("round-inputs");
+    let mut r = Rewrite::new(graph);
+    let mut rounded = HashMap::new();
+    for (value, node) in graph.iter() {
+        let Op::QuantizedLinear { .. } = node.op else {
+            r.copy(value)?;
+            continue;
+        };
+        let codes = graph.node(node.operands[1]);
+        let scale = calibration.and_then(|c| c.scale(&codes.name)).ok_or_else(|| Error::Graph {
+            op: node.op.kind().into(),
+            name: node.name.clone(),
+            detail: "its inputs have no scale: there was no calibration".into(),
+        })?;
+        let x = node.operands[0];
+        let x = match rounded.get(&(x, scale.to_bits())) {
+            Some(done) => *done,
+            None => {
+                let name = format!("{}.input.f8", node.name);
+                let operand = r.operand(x)?;
+                let done = r.new.add(name, Op::RoundToF8 { scale }, &[operand])?;
+                rounded.insert((x, scale.to_bits()), done);
+                done
+            }
+        };
+        let operands = [x, r.operand(node.operands[1])?, r.operand(node.operands[2])?];
+        r.moved[value.index()] = Some(r.new.add(&node.name, node.op.clone(), &operands)?);
+        report.applied.push(node.name.clone());
     }
     Ok((r.finish()?, report))
 }

@@ -166,6 +166,7 @@ mod tests {
             Op::LayerNorm { eps: 1e-5 },
             Op::Linear,
             Op::QuantizedLinear { block: None },
+            Op::RoundToF8 { scale: 0.0 },
             Op::QuantizedLinear { block: Some(2) },
             Op::Columns { start: 7, width: 2 },
             Op::RotaryAngle { trig: Trig::Cos, theta: 1e4, rotary_dim: 3 },

@@ -167,6 +167,12 @@ pub enum Op {
         /// Inputs that share a scale; `None`: all of a row.
         block: Option<usize>,
     },
+    /// `(x)`: `scale` times the nearest E4M3 float to `x / scale`, FP32; what is out of E4M3's range becomes its end.
+    /// A backend with FP8 products quantizes here and takes the scale out of the sums.
+    RoundToF8 {
+        /// What an E4M3 one stands for.
+        scale: f32,
+    },
     /// `(x [n, width])`: columns `start .. start + width`.
     Columns {
         /// First column.
@@ -217,6 +223,7 @@ impl Op {
             Op::LayerNorm { .. } => "layer_norm",
             Op::Linear => "linear",
             Op::QuantizedLinear { .. } => "quantized_linear",
+            Op::RoundToF8 { .. } => "round_to_f8",
             Op::Columns { .. } => "columns",
             Op::RotaryAngle { .. } => "rotary_angle",
             Op::Rotary { .. } => "rotary",
@@ -240,7 +247,7 @@ impl Op {
             Op::Columns { start, width } => format!(" {start}..{}", start + width),
             Op::RotaryAngle { trig, theta, rotary_dim } => format!(" {trig} theta {theta} dims {rotary_dim}"),
             Op::Rotary { head_dim } => format!(" head_dim {head_dim}"),
-            Op::Attention { scale } => format!(" scale {scale}"),
+            Op::Attention { scale } | Op::RoundToF8 { scale } => format!(" scale {scale}"),
             Op::Gather | Op::Linear | Op::CacheUpdate | Op::Relu2 | Op::Add => String::new(),
         }
     }
@@ -331,6 +338,14 @@ impl Op {
                 };
                 equal("scales", scales, scales.shape[1], blocks.into())?;
                 Ok(Type::new(F32, [x.shape[0], codes.shape[0]]))
+            }
+            Op::RoundToF8 { scale } => {
+                count(1)?;
+                float("x", operands[0])?;
+                if !(scale.is_finite() && *scale > 0.0) {
+                    return Err(format!("the scale is {scale}, expected a positive number"));
+                }
+                Ok(Type { dtype: F32, shape: operands[0].shape.clone() })
             }
             Op::Columns { start, width } => {
                 count(1)?;

@@ -134,6 +134,16 @@ impl CpuExecutor {
         })
     }
 
+    /// Runs a step and keeps the largest magnitude of what products read: entry `w` of `largest`, `[weights of the
+    /// program]`, becomes at least that of the inputs of every [`Kernel::Linear`] over weight `w`, infinite if one of
+    /// them is NaN.
+    ///
+    /// # Errors
+    /// As [`Executor::forward`].
+    pub fn observe(&mut self, step: &Step, largest: &mut [f32]) -> Result<()> {
+        self.run(step, Some(largest))
+    }
+
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.isa
@@ -181,6 +191,15 @@ impl Executor for CpuExecutor {
     }
 
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
+        self.run(step, None)?;
+        let logits = &self.program.buffers[self.program.logits];
+        let bytes = step.logits_rows().len() * logits.width * 4;
+        Logits::new(bytemuck::cast_slice(&self.arena.bytes()[logits.offset..logits.offset + bytes]), logits.width)
+    }
+}
+
+impl CpuExecutor {
+    fn run(&mut self, step: &Step, mut largest: Option<&mut [f32]>) -> Result<()> {
         if step.tokens().len() > self.limits.max_step_tokens || step.logits_rows().len() > self.limits.max_logits_rows {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
@@ -212,12 +231,15 @@ impl Executor for CpuExecutor {
         };
         self.pool.install(|| {
             for kernel in &run.program.kernels {
+                if let (Some(largest), Kernel::Linear { x, weight, .. }) = (&mut largest, kernel)
+                    && let Some(largest) = largest.get_mut(*weight)
+                {
+                    *largest = largest.max(run.magnitude(*x));
+                }
                 run.kernel(kernel);
             }
         });
-        let logits = &self.program.buffers[self.program.logits];
-        let bytes = step.logits_rows().len() * logits.width * 4;
-        Logits::new(bytemuck::cast_slice(&self.arena.bytes()[logits.offset..logits.offset + bytes]), logits.width)
+        Ok(())
     }
 }
 
@@ -327,6 +349,7 @@ impl Run<'_> {
             }
             Kernel::Convert { x, out } => self.unary(Unary::Convert, x, out),
             Kernel::Relu2 { x, out } => self.unary(Unary::Relu2, x, out),
+            Kernel::RoundToF8 { x, scale, out } => self.unary(Unary::RoundToF8(scale), x, out),
             Kernel::AddScalar { x, scalar, out } => self.unary(Unary::AddScalar(scalar), x, out),
             Kernel::Add { x, y, out } => {
                 let ([x, y], out) = self.buffers([x, y], out);
@@ -340,6 +363,17 @@ impl Run<'_> {
         with_type!(x.spec.dtype, T => with_type!(out.spec.dtype, O => {
             rowwise::unary::<T, O>(op, x.rows(), out.rows_mut());
         }));
+    }
+
+    /// The largest magnitude in the columns of a buffer; infinite if there is a NaN.
+    fn magnitude(&self, x: View) -> f32 {
+        let rows = self.row_count(&self.program.buffers[x.buffer]);
+        let x = source(self.arena, self.program, self.limits, x, 0);
+        with_type!(x.spec.dtype, T => {
+            let x = x.rows::<T>();
+            let values = (0..rows).flat_map(|row| x.row(row)).map(|value| value.to_f32().abs());
+            values.fold(0.0, |most, v| if v.is_nan() { f32::INFINITY } else { most.max(v) })
+        })
     }
 
     fn store(&mut self, x: View, layer: usize, kind: CacheKind) {

@@ -177,6 +177,11 @@ impl Lowering<'_> {
                 let out = self.buffer(node, self.stored_dtype(value))?;
                 self.emit(Kernel::Relu2 { x, out }, out)
             }
+            (Op::RoundToF8 { scale }, Some(x)) => {
+                let x = self.view(node, x)?;
+                let out = self.buffer(node, DType::F32)?;
+                self.emit(Kernel::RoundToF8 { x, scale: *scale, out }, out)
+            }
             (Op::AddScalar(scalar), Some(x)) => {
                 let x = self.view(node, x)?;
                 let out = self.buffer(node, self.stored_dtype(value))?;

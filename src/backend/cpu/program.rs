@@ -245,6 +245,8 @@ pub enum Kernel {
     Linear { x: View, weight: usize, epilogue: Epilogue, out: usize },
     /// `x · weightᵀ` with `weight[o, i] = codes[o, i] · scales[o, i / block]`; `x` is F32 or BF16.
     QuantizedLinear { x: View, codes: usize, scales: usize, block: usize, epilogue: Epilogue, out: usize },
+    /// `scale` times the nearest E4M3 float to `x / scale`, within its range
+    RoundToF8 { x: View, scale: f32, out: usize },
     /// Rotates the heads of `x` (F32) by `cos` and `sin`.
     Rotary { x: View, cos: View, sin: View, head_dim: usize, out: usize },
     /// Writes `x` to the cache behind each sequence's past tokens.
@@ -268,7 +270,7 @@ impl Kernel {
             Kernel::Gather { table: Table::View(view), .. } => vec![view],
             Kernel::Gather { .. } => vec![],
             Kernel::LayerNorm { x, .. } | Kernel::Linear { x, .. } | Kernel::Store { x, .. } => vec![x],
-            Kernel::QuantizedLinear { x, .. } => vec![x],
+            Kernel::QuantizedLinear { x, .. } | Kernel::RoundToF8 { x, .. } => vec![x],
             Kernel::Convert { x, .. } | Kernel::Relu2 { x, .. } | Kernel::AddScalar { x, .. } => vec![x],
             Kernel::Rotary { x, cos, sin, .. } => vec![x, cos, sin],
             Kernel::Attention { q, .. } => vec![q],
@@ -288,6 +290,7 @@ impl Kernel {
             | Kernel::Attention { out, .. }
             | Kernel::Convert { out, .. }
             | Kernel::Relu2 { out, .. }
+            | Kernel::RoundToF8 { out, .. }
             | Kernel::AddScalar { out, .. }
             | Kernel::Add { out, .. } => Some((out, false)),
             Kernel::Store { .. } => None,
@@ -326,6 +329,7 @@ impl fmt::Display for Program {
                 Kernel::Rotary { out, .. } => writeln!(f, "{} = rotary ({reads})", name(out))?,
                 Kernel::Convert { out, .. } => writeln!(f, "{} = convert ({reads})", name(out))?,
                 Kernel::Relu2 { out, .. } => writeln!(f, "{} = relu2 ({reads})", name(out))?,
+                Kernel::RoundToF8 { scale, out, .. } => writeln!(f, "{} = round_to_f8 {scale} ({reads})", name(out))?,
                 Kernel::AddScalar { out, .. } => writeln!(f, "{} = add_scalar ({reads})", name(out))?,
                 Kernel::Add { out, .. } => writeln!(f, "{} = add ({reads})", name(out))?,
             }
@@ -529,6 +533,13 @@ impl Program {
             Kernel::Convert { x, out } | Kernel::Relu2 { x, out } | Kernel::AddScalar { x, out, .. } => {
                 view(x, x.width, self.buffer(x.buffer)?.dtype)?;
                 writes(out, x.width, FLOATS)
+            }
+            Kernel::RoundToF8 { x, scale, out } => {
+                view(x, x.width, self.buffer(x.buffer)?.dtype)?;
+                if !(scale.is_finite() && scale > 0.0) {
+                    return Err(format!("scale is {scale}"));
+                }
+                writes(out, x.width, F32)
             }
             Kernel::Add { x, y, out } => {
                 view(x, x.width, DType::F32)?;
