@@ -34,6 +34,9 @@ pub struct Quantized<'a> {
     block: usize, // inputs that share a scale
 }
 
+/// Inputs whose decoded weights many rows share: 64 × 64 FP32 stay in the L1 cache.
+const DEPTH: usize = 64;
+
 /// Rows of `PANEL` bytes that a panel of codes over `inputs` inputs has.
 pub const fn code_rows(dtype: DType, inputs: usize) -> usize {
     match dtype {
@@ -85,6 +88,23 @@ pub fn pack_codes(dtype: DType, rows: &[u8], inputs: usize, out: &mut [u8]) {
             }
         }
     }
+}
+
+/// Runs `$body` with `$rows`, indices of rows of `x` from `$first` on, and `$sums`, an array of their sums: `ROW_TILE`
+/// rows at a time, then one.
+macro_rules! for_row_tiles {
+    ($all:expr, $first:expr, |$rows:ident, $sums:ident| $body:block) => {{
+        let (tiles, rest) = $all.as_chunks_mut::<ROW_TILE>();
+        let done = tiles.len() * ROW_TILE;
+        for (index, $sums) in tiles.iter_mut().enumerate() {
+            let $rows: [usize; ROW_TILE] = std::array::from_fn(|i| $first + index * ROW_TILE + i);
+            $body
+        }
+        for (index, sums) in rest.iter_mut().enumerate() {
+            let ($rows, $sums) = ([$first + done + index], std::array::from_mut(sums));
+            $body
+        }
+    }};
 }
 
 /// Computes `rows` rows of `x · weightᵀ` into `out`, `[rows, outputs]` with rows `out_stride` apart.
@@ -146,8 +166,24 @@ pub struct Panel<'a> {
 
 /// How the codes of a panel are read.
 pub trait Coding: Copy {
+    /// The code of one output of the panel for input `k`, from the byte that holds it.
+    fn value(self, byte: u8, k: usize) -> f32;
+
+    /// Row of [`Panel::codes`] that input `k` is in.
+    fn code_row(self, k: usize) -> usize {
+        k
+    }
+
     /// The codes of input `k`, for every output of the panel.
-    fn decode(self, codes: &[[u8; PANEL]], k: usize) -> [f32; PANEL];
+    #[inline(always)]
+    fn decode(self, codes: &[[u8; PANEL]], k: usize) -> [f32; PANEL] {
+        let bytes = &codes[self.code_row(k)];
+        let mut values = [0f32; PANEL];
+        for lane in 0..PANEL {
+            values[lane] = self.value(bytes[lane], k);
+        }
+        values
+    }
 }
 
 /// 8-bit integers.
@@ -162,28 +198,34 @@ pub struct F8;
 
 impl Coding for I8 {
     #[inline(always)]
-    fn decode(self, codes: &[[u8; PANEL]], k: usize) -> [f32; PANEL] {
-        codes[k].map(|code| f32::from(code as i8))
+    fn value(self, byte: u8, _: usize) -> f32 {
+        i32::from(byte as i8) as f32
     }
 }
 
 impl Coding for I4 {
     #[inline(always)]
-    fn decode(self, codes: &[[u8; PANEL]], k: usize) -> [f32; PANEL] {
-        let to_top = if k.is_multiple_of(2) { 4 } else { 0 };
-        codes[k / 2].map(|pair| f32::from((pair << to_top) as i8 >> 4))
+    fn value(self, byte: u8, k: usize) -> f32 {
+        // The input's half to the top of 32 bits, and back with its sign.
+        let to_top = if k.is_multiple_of(2) { 28 } else { 24 };
+        ((i32::from(byte) << to_top) >> 28) as f32
+    }
+
+    #[inline(always)]
+    fn code_row(self, k: usize) -> usize {
+        k / 2
     }
 }
 
 impl Coding for F8 {
     #[inline(always)]
-    fn decode(self, codes: &[[u8; PANEL]], k: usize) -> [f32; PANEL] {
-        codes[k].map(f8_value)
+    fn value(self, byte: u8, _: usize) -> f32 {
+        f8_value(byte)
     }
 }
 
 kernel! {
-    /// `sums.len()` rows of `x` from row `first` on by one panel, into `sums`.
+    /// `sums.len()` rows of `x` from row `first` on by one panel, into `sums`, which are zero.
     pub fn tile[C: Coding, T: Element](
         coding: C, x: Rows<'_, T>, first: usize, panel: Panel<'_>, sums: &mut [[f32; PANEL]],
     ) = tile_body
@@ -197,45 +239,58 @@ fn tile_body<C: Coding, T: Element, const FMA: bool>(
     panel: Panel<'_>,
     sums: &mut [[f32; PANEL]],
 ) {
-    let mut row = first;
-    let (groups, rest) = sums.as_chunks_mut::<ROW_TILE>();
-    for group in groups {
-        rows_body::<C, T, ROW_TILE, FMA>(coding, std::array::from_fn(|i| x.row(row + i)), panel, group);
-        row += ROW_TILE;
-    }
-    for sums in rest {
-        rows_body::<C, T, 1, FMA>(coding, [x.row(row)], panel, std::array::from_mut(sums));
-        row += 1;
-    }
-}
-
-#[inline(always)]
-#[allow(clippy::needless_range_loop)] // one index for several rows
-fn rows_body<C: Coding, T: Element, const ROWS: usize, const FMA: bool>(
-    coding: C,
-    x: [&[T]; ROWS],
-    panel: Panel<'_>,
-    sums: &mut [[f32; PANEL]; ROWS],
-) {
     for (index, scales) in panel.scales.iter().enumerate() {
         let start = index * panel.block;
         let end = panel.inputs.min(start.saturating_add(panel.block));
-        let mut block = [[0f32; PANEL]; ROWS];
-        for k in start..end {
-            let weights = coding.decode(panel.codes, k);
-            for r in 0..ROWS {
-                let input = x[r][k].to_f32();
-                for lane in 0..PANEL {
-                    block[r][lane] = mul_add::<FMA>(input, weights[lane], block[r][lane]);
+        let mut block = [[0f32; PANEL]; ROW_BLOCK];
+        let block = &mut block[..sums.len()];
+        if block.len() <= ROW_TILE {
+            // Few rows: codes go from memory to registers.
+            for_row_tiles!(block, first, |rows, sums| {
+                let x = rows.map(|row| &x.row(row)[start..end]);
+                accumulate::<T, _, FMA>(x, sums, |k| coding.decode(panel.codes, start + k));
+            });
+        } else {
+            // Many rows: they share what is decoded, some inputs at a time.
+            for start in (start..end).step_by(DEPTH) {
+                let end = end.min(start + DEPTH);
+                let mut weights = [[0f32; PANEL]; DEPTH];
+                for (weights, k) in weights.iter_mut().zip(start..end) {
+                    *weights = coding.decode(panel.codes, k);
                 }
+                for_row_tiles!(block, first, |rows, sums| {
+                    let x = rows.map(|row| &x.row(row)[start..end]);
+                    accumulate::<T, _, FMA>(x, sums, |k| weights[k]);
+                });
             }
         }
-        for r in 0..ROWS {
+        for (sums, block) in sums.iter_mut().zip(block) {
             for lane in 0..PANEL {
-                sums[r][lane] = mul_add::<FMA>(block[r][lane], scales[lane], sums[r][lane]);
+                sums[lane] = mul_add::<FMA>(block[lane], scales[lane], sums[lane]);
             }
         }
     }
+}
+
+/// Adds `x · weights` to `sums`, input after input; `x` are rows of one length, and `weights(k)` those of input `k`.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // one index for several rows
+fn accumulate<T: Element, const ROWS: usize, const FMA: bool>(
+    x: [&[T]; ROWS],
+    sums: &mut [[f32; PANEL]; ROWS],
+    weights: impl Fn(usize) -> [f32; PANEL],
+) {
+    let mut acc = *sums;
+    for k in 0..x[0].len() {
+        let weights = weights(k);
+        for r in 0..ROWS {
+            let input = x[r][k].to_f32();
+            for lane in 0..PANEL {
+                acc[r][lane] = mul_add::<FMA>(input, weights[lane], acc[r][lane]);
+            }
+        }
+    }
+    *sums = acc;
 }
 
 #[cfg(test)]
