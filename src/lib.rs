@@ -21,6 +21,7 @@
 //! | --- | --- |
 //! | [`error`], [`tensor`], [`mmap`], [`tensor_file`] | the error type, element types and borrowed tensors, mapped files, safetensors |
 //! | [`checkpoint`] | readers: a folder becomes a config and named, validated, mapped tensors |
+//! | [`quantize`] | how a row of weights becomes small codes and scales |
 //! | [`graph`] | the typed intermediate representation of one forward step |
 //! | [`text`] | tokenizer, streaming decoder, chat template |
 //! | [`model`] | the architecture: a config becomes a graph |
@@ -70,6 +71,7 @@ pub mod error;
 pub mod graph;
 pub mod mmap;
 pub mod model;
+pub mod quantize;
 pub mod runtime;
 pub mod tensor;
 pub mod tensor_file;

@@ -16,15 +16,32 @@ pub enum DType {
     BF16,
     /// 32-bit signed integer (token ids, positions, lengths).
     I32,
+    /// 8-bit signed integer: a code that a scale multiplies.
+    I8,
+    /// 4-bit signed integer, two to a byte, the first in the low half: a code that a scale multiplies.
+    I4,
+    /// 8-bit float, 4 bits of exponent and 3 of mantissa, without infinities (E4M3FN): a code that a scale multiplies.
+    F8,
 }
 
 impl DType {
-    /// Bytes of one element.
+    /// Bytes of one element; an I4 by itself takes a whole one.
     pub const fn bytes(self) -> usize {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::F16 | DType::BF16 => 2,
+            DType::I8 | DType::I4 | DType::F8 => 1,
         }
+    }
+
+    /// Whether values are numbers to compute with: neither indices nor codes of a quantized tensor.
+    pub const fn is_float(self) -> bool {
+        matches!(self, DType::F32 | DType::F16 | DType::BF16)
+    }
+
+    /// Whether values are codes that mean nothing without their scales.
+    pub const fn is_code(self) -> bool {
+        matches!(self, DType::I8 | DType::I4 | DType::F8)
     }
 }
 
@@ -35,12 +52,15 @@ impl fmt::Display for DType {
             DType::F16 => "f16",
             DType::BF16 => "bf16",
             DType::I32 => "i32",
+            DType::I8 => "i8",
+            DType::I4 => "i4",
+            DType::F8 => "f8",
         })
     }
 }
 
 /// A named tensor whose bytes live elsewhere (a memory map): little-endian, row-major, contiguous.
-/// Whoever makes one has checked that `data.len() == product(shape) * dtype.bytes()`.
+/// Whoever makes one has checked the dtype and that `data.len() == product(shape) * dtype.bytes()`.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
     /// The tensor's name in Hugging Face's scheme, whichever file it came from.
@@ -82,11 +102,8 @@ impl TensorView<'_> {
                     *value = half::bf16::from_le_bytes(*raw).to_f32();
                 }
             }
-            DType::I32 => {
-                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *value = i32::from_le_bytes(*raw) as f32;
-                }
-            }
+            // No checkpoint's tensor: see `dtype`.
+            DType::I32 | DType::I8 | DType::I4 | DType::F8 => out.fill(f32::NAN),
         }
     }
 }

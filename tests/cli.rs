@@ -110,13 +110,47 @@ fn build_makes_a_package_that_runs() {
 }
 
 #[test]
+fn fp8_is_calibrated_with_the_users_prompts() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (prompts, output) = (path("prompts.jsonl"), path("engine"));
+    let build = |precision: &str| {
+        let args = ["build", CHAT, "--precision", precision, "--calibration", &prompts, "--force", "-v", "-o", &output];
+        aotron(&args)
+    };
+    let scales = |prompt: &str| {
+        std::fs::write(&prompts, format!("{prompt}\n")).unwrap();
+        let ran = build("fp8").ok();
+        assert!(ran.err.contains("calibrating: ") && ran.err.contains("round-inputs: "), "{}", ran.err);
+        assert!(!Path::new(&output).join("calibration.safetensors").exists());
+        let graph = aotron(&["inspect", &output, "--graph"]).ok().out;
+        assert!(graph.contains("codes(rows(model.layers.0.self_attn.q_proj.weight"), "{graph}");
+        graph.lines().filter(|line| line.contains("round_to_f8")).map(str::to_owned).collect::<Vec<String>>()
+    };
+    let hello = scales(r#"{"messages": [{"role": "user", "content": "Hello!"}]}"#);
+    assert!(!hello.is_empty() && hello != scales(r#"{"token_ids": [4, 306, 7, 7, 5, 276, 7]}"#));
+    assert!(aotron(&["inspect", &output]).ok().out.contains("fp8, plans/cpu.json"));
+    assert!(aotron(&["inspect", &output, "--program"]).ok().out.contains("= round_to_f8"));
+    aotron(&["run", &output, "--prompt", "hi", "-n", "3", "--verify"]).ok();
+
+    build("int8").fails(1, &["int8 needs no calibration", "prompts.jsonl"]);
+    std::fs::write(&prompts, "{\"token_ids\": [1]}\n{\"token_ids\": [99999]}\n").unwrap();
+    build("fp8").fails(1, &["prompts.jsonl: line 2", "99999"]);
+    std::fs::write(&prompts, r#"{"messages": [{"role": "assistant", "content": "Hello!"}]}"#).unwrap();
+    build("fp8").fails(1, &["prompts.jsonl: line 1", "assistant"]);
+    std::fs::remove_file(&prompts).unwrap();
+    build("fp8").fails(1, &["prompts.jsonl"]);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside the package");
+}
+
+#[test]
 fn build_refuses_what_does_not_fit() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("engine");
     let build = |more: &[&str]| aotron(&[&["build", ODD, "-o", text(&output)], more].concat());
     build(&["--max-sequence-tokens", "65"]).fails(1, &["max_sequence_tokens is 65", "64"]);
     build(&["--recipe", "tpu"]).fails(1, &["no such recipe", "cpu"]);
-    build(&["--precision", "fp8"]).fails(2, &["f32 or bf16"]);
+    build(&["--precision", "int2"]).fails(2, &["f32, bf16, int8, int4, fp8"]);
     build(&["--slots", "0"]).fails(2, &["0"]);
     aotron(&["build", text(folder.path()), "-o", text(&output)]).fails(1, &["config.json"]);
     assert!(!output.exists());

@@ -40,8 +40,12 @@ impl Scene {
 
     /// A good package.
     fn package(&self) -> PathBuf {
+        self.package_in(Precision::Bf16)
+    }
+
+    fn package_in(&self, precision: Precision) -> PathBuf {
         let path = self.path("engine");
-        build_package(Path::new("tests/data/shapes/gqa"), Precision::Bf16, &path);
+        build_package(Path::new("tests/data/shapes/gqa"), precision, &path);
         path
     }
 }
@@ -108,6 +112,12 @@ fn edit_plan(package: &Path, edit: impl FnOnce(&mut Value)) {
             }
         }
     });
+}
+
+/// A field of a plan's first quantized product.
+fn first_quantized<'p>(plan: &'p mut Value, field: &str) -> &'p mut Value {
+    let kernels = plan["kernels"].as_array_mut().unwrap();
+    &mut kernels.iter_mut().find_map(|kernel| kernel.get_mut("quantized_linear")).unwrap()[field]
 }
 
 /// Runs the program; it must refuse, and say all of `expected`.
@@ -384,6 +394,40 @@ cases! {
         let package = scene.package();
         edit_plan(&package, |p| p["arena_bytes"] = json!(u64::MAX / 4));
         run_refused(&package, &[], &["cannot reserve"]);
+    }
+    quantized_plan_in_blocks_of_nothing: |scene| {
+        let package = scene.package_in(Precision::Int4);
+        edit_plan(&package, |p| *first_quantized(p, "block") = json!(0));
+        run_refused(&package, &[], &["plans/cpu.json", "blocks of 0"]);
+    }
+    quantized_plan_in_odd_blocks: |scene| {
+        let package = scene.package_in(Precision::Int4);
+        edit_plan(&package, |p| *first_quantized(p, "block") = json!(3));
+        run_refused(&package, &[], &["plans/cpu.json", "blocks of 3"]);
+    }
+    quantized_plan_in_other_blocks: |scene| {
+        let package = scene.package_in(Precision::Int8);
+        edit_plan(&package, |p| *first_quantized(p, "block") = json!(2));
+        run_refused(&package, &[], &["plans/cpu.json", "in panels"]);
+    }
+    quantized_plan_takes_floats_for_codes: |scene| {
+        let package = scene.package_in(Precision::Int8);
+        edit_plan(&package, |p| {
+            let scales = first_quantized(p, "scales").clone();
+            *first_quantized(p, "codes") = scales;
+        });
+        run_refused(&package, &[], &["plans/cpu.json", "is not codes"]);
+    }
+    quantized_embedding: |scene| {
+        let package = scene.package_in(Precision::Int8);
+        edit_plan(&package, |p| {
+            for weight in p["weights"].as_array_mut().unwrap() {
+                if weight["layout"] == "table" {
+                    weight["dtype"] = json!("i8");
+                }
+            }
+        });
+        run_refused(&package, &[], &["plans/cpu.json", "i8"]);
     }
     weights_file_truncated: |scene| {
         let package = scene.package();

@@ -18,7 +18,7 @@ static PACKAGES: LazyLock<(tempfile::TempDir, Vec<Package>)> = LazyLock::new(|| 
     let folder = tempfile::tempdir().unwrap();
     let mut packages = Vec::new();
     for shape in ["odd", "gqa"] {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for precision in Precision::ALL {
             let output = folder.path().join(format!("{shape}-{precision}"));
             packages.push(build_package(&Path::new("tests/data/shapes").join(shape), precision, &output));
         }
@@ -56,12 +56,12 @@ fn schedules() -> impl Strategy<Value = Schedule> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn logits_do_not_depend_on_the_schedule(
         schedule in schedules(),
-        which in 0usize..4,
+        which in 0usize..2 * Precision::ALL.len(),
         isa in 0usize..4,
         seed in any::<u32>(),
     ) {

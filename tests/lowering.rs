@@ -20,19 +20,23 @@ fn limits(vocab_size: usize) -> Limits {
 
 fn lowered(precision: Precision) -> Lowered {
     let config = config();
-    let (graph, _) = optimized_graph(&config, precision, 16).unwrap();
+    let (graph, _) = optimized_graph(&config, precision, 16, None).unwrap();
     lower(&graph, &limits(config.vocab_size)).unwrap()
 }
 
 #[test]
 fn a_layer_is_eleven_kernels() {
     let layers = config().num_layers;
-    for precision in [Precision::F32, Precision::Bf16] {
+    for precision in Precision::ALL.into_iter().filter(|p| !p.needs_calibration()) {
         let program = lowered(precision).program;
         // embedding, cosine, sine; the wanted rows, the last norm, the head
         assert_eq!(program.kernels.len(), 11 * layers + 6, "{program}");
         let fused = |e| {
-            program.kernels.iter().filter(|k| matches!(k, Kernel::Linear { epilogue, .. } if *epilogue == e)).count()
+            let does = |k: &&Kernel| match k {
+                Kernel::Linear { epilogue, .. } | Kernel::QuantizedLinear { epilogue, .. } => *epilogue == e,
+                _ => false,
+            };
+            program.kernels.iter().filter(does).count()
         };
         assert_eq!(fused(Epilogue::Accumulate), 2 * layers, "residuals are added by the products");
         assert_eq!(fused(Epilogue::Relu2), layers, "the activation is part of the product");
@@ -42,7 +46,7 @@ fn a_layer_is_eleven_kernels() {
 
 #[test]
 fn live_buffers_never_share_bytes() {
-    for precision in [Precision::F32, Precision::Bf16] {
+    for precision in Precision::ALL.into_iter().filter(|p| !p.needs_calibration()) {
         let Program { buffers, kernels, limits, logits, arena_bytes, .. } = lowered(precision).program;
         let touches = |kernel: &Kernel, buffer: usize| {
             kernel.reads().iter().any(|v| v.buffer == buffer) || kernel.writes().is_some_and(|(b, _)| b == buffer)

@@ -48,10 +48,22 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
     worst / expected.iter().map(|v| v.abs()).fold(0.0, f32::max)
 }
 
+/// What random weights, which average out less than trained ones, allow.
+fn tolerance(precision: Precision) -> f32 {
+    match precision {
+        Precision::F32 => 1e-5,
+        Precision::Bf16 => 3e-2,
+        Precision::Int8 => 4e-2,
+        Precision::Int4 => 4e-1,
+        Precision::Fp8 => 2e-1,
+    }
+}
+
 #[test]
 fn logits_are_transformers() {
     for shape in shapes() {
-        for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::Bf16, 3e-2)] {
+        for precision in Precision::ALL {
+            let tolerance = tolerance(precision);
             let folder = tempfile::tempdir().unwrap();
             let package = build_package(&shape, precision, &folder.path().join("engine"));
             for isa in aotron::backend::cpu::kernels::isa::Isa::available() {
@@ -64,6 +76,53 @@ fn logits_are_transformers() {
                 }
             }
         }
+    }
+}
+
+/// Rows of zeros, a huge weight and tiny ones: no precision makes them infinite, nor moves the others by much.
+#[test]
+fn zero_rows_and_outliers_survive() {
+    let shape = Path::new("tests/data/shapes/odd");
+    let folder = tempfile::tempdir().unwrap();
+    let checkpoint = folder.path().join("checkpoint");
+    std::fs::create_dir(&checkpoint).unwrap();
+    for entry in std::fs::read_dir(shape).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), checkpoint.join(entry.file_name())).unwrap();
+    }
+    let file = checkpoint.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let mut edit = |name: &str, edit: &dyn Fn(usize, f32) -> f32| {
+        let (start, end) = metadata.info(name).unwrap().data_offsets;
+        let data = &mut bytes[8 + header..][start..end];
+        for (index, raw) in data.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            *raw = edit(index, f32::from_le_bytes(*raw)).to_le_bytes();
+        }
+    };
+    let hidden = 52;
+    edit("model.layers.0.mlp.up_proj.weight", &|i, w| match i / hidden {
+        0 => 0.0,
+        1 => w * 1e-30,
+        2 if i % hidden == 3 => 3.0,
+        _ => w,
+    });
+    edit("model.layers.1.self_attn.q_proj.weight", &|_, _| 0.0);
+    edit("model.layers.2.self_attn.o_proj.weight", &|_, w| w * 1e-42);
+    std::fs::write(&file, bytes).unwrap();
+    let ids: Vec<u32> = (0..40).map(|i| i * 7 % 131).collect();
+    let mut expected = Vec::new();
+    for precision in Precision::ALL {
+        let package = build_package(&checkpoint, precision, &folder.path().join(precision.to_string()));
+        let mut executor = open_cpu(&package, &CpuOptions::default()).unwrap();
+        let got = score(&mut executor, 0, &ids, 16);
+        if precision == Precision::F32 {
+            expected = got.clone();
+        }
+        let error = relative_error(&got, &expected);
+        println!("{precision}: {error:.1e}");
+        // A row shares one scale with its outlier.
+        assert!(error <= 2.0 * tolerance(precision), "{precision}: {error:e}");
     }
 }
 

@@ -16,7 +16,8 @@ impl Progress for Quiet {
 pub fn build_package(checkpoint: &Path, precision: Precision, output: &Path) -> Package {
     let mut recipe = Recipe::load("cpu").unwrap();
     recipe.precision = precision;
-    let request = BuildRequest { checkpoint: checkpoint.into(), recipe, output: output.into(), replace: false };
+    let (checkpoint, output_folder) = (checkpoint.into(), output.into());
+    let request = BuildRequest { checkpoint, recipe, output: output_folder, replace: false, calibration: None };
     build(&request, &Quiet).unwrap();
     let package = Package::open(output).unwrap();
     package.verify(&|_| {}).unwrap();

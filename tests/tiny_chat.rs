@@ -19,6 +19,7 @@ const MAX_TOKENS: usize = 200;
 
 struct Turn {
     user: String,
+    expected: String,
     prompt_ids: Vec<u32>,
     token_ids: Vec<u32>,
     text: String,
@@ -43,6 +44,7 @@ fn conversations() -> Vec<Conversation> {
     assert_eq!((asked.len(), answered.len()), (500, 500));
     let turn = |(asked, answered): (&Value, &Value)| Turn {
         user: asked["user"].as_str().unwrap().into(),
+        expected: asked["expected"].as_str().unwrap().into(),
         prompt_ids: ids(&answered["prompt_ids"]),
         token_ids: ids(&answered["token_ids"]),
         text: answered["text"].as_str().unwrap().into(),
@@ -132,6 +134,26 @@ fn bf16_answers_differ_only_where_fp32_was_undecided() {
     });
     println!("{differing} of 500 conversations differ");
     assert!(differing <= 5, "{differing} of 500 conversations differ");
+}
+
+/// Of 500 conversations, FP32's answers are the expected ones in most; a quantized precision may lose some of those:
+/// half a percent in 8 bits, two in 4.
+#[test]
+fn quantized_answers_stay_right() {
+    let exact = |value: &Value| value["exact"].as_bool().unwrap();
+    let reference = json_lines("answers.jsonl").iter().filter(|answer| exact(answer)).count();
+    for (precision, may_lose) in [(Precision::Int8, 2), (Precision::Int4, 10), (Precision::Fp8, 2)] {
+        let folder = tempfile::tempdir().unwrap();
+        let package = build_package(Path::new(CHECKPOINT), precision, &folder.path().join("engine"));
+        let mut wrong = 0;
+        converse(&package, |turn, answer, _| {
+            let right = answer.text == turn.expected;
+            wrong += usize::from(!right);
+            right // one wrong answer makes the conversation wrong
+        });
+        println!("{precision}: {} of 500 exact, f32 {reference}", 500 - wrong);
+        assert!(500 - wrong + may_lose >= reference, "{precision}: {} exact, f32 {reference}", 500 - wrong);
+    }
 }
 
 fn last_row(session: &mut Session, ids: &[u32]) -> Vec<f32> {

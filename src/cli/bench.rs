@@ -211,6 +211,7 @@ fn decode_weight_bytes(program: &Program) -> u64 {
     for kernel in &program.kernels {
         let weights = match kernel {
             Kernel::Linear { weight, .. } => [Some(*weight), None],
+            Kernel::QuantizedLinear { codes, scales, .. } => [Some(*codes), Some(*scales)],
             Kernel::LayerNorm { gamma, beta, .. } => [Some(*gamma), Some(*beta)],
             _ => [None, None],
         };

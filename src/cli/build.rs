@@ -18,8 +18,8 @@ pub struct Flags {
     /// What to build for: the name of a recipe, or a file with one
     #[arg(long, value_name = "NAME|FILE", default_value = "cpu")]
     recipe: String,
-    /// Number format of weights and KV cache [default: the recipe's]
-    #[arg(long, value_parser = precision, value_name = "f32|bf16")]
+    /// Number format of weights; of the KV cache too, which the 8- and 4-bit ones keep in bf16 [default: the recipe's]
+    #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8")]
     precision: Option<Precision>,
     /// Longest sequence, prompt and answer together [default: the model's]
     #[arg(long, value_name = "N", value_parser = count(1 << 20))]
@@ -27,6 +27,10 @@ pub struct Flags {
     /// Sequences at once [default: the recipe's]
     #[arg(long, value_name = "N", value_parser = count(1024))]
     slots: Option<usize>,
+    /// Prompts that fp8 takes the ranges of activations from: lines of JSON, {"messages": [{"role", "content"}, …]} or
+    /// {"token_ids": […]} [default: built-in conversations]
+    #[arg(long, value_name = "FILE.jsonl")]
+    calibration: Option<PathBuf>,
     /// Where the engine package goes [default: engines/ and the checkpoint's name]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -59,7 +63,8 @@ impl Flags {
             recipe.text.push_str(&format!("\n# On the command line: {line}\n"));
         }
         let output = self.output.clone().unwrap_or_else(|| compile::default_output(&self.checkpoint));
-        Ok(BuildRequest { checkpoint: self.checkpoint.clone(), recipe, output, replace: self.force })
+        let calibration = self.calibration.clone();
+        Ok(BuildRequest { checkpoint: self.checkpoint.clone(), recipe, output, replace: self.force, calibration })
     }
 }
 
@@ -120,10 +125,10 @@ fn shell_word(path: &Path) -> String {
 }
 
 fn precision(name: &str) -> Result<Precision, String> {
-    [Precision::F32, Precision::Bf16]
-        .into_iter()
-        .find(|precision| precision.to_string() == name)
-        .ok_or_else(|| "expected f32 or bf16".into())
+    Precision::ALL.into_iter().find(|precision| precision.to_string() == name).ok_or_else(|| {
+        let names: Vec<String> = Precision::ALL.iter().map(Precision::to_string).collect();
+        format!("expected one of {}", names.join(", "))
+    })
 }
 
 #[cfg(test)]

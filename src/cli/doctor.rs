@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use aotron::backend::cpu::kernels::isa::Isa;
-use aotron::compile::Recipe;
+use aotron::compile::{Precision, Recipe};
 use serde::Serialize;
 
 use super::args::Format;
@@ -13,6 +13,8 @@ use super::term;
 
 /// Weights of Nemotron-3-8B.
 const PARAMETERS_8B: u64 = 8_540_135_424;
+/// Those of its linear layers but the head: 32 layers of queries, keys, values and outputs, and of the MLP.
+const LINEAR_8B: u64 = 32 * (4 * 4096 * 4096 + 2 * 4096 * 16384);
 /// Its keys and values of 4096 tokens, in BF16: 32 layers of 2 · 32 heads · 128.
 const KV_BYTES_8B: u64 = 4096 * 32 * 2 * 32 * 128 * 2;
 
@@ -101,14 +103,27 @@ fn print(found: &Findings) -> anyhow::Result<()> {
         line(&format!("{} plans", target.name), verdict.into())?;
     }
     if let Some(available) = found.memory_available_bytes {
-        for (precision, width) in [("bf16", 2), ("f32", 4)] {
-            let needed = PARAMETERS_8B * width + KV_BYTES_8B * width / 2;
+        for precision in Precision::ALL {
+            let needed = bytes_8b(precision);
             let verdict = if needed <= available { "fits" } else { "does not fit" };
             let text = format!("needs {} for a sequence of 4096 tokens: {verdict}", term::bytes(needed));
             line(&format!("8B in {precision}"), text)?;
         }
     }
     Ok(())
+}
+
+/// Bytes of Nemotron-3-8B's weights and of the keys and values of 4096 tokens.
+fn bytes_8b(precision: Precision) -> u64 {
+    let rest = PARAMETERS_8B - LINEAR_8B;
+    match precision {
+        Precision::F32 => PARAMETERS_8B * 4 + KV_BYTES_8B * 2,
+        Precision::Bf16 => PARAMETERS_8B * 2 + KV_BYTES_8B,
+        // An FP32 scale for each output is too little to count.
+        Precision::Int8 | Precision::Fp8 => LINEAR_8B + rest * 2 + KV_BYTES_8B,
+        // Half a byte, and an FP32 scale for 128 weights.
+        Precision::Int4 => LINEAR_8B / 2 + LINEAR_8B / 32 + rest * 2 + KV_BYTES_8B,
+    }
 }
 
 fn cpu_name() -> Option<String> {

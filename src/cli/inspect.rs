@@ -9,7 +9,7 @@ use aotron::backend::cpu::lower::lower;
 use aotron::backend::cpu::program::Program;
 use aotron::backend::{Limits, cpu_program};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
-use aotron::compile::{Precision, Recipe, Report, checkpoint_tokenizer, optimized_graph};
+use aotron::compile::{Calibration, Precision, Recipe, Report, checkpoint_tokenizer, optimized_graph};
 use aotron::engine::{Package, is_package};
 use aotron::graph::Graph;
 use serde::Serialize;
@@ -85,8 +85,8 @@ impl Dumps {
     fn make(flags: &Flags, subject: &Subject) -> anyhow::Result<Dumps> {
         let mut dumps = Dumps::default();
         if flags.graph || flags.passes || (flags.program && matches!(subject, Subject::Checkpoint(_))) {
-            let (config, precision, limits) = subject.compiled_as()?;
-            let (graph, reports) = optimized_graph(config, precision, limits.max_sequence_tokens)?;
+            let (config, precision, limits, calibration) = subject.compiled_as()?;
+            let (graph, reports) = optimized_graph(config, precision, limits.max_sequence_tokens, Some(&calibration))?;
             dumps.passes = flags.passes.then_some(reports);
             if flags.program {
                 dumps.program = Some(lower(&graph, &limits)?.program);
@@ -125,18 +125,19 @@ impl Dumps {
 
 impl Subject {
     /// The model, and how it is compiled: a package as it was, a checkpoint with the recipe for CPUs.
-    fn compiled_as(&self) -> anyhow::Result<(&ModelConfig, Precision, Limits)> {
+    fn compiled_as(&self) -> anyhow::Result<(&ModelConfig, Precision, Limits, Calibration)> {
         match self {
             Subject::Engine(package) => {
-                let (plan, _) = cpu_program(package)?;
+                let (plan, program) = cpu_program(package)?;
                 let precision = serde_json::from_value(json!(plan.precision))
                     .with_context(|| format!("precision `{}` of plan {}", plan.precision, plan.plan))?;
-                Ok((&package.manifest().model, precision, plan.limits.clone()))
+                let calibration = Calibration::of_program(&program);
+                Ok((&package.manifest().model, precision, plan.limits.clone(), calibration))
             }
             Subject::Checkpoint(checkpoint) => {
                 let recipe = Recipe::load("cpu")?;
                 let config = checkpoint.config();
-                Ok((config, recipe.precision, recipe.limits(config)?))
+                Ok((config, recipe.precision, recipe.limits(config)?, Calibration::default()))
             }
         }
     }

@@ -1,6 +1,8 @@
 //! Ahead of time: a checkpoint becomes an engine package.
 
+mod calibration;
 pub mod passes;
+mod quantize;
 mod recipe;
 
 use std::path::{Path, PathBuf};
@@ -8,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+pub use calibration::Calibration;
 pub use passes::{Precision, Report};
 pub use recipe::{Recipe, Target};
 
@@ -49,6 +52,10 @@ pub struct BuildRequest {
     pub output: PathBuf,
     /// Replace a package that is there.
     pub replace: bool,
+    /// For a precision that [needs a calibration](Precision::needs_calibration): its prompts, as lines of JSON,
+    /// `{"messages": [{"role", "content"}, …]}` that end with a user's, or `{"token_ids": […]}`. `None` takes built-in
+    /// ones.
+    pub calibration: Option<PathBuf>,
 }
 
 /// What was built.
@@ -66,7 +73,8 @@ pub struct BuildSummary {
     pub reports: Vec<Report>,
 }
 
-/// The optimized graph of a checkpoint's model, and what the passes did.
+/// The optimized graph of a checkpoint's model, and what the passes did. `calibration` is read by a precision that
+/// needs one.
 ///
 /// # Errors
 /// [`Error::Graph`] if the config's sizes do not fit together.
@@ -74,8 +82,9 @@ pub fn optimized_graph(
     config: &crate::checkpoint::ModelConfig,
     precision: Precision,
     max_sequence_tokens: usize,
+    calibration: Option<&Calibration>,
 ) -> Result<(Graph, Vec<Report>)> {
-    passes::run(model::build_graph(config)?, precision, max_sequence_tokens)
+    passes::run(model::build_graph(config)?, precision, max_sequence_tokens, calibration)
 }
 
 /// Builds an engine package: reads the checkpoint, optimizes and lowers the graph, packs the weights, and makes the
@@ -94,10 +103,24 @@ pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSum
     }
     let generation = generation_settings(&checkpoint, tokenizer.as_ref().map(|(_, t)| t), progress)?;
 
-    let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens)?;
-    let lowered = cpu::lower::lower(&graph, &limits)?;
+    if let (Some(path), false) = (&request.calibration, recipe.precision.needs_calibration()) {
+        let (name, path) = (recipe.target.name().into(), path.display());
+        let detail = format!("precision {} needs no calibration, but {path} was given for one", recipe.precision);
+        return Err(Error::Recipe { name, detail });
+    }
 
     let mut writer = PackageWriter::create(&request.output, request.replace)?;
+    let calibration = match recipe.precision.needs_calibration() {
+        true => {
+            let tokenizer = tokenizer.as_ref().map(|(_, t)| t);
+            let prompts = calibration::prompts(request.calibration.as_ref(), tokenizer, &limits, progress)?;
+            let scratch = writer.scratch("calibration.safetensors");
+            Some(calibration::calibrate(&checkpoint, &limits, &prompts, &scratch, progress)?)
+        }
+        false => None,
+    };
+    let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration.as_ref())?;
+    let lowered = cpu::lower::lower(&graph, &limits)?;
     let weight_bytes = cpu::pack::packed_bytes(&lowered.program.weights);
     if let Some(free) = writer.free_bytes().filter(|free| *free < weight_bytes) {
         let detail = format!(

@@ -4,8 +4,11 @@
 use std::collections::HashMap;
 use std::fmt;
 
+use super::calibration::Calibration;
+use super::quantize::{quantize_weights, round_inputs};
 use crate::error::Result;
 use crate::graph::{Const, Dim, Graph, Node, Op, Type, Value};
+use crate::quantize::Scheme;
 use crate::tensor::DType;
 
 /// What one pass did at the places it looked at.
@@ -20,7 +23,7 @@ pub struct Report {
 }
 
 impl Report {
-    fn new(pass: &'static str) -> Report {
+    pub(super) fn new(pass: &'static str) -> Report {
         Report { pass, applied: Vec::new(), left: Vec::new() }
     }
 }
@@ -49,6 +52,34 @@ pub enum Precision {
     /// Weights, the inputs of matrix products and the KV cache in BF16; sums, norms, softmax and the residual
     /// stream in FP32.
     Bf16,
+    /// BF16, but the weights of linear layers other than the head are 8-bit integers, one scale an output.
+    Int8,
+    /// BF16, but the weights of linear layers other than the head are 4-bit integers, one scale for 128 inputs of an
+    /// output.
+    Int4,
+    /// BF16, but the weights and inputs of linear layers other than the head are E4M3 floats: weights with one scale an
+    /// output, inputs with one for the layer, from a calibration.
+    Fp8,
+}
+
+impl Precision {
+    /// All there are, by what they keep of a weight.
+    pub const ALL: [Precision; 5] = [Precision::F32, Precision::Bf16, Precision::Int8, Precision::Int4, Precision::Fp8];
+
+    /// How the weights of linear layers are quantized, if they are.
+    pub fn scheme(self) -> Option<Scheme> {
+        match self {
+            Precision::F32 | Precision::Bf16 => None,
+            Precision::Int8 => Some(Scheme::INT8),
+            Precision::Int4 => Some(Scheme::INT4),
+            Precision::Fp8 => Some(Scheme::FP8),
+        }
+    }
+
+    /// Whether the inputs of linear layers are in 8 bits, which needs their ranges.
+    pub fn needs_calibration(self) -> bool {
+        self == Precision::Fp8
+    }
 }
 
 impl fmt::Display for Precision {
@@ -56,20 +87,38 @@ impl fmt::Display for Precision {
         f.pad(match self {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
+            Precision::Int8 => "int8",
+            Precision::Int4 => "int4",
+            Precision::Fp8 => "fp8",
         })
     }
 }
 
-/// Runs every pass in order. `positions` is the longest sequence the plan holds, in tokens.
+/// Runs every pass in order. `positions` is the longest sequence the plan holds, in tokens; `calibration` is read where
+/// [`Precision::needs_calibration`].
 ///
 /// # Errors
-/// [`crate::Error::Graph`] if a rewritten graph does not type-check, which is a defect of a pass.
-pub fn run(graph: Graph, precision: Precision, positions: usize) -> Result<(Graph, Vec<Report>)> {
+/// [`crate::Error::Graph`] if a rewritten graph does not type-check, which is a defect of a pass, or a layer has no
+/// scale in the calibration.
+pub fn run(
+    graph: Graph,
+    precision: Precision,
+    positions: usize,
+    calibration: Option<&Calibration>,
+) -> Result<(Graph, Vec<Report>)> {
     let tables = |graph: &Graph| rotary_tables(graph, positions);
     type Pass<'p> = &'p dyn Fn(&Graph) -> Result<(Graph, Report)>;
     let mut passes: Vec<Pass<'_>> = vec![&fold_constants, &fuse_linears, &tables];
-    if precision == Precision::Bf16 {
+    if precision != Precision::F32 {
         passes.push(&narrow_to_bf16);
+    }
+    let quantize = precision.scheme().map(|scheme| move |graph: &Graph| quantize_weights(graph, scheme));
+    let round = |graph: &Graph| round_inputs(graph, calibration);
+    if let Some(quantize) = &quantize {
+        passes.push(quantize);
+    }
+    if precision.needs_calibration() {
+        passes.push(&round);
     }
     passes.push(&remove_dead_values);
     let mut graph = graph;
@@ -83,18 +132,18 @@ pub fn run(graph: Graph, precision: Precision, positions: usize) -> Result<(Grap
 }
 
 /// A graph being rebuilt: where each old value went.
-struct Rewrite<'g> {
+pub(super) struct Rewrite<'g> {
     old: &'g Graph,
-    new: Graph,
-    moved: Vec<Option<Value>>,
+    pub(super) new: Graph,
+    pub(super) moved: Vec<Option<Value>>,
 }
 
 impl<'g> Rewrite<'g> {
-    fn new(old: &'g Graph) -> Rewrite<'g> {
+    pub(super) fn new(old: &'g Graph) -> Rewrite<'g> {
         Rewrite { old, new: Graph::new(), moved: vec![None; old.nodes().len()] }
     }
 
-    fn operand(&self, value: Value) -> Result<Value> {
+    pub(super) fn operand(&self, value: Value) -> Result<Value> {
         self.moved[value.index()].ok_or_else(|| crate::Error::Graph {
             op: self.old.node(value).op.kind().into(),
             name: self.old.node(value).name.clone(),
@@ -106,7 +155,7 @@ impl<'g> Rewrite<'g> {
         node.operands.iter().map(|v| self.operand(*v)).collect()
     }
 
-    fn copy(&mut self, value: Value) -> Result<Value> {
+    pub(super) fn copy(&mut self, value: Value) -> Result<Value> {
         let node = self.old.node(value);
         let copied = match &node.op {
             Op::Input(input) => self.new.input(&node.name, *input, node.ty.clone()),
@@ -120,7 +169,7 @@ impl<'g> Rewrite<'g> {
         Ok(copied)
     }
 
-    fn finish(mut self) -> Result<Graph> {
+    pub(super) fn finish(mut self) -> Result<Graph> {
         for output in self.old.outputs() {
             let value = self.operand(*output)?;
             self.new.output(value);
@@ -129,7 +178,7 @@ impl<'g> Rewrite<'g> {
     }
 }
 
-fn const_of(graph: &Graph, value: Value) -> Option<&Const> {
+pub(super) fn const_of(graph: &Graph, value: Value) -> Option<&Const> {
     match &graph.node(value).op {
         Op::Const(expr) => Some(expr),
         _ => None,
@@ -351,7 +400,7 @@ mod tests {
         let graph = crate::model::build_graph(&config()).unwrap();
         assert_eq!(count(&graph, &Op::Linear), 2 * 6 + 1);
         assert_eq!(count(&graph, &Op::AddScalar(0.0)), 5);
-        let (graph, reports) = run(graph, Precision::F32, 64).unwrap();
+        let (graph, reports) = run(graph, Precision::F32, 64, None).unwrap();
         assert_eq!(count(&graph, &Op::Linear), 2 * 4 + 1, "q, k and v are one product");
         assert_eq!(count(&graph, &Op::AddScalar(0.0)), 0, "1 + w is folded");
         let angle = Op::RotaryAngle { trig: crate::graph::Trig::Cos, theta: 0.0, rotary_dim: 0 };
@@ -367,7 +416,7 @@ mod tests {
 
     #[test]
     fn bf16_narrows_products_and_caches_only() {
-        let (graph, _) = run(crate::model::build_graph(&config()).unwrap(), Precision::Bf16, 64).unwrap();
+        let (graph, _) = run(crate::model::build_graph(&config()).unwrap(), Precision::Bf16, 64, None).unwrap();
         for node in graph.nodes() {
             match node.op {
                 Op::Linear => {
@@ -380,5 +429,32 @@ mod tests {
                 _ => {}
             }
         }
+    }
+
+    #[test]
+    fn quantized_layers_are_all_but_the_head() {
+        for precision in [Precision::Int8, Precision::Int4] {
+            let scheme = precision.scheme().unwrap();
+            let (graph, reports) = run(crate::model::build_graph(&config()).unwrap(), precision, 64, None).unwrap();
+            let quantized = Op::QuantizedLinear { block: scheme.block() };
+            assert_eq!(graph.nodes().iter().filter(|n| n.op == quantized).count(), 2 * 4);
+            let head: Vec<&Node> = graph.nodes().iter().filter(|n| n.op == Op::Linear).collect();
+            assert_eq!(head.iter().map(|n| n.name.as_str()).collect::<Vec<_>>(), ["logits"]);
+            for node in graph.nodes().iter().filter(|n| n.op == quantized) {
+                let dtypes = node.operands.iter().map(|v| graph.node(*v).ty.dtype).collect::<Vec<_>>();
+                assert_eq!(dtypes, [DType::BF16, scheme.dtype(), DType::F32], "{}", node.name);
+            }
+            let unused = graph.nodes().iter().filter(|n| n.name.ends_with("proj.weight.bf16")).count();
+            assert_eq!(unused, 0, "no weight is kept twice");
+            let report = reports.iter().find(|r| r.pass == "quantize-weights").unwrap();
+            assert_eq!((report.applied.len(), report.left.len()), (8, 1), "{report}");
+        }
+    }
+
+    #[test]
+    fn fp8_needs_a_scale_for_each_layer() {
+        let graph = || crate::model::build_graph(&config()).unwrap();
+        let error = run(graph(), Precision::Fp8, 64, None).unwrap_err().to_string();
+        assert!(error.contains("layers.0.attention.qkv") && error.contains("calibration"), "{error}");
     }
 }

@@ -81,7 +81,7 @@ pub struct GenerationSettings {
 pub struct PlanInfo {
     /// What it runs on: `"cpu"`.
     pub target: String,
-    /// How it computes: `"f32"`, `"bf16"`.
+    /// How it computes: `"f32"`, `"bf16"`, `"int8"`, `"int4"`, `"fp8"`.
     pub precision: String,
     /// The plan's file.
     pub plan: String,

@@ -62,6 +62,11 @@ impl PackageWriter {
         stat.f_bavail.checked_mul(stat.f_frsize)
     }
 
+    /// A path on the package's disk for a file that is needed while it is built. Whoever makes the file removes it.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.building.join(name)
+    }
+
     /// Adds a file; `fill` writes its content through the function it gets.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::dim::{Dim, Sym};
+use crate::quantize::Scheme;
 use crate::tensor::DType;
 
 /// An element type and a symbolic shape.
@@ -72,6 +73,17 @@ pub enum Const {
     },
     /// `inner` rounded to another element type, ties to even.
     Cast(Box<Const>, DType),
+    /// The codes of a matrix, `[rows, columns]` of the scheme's dtype: see [`crate::quantize`].
+    Codes(Box<Const>, Scheme),
+    /// The scales of a matrix's codes, `f32[rows, blocks]`.
+    Scales {
+        /// The matrix.
+        matrix: Box<Const>,
+        /// How its rows are quantized.
+        scheme: Scheme,
+        /// Its columns.
+        columns: usize,
+    },
 }
 
 impl Const {
@@ -79,7 +91,8 @@ impl Const {
     pub fn tensors<'a>(&'a self, names: &mut Vec<&'a str>) {
         match self {
             Const::Tensor(name) => names.push(name),
-            Const::AddScalar(inner, _) | Const::Cast(inner, _) => inner.tensors(names),
+            Const::AddScalar(inner, _) | Const::Cast(inner, _) | Const::Codes(inner, _) => inner.tensors(names),
+            Const::Scales { matrix, .. } => matrix.tensors(names),
             Const::ConcatRows(parts) => parts.iter().for_each(|p| p.tensors(names)),
             Const::RotaryTable { .. } => {}
         }
@@ -99,6 +112,8 @@ impl fmt::Display for Const {
                 write!(f, "rotary_{trig}(theta {theta}, dims {rotary_dim}, positions {positions})")
             }
             Const::Cast(inner, dtype) => write!(f, "{dtype}({inner})"),
+            Const::Codes(inner, scheme) => write!(f, "codes({inner}; {scheme})"),
+            Const::Scales { matrix, scheme, .. } => write!(f, "scales({matrix}; {scheme})"),
         }
     }
 }
@@ -146,6 +161,18 @@ pub enum Op {
     },
     /// `(x [n, in], weight [out, in])`: `x · weightᵀ`, `f32[n, out]`, accumulated in FP32.
     Linear,
+    /// `(x [n, in], codes [out, in], scales f32[out, blocks])`: `x · weightᵀ`, `f32[n, out]`, accumulated in FP32, with
+    /// `weight[o, i] = codes[o, i] · scales[o, i / block]`; the last block of a row may be shorter.
+    QuantizedLinear {
+        /// Inputs that share a scale; `None`: all of a row.
+        block: Option<usize>,
+    },
+    /// `(x)`: `scale` times the nearest E4M3 float to `x / scale`, FP32; what is out of E4M3's range becomes its end.
+    /// A backend with FP8 products quantizes here and takes the scale out of the sums.
+    RoundToF8 {
+        /// What an E4M3 one stands for.
+        scale: f32,
+    },
     /// `(x [n, width])`: columns `start .. start + width`.
     Columns {
         /// First column.
@@ -195,6 +222,8 @@ impl Op {
             Op::Gather => "gather",
             Op::LayerNorm { .. } => "layer_norm",
             Op::Linear => "linear",
+            Op::QuantizedLinear { .. } => "quantized_linear",
+            Op::RoundToF8 { .. } => "round_to_f8",
             Op::Columns { .. } => "columns",
             Op::RotaryAngle { .. } => "rotary_angle",
             Op::Rotary { .. } => "rotary",
@@ -213,10 +242,12 @@ impl Op {
             Op::AddScalar(scalar) => format!(" {scalar}"),
             Op::Cast(dtype) => format!(" {dtype}"),
             Op::LayerNorm { eps } => format!(" eps {eps:e}"),
+            Op::QuantizedLinear { block: Some(block) } => format!(" blocks of {block}"),
+            Op::QuantizedLinear { block: None } => " blocks of a row".into(),
             Op::Columns { start, width } => format!(" {start}..{}", start + width),
             Op::RotaryAngle { trig, theta, rotary_dim } => format!(" {trig} theta {theta} dims {rotary_dim}"),
             Op::Rotary { head_dim } => format!(" head_dim {head_dim}"),
-            Op::Attention { scale } => format!(" scale {scale}"),
+            Op::Attention { scale } | Op::RoundToF8 { scale } => format!(" scale {scale}"),
             Op::Gather | Op::Linear | Op::CacheUpdate | Op::Relu2 | Op::Add => String::new(),
         }
     }
@@ -232,7 +263,7 @@ impl Op {
             (t.shape.len() == n).then_some(()).ok_or_else(|| format!("{what} is {t}, expected {n} dimensions"))
         };
         let float = |what: &str, t: &Type| {
-            (t.dtype != I32).then_some(()).ok_or_else(|| format!("{what} is {t}, expected floats"))
+            t.dtype.is_float().then_some(()).ok_or_else(|| format!("{what} is {t}, expected floats"))
         };
         let is = |what: &str, t: &Type, dtype: DType| {
             (t.dtype == dtype).then_some(()).ok_or_else(|| format!("{what} is {t}, expected {dtype}"))
@@ -250,7 +281,7 @@ impl Op {
             Op::Cast(dtype) => {
                 count(1)?;
                 float("x", operands[0])?;
-                if *dtype == I32 {
+                if !dtype.is_float() {
                     return Err("casts between floats only".into());
                 }
                 Ok(Type { dtype: *dtype, shape: operands[0].shape.clone() })
@@ -285,6 +316,36 @@ impl Op {
                 is("weight", weight, x.dtype)?;
                 equal("weight", weight, weight.shape[1], x.shape[1])?;
                 Ok(Type::new(F32, [x.shape[0], weight.shape[0]]))
+            }
+            Op::QuantizedLinear { block } => {
+                count(3)?;
+                let [x, codes, scales] = [operands[0], operands[1], operands[2]];
+                rank("x", x, 2)?;
+                float("x", x)?;
+                rank("codes", codes, 2)?;
+                if !codes.dtype.is_code() {
+                    return Err(format!("codes is {codes}, expected i8, i4 or f8"));
+                }
+                equal("codes", codes, codes.shape[1], x.shape[1])?;
+                rank("scales", scales, 2)?;
+                is("scales", scales, F32)?;
+                equal("scales", scales, scales.shape[0], codes.shape[0])?;
+                let columns = codes.width().ok_or_else(|| format!("codes is {codes}: width must be known"))?;
+                let blocks = match block {
+                    Some(0) => return Err("blocks have at least one input".into()),
+                    Some(block) => columns.div_ceil(*block),
+                    None => 1,
+                };
+                equal("scales", scales, scales.shape[1], blocks.into())?;
+                Ok(Type::new(F32, [x.shape[0], codes.shape[0]]))
+            }
+            Op::RoundToF8 { scale } => {
+                count(1)?;
+                float("x", operands[0])?;
+                if !(scale.is_finite() && *scale > 0.0) {
+                    return Err(format!("the scale is {scale}, expected a positive number"));
+                }
+                Ok(Type { dtype: F32, shape: operands[0].shape.clone() })
             }
             Op::Columns { start, width } => {
                 count(1)?;
@@ -372,7 +433,7 @@ impl Op {
 
 fn cache_type(what: &str, t: &Type) -> Result<(), String> {
     let fits = t.shape.len() == 4 && t.shape[0] == Dim::sym(Sym::B) && t.shape[2] == Dim::sym(Sym::S);
-    (fits && t.dtype != DType::I32).then_some(()).ok_or_else(|| format!("{what} is {t}, expected [B, heads, S, width]"))
+    (fits && t.dtype.is_float()).then_some(()).ok_or_else(|| format!("{what} is {t}, expected [B, heads, S, width]"))
 }
 
 fn cache_width(t: &Type) -> Option<usize> {

@@ -9,8 +9,10 @@ use rayon::prelude::*;
 use super::kernels::attention::QUERY_GROUP;
 use super::kernels::isa::Isa;
 use super::kernels::matmul::{self, Packed};
+use super::kernels::quantized::{self, Quantized};
 use super::kernels::rowwise::{self, RowsMut, Unary};
 use super::kernels::{Element, Rows, attention};
+use super::pack::stored_dtype;
 use super::program::{
     ALIGN, BufferSpec, CacheKind, CacheSpec, Epilogue, Indices, Kernel, Program, RowCount, Table, View,
 };
@@ -132,6 +134,16 @@ impl CpuExecutor {
         })
     }
 
+    /// Runs a step and keeps the largest magnitude of what products read: entry `w` of `largest`, `[weights of the
+    /// program]`, becomes at least that of the inputs of every [`Kernel::Linear`] over weight `w`, infinite if one of
+    /// them is NaN.
+    ///
+    /// # Errors
+    /// As [`Executor::forward`].
+    pub fn observe(&mut self, step: &Step, largest: &mut [f32]) -> Result<()> {
+        self.run(step, Some(largest))
+    }
+
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.isa
@@ -150,12 +162,7 @@ impl Weights {
             let refuse = |detail: String| Error::package(file.path(), format!("{detail}; build the package again"));
             let (stored, data) =
                 file.tensor(&spec.name).ok_or_else(|| refuse(format!("weight `{}` is missing", spec.name)))?;
-            let dtype = match stored.dtype {
-                safetensors::Dtype::F32 => Some(DType::F32),
-                safetensors::Dtype::BF16 => Some(DType::BF16),
-                _ => None,
-            };
-            if dtype != Some(spec.dtype) || stored.shape != spec.stored_shape() {
+            if stored.dtype != stored_dtype(spec.dtype) || stored.shape != spec.stored_shape() {
                 return Err(refuse(format!(
                     "weight `{}` is {:?} {:?}, the plan expects {} {:?}",
                     spec.name,
@@ -173,7 +180,7 @@ impl Weights {
         Ok(Weights { file, ranges })
     }
 
-    fn data<T: Element>(&self, index: usize) -> &[T] {
+    fn data<T: bytemuck::Pod>(&self, index: usize) -> &[T] {
         bytemuck::cast_slice(&self.file.mapped()[self.ranges[index].clone()])
     }
 }
@@ -184,6 +191,15 @@ impl Executor for CpuExecutor {
     }
 
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
+        self.run(step, None)?;
+        let logits = &self.program.buffers[self.program.logits];
+        let bytes = step.logits_rows().len() * logits.width * 4;
+        Logits::new(bytemuck::cast_slice(&self.arena.bytes()[logits.offset..logits.offset + bytes]), logits.width)
+    }
+}
+
+impl CpuExecutor {
+    fn run(&mut self, step: &Step, mut largest: Option<&mut [f32]>) -> Result<()> {
         if step.tokens().len() > self.limits.max_step_tokens || step.logits_rows().len() > self.limits.max_logits_rows {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
@@ -215,12 +231,15 @@ impl Executor for CpuExecutor {
         };
         self.pool.install(|| {
             for kernel in &run.program.kernels {
+                if let (Some(largest), Kernel::Linear { x, weight, .. }) = (&mut largest, kernel)
+                    && let Some(largest) = largest.get_mut(*weight)
+                {
+                    *largest = largest.max(run.magnitude(*x));
+                }
                 run.kernel(kernel);
             }
         });
-        let logits = &self.program.buffers[self.program.logits];
-        let bytes = step.logits_rows().len() * logits.width * 4;
-        Logits::new(bytemuck::cast_slice(&self.arena.bytes()[logits.offset..logits.offset + bytes]), logits.width)
+        Ok(())
     }
 }
 
@@ -235,6 +254,16 @@ struct Run<'a> {
     arena: &'a mut [u8],
     cache: &'a mut [u8], // [layers, keys and values, slots, kv_heads, head_elements]
     isa: Isa,
+}
+
+impl From<Epilogue> for matmul::Epilogue {
+    fn from(epilogue: Epilogue) -> matmul::Epilogue {
+        match epilogue {
+            Epilogue::Store => matmul::Epilogue::Store,
+            Epilogue::Relu2 => matmul::Epilogue::Relu2,
+            Epilogue::Accumulate => matmul::Epilogue::Accumulate,
+        }
+    }
 }
 
 /// Runs an expression with `$t` bound to the Rust type of a dtype.
@@ -293,15 +322,22 @@ impl Run<'_> {
                     if let Some(packed) = Packed::new(weights.data::<T>(weight), spec.rows, spec.columns) {
                         with_type!(out.spec.dtype, O => {
                             let out = out.rows_mut::<O>();
-                            let epilogue = match epilogue {
-                                Epilogue::Store => matmul::Epilogue::Store,
-                                Epilogue::Relu2 => matmul::Epilogue::Relu2,
-                                Epilogue::Accumulate => matmul::Epilogue::Accumulate,
-                            };
+                            let epilogue = epilogue.into();
                             matmul::linear(isa, x.rows::<T>(), out.rows, packed, epilogue, out.data, out.stride);
                         });
                     }
                 });
+            }
+            Kernel::QuantizedLinear { x, codes, scales, block, epilogue, out } => {
+                let spec = &program.weights[codes];
+                let ([x], out) = self.buffers([x], out);
+                let (codes, scales) = (weights.data::<u8>(codes), weights.data::<f32>(scales));
+                if let Some(weight) = Quantized::new(codes, scales, spec.dtype, [spec.rows, spec.columns], block) {
+                    with_type!(x.spec.dtype, T => with_type!(out.spec.dtype, O => {
+                        let (out, epilogue) = (out.rows_mut::<O>(), epilogue.into());
+                        quantized::linear(isa, x.rows::<T>(), out.rows, weight, epilogue, out.data, out.stride);
+                    }));
+                }
             }
             Kernel::Rotary { x, cos, sin, head_dim, out } => {
                 let ([x, cos, sin], out) = self.buffers([x, cos, sin], out);
@@ -313,6 +349,7 @@ impl Run<'_> {
             }
             Kernel::Convert { x, out } => self.unary(Unary::Convert, x, out),
             Kernel::Relu2 { x, out } => self.unary(Unary::Relu2, x, out),
+            Kernel::RoundToF8 { x, scale, out } => self.unary(Unary::RoundToF8(scale), x, out),
             Kernel::AddScalar { x, scalar, out } => self.unary(Unary::AddScalar(scalar), x, out),
             Kernel::Add { x, y, out } => {
                 let ([x, y], out) = self.buffers([x, y], out);
@@ -326,6 +363,17 @@ impl Run<'_> {
         with_type!(x.spec.dtype, T => with_type!(out.spec.dtype, O => {
             rowwise::unary::<T, O>(op, x.rows(), out.rows_mut());
         }));
+    }
+
+    /// The largest magnitude in the columns of a buffer; infinite if there is a NaN.
+    fn magnitude(&self, x: View) -> f32 {
+        let rows = self.row_count(&self.program.buffers[x.buffer]);
+        let x = source(self.arena, self.program, self.limits, x, 0);
+        with_type!(x.spec.dtype, T => {
+            let x = x.rows::<T>();
+            let values = (0..rows).flat_map(|row| x.row(row)).map(|value| value.to_f32().abs());
+            values.fold(0.0, |most, v| if v.is_nan() { f32::INFINITY } else { most.max(v) })
+        })
     }
 
     fn store(&mut self, x: View, layer: usize, kind: CacheKind) {

@@ -109,7 +109,25 @@ impl Lowering<'_> {
                 let out = self.buffer(node, self.stored_dtype(value))?;
                 self.emit(Kernel::LayerNorm { x, gamma, beta, eps: *eps as f32, out }, out)
             }
-            (Op::Linear, Some(x)) => self.linear(value, node, x),
+            (Op::Linear, Some(x)) => {
+                let x = self.view(node, x)?;
+                let weight = self.weight(node.operands[1], Layout::Panels)?;
+                self.product(value, node, |epilogue, out| Kernel::Linear { x, weight, epilogue, out })
+            }
+            (Op::QuantizedLinear { block }, Some(x)) => {
+                let x = self.view(node, x)?;
+                let codes = self.weight(node.operands[1], Layout::Panels)?;
+                let scales = self.weight(node.operands[2], Layout::Panels)?;
+                let block = block.unwrap_or(x.width);
+                self.product(value, node, |epilogue, out| Kernel::QuantizedLinear {
+                    x,
+                    codes,
+                    scales,
+                    block,
+                    epilogue,
+                    out,
+                })
+            }
             (Op::Columns { start, width }, Some(x)) => {
                 let x = self.view(node, x)?;
                 Ok(Place::View(View { buffer: x.buffer, column: x.column + start, width: *width }))
@@ -159,6 +177,11 @@ impl Lowering<'_> {
                 let out = self.buffer(node, self.stored_dtype(value))?;
                 self.emit(Kernel::Relu2 { x, out }, out)
             }
+            (Op::RoundToF8 { scale }, Some(x)) => {
+                let x = self.view(node, x)?;
+                let out = self.buffer(node, DType::F32)?;
+                self.emit(Kernel::RoundToF8 { x, scale: *scale, out }, out)
+            }
             (Op::AddScalar(scalar), Some(x)) => {
                 let x = self.view(node, x)?;
                 let out = self.buffer(node, self.stored_dtype(value))?;
@@ -175,26 +198,23 @@ impl Lowering<'_> {
     }
 
     /// A product, with what follows it where that is its only use.
-    fn linear(&mut self, value: Value, node: &Node, x: Value) -> Result<Place> {
-        let x = self.view(node, x)?;
-        let weight = self.weight(node.operands[1], Layout::Panels)?;
+    fn product(&mut self, value: Value, node: &Node, kernel: impl Fn(Epilogue, usize) -> Kernel) -> Result<Place> {
         if let [user] = self.users[value.index()][..] {
             let next = self.graph.node(user);
             if next.op == Op::Relu2 {
                 let out = self.buffer(next, self.stored_dtype(user))?;
-                let place = self.emit(Kernel::Linear { x, weight, epilogue: Epilogue::Relu2, out }, out)?;
+                let place = self.emit(kernel(Epilogue::Relu2, out), out)?;
                 self.places[user.index()] = Some(place.clone());
                 return Ok(place);
             }
             if let Some(residual) = self.residual(value, user) {
-                let epilogue = Epilogue::Accumulate;
-                let place = self.emit(Kernel::Linear { x, weight, epilogue, out: residual }, residual)?;
+                let place = self.emit(kernel(Epilogue::Accumulate, residual), residual)?;
                 self.places[user.index()] = Some(place.clone());
                 return Ok(place);
             }
         }
         let out = self.buffer(node, self.stored_dtype(value))?;
-        self.emit(Kernel::Linear { x, weight, epilogue: Epilogue::Store, out }, out)
+        self.emit(kernel(Epilogue::Store, out), out)
     }
 
     /// The buffer that `user = residual + product` can add to in place: it is computed, whole, and nothing reads the

@@ -8,6 +8,7 @@ use safetensors::tensor::Dtype;
 
 use super::kernels::Element;
 use super::kernels::matmul::{PANEL, Weight, pack_panel};
+use super::kernels::quantized::pack_codes;
 use super::lower::Lowered;
 use super::program::{Layout, WeightSpec};
 use crate::checkpoint::Checkpoint;
@@ -43,7 +44,7 @@ pub fn pack(
     let order = file_order(weights);
     let header: Vec<(&str, Dtype, Vec<usize>)> = order
         .iter()
-        .map(|i| (weights[*i].name.as_str(), stored_dtype(&weights[*i]), weights[*i].stored_shape()))
+        .map(|i| (weights[*i].name.as_str(), stored_dtype(weights[*i].dtype), weights[*i].stored_shape()))
         .collect();
     let header = tensor_file::encode_header(&header)?;
     write(&header)?;
@@ -51,8 +52,9 @@ pub fn pack(
     for index in order {
         let (spec, expr) = (&weights[index], &lowered.constants[index]);
         match spec.dtype {
-            DType::BF16 => pack_weight::<bf16>(spec, expr, checkpoint, write, progress)?,
-            _ => pack_weight::<f32>(spec, expr, checkpoint, write, progress)?,
+            DType::BF16 => pack_weight(spec, expr, checkpoint, store_floats::<bf16>, write, progress)?,
+            dtype if dtype.is_code() => pack_weight(spec, expr, checkpoint, store_codes, write, progress)?,
+            _ => pack_weight(spec, expr, checkpoint, store_floats::<f32>, write, progress)?,
         }
     }
     Ok(())
@@ -64,29 +66,45 @@ pub fn packed_bytes(weights: &[WeightSpec]) -> u64 {
     data + 128 * weights.len() as u64
 }
 
-fn stored_dtype(spec: &WeightSpec) -> Dtype {
-    match spec.dtype {
+/// How the weights file calls elements of a type: it has no 4-bit integers, so pairs of them are bytes there.
+pub fn stored_dtype(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::BF16,
-        _ => Dtype::F32,
+        DType::I32 => Dtype::I32,
+        DType::I8 => Dtype::I8,
+        DType::I4 => Dtype::U8,
+        DType::F8 => Dtype::F8_E4M3,
     }
 }
 
-fn pack_weight<T: Weight + Element>(
+fn pack_weight<T: bytemuck::Pod + Send>(
     spec: &WeightSpec,
     expr: &Const,
     checkpoint: &Checkpoint,
+    store: fn(&WeightSpec, &Const, Vec<f32>) -> Vec<T>,
     write: &mut dyn FnMut(&[u8]) -> Result<()>,
     progress: &dyn Fn(u64),
 ) -> Result<()> {
     let unit = if spec.layout == Layout::Panels { PANEL } else { 1 };
-    let rows_per_task = (TASK_ELEMENTS / spec.columns.max(1)).next_multiple_of(unit).max(unit);
+    let read_columns = match expr {
+        Const::Scales { columns, .. } => *columns,
+        _ => spec.columns,
+    };
+    let rows_per_task = (TASK_ELEMENTS / read_columns.max(1)).next_multiple_of(unit).max(unit);
     let rows_per_batch = rows_per_task * rayon::current_num_threads();
     for batch in (0..spec.rows).step_by(rows_per_batch) {
         let end = spec.rows.min(batch + rows_per_batch);
         let pieces: Vec<Vec<T>> = (batch..end)
             .into_par_iter()
             .step_by(rows_per_task)
-            .map(|first| evaluate_rows::<T>(spec, expr, checkpoint, first, end.min(first + rows_per_task)))
+            .map(|first| {
+                let count = end.min(first + rows_per_task) - first;
+                let mut rows = vec![0f32; count * spec.columns];
+                read_rows(expr, checkpoint, first, spec.columns, &mut rows)?;
+                Ok(store(spec, expr, rows))
+            })
             .collect::<Result<_>>()?;
         for piece in pieces {
             let bytes: &[u8] = bytemuck::cast_slice(&piece);
@@ -97,26 +115,31 @@ fn pack_weight<T: Weight + Element>(
     Ok(())
 }
 
-/// Rows `first .. end` of a weight, as stored.
-fn evaluate_rows<T: Weight + Element>(
-    spec: &WeightSpec,
-    expr: &Const,
-    checkpoint: &Checkpoint,
-    first: usize,
-    end: usize,
-) -> Result<Vec<T>> {
-    let mut rows = vec![0f32; (end - first) * spec.columns];
-    read_rows(expr, checkpoint, first, spec.columns, &mut rows)?;
+/// Rows of a weight as stored: row-major or in panels.
+fn store_floats<T: Weight + Element>(spec: &WeightSpec, _: &Const, rows: Vec<f32>) -> Vec<T> {
     match spec.layout {
-        Layout::Table => Ok(rows.into_iter().map(T::from_f32).collect()),
+        Layout::Table => rows.into_iter().map(T::from_f32).collect(),
         Layout::Panels => {
-            let mut packed = vec![T::zeroed(); (end - first).div_ceil(PANEL) * spec.panel_elements()];
+            let mut packed = vec![T::zeroed(); (rows.len() / spec.columns).div_ceil(PANEL) * spec.panel_elements()];
             for (rows, panel) in rows.chunks(PANEL * spec.columns).zip(packed.chunks_mut(spec.panel_elements())) {
                 pack_panel(rows, spec.columns, panel);
             }
-            Ok(packed)
+            packed
         }
     }
+}
+
+/// Rows of codes as stored, in panels.
+fn store_codes(spec: &WeightSpec, expr: &Const, rows: Vec<f32>) -> Vec<u8> {
+    let codes: Vec<u8> = match expr {
+        Const::Codes(_, scheme) => rows.into_iter().map(|code| scheme.bits(code)).collect(),
+        _ => Vec::new(), // no other constant has codes
+    };
+    let mut packed = vec![0; (codes.len() / spec.columns).div_ceil(PANEL) * spec.panel_elements()];
+    for (rows, panel) in codes.chunks(PANEL * spec.columns).zip(packed.chunks_mut(spec.panel_elements())) {
+        pack_codes(spec.dtype, rows, spec.columns, panel);
+    }
+    packed
 }
 
 /// Evaluates rows of a constant from row `first` until `out`, `[rows, columns]`, is full.
@@ -143,7 +166,22 @@ fn read_rows(expr: &Const, checkpoint: &Checkpoint, first: usize, columns: usize
             match dtype {
                 DType::BF16 => out.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
                 DType::F16 => out.iter_mut().for_each(|v| *v = half::f16::from_f32(*v).to_f32()),
-                DType::F32 | DType::I32 => {}
+                DType::F32 | DType::I32 | DType::I8 | DType::I4 | DType::F8 => {}
+            }
+        }
+        Const::Codes(matrix, scheme) => {
+            read_rows(matrix, checkpoint, first, columns, out)?;
+            let mut scales = vec![0f32; scheme.blocks(columns)];
+            for row in out.chunks_exact_mut(columns) {
+                scheme.scales(row, &mut scales);
+                scheme.codes(row, &scales);
+            }
+        }
+        Const::Scales { matrix, scheme, columns: matrix_columns } => {
+            let mut row = vec![0f32; *matrix_columns];
+            for (i, scales) in out.chunks_exact_mut(columns).enumerate() {
+                read_rows(matrix, checkpoint, first + i, *matrix_columns, &mut row)?;
+                scheme.scales(&row, scales);
             }
         }
         Const::ConcatRows(parts) => {
@@ -172,7 +210,10 @@ fn read_rows(expr: &Const, checkpoint: &Checkpoint, first: usize, columns: usize
 fn rows_of(expr: &Const, checkpoint: &Checkpoint, columns: usize) -> Result<usize> {
     Ok(match expr {
         Const::Tensor(name) => checkpoint.tensor(name)?.elements() / columns,
-        Const::AddScalar(inner, _) | Const::Cast(inner, _) => rows_of(inner, checkpoint, columns)?,
+        Const::AddScalar(inner, _) | Const::Cast(inner, _) | Const::Codes(inner, _) => {
+            rows_of(inner, checkpoint, columns)?
+        }
+        Const::Scales { matrix, columns, .. } => rows_of(matrix, checkpoint, *columns)?,
         Const::ConcatRows(parts) => parts.iter().map(|p| rows_of(p, checkpoint, columns)).sum::<Result<usize>>()?,
         Const::RotaryTable { positions, .. } => *positions,
     })

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::kernels::attention::{LANES, MAX_HEAD_DIM};
 use super::kernels::matmul::{PANEL, Weight, panel_elements};
+use super::kernels::quantized::code_rows;
 use crate::backend::Limits;
 use crate::tensor::DType;
 
@@ -83,7 +84,7 @@ impl CacheSpec {
 pub enum Layout {
     /// `[rows, columns]`, row-major.
     Table,
-    /// Panels of a matrix product: see [`super::kernels::matmul`].
+    /// Panels of a matrix product: see [`super::kernels::matmul`], and for codes [`super::kernels::quantized`].
     Panels,
 }
 
@@ -109,14 +110,18 @@ impl WeightSpec {
         match (self.layout, self.dtype) {
             (Layout::Table, _) => vec![self.rows, self.columns],
             (Layout::Panels, DType::BF16) => vec![self.rows.div_ceil(PANEL), self.columns.div_ceil(2), PANEL, 2],
+            (Layout::Panels, dtype) if dtype.is_code() => {
+                vec![self.rows.div_ceil(PANEL), code_rows(dtype, self.columns), PANEL]
+            }
             (Layout::Panels, _) => vec![self.rows.div_ceil(PANEL), self.columns, PANEL],
         }
     }
 
-    /// Elements of one panel, padding included.
+    /// Elements of one panel, padding included; pairs of I4 codes.
     pub fn panel_elements(&self) -> usize {
         match self.dtype {
             DType::BF16 => panel_elements::<half::bf16>(self.columns),
+            dtype if dtype.is_code() => code_rows(dtype, self.columns) * PANEL,
             _ => panel_elements::<f32>(self.columns),
         }
     }
@@ -238,6 +243,10 @@ pub enum Kernel {
     LayerNorm { x: View, gamma: usize, beta: usize, eps: f32, out: usize },
     /// `x · weightᵀ`; `x` has the weight's dtype.
     Linear { x: View, weight: usize, epilogue: Epilogue, out: usize },
+    /// `x · weightᵀ` with `weight[o, i] = codes[o, i] · scales[o, i / block]`; `x` is F32 or BF16.
+    QuantizedLinear { x: View, codes: usize, scales: usize, block: usize, epilogue: Epilogue, out: usize },
+    /// `scale` times the nearest E4M3 float to `x / scale`, within its range
+    RoundToF8 { x: View, scale: f32, out: usize },
     /// Rotates the heads of `x` (F32) by `cos` and `sin`.
     Rotary { x: View, cos: View, sin: View, head_dim: usize, out: usize },
     /// Writes `x` to the cache behind each sequence's past tokens.
@@ -261,6 +270,7 @@ impl Kernel {
             Kernel::Gather { table: Table::View(view), .. } => vec![view],
             Kernel::Gather { .. } => vec![],
             Kernel::LayerNorm { x, .. } | Kernel::Linear { x, .. } | Kernel::Store { x, .. } => vec![x],
+            Kernel::QuantizedLinear { x, .. } | Kernel::RoundToF8 { x, .. } => vec![x],
             Kernel::Convert { x, .. } | Kernel::Relu2 { x, .. } | Kernel::AddScalar { x, .. } => vec![x],
             Kernel::Rotary { x, cos, sin, .. } => vec![x, cos, sin],
             Kernel::Attention { q, .. } => vec![q],
@@ -271,13 +281,16 @@ impl Kernel {
     /// The buffer it writes, and whether it also reads it.
     pub fn writes(&self) -> Option<(usize, bool)> {
         match *self {
-            Kernel::Linear { epilogue, out, .. } => Some((out, epilogue == Epilogue::Accumulate)),
+            Kernel::Linear { epilogue, out, .. } | Kernel::QuantizedLinear { epilogue, out, .. } => {
+                Some((out, epilogue == Epilogue::Accumulate))
+            }
             Kernel::Gather { out, .. }
             | Kernel::LayerNorm { out, .. }
             | Kernel::Rotary { out, .. }
             | Kernel::Attention { out, .. }
             | Kernel::Convert { out, .. }
             | Kernel::Relu2 { out, .. }
+            | Kernel::RoundToF8 { out, .. }
             | Kernel::AddScalar { out, .. }
             | Kernel::Add { out, .. } => Some((out, false)),
             Kernel::Store { .. } => None,
@@ -301,6 +314,13 @@ impl fmt::Display for Program {
                 Kernel::Linear { weight: w, epilogue, out, .. } => {
                     writeln!(f, "{} = linear {epilogue:?} ({reads}; {})", name(out), weight(w))?
                 }
+                Kernel::QuantizedLinear { codes, scales, epilogue, out, .. } => writeln!(
+                    f,
+                    "{} = quantized_linear {epilogue:?} ({reads}; {}, {})",
+                    name(out),
+                    weight(codes),
+                    weight(scales)
+                )?,
                 Kernel::Store { layer, kind, .. } => writeln!(f, "cache {layer} {kind:?} <- {reads}")?,
                 Kernel::Attention { layer, out, .. } => {
                     writeln!(f, "{} = attention ({reads}; cache {layer})", name(out))?
@@ -309,6 +329,7 @@ impl fmt::Display for Program {
                 Kernel::Rotary { out, .. } => writeln!(f, "{} = rotary ({reads})", name(out))?,
                 Kernel::Convert { out, .. } => writeln!(f, "{} = convert ({reads})", name(out))?,
                 Kernel::Relu2 { out, .. } => writeln!(f, "{} = relu2 ({reads})", name(out))?,
+                Kernel::RoundToF8 { scale, out, .. } => writeln!(f, "{} = round_to_f8 {scale} ({reads})", name(out))?,
                 Kernel::AddScalar { out, .. } => writeln!(f, "{} = add_scalar ({reads})", name(out))?,
                 Kernel::Add { out, .. } => writeln!(f, "{} = add ({reads})", name(out))?,
             }
@@ -344,7 +365,8 @@ impl Program {
             return Err("the KV cache cannot be laid out".into());
         }
         for w in &self.weights {
-            if w.rows == 0 || w.columns == 0 || w.stored_bytes().is_none() || !is_float(w.dtype) {
+            let stored = is_float(w.dtype) || (w.dtype.is_code() && w.layout == Layout::Panels);
+            if w.rows == 0 || w.columns == 0 || w.stored_bytes().is_none() || !stored {
                 return Err(format!("weight {} has shape [{}, {}] of {}", w.name, w.rows, w.columns, w.dtype));
             }
         }
@@ -465,6 +487,22 @@ impl Program {
                 view(x, w.columns, w.dtype)?;
                 writes(out, w.rows, if epilogue == Epilogue::Accumulate { F32 } else { FLOATS })
             }
+            Kernel::QuantizedLinear { x, codes, scales, block, epilogue, out } => {
+                let (w, s) = (self.weight(codes)?, self.weight(scales)?);
+                if w.layout != Layout::Panels || !w.dtype.is_code() {
+                    return Err(format!("{} is not codes packed in panels", w.name));
+                }
+                let whole_pairs = w.dtype != DType::I4 || block.is_multiple_of(2) || block >= w.columns;
+                if block == 0 || !whole_pairs {
+                    return Err(format!("{} cannot be in blocks of {block}", w.name));
+                }
+                let blocks = w.columns.div_ceil(block);
+                if s.layout != Layout::Panels || s.dtype != DType::F32 || (s.rows, s.columns) != (w.rows, blocks) {
+                    return Err(format!("{} is not f32[{}, {blocks}] in panels", s.name, w.rows));
+                }
+                view(x, w.columns, self.buffer(x.buffer)?.dtype)?;
+                writes(out, w.rows, if epilogue == Epilogue::Accumulate { F32 } else { FLOATS })
+            }
             Kernel::Rotary { x, cos, sin, head_dim, out } => {
                 view(x, x.width, DType::F32)?;
                 view(cos, cos.width, DType::F32)?;
@@ -495,6 +533,13 @@ impl Program {
             Kernel::Convert { x, out } | Kernel::Relu2 { x, out } | Kernel::AddScalar { x, out, .. } => {
                 view(x, x.width, self.buffer(x.buffer)?.dtype)?;
                 writes(out, x.width, FLOATS)
+            }
+            Kernel::RoundToF8 { x, scale, out } => {
+                view(x, x.width, self.buffer(x.buffer)?.dtype)?;
+                if !(scale.is_finite() && scale > 0.0) {
+                    return Err(format!("scale is {scale}"));
+                }
+                writes(out, x.width, F32)
             }
             Kernel::Add { x, y, out } => {
                 view(x, x.width, DType::F32)?;

@@ -24,7 +24,7 @@ const ROW_TILE: usize = 6;
 /// Inputs of a panel that stay in the L2 cache while the rows pass: 2048 × 64 BF16 = 256 KiB.
 const INPUT_BLOCK: usize = 2048;
 /// Multiply-adds below which a product is not worth waking other threads.
-const SERIAL_WORK: usize = 1 << 18;
+pub(super) const SERIAL_WORK: usize = 1 << 18;
 
 /// A packed weight.
 #[derive(Debug, Clone, Copy)]
@@ -135,7 +135,7 @@ pub fn linear<T: Weight + Multiply, O: Element>(
 }
 
 /// The start of an output that several tasks write disjoint parts of.
-struct Disjoint<T>(*mut T);
+pub(super) struct Disjoint<T>(pub(super) *mut T);
 
 // SAFETY: the pointer is only used through `at`, whose callers write disjoint elements; `T` is plain data.
 unsafe impl<T: Send> Sync for Disjoint<T> {}
@@ -143,7 +143,7 @@ unsafe impl<T: Send> Sync for Disjoint<T> {}
 impl<T> Disjoint<T> {
     /// # Safety
     /// `offset` is inside the allocation.
-    unsafe fn at(&self, offset: usize) -> *mut T {
+    pub(super) unsafe fn at(&self, offset: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }
     }
@@ -279,14 +279,20 @@ unsafe fn run_rows<L: Lanes, O: Element, const VECTORS: usize, const MAX_ROWS: u
     for (row, sums) in sums.iter().take(tile.rows).enumerate() {
         // SAFETY: `row < tile.rows`, and the tile owns `outputs` elements of each row of `out`.
         let out = unsafe { std::slice::from_raw_parts_mut(tile.out.add(row * tile.out_stride), tile.outputs) };
-        match tile.epilogue {
-            Epilogue::Store => out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::from_f32(*s)),
-            Epilogue::Relu2 => out.iter_mut().zip(sums).for_each(|(o, s)| {
-                let positive = if *s < 0.0 { 0.0 } else { *s }; // NaN passes
-                *o = O::from_f32(positive * positive);
-            }),
-            Epilogue::Accumulate => out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::from_f32(o.to_f32() + *s)),
-        }
+        finish_row(tile.epilogue, sums, out);
+    }
+}
+
+/// One row's sums to its outputs; lanes past those are padding.
+#[inline(always)]
+pub(super) fn finish_row<O: Element>(epilogue: Epilogue, sums: &[f32; PANEL], out: &mut [O]) {
+    match epilogue {
+        Epilogue::Store => out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::from_f32(*s)),
+        Epilogue::Relu2 => out.iter_mut().zip(sums).for_each(|(o, s)| {
+            let positive = if *s < 0.0 { 0.0 } else { *s }; // NaN passes
+            *o = O::from_f32(positive * positive);
+        }),
+        Epilogue::Accumulate => out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::from_f32(o.to_f32() + *s)),
     }
 }
 

@@ -5,6 +5,7 @@
 pub mod attention;
 pub mod isa;
 pub mod matmul;
+pub mod quantized;
 pub mod rowwise;
 
 pub(crate) use isa::kernel;

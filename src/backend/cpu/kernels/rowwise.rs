@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::isa::Isa;
 use super::{Element, Rows, kernel, mul_add};
+use crate::quantize::round_f8;
 
 /// Elements below which rows are not worth waking other threads.
 const SERIAL_ELEMENTS: usize = 1 << 15;
@@ -115,6 +116,8 @@ pub enum Unary {
     Relu2,
     /// `x + scalar`
     AddScalar(f32),
+    /// The scale times the nearest E4M3 float to `x / scale`.
+    RoundToF8(f32),
 }
 
 /// Applies `op` to each element.
@@ -127,6 +130,7 @@ pub fn unary<T: Element, O: Element>(op: Unary, x: Rows<'_, T>, out: RowsMut<'_,
                 Unary::Relu2 if x < 0.0 => 0.0, // NaN passes
                 Unary::Relu2 => x * x,
                 Unary::AddScalar(scalar) => x + scalar,
+                Unary::RoundToF8(scale) => round_f8(x / scale) * scale,
             });
         }
     });

@@ -1,0 +1,224 @@
+//! What each precision costs in quality and saves in bytes, measured on tiny-chat. Writes docs/quantization.md:
+//!
+//! ```sh
+//! cargo run --release --example quantization
+//! ```
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::fmt::Write as _;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use aotron::backend::{ExecutorOptions, open};
+use aotron::compile::{BuildRequest, Precision, Progress, Recipe, build};
+use aotron::engine::Package;
+use aotron::runtime::{Chat, SamplingParams, Session};
+use serde_json::Value;
+
+const CHECKPOINT: &str = "tests/data/tiny-chat";
+const PAGE: &str = "docs/quantization.md";
+/// Longer than any answer.
+const MAX_TOKENS: usize = 200;
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+/// What is above the table.
+const HEAD: &str = "\
+# Quantization
+
+What `aotron build --precision` keeps of a weight, and what it costs, measured on tiny-chat with the CPU executor.
+`cargo run --release --example quantization` measures again and writes this page.
+
+| precision | weights of linear layers | their inputs | embedding, head, KV cache |
+| --- | --- | --- | --- |
+| `f32` | FP32 | FP32 | FP32 |
+| `bf16` | BF16 | BF16 | BF16 |
+| `int8` | 8-bit integers, -127 to 127, an FP32 scale for each output | BF16 | BF16 |
+| `int4` | 4-bit integers, -8 to 7, an FP32 scale for each 128 inputs of an output | BF16 | BF16 |
+| `fp8` | E4M3 floats, an FP32 scale for each output | E4M3 floats, one calibrated scale for each layer | BF16 |
+
+Sums, norms, softmax and the residual stream are FP32 in all of them. A scale is the one, of several, that leaves the
+smallest sum of squared errors in its weights (`src/quantize.rs`); the head stays in BF16, because its errors are the
+logits' errors.
+
+";
+
+/// What is below it.
+const LEGEND: &str = "
+- **exact**: of the 500 held-out conversations, those in which every answer is the expected one. The model's own
+  answers are the history of later turns. Greedy.
+- **same answers**: conversations in which every answer is FP32's, token for token.
+- **same token**: of the tokens of FP32's answers, those that are the most probable ones after FP32's prompt and the
+  answer's beginning.
+- **KL**: mean Kullback-Leibler divergence of the next-token distribution from FP32's, in nats, over the same tokens of
+  answers, and over all tokens of prompts and answers.
+- **weights**: the weights file. tiny-chat's embedding and head, 2 · 2816 · 192 elements of BF16, are a third of its
+  parameters; of the 8B's they are a quarter.
+";
+
+struct Quiet;
+impl Progress for Quiet {
+    fn stage(&self, _: &str, _: u64) {}
+    fn advance(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
+}
+
+/// One precision's numbers.
+#[derive(Default)]
+struct Measured {
+    weight_bytes: u64,
+    exact: usize,
+    same_answers: usize,
+    same_tokens: usize,
+    answer_tokens: usize,
+    answer_divergence: f64,
+    divergence: f64,
+    tokens: usize,
+}
+
+fn main() -> Outcome<()> {
+    let (asked, answered) = (json_lines("conversations.jsonl")?, json_lines("answers.jsonl")?);
+    let folder = tempfile::tempdir()?;
+    let mut packages = HashMap::new();
+    for precision in Precision::ALL {
+        let mut recipe = Recipe::load("cpu")?;
+        recipe.precision = precision;
+        let output = folder.path().join(precision.to_string());
+        let request = BuildRequest {
+            checkpoint: CHECKPOINT.into(),
+            recipe,
+            output: output.clone(),
+            replace: false,
+            calibration: None,
+        };
+        build(&request, &Quiet)?;
+        packages.insert(precision.to_string(), Package::open(&output)?);
+    }
+    let reference = &packages[&Precision::F32.to_string()];
+    let mut page = HEAD.to_owned();
+    page.push_str(
+        "| precision | exact | same answers | same token | KL of answers | KL of all | weights |\n\
+         | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+    );
+    for precision in Precision::ALL {
+        let package = &packages[&precision.to_string()];
+        let mut measured = Measured { weight_bytes: weight_bytes(package), ..Measured::default() };
+        hold_conversations(package, &asked, &answered, &mut measured)?;
+        compare(reference, package, &answered, &mut measured)?;
+        let row = measured.row(&precision.to_string(), asked.len());
+        eprint!("{row}");
+        page.push_str(&row);
+    }
+    page.push_str(LEGEND);
+    fs::create_dir_all("docs")?;
+    fs::write(PAGE, page)?;
+    Ok(())
+}
+
+impl Measured {
+    fn row(&self, precision: &str, conversations: usize) -> String {
+        let percent = |part: usize, whole: usize| 100.0 * part as f64 / whole as f64;
+        let mut row = String::new();
+        let _ = writeln!(
+            row,
+            "| `{precision}` | {} ({:.1} %) | {} | {:.2} % | {:.6} | {:.6} | {:.2} MB |",
+            self.exact,
+            percent(self.exact, conversations),
+            self.same_answers,
+            percent(self.same_tokens, self.answer_tokens),
+            self.answer_divergence / self.answer_tokens as f64,
+            self.divergence / self.tokens as f64,
+            self.weight_bytes as f64 / 1e6,
+        );
+        row
+    }
+}
+
+fn json_lines(file: &str) -> Outcome<Vec<Value>> {
+    let text = fs::read_to_string(Path::new(CHECKPOINT).join(file))?;
+    Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
+}
+
+fn turns(conversation: &Value) -> &[Value] {
+    conversation["turns"].as_array().map_or(&[], Vec::as_slice)
+}
+
+fn ids(value: &Value) -> Outcome<Vec<u32>> {
+    Ok(serde_json::from_value(value.clone())?)
+}
+
+fn weight_bytes(package: &Package) -> u64 {
+    let manifest = package.manifest();
+    manifest.plans.iter().filter_map(|plan| manifest.file(&plan.weights)).map(|file| file.bytes).sum()
+}
+
+fn hold_conversations(package: &Package, asked: &[Value], answered: &[Value], measured: &mut Measured) -> Outcome<()> {
+    let executor = open(package, &ExecutorOptions::default())?;
+    let session = Session::new(executor, package.tokenizer()?.map(Arc::new));
+    let mut chat = Chat::new(session, &package.manifest().generation.stop_token_ids)?;
+    for (asked, answered) in asked.iter().zip(answered) {
+        chat.reset();
+        chat.set_system(asked["system"].as_str().unwrap_or_default());
+        let (mut exact, mut same) = (true, true);
+        for (turn, golden) in turns(asked).iter().zip(turns(answered)) {
+            let user = turn["user"].as_str().unwrap_or_default();
+            let params = SamplingParams::default();
+            let answer = chat.send(user, &params, MAX_TOKENS, &mut |_| ControlFlow::Continue(()))?;
+            exact &= turn["expected"].as_str() == Some(answer.text.as_str());
+            same &= answer.token_ids == ids(&golden["token_ids"])?;
+        }
+        measured.exact += usize::from(exact);
+        measured.same_answers += usize::from(same);
+    }
+    Ok(())
+}
+
+/// Next-token distributions of both packages after the same ids: every prompt with FP32's answer.
+fn compare(reference: &Package, package: &Package, answered: &[Value], measured: &mut Measured) -> Outcome<()> {
+    let session =
+        |package: &Package| -> Outcome<Session> { Ok(Session::new(open(package, &ExecutorOptions::default())?, None)) };
+    let (mut exact, mut rounded) = (session(reference)?, session(package)?);
+    for turn in answered.iter().flat_map(turns) {
+        let (prompt, answer) = (ids(&turn["prompt_ids"])?, ids(&turn["token_ids"])?);
+        let all = [prompt.as_slice(), answer.as_slice()].concat();
+        let mut rows = Vec::new();
+        exact.score(&all, &mut |_, row| rows.push(row.to_vec()))?;
+        rounded.score(&all, &mut |index, row| {
+            let divergence = divergence(&rows[index], row);
+            measured.divergence += divergence;
+            measured.tokens += 1;
+            if let Some(token) = (index + 1).checked_sub(prompt.len()).and_then(|at| answer.get(at)) {
+                measured.answer_divergence += divergence;
+                measured.answer_tokens += 1;
+                measured.same_tokens += usize::from(most_probable(row) == *token);
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// `Σ p · ln(p / q)` of the distributions that logits `p` and `q` mean.
+fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let (p_sum, q_sum) = (log_sum(p), log_sum(q));
+    p.iter()
+        .zip(q)
+        .map(|(p, q)| {
+            let (p, q) = (f64::from(*p) - p_sum, f64::from(*q) - q_sum);
+            p.exp() * (p - q)
+        })
+        .sum()
+}
+
+/// `ln Σ exp(logit)`
+fn log_sum(logits: &[f32]) -> f64 {
+    let most = f64::from(logits.iter().copied().fold(f32::MIN, f32::max));
+    most + logits.iter().map(|l| (f64::from(*l) - most).exp()).sum::<f64>().ln()
+}
+
+fn most_probable(logits: &[f32]) -> u32 {
+    let best = (0..logits.len()).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+    best.unwrap_or(0) as u32
+}

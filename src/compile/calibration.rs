@@ -1,0 +1,245 @@
+//! The range of what linear layers read, for activations in 8 bits: the checkpoint runs in BF16 on the CPU over some
+//! prompts, and the largest magnitude of each layer's inputs is kept.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::Progress;
+use super::passes::{self, Precision};
+use crate::backend::cpu::program::{Kernel, Program};
+use crate::backend::cpu::{CpuExecutor, CpuOptions, lower, pack};
+use crate::backend::{Chunk, Limits, Rows, Step};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result, clip};
+use crate::model;
+use crate::quantize::F8_MAX;
+use crate::tensor_file::TensorFile;
+use crate::text::Tokenizer;
+use crate::text::template::{Message, render};
+
+/// Conversations of many kinds, for a user who names none.
+const BUILT_IN: &str = include_str!("calibration.jsonl");
+/// A longer file of prompts is refused.
+const MAX_PROMPTS_BYTES: u64 = 64 << 20;
+/// A scale leaves room for inputs this many times as large as the largest one seen. It costs one of E4M3's fifteen
+/// powers of two, at the small end.
+const HEADROOM: f32 = 2.0;
+/// Without a tokenizer: how many lists of arbitrary ids, and how long.
+const ARBITRARY: (usize, usize) = (8, 64);
+
+/// The scale of each linear layer's inputs, by the name of the layer's weight.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Calibration {
+    scales: HashMap<String, f32>,
+}
+
+impl Calibration {
+    /// The scale of the inputs of the layer with this weight; a suffix that says how the weight is kept is ignored.
+    pub fn scale(&self, weight: &str) -> Option<f32> {
+        self.scales.get(base_name(weight)).copied()
+    }
+
+    /// The scales that a program was built with.
+    pub fn of_program(program: &Program) -> Calibration {
+        let mut calibration = Calibration::default();
+        let mut rounded = HashMap::new(); // buffer: the scale of what is in it
+        for kernel in &program.kernels {
+            match *kernel {
+                Kernel::RoundToF8 { scale, out, .. } => {
+                    rounded.insert(out, scale);
+                }
+                Kernel::QuantizedLinear { x, codes, .. } => {
+                    if let (Some(scale), Some(weight)) = (rounded.get(&x.buffer), program.weights.get(codes)) {
+                        calibration.scales.insert(base_name(&weight.name).into(), *scale);
+                    }
+                }
+                _ => {}
+            }
+        }
+        calibration
+    }
+}
+
+/// A weight's name without what says how it is kept.
+fn base_name(weight: &str) -> &str {
+    [".panels", ".bf16", ".f8"].into_iter().fold(weight, |name, suffix| name.strip_suffix(suffix).unwrap_or(name))
+}
+
+/// Prompts as ids: those of `file`, else conversations that are built in, else (without a tokenizer to encode them)
+/// arbitrary ids.
+///
+/// # Errors
+/// [`Error::Format`] naming the line of `file` that is no prompt, [`Error::Io`] if it cannot be read.
+pub(super) fn prompts(
+    file: Option<&PathBuf>,
+    tokenizer: Option<&Tokenizer>,
+    limits: &Limits,
+    progress: &dyn Progress,
+) -> Result<Vec<Vec<u32>>> {
+    match (file, tokenizer) {
+        (Some(path), tokenizer) => {
+            let mut text = String::new();
+            let reader = File::open(path).map_err(Error::io("open", path))?;
+            reader.take(MAX_PROMPTS_BYTES + 1).read_to_string(&mut text).map_err(Error::io("read", path))?;
+            if text.len() as u64 > MAX_PROMPTS_BYTES {
+                return Err(Error::format(path, format!("it has more than {MAX_PROMPTS_BYTES} bytes")));
+            }
+            parse(path, &text, tokenizer, limits)
+        }
+        (None, Some(tokenizer)) => {
+            let fitting = |ids: &Vec<u32>| ids.len() <= limits.max_sequence_tokens;
+            let all = Limits { max_sequence_tokens: usize::MAX, ..limits.clone() };
+            let prompts = parse(Path::new("the built-in prompts"), BUILT_IN, Some(tokenizer), &all)?;
+            Ok(prompts.into_iter().filter(fitting).collect())
+        }
+        (None, None) => {
+            progress.warn(
+                "without a tokenizer the ranges of activations come from arbitrary ids; name lists of real ones with \
+                 --calibration",
+            );
+            let (lists, tokens) = ARBITRARY;
+            let id = |i: usize| (i.wrapping_mul(2_654_435_761) >> 8) % limits.vocab_size;
+            let list =
+                |l: usize| (0..tokens.min(limits.max_sequence_tokens)).map(|i| id(l * tokens + i) as u32).collect();
+            Ok((0..lists).map(list).collect())
+        }
+    }
+}
+
+/// Lines of JSON: `{"messages": [{"role", "content"}, …]}` that end with a user's, or `{"token_ids": […]}`.
+fn parse(path: &Path, text: &str, tokenizer: Option<&Tokenizer>, limits: &Limits) -> Result<Vec<Vec<u32>>> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Line {
+        messages: Option<Vec<Message>>,
+        token_ids: Option<Vec<u32>>,
+    }
+    let mut prompts = Vec::new();
+    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let refuse = |detail: String| Error::format(path, format!("line {}: {detail}", index + 1));
+        let line: Line = serde_json::from_str(line).map_err(|e| refuse(clip(e)))?;
+        let ids = match (line.messages, line.token_ids, tokenizer) {
+            (Some(messages), None, Some(tokenizer)) => {
+                tokenizer.encode(&render(&messages).map_err(|e| refuse(e.to_string()))?)?
+            }
+            (Some(_), None, None) => return Err(refuse("the checkpoint has no tokenizer: give token_ids".into())),
+            (None, Some(ids), _) => ids,
+            _ => return Err(refuse("expected either messages or token_ids".into())),
+        };
+        if ids.is_empty() || ids.len() > limits.max_sequence_tokens {
+            let most = limits.max_sequence_tokens;
+            return Err(refuse(format!("it has {} tokens; 1 to {most} are accepted", ids.len())));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= limits.vocab_size) {
+            return Err(refuse(format!("id {id} is not below the vocabulary's {}", limits.vocab_size)));
+        }
+        prompts.push(ids);
+    }
+    if prompts.is_empty() {
+        return Err(Error::format(path, "there is no prompt in it"));
+    }
+    Ok(prompts)
+}
+
+/// Runs the prompts. `scratch` is a file to make for the weights in BF16; it is removed again.
+///
+/// # Errors
+/// [`Error::Numerics`] naming the layer whose inputs are not finite; whatever is wrong with the checkpoint.
+pub(super) fn calibrate(
+    checkpoint: &Checkpoint,
+    limits: &Limits,
+    prompts: &[Vec<u32>],
+    scratch: &Path,
+    progress: &dyn Progress,
+) -> Result<Calibration> {
+    let limits = Limits { slots: 1, ..limits.clone() };
+    let graph = model::build_graph(checkpoint.config())?;
+    let (graph, _) = passes::run(graph, Precision::Bf16, limits.max_sequence_tokens, None)?;
+    let lowered = lower::lower(&graph, &limits)?;
+    let weights = &lowered.program.weights;
+    let tokens: usize = prompts.iter().map(Vec::len).sum();
+    progress.stage("calibrating", pack::packed_bytes(weights) + tokens as u64);
+    let file = File::create_new(scratch).map_err(Error::io("create", scratch))?;
+    let _removed = Scratch(scratch);
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut write = |bytes: &[u8]| out.write_all(bytes).map_err(Error::io("write", scratch));
+    pack::pack(&lowered, checkpoint, &mut write, &|bytes| progress.advance(bytes))?;
+    out.flush().map_err(Error::io("write", scratch))?;
+
+    let names: Vec<String> = weights.iter().map(|w| w.name.clone()).collect();
+    let mut largest = vec![0f32; names.len()];
+    let weights = TensorFile::open(scratch)?;
+    let mut executor = CpuExecutor::new(lowered.program, scratch, weights, &CpuOptions::default())?;
+    for ids in prompts {
+        let mut past_tokens = 0;
+        for tokens in ids.chunks(limits.max_step_tokens) {
+            let step = Step::prefill(&limits, &[Chunk { slot: 0, past_tokens, tokens, rows: Rows::None }])?;
+            executor.observe(&step, &mut largest)?;
+            past_tokens += tokens.len();
+            progress.advance(tokens.len() as u64);
+        }
+    }
+    let mut calibration = Calibration::default();
+    for (name, largest) in names.iter().zip(largest) {
+        if !largest.is_finite() {
+            return Err(Error::Numerics(format!("calibration: inputs of the layer of `{name}` reach {largest}")));
+        }
+        let scale = largest * HEADROOM / F8_MAX;
+        let scale = if scale < f32::MIN_POSITIVE { 1.0 } else { scale };
+        calibration.scales.insert(base_name(name).into(), scale);
+    }
+    Ok(calibration)
+}
+
+/// Removes its file when dropped.
+struct Scratch<'p>(&'p Path);
+
+impl Drop for Scratch<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits { slots: 1, max_sequence_tokens: 4, max_step_tokens: 4, max_logits_rows: 1, vocab_size: 10 }
+    }
+
+    #[test]
+    fn lines_that_are_no_prompts_are_named() {
+        let parse = |text: &str| parse(Path::new("p.jsonl"), text, None, &limits());
+        assert_eq!(parse("{\"token_ids\": [1, 2]}\n\n{\"token_ids\": [3]}\n").unwrap(), [vec![1, 2], vec![3]]);
+        let refused = |text: &str| parse(text).unwrap_err().to_string();
+        assert!(refused("").contains("no prompt"));
+        assert!(refused("{\"token_ids\": [1]}\nhello").contains("p.jsonl: line 2"));
+        assert!(refused("{\"token_ids\": [1, 2, 3, 4, 5]}").contains("5 tokens; 1 to 4"));
+        assert!(refused("{\"token_ids\": []}").contains("0 tokens"));
+        assert!(refused("{\"token_ids\": [10]}").contains("id 10"));
+        assert!(refused("{}").contains("either messages or token_ids"));
+        assert!(refused("{\"messages\": []}").contains("no tokenizer"));
+        assert!(refused("{\"tokens\": [1]}").contains("tokens"));
+    }
+
+    #[test]
+    fn the_built_in_prompts_are_conversations() {
+        for line in BUILT_IN.lines() {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            let messages: Vec<Message> = serde_json::from_value(line["messages"].clone()).unwrap();
+            render(&messages).unwrap();
+        }
+    }
+
+    #[test]
+    fn names_lose_what_says_how_a_weight_is_kept() {
+        assert_eq!(base_name("layers.0.attention.qkv.weight.bf16.panels"), "layers.0.attention.qkv.weight");
+        assert_eq!(base_name("layers.0.attention.qkv.weight.f8.panels"), "layers.0.attention.qkv.weight");
+        assert_eq!(base_name("lm_head.weight"), "lm_head.weight");
+    }
+}

@@ -1,0 +1,336 @@
+//! How a row of weights becomes small codes and scales: symmetric, so zero stays zero and nothing is added back, and
+//! with scales chosen by the error they leave rather than by the largest weight alone.
+//!
+//! A block of weights `w` is kept as codes `c` and one scale `s`, standing for `s · c`. For each of a list of scales
+//! from "the largest weight takes the largest code" downwards (clipping the largest ones lets all others lie closer)
+//! the codes are the nearest ones; the best of them is refined by least squares, `s = Σ w·c / Σ c²`, for as long as
+//! that lowers `Σ (w − s·c)²`.
+
+use std::fmt;
+
+use crate::tensor::DType;
+
+/// Largest magnitude of an E4M3 float.
+pub const F8_MAX: f32 = 448.0;
+/// Scales tried, from the one that clips nothing down to [`SMALLEST_CLIP`] of it.
+const CANDIDATES: usize = 20;
+/// Part of the largest weight that the smallest scale tried still represents.
+const SMALLEST_CLIP: f32 = 0.5;
+/// Least-squares refinements at most; the error seldom falls after the second.
+const REFINEMENTS: usize = 3;
+/// Partial sums of an error: whole vectors.
+const LANES: usize = 16;
+
+/// How the rows of a matrix are quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Scheme {
+    code: Code,
+    block: Option<usize>,
+}
+
+/// What a code is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Code {
+    /// -127 to 127.
+    I8,
+    /// -8 to 7.
+    I4,
+    /// An E4M3 float.
+    F8,
+}
+
+impl Scheme {
+    /// 8-bit integers, one scale a row.
+    pub const INT8: Scheme = Scheme { code: Code::I8, block: None };
+    /// 4-bit integers, one scale for each 128 weights of a row; the last block may be shorter.
+    pub const INT4: Scheme = Scheme { code: Code::I4, block: Some(128) };
+    /// E4M3 floats, one scale a row.
+    pub const FP8: Scheme = Scheme { code: Code::F8, block: None };
+
+    /// Element type of the codes.
+    pub const fn dtype(self) -> DType {
+        match self.code {
+            Code::I8 => DType::I8,
+            Code::I4 => DType::I4,
+            Code::F8 => DType::F8,
+        }
+    }
+
+    /// Weights that share a scale; `None`: all of a row.
+    pub const fn block(self) -> Option<usize> {
+        self.block
+    }
+
+    /// Scales of a row of `columns` weights.
+    pub fn blocks(self, columns: usize) -> usize {
+        self.block.map_or(1, |block| columns.div_ceil(block))
+    }
+
+    /// The scales of one row, into `scales`, `[blocks]`; all are positive and finite. `row` holds finite numbers.
+    pub fn scales(self, row: &[f32], scales: &mut [f32]) {
+        let block = self.block.unwrap_or(row.len()).max(1);
+        let mut scratch = Vec::with_capacity(block.min(row.len()));
+        for (scale, weights) in scales.iter_mut().zip(row.chunks(block)) {
+            *scale = self.best_scale(weights, &mut scratch);
+        }
+    }
+
+    /// Replaces each weight of one row by its code, as a number.
+    pub fn codes(self, row: &mut [f32], scales: &[f32]) {
+        let block = self.block.unwrap_or(row.len()).max(1);
+        for (weights, scale) in row.chunks_mut(block).zip(scales) {
+            // The scale may be too small to have a finite inverse.
+            weights.iter_mut().for_each(|w| *w = self.nearest(*w / *scale));
+        }
+    }
+
+    /// The code's bits: of a number that [`Scheme::codes`] gave. An I4 is in the low half, the high half zero.
+    pub fn bits(self, code: f32) -> u8 {
+        match self.code {
+            Code::I8 => code as i8 as u8,
+            Code::I4 => code as i8 as u8 & 0x0f,
+            Code::F8 => f8_bits(code),
+        }
+    }
+
+    fn largest(self) -> f32 {
+        match self.code {
+            Code::I8 => 127.0,
+            Code::I4 => 7.0,
+            Code::F8 => F8_MAX,
+        }
+    }
+
+    #[inline(always)]
+    fn nearest(self, value: f32) -> f32 {
+        match self.code {
+            Code::I8 => round(value.clamp(-127.0, 127.0)),
+            Code::I4 => round(value.clamp(-8.0, 7.0)),
+            Code::F8 => round_f8(value),
+        }
+    }
+
+    /// `scratch` is room for the block, to spare an allocation.
+    fn best_scale(self, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
+        let largest = weights.iter().fold(0f32, |most, w| most.max(w.abs()));
+        let whole = largest / self.largest();
+        if whole < f32::MIN_POSITIVE {
+            return 1.0; // every code is zero
+        }
+        // Weights as parts of the largest, so that no square over- or underflows.
+        scratch.clear();
+        scratch.extend(weights.iter().map(|w| w / largest));
+        let weights = scratch.as_slice();
+        let unclipped = 1.0 / self.largest();
+        let mut best = (unclipped, self.error(weights, unclipped));
+        for step in 1..=CANDIDATES {
+            let clip = 1.0 - (1.0 - SMALLEST_CLIP) * step as f32 / CANDIDATES as f32;
+            let scale = unclipped * clip;
+            let error = self.error(weights, scale);
+            if error < best.1 {
+                best = (scale, error);
+            }
+        }
+        for _ in 0..REFINEMENTS {
+            let scale = self.least_squares(weights, best.0);
+            let error = self.error(weights, scale);
+            if scale <= 0.0 || error >= best.1 {
+                break;
+            }
+            best = (scale, error);
+        }
+        (best.0 * largest).max(f32::MIN_POSITIVE)
+    }
+
+    /// `Σ (w − s·c)²` for the codes nearest at scale `s`.
+    fn error(self, weights: &[f32], scale: f32) -> f64 {
+        match self.code {
+            Code::I8 => sum_squares(weights, scale, |v| round(v.clamp(-127.0, 127.0))),
+            Code::I4 => sum_squares(weights, scale, |v| round(v.clamp(-8.0, 7.0))),
+            Code::F8 => sum_squares(weights, scale, round_f8),
+        }
+    }
+
+    /// The best scale for the codes nearest at scale `s`; not positive if they are all zero.
+    fn least_squares(self, weights: &[f32], scale: f32) -> f32 {
+        let inverse = 1.0 / scale;
+        let (mut products, mut squares) = (0f64, 0f64);
+        for w in weights {
+            let code = f64::from(self.nearest(w * inverse));
+            products += f64::from(*w) * code;
+            squares += code * code;
+        }
+        if squares > 0.0 { (products / squares) as f32 } else { 0.0 }
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.block {
+            Some(block) => write!(f, "{}, a scale for {block} columns", self.dtype()),
+            None => write!(f, "{}, a scale for a row", self.dtype()),
+        }
+    }
+}
+
+#[inline(always)]
+fn sum_squares(weights: &[f32], scale: f32, nearest: impl Fn(f32) -> f32) -> f64 {
+    let inverse = 1.0 / scale;
+    let square = |w: f32| {
+        let left = w - nearest(w * inverse) * scale;
+        left * left
+    };
+    let mut total = 0f64;
+    // Short runs, so that single precision loses nothing that matters.
+    for run in weights.chunks(64 * LANES) {
+        let mut sums = [0f32; LANES];
+        let (groups, rest) = run.as_chunks::<LANES>();
+        for group in groups {
+            for (sum, w) in sums.iter_mut().zip(group) {
+                *sum += square(*w);
+            }
+        }
+        total += sums
+            .iter()
+            .chain(&rest.iter().map(|w| square(*w)).collect::<Vec<f32>>())
+            .map(|s| f64::from(*s))
+            .sum::<f64>();
+    }
+    total
+}
+
+/// To the nearest integer, ties to even, for magnitudes below 2²²: adding 1.5 · 2²³ leaves no bit for a fraction.
+#[inline(always)]
+fn round(value: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0;
+    (value + SHIFT) - SHIFT
+}
+
+/// The nearest E4M3 float, ties to even; magnitudes past the largest become it, NaN stays NaN.
+#[inline(always)]
+pub fn round_f8(value: f32) -> f32 {
+    let clamped = value.clamp(-F8_MAX, F8_MAX);
+    // The distance between neighbours: 2^(exponent − 3), and 2⁻⁹ among the subnormal ones.
+    let exponent = (clamped.to_bits() >> 23 & 0xff).clamp(127 - 6, 127 + 8);
+    // Adding 1.5 · 2²³ times that distance leaves no finer bit.
+    let shift = f32::from_bits((exponent - 3 + 23) << 23) * 1.5;
+    (clamped + shift) - shift
+}
+
+/// The bits of an E4M3 float that `value` equals.
+fn f8_bits(value: f32) -> u8 {
+    let bits = value.to_bits();
+    let sign = (bits >> 24) as u8 & 0x80;
+    if value.is_nan() {
+        return sign | 0x7f;
+    }
+    // Times 2⁻¹²⁰ the exponents of both formats have one meaning, subnormal numbers included.
+    let scaled = value.abs() * f32::from_bits(7 << 23);
+    sign | (scaled.to_bits() >> 20) as u8
+}
+
+/// The value of an E4M3 float's bits but for its two NaNs, which give ±480.
+#[inline(always)]
+pub fn f8_value(bits: u8) -> f32 {
+    let (sign, magnitude) = (u32::from(bits & 0x80), u32::from(bits & 0x7f));
+    f32::from_bits(sign << 24 | magnitude << 20) * f32::from_bits(247 << 23)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SCHEMES: [Scheme; 3] = [Scheme::INT8, Scheme::INT4, Scheme::FP8];
+
+    fn random(seed: &mut u32) -> f32 {
+        let mut uniform = || {
+            *seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (*seed >> 8) as f32 / (1 << 24) as f32
+        };
+        (0..12).map(|_| uniform()).sum::<f32>() - 6.0 // close to normal
+    }
+
+    fn restored(scheme: Scheme, row: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let mut scales = vec![f32::NAN; scheme.blocks(row.len())];
+        scheme.scales(row, &mut scales);
+        let mut codes = row.to_vec();
+        scheme.codes(&mut codes, &scales);
+        let block = scheme.block().unwrap_or(row.len());
+        let values = codes.iter().enumerate().map(|(i, code)| code * scales[i / block]).collect();
+        (values, scales)
+    }
+
+    fn error(a: &[f32], b: &[f32]) -> f64 {
+        a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    }
+
+    #[test]
+    fn e4m3_is_its_256_values() {
+        let values: Vec<f32> = (0..=255u8).filter(|b| b & 0x7f != 0x7f).map(f8_value).collect();
+        assert_eq!(f8_value(0x7e), F8_MAX);
+        assert_eq!(f8_value(0x01), 2f32.powi(-9));
+        assert_eq!(f8_value(0x38), 1.0);
+        for value in &values {
+            assert_eq!(round_f8(*value), *value);
+            assert_eq!(f8_value(f8_bits(*value)), *value);
+        }
+        let mut seed = 1;
+        for _ in 0..20_000 {
+            let value = random(&mut seed) * 10f32.powi((seed % 7) as i32 - 4);
+            let nearest = values.iter().map(|v| (v - value).abs()).fold(f32::MAX, f32::min);
+            assert_eq!((round_f8(value) - value).abs(), nearest, "{value}");
+        }
+        assert_eq!(round_f8(1.0625), 1.0, "ties go to even");
+        assert_eq!(round_f8(1.1875), 1.25, "ties go to even");
+        assert_eq!([round_f8(1e9), round_f8(f32::NEG_INFINITY)], [F8_MAX, -F8_MAX]);
+        assert!(round_f8(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn the_scale_is_better_than_the_largest_weight_s() {
+        let mut seed = 2;
+        for scheme in SCHEMES {
+            for columns in [1, 7, 128, 192, 300, 2000] {
+                let row: Vec<f32> = (0..columns).map(|_| random(&mut seed)).collect();
+                let (values, scales) = restored(scheme, &row);
+                assert!(scales.iter().all(|s| s.is_finite() && *s > 0.0));
+                let block = scheme.block().unwrap_or(columns);
+                let mut plain = row.clone();
+                for block in plain.chunks_mut(block) {
+                    let scale = block.iter().fold(0f32, |m, w| m.max(w.abs())) / scheme.largest();
+                    block.iter_mut().for_each(|w| *w = scheme.nearest(*w / scale) * scale);
+                }
+                assert!(error(&values, &row) <= error(&plain, &row) * 1.0001 + 1e-10, "{scheme}, {columns} columns");
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_outliers_and_extremes_survive() {
+        for scheme in SCHEMES {
+            let (values, scales) = restored(scheme, &[0.0; 130]);
+            assert!(values.iter().all(|v| *v == 0.0) && scales.iter().all(|s| *s == 1.0));
+
+            let mut row = [1e-3f32; 130];
+            row[5] = 1e6;
+            let (values, _) = restored(scheme, &row);
+            assert!((values[5] - 1e6).abs() < 1e5, "{scheme}: {}", values[5]);
+
+            for extreme in [f32::MAX, f32::MIN, 1e-36, -f32::MIN_POSITIVE, 1e-44] {
+                let (values, scales) = restored(scheme, &[extreme, extreme / 2.0, 0.0]);
+                assert!(values.iter().chain(&scales).all(|v| v.is_finite()), "{scheme} {extreme:e}: {values:?}");
+                assert!((values[0] - extreme).abs() <= extreme.abs(), "{scheme} {extreme:e}: {values:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn integer_codes_keep_their_bits() {
+        for code in -127..=127i8 {
+            assert_eq!(Scheme::INT8.bits(f32::from(code)) as i8, code);
+        }
+        for code in -8..=7i8 {
+            assert_eq!((Scheme::INT4.bits(f32::from(code)) << 4) as i8 >> 4, code);
+        }
+    }
+}
