@@ -35,8 +35,13 @@ static ALLOCATOR: Counting = Counting;
 fn steps_allocate_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = Path::new("tests/data/shapes/odd");
-    let package = packages::build_package(checkpoint, Precision::Bf16, &folder.path().join("engine"));
-    let mut executor = open_cpu(&package, &CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
+    for precision in Precision::ALL {
+        check(&packages::build_package(checkpoint, precision, &folder.path().join(precision.to_string())));
+    }
+}
+
+fn check(package: &aotron::engine::Package) {
+    let mut executor = open_cpu(package, &CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
     let limits = executor.limits().clone();
     let prompt: Vec<u32> = (0..32).collect();
     let prefill =

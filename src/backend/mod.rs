@@ -1,5 +1,6 @@
 //! Backends: what turns a plan into numbers. An [`Executor`] knows nothing of text.
 
+pub mod constants;
 pub mod cpu;
 mod select;
 mod step;

@@ -91,10 +91,11 @@ pub(super) fn prompts(
             parse(path, &text, tokenizer, limits)
         }
         (None, Some(tokenizer)) => {
-            let fitting = |ids: &Vec<u32>| ids.len() <= limits.max_sequence_tokens;
             let all = Limits { max_sequence_tokens: usize::MAX, ..limits.clone() };
-            let prompts = parse(Path::new("the built-in prompts"), BUILT_IN, Some(tokenizer), &all)?;
-            Ok(prompts.into_iter().filter(fitting).collect())
+            let mut prompts = parse(Path::new("the built-in prompts"), BUILT_IN, Some(tokenizer), &all)?;
+            // Their beginnings serve an engine of short sequences as well.
+            prompts.iter_mut().for_each(|ids| ids.truncate(limits.max_sequence_tokens));
+            Ok(prompts)
         }
         (None, None) => {
             progress.warn(

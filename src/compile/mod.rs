@@ -115,6 +115,8 @@ pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSum
             let tokenizer = tokenizer.as_ref().map(|(_, t)| t);
             let prompts = calibration::prompts(request.calibration.as_ref(), tokenizer, &limits, progress)?;
             let scratch = writer.scratch("calibration.safetensors");
+            let narrow = checkpoint.tensors().map(|t| 2 * t.elements() as u64).sum();
+            check_space(&writer, &request.output, "the calibration", narrow)?;
             Some(calibration::calibrate(&checkpoint, &limits, &prompts, &scratch, progress)?)
         }
         false => None,
@@ -122,12 +124,7 @@ pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSum
     let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration.as_ref())?;
     let lowered = cpu::lower::lower(&graph, &limits)?;
     let weight_bytes = cpu::pack::packed_bytes(&lowered.program.weights);
-    if let Some(free) = writer.free_bytes().filter(|free| *free < weight_bytes) {
-        let detail = format!(
-            "the package takes {weight_bytes} bytes, but its disk has {free} free; free some or choose another output"
-        );
-        return Err(Error::package(&request.output, detail));
-    }
+    check_space(&writer, &request.output, "the package", weight_bytes)?;
 
     progress.stage("reading", checkpoint.weight_bytes());
     let digest = checkpoint_digest(&checkpoint, progress);
@@ -161,6 +158,18 @@ pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSum
     writer.finish(&mut manifest)?;
     let bytes = manifest.files.iter().map(|f| f.bytes).sum();
     Ok(BuildSummary { package: request.output.clone(), bytes, limits, kv_bytes_per_token, reports })
+}
+
+/// Refuses what the output's disk has no room for.
+fn check_space(writer: &PackageWriter, output: &Path, what: &str, bytes: u64) -> Result<()> {
+    match writer.free_bytes() {
+        Some(free) if free < bytes => {
+            let detail =
+                format!("{what} takes {bytes} bytes, but its disk has {free} free; free some or choose another output");
+            Err(Error::package(output, detail))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The checkpoint's tokenizer, with its file's content, if it has one that can be read.

@@ -169,7 +169,7 @@ pub trait Coding: Copy {
     /// The code of one output of the panel for input `k`, from the byte that holds it.
     fn value(self, byte: u8, k: usize) -> f32;
 
-    /// Row of [`Panel::codes`] that input `k` is in.
+    /// Row of the panel's codes that input `k` is in.
     fn code_row(self, k: usize) -> usize {
         k
     }
