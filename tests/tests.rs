@@ -12,5 +12,7 @@ mod lowering;
 mod numerics;
 /// Packages for the tests below.
 mod packages;
+/// TensorRT, where its library is.
+mod tensorrt;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;
