@@ -44,6 +44,12 @@ public:
     {
     }
 
+    // A network is used by the thread that made it alone.
+    bool is_of_this_thread() const
+    {
+        return mThread == std::this_thread::get_id();
+    }
+
     void hear(ILogger::Severity severity, char const* line)
     {
         if (severity <= ILogger::Severity::kERROR) {
@@ -57,17 +63,18 @@ public:
     }
 
     // The last error lines, which are forgotten: those of this thread, or else, where a thread of TensorRT's own found
-    // the error, all. Other networks' lines are here too, for there is one log.
+    // the error, all.
     std::string errors()
     {
         std::lock_guard<std::mutex> lock(mMutex);
-        auto const mine = [](Line const& line) { return line.thread == std::this_thread::get_id(); };
-        bool const any_mine = std::any_of(mErrors.begin(), mErrors.end(), mine);
+        auto const is_other_thread = [](Line const& line) { return line.thread != std::this_thread::get_id(); };
+        // Where there is no driver, TensorRT says so after every other error.
+        auto const is_no_driver = [](Line const& line) { return line.text.find("cudaError 35:") != std::string::npos; };
+        drop_unless_all(is_other_thread);
+        drop_unless_all(is_no_driver);
         std::string text;
         for (auto const& line : mErrors) {
-            if (mine(line) || !any_mine) {
-                text += text.empty() ? line.text : "; " + line.text;
-            }
+            text += text.empty() ? line.text : "; " + line.text;
         }
         mErrors.clear();
         return text.empty() ? "TensorRT gives no reason" : text;
@@ -91,21 +98,34 @@ private:
         std::string text;
     };
 
+    template <typename Predicate> void drop_unless_all(Predicate drop)
+    {
+        if (!std::all_of(mErrors.begin(), mErrors.end(), drop)) {
+            mErrors.erase(std::remove_if(mErrors.begin(), mErrors.end(), drop), mErrors.end());
+        }
+    }
+
     rust::Box<Observer> mObserver;
+    std::thread::id const mThread = std::this_thread::get_id();
     std::mutex mMutex;
     std::deque<Line> mErrors;
 };
 
-// TensorRT keeps one logger for the whole process, so this one lives as long as its library and passes every line on
-// to all networks that are alive.
+// TensorRT keeps one logger for the whole process, so this one lives as long as its library. What a thread says that
+// has networks goes to these; what TensorRT's own threads say goes to all networks that are alive.
 class Logger final : public ILogger {
 public:
     void log(Severity severity, AsciiChar const* line) noexcept override
     {
         try {
             // Listeners are called without the lock, which one of them may want.
-            for (auto const& listener : listeners()) {
-                listener->hear(severity, line);
+            auto const all = listeners();
+            auto const is_mine = [](auto const& listener) { return listener->is_of_this_thread(); };
+            bool const any_mine = std::any_of(all.begin(), all.end(), is_mine);
+            for (auto const& listener : all) {
+                if (is_mine(listener) || !any_mine) {
+                    listener->hear(severity, line);
+                }
             }
         } catch (...) {
             // Out of memory: the line is lost, which is better than the process.

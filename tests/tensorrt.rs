@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use aotron::Error;
 use aotron::backend::tensorrt::lower::{Attends, Lowered, Sizes, lower};
 use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, Version};
-use aotron::checkpoint::Checkpoint;
+use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Precision, optimized_graph};
 use aotron::tensor::DType;
 
@@ -51,18 +51,29 @@ impl Monitor for Recorder {
     }
 }
 
+const SIZES: Sizes = Sizes {
+    max_sequence_tokens: 256,
+    decode_sequences: 8,
+    prefill_sequences: 2,
+    prefill_tokens: 64,
+    prefill_logits_rows: 8,
+    top_tokens: 64,
+};
+
 fn lowered(library: &Library, monitor: Arc<dyn Monitor>, checkpoint: &str, attends: Attends) -> Lowered {
     let config = Checkpoint::open(Path::new(checkpoint)).unwrap().config().clone();
-    let sizes = Sizes {
-        max_sequence_tokens: 256,
-        decode_sequences: 8,
-        prefill_sequences: 2,
-        prefill_tokens: 64,
-        prefill_logits_rows: 8,
-        top_tokens: 64,
-    };
-    let (graph, _) = optimized_graph(&config, Precision::Bf16, sizes.max_sequence_tokens).unwrap();
-    lower(&graph, library.network(monitor).unwrap(), attends, &sizes).unwrap()
+    lowered_model(library, monitor, &config, attends, &SIZES)
+}
+
+fn lowered_model(
+    library: &Library,
+    monitor: Arc<dyn Monitor>,
+    config: &ModelConfig,
+    attends: Attends,
+    sizes: &Sizes,
+) -> Lowered {
+    let (graph, _) = optimized_graph(config, Precision::Bf16, sizes.max_sequence_tokens).unwrap();
+    lower(&graph, library.network(monitor).unwrap(), attends, sizes).unwrap()
 }
 
 fn build(lowered: &mut Lowered, compute_capability: Option<u16>, list_kernels: bool) -> aotron::Result<Plan> {
@@ -110,6 +121,36 @@ fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
     assert_eq!(decode.len(), 8 * config.num_layers + 3, "{decode:#?}");
     assert_eq!(cache_copies(&decode), 0, "{decode:#?}");
     assert!(recorder.steps.load(Ordering::Relaxed) > 0, "the build reports its progress");
+}
+
+/// Nemotron-3-8B, whose weights are not needed to compile it.
+#[test]
+fn the_8b_model_compiles() {
+    let Some(library) = rtx("the_8b_model_compiles") else { return };
+    let config = ModelConfig {
+        vocab_size: 256_000,
+        hidden_size: 4096,
+        intermediate_size: 16384,
+        num_layers: 32,
+        num_heads: 32,
+        num_kv_heads: 32,
+        head_dim: 128,
+        rotary_dim: 64,
+        rope_theta: 10000.0,
+        max_position_embeddings: 4096,
+        norm_eps: 1e-5,
+        tie_word_embeddings: false,
+        dtype: DType::BF16,
+        bos_token_id: Some(2),
+        eos_token_ids: vec![3],
+    };
+    let sizes = Sizes { max_sequence_tokens: 4096, prefill_sequences: 1, prefill_tokens: 512, ..SIZES };
+    let recorder = Arc::new(Recorder::default());
+    let mut lowered = lowered_model(&library, recorder.clone(), &config, Attends::Cache, &sizes);
+    let plan = build(&mut lowered, SM_80, true).unwrap();
+    assert!(plan.bytes().len() < 100 << 20, "{plan:?} holds weights");
+    let [_, decode] = kernels(&recorder);
+    assert_eq!(decode.len(), 8 * config.num_layers + 3, "{decode:#?}");
 }
 
 #[test]
@@ -168,6 +209,7 @@ fn errors_carry_the_words_of_tensorrt() {
     let error = build(&mut lowered, Some(90), false).unwrap_err().to_string();
     assert!(error.starts_with("TensorRT: cannot build for compute capability 90: "), "{error}");
     assert!(error.contains("ompute capability is invalid or not supported"), "{error}");
+    assert!(!error.contains("cudaError 35"), "that there is no driver is beside the point: {error}");
 
     let mut network = library.network(Arc::new(())).unwrap();
     network.scope("layers.0.mlp.up");
@@ -195,32 +237,6 @@ fn a_build_can_be_cancelled_and_repeated() {
     assert!(matches!(error, Error::Cancelled), "{error}");
     let mut whole = lowered(&library, Arc::new(()), TINY_CHAT, Attends::Cache);
     build(&mut whole, SM_80, false).unwrap();
-}
-
-/// Memory of this process that is in use, in bytes.
-fn resident() -> u64 {
-    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let pages: u64 = text.split_whitespace().nth(1).unwrap().parse().unwrap();
-    pages * rustix::param::page_size() as u64
-}
-
-#[test]
-fn two_hundred_networks_leave_nothing_behind() {
-    let Some(library) = rtx("two_hundred_networks_leave_nothing_behind") else { return };
-    let cycle = || {
-        let opened = Library::open(Kind::Rtx, &library.path()).unwrap();
-        let mut network = opened.network(Arc::new(())).unwrap();
-        let x = network.input("x", DType::BF16, &[4, 64]).unwrap();
-        let weight = network.input("weight", DType::BF16, &[64, 64]).unwrap();
-        let y = network.linear(x, weight).unwrap();
-        network.output(y, "y").unwrap();
-        network.build(&BuildOptions { compute_capability: SM_80, ..BuildOptions::default() }).unwrap();
-    };
-    (0..20).for_each(|_| cycle());
-    let before = resident();
-    (0..200).for_each(|_| cycle());
-    let grown = resident().saturating_sub(before);
-    assert!(grown < 32 << 20, "{grown} bytes more after 200 networks");
 }
 
 /// A library of this code, in C, in a fresh folder.

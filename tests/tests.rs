@@ -1,4 +1,4 @@
-//! The integration tests, but for two that need a process of their own: `hostile` and `allocation`.
+//! The integration tests, but for those that need a process of their own: `hostile`, `allocation`, `tensorrt_memory`.
 
 /// The program, as its users run it.
 mod cli;

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ffi::{Observer, bridge};
-use super::{Monitor, Network};
+use super::{BuildOptions, Monitor, Network};
 use crate::error::{Error, Result};
+use crate::tensor::DType;
 
 /// Which of the two libraries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -170,8 +171,21 @@ impl Library {
         OsString::from_vec(self.inner.path()).into()
     }
 
-    /// An empty network. The monitor hears what TensorRT says while it lives, and follows its build; of several networks
-    /// of one library that are alive at once each hears all, since TensorRT has one log.
+    /// Whether it compiles for a GPU, found out by compiling one product for it; `None` is the GPU at hand.
+    ///
+    /// # Errors
+    /// [`Error::TensorRt`] with TensorRT's own words if it does not.
+    pub fn compiles_for(&self, compute_capability: Option<u16>) -> Result<()> {
+        let mut network = self.network(Arc::new(()))?;
+        let x = network.input("x", DType::BF16, &[8, 64])?;
+        let weight = network.input("weight", DType::BF16, &[64, 64])?;
+        let product = network.linear(x, weight)?;
+        network.output(product, "product")?;
+        network.build(&BuildOptions { compute_capability, ..BuildOptions::default() }).map(drop)
+    }
+
+    /// An empty network. The monitor hears what TensorRT says on this thread while the network lives, and follows its
+    /// build. What threads of TensorRT's own say, all networks hear that are alive, since the library has one log.
     ///
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's own words.
