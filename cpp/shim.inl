@@ -685,6 +685,7 @@ public:
     {
         return std::make_unique<NetworkOf>(
             mLogger, std::make_shared<Listener>(std::move(observer)), [this](ILogger& logger) {
+                std::lock_guard<std::mutex> lock(mMutex);
                 return static_cast<IBuilder*>(mCreateBuilder(&logger, NV_TENSORRT_VERSION));
             });
     }
@@ -702,6 +703,7 @@ private:
     std::string mPath;
     std::int32_t mVersion = 0;
     void* (*mCreateBuilder)(void*, std::int32_t) = nullptr;
+    mutable std::mutex mMutex; // TensorRT sets up its process-wide state in the first builder's creation
     mutable Logger mLogger;
 };
 

@@ -229,6 +229,23 @@ fn errors_carry_the_words_of_tensorrt() {
 }
 
 #[test]
+fn sizes_that_do_not_fit_are_refused() {
+    let Some(library) = rtx("sizes_that_do_not_fit_are_refused") else { return };
+    let config = Checkpoint::open(Path::new(TINY_CHAT)).unwrap().config().clone();
+    let (graph, _) = optimized_graph(&config, Precision::Bf16, SIZES.max_sequence_tokens).unwrap();
+    for top_tokens in [0, 3841] {
+        let sizes = Sizes { top_tokens, ..SIZES };
+        let network = library.network(Arc::new(())).unwrap();
+        let error = lower(&graph, network, Attends::Cache, &sizes).unwrap_err().to_string();
+        assert!(error.contains(&format!("top_tokens is {top_tokens}, accepted are 1 to 3840")), "{error}");
+    }
+    let sizes = Sizes { prefill_tokens: 0, ..SIZES };
+    let mut lowered = lowered_model(&library, Arc::new(()), &config, Attends::Cache, &sizes);
+    let error = build(&mut lowered, SM_80, false).unwrap_err().to_string();
+    assert!(error.starts_with("TensorRT: cannot "), "{error}");
+}
+
+#[test]
 fn a_build_can_be_cancelled_and_repeated() {
     let Some(library) = rtx("a_build_can_be_cancelled_and_repeated") else { return };
     let recorder = Arc::new(Recorder { break_after: Some(2), ..Recorder::default() });

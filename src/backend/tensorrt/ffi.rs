@@ -117,8 +117,9 @@ pub(super) mod bridge {
     }
 }
 
-// SAFETY: a library has no mutable state but its list of listeners, which a mutex guards (cpp/shim.inl); creating
-// builders from several threads at once is allowed by TensorRT's documentation of thread safety. It is never destroyed.
+// SAFETY: what a library changes after it was opened is its list of listeners and, through the creation of builders,
+// TensorRT's own state; a mutex guards each (cpp/shim.inl). Builders of different threads share nothing else that is not
+// TensorRT's to guard: it allows one builder per thread. A library is never destroyed.
 unsafe impl Sync for bridge::Library {}
 
 /// What a network's events reach in Rust. Called from TensorRT's threads.
