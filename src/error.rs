@@ -93,6 +93,9 @@ pub enum Error {
     /// The tokenizer refused its file or a text.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// TensorRT is not here, or refused something; its own words are quoted.
+    #[error("TensorRT: {0}")]
+    TensorRt(String),
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,

@@ -436,6 +436,23 @@ fn doctor_says_what_there_is() {
     let json = aotron(&["doctor", "--format", "json"]).ok().json();
     assert!(json["cores"].as_u64().unwrap() > 0);
     assert!(json["instruction_sets"].as_array().unwrap().contains(&"portable".into()));
+    let libraries: Vec<&Value> = json["tensorrt"].as_array().unwrap().iter().map(|found| &found["file"]).collect();
+    assert_eq!(libraries, ["libtensorrt_rtx.so.1", "libnvinfer.so.11"]);
+}
+
+#[test]
+fn doctor_says_what_is_wrong_with_a_library() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("libtensorrt_rtx.so.1"), "truncated").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_aotron"))
+        .arg("doctor")
+        .env("AOTRON_TENSORRT_DIR", folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success());
+    assert!(text.contains("libtensorrt_rtx.so.1 as TensorRT for RTX: "), "{text}");
+    assert!(text.contains("file too short") || text.contains("invalid ELF header"), "{text}");
 }
 
 #[test]

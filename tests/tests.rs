@@ -1,4 +1,4 @@
-//! The integration tests, but for two that need a process of their own: `hostile` and `allocation`.
+//! The integration tests, but for those that need a process of their own: `hostile`, `allocation`, `tensorrt_memory`.
 
 /// The program, as its users run it.
 mod cli;
@@ -12,5 +12,7 @@ mod lowering;
 mod numerics;
 /// Packages for the tests below.
 mod packages;
+/// TensorRT, where its library is.
+mod tensorrt;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;

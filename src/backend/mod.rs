@@ -4,6 +4,7 @@ pub mod constants;
 pub mod cpu;
 mod select;
 mod step;
+pub mod tensorrt;
 
 pub use select::{ExecutorOptions, cpu_program, open, open_cpu};
 pub use step::{Chunk, Logits, NextToken, Rows, Span, Step};

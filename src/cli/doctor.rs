@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aotron::backend::cpu::kernels::isa::Isa;
+use aotron::backend::tensorrt::{Kind, Library};
 use aotron::compile::{Precision, Recipe};
 use serde::Serialize;
 
@@ -17,6 +18,10 @@ const PARAMETERS_8B: u64 = 8_540_135_424;
 const LINEAR_8B: u64 = 32 * (4 * 4096 * 4096 + 2 * 4096 * 16384);
 /// Its keys and values of 4096 tokens, in BF16: 32 layers of 2 · 32 heads · 128.
 const KV_BYTES_8B: u64 = 4096 * 32 * 2 * 32 * 128 * 2;
+
+/// Compute capabilities that TensorRT for RTX may compile for, and GPUs that have them.
+const COMPUTE_CAPABILITIES: [(u16, &str); 5] =
+    [(80, "A100"), (86, "RTX A6000"), (89, "L40"), (90, "H100"), (120, "RTX PRO 6000")];
 
 /// How to say it.
 #[derive(Debug, clap::Args)]
@@ -41,7 +46,83 @@ struct Findings {
     disk_free_bytes: Option<u64>,
     /// The NVIDIA driver is loaded.
     nvidia_driver: bool,
+    tensorrt: Vec<TensorRtFinding>,
     targets: Vec<TargetFinding>,
+}
+
+/// One of TensorRT's two libraries.
+#[derive(Debug, Serialize)]
+struct TensorRtFinding {
+    name: &'static str,
+    file: &'static str,
+    /// This program was compiled against.
+    header_version: String,
+    version: Option<String>,
+    path: Option<PathBuf>,
+    /// What a product was compiled for, just now.
+    compiles_for: Vec<String>,
+    /// What it refused, or why there is no library, and what to do.
+    problems: Vec<String>,
+}
+
+impl TensorRtFinding {
+    fn gather(kind: Kind) -> TensorRtFinding {
+        let mut finding = TensorRtFinding {
+            name: kind.name(),
+            file: kind.file_name(),
+            header_version: kind.header_version().to_string(),
+            version: None,
+            path: None,
+            compiles_for: Vec::new(),
+            problems: Vec::new(),
+        };
+        match Library::find(kind) {
+            Ok(library) => {
+                finding.version = Some(library.version().to_string());
+                finding.path = Some(library.path());
+                finding.try_out(&library);
+            }
+            Err(error) => finding.problems.push(words(&error)),
+        }
+        finding
+    }
+
+    fn try_out(&mut self, library: &Library) {
+        let gpus = match library.kind() {
+            Kind::Rtx => COMPUTE_CAPABILITIES
+                .iter()
+                .map(|(sm, gpu)| (Some(*sm), format!("SM {}.{} ({gpu})", sm / 10, sm % 10)))
+                .collect(),
+            Kind::TensorRt => vec![(None, "the GPU of this machine".to_owned())],
+        };
+        for (compute_capability, gpu) in gpus {
+            match library.compiles_for(compute_capability) {
+                Ok(()) => self.compiles_for.push(gpu),
+                Err(error) => self.problems.push(format!("{gpu}: {}", words(&error))),
+            }
+        }
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if let (Some(version), Some(path)) = (&self.version, &self.path) {
+            lines.push(format!("{version}, {}", term::harmless(&path.display().to_string())));
+            let gpus = if self.compiles_for.is_empty() { "nothing".into() } else { self.compiles_for.join(", ") };
+            lines.push(format!("compiles for {gpus}"));
+            lines.extend(self.problems.iter().map(|problem| format!("not for {}", term::harmless(problem))));
+        } else {
+            lines.extend(self.problems.iter().map(|problem| term::harmless(problem)));
+        }
+        lines
+    }
+}
+
+/// An error of TensorRT without the name, which stands at the head of its line.
+fn words(error: &aotron::Error) -> String {
+    match error {
+        aotron::Error::TensorRt(words) => words.clone(),
+        other => other.to_string(),
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -64,6 +145,7 @@ impl Findings {
             memory_available_bytes: available_memory(),
             disk_free_bytes: disk_free(Path::new(".")),
             nvidia_driver: Path::new("/proc/driver/nvidia/version").exists(),
+            tensorrt: Kind::ALL.into_iter().map(TensorRtFinding::gather).collect(),
             targets: targets
                 .iter()
                 .map(|name| TargetFinding { name, builds: known(name), runs: *name == "cpu" })
@@ -94,6 +176,11 @@ fn print(found: &Findings) -> anyhow::Result<()> {
     line("memory", format!("{} available of {}", size(found.memory_available_bytes), size(found.memory_bytes)))?;
     line("disk", format!("{} free in this folder", size(found.disk_free_bytes)))?;
     line("GPU", if found.nvidia_driver { "an NVIDIA driver is loaded" } else { "no NVIDIA driver" }.into())?;
+    for (label, finding) in ["TensorRT RTX", "TensorRT"].into_iter().zip(&found.tensorrt) {
+        for (index, text) in finding.lines().into_iter().enumerate() {
+            line(if index == 0 { label } else { "" }, text)?;
+        }
+    }
     for target in &found.targets {
         let verdict = match (target.builds, target.runs) {
             (true, true) => "builds and runs here",

@@ -138,8 +138,8 @@ impl fmt::Display for Trig {
 }
 
 /// One operation. Each defines one value; operands are listed in the order given here.
-/// A new op needs its type rule below, a CPU kernel (`backend/cpu/lower.rs`) and a TensorRT lowering: each is
-/// an exhaustive `match`, so a missing one does not compile.
+/// A new op needs its type rule below, a CPU kernel (`backend/cpu/lower.rs`) and a lowering to TensorRT
+/// (`backend/tensorrt/lower.rs`): each is an exhaustive `match`, so a missing one does not compile.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
     /// Supplied by the step.

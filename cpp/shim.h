@@ -1,0 +1,103 @@
+// What Rust sees of TensorRT. The interface is free of TensorRT's own headers, because it is implemented once against
+// those of TensorRT (tensorrt.cpp) and once against those of TensorRT for RTX (tensorrt_rtx.cpp).
+//
+// Every function that can fail throws std::runtime_error with TensorRT's own last error lines; the bridge makes it a
+// Rust `Err`. Tensors of a network are named by their index, which is checked on every use.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "rust/cxx.h"
+
+namespace aotron {
+
+// Defined by the bridge.
+struct BuildOptions;
+struct LayerInfo;
+struct Observer;
+struct TopK;
+enum class Element : std::uint8_t;
+
+// A serialized engine.
+class Plan {
+public:
+    virtual ~Plan() = default;
+    virtual rust::Slice<const std::uint8_t> bytes() const = 0;
+};
+
+// A strongly typed network under construction, with the builder that compiles it.
+class Network {
+public:
+    virtual ~Network() = default;
+
+    // Names the layers that are added from here on.
+    virtual void scope(rust::Str name) = 0;
+    // -1 is a dimension that a profile bounds.
+    virtual std::uint32_t input(rust::Str name, Element element, rust::Slice<const std::int64_t> dims) = 0;
+    virtual void output(std::uint32_t tensor, rust::Str name) = 0;
+
+    virtual std::uint32_t constant_f32(float value, std::uint32_t rank) = 0; // [1, 1, ...]
+    virtual std::uint32_t constant_i64(rust::Slice<const std::int64_t> values) = 0; // [n]
+    virtual std::uint32_t shape(std::uint32_t x) = 0; // i64[rank]
+    virtual std::uint32_t concat(rust::Slice<const std::uint32_t> parts) = 0; // along axis 0
+    virtual std::uint32_t gather(std::uint32_t table, std::uint32_t indices) = 0; // along axis 0
+    virtual std::uint32_t cast(std::uint32_t x, Element element) = 0;
+    virtual std::uint32_t reshape(std::uint32_t x, rust::Slice<const std::int64_t> dims) = 0;
+    virtual std::uint32_t reshape_to(std::uint32_t x, std::uint32_t shape) = 0;
+    virtual std::uint32_t transpose(std::uint32_t x, rust::Slice<const std::int32_t> order) = 0;
+    // From `start` (constant) as many as `size` (a shape tensor) says.
+    virtual std::uint32_t slice(std::uint32_t x, rust::Slice<const std::int64_t> start, std::uint32_t size) = 0;
+    virtual std::uint32_t sum(std::uint32_t x, std::uint32_t y) = 0;
+    virtual std::uint32_t product(std::uint32_t x, std::uint32_t y) = 0;
+    virtual std::uint32_t relu(std::uint32_t x) = 0;
+    // x [n, in] times the transpose of weight [out, in].
+    virtual std::uint32_t linear(std::uint32_t x, std::uint32_t weight) = 0;
+    // Over the last of two dimensions; scale and bias [1, width].
+    virtual std::uint32_t layer_norm(std::uint32_t x, std::uint32_t scale, std::uint32_t bias, float eps) = 0;
+    // x [B, heads, T, head_dim], cos and sin [B, T, rotary_dims / 2]; halves rotate against each other.
+    virtual std::uint32_t rotary(std::uint32_t x, std::uint32_t cos, std::uint32_t sin, std::uint32_t rotary_dims) = 0;
+    // cache [B, heads, S, head_dim] with update [B, heads, T, head_dim] written at indices [B].
+    virtual std::uint32_t cache_update(std::uint32_t cache, std::uint32_t update, std::uint32_t indices) = 0;
+    // Causal, the last query at the last key. Over all keys, or the first lengths[b] of each sequence.
+    virtual std::uint32_t attention(std::uint32_t q, std::uint32_t keys, std::uint32_t values) = 0;
+    virtual std::uint32_t attention_with_lengths(
+        std::uint32_t q, std::uint32_t keys, std::uint32_t values, std::uint32_t lengths)
+        = 0;
+    // The k largest along the last of two dimensions.
+    virtual TopK top_k(std::uint32_t x, std::uint32_t k) = 0;
+
+    virtual std::uint32_t layers() const = 0;
+    virtual LayerInfo layer(std::uint32_t index) const = 0;
+
+    virtual std::unique_ptr<Plan> build(BuildOptions const& options) = 0;
+    // Whether the last build ended because its observer asked for it.
+    virtual bool cancelled() const = 0;
+};
+
+// A loaded library. It stays until the process ends: TensorRT keeps pointers to its logger in static storage and runs
+// threads of its own, so unloading it is never safe. Its functions may be called from any thread.
+class Library {
+public:
+    virtual ~Library() = default;
+    virtual std::int32_t version() const = 0;
+    virtual rust::Vec<std::uint8_t> path() const = 0;
+    virtual std::unique_ptr<Network> network(rust::Box<Observer> observer) const = 0;
+};
+
+// Opens a library, or finds it open. A path without a slash is searched as the system does.
+Library const& open_library(bool rtx, rust::Slice<const std::uint8_t> path);
+// The version whose headers the shim was compiled against, as TensorRT counts it.
+std::int32_t header_version(bool rtx);
+
+// The two implementations.
+namespace enterprise {
+std::unique_ptr<Library> load(std::string const& path);
+std::int32_t header_version();
+}
+namespace rtx {
+std::unique_ptr<Library> load(std::string const& path);
+std::int32_t header_version();
+}
+
+} // namespace aotron

@@ -1,0 +1,147 @@
+//! The bridge to `cpp/`, the only place that sees TensorRT's C++ API. cxx checks both sides against each other when
+//! they are compiled; no pointer crosses.
+#![allow(unsafe_code)]
+// The bridge's generated code has no documentation.
+#![allow(missing_docs)]
+
+use std::sync::Arc;
+
+use super::{Monitor, Severity};
+
+#[cxx::bridge(namespace = "aotron")]
+pub(super) mod bridge {
+    /// Element type of a network tensor.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Element {
+        F32,
+        F16,
+        BF16,
+        I32,
+    }
+
+    /// The two outputs of a TopK layer.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    struct TopK {
+        values: u32,
+        indices: u32,
+    }
+
+    /// The shapes one input may have: the smallest, the one to be fastest at, the largest.
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    struct Range {
+        input: String,
+        min: Vec<i64>,
+        opt: Vec<i64>,
+        max: Vec<i64>,
+    }
+
+    /// The shapes of one kind of step.
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    struct Profile {
+        ranges: Vec<Range>,
+    }
+
+    /// How a network is built.
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    struct BuildOptions {
+        /// 80 for SM 8.0; 0 for the GPU at hand.
+        compute_capability: i32,
+        /// Log the plan's kernels.
+        list_kernels: bool,
+        profiles: Vec<Profile>,
+    }
+
+    /// A layer as TensorRT reads it back.
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    struct LayerInfo {
+        name: String,
+        kind: String,
+        inputs: Vec<String>,
+        outputs: Vec<String>,
+    }
+
+    extern "Rust" {
+        type Observer;
+        fn log(self: &Observer, severity: i32, line: &[u8]);
+        fn phase(self: &Observer, name: &[u8], steps: i32);
+        fn step(self: &Observer, phase: &[u8], step: i32) -> bool;
+    }
+
+    // SAFETY: this promises that the C++ functions below may be called with any arguments from safe code. They check
+    // what they are given (tensor indices, number of dimensions, null results of TensorRT) and throw, which cxx turns
+    // into an `Err`; they keep no reference to an argument past their return, and what they return is owned by its
+    // `UniquePtr` or, for libraries, lives until the process ends. That the loaded library itself keeps TensorRT's ABI is
+    // checked by its version (library.rs) before anything else of it is called.
+    unsafe extern "C++" {
+        include!("aotron/cpp/shim.h");
+
+        type Library;
+        fn open_library(rtx: bool, path: &[u8]) -> Result<&'static Library>;
+        fn header_version(rtx: bool) -> i32;
+        fn version(self: &Library) -> i32;
+        fn path(self: &Library) -> Vec<u8>;
+        fn network(self: &Library, observer: Box<Observer>) -> Result<UniquePtr<Network>>;
+
+        type Network;
+        fn scope(self: Pin<&mut Network>, name: &str);
+        fn input(self: Pin<&mut Network>, name: &str, element: Element, dims: &[i64]) -> Result<u32>;
+        fn output(self: Pin<&mut Network>, tensor: u32, name: &str) -> Result<()>;
+        fn constant_f32(self: Pin<&mut Network>, value: f32, rank: u32) -> Result<u32>;
+        fn constant_i64(self: Pin<&mut Network>, values: &[i64]) -> Result<u32>;
+        fn shape(self: Pin<&mut Network>, x: u32) -> Result<u32>;
+        fn concat(self: Pin<&mut Network>, parts: &[u32]) -> Result<u32>;
+        fn gather(self: Pin<&mut Network>, table: u32, indices: u32) -> Result<u32>;
+        fn cast(self: Pin<&mut Network>, x: u32, element: Element) -> Result<u32>;
+        fn reshape(self: Pin<&mut Network>, x: u32, dims: &[i64]) -> Result<u32>;
+        fn reshape_to(self: Pin<&mut Network>, x: u32, shape: u32) -> Result<u32>;
+        fn transpose(self: Pin<&mut Network>, x: u32, order: &[i32]) -> Result<u32>;
+        fn slice(self: Pin<&mut Network>, x: u32, start: &[i64], size: u32) -> Result<u32>;
+        fn sum(self: Pin<&mut Network>, x: u32, y: u32) -> Result<u32>;
+        fn product(self: Pin<&mut Network>, x: u32, y: u32) -> Result<u32>;
+        fn relu(self: Pin<&mut Network>, x: u32) -> Result<u32>;
+        fn linear(self: Pin<&mut Network>, x: u32, weight: u32) -> Result<u32>;
+        fn layer_norm(self: Pin<&mut Network>, x: u32, scale: u32, bias: u32, eps: f32) -> Result<u32>;
+        fn rotary(self: Pin<&mut Network>, x: u32, cos: u32, sin: u32, rotary_dims: u32) -> Result<u32>;
+        fn cache_update(self: Pin<&mut Network>, cache: u32, update: u32, indices: u32) -> Result<u32>;
+        fn attention(self: Pin<&mut Network>, q: u32, keys: u32, values: u32) -> Result<u32>;
+        fn attention_with_lengths(self: Pin<&mut Network>, q: u32, keys: u32, values: u32, lengths: u32)
+        -> Result<u32>;
+        fn top_k(self: Pin<&mut Network>, x: u32, k: u32) -> Result<TopK>;
+        fn layers(self: &Network) -> u32;
+        fn layer(self: &Network, index: u32) -> Result<LayerInfo>;
+        fn build(self: Pin<&mut Network>, options: &BuildOptions) -> Result<UniquePtr<Plan>>;
+        fn cancelled(self: &Network) -> bool;
+
+        type Plan;
+        fn bytes(self: &Plan) -> &[u8];
+    }
+}
+
+// SAFETY: what a library changes after it was opened is its list of listeners and, through the creation of builders,
+// TensorRT's own state; a mutex guards each (cpp/shim.inl). Builders of different threads share nothing else that is not
+// TensorRT's to guard: it allows one builder per thread. A library is never destroyed.
+unsafe impl Sync for bridge::Library {}
+
+/// What a network's events reach in Rust. Called from TensorRT's threads.
+pub(super) struct Observer(pub Arc<dyn Monitor>);
+
+impl Observer {
+    fn log(&self, severity: i32, line: &[u8]) {
+        let severity = match severity {
+            0 | 1 => Severity::Error,
+            2 => Severity::Warning,
+            3 => Severity::Info,
+            _ => Severity::Verbose,
+        };
+        self.0.log(severity, &String::from_utf8_lossy(line));
+    }
+
+    fn phase(&self, name: &[u8], steps: i32) {
+        self.0.phase(&String::from_utf8_lossy(name), usize::try_from(steps).unwrap_or(0));
+    }
+
+    fn step(&self, phase: &[u8], step: i32) -> bool {
+        let step = usize::try_from(step).unwrap_or(0);
+        self.0.step(&String::from_utf8_lossy(phase), step).is_continue()
+    }
+}

@@ -1,0 +1,333 @@
+//! Finding and opening TensorRT's libraries.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::ffi::{Observer, bridge};
+use super::{BuildOptions, Monitor, Network};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// Which of the two libraries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// TensorRT, for data-centre GPUs; compiles for the GPU at hand.
+    TensorRt,
+    /// TensorRT for RTX; compiles for a named compute capability, on any machine.
+    Rtx,
+}
+
+impl Kind {
+    /// Both.
+    pub const ALL: [Kind; 2] = [Kind::Rtx, Kind::TensorRt];
+
+    /// What NVIDIA calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::TensorRt => "TensorRT",
+            Kind::Rtx => "TensorRT for RTX",
+        }
+    }
+
+    /// The library's file.
+    pub fn file_name(self) -> &'static str {
+        match self {
+            Kind::TensorRt => "libnvinfer.so.11",
+            Kind::Rtx => "libtensorrt_rtx.so.1",
+        }
+    }
+
+    /// The folder of its Python package, under site-packages.
+    fn python_package(self) -> &'static str {
+        match self {
+            Kind::TensorRt => "tensorrt_libs",
+            Kind::Rtx => "tensorrt_rtx_libs",
+        }
+    }
+
+    /// How to get it.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Kind::TensorRt => {
+                "`pip install tensorrt-cu13` gets it from NVIDIA's package index; run aotron in the same Python \
+                 environment, or set AOTRON_TENSORRT_DIR to the folder of the library"
+            }
+            Kind::Rtx => {
+                "`make tensorrt` in aotron's source folder downloads it (95 MB) to .tensorrt/; or `pip install \
+                 tensorrt-rtx` and run aotron in the same Python environment; or set AOTRON_TENSORRT_DIR to the folder \
+                 of the library"
+            }
+        }
+    }
+
+    /// The version whose headers this program was compiled against.
+    pub fn header_version(self) -> Version {
+        Version::from_number(bridge::header_version(self == Kind::Rtx))
+    }
+}
+
+/// A version of a library.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// Programs compiled against another major version do not fit.
+    pub major: u32,
+    /// Functions are added from one to the next.
+    pub minor: u32,
+    /// Nothing is added.
+    pub patch: u32,
+}
+
+impl Version {
+    /// TensorRT's own number: two decimal digits each for minor and patch.
+    fn from_number(number: i32) -> Version {
+        let number = u32::try_from(number).unwrap_or(0);
+        Version { major: number / 10000, minor: number / 100 % 100, patch: number % 100 }
+    }
+
+    /// Whether a program compiled against `headers` can call a library of this version: its virtual tables only grow,
+    /// and only within a major version.
+    fn serves(self, headers: Version) -> bool {
+        self.major == headers.major && self.minor >= headers.minor
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
+    }
+}
+
+/// A library that is open. It stays open until the process ends, because TensorRT's libraries cannot be unloaded
+/// safely, so nothing made with one can outlive it.
+#[derive(Clone, Copy)]
+pub struct Library {
+    kind: Kind,
+    version: Version,
+    inner: &'static bridge::Library,
+}
+
+impl fmt::Debug for Library {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Library({} {} at {})", self.kind.name(), self.version, self.path().display())
+    }
+}
+
+impl Library {
+    /// Opens the first that is found:
+    ///
+    /// 1. in the folder `AOTRON_TENSORRT_DIR`;
+    /// 2. in `.tensorrt` in the current folder, then beside the program, where `make tensorrt` puts it;
+    /// 3. where the system looks for libraries;
+    /// 4. in the Python environment that is active.
+    ///
+    /// A library that is found but cannot be used is an error; no other is taken in its stead.
+    ///
+    /// # Errors
+    /// [`Error::TensorRt`] saying where was looked and how to get it, or what is wrong with the one that was found.
+    pub fn find(kind: Kind) -> Result<Library> {
+        Surroundings::of_this_process().find(kind)
+    }
+
+    /// Opens a library by its path.
+    ///
+    /// # Errors
+    /// [`Error::TensorRt`] if the file is no library, another library, or a version that this program was not compiled
+    /// for.
+    pub fn open(kind: Kind, path: &Path) -> Result<Library> {
+        let refuse =
+            |detail: String| Error::TensorRt(format!("cannot use {} as {}: {detail}", path.display(), kind.name()));
+        let inner = bridge::open_library(kind == Kind::Rtx, path.as_os_str().as_bytes())
+            .map_err(|error| refuse(error.what().into()))?;
+        let version = Version::from_number(inner.version());
+        let headers = kind.header_version();
+        if !version.serves(headers) {
+            return Err(refuse(format!(
+                "it is version {version}, and this aotron needs {}.{} or a later {}.x; {}",
+                headers.major,
+                headers.minor,
+                headers.major,
+                kind.remedy()
+            )));
+        }
+        Ok(Library { kind, version, inner })
+    }
+
+    /// Which it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its version, as it says itself.
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// The file it was opened from.
+    pub fn path(&self) -> PathBuf {
+        OsString::from_vec(self.inner.path()).into()
+    }
+
+    /// Whether it compiles for a GPU, found out by compiling one product for it; `None` is the GPU at hand.
+    ///
+    /// # Errors
+    /// [`Error::TensorRt`] with TensorRT's own words if it does not.
+    pub fn compiles_for(&self, compute_capability: Option<u16>) -> Result<()> {
+        let mut network = self.network(Arc::new(()))?;
+        let x = network.input("x", DType::BF16, &[8, 64])?;
+        let weight = network.input("weight", DType::BF16, &[64, 64])?;
+        let product = network.linear(x, weight)?;
+        network.output(product, "product")?;
+        network.build(&BuildOptions { compute_capability, ..BuildOptions::default() }).map(drop)
+    }
+
+    /// An empty network. The monitor hears what TensorRT says on this thread while the network lives, and follows its
+    /// build. What threads of TensorRT's own say, all networks hear that are alive, since the library has one log.
+    ///
+    /// # Errors
+    /// [`Error::TensorRt`] with TensorRT's own words.
+    pub fn network(&self, monitor: Arc<dyn Monitor>) -> Result<Network> {
+        let inner = self.inner.network(Box::new(Observer(monitor)));
+        Ok(Network::new(inner.map_err(|error| Error::TensorRt(error.what().into()))?))
+    }
+}
+
+/// What decides where libraries are looked for.
+#[derive(Debug, Clone, Default)]
+struct Surroundings {
+    /// `AOTRON_TENSORRT_DIR`.
+    chosen: Option<PathBuf>,
+    /// Folders that may have a `.tensorrt`.
+    folders: Vec<PathBuf>,
+    /// Whether the system's own places count.
+    system: bool,
+    /// Roots of active Python environments.
+    python: Vec<PathBuf>,
+}
+
+impl Surroundings {
+    fn of_this_process() -> Surroundings {
+        let folder = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let beside = env::current_exe().ok().and_then(|path| path.parent().map(Path::to_path_buf));
+        Surroundings {
+            chosen: folder("AOTRON_TENSORRT_DIR"),
+            folders: env::current_dir().into_iter().chain(beside).collect(),
+            system: true,
+            python: ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(folder).collect(),
+        }
+    }
+
+    fn find(&self, kind: Kind) -> Result<Library> {
+        let of_chosen = self.chosen.iter().cloned();
+        let local = of_chosen.chain(self.folders.iter().map(|folder| folder.join(".tensorrt")));
+        let local: Vec<PathBuf> = local.map(|folder| folder.join(kind.file_name())).collect();
+        if let Some(path) = local.iter().find(|path| path.exists()) {
+            return Library::open(kind, path);
+        }
+        // A name without a slash is looked for by the system. Only if it finds nothing is there a next place; what it
+        // says then ("cannot open shared object file") tells no more than that.
+        let name = Path::new(kind.file_name());
+        if self.system && bridge::open_library(kind == Kind::Rtx, name.as_os_str().as_bytes()).is_ok() {
+            return Library::open(kind, name);
+        }
+        if let Some(path) = self.python.iter().flat_map(|root| python_libraries(root, kind)).next() {
+            return Library::open(kind, &path);
+        }
+        let mut places: Vec<String> =
+            local.iter().filter_map(|p| p.parent()).map(|p| p.display().to_string()).collect();
+        if self.system {
+            places.push("the system's library folders".into());
+        }
+        if self.python.is_empty() {
+            places.push("a Python environment (none is active)".into());
+        }
+        places.extend(self.python.iter().map(|root| format!("the Python environment {}", root.display())));
+        Err(Error::TensorRt(format!(
+            "{} ({}) is not installed. {}. Looked in: {}",
+            kind.name(),
+            kind.file_name(),
+            capitalized(kind.remedy()),
+            places.join(", ")
+        )))
+    }
+}
+
+/// `<root>/lib/python3.*/site-packages/<package>/<library>`, those that exist.
+fn python_libraries(root: &Path, kind: Kind) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(root.join("lib")) else { return Vec::new() };
+    let is_python = |name: &OsStr| name.as_bytes().starts_with(b"python");
+    let mut paths: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.file_name().is_some_and(is_python))
+        .map(|path| path.join("site-packages").join(kind.python_package()).join(kind.file_name()))
+        .filter(|path| path.exists())
+        .collect();
+    paths.sort_unstable();
+    paths
+}
+
+fn capitalized(text: &str) -> String {
+    let mut characters = text.chars();
+    characters.next().map(|first| first.to_uppercase().chain(characters).collect()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_is_missing_is_said_to_be_with_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let nowhere = Surroundings { folders: vec![folder.path().into()], ..Surroundings::default() };
+        for kind in Kind::ALL {
+            let error = nowhere.find(kind).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("TensorRT: {} ({}) is not", kind.name(), kind.file_name())), "{error}");
+            assert!(error.contains("pip install tensorrt") && error.contains("AOTRON_TENSORRT_DIR"), "{error}");
+            assert!(error.contains(&folder.path().join(".tensorrt").display().to_string()), "{error}");
+        }
+    }
+
+    /// Files that are no libraries, so the error names the one that was taken.
+    #[test]
+    fn places_are_searched_in_order() {
+        let root = tempfile::tempdir().unwrap();
+        let name = Kind::Rtx.file_name();
+        let place = |folder: &str| {
+            std::fs::create_dir_all(root.path().join(folder)).unwrap();
+            root.path().join(folder).join(name)
+        };
+        let places = [
+            place("chosen"),
+            place("here/.tensorrt"),
+            place("beside/.tensorrt"),
+            place("python/lib/python3.11/site-packages/tensorrt_rtx_libs"),
+        ];
+        let surroundings = Surroundings {
+            chosen: Some(root.path().join("chosen")),
+            folders: vec![root.path().join("here"), root.path().join("beside")],
+            system: false,
+            python: vec![root.path().join("python")],
+        };
+        for place in places.iter().rev() {
+            std::fs::write(place, "no library").unwrap();
+            let error = surroundings.find(Kind::Rtx).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("TensorRT: cannot use {} as", place.display())), "{error}");
+        }
+    }
+
+    #[test]
+    fn later_versions_of_one_major_serve() {
+        let version = |major, minor, patch| Version { major, minor, patch };
+        assert_eq!(Version::from_number(110406), version(11, 4, 6));
+        assert_eq!(Version::from_number(-1), version(0, 0, 0));
+        assert_eq!(Kind::TensorRt.header_version().major, 11);
+        assert_eq!(Kind::Rtx.header_version().major, 1);
+        assert!(version(11, 5, 0).serves(version(11, 4, 2)));
+        assert!(version(11, 4, 0).serves(version(11, 4, 2)));
+        assert!(!version(11, 3, 9).serves(version(11, 4, 0)));
+        assert!(!version(12, 4, 0).serves(version(11, 4, 0)));
+    }
+}

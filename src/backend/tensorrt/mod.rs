@@ -1,0 +1,50 @@
+//! TensorRT: the graph is lowered to a network, which one of TensorRT's two libraries compiles into a plan.
+//!
+//! | library | compiles for | where |
+//! | --- | --- | --- |
+//! | TensorRT for RTX 1.7 ([`Kind::Rtx`]) | SM 8.0 (A100), 8.6, 8.9, 12.0 by name | anywhere, no GPU or driver needed |
+//! | TensorRT 11.4 ([`Kind::TensorRt`]) | the GPU at hand, H100 among them | on that GPU |
+//!
+//! Both are opened when they are first asked for ([`Library::find`]), so the program runs where neither is. Their C++
+//! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it.
+
+mod ffi;
+mod library;
+pub mod lower;
+mod network;
+
+use std::ops::ControlFlow;
+
+pub use library::{Kind, Library, Version};
+pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
+
+/// How serious TensorRT takes a line of its log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// What it was asked for cannot be done. The last of these are the text of the [`crate::Error`] that follows.
+    Error,
+    /// It goes on, but not as one might expect.
+    Warning,
+    /// For people.
+    Info,
+    /// Thousands of lines; among them, if asked for, the plan's kernels.
+    Verbose,
+}
+
+/// Follows a network from its first layer to its plan, and can stop the build. Called from TensorRT's threads, which
+/// cannot unwind: a panic in here ends the process.
+pub trait Monitor: Send + Sync {
+    /// A line of TensorRT's log.
+    fn log(&self, _severity: Severity, _line: &str) {}
+
+    /// A phase of the build begins, in that many steps. Phases nest.
+    fn phase(&self, _name: &str, _steps: usize) {}
+
+    /// A step of the phase is done. `Break` ends the build with [`crate::Error::Cancelled`].
+    fn step(&self, _phase: &str, _step: usize) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// Hears nothing, stops nothing.
+impl Monitor for () {}

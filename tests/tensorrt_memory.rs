@@ -1,0 +1,31 @@
+//! What networks leave behind in memory, which is counted for the whole process: so this is one of its own.
+
+use std::io::Write;
+
+use aotron::backend::tensorrt::{Kind, Library};
+
+/// Memory of this process that is in use, in bytes.
+fn resident_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = text.split_whitespace().nth(1).unwrap().parse().unwrap();
+    pages * rustix::param::page_size() as u64
+}
+
+#[test]
+fn two_hundred_builds_leave_nothing_behind() {
+    let library = match Library::find(Kind::Rtx) {
+        Ok(library) => library,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "SKIPPED two_hundred_builds_leave_nothing_behind: {error}");
+            return;
+        }
+    };
+    let path = library.path();
+    // Opens the library, makes a network, builds it and drops all.
+    let cycle = || Library::open(Kind::Rtx, &path).unwrap().compiles_for(Some(80)).unwrap();
+    (0..20).for_each(|_| cycle());
+    let before = resident_bytes();
+    (0..200).for_each(|_| cycle());
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 8 << 20, "{grown} bytes more after 200 networks");
+}
