@@ -41,8 +41,7 @@ What `aotron build --precision` keeps of a weight, and what it costs, measured o
 | `fp8` | E4M3 floats, an FP32 scale for each output | E4M3 floats, one calibrated scale for each layer | BF16 |
 
 Sums, norms, softmax and the residual stream are FP32 in all of them. A scale is the one, of several, that leaves the
-smallest sum of squared errors in its weights (`src/quantize.rs`); the head stays in BF16, because its errors are the
-logits' errors.
+smallest sum of squared errors in its weights (`src/quantize.rs`); the head stays in BF16.
 
 ";
 
