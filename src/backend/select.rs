@@ -29,7 +29,8 @@ pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Exec
 pub fn open_cpu(package: &Package, options: &CpuOptions) -> Result<CpuExecutor> {
     let (plan, program) = cpu_program(package)?;
     let weights = TensorFile::open(&package.file_path(&plan.weights))?;
-    CpuExecutor::new(program, &package.file_path(&plan.plan), weights, options)
+    let path = package.file_path(plan.plan.as_deref().unwrap_or_default());
+    CpuExecutor::new(program, &path, weights, options)
 }
 
 /// The package's CPU plan and its program. Whether the program holds together is checked when it is opened.
@@ -46,9 +47,9 @@ pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
         );
         return Err(Error::package(package.path(), detail));
     };
-    let refuse =
-        |detail: String| Error::package(package.path(), format!("{}: {detail}; build the package again", plan.plan));
-    let text = package.read(&plan.plan)?;
+    let file = plan.plan.as_deref().unwrap_or_default(); // an empty name is not listed, and refused as that
+    let refuse = |detail: String| Error::package(package.path(), format!("{file}: {detail}; build the package again"));
+    let text = package.read(file)?;
     #[derive(serde::Deserialize)]
     struct Head {
         version: u64,

@@ -130,7 +130,7 @@ impl Subject {
             Subject::Engine(package) => {
                 let (plan, program) = cpu_program(package)?;
                 let precision = serde_json::from_value(json!(plan.precision))
-                    .with_context(|| format!("precision `{}` of plan {}", plan.precision, plan.plan))?;
+                    .with_context(|| format!("precision `{}` of the {} plan", plan.precision, plan.target))?;
                 let calibration = Calibration::of_program(&program);
                 Ok((&package.manifest().model, precision, plan.limits.clone(), calibration))
             }
@@ -204,7 +204,10 @@ impl Lines {
         self.fact("generation", format!("ended by {stops}, or after {} tokens unless told", settings.max_tokens));
         for plan in &manifest.plans {
             let limits = &plan.limits;
-            self.fact(&format!("{} plan", plan.target), format!("{}, {}", plan.precision, plan.plan));
+            self.fact(
+                &format!("{} plan", plan.target),
+                format!("{}, {}", plan.precision, plan.plan.as_deref().unwrap_or("only prepared")),
+            );
             self.fact(
                 "  limits",
                 format!(

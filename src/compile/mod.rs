@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 pub use calibration::Calibration;
 pub use passes::{Precision, Report};
-pub use recipe::{Recipe, Target};
+pub use recipe::{Recipe, Target, TensorRtOptions};
 
 use crate::backend::Limits;
 use crate::backend::cpu;
@@ -94,6 +94,10 @@ pub fn optimized_graph(
 /// Whatever is wrong with the checkpoint, recipe or output; nothing is left behind then.
 pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSummary> {
     let recipe = &request.recipe;
+    if recipe.target != Target::Cpu {
+        let name = recipe.target.name();
+        return Err(Error::Recipe { name: name.into(), detail: "this version builds plans for CPUs only".into() });
+    }
     let checkpoint = Checkpoint::open(&request.checkpoint)?;
     let config = checkpoint.config();
     let limits = recipe.limits(config)?;
@@ -149,11 +153,12 @@ pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSum
     manifest.plans.push(PlanInfo {
         target: target.into(),
         precision: recipe.precision.to_string(),
-        plan,
+        plan: Some(plan),
         weights,
         limits: limits.clone(),
         kv_bytes_per_token,
         recipe: recipe.text.clone(),
+        tensorrt: None,
     });
     writer.finish(&mut manifest)?;
     let bytes = manifest.files.iter().map(|f| f.bytes).sum();

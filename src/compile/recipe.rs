@@ -1,5 +1,6 @@
 //! Recipes: what to build for a target. The ones that ship are `engines/*.toml`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -12,7 +13,13 @@ use crate::error::{Error, Result};
 /// A recipe is refused past this size.
 const MAX_RECIPE_BYTES: u64 = 1 << 20;
 /// The recipes inside the program, by name.
-const BUILT_IN: &[(&str, &str)] = &[("cpu", include_str!("../../engines/cpu.toml"))];
+const BUILT_IN: &[(&str, &str)] = &[
+    ("cpu", include_str!("../../engines/cpu.toml")),
+    ("a100", include_str!("../../engines/a100.toml")),
+    ("h100", include_str!("../../engines/h100.toml")),
+];
+/// The most that a TopK of TensorRT gives.
+const MOST_TOP_TOKENS: usize = 3840;
 
 /// What to build.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,8 +36,37 @@ pub struct Recipe {
     pub prefill_chunk_tokens: usize,
     /// Rows of logits per step.
     pub logits_rows: usize,
+    /// Of a GPU's plan: what TensorRT is told.
+    pub tensorrt: Option<TensorRtOptions>,
     /// The text it was read from.
     pub text: String,
+}
+
+/// What TensorRT is told.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorRtOptions {
+    /// The largest logits of each row that the plan gives beside the row.
+    pub top_tokens: usize,
+    /// Sequences of a prefill step.
+    pub prefill_sequences: usize,
+    /// Whether first chunks have a plan of their own; `None`: unless weights are part of the plan.
+    pub first_chunk_plan: Option<bool>,
+    /// TensorRT 11's builder optimization level, 0 to 5.
+    pub optimization_level: usize,
+    /// GiB of KV cache to use on a GPU, by the GPU's memory in GB.
+    #[serde(deserialize_with = "numbered")]
+    pub kv_cache_gib: BTreeMap<u32, u32>,
+}
+
+/// TOML's keys are texts.
+fn numbered<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<BTreeMap<u32, u32>, D::Error> {
+    let named = BTreeMap::<String, u32>::deserialize(deserializer)?;
+    let number = |(key, gib): (String, u32)| match key.parse() {
+        Ok(gb) => Ok((gb, gib)),
+        Err(_) => Err(serde::de::Error::custom(format!("kv_cache_gib has the key {key}, expected a GPU's GB"))),
+    };
+    named.into_iter().map(number).collect()
 }
 
 /// What a plan runs on.
@@ -39,6 +75,10 @@ pub struct Recipe {
 pub enum Target {
     /// Any CPU.
     Cpu,
+    /// NVIDIA A100, SM 8.0.
+    A100,
+    /// NVIDIA H100 (and H200), SM 9.0.
+    H100,
 }
 
 impl Target {
@@ -46,6 +86,26 @@ impl Target {
     pub fn name(self) -> &'static str {
         match self {
             Target::Cpu => "cpu",
+            Target::A100 => "a100",
+            Target::H100 => "h100",
+        }
+    }
+
+    /// Compute capability of a GPU: 80 is SM 8.0.
+    pub fn compute_capability(self) -> Option<u16> {
+        match self {
+            Target::Cpu => None,
+            Target::A100 => Some(80),
+            Target::H100 => Some(90),
+        }
+    }
+
+    /// How it can compute.
+    pub fn precisions(self) -> &'static [Precision] {
+        match self {
+            Target::Cpu => &Precision::ALL,
+            Target::A100 => &[Precision::Bf16, Precision::Int8, Precision::Int4],
+            Target::H100 => &[Precision::Bf16, Precision::Fp8, Precision::Int8, Precision::Int4],
         }
     }
 }
@@ -93,6 +153,7 @@ impl Recipe {
             max_sequence_tokens: Option<usize>,
             prefill_chunk_tokens: usize,
             logits_rows: usize,
+            tensorrt: Option<TensorRtOptions>,
         }
         let refuse = |detail: String| Error::Recipe { name: name.into(), detail };
         let raw: Raw = toml::from_str(text).map_err(|e| refuse(e.to_string().trim_end().into()))?;
@@ -100,7 +161,23 @@ impl Recipe {
             let fits = (1..=most).contains(&n);
             fits.then_some(n).ok_or_else(|| refuse(format!("{key} is {n}, accepted are 1 to {most}")))
         };
-        Ok(Recipe {
+        let target = raw.target.name();
+        match (&raw.tensorrt, raw.target.compute_capability()) {
+            (None, Some(_)) => return Err(refuse(format!("target {target} needs a section [tensorrt]"))),
+            (Some(_), None) => return Err(refuse(format!("target {target} has no use for a section [tensorrt]"))),
+            (Some(options), Some(_)) => {
+                within("top_tokens", options.top_tokens, MOST_TOP_TOKENS)?;
+                within("prefill_sequences", options.prefill_sequences, raw.slots)?;
+                within("optimization_level", options.optimization_level + 1, 6).map_err(|_| {
+                    refuse(format!("optimization_level is {}, accepted are 0 to 5", options.optimization_level))
+                })?;
+                if options.kv_cache_gib.is_empty() || options.kv_cache_gib.iter().any(|(gb, gib)| gb.min(gib) == &0) {
+                    return Err(refuse("kv_cache_gib names at least one GPU's GB, each with at least 1 GiB".into()));
+                }
+            }
+            (None, None) => {}
+        }
+        let recipe = Recipe {
             target: raw.target,
             precision: raw.precision,
             slots: within("slots", raw.slots, 1024)?,
@@ -110,8 +187,28 @@ impl Recipe {
             },
             prefill_chunk_tokens: within("prefill_chunk_tokens", raw.prefill_chunk_tokens, 1 << 16)?,
             logits_rows: within("logits_rows", raw.logits_rows, 1 << 16)?,
+            tensorrt: raw.tensorrt,
             text: text.into(),
-        })
+        };
+        recipe.check().map_err(|_| refuse(recipe.unsupported()))?;
+        Ok(recipe)
+    }
+
+    /// Checks what can have been changed since it was read: that its target computes in its precision.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] naming both, and the precisions it does compute in.
+    pub fn check(&self) -> Result<()> {
+        match self.target.precisions().contains(&self.precision) {
+            true => Ok(()),
+            false => Err(Error::Recipe { name: self.target.name().into(), detail: self.unsupported() }),
+        }
+    }
+
+    fn unsupported(&self) -> String {
+        let names: Vec<String> = self.target.precisions().iter().map(Precision::to_string).collect();
+        let (precision, target) = (self.precision, self.target.name());
+        format!("precision {precision} is not for {target}, which takes {}", names.join(", "))
     }
 
     /// The limits of a plan for this model.
@@ -158,6 +255,17 @@ mod tests {
         assert!(refused(GOOD.replace("'cpu'", "'tpu'")).contains("tpu"));
         assert!(refused(format!("{GOOD}speed = 9\n")).contains("speed"));
         assert!(refused(GOOD.replace("slots = 2\n", "")).contains("slots"));
-        assert!(Recipe::load("nonesuch").unwrap_err().to_string().contains("the recipes are: cpu"));
+        let a100 = Recipe::load("a100").unwrap().text;
+        let refused_gpu = |from: &str, to: &str| refused(a100.replace(from, to));
+        assert!(
+            refused_gpu("precision = \"bf16\"", "precision = \"fp8\"")
+                .contains("fp8 is not for a100, which takes bf16")
+        );
+        assert!(refused_gpu("optimization_level = 4", "optimization_level = 6").contains("6, accepted are 0 to 5"));
+        assert!(refused_gpu("top_tokens = 64", "top_tokens = 4000").contains("top_tokens is 4000"));
+        assert!(refused_gpu("40 = 16", "big = 16").contains("big"));
+        assert!(refused_gpu("40 = 16", "40 = 0").contains("kv_cache_gib"));
+        assert!(refused(GOOD.replace("'cpu'", "'a100'").replace("f32", "bf16")).contains("needs a section [tensorrt]"));
+        assert!(Recipe::load("nonesuch").unwrap_err().to_string().contains("the recipes are: cpu, a100, h100"));
     }
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Limits;
+use super::tensorrt::TensorRtInfo;
 use crate::checkpoint::ModelConfig;
 use crate::error::{Error, Result};
 
@@ -79,12 +80,12 @@ pub struct GenerationSettings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlanInfo {
-    /// What it runs on: `"cpu"`.
+    /// What it runs on: `"cpu"`, `"a100"`, `"h100"`.
     pub target: String,
     /// How it computes: `"f32"`, `"bf16"`, `"int8"`, `"int4"`, `"fp8"`.
     pub precision: String,
-    /// The plan's file.
-    pub plan: String,
+    /// The plan's file; none if it was only prepared (see [`TensorRtInfo::compiled`]).
+    pub plan: Option<String>,
     /// The weights it reads.
     pub weights: String,
     /// What it was built for.
@@ -93,6 +94,18 @@ pub struct PlanInfo {
     pub kv_bytes_per_token: usize,
     /// The recipe's text.
     pub recipe: String,
+    /// Of a TensorRT plan: what compiled it and what it is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensorrt: Option<TensorRtInfo>,
+}
+
+impl PlanInfo {
+    /// Every file it needs.
+    pub fn files(&self) -> impl Iterator<Item = &String> {
+        let compiled = self.tensorrt.as_ref().and_then(|t| t.compiled.as_ref());
+        let first_chunk = compiled.and_then(|c| c.first_chunk_plan.as_ref());
+        self.plan.iter().chain(first_chunk).chain([&self.weights])
+    }
 }
 
 /// A file of the package.
@@ -176,7 +189,7 @@ impl Manifest {
                 return Err(refuse(format!("\"{}\" is not a path inside the package", file.path)));
             }
         }
-        let referenced = manifest.plans.iter().flat_map(|p| [&p.plan, &p.weights]);
+        let referenced = manifest.plans.iter().flat_map(PlanInfo::files);
         for path in referenced.chain(manifest.tokenizer.as_ref().map(|t| &t.file)) {
             if manifest.file(path).is_none() {
                 return Err(refuse(format!("\"{path}\" is used but not listed in files")));

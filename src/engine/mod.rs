@@ -10,6 +10,7 @@
 mod limits;
 mod manifest;
 mod package;
+pub mod tensorrt;
 mod writer;
 
 pub use limits::Limits;

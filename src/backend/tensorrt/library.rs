@@ -9,17 +9,9 @@ use std::sync::Arc;
 
 use super::ffi::{Observer, bridge};
 use super::{BuildOptions, Monitor, Network};
+pub use crate::engine::tensorrt::LibraryKind as Kind;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
-
-/// Which of the two libraries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// TensorRT, for data-centre GPUs; compiles for the GPU at hand.
-    TensorRt,
-    /// TensorRT for RTX; compiles for a named compute capability, on any machine.
-    Rtx,
-}
 
 impl Kind {
     /// Both.

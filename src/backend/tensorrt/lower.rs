@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 
 use super::{Network, Profile, Range, Tensor};
+pub use crate::engine::tensorrt::Sizes;
 use crate::error::{Error, Result};
 use crate::graph::{Const, Graph, Input, Node, Op, Value};
 use crate::tensor::DType;
@@ -29,23 +30,6 @@ pub enum Attends {
     Cache,
     /// The step's own: a first chunk, whose sequences have no past. The cache is written, not read.
     Chunk,
-}
-
-/// The sizes a plan is built for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sizes {
-    /// Capacity of one sequence in the cache.
-    pub max_sequence_tokens: usize,
-    /// Most sequences of a step that decodes, one token each.
-    pub decode_sequences: usize,
-    /// Most sequences of a step that prefills.
-    pub prefill_sequences: usize,
-    /// Most tokens per sequence of a step that prefills; all its sequences have equally many.
-    pub prefill_tokens: usize,
-    /// Most rows of logits of a step that prefills.
-    pub prefill_logits_rows: usize,
-    /// Columns of the outputs [`TOP_LOGITS`] and [`TOP_IDS`], or the vocabulary if that is less.
-    pub top_tokens: usize,
 }
 
 /// A weight that a plan takes as an input.
