@@ -15,6 +15,7 @@ mod network;
 
 use std::ops::ControlFlow;
 
+pub use ffi::ConstantBytes;
 pub use library::{Kind, Library, Version};
 pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
 
