@@ -86,6 +86,15 @@ impl Scheme {
         }
     }
 
+    /// Replaces each weight of whole rows, `[rows, columns]`, by its code, as a number; their scales go into `scales`,
+    /// `[rows, blocks]`.
+    pub fn quantize(self, columns: usize, rows: &mut [f32], scales: &mut [f32]) {
+        for (row, scales) in rows.chunks_exact_mut(columns).zip(scales.chunks_exact_mut(self.blocks(columns))) {
+            self.scales(row, scales);
+            self.codes(row, scales);
+        }
+    }
+
     /// The code's bits: of a number that [`Scheme::codes`] gave. An I4 is in the low half, the high half zero.
     pub fn bits(self, code: f32) -> u8 {
         match self.code {

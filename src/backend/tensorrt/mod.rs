@@ -12,6 +12,7 @@ mod ffi;
 mod library;
 pub mod lower;
 mod network;
+pub mod pack;
 
 use std::ops::ControlFlow;
 
