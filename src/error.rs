@@ -96,6 +96,9 @@ pub enum Error {
     /// TensorRT is not here, or refused something; its own words are quoted.
     #[error("TensorRT: {0}")]
     TensorRt(String),
+    /// The GPU or its driver is not here, refused something, or failed.
+    #[error("GPU: {0}")]
+    Gpu(String),
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
