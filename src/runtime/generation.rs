@@ -94,13 +94,18 @@ impl Generation {
         self.started = Some(Instant::now());
     }
 
-    /// Chooses an id from row `row` of a step's logits and appends the text it makes certain to `delta`.
+    /// Chooses an id from row `row` of a step's logits and appends the text it makes certain to `delta`. The row is
+    /// fetched only where its largest logits do not decide.
     ///
     /// # Errors
     /// The outer one is the executor's, for a row that is missing or cannot be fetched; the inner one is this
     /// generation's own.
     pub(super) fn accept(&mut self, logits: &mut Logits<'_>, row: usize, delta: &mut String) -> Result<Result<()>> {
-        let id = self.sampler.sample(logits.row(row)?);
+        let id = match logits.top(row).map(|top| self.sampler.sample_top(top)) {
+            None | Some(Ok(None)) => self.sampler.sample(logits.row(row)?),
+            Some(Ok(Some(id))) => Ok(id),
+            Some(Err(error)) => Err(error),
+        };
         Ok(id.and_then(|id| self.push(id, delta)))
     }
 
