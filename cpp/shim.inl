@@ -617,6 +617,9 @@ public:
         }
         Monitor monitor(mListening->observer());
         config->setProgressMonitor(&monitor);
+        // One at a time: builds for different compute capabilities disturb each other inside TensorRT.
+        static std::mutex building;
+        std::lock_guard<std::mutex> const lock(building);
         std::unique_ptr<IHostMemory> memory(mBuilder->buildSerializedNetwork(*mNetwork, *config));
         mCancelled = monitor.cancelled();
         if (!memory || memory->size() == 0) {

@@ -137,8 +137,8 @@ pub(super) mod bridge {
 }
 
 // SAFETY: what a library changes after it was opened is its list of listeners and, through the creation of builders,
-// TensorRT's own state; a mutex guards each (cpp/shim.inl). Builders of different threads share nothing else that is not
-// TensorRT's to guard: it allows one builder per thread. A library is never destroyed.
+// TensorRT's own state; a mutex guards each (cpp/shim.inl), and another lets one build run at a time. Builders of
+// different threads share nothing else that is not TensorRT's to guard: it allows one builder per thread. A library is never destroyed.
 unsafe impl Sync for bridge::Library {}
 
 /// Bytes of a constant, which TensorRT reads where they lie: their owner lives until the network is gone.
