@@ -13,11 +13,13 @@ mod ffi;
 mod library;
 pub mod lower;
 mod network;
+mod runtime;
 
 use std::ops::ControlFlow;
 
 pub use library::{Kind, Library, Version};
 pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
+pub use runtime::{Context, Engine, EngineTensor, Runtime, Validity};
 
 /// How serious TensorRT takes a line of its log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
