@@ -491,8 +491,10 @@ pub struct Stream {
     device: Device,
 }
 
-// SAFETY: a stream is not tied to a thread.
+// SAFETY: a stream is not tied to a thread, and the driver lets several use one.
 unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
 
 impl Stream {
     /// Its GPU.

@@ -9,6 +9,7 @@
 //! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it.
 
 pub mod device;
+pub(crate) mod executor;
 mod ffi;
 mod library;
 pub mod lower;
@@ -17,6 +18,8 @@ mod runtime;
 
 use std::ops::ControlFlow;
 
+pub use device::{DeviceInfo, devices};
+pub use executor::{Event, GpuOptions, Report, TensorRtExecutor};
 pub use library::{Kind, Library, Version};
 pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
 pub use runtime::{Context, Engine, EngineTensor, Runtime, Validity};
