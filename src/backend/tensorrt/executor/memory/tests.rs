@@ -173,7 +173,7 @@ fn slots_are_what_recipe_memory_and_request_allow() {
     assert_eq!(slots, 10, "a request is not bound by the recipe's share");
     assert!(words.ends_with("; 10 sequences instead of 12, for want of memory"), "{words}");
     let error = fit_8b(16_000_000_000, 15_000_000_000, None).unwrap_err();
-    assert!(error.contains("= 21.2 GB of 15.0 GB free") && error.contains("int8"), "{error}");
+    assert!(error.contains("= 21.3 GB of 15.0 GB free") && error.contains("int8"), "{error}");
 }
 
 #[test]
