@@ -2,7 +2,7 @@
 //!
 //! The driver's library is opened when a GPU is first asked for. Without one, everything here is an [`Error::Gpu`] that
 //! says so. A failure after which the GPU refuses everything (an uncorrectable memory error, an illegal address) is kept,
-//! and every later call repeats it, until the last user of the [`Device`] is gone and another is opened.
+//! and every later call repeats it: CUDA leaves a process no way back from these but to be started anew.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -11,180 +11,16 @@ use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUresult};
+use cudarc::driver::sys;
 
+pub use self::driver::{DeviceInfo, devices};
+use self::driver::{is_lasting, words};
 use crate::error::{Error, Result};
+
+mod driver;
 
 /// What addresses of tensors are multiples of; what the driver allocates starts at one.
 pub const ALIGN: u64 = 256;
-
-/// Every function of the driver that this module calls. The bindings end the process for one that is missing, so all
-/// are looked for before the first is called.
-const FUNCTIONS: [&str; 33] = [
-    "cuInit",
-    "cuGetErrorName",
-    "cuGetErrorString",
-    "cuDeviceGetCount",
-    "cuDeviceGet",
-    "cuDeviceGetName",
-    "cuDeviceGetAttribute",
-    "cuDeviceTotalMem_v2",
-    "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxRelease_v2",
-    "cuCtxSetCurrent",
-    "cuMemGetInfo_v2",
-    "cuMemAlloc_v2",
-    "cuMemFree_v2",
-    "cuMemHostAlloc",
-    "cuMemFreeHost",
-    "cuMemsetD8Async",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyDtoHAsync_v2",
-    "cuStreamCreate",
-    "cuStreamDestroy_v2",
-    "cuStreamSynchronize",
-    "cuStreamIsCapturing",
-    "cuStreamBeginCapture_v2",
-    "cuStreamEndCapture",
-    "cuEventCreate",
-    "cuEventRecord",
-    "cuEventSynchronize",
-    "cuEventDestroy_v2",
-    "cuGraphInstantiateWithFlags",
-    "cuGraphDestroy",
-    "cuGraphLaunch",
-    "cuGraphExecDestroy",
-];
-
-/// A GPU of this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceInfo {
-    /// Its number among those this process may use (`CUDA_VISIBLE_DEVICES` decides which).
-    pub index: usize,
-    /// What NVIDIA calls it: "NVIDIA A100-SXM4-80GB".
-    pub name: String,
-    /// 80 is SM 8.0.
-    pub compute_capability: u16,
-    /// Its memory.
-    pub memory_bytes: u64,
-}
-
-/// The GPUs that this process may use; none if a driver is loaded that finds none.
-///
-/// # Errors
-/// [`Error::Gpu`] if there is no driver, or it does not start.
-pub fn devices() -> Result<Vec<DeviceInfo>> {
-    match start_driver() {
-        Ok(()) => {}
-        Err(Start::NoDevice) => return Ok(Vec::new()),
-        Err(Start::Failed(detail)) => return Err(Error::Gpu(detail)),
-    }
-    let count = result::device::get_count().map_err(|error| Error::Gpu(words("count the GPUs", error)))?;
-    (0..usize::try_from(count).unwrap_or(0)).map(info).collect()
-}
-
-#[derive(Debug, Clone)]
-enum Start {
-    NoDevice,
-    Failed(String),
-}
-
-/// Opens the driver's library and initializes it, once for the process.
-fn start_driver() -> Result<(), Start> {
-    static STARTED: OnceLock<Result<(), Start>> = OnceLock::new();
-    let start = || {
-        // SAFETY: opening the driver's library runs its initializers, which expect nothing of this process.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(Start::Failed(
-                "no NVIDIA driver is loaded: libcuda.so.1, which is part of it, cannot be opened".into(),
-            ));
-        }
-        // SAFETY: as above; it is there, which is what `culib` ends the process without.
-        let library = unsafe { sys::culib() };
-        for name in FUNCTIONS {
-            // SAFETY: the symbol is looked up, not called.
-            if unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_err() {
-                return Err(Start::Failed(format!(
-                    "libcuda.so.1 has no function {name}: aotron needs a driver for CUDA 12.0 or later"
-                )));
-            }
-        }
-        match result::init() {
-            Ok(()) => Ok(()),
-            Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Err(Start::NoDevice),
-            Err(error) => Err(Start::Failed(words("start the NVIDIA driver", error))),
-        }
-    };
-    STARTED.get_or_init(start).clone()
-}
-
-fn info(index: usize) -> Result<DeviceInfo> {
-    use sys::CUdevice_attribute::{
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
-    };
-    let ask = || {
-        let device = result::device::get(i32::try_from(index).unwrap_or(i32::MAX))?;
-        let name = result::device::get_name(device)?;
-        // SAFETY: `device` is what the driver gave for this number.
-        let (major, minor, memory) = unsafe {
-            (
-                result::device::get_attribute(device, MAJOR)?,
-                result::device::get_attribute(device, MINOR)?,
-                result::device::total_mem(device)?,
-            )
-        };
-        Ok(DeviceInfo {
-            index,
-            name,
-            compute_capability: u16::try_from(10 * major + minor).unwrap_or(0),
-            memory_bytes: memory as u64,
-        })
-    };
-    ask().map_err(|error| Error::Gpu(words(&format!("ask about GPU {index}"), error)))
-}
-
-/// What failed, in the driver's words, and what to do where that is known.
-fn words(action: &str, error: DriverError) -> String {
-    let text = |found: Result<&std::ffi::CStr, DriverError>| {
-        found.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
-    };
-    let (name, meaning) = (text(error.error_name()), text(error.error_string()));
-    let remedy = match error.0 {
-        CUresult::CUDA_ERROR_STUB_LIBRARY => ": libcuda.so.1 is a stub to link against; remove it from the search path",
-        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => ": restart the machine after the driver's update",
-        CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE | CUresult::CUDA_ERROR_INSUFFICIENT_LOADER_VERSION => {
-            ": update the NVIDIA driver"
-        }
-        CUresult::CUDA_ERROR_SYSTEM_NOT_READY => ": nvidia-fabricmanager is perhaps not running",
-        _ => "",
-    };
-    format!("cannot {action}: {meaning} ({name}){remedy}")
-}
-
-/// Whether the GPU refuses everything after this, until its context is gone.
-fn is_lasting(error: DriverError) -> bool {
-    use CUresult::*;
-    matches!(
-        error.0,
-        CUDA_ERROR_DEINITIALIZED
-            | CUDA_ERROR_ECC_UNCORRECTABLE
-            | CUDA_ERROR_NVLINK_UNCORRECTABLE
-            | CUDA_ERROR_CONTAINED
-            | CUDA_ERROR_ILLEGAL_ADDRESS
-            | CUDA_ERROR_LAUNCH_TIMEOUT
-            | CUDA_ERROR_CONTEXT_IS_DESTROYED
-            | CUDA_ERROR_ASSERT
-            | CUDA_ERROR_HARDWARE_STACK_ERROR
-            | CUDA_ERROR_ILLEGAL_INSTRUCTION
-            | CUDA_ERROR_MISALIGNED_ADDRESS
-            | CUDA_ERROR_INVALID_ADDRESS_SPACE
-            | CUDA_ERROR_INVALID_PC
-            | CUDA_ERROR_LAUNCH_FAILED
-            | CUDA_ERROR_TENSOR_MEMORY_LEAK
-            | CUDA_ERROR_EXTERNAL_DEVICE
-            | CUDA_ERROR_UNKNOWN
-    )
-}
 
 /// A GPU in use. What is made with it keeps it in use.
 #[derive(Debug, Clone)]
@@ -235,7 +71,7 @@ impl Inner {
                 return Error::Gpu(text);
             }
             let DeviceInfo { index, name, .. } = &self.info;
-            let lost = format!("GPU {index} ({name}) has failed and must be opened anew: {text}");
+            let lost = format!("GPU {index} ({name}) has failed; start aotron anew to use it again: {text}");
             Error::Gpu(self.lost.get_or_init(|| lost).clone())
         })
     }
@@ -320,7 +156,7 @@ impl Device {
         };
         // SAFETY: `pointer` is to that many bytes, which nothing else refers to.
         unsafe { pointer.write_bytes(0, bytes) };
-        let mut pinned = Pinned { device: self.clone(), pointer, bytes, copied: None, busy: false };
+        let mut pinned = Pinned { device: self.clone(), pointer, bytes, copied: None, busy: false, stuck: false };
         let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
         pinned.copied = Some(self.0.check(event, || "create an event".into())?);
         Ok(pinned)
@@ -384,6 +220,8 @@ pub struct Pinned {
     /// Comes after the last copy; there but while it is being made.
     copied: Option<sys::CUevent>,
     busy: bool,
+    /// A copy may be under way of which nothing tells the end.
+    stuck: bool,
 }
 
 // SAFETY: it owns its memory and its event, and neither is tied to a thread.
@@ -412,6 +250,9 @@ impl Pinned {
     }
 
     fn wait(&mut self) -> Result<()> {
+        if self.stuck {
+            return Err(Error::Gpu("pinned memory is lost to a copy that never ended".into()));
+        }
         if let (true, Some(event)) = (self.busy, self.copied) {
             self.device.bind()?;
             // SAFETY: the event lives as long as this.
@@ -464,7 +305,10 @@ impl Pinned {
     fn record(&mut self, stream: &Stream) -> Result<()> {
         let Some(event) = self.copied else { return Ok(()) };
         // SAFETY: event and stream are alive and of one context.
-        self.device.0.check(unsafe { result::event::record(event, stream.handle) }, || "record an event".into())
+        let recorded = unsafe { result::event::record(event, stream.handle) };
+        let recorded = self.device.0.check(recorded, || "record an event".into());
+        self.stuck = recorded.is_err() && stream.wait().is_err();
+        recorded
     }
 }
 
@@ -491,7 +335,8 @@ pub struct Stream {
     device: Device,
 }
 
-// SAFETY: a stream is not tied to a thread, and the driver lets several use one.
+// SAFETY: a stream is not tied to a thread, and the driver lets several use one. (While one records, what another puts
+// into it is recorded too; only the executor records, and its stream is its own.)
 unsafe impl Send for Stream {}
 // SAFETY: as above.
 unsafe impl Sync for Stream {}
@@ -529,11 +374,12 @@ impl Stream {
         self.device.0.check(done, || format!("clear {bytes} bytes"))
     }
 
-    /// Records what `work` puts into the stream, without running it.
+    /// Records what `work` puts into the stream, without running it: runs of contexts, no copies, which would use host
+    /// memory that the graph does not keep.
     ///
     /// # Errors
     /// [`Error::Gpu`] if something in it cannot be recorded, or whatever `work` reports. The stream is as before.
-    pub fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    pub(super) fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD;
         self.device.bind()?;
         let inner = &self.device.0;
@@ -593,29 +439,6 @@ impl Drop for Graph {
         if self.device.bind().is_ok() {
             // SAFETY: instantiated in `Stream::record`. If it runs, the driver destroys it afterwards.
             let _ = unsafe { sys::cuGraphExecDestroy(self.exec) }.result();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Where there is a driver, its GPUs make sense.
-    #[test]
-    fn without_a_driver_there_is_one_clear_error() {
-        match devices() {
-            Ok(devices) => {
-                for (index, device) in devices.iter().enumerate() {
-                    assert_eq!(device.index, index);
-                    assert!(device.compute_capability >= 50 && device.memory_bytes > 0, "{device:?}");
-                }
-            }
-            Err(error) => {
-                let text = error.to_string();
-                assert!(text.starts_with("GPU: "), "{text}");
-                assert_eq!(devices().unwrap_err().to_string(), text, "it is the same every time");
-            }
         }
     }
 }

@@ -6,7 +6,9 @@
 //! | TensorRT 11.4 ([`Kind::TensorRt`]) | the GPU at hand, H100 among them | on that GPU |
 //!
 //! Both are opened when they are first asked for ([`Library::find`]), so the program runs where neither is. Their C++
-//! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it.
+//! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it for building,
+//! [`Runtime`], [`Engine`] and [`Context`] for running. The GPU itself is behind [`device`], and [`TensorRtExecutor`] puts
+//! the two together.
 
 pub mod device;
 pub(crate) mod executor;

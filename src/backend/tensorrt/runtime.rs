@@ -224,7 +224,7 @@ impl Context {
     ///
     /// # Errors
     /// [`Error::TensorRt`] or [`Error::Gpu`] if it cannot be recorded; it can still be run.
-    pub fn record(&mut self, stream: &Stream) -> Result<Graph> {
+    pub(super) fn record(&mut self, stream: &Stream) -> Result<Graph> {
         if !ffi::capturable(&self.inner, stream) {
             return Err(Error::TensorRt("it says that this plan cannot be recorded".into()));
         }

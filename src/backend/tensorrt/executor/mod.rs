@@ -12,23 +12,26 @@
 //! Which kernels run depends on how many sequences decode, so a sequence's logits may differ in their last bits with
 //! what else is in the batch.
 
+mod bind;
 pub(crate) mod check;
 mod kernels;
 mod memory;
+mod report;
 mod schedule;
 mod weights;
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 
+use self::bind::{Binder, Buffers};
 use self::kernels::Shelf;
-use self::memory::{Layout, Machine, Part, bytes_of, cache_of};
+use self::memory::{Layout, Machine, Part};
+pub use self::report::{Event, Report};
 use self::schedule::{Kind as RunKind, Rules, Run, schedule};
 use super::device::{Buffer, Device, DeviceInfo, Graph, Pinned, Stream, devices};
 use super::{Context, Engine, Kind, Library, Runtime, Validity};
 use crate::backend::{DeferredLogits, Executor, Logits, Step, Top};
-use crate::engine::tensorrt::{Binding, Extent, Role, StepSize, TensorRtInfo};
+use crate::engine::tensorrt::{Binding, Extent, Role, TensorRtInfo};
 use crate::engine::{Limits, Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
@@ -44,43 +47,6 @@ pub struct GpuOptions {
     pub no_graphs: bool,
     /// Hears of what is going on.
     pub report: Report,
-}
-
-/// Who hears what opening and running a plan has to say.
-#[derive(Clone, Default)]
-pub struct Report(pub Option<Arc<dyn Fn(&Event<'_>) + Send + Sync>>);
-
-/// What a [`Report`] hears.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event<'a> {
-    /// A sentence for people: what is chosen, what memory is used.
-    Fact(&'a str),
-    /// Weights are being copied to the GPU.
-    Loading {
-        /// Bytes that are there.
-        done_bytes: u64,
-        /// All.
-        total_bytes: u64,
-    },
-}
-
-impl Report {
-    /// Says a sentence.
-    pub fn fact(&self, text: &str) {
-        self.event(&Event::Fact(text));
-    }
-
-    fn event(&self, event: &Event<'_>) {
-        if let Some(hear) = &self.0 {
-            hear(event);
-        }
-    }
-}
-
-impl fmt::Debug for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Report" } else { "no Report" })
-    }
 }
 
 /// The TensorRT executor.
@@ -124,14 +90,6 @@ struct KeptEngine {
     kept_bytes: usize,
 }
 
-struct Buffers {
-    weights: Arc<Buffer>,
-    cache: Arc<Buffer>,
-    inputs: Arc<Buffer>,
-    outputs: Arc<Buffer>,
-    scratch: Arc<Buffer>,
-}
-
 /// What the last step returned.
 struct Results {
     /// The output row of each row.
@@ -153,6 +111,7 @@ struct Opening<'a> {
     runtime: &'a Runtime,
     library: Library,
     gpu: &'a DeviceInfo,
+    report: &'a Report,
 }
 
 impl Opening<'_> {
@@ -162,9 +121,19 @@ impl Opening<'_> {
 
     fn engine(&self, file: &str, first_chunk: bool) -> Result<KeptEngine> {
         let bytes = self.package.read(file)?;
-        if let Validity::Invalid(reasons) = self.runtime.validity(&bytes) {
-            let reasons = if reasons.is_empty() { "TensorRT does not say why".into() } else { reasons.join(", ") };
-            return Err(self.refuse(&format!("{} does not run {file}: {reasons}", self.library.kind().name())));
+        let name = self.library.kind().name();
+        match self.runtime.validity(&bytes) {
+            Validity::Unknown | Validity::Valid => {}
+            Validity::Suboptimal => {
+                let finish = format!("`aotron build {} --finish`", self.package.path().display());
+                self.report.fact(&format!("{name} runs {file} slower than it could here; {finish} compiles it anew"));
+            }
+            Validity::Invalid(reasons) if reasons.is_empty() => {
+                return Err(self.refuse(&format!("{name} does not run {file} and does not say why")));
+            }
+            Validity::Invalid(reasons) => {
+                return Err(self.refuse(&format!("{name} does not run {file}: {}", reasons.join(", "))));
+            }
         }
         let mut engine = self.runtime.deserialize(&bytes)?;
         let largest = |input: &str, profile: u32| engine.largest(input, profile);
@@ -221,10 +190,10 @@ impl TensorRtExecutor {
         let gpu = pick(info.compute_capability, &devices()?, options.device)?;
         check::device(info.compute_capability, &gpu)
             .map_err(|detail| refuse(package, plan, &detail, Remedy::AnotherGpu))?;
+        let most = info.sizes.decode_sequences.min(plan.limits.slots);
         if let Some(asked) = options.slots
-            && !(1..=info.sizes.decode_sequences).contains(&asked)
+            && !(1..=most).contains(&asked)
         {
-            let most = info.sizes.decode_sequences;
             return Err(Error::Request(format!("{asked} slots, but this plan was built for 1 to {most}")));
         }
 
@@ -232,7 +201,7 @@ impl TensorRtExecutor {
         let stream = Arc::new(Device::open(gpu.index)?.stream()?);
         let device = stream.device();
         let runtime = library.runtime(Arc::new(()))?;
-        let opening = Opening { package, plan, info, runtime: &runtime, library, gpu: &gpu };
+        let opening = Opening { package, plan, info, runtime: &runtime, library, gpu: &gpu, report: &options.report };
         let mut engines = vec![opening.engine(file, false)?];
         if let Some(first) = &compiled.first_chunk_plan {
             engines.push(opening.engine(first, true)?);
@@ -249,6 +218,9 @@ impl TensorRtExecutor {
         let (layout, words) = memory::fit(info, &mut rules, scratch_bytes, &machine)
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Nothing))?;
         options.report.fact(&format!("GPU {} ({}): {words}", gpu.index, gpu.name));
+        if engines.iter().any(|kept| kept.shelf.is_some() && kept.kept_bytes == 0) {
+            options.report.fact("kernels are compiled when they are first used, and kept for the next start");
+        }
 
         let allocate = |bytes: u64, what: &str| device.allocate(bytes, what).map(Arc::new);
         let buffers = Buffers {
@@ -470,91 +442,6 @@ fn rules(plan: &PlanInfo, info: &TensorRtInfo, first_chunk_plan: bool) -> Result
     }
     let row_align = memory::row_align(limits.vocab_size, k);
     Ok(Rules { limits: limits.clone(), sizes: sizes.clone(), first_chunk_plan, row_align })
-}
-
-/// Binds a context's inputs and outputs to memory.
-struct Binder<'a> {
-    bindings: &'a [Binding],
-    layout: &'a Layout,
-    buffers: &'a Buffers,
-}
-
-impl Binder<'_> {
-    /// What is the same in every run.
-    fn fixed(&self, context: &mut Context, first_chunk: bool) -> Result<()> {
-        context.set_memory(&self.buffers.scratch)?;
-        for weight in &self.layout.weights {
-            let name = &self.bindings[weight.binding].name;
-            context.set_address(name, &self.buffers.weights, weight.part.offset, weight.part.bytes)?;
-        }
-        for binding in self.bindings {
-            if let Some(Part { offset, bytes }) = self.input(binding.role, first_chunk) {
-                context.set_address(&binding.name, &self.buffers.inputs, offset, bytes)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn input(&self, role: Role, first_chunk: bool) -> Option<Part> {
-        let inputs = &self.layout.inputs;
-        match role {
-            Role::TokenIds => Some(inputs.token_ids),
-            Role::Positions => Some(inputs.positions),
-            Role::PastTokens => Some(inputs.past_tokens),
-            Role::TotalTokens if !first_chunk => Some(inputs.total_tokens),
-            Role::LogitsRows => Some(inputs.logits_rows),
-            _ => None,
-        }
-    }
-
-    /// Keys and values of the run's slots; an updated cache is the cache.
-    fn caches(&self, context: &mut Context, run: &Run) -> Result<()> {
-        for binding in self.bindings {
-            let Some(cache) = cache_of(binding.role) else { continue };
-            let (Some(part), Some(slot_bytes)) = (self.layout.caches.get(&cache), self.layout.slot_bytes.get(&cache))
-            else {
-                return Err(Error::TensorRt(format!("{} updates a cache that the plan does not read", binding.name)));
-            };
-            if !binding.role.is_output() {
-                context.set_shape(&binding.name, &dims(binding, run))?;
-            }
-            let offset = part.offset + run.first_slot as u64 * slot_bytes;
-            context.set_address(&binding.name, &self.buffers.cache, offset, run.sequences as u64 * slot_bytes)?;
-        }
-        Ok(())
-    }
-
-    /// The sizes of the run's inputs, and where its outputs go.
-    fn step(&self, context: &mut Context, run: &Run, first_chunk: bool) -> Result<()> {
-        let outputs = &self.layout.outputs;
-        for binding in self.bindings {
-            if self.input(binding.role, first_chunk).is_some() {
-                context.set_shape(&binding.name, &dims(binding, run))?;
-                continue;
-            }
-            let [values, ids] = outputs.top(run.output_row);
-            let offset = match binding.role {
-                Role::Logits => outputs.row(run.output_row).offset,
-                Role::TopLogits => values,
-                Role::TopIds => ids,
-                _ => continue,
-            };
-            let bytes = bytes_of(binding, [run.sequences, run.tokens, run.logits_rows.len()]).unwrap_or(u64::MAX);
-            context.set_address(&binding.name, &self.buffers.outputs, offset, bytes)?;
-        }
-        Ok(())
-    }
-}
-
-/// A binding's sizes in a run. All were checked to fit an `i32` or come from the plan itself.
-fn dims(binding: &Binding, run: &Run) -> Vec<i64> {
-    let dim = |extent: &Extent| match extent {
-        Extent::Fixed(n) => *n,
-        Extent::Step(StepSize::B) => run.sequences,
-        Extent::Step(StepSize::T) => run.tokens,
-        Extent::Step(StepSize::R) => run.logits_rows.len(),
-    };
-    binding.shape.iter().map(|extent| dim(extent) as i64).collect()
 }
 
 impl Results {
