@@ -415,6 +415,9 @@ fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -
     })
 }
 
+/// More sequences at once than any GPU has memory for.
+const MOST_SEQUENCES: usize = 4096;
+
 /// What steps become runs by; the slots are the plan's.
 fn rules(plan: &PlanInfo, info: &TensorRtInfo, first_chunk_plan: bool) -> Result<Rules, String> {
     let k = info.bindings.iter().find(|binding| binding.role == Role::TopLogits).and_then(|b| b.shape.last());
@@ -429,12 +432,15 @@ fn rules(plan: &PlanInfo, info: &TensorRtInfo, first_chunk_plan: bool) -> Result
         sizes.prefill_tokens,
         sizes.prefill_logits_rows,
         limits.slots,
+        limits.max_step_tokens,
+        limits.max_logits_rows,
         limits.vocab_size,
         k,
     ];
     // Products of two of them, and inputs, which are i32, cannot overflow then.
-    if positive.iter().any(|n| *n == 0 || *n > i32::MAX as usize) {
-        return Err(format!("its sizes do not make sense: {sizes:?}"));
+    let sound = positive.iter().all(|n| (1..=i32::MAX as usize).contains(n));
+    if !sound || sizes.decode_sequences > MOST_SEQUENCES {
+        return Err(format!("its sizes do not make sense: {sizes:?} and {limits:?}"));
     }
     if limits.max_sequence_tokens != sizes.max_sequence_tokens {
         let (of_limits, of_sizes) = (limits.max_sequence_tokens, sizes.max_sequence_tokens);
