@@ -14,6 +14,7 @@ namespace aotron {
 
 // Defined by the bridge.
 struct BuildOptions;
+struct ConstantBytes;
 struct LayerInfo;
 struct Observer;
 struct TensorInfo;
@@ -41,6 +42,10 @@ public:
 
     virtual std::uint32_t constant_f32(float value, std::uint32_t rank) = 0; // [1, 1, ...]
     virtual std::uint32_t constant_i64(rust::Slice<const std::int64_t> values) = 0; // [n]
+    // The bytes stay where they are, and their owner alive, until the network is gone.
+    virtual std::uint32_t constant_of(
+        rust::Box<ConstantBytes> bytes, Element element, rust::Slice<const std::int64_t> dims)
+        = 0;
     virtual std::uint32_t shape(std::uint32_t x) = 0; // i64[rank]
     virtual std::uint32_t concat(rust::Slice<const std::uint32_t> parts) = 0; // along axis 0
     virtual std::uint32_t gather(std::uint32_t table, std::uint32_t indices) = 0; // along axis 0
@@ -55,6 +60,12 @@ public:
     virtual std::uint32_t relu(std::uint32_t x) = 0;
     // x [n, in] times the transpose of weight [out, in].
     virtual std::uint32_t linear(std::uint32_t x, std::uint32_t weight) = 0;
+    // x [n, in] times weight [in, out].
+    virtual std::uint32_t matmul(std::uint32_t x, std::uint32_t weight) = 0;
+    // x over scale, rounded to codes; one scale [1].
+    virtual std::uint32_t quantize(std::uint32_t x, std::uint32_t scale, Element element) = 0;
+    // codes times scale: one scale [], one for each index of `axis`, or, if there are as many dimensions, one a block.
+    virtual std::uint32_t dequantize(std::uint32_t codes, std::uint32_t scale, std::int32_t axis, Element element) = 0;
     // Over the last of two dimensions; scale and bias [1, width].
     virtual std::uint32_t layer_norm(std::uint32_t x, std::uint32_t scale, std::uint32_t bias, float eps) = 0;
     // x [B, heads, T, head_dim], cos and sin [B, T, rotary_dims / 2]; halves rotate against each other.

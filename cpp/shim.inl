@@ -226,6 +226,9 @@ DataType data_type(Element element)
     case Element::F16: return DataType::kHALF;
     case Element::BF16: return DataType::kBF16;
     case Element::I32: return DataType::kINT32;
+    case Element::I8: return DataType::kINT8;
+    case Element::I4: return DataType::kINT4;
+    case Element::F8: return DataType::kFP8;
     }
     throw std::runtime_error("an element type that the shim does not know");
 }
@@ -244,6 +247,18 @@ char const* name_of(DataType type)
     case DataType::kFP8: return "f8e4m3";
     case DataType::kINT4: return "i4";
     default: return "?";
+    }
+}
+
+std::int64_t bits_of(DataType type)
+{
+    switch (type) {
+    case DataType::kFLOAT:
+    case DataType::kINT32: return 32;
+    case DataType::kHALF:
+    case DataType::kBF16: return 16;
+    case DataType::kINT4: return 4;
+    default: return 8;
     }
 }
 
@@ -266,6 +281,8 @@ char const* name_of(LayerType type)
     case LayerType::kATTENTION_INPUT: return "attention_input";
     case LayerType::kATTENTION_OUTPUT: return "attention_output";
     case LayerType::kTOPK: return "top_k";
+    case LayerType::kQUANTIZE: return "quantize";
+    case LayerType::kDEQUANTIZE: return "dequantize";
     default: return "other";
     }
 }
@@ -360,6 +377,27 @@ public:
         auto& stored = mConstants.emplace_back(values.size() * sizeof(std::int64_t));
         std::memcpy(stored.data(), values.data(), stored.size());
         return constant(DataType::kINT64, {&count, 1}, stored, count);
+    }
+
+    std::uint32_t constant_of(
+        rust::Box<ConstantBytes> bytes, Element element, rust::Slice<const std::int64_t> dims) override
+    {
+        std::int64_t count = 1;
+        for (auto size : dims) {
+            if (size <= 0 || count > std::numeric_limits<std::int64_t>::max() / size / 8) {
+                throw std::runtime_error("a constant of impossible sizes");
+            }
+            count *= size;
+        }
+        DataType const type = data_type(element);
+        auto const needed = static_cast<std::size_t>((count * bits_of(type) + 7) / 8);
+        auto const slice = bytes->as_slice();
+        if (slice.size() != needed) {
+            throw std::runtime_error("a constant of " + std::to_string(slice.size()) + " bytes, expected "
+                + std::to_string(needed));
+        }
+        mBorrowed.push_back(std::move(bytes));
+        return keep(mNetwork->addConstant(dims_of(dims), Weights{type, slice.data(), count}), "constant");
     }
 
     std::uint32_t shape(std::uint32_t x) override
@@ -457,6 +495,26 @@ public:
         return keep(layer, "linear");
     }
 
+    std::uint32_t matmul(std::uint32_t x, std::uint32_t weight) override
+    {
+        auto* layer = mNetwork->addMatrixMultiply(at(x), MatrixOperation::kNONE, at(weight), MatrixOperation::kNONE);
+        return keep(layer, "linear");
+    }
+
+    std::uint32_t quantize(std::uint32_t x, std::uint32_t scale, Element element) override
+    {
+        return keep(mNetwork->addQuantize(at(x), at(scale), data_type(element)), "quantize");
+    }
+
+    std::uint32_t dequantize(std::uint32_t codes, std::uint32_t scale, std::int32_t axis, Element element) override
+    {
+        auto* layer = mNetwork->addDequantize(at(codes), at(scale), data_type(element));
+        if (layer != nullptr && axis >= 0) {
+            layer->setAxis(axis);
+        }
+        return keep(layer, "dequantize");
+    }
+
     std::uint32_t layer_norm(std::uint32_t x, std::uint32_t scale, std::uint32_t bias, float eps) override
     {
         auto* layer = mNetwork->addNormalizationV2(at(x), at(scale), at(bias), 1U << 1);
@@ -535,6 +593,11 @@ public:
         if (options.compute_capability != 0) {
             target(*config, options.compute_capability);
         }
+#if !AOTRON_CROSS_COMPILES
+        if (options.optimization_level >= 0) {
+            config->setBuilderOptimizationLevel(options.optimization_level);
+        }
+#endif
         config->setProfilingVerbosity(
             options.list_kernels ? ProfilingVerbosity::kDETAILED : ProfilingVerbosity::kLAYER_NAMES_ONLY);
         for (auto const& ranges : options.profiles) {
@@ -649,6 +712,7 @@ private:
     // The order is that of destruction, backwards: the listener hears what the builder says to the end.
     Listening mListening;
     std::deque<std::vector<char>> mConstants; // read by TensorRT until the network is gone
+    std::vector<rust::Box<ConstantBytes>> mBorrowed; // likewise
     std::unique_ptr<IBuilder> mBuilder;
     std::unique_ptr<INetworkDefinition> mNetwork;
     std::vector<ITensor*> mTensors; // owned by the network

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use aotron::Error;
-use aotron::backend::tensorrt::lower::{Attends, Lowered, Sizes, lower};
+use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, lower};
 use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, Version};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Precision, optimized_graph};
@@ -19,7 +19,7 @@ const TINY_CHAT: &str = "tests/data/tiny-chat";
 const SM_80: Option<u16> = Some(80);
 
 /// TensorRT for RTX, or `None` and a line on standard error, past the capture of tests' output, that says so.
-fn rtx(test: &str) -> Option<Library> {
+pub fn rtx(test: &str) -> Option<Library> {
     match Library::find(Kind::Rtx) {
         Ok(library) => Some(library),
         Err(error) => {
@@ -73,12 +73,12 @@ fn lowered_model(
     sizes: &Sizes,
 ) -> Lowered {
     let (graph, _) = optimized_graph(config, Precision::Bf16, sizes.max_sequence_tokens, None).unwrap();
-    lower(&graph, library.network(monitor).unwrap(), attends, sizes).unwrap()
+    lower(&graph, library.network(monitor).unwrap(), attends, sizes, &Constants::Arbitrary).unwrap()
 }
 
 fn build(lowered: &mut Lowered, compute_capability: Option<u16>, list_kernels: bool) -> aotron::Result<Plan> {
     let profiles = lowered.profiles.clone();
-    lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles })
+    lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles, ..BuildOptions::default() })
 }
 
 /// The plan's kernels by profile, from the log of a build that lists them: name and outputs.
@@ -236,7 +236,7 @@ fn sizes_that_do_not_fit_are_refused() {
     for top_tokens in [0, 3841] {
         let sizes = Sizes { top_tokens, ..SIZES };
         let network = library.network(Arc::new(())).unwrap();
-        let error = lower(&graph, network, Attends::Cache, &sizes).unwrap_err().to_string();
+        let error = lower(&graph, network, Attends::Cache, &sizes, &Constants::Arbitrary).unwrap_err().to_string();
         assert!(error.contains(&format!("top_tokens is {top_tokens}, accepted are 1 to 3840")), "{error}");
     }
     let sizes = Sizes { prefill_tokens: 0, ..SIZES };

@@ -2,11 +2,16 @@
 //! whole in memory. Every backend packs what is read here.
 
 use half::bf16;
+use rayon::prelude::*;
+use safetensors::tensor::Dtype;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::graph::{Const, Trig};
 use crate::tensor::DType;
+
+/// FP32 elements that one task evaluates at a time.
+const TASK_ELEMENTS: usize = 1 << 20;
 
 /// Evaluates rows of a constant from row `first` until `out`, `[rows, columns]`, is full. Codes come as numbers, not as
 /// their bits: see [`Scheme::bits`](crate::quantize::Scheme::bits).
@@ -41,11 +46,8 @@ pub fn read_rows(expr: &Const, checkpoint: &Checkpoint, first: usize, columns: u
         }
         Const::Codes(matrix, scheme) => {
             read_rows(matrix, checkpoint, first, columns, out)?;
-            let mut scales = vec![0f32; scheme.blocks(columns)];
-            for row in out.chunks_exact_mut(columns) {
-                scheme.scales(row, &mut scales);
-                scheme.codes(row, &scales);
-            }
+            let mut scales = vec![0f32; out.len() / columns * scheme.blocks(columns)];
+            scheme.quantize(columns, out, &mut scales);
         }
         Const::Scales { matrix, scheme, columns: matrix_columns } => {
             let mut row = vec![0f32; *matrix_columns];
@@ -75,6 +77,68 @@ pub fn read_rows(expr: &Const, checkpoint: &Checkpoint, first: usize, columns: u
         }
     }
     Ok(())
+}
+
+/// A constant's rows, all of which are to be written.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix<'c> {
+    /// What it is.
+    pub expr: &'c Const,
+    /// Its rows.
+    pub rows: usize,
+    /// Its columns.
+    pub columns: usize,
+}
+
+/// Evaluates a constant's rows on all threads, a few at a time, and writes what `store` makes of them in order.
+/// `store` gets the index of its first row, a multiple of `unit`, and whole rows; but for the last, multiples of `unit`.
+///
+/// # Errors
+/// As [`read_rows`], and whatever `write` returns.
+pub fn write_rows<T: bytemuck::Pod + Send>(
+    matrix: Matrix<'_>,
+    checkpoint: &Checkpoint,
+    unit: usize,
+    store: &(dyn Fn(usize, Vec<f32>) -> Vec<T> + Sync),
+    write: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let Matrix { expr, rows, columns } = matrix;
+    let read_columns = match expr {
+        Const::Scales { columns, .. } => *columns,
+        _ => columns,
+    };
+    let rows_per_task = (TASK_ELEMENTS / read_columns.max(1)).next_multiple_of(unit).max(unit);
+    let rows_per_batch = rows_per_task * rayon::current_num_threads();
+    for batch in (0..rows).step_by(rows_per_batch) {
+        let end = rows.min(batch + rows_per_batch);
+        let pieces: Vec<Vec<T>> = (batch..end)
+            .into_par_iter()
+            .step_by(rows_per_task)
+            .map(|first| {
+                let count = end.min(first + rows_per_task) - first;
+                let mut values = vec![0f32; count * columns];
+                read_rows(expr, checkpoint, first, columns, &mut values)?;
+                Ok(store(first, values))
+            })
+            .collect::<Result<_>>()?;
+        for piece in pieces {
+            write(bytemuck::cast_slice(&piece))?;
+        }
+    }
+    Ok(())
+}
+
+/// How a file of tensors calls elements of a type: it has no 4-bit integers, so pairs of them are bytes there.
+pub fn stored_dtype(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::F16 => Dtype::F16,
+        DType::BF16 => Dtype::BF16,
+        DType::I32 => Dtype::I32,
+        DType::I8 => Dtype::I8,
+        DType::I4 => Dtype::U8,
+        DType::F8 => Dtype::F8_E4M3,
+    }
 }
 
 fn rows_of(expr: &Const, checkpoint: &Checkpoint, columns: usize) -> Result<usize> {

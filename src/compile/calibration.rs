@@ -1,7 +1,7 @@
 //! The range of what linear layers read, for activations in 8 bits: the checkpoint runs in BF16 on the CPU over some
 //! prompts, and the largest magnitude of each layer's inputs is kept.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
@@ -34,13 +34,30 @@ const ARBITRARY: (usize, usize) = (8, 64);
 /// The scale of each linear layer's inputs, by the name of the layer's weight.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Calibration {
-    scales: HashMap<String, f32>,
+    scales: BTreeMap<String, f32>,
+    /// Of layers that are not in there.
+    otherwise: Option<f32>,
 }
 
 impl Calibration {
     /// The scale of the inputs of the layer with this weight; a suffix that says how the weight is kept is ignored.
     pub fn scale(&self, weight: &str) -> Option<f32> {
-        self.scales.get(base_name(weight)).copied()
+        self.scales.get(base_name(weight)).copied().or(self.otherwise)
+    }
+
+    /// One scale for every layer: for a plan that is looked at and not run.
+    pub fn uniform(scale: f32) -> Calibration {
+        Calibration { scales: BTreeMap::new(), otherwise: Some(scale) }
+    }
+
+    /// The scales by name, as a manifest keeps them.
+    pub fn from_scales(scales: BTreeMap<String, f32>) -> Calibration {
+        Calibration { scales, otherwise: None }
+    }
+
+    /// The scales by the names of the layers' weights.
+    pub fn scales(&self) -> &BTreeMap<String, f32> {
+        &self.scales
     }
 
     /// The scales that a program was built with.
@@ -172,6 +189,10 @@ pub(super) fn calibrate(
     out.flush().map_err(Error::io("write", scratch))?;
 
     let names: Vec<String> = weights.iter().map(|w| w.name.clone()).collect();
+    let is_of_linear = |index| {
+        lowered.program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Linear { weight, .. } if *weight == index))
+    };
+    let of_linear: Vec<bool> = (0..names.len()).map(is_of_linear).collect();
     let mut largest = vec![0f32; names.len()];
     let weights = TensorFile::open(scratch)?;
     let mut executor = CpuExecutor::new(lowered.program, scratch, weights, &CpuOptions::default())?;
@@ -185,7 +206,7 @@ pub(super) fn calibrate(
         }
     }
     let mut calibration = Calibration::default();
-    for (name, largest) in names.iter().zip(largest) {
+    for ((name, largest), _) in names.iter().zip(largest).zip(of_linear).filter(|(_, of_linear)| *of_linear) {
         if !largest.is_finite() {
             return Err(Error::Numerics(format!("calibration: inputs of the layer of `{name}` reach {largest}")));
         }

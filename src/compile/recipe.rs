@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::passes::Precision;
 use crate::backend::Limits;
 use crate::checkpoint::ModelConfig;
+use crate::engine::tensorrt::Sizes;
 use crate::error::{Error, Result};
 
 /// A recipe is refused past this size.
@@ -82,6 +83,9 @@ pub enum Target {
 }
 
 impl Target {
+    /// All there are.
+    pub const ALL: [Target; 3] = [Target::Cpu, Target::A100, Target::H100];
+
     /// The name in recipes, manifests and file names.
     pub fn name(self) -> &'static str {
         match self {
@@ -209,6 +213,18 @@ impl Recipe {
         let names: Vec<String> = self.target.precisions().iter().map(Precision::to_string).collect();
         let (precision, target) = (self.precision, self.target.name());
         format!("precision {precision} is not for {target}, which takes {}", names.join(", "))
+    }
+
+    /// The sizes of a TensorRT plan of these limits.
+    pub fn tensorrt_sizes(&self, options: &TensorRtOptions, limits: &Limits) -> Sizes {
+        Sizes {
+            max_sequence_tokens: limits.max_sequence_tokens,
+            decode_sequences: limits.slots,
+            prefill_sequences: options.prefill_sequences,
+            prefill_tokens: self.prefill_chunk_tokens.min(limits.max_sequence_tokens),
+            prefill_logits_rows: limits.max_logits_rows.min(limits.max_step_tokens),
+            top_tokens: options.top_tokens.min(limits.vocab_size),
+        }
     }
 
     /// The limits of a plan for this model.

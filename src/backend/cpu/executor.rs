@@ -12,10 +12,10 @@ use super::kernels::matmul::{self, Packed};
 use super::kernels::quantized::{self, Quantized};
 use super::kernels::rowwise::{self, RowsMut, Unary};
 use super::kernels::{Element, Rows, attention};
-use super::pack::stored_dtype;
 use super::program::{
     ALIGN, BufferSpec, CacheKind, CacheSpec, Epilogue, Indices, Kernel, Program, RowCount, Table, View,
 };
+use crate::backend::constants::stored_dtype;
 use crate::backend::{Executor, Limits, Logits, Step};
 use crate::error::{Error, Result};
 use crate::tensor::DType;

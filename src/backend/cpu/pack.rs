@@ -1,7 +1,5 @@
 //! Writes a plan's constants as the kernels read them, a few panels at a time: no weight is ever whole in memory.
 
-use rayon::prelude::*;
-
 use half::bf16;
 use safetensors::tensor::Dtype;
 
@@ -10,15 +8,12 @@ use super::kernels::matmul::{PANEL, Weight, pack_panel};
 use super::kernels::quantized::pack_codes;
 use super::lower::Lowered;
 use super::program::{Layout, WeightSpec};
-use crate::backend::constants::read_rows;
+use crate::backend::constants::{Matrix, stored_dtype, write_rows};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::graph::Const;
 use crate::tensor::DType;
 use crate::tensor_file;
-
-/// FP32 elements that one task evaluates at a time.
-const TASK_ELEMENTS: usize = 1 << 20;
 
 /// Order of the weights in their file: panels first (whole cache lines, so all of them stay aligned), then FP32,
 /// then BF16.
@@ -66,19 +61,6 @@ pub fn packed_bytes(weights: &[WeightSpec]) -> u64 {
     data + 128 * weights.len() as u64
 }
 
-/// How the weights file calls elements of a type: it has no 4-bit integers, so pairs of them are bytes there.
-pub fn stored_dtype(dtype: DType) -> Dtype {
-    match dtype {
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
-        DType::I32 => Dtype::I32,
-        DType::I8 => Dtype::I8,
-        DType::I4 => Dtype::U8,
-        DType::F8 => Dtype::F8_E4M3,
-    }
-}
-
 fn pack_weight<T: bytemuck::Pod + Send>(
     spec: &WeightSpec,
     expr: &Const,
@@ -88,31 +70,12 @@ fn pack_weight<T: bytemuck::Pod + Send>(
     progress: &dyn Fn(u64),
 ) -> Result<()> {
     let unit = if spec.layout == Layout::Panels { PANEL } else { 1 };
-    let read_columns = match expr {
-        Const::Scales { columns, .. } => *columns,
-        _ => spec.columns,
-    };
-    let rows_per_task = (TASK_ELEMENTS / read_columns.max(1)).next_multiple_of(unit).max(unit);
-    let rows_per_batch = rows_per_task * rayon::current_num_threads();
-    for batch in (0..spec.rows).step_by(rows_per_batch) {
-        let end = spec.rows.min(batch + rows_per_batch);
-        let pieces: Vec<Vec<T>> = (batch..end)
-            .into_par_iter()
-            .step_by(rows_per_task)
-            .map(|first| {
-                let count = end.min(first + rows_per_task) - first;
-                let mut rows = vec![0f32; count * spec.columns];
-                read_rows(expr, checkpoint, first, spec.columns, &mut rows)?;
-                Ok(store(spec, expr, rows))
-            })
-            .collect::<Result<_>>()?;
-        for piece in pieces {
-            let bytes: &[u8] = bytemuck::cast_slice(&piece);
-            write(bytes)?;
-            progress(bytes.len() as u64);
-        }
-    }
-    Ok(())
+    let matrix = Matrix { expr, rows: spec.rows, columns: spec.columns };
+    write_rows(matrix, checkpoint, unit, &|_, rows| store(spec, expr, rows), &mut |bytes| {
+        write(bytes)?;
+        progress(bytes.len() as u64);
+        Ok(())
+    })
 }
 
 /// Rows of a weight as stored: row-major or in panels.

@@ -4,6 +4,7 @@
 // The bridge's generated code has no documentation.
 #![allow(missing_docs)]
 
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use cxx::UniquePtr;
 
 use super::device::{ALIGN, Buffer, Stream};
 use super::{Monitor, Severity};
+use crate::tensor_file::TensorFile;
 
 #[cxx::bridge(namespace = "aotron")]
 pub(super) mod bridge {
@@ -21,6 +23,9 @@ pub(super) mod bridge {
         F16,
         BF16,
         I32,
+        I8,
+        I4,
+        F8,
     }
 
     /// The two outputs of a TopK layer.
@@ -50,6 +55,8 @@ pub(super) mod bridge {
     struct BuildOptions {
         /// 80 for SM 8.0; 0 for the GPU at hand.
         compute_capability: i32,
+        /// Of TensorRT 11; -1 is its own default.
+        optimization_level: i32,
         /// Log the plan's kernels.
         list_kernels: bool,
         profiles: Vec<Profile>,
@@ -94,6 +101,9 @@ pub(super) mod bridge {
         fn log(self: &Observer, severity: i32, line: &[u8]);
         fn phase(self: &Observer, name: &[u8], steps: i32);
         fn step(self: &Observer, phase: &[u8], step: i32) -> bool;
+
+        type ConstantBytes;
+        fn as_slice(self: &ConstantBytes) -> &[u8];
     }
 
     // SAFETY: this promises that the C++ functions below may be called with any arguments from safe code. They check
@@ -118,6 +128,12 @@ pub(super) mod bridge {
         fn output(self: Pin<&mut Network>, tensor: u32, name: &str) -> Result<()>;
         fn constant_f32(self: Pin<&mut Network>, value: f32, rank: u32) -> Result<u32>;
         fn constant_i64(self: Pin<&mut Network>, values: &[i64]) -> Result<u32>;
+        fn constant_of(
+            self: Pin<&mut Network>,
+            bytes: Box<ConstantBytes>,
+            element: Element,
+            dims: &[i64],
+        ) -> Result<u32>;
         fn shape(self: Pin<&mut Network>, x: u32) -> Result<u32>;
         fn concat(self: Pin<&mut Network>, parts: &[u32]) -> Result<u32>;
         fn gather(self: Pin<&mut Network>, table: u32, indices: u32) -> Result<u32>;
@@ -130,6 +146,9 @@ pub(super) mod bridge {
         fn product(self: Pin<&mut Network>, x: u32, y: u32) -> Result<u32>;
         fn relu(self: Pin<&mut Network>, x: u32) -> Result<u32>;
         fn linear(self: Pin<&mut Network>, x: u32, weight: u32) -> Result<u32>;
+        fn matmul(self: Pin<&mut Network>, x: u32, weight: u32) -> Result<u32>;
+        fn quantize(self: Pin<&mut Network>, x: u32, scale: u32, element: Element) -> Result<u32>;
+        fn dequantize(self: Pin<&mut Network>, codes: u32, scale: u32, axis: i32, element: Element) -> Result<u32>;
         fn layer_norm(self: Pin<&mut Network>, x: u32, scale: u32, bias: u32, eps: f32) -> Result<u32>;
         fn rotary(self: Pin<&mut Network>, x: u32, cos: u32, sin: u32, rotary_dims: u32) -> Result<u32>;
         fn cache_update(self: Pin<&mut Network>, cache: u32, update: u32, indices: u32) -> Result<u32>;
@@ -231,6 +250,37 @@ pub(super) fn enqueue(context: Pin<&mut bridge::Context>, stream: &Stream) -> Re
     // SAFETY: the number is the handle of a stream that is there. What the run reads and writes are addresses that
     // `address` and `memory` checked, all of them the GPU's.
     unsafe { context.enqueue(stream.number()) }
+}
+
+/// Bytes of a constant, which TensorRT reads where they lie: their owner lives until the network is gone.
+pub struct ConstantBytes {
+    owner: Owner,
+    range: Range<usize>,
+}
+
+enum Owner {
+    File(Arc<TensorFile>),
+    Memory(Arc<[u8]>),
+}
+
+impl ConstantBytes {
+    /// Bytes of a mapped file; none if the range is outside.
+    pub fn of_file(file: Arc<TensorFile>, range: Range<usize>) -> ConstantBytes {
+        ConstantBytes { owner: Owner::File(file), range }
+    }
+
+    /// Bytes in memory; none if the range is outside.
+    pub fn of_memory(bytes: Arc<[u8]>, range: Range<usize>) -> ConstantBytes {
+        ConstantBytes { owner: Owner::Memory(bytes), range }
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        let all = match &self.owner {
+            Owner::File(file) => file.mapped(),
+            Owner::Memory(bytes) => bytes,
+        };
+        all.get(self.range.clone()).unwrap_or_default()
+    }
 }
 
 /// What a network's events reach in Rust. Called from TensorRT's threads.

@@ -2,15 +2,20 @@
 //! around BF16 products. TensorRT joins the conversions with what is before and behind them, so they cost no launches.
 //!
 //! Activations are `[B·T, width]` and become `[B, heads, T, head_dim]` between rotation and attention. Weights are
-//! inputs of the network, so that any number of plans share one copy and none has to be compiled into a plan.
+//! inputs of the network, so that any number of plans share one copy and none has to be compiled into a plan. Codes of 8
+//! bits are stored `[in, out]`, which TensorRT's products read as they are; `[out, in]` they would be transposed in every
+//! step. Codes of 4 bits are constants of the network: as inputs they would be unpacked to BF16 in every step.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use super::{Network, Profile, Range, Tensor};
+use super::{ConstantBytes, Network, Profile, Range, Tensor};
 pub use crate::engine::tensorrt::Sizes;
+use crate::engine::tensorrt::{Binding, Extent, Role, StepSize};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Graph, Input, Node, Op, Value};
 use crate::tensor::DType;
+use crate::tensor_file::TensorFile;
 
 /// Name of the input with each sequence's tokens after the step, `i32[B]`: what attention reads.
 pub const TOTAL_TOKENS: &str = "total_tokens";
@@ -20,6 +25,8 @@ pub const LOGITS: &str = "logits";
 pub const TOP_LOGITS: &str = "top_logits";
 /// Name of the output with their token ids, `i32[R, k]`.
 pub const TOP_IDS: &str = "top_ids";
+/// What codes become before their product, and what it gives.
+const QUANTIZED_PRODUCTS: DType = DType::BF16;
 /// The most that TensorRT's TopK gives.
 pub const MOST_TOP_TOKENS: usize = 3840;
 
@@ -32,7 +39,7 @@ pub enum Attends {
     Chunk,
 }
 
-/// A weight that a plan takes as an input.
+/// A weight of a plan, as it is stored.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Weight {
     /// The input's name.
@@ -43,6 +50,44 @@ pub struct Weight {
     pub shape: Vec<usize>,
     /// What it holds.
     pub expr: Const,
+    /// How its rows are stored.
+    pub layout: Layout,
+    /// Part of the plan rather than an input of it.
+    pub in_plan: bool,
+}
+
+impl Weight {
+    /// Bytes it is stored in.
+    pub fn bytes(&self) -> u64 {
+        let elements = self.shape.iter().map(|n| *n as u64).product::<u64>();
+        if self.dtype == DType::I4 { elements.div_ceil(2) } else { elements * self.dtype.bytes() as u64 }
+    }
+}
+
+/// How what an expression gives row by row is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Row after row.
+    Rows,
+    /// Column after column: `[in, out]`.
+    Transposed,
+    /// Row after row, each scale as often as the blocks it is for have `unit` columns: TensorRT's blocks are of one
+    /// size, and where the columns are not whole blocks that is a divisor of both.
+    Spread {
+        /// Columns of a scale.
+        block: usize,
+        /// Columns of a stored scale.
+        unit: usize,
+    },
+}
+
+/// Where the weights come from that become part of a plan.
+#[derive(Debug, Clone)]
+pub enum Constants {
+    /// The file that the weights are packed in.
+    File(Arc<TensorFile>),
+    /// Arbitrary numbers, for a plan that is looked at and not run.
+    Arbitrary,
 }
 
 /// A network and what it is to be given.
@@ -50,7 +95,9 @@ pub struct Weight {
 pub struct Lowered {
     /// Ready to be built.
     pub network: Network,
-    /// Its weights, in the order of their inputs.
+    /// Everything that is bound to the plan, weights first.
+    pub bindings: Vec<Binding>,
+    /// Its weights: those that are inputs, in the order of the bindings, and those that are part of it.
     pub weights: Vec<Weight>,
     /// The steps it can run: prefill, then decode if it attends to the cache.
     pub profiles: Vec<Profile>,
@@ -61,23 +108,31 @@ pub struct Lowered {
 /// # Errors
 /// [`Error::Graph`] naming the op that has no lowering in the place it stands; [`Error::TensorRt`] with TensorRT's own
 /// words.
-pub fn lower(graph: &Graph, network: Network, attends: Attends, sizes: &Sizes) -> Result<Lowered> {
+pub fn lower(
+    graph: &Graph,
+    network: Network,
+    attends: Attends,
+    sizes: &Sizes,
+    constants: &Constants,
+) -> Result<Lowered> {
     let mut lowering = Lowering {
         graph,
         attends,
         sizes,
+        constants,
+        arbitrary: Arc::default(),
         network,
         places: Vec::with_capacity(graph.nodes().len()),
         per_token: HashMap::new(),
         step_shape: None,
         total_tokens: None,
         weights: Vec::new(),
-        step_inputs: Vec::new(),
+        bindings: Vec::new(),
     };
     if attends == Attends::Cache {
         let total = lowering.network.input(TOTAL_TOKENS, DType::I32, &[-1])?;
         lowering.total_tokens = Some(total);
-        lowering.step_inputs.push((TOTAL_TOKENS.into(), vec![Size::Sequences]));
+        lowering.bind(TOTAL_TOKENS, Role::TotalTokens, DType::I32, &[Extent::Step(StepSize::B)]);
     }
     for (_, node) in graph.iter() {
         lowering.network.scope(&node.name);
@@ -85,15 +140,6 @@ pub fn lower(graph: &Graph, network: Network, attends: Attends, sizes: &Sizes) -
         lowering.places.push(place);
     }
     lowering.finish()
-}
-
-/// A size of an input that differs from step to step, or does not.
-#[derive(Debug, Clone, Copy)]
-enum Size {
-    Sequences,
-    TokensPerSequence,
-    LogitsRows,
-    Fixed(i64),
 }
 
 /// Where a value of the graph is in the network.
@@ -105,12 +151,19 @@ enum Place {
     Heads { tensor: Tensor, heads: usize, head_dim: usize },
     /// A layer's cache after the step, `[B, heads, S, head_dim]`, and what was written to it, `[B, heads, T, head_dim]`.
     Cache { cache: Tensor, new: Tensor },
+    /// An E4M3 number and what one of them stands for.
+    Codes { codes: Tensor, scale: Tensor },
+    /// Codes or scales of a weight, which the product that reads them places.
+    Weight,
 }
 
 struct Lowering<'g> {
     graph: &'g Graph,
     attends: Attends,
     sizes: &'g Sizes,
+    constants: &'g Constants,
+    /// As long as the longest constant, if they are arbitrary.
+    arbitrary: Arc<[u8]>,
     network: Network,
     places: Vec<Place>,
     /// `[B·T, width]` values as `[B, T, width]`: the rotation's angles, used in every layer.
@@ -119,7 +172,7 @@ struct Lowering<'g> {
     step_shape: Option<Tensor>,
     total_tokens: Option<Tensor>,
     weights: Vec<Weight>,
-    step_inputs: Vec<(String, Vec<Size>)>,
+    bindings: Vec<Binding>,
 }
 
 impl Lowering<'_> {
@@ -127,11 +180,12 @@ impl Lowering<'_> {
         let dtype = node.ty.dtype;
         match (&node.op, &node.operands[..]) {
             (Op::Input(input), _) => self.input(node, *input),
+            (Op::Const(Const::Codes(..) | Const::Scales { .. }), _) => Ok(Place::Weight),
             (Op::Const(expr), _) => {
                 let shape: Option<Vec<usize>> = node.ty.shape.iter().map(|d| d.as_fixed()).collect();
                 let shape =
                     shape.ok_or_else(|| fail(node, &format!("a constant's sizes are known, not {}", node.ty)))?;
-                self.weight(&node.name, dtype, shape, expr.clone())
+                Ok(Place::Plain(self.weight(stored(&node.name, dtype, shape, expr))?))
             }
             (Op::AddScalar(scalar), &[x]) => {
                 let x = self.plain(x)?;
@@ -188,9 +242,7 @@ impl Lowering<'_> {
                 let rows = self.sizes.max_sequence_tokens;
                 let expr = Const::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim, positions: rows };
                 let name = format!("{}.table", node.name);
-                let Place::Plain(table) = self.weight(&name, dtype, vec![rows, rotary_dim / 2], expr)? else {
-                    return Err(fail(node, "its table is no plain value"));
-                };
+                let table = self.weight(stored(&name, dtype, vec![rows, rotary_dim / 2], &expr))?;
                 let positions = self.plain(positions)?;
                 Ok(Place::Plain(self.network.gather(table, positions)?))
             }
@@ -219,8 +271,14 @@ impl Lowering<'_> {
                 let (x, y) = (self.plain(x)?, self.plain(y)?);
                 Ok(Place::Plain(self.network.sum(x, y)?))
             }
-            (Op::QuantizedLinear { .. } | Op::RoundToF8 { .. }, _) => {
-                Err(fail(node, "quantized layers are not lowered to TensorRT; build with precision bf16"))
+            (Op::RoundToF8 { scale }, &[x]) => {
+                let x = self.plain(x)?;
+                let scale = self.network.scalar(*scale, 0)?;
+                Ok(Place::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
+            }
+            (Op::QuantizedLinear { block }, &[x, codes, scales]) => {
+                let product = self.quantized_linear(node, *block, [x, codes, scales])?;
+                Ok(Place::Plain(self.typed(product, QUANTIZED_PRODUCTS, dtype)?))
             }
             (
                 Op::AddScalar(_)
@@ -228,6 +286,8 @@ impl Lowering<'_> {
                 | Op::Gather
                 | Op::LayerNorm { .. }
                 | Op::Linear
+                | Op::QuantizedLinear { .. }
+                | Op::RoundToF8 { .. }
                 | Op::Columns { .. }
                 | Op::RotaryAngle { .. }
                 | Op::Rotary { .. }
@@ -242,22 +302,33 @@ impl Lowering<'_> {
 
     /// Step inputs are those of the graph, but tokens stand as `[B, T]`, from which the network learns T.
     fn input(&mut self, node: &Node, input: Input) -> Result<Place> {
-        let sizes = match input {
-            Input::TokenIds | Input::Positions => vec![Size::Sequences, Size::TokensPerSequence],
-            Input::PastTokens => vec![Size::Sequences],
-            Input::LogitsRows => vec![Size::LogitsRows],
-            Input::KeyCache(_) | Input::ValueCache(_) => {
-                let &[_, kv_heads, _, head_dim] = &node.ty.shape[..] else {
-                    return Err(fail(node, "a cache has four dimensions"));
-                };
-                let capacity = size(Some(self.sizes.max_sequence_tokens), node)?;
-                let (kv_heads, head_dim) = (size(kv_heads.as_fixed(), node)?, size(head_dim.as_fixed(), node)?);
-                vec![Size::Sequences, Size::Fixed(kv_heads), Size::Fixed(capacity), Size::Fixed(head_dim)]
-            }
+        let [b, t, r] = [StepSize::B, StepSize::T, StepSize::R].map(Extent::Step);
+        let cache = || {
+            let &[_, kv_heads, _, head_dim] = &node.ty.shape[..] else {
+                return Err(fail(node, "a cache has four dimensions"));
+            };
+            let (Some(kv_heads), Some(head_dim)) = (kv_heads.as_fixed(), head_dim.as_fixed()) else {
+                return Err(fail(node, "a cache's heads must be known"));
+            };
+            Ok(vec![b, Extent::Fixed(kv_heads), Extent::Fixed(self.sizes.max_sequence_tokens), Extent::Fixed(head_dim)])
         };
-        let dims: Vec<i64> = sizes.iter().map(|size| if let Size::Fixed(n) = size { *n } else { -1 }).collect();
-        let tensor = self.network.input(&node.name, node.ty.dtype, &dims)?;
-        self.step_inputs.push((node.name.clone(), sizes));
+        let (role, shape) = match input {
+            Input::TokenIds => (Role::TokenIds, vec![b, t]),
+            Input::Positions => (Role::Positions, vec![b, t]),
+            Input::PastTokens => (Role::PastTokens, vec![b]),
+            Input::LogitsRows => (Role::LogitsRows, vec![r]),
+            Input::KeyCache(layer) => (Role::KeyCache(layer), cache()?),
+            Input::ValueCache(layer) => (Role::ValueCache(layer), cache()?),
+        };
+        let dims: Result<Vec<i64>> = shape
+            .iter()
+            .map(|extent| match extent {
+                Extent::Fixed(n) => size(Some(*n), node),
+                Extent::Step(_) => Ok(-1),
+            })
+            .collect();
+        let tensor = self.network.input(&node.name, node.ty.dtype, &dims?)?;
+        self.bind(&node.name, role, node.ty.dtype, &shape);
         if input == Input::TokenIds {
             self.step_shape = Some(self.network.shape(tensor)?);
         }
@@ -267,12 +338,89 @@ impl Lowering<'_> {
         }))
     }
 
-    fn weight(&mut self, name: &str, dtype: DType, shape: Vec<usize>, expr: Const) -> Result<Place> {
+    fn bind(&mut self, name: &str, role: Role, dtype: DType, shape: &[Extent]) {
+        self.bindings.push(Binding { name: name.into(), role, dtype, shape: shape.to_vec() });
+    }
+
+    /// A weight as an input of the network, or as a constant.
+    fn weight(&mut self, weight: Weight) -> Result<Tensor> {
+        let Weight { name, dtype, shape, in_plan, .. } = &weight;
         let dims: Option<Vec<i64>> = shape.iter().map(|n| i64::try_from(*n).ok()).collect();
         let dims = dims.ok_or_else(|| Error::TensorRt(format!("weight {name} is too large: {shape:?}")))?;
-        let tensor = self.network.input(name, dtype, &dims)?;
-        self.weights.push(Weight { name: name.into(), dtype, shape, expr });
-        Ok(Place::Plain(tensor))
+        let tensor = if *in_plan {
+            let bytes = self.constant(&weight)?;
+            self.network.constant(bytes, *dtype, &dims)?
+        } else {
+            self.network.input(name, *dtype, &dims)?
+        };
+        self.weights.push(weight);
+        Ok(tensor)
+    }
+
+    fn constant(&mut self, weight: &Weight) -> Result<ConstantBytes> {
+        match self.constants {
+            Constants::File(file) => {
+                let (stored, _) = file.tensor(&weight.name).ok_or_else(|| {
+                    Error::format(file.path(), format!("there is no tensor {}: build the package again", weight.name))
+                })?;
+                Ok(ConstantBytes::of_file(file.clone(), stored.bytes.clone()))
+            }
+            Constants::Arbitrary => {
+                let length = usize::try_from(weight.bytes())
+                    .map_err(|_| Error::TensorRt(format!("weight {} is too large", weight.name)))?;
+                if self.arbitrary.len() < length {
+                    // 0.0115 as FP32, since TensorRT refuses scales of zero.
+                    self.arbitrary = vec![0x3c; length].into();
+                }
+                Ok(ConstantBytes::of_memory(self.arbitrary.clone(), 0..length))
+            }
+        }
+    }
+
+    /// The weight's codes become numbers just before the product, which TensorRT makes one kernel of.
+    fn quantized_linear(
+        &mut self,
+        node: &Node,
+        block: Option<usize>,
+        [x, codes, scales]: [Value; 3],
+    ) -> Result<Tensor> {
+        let graph = self.graph;
+        let (codes, scales) = (graph.node(codes), graph.node(scales));
+        let (Op::Const(codes_expr), Op::Const(scales_expr)) = (&codes.op, &scales.op) else {
+            return Err(fail(node, "its codes and scales are no constants"));
+        };
+        let &[rows, columns] = &codes.ty.shape[..] else {
+            return Err(fail(node, "its codes are no matrix"));
+        };
+        let (Some(rows), Some(columns)) = (rows.as_fixed(), columns.as_fixed()) else {
+            return Err(fail(node, "the sizes of its codes must be known"));
+        };
+        let from = graph.node(x).ty.dtype;
+        let x = match self.place(x) {
+            Place::Codes { codes, scale } => self.network.dequantize(codes, scale, None, QUANTIZED_PRODUCTS)?,
+            _ => {
+                let x = self.plain(x)?;
+                self.typed(x, from, QUANTIZED_PRODUCTS)?
+            }
+        };
+        let codes = stored(&codes.name, codes.ty.dtype, vec![rows, columns], codes_expr);
+        let scales = stored(&scales.name, scales.ty.dtype, vec![rows], scales_expr);
+        if let Some(block) = block {
+            let unit = common_divisor(block, columns);
+            let layout = Layout::Spread { block, unit };
+            let codes = self.weight(Weight { in_plan: true, ..codes })?;
+            let shape = vec![rows, columns / unit];
+            // Scales of 4-bit codes are BF16's numbers (quantize.rs), because TensorRT takes no others.
+            let scales = Weight { dtype: QUANTIZED_PRODUCTS, shape, layout, in_plan: true, ..scales };
+            let scales = self.weight(scales)?;
+            let weight = self.network.dequantize(codes, scales, None, QUANTIZED_PRODUCTS)?;
+            return self.network.linear(x, weight);
+        }
+        let shape = vec![columns, rows];
+        let codes = self.weight(Weight { shape, layout: Layout::Transposed, ..codes })?;
+        let scales = self.weight(scales)?;
+        let weight = self.network.dequantize(codes, scales, Some(1), QUANTIZED_PRODUCTS)?;
+        self.network.matmul(x, weight)
     }
 
     /// TensorRT's attention does not scale, so the queries are, before they are rounded to the cache's type.
@@ -307,6 +455,9 @@ impl Lowering<'_> {
         match self.place(value) {
             Place::Plain(tensor) => Ok(tensor),
             Place::Cache { cache, .. } => Ok(cache),
+            Place::Codes { .. } | Place::Weight => {
+                Err(fail(self.graph.node(value), "only a quantized product can read it"))
+            }
             Place::Heads { tensor, heads, head_dim } => {
                 let width = size(heads.checked_mul(head_dim), self.graph.node(value))?;
                 let tensor = self.network.transpose(tensor, &[0, 2, 1, 3])?;
@@ -362,7 +513,18 @@ impl Lowering<'_> {
         for output in graph.outputs() {
             let node = graph.node(*output);
             match self.place(*output) {
-                Place::Cache { cache, .. } => self.network.output(cache, &node.name)?,
+                Place::Cache { cache, .. } => {
+                    self.network.output(cache, &node.name)?;
+                    let before = node.operands.first().and_then(|cache| self.binding_of(*cache));
+                    let before = before.ok_or_else(|| fail(node, "what it updates is no input"))?;
+                    let role = match before.role {
+                        Role::KeyCache(layer) => Role::UpdatedKeys(layer),
+                        Role::ValueCache(layer) => Role::UpdatedValues(layer),
+                        _ => return Err(fail(node, "what it updates is no cache")),
+                    };
+                    let shape = before.shape.clone();
+                    self.bind(&node.name, role, node.ty.dtype, &shape);
+                }
                 _ if logits.is_none() => logits = Some((self.plain(*output)?, node)),
                 _ => return Err(refuse(format!("the graph returns {} beside its logits", node.name))),
             }
@@ -375,12 +537,32 @@ impl Lowering<'_> {
             return Err(refuse(detail));
         }
         self.network.scope("top");
-        let (values, ids) = self.network.top_k(logits, self.sizes.top_tokens.min(most) as u32)?;
-        self.network.output(logits, LOGITS)?;
-        self.network.output(values, TOP_LOGITS)?;
-        self.network.output(ids, TOP_IDS)?;
+        let top_tokens = self.sizes.top_tokens.min(most);
+        let (values, ids) = self.network.top_k(logits, top_tokens as u32)?;
+        for (tensor, name, role, dtype, width) in [
+            (logits, LOGITS, Role::Logits, DType::F32, vocab_size),
+            (values, TOP_LOGITS, Role::TopLogits, DType::F32, top_tokens),
+            (ids, TOP_IDS, Role::TopIds, DType::I32, top_tokens),
+        ] {
+            self.network.output(tensor, name)?;
+            self.bind(name, role, dtype, &[Extent::Step(StepSize::R), Extent::Fixed(width)]);
+        }
         let profiles = self.profiles()?;
-        Ok(Lowered { network: self.network, weights: self.weights, profiles })
+        let inputs = self.weights.iter().filter(|weight| !weight.in_plan);
+        let weights = inputs.map(|weight| Binding {
+            name: weight.name.clone(),
+            role: Role::Weight,
+            dtype: weight.dtype,
+            shape: weight.shape.iter().map(|n| Extent::Fixed(*n)).collect(),
+        });
+        let bindings = weights.chain(std::mem::take(&mut self.bindings)).collect();
+        Ok(Lowered { network: self.network, bindings, weights: self.weights, profiles })
+    }
+
+    /// The binding of a step's input.
+    fn binding_of(&self, value: Value) -> Option<&Binding> {
+        let name = &self.graph.node(value).name;
+        self.bindings.iter().find(|binding| binding.name == *name)
     }
 
     /// A profile per kind of step. Decoding has one of its own because TensorRT has kernels for T = 1 that read the
@@ -398,25 +580,38 @@ impl Lowering<'_> {
 
     /// From one sequence, token and row to these; fastest at one sequence of so many tokens.
     fn profile(&self, sequences: usize, tokens: usize, rows: usize) -> Result<Profile> {
-        let int = |n: usize| i64::try_from(n).map_err(|_| Error::TensorRt(format!("a size of {n} is too large")));
-        let (sequences, tokens, rows) = (int(sequences)?, int(tokens)?, int(rows)?);
-        let dims = |sizes: &[Size], [b, t, r]: [i64; 3]| -> Vec<i64> {
-            let dim = |size: &Size| match size {
-                Size::Sequences => b,
-                Size::TokensPerSequence => t,
-                Size::LogitsRows => r,
-                Size::Fixed(n) => *n,
+        let dims = |shape: &[Extent], [b, t, r]: [usize; 3]| -> Result<Vec<i64>> {
+            let dim = |extent: &Extent| {
+                let n = match extent {
+                    Extent::Step(StepSize::B) => b,
+                    Extent::Step(StepSize::T) => t,
+                    Extent::Step(StepSize::R) => r,
+                    Extent::Fixed(n) => *n,
+                };
+                i64::try_from(n).map_err(|_| Error::TensorRt(format!("a size of {n} is too large")))
             };
-            sizes.iter().map(dim).collect()
+            shape.iter().map(dim).collect()
         };
-        let ranges = self.step_inputs.iter().map(|(input, sizes)| Range {
-            input: input.clone(),
-            min: dims(sizes, [1, 1, 1]),
-            opt: dims(sizes, [1, tokens, 1]),
-            max: dims(sizes, [sequences, tokens, rows]),
-        });
-        Ok(Profile { ranges: ranges.collect() })
+        let inputs = self.bindings.iter().filter(|binding| !binding.role.is_output());
+        let range = |binding: &Binding| -> Result<Range> {
+            Ok(Range {
+                input: binding.name.clone(),
+                min: dims(&binding.shape, [1, 1, 1])?,
+                opt: dims(&binding.shape, [1, tokens, 1])?,
+                max: dims(&binding.shape, [sequences, tokens, rows])?,
+            })
+        };
+        Ok(Profile { ranges: inputs.map(range).collect::<Result<_>>()? })
     }
+}
+
+/// A weight that is stored row after row and given to the plan.
+fn stored(name: &str, dtype: DType, shape: Vec<usize>, expr: &Const) -> Weight {
+    Weight { name: name.into(), dtype, shape, expr: expr.clone(), layout: Layout::Rows, in_plan: false }
+}
+
+fn common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { common_divisor(b, a % b) }
 }
 
 fn rank(node: &Node) -> Result<u32> {

@@ -16,12 +16,14 @@ mod ffi;
 mod library;
 pub mod lower;
 mod network;
+pub mod pack;
 mod runtime;
 
 use std::ops::ControlFlow;
 
 pub use device::{DeviceInfo, devices};
 pub use executor::{Event, GpuOptions, Report, TensorRtExecutor};
+pub use ffi::ConstantBytes;
 pub use library::{Kind, Library, Version};
 pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
 pub use runtime::{Context, Engine, EngineTensor, Runtime, Validity};

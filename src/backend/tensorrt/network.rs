@@ -5,6 +5,7 @@ use std::pin::Pin;
 
 use cxx::UniquePtr;
 
+use super::ffi::ConstantBytes;
 use super::ffi::bridge::{self, Element};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -52,7 +53,7 @@ impl Network {
     /// # Errors
     /// [`Error::TensorRt`], here and in all that follow.
     pub fn input(&mut self, name: &str, dtype: DType, dims: &[i64]) -> Result<Tensor> {
-        Network::value(self.pin().input(name, element(dtype)?, dims))
+        Network::value(self.pin().input(name, element(dtype), dims))
     }
 
     /// Gives a value a name and makes it a result.
@@ -68,6 +69,11 @@ impl Network {
     /// `i64[n]`, for arithmetic with shapes.
     pub fn integers(&mut self, values: &[i64]) -> Result<Tensor> {
         Network::value(self.pin().constant_i64(values))
+    }
+
+    /// A value that becomes part of the plan. Its bytes, row-major, are read where they lie.
+    pub fn constant(&mut self, bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Result<Tensor> {
+        Network::value(self.pin().constant_of(Box::new(bytes), element(dtype), dims))
     }
 
     /// `i64[rank]`: the sizes of `x`.
@@ -88,7 +94,7 @@ impl Network {
 
     /// Rounded to another element type.
     pub fn cast(&mut self, x: Tensor, dtype: DType) -> Result<Tensor> {
-        Network::value(self.pin().cast(x.0, element(dtype)?))
+        Network::value(self.pin().cast(x.0, element(dtype)))
     }
 
     /// The same elements in order; one dimension may be -1, which takes what is left.
@@ -129,6 +135,23 @@ impl Network {
     /// `(x [n, in], weight [out, in])`: `x · weightᵀ`, in the type of both.
     pub fn linear(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor> {
         Network::value(self.pin().linear(x.0, weight.0))
+    }
+
+    /// `(x [n, in], weight [in, out])`: `x · weight`, in the type of both.
+    pub fn matmul(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor> {
+        Network::value(self.pin().matmul(x.0, weight.0))
+    }
+
+    /// `x / scale` as codes of that type; `scale` is one number.
+    pub fn quantize(&mut self, x: Tensor, scale: Tensor, dtype: DType) -> Result<Tensor> {
+        Network::value(self.pin().quantize(x.0, scale.0, element(dtype)))
+    }
+
+    /// `codes · scale` as floats of that type. `scale` is one number; or one for each index of dimension `axis`; or,
+    /// with as many dimensions as `codes` and no `axis`, one for each block.
+    pub fn dequantize(&mut self, codes: Tensor, scale: Tensor, axis: Option<u8>, dtype: DType) -> Result<Tensor> {
+        let axis = axis.map_or(-1, i32::from);
+        Network::value(self.pin().dequantize(codes.0, scale.0, axis, element(dtype)))
     }
 
     /// `(x [n, width], scale [1, width], bias [1, width])`: layer normalization of each row.
@@ -191,6 +214,7 @@ impl Network {
         };
         let options = bridge::BuildOptions {
             compute_capability: options.compute_capability.map_or(0, i32::from),
+            optimization_level: options.optimization_level.map_or(-1, i32::from),
             list_kernels: options.list_kernels,
             profiles: options.profiles.iter().map(ranges).collect(),
         };
@@ -246,6 +270,9 @@ pub struct Profile {
 pub struct BuildOptions {
     /// 80 for SM 8.0; `None` is the GPU at hand. TensorRT for RTX alone takes another.
     pub compute_capability: Option<u16>,
+    /// How long TensorRT 11 looks for the fastest kernels, 0 to 5; `None` is its own default. TensorRT for RTX has no
+    /// such choice: it looks when a plan first runs.
+    pub optimization_level: Option<u8>,
     /// Log the plan's kernels, at [`super::Severity::Verbose`].
     pub list_kernels: bool,
     /// At least one if any input has a -1; a step runs in one of them.
@@ -270,14 +297,14 @@ impl fmt::Debug for Plan {
     }
 }
 
-fn element(dtype: DType) -> Result<Element> {
+fn element(dtype: DType) -> Element {
     match dtype {
-        DType::F32 => Ok(Element::F32),
-        DType::F16 => Ok(Element::F16),
-        DType::BF16 => Ok(Element::BF16),
-        DType::I32 => Ok(Element::I32),
-        DType::I8 | DType::I4 | DType::F8 => {
-            Err(Error::TensorRt(format!("a network's tensors are f32, f16, bf16 or i32, not {dtype}")))
-        }
+        DType::F32 => Element::F32,
+        DType::F16 => Element::F16,
+        DType::BF16 => Element::BF16,
+        DType::I32 => Element::I32,
+        DType::I8 => Element::I8,
+        DType::I4 => Element::I4,
+        DType::F8 => Element::F8,
     }
 }

@@ -1,9 +1,9 @@
 //! Weights from the mapped file to the GPU.
 
 use rayon::prelude::*;
-use safetensors::tensor::Dtype;
 
 use super::memory::{Layout, PlacedWeight};
+use crate::backend::constants::stored_dtype;
 use crate::backend::tensorrt::device::{Buffer, Device, Stream};
 use crate::engine::tensorrt::{Binding, Extent};
 use crate::error::{Error, Result};
@@ -39,18 +39,6 @@ pub(super) fn find<'f>(file: &'f TensorFile, bindings: &[Binding], layout: &Layo
         Ok(data)
     };
     layout.weights.iter().map(one).collect()
-}
-
-fn stored_dtype(dtype: DType) -> Dtype {
-    match dtype {
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
-        DType::I32 => Dtype::I32,
-        DType::I8 => Dtype::I8,
-        DType::I4 => Dtype::U8,
-        DType::F8 => Dtype::F8_E4M3,
-    }
 }
 
 /// Copies `data`, the bytes of every weight of the layout, to its place in `to`. `progress` gets the bytes done.
