@@ -5,10 +5,12 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use aotron::backend::tensorrt::lower::{Attends, Sizes, lower};
-use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Validity, devices};
-use aotron::checkpoint::Checkpoint;
-use aotron::compile::{Precision, optimized_graph};
+use aotron::backend::tensorrt::{GpuOptions, Kind, Library, TensorRtExecutor, Validity, devices};
+use aotron::backend::{self, ExecutorOptions};
+use aotron::compile::Precision;
+use aotron::engine::Package;
+
+use crate::packages::build_recipes;
 
 #[path = "tensorrt_runtime/executor.rs"]
 mod executor;
@@ -24,29 +26,21 @@ fn rtx(test: &str) -> Option<Library> {
     }
 }
 
-/// tiny-chat's plan for an A100.
-fn tiny_chat_plan(library: &Library) -> Vec<u8> {
-    let sizes = Sizes {
-        max_sequence_tokens: 256,
-        decode_sequences: 4,
-        prefill_sequences: 1,
-        prefill_tokens: 32,
-        prefill_logits_rows: 8,
-        top_tokens: 16,
-    };
-    let config = Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap().config().clone();
-    let (graph, _) = optimized_graph(&config, Precision::Bf16, sizes.max_sequence_tokens, None).unwrap();
-    let mut lowered = lower(&graph, library.network(Arc::new(())).unwrap(), Attends::Cache, &sizes).unwrap();
-    let options =
-        BuildOptions { compute_capability: Some(80), list_kernels: false, profiles: lowered.profiles.clone() };
-    lowered.network.build(&options).unwrap().bytes().to_vec()
+/// A package with tiny-chat's plan for an A100, and the plan.
+fn tiny_chat(folder: &Path) -> (Package, Vec<u8>) {
+    let path = folder.join("package");
+    build_recipes(Path::new("tests/data/tiny-chat"), &[("a100", Precision::Bf16)], false, &path).unwrap();
+    let package = Package::open(&path).unwrap();
+    let plan = package.read(package.manifest().plans[0].plan.as_ref().unwrap()).unwrap();
+    (package, plan)
 }
 
 /// Where there is a GPU, a plan may be read; damaged ones never are.
 #[test]
 fn plans_that_are_not_whole_are_refused_in_words() {
     let Some(library) = rtx("plans_that_are_not_whole_are_refused_in_words") else { return };
-    let plan = tiny_chat_plan(&library);
+    let folder = tempfile::tempdir().unwrap();
+    let (_, plan) = tiny_chat(folder.path());
     let runtime = library.runtime(Arc::new(())).unwrap();
     let refused = |bytes: &[u8]| runtime.deserialize(bytes).unwrap_err().to_string();
 
@@ -77,7 +71,15 @@ fn without_a_driver_opening_says_so() {
     let error = devices().unwrap_err().to_string();
     assert_eq!(error, "GPU: no NVIDIA driver is loaded: libcuda.so.1, which is part of it, cannot be opened");
     let Some(library) = rtx("without_a_driver_opening_says_so") else { return };
-    let plan = tiny_chat_plan(&library);
+    let folder = tempfile::tempdir().unwrap();
+    let (package, plan) = tiny_chat(folder.path());
+    let opened = TensorRtExecutor::open(&package, &package.manifest().plans[0], &GpuOptions::default());
+    assert_eq!(opened.err().unwrap().to_string(), error);
+    let error = backend::open(&package, &ExecutorOptions::default()).err().unwrap().to_string();
+    assert!(
+        error.contains("none of its plans runs here; plan a100 (bf16) does not: no NVIDIA driver is loaded"),
+        "{error}"
+    );
     // A runtime is made all the same, and what stops it is named.
     let runtime = library.runtime(Arc::new(())).unwrap();
     let error = runtime.deserialize(&plan).unwrap_err().to_string();

@@ -499,3 +499,56 @@ impl DeferredLogits for Results {
         bytemuck::try_cast_slice(bytes).map_err(|error| Error::Gpu(format!("pinned memory is not aligned: {error}")))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::compile::{BuildRequest, Precision, Progress, Recipe, build};
+
+    struct Quiet;
+    impl Progress for Quiet {
+        fn stage(&self, _: &str, _: u64) {}
+        fn advance(&self, _: u64) {}
+        fn warn(&self, _: &str) {}
+    }
+
+    /// What the builder writes is what the executor takes: sizes, bindings and weights.
+    #[test]
+    fn packages_of_the_builder_can_be_laid_out() {
+        for (target, precision) in [("a100", Precision::Bf16), ("a100", Precision::Int8), ("h100", Precision::Fp8)] {
+            let folder = tempfile::tempdir().unwrap();
+            let output = folder.path().join("package");
+            let request = BuildRequest {
+                checkpoint: "tests/data/tiny-chat".into(),
+                recipes: vec![Recipe { precision, ..Recipe::load(target).unwrap() }],
+                output: output.clone(),
+                replace: false,
+                prepare: true,
+                calibration: None,
+            };
+            build(&request, &(Arc::new(Quiet) as Arc<dyn Progress>)).unwrap();
+            let package = Package::open(Path::new(&output)).unwrap();
+            let plan = &package.manifest().plans[0];
+            let info = plan.tensorrt.as_ref().unwrap();
+            let mut rules = rules(plan, info, true).unwrap();
+            let machine = Machine {
+                device_bytes: 85_000_000_000,
+                free_bytes: 84_000_000_000,
+                kv_cache_gib: &info.kv_cache_gib,
+                asked: None,
+            };
+            let (layout, words) = memory::fit(info, &mut rules, 1 << 20, &machine).unwrap();
+            assert_eq!(layout.slots, plan.limits.slots, "{words}");
+            assert_eq!(
+                layout.slot_bytes.values().sum::<u64>() as usize,
+                plan.kv_bytes_per_token * plan.limits.max_sequence_tokens
+            );
+            let file = TensorFile::open(&package.file_path(&plan.weights)).unwrap();
+            let data = weights::find(&file, &info.bindings, &layout).unwrap();
+            assert_eq!(data.len(), info.bindings.iter().filter(|b| b.role == Role::Weight).count());
+            assert!(!data.is_empty());
+        }
+    }
+}
