@@ -16,5 +16,7 @@ mod numerics;
 mod packages;
 /// TensorRT, where its library is.
 mod tensorrt;
+/// Running plans of TensorRT, on a stand-in for a GPU and with the real library.
+mod tensorrt_runtime;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;

@@ -36,7 +36,7 @@ impl EngineFlags {
         let started = Instant::now();
         let package = self.package()?;
         let tokenizer = package.tokenizer()?.map(Arc::new);
-        let executor = open(&package, &ExecutorOptions { cpu: self.cpu_options(1) })?;
+        let executor = open(&package, &ExecutorOptions { cpu: self.cpu_options(1), ..ExecutorOptions::default() })?;
         Ok(Engine { package, tokenizer, executor, load_seconds: started.elapsed().as_secs_f64() })
     }
 
