@@ -8,8 +8,10 @@
 //! Both are opened when they are first asked for ([`Library::find`]), so the program runs where neither is. Their C++
 //! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it.
 
+pub mod analysis;
 pub mod device;
 mod ffi;
+pub mod kernels;
 mod library;
 pub mod lower;
 mod network;
