@@ -13,8 +13,8 @@ use super::term;
 
 /// Sequences and tokens of each that the time of a step is given for.
 const SITUATIONS: [(usize, usize); 2] = [(1, 2048), (8, 2048)];
-/// Widths of the table's columns; the last goes on to the line's end.
-const COLUMNS: [usize; 4] = [9, 24, 34, 27];
+/// Widths of the table's columns, which make 100 with the space between them.
+const COLUMNS: [usize; 4] = [9, 19, 41, 26];
 
 /// The kernels of all steps.
 pub struct Listing {
@@ -74,9 +74,11 @@ impl StepListing {
     }
 
     fn write(&self, f: &mut fmt::Formatter<'_>, bindings: &[Binding], extent: Extent) -> fmt::Result {
-        let (launches, each) = (self.analysis.launches, self.layer_launches());
-        let layers = self.analysis.by_layer.len();
-        writeln!(f, "{}: {launches} kernels, {each} in each of {} and the rest around them", self.name, term::plural(layers, "layer"))?;
+        let StepKernels { launches, by_layer, .. } = &self.analysis;
+        let (layers, around) = (by_layer.len(), launches - by_layer.iter().sum::<usize>());
+        let each = self.layer_launches();
+        let layers_text = term::plural(layers, "layer");
+        writeln!(f, "{}: {launches} kernels, {each} in each of {layers_text}, {around} around them", self.name)?;
         let placed: Vec<(&Kernel, Place)> =
             self.kernels.iter().zip(self.analysis.places.iter().copied()).filter(|(k, _)| k.is_launched()).collect();
         if extent == Extent::All {
@@ -95,14 +97,14 @@ impl StepListing {
             return writeln!(f);
         }
         let Some((layer, alike)) = self.most_alike() else { return writeln!(f) };
-        let others = layers - alike.len();
-        let all = if others == 0 { "all layers".to_owned() } else { format!("layer {layer}") };
-        let times = if alike.len() > 1 { format!(" × {}", alike.len()) } else { String::new() };
-        let rest = match others {
+        let others = match layers - alike.len() {
             0 => String::new(),
-            _ => format!(" (the other {others} join a little otherwise: --kernels=all)"),
+            n => format!("; {n} more join other kernels (--kernels=all prints all)"),
         };
-        writeln!(f, " {all}{times}{rest}")?;
+        match (alike.len(), alike.last()) {
+            (1, _) | (_, None) => writeln!(f, " layer {layer}{others}")?,
+            (n, Some(last)) => writeln!(f, " layers {layer} to {last}, each × {n}{others}")?,
+        }
         self.analysis.layer(layer, &self.kernels).try_for_each(|kernel| write_kernel(f, kernel, bindings))?;
         writeln!(f)
     }
@@ -143,6 +145,8 @@ fn items(tensors: &[KernelTensor], bindings: &[Binding]) -> Vec<String> {
             None => inside.push(tensor.ty()),
         }
     }
+    // TensorRT lists them in another order from one build to the next.
+    bound.sort_unstable();
     bound.append(&mut inside);
     bound
 }
@@ -217,16 +221,22 @@ impl Listing {
         SITUATIONS.into_iter().map(move |(sequences, tokens)| (sequences, tokens.min(most)))
     }
 
-    fn write_copies(&self, f: &mut fmt::Formatter<'_>, step: &StepListing, what: &str, copies: &[Copied]) -> fmt::Result {
+    fn write_copies(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        step: &StepListing,
+        what: &str,
+        copies: &[Copied],
+    ) -> fmt::Result {
         let Some(first) = copies.first() else { return Ok(()) };
         let kernel = step.kernels.get(first.kernel).map(operations).unwrap_or_default();
-        let of = first.of.as_deref().unwrap_or("the cache");
-        writeln!(f, "  {} {what} copies: `{kernel}` of {of} as {}, …", step.name, first.what)
+        let of = first.of.as_deref().map(|of| format!(" of {of}")).unwrap_or_default();
+        writeln!(f, "  {} copies a {what}: `{kernel}`{of} as {}; {} such", step.name, first.what, copies.len())
     }
 
     fn write_analysis(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let wide = 13;
-        writeln!(f, "{:<13}{:>9}{:>12}{:>15}{:>14}", "step", "kernels", "a layer", "weight copies", "cache copies")?;
+        writeln!(f, "{:<wide$}{:>9}{:>12}{:>15}{:>14}", "step", "kernels", "a layer", "weight copies", "cache copies")?;
         for step in &self.steps {
             let StepKernels { launches, weight_copies, cache_copies, .. } = &step.analysis;
             let (weights, caches) = (weight_copies.len(), cache_copies.len());
@@ -241,37 +251,37 @@ impl Listing {
             writeln!(f, "{lines} of TensorRT's list could not be read and are not counted (--format json has them)")?;
         }
         let Traffic { weight_bytes, row_bytes, kv_bytes_per_token } = self.traffic;
-        writeln!(f, "\na step that decodes reads at least")?;
+        writeln!(f, "\ndecoding a token of each sequence reads at least")?;
         let in_plan = match self.weight_bytes_in_plan {
             0 => String::new(),
             bytes => format!(", {} of them part of the plan", term::bytes(bytes)),
         };
-        writeln!(f, "  {:>9}  of weights{in_plan}", term::bytes(weight_bytes))?;
-        writeln!(f, "  {:>9}  of table rows for each sequence", term::bytes(row_bytes))?;
-        writeln!(f, "  {:>9}  of keys and values for each token before it", term::bytes(kv_bytes_per_token))?;
-        writeln!(f, "\nso by memory bandwidth alone it takes at least, and gives at most")?;
+        writeln!(f, "  {:>9}  of weights, once{in_plan}", term::bytes(weight_bytes))?;
+        writeln!(f, "  {:>9}  of rows of tables for each sequence", term::bytes(row_bytes))?;
+        writeln!(f, "  {:>9}  of keys and values for each token of each sequence", term::bytes(kv_bytes_per_token))?;
+        writeln!(
+            f,
+            "\nso memory bandwidth alone allows (least time of a step, most tokens a second of all sequences)"
+        )?;
         let gpus = || GPUS.iter().filter(|gpu| self.precision != "fp8" || gpu.compute_capability >= 89);
-        write!(f, "{:<34}{:>9}", "", "reads")?;
-        gpus().try_for_each(|gpu| write!(f, "  {:>20}", format!("{}, {} GB/s", short_gpu(gpu.name), gpu.bytes_per_second / 1_000_000_000)))?;
+        write!(f, "  {:<29}{:>9}", "", "reads")?;
+        gpus().try_for_each(|gpu| write!(f, "{:>20}", gpu.name))?;
+        write!(f, "\n  {:<38}", "")?;
+        gpus().try_for_each(|gpu| write!(f, "{:>20}", format!("{} GB/s", gpu.bytes_per_second / 1_000_000_000)))?;
         writeln!(f)?;
         for (sequences, tokens) in self.situations() {
             let bytes = self.traffic.decode_bytes(sequences, tokens);
-            let of = if sequences == 1 { "" } else { " each" };
-            let what = format!("{} of {tokens} tokens{of}", term::plural(sequences, "sequence"));
-            write!(f, "{what:<34}{:>9}", term::bytes(bytes))?;
+            let what = format!("{} of {tokens} tokens", term::plural(sequences, "sequence"));
+            write!(f, "  {what:<29}{:>9}", term::bytes(bytes))?;
             for gpu in gpus() {
                 let seconds = gpu.seconds(bytes);
-                let rate = sequences as f64 / seconds;
-                write!(f, "  {:>20}", format!("{}, {}/s", time(seconds), rounded(rate)))?;
+                let rate = rounded(sequences as f64 / seconds);
+                write!(f, "{:>20}", format!("{} {rate:>8}", time(seconds)))?;
             }
             writeln!(f)?;
         }
         Ok(())
     }
-}
-
-fn short_gpu(name: &str) -> &str {
-    name.strip_suffix(" GB").unwrap_or(name)
 }
 
 fn time(seconds: f64) -> String {

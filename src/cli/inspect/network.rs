@@ -25,36 +25,42 @@ struct Row {
     /// Its number and operation there.
     name: String,
     kind: String,
-    outputs: String,
+    /// Of its results.
+    types: String,
+    /// Results that have names of their own: outputs of the network.
+    named: Vec<String>,
     inputs: Vec<String>,
 }
 
 impl Row {
     fn of(layer: &Layer) -> Row {
         let (scope, name) = layer.name.split_once('/').unwrap_or(("", &layer.name));
-        let output = |text: &String| {
-            let (output, ty) = split(text);
-            // A value that has a name of its own is an output of the network.
-            let own = output != layer.name && !output.starts_with(&format!("{}_", layer.name));
-            if own { format!("{ty} {output}") } else { ty.to_owned() }
-        };
+        // TensorRT makes two layers of an attention and names them itself; their kinds tell them apart.
+        let name = name.split_once("_Attention").map_or(name, |(name, _)| name);
+        let outputs: Vec<(&str, &str)> = layer.outputs.iter().map(|text| split(text)).collect();
+        let is_inside = |name: &&str| name.strip_prefix(scope).is_some_and(|rest| rest.starts_with('/'));
         Row {
             scope: scope.to_owned(),
             name: name.to_owned(),
             kind: layer.kind.clone(),
-            outputs: layer.outputs.iter().map(output).collect::<Vec<String>>().join(", "),
+            types: outputs.iter().map(|(_, ty)| *ty).collect::<Vec<&str>>().join(", "),
+            named: outputs.iter().map(|(name, _)| *name).filter(|name| !is_inside(name)).map(str::to_owned).collect(),
             inputs: layer.inputs.iter().map(|text| split(text).0.to_owned()).collect(),
         }
     }
 
-    /// With what it reads of its own scope by its name there.
+    /// With what it reads of its own scope by its name there, and of its own decoder layer without that layer's.
     fn line(&self) -> String {
+        let own = layer_number(&self.scope);
         let local = |input: &String| match input.split_once('/') {
             Some((scope, name)) if scope == self.scope => name.to_owned(),
-            _ => input.clone(),
+            _ => inner(input, own).to_owned(),
         };
         let inputs: Vec<String> = self.inputs.iter().map(local).collect();
-        let line = format!("  {:<13} {:<16} {:<24} {}", self.name, self.kind, self.outputs, inputs.join(", "));
+        let named: Vec<&str> = self.named.iter().map(|name| inner(name, own)).collect();
+        let arrow = if named.is_empty() { String::new() } else { format!(" → {}", named.join(", ")) };
+        let Row { name, kind, types, .. } = self;
+        let line = format!("    {name:<12} {kind:<16} {types:<24} {}{arrow}", inputs.join(", "));
         line.trim_end().to_owned()
     }
 }
@@ -64,24 +70,33 @@ fn split(text: &str) -> (&str, &str) {
     text.rsplit_once(": ").unwrap_or((text, ""))
 }
 
-/// The number of the decoder layer in a name, and the name with `layers.L` in its stead, `layers.L-1` for the layer
-/// before `of`.
-fn numbered(text: &str, of: usize) -> String {
-    let mut text = text.replace(&format!("layers.{of}."), "layers.L.");
-    if let Some(before) = of.checked_sub(1) {
-        text = text.replace(&format!("layers.{before}."), "layers.L-1.");
-    }
-    text
-}
-
+/// 3 of `layers.3.mlp.up`.
 fn layer_number(scope: &str) -> Option<usize> {
     scope.strip_prefix("layers.")?.split('.').next()?.parse().ok()
+}
+
+/// A name without the decoder layer `own` and the checkpoint's `model`.
+fn inner(name: &str, own: Option<usize>) -> &str {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    let prefix = own.map(|layer| format!("layers.{layer}."));
+    prefix.and_then(|prefix| name.strip_prefix(&prefix)).unwrap_or(name)
 }
 
 /// Lines of one decoder layer, or of what is between.
 struct Block {
     layer: Option<usize>,
     lines: Vec<String>,
+}
+
+impl Block {
+    /// Whether it differs in nothing but its number: what it reads of the layer before, or of one that both read.
+    fn is_alike(&self, other: &Block) -> bool {
+        let (Some(layer), Some(of)) = (self.layer, other.layer) else { return false };
+        let before = |layer: usize| format!("layers.{}.", layer.wrapping_sub(1));
+        let moved = |line: &str| line.replace(&before(layer), &before(of));
+        let alike = |(line, of): (&String, &String)| line == of || moved(line) == *of;
+        self.lines.len() == other.lines.len() && self.lines.iter().zip(&other.lines).all(alike)
+    }
 }
 
 fn blocks(layers: &[Layer]) -> Vec<Block> {
@@ -94,7 +109,7 @@ fn blocks(layers: &[Layer]) -> Vec<Block> {
         }
         if let Some(block) = blocks.last_mut() {
             if scope.as_ref() != Some(&row.scope) {
-                block.lines.push(row.scope.clone());
+                block.lines.push(format!("  {}", inner(&row.scope, layer)));
             }
             block.lines.push(row.line());
         }
@@ -105,23 +120,19 @@ fn blocks(layers: &[Layer]) -> Vec<Block> {
 
 /// Decoder layers that differ in nothing but their number are written once.
 fn write_blocks(f: &mut fmt::Formatter<'_>, blocks: &[Block], extent: Extent) -> fmt::Result {
-    let text = |block: &Block| {
-        let lines = block.lines.join("\n");
-        block.layer.map_or(lines.clone(), |layer| numbered(&lines, layer))
-    };
     let mut index = 0;
     while let Some(block) = blocks.get(index) {
-        writeln!(f, "{}", block.lines.join("\n"))?;
-        let alike = |other: &&Block| other.layer.is_some() && text(other) == text(block);
-        let repeated = match extent {
-            Extent::Once => blocks[index + 1..].iter().take_while(alike).count(),
-            Extent::All => 0,
-        };
-        if let (Some(layer), true) = (block.layer, repeated > 0) {
-            let last = layer + repeated;
-            let which = if repeated == 1 { format!("layer {last}") } else { format!("layers {} to {last}", layer + 1) };
-            writeln!(f, "({which}: as layer {layer})")?;
+        let alike = |other: &&Block| extent == Extent::Once && block.is_alike(other);
+        let repeated = blocks[index + 1..].iter().take_while(alike).count();
+        match (block.layer, repeated) {
+            (Some(layer), 0) => writeln!(f, "\nlayer {layer}")?,
+            (Some(layer), _) => {
+                writeln!(f, "\nlayers {layer} to {}, all alike; names are of {layer}", layer + repeated)?
+            }
+            (None, _) if index == 0 => writeln!(f, "\nbefore the layers")?,
+            (None, _) => writeln!(f, "\nafter the layers")?,
         }
+        writeln!(f, "{}", block.lines.join("\n"))?;
         index += 1 + repeated;
     }
     Ok(())
@@ -131,8 +142,12 @@ impl fmt::Display for Networks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.layers.len();
         writeln!(f, "{}: {count} layers, as TensorRT reads them back", self.title)?;
-        writeln!(f, "layer, kind, type of its result (-1 is the step's to say), what it reads")?;
-        writeln!(f, "\ninputs, weights apart")?;
+        writeln!(
+            f,
+            "By line: number and operation, TensorRT's kind, type of the result (a step decides the sizes that are"
+        )?;
+        writeln!(f, "-1), what it reads, and → the name of an output. In a layer, names are without its `layers.N.`.")?;
+        writeln!(f, "\ninputs of a step")?;
         let mut caches = 0;
         for binding in self.bindings.iter().filter(|binding| !binding.role.is_output()) {
             match binding.role {
@@ -175,7 +190,6 @@ impl fmt::Display for Networks {
                 _ => writeln!(f, "  {text}  × {count}")?,
             }
         }
-        writeln!(f)?;
         write_blocks(f, &blocks(&self.layers), self.extent)?;
         let Some(first_chunk) = &self.first_chunk else { return Ok(()) };
         let title = "plan for first chunks";
