@@ -37,11 +37,11 @@ pub struct Flags {
     /// Print what each pass of the compiler does, and what it leaves and why
     #[arg(long)]
     passes: bool,
-    #[command(flatten)]
-    tensorrt: tensorrt::PlanFlags,
     /// How the facts are printed
     #[arg(long, value_enum, default_value_t)]
     format: Format,
+    #[command(flatten)]
+    tensorrt: tensorrt::PlanFlags,
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {

@@ -99,7 +99,8 @@ impl StepListing {
         let Some((layer, alike)) = self.most_alike() else { return writeln!(f) };
         let others = match layers - alike.len() {
             0 => String::new(),
-            n => format!("; {n} more join other kernels (--kernels=all prints all)"),
+            1 => "; 1 other differs (--kernels=all prints it)".to_owned(),
+            n => format!("; {n} others differ (--kernels=all prints them)"),
         };
         match (alike.len(), alike.last()) {
             (1, _) | (_, None) => writeln!(f, " layer {layer}{others}")?,

@@ -113,8 +113,8 @@ impl Plans<'_> {
             return Err(usage(format!("recipe {name} is not for a GPU: TensorRT has no plan of it")));
         };
         let config = subject.config();
-        // What a scale is changes neither the network nor its kernels.
-        let any_scale = Calibration::uniform(1.0);
+        // What a scale is changes no kernel, unless it is 1, which TensorRT leaves out with the rounding.
+        let any_scale = Calibration::uniform(0.01);
         let (sizes, calibration, has_first_chunk_plan) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
@@ -276,5 +276,48 @@ impl Monitor for Follower {
 impl Drop for Follower {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aotron::backend::Limits;
+
+    #[test]
+    fn a_package_is_looked_at_by_its_own_plan() {
+        let sizes = Sizes {
+            max_sequence_tokens: 64,
+            decode_sequences: 2,
+            prefill_sequences: 1,
+            prefill_tokens: 16,
+            prefill_logits_rows: 2,
+            top_tokens: 4,
+        };
+        let limits =
+            Limits { slots: 2, max_sequence_tokens: 64, max_step_tokens: 16, max_logits_rows: 2, vocab_size: 100 };
+        let plan = |target: &str, tensorrt| PlanInfo {
+            target: target.into(),
+            precision: "bf16".into(),
+            plan: None,
+            weights: "weights".into(),
+            limits: limits.clone(),
+            kv_bytes_per_token: 1,
+            recipe: String::new(),
+            tensorrt,
+        };
+        let info = TensorRtInfo {
+            compute_capability: 90,
+            compiled: None,
+            sizes,
+            bindings: Vec::new(),
+            kv_cache_gib: Default::default(),
+            activation_scales: Default::default(),
+        };
+        let plans = [plan("cpu", None), plan("h100", Some(info.clone())), plan("a100", Some(info))];
+        let chosen = |target| packaged(&plans, target).map(|(plan, _)| plan.target.as_str());
+        assert_eq!(chosen(None), Some("h100"));
+        assert_eq!(chosen(Some("a100")), Some("a100"));
+        assert_eq!((chosen(Some("cpu")), chosen(Some("my.toml"))), (None, None));
     }
 }
