@@ -81,6 +81,7 @@ struct Measured {
 fn main() -> Outcome<()> {
     let (asked, answered) = (json_lines("conversations.jsonl")?, json_lines("answers.jsonl")?);
     let folder = tempfile::tempdir()?;
+    let quiet: Arc<dyn Progress> = Arc::new(Quiet);
     let mut packages = HashMap::new();
     for precision in Precision::ALL {
         let mut recipe = Recipe::load("cpu")?;
@@ -88,12 +89,13 @@ fn main() -> Outcome<()> {
         let output = folder.path().join(precision.to_string());
         let request = BuildRequest {
             checkpoint: CHECKPOINT.into(),
-            recipe,
+            recipes: vec![recipe],
             output: output.clone(),
             replace: false,
+            prepare: false,
             calibration: None,
         };
-        build(&request, &Quiet)?;
+        build(&request, &quiet)?;
         packages.insert(precision.to_string(), Package::open(&output)?);
     }
     let reference = &packages[&Precision::F32.to_string()];

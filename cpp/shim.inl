@@ -588,6 +588,11 @@ public:
         if (options.compute_capability != 0) {
             target(*config, options.compute_capability);
         }
+#if !AOTRON_CROSS_COMPILES
+        if (options.optimization_level >= 0) {
+            config->setBuilderOptimizationLevel(options.optimization_level);
+        }
+#endif
         config->setProfilingVerbosity(
             options.list_kernels ? ProfilingVerbosity::kDETAILED : ProfilingVerbosity::kLAYER_NAMES_ONLY);
         for (auto const& ranges : options.profiles) {

@@ -103,7 +103,7 @@ proptest! {
                 continue;
             }
             let step = Step::prefill(&limits, &chunks).unwrap();
-            let got = executor.forward(&step).unwrap();
+            let mut got = executor.forward(&step).unwrap();
             prop_assert_eq!(got.rows(), ends.len());
             for (row, (slot, position)) in ends.into_iter().enumerate() {
                 let expected = expected.entry(slot).or_insert_with(|| alone(&mut open(package, isa, 1), &ids[slot]));

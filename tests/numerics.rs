@@ -33,7 +33,7 @@ fn score(executor: &mut dyn Executor, slot: usize, ids: &[u32], chunk: usize) ->
     let mut past_tokens = 0;
     for tokens in ids.chunks(chunk.min(limits.max_logits_rows)) {
         let step = Step::prefill(&limits, &[Chunk { slot, past_tokens, tokens, rows: Rows::All }]).unwrap();
-        let rows = executor.forward(&step).unwrap();
+        let mut rows = executor.forward(&step).unwrap();
         (0..rows.rows()).for_each(|i| logits.extend_from_slice(rows.row(i).unwrap()));
         past_tokens += tokens.len();
     }

@@ -1,8 +1,9 @@
 //! Packages for tests: built by the library, in silence.
 
 use std::path::Path;
+use std::sync::Arc;
 
-use aotron::compile::{BuildRequest, Precision, Progress, Recipe, build};
+use aotron::compile::{BuildRequest, BuildSummary, Precision, Progress, Recipe, build};
 use aotron::engine::Package;
 
 struct Quiet;
@@ -14,12 +15,33 @@ impl Progress for Quiet {
 
 /// Builds and verifies a CPU package.
 pub fn build_package(checkpoint: &Path, precision: Precision, output: &Path) -> Package {
-    let mut recipe = Recipe::load("cpu").unwrap();
-    recipe.precision = precision;
-    let (checkpoint, output_folder) = (checkpoint.into(), output.into());
-    let request = BuildRequest { checkpoint, recipe, output: output_folder, replace: false, calibration: None };
-    build(&request, &Quiet).unwrap();
+    build_recipes(checkpoint, &[("cpu", precision)], false, output).unwrap();
     let package = Package::open(output).unwrap();
     package.verify(&|_| {}).unwrap();
     package
+}
+
+/// Builds a package by built-in recipes.
+pub fn build_recipes(
+    checkpoint: &Path,
+    recipes: &[(&str, Precision)],
+    prepare: bool,
+    output: &Path,
+) -> aotron::Result<BuildSummary> {
+    let recipe =
+        |(name, precision): &(&str, Precision)| Recipe { precision: *precision, ..Recipe::load(name).unwrap() };
+    let request = BuildRequest {
+        checkpoint: checkpoint.into(),
+        recipes: recipes.iter().map(recipe).collect(),
+        output: output.into(),
+        replace: false,
+        prepare,
+        calibration: None,
+    };
+    build(&request, &quiet())
+}
+
+/// Hears nothing.
+pub fn quiet() -> Arc<dyn Progress> {
+    Arc::new(Quiet)
 }

@@ -22,7 +22,7 @@ const TINY_CHAT: &str = "tests/data/tiny-chat";
 const SM_80: Option<u16> = Some(80);
 
 /// TensorRT for RTX, or `None` and a line on standard error, past the capture of tests' output, that says so.
-fn rtx(test: &str) -> Option<Library> {
+pub fn rtx(test: &str) -> Option<Library> {
     match Library::find(Kind::Rtx) {
         Ok(library) => Some(library),
         Err(error) => {
@@ -76,7 +76,7 @@ fn lowered_model(
 
 fn build(lowered: &mut Lowered, compute_capability: Option<u16>, list_kernels: bool) -> aotron::Result<Plan> {
     let profiles = lowered.profiles.clone();
-    lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles })
+    lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles, ..BuildOptions::default() })
 }
 
 /// Builds for SM 8.0 and lists the kernels.

@@ -2,6 +2,8 @@
 
 /// The program, as its users run it.
 mod cli;
+/// Packages with plans for GPUs.
+mod gpu_packages;
 /// A sequence's logits do not depend on its batch or its chunks.
 mod invariance;
 /// Builds killed at random moments.

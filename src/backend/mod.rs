@@ -2,12 +2,14 @@
 
 pub mod constants;
 pub mod cpu;
+mod logits;
 mod select;
 mod step;
 pub mod tensorrt;
 
+pub use logits::{DeferredLogits, Logits, Top};
 pub use select::{ExecutorOptions, cpu_program, open, open_cpu};
-pub use step::{Chunk, Logits, NextToken, Rows, Span, Step};
+pub use step::{Chunk, NextToken, Rows, Span, Step};
 
 pub use crate::engine::Limits;
 use crate::error::Result;

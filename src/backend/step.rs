@@ -167,36 +167,6 @@ impl Step {
     }
 }
 
-/// Rows of logits in an executor's own buffer, FP32, `[rows, vocab_size]`, in the order of [`Step::logits_rows`].
-#[derive(Debug, Clone, Copy)]
-pub struct Logits<'a> {
-    values: &'a [f32],
-    vocab_size: usize,
-}
-
-impl<'a> Logits<'a> {
-    /// Wraps a buffer of whole rows.
-    ///
-    /// # Errors
-    /// [`Error::Step`] if `values` is not a whole number of rows.
-    pub fn new(values: &'a [f32], vocab_size: usize) -> Result<Logits<'a>> {
-        if vocab_size == 0 || !values.len().is_multiple_of(vocab_size) {
-            return Err(Error::Step(format!("{} logits are not whole rows of {vocab_size}", values.len())));
-        }
-        Ok(Logits { values, vocab_size })
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.values.len() / self.vocab_size
-    }
-
-    /// Row `index`, `[vocab_size]`, or `None` past the last.
-    pub fn row(&self, index: usize) -> Option<&'a [f32]> {
-        self.values.chunks_exact(self.vocab_size).nth(index)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -2,9 +2,11 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
-use aotron::compile::{self, BuildRequest, BuildSummary, Precision, Recipe};
+use anyhow::bail;
+use aotron::compile::{self, BuildRequest, BuildSummary, FinishRequest, PlanSummary, Precision, Progress, Recipe};
 use aotron::engine::Package;
 
 use super::args::count;
@@ -13,11 +15,13 @@ use super::term::{self, Stages};
 /// What to build, from what, to where.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
-    /// Checkpoint: the folder that was downloaded
-    checkpoint: PathBuf,
-    /// What to build for: the name of a recipe, or a file with one
-    #[arg(long, value_name = "NAME|FILE", default_value = "cpu")]
-    recipe: String,
+    /// Checkpoint: the folder that was downloaded; with --finish, an engine package
+    #[arg(value_name = "CHECKPOINT|ENGINE")]
+    source: PathBuf,
+    /// What to build for: names of recipes (cpu, a100, h100) or files with one, with commas between them; a precision may
+    /// follow each: cpu,a100:int8 [default: cpu]
+    #[arg(long, value_name = "NAME|FILE[,…]", value_delimiter = ',')]
+    recipe: Vec<String>,
     /// Number format of weights; of the KV cache too, which the 8- and 4-bit ones keep in bf16 [default: the recipe's]
     #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8")]
     precision: Option<Precision>,
@@ -31,6 +35,13 @@ pub struct Flags {
     /// {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,
+    /// Where a plan cannot be compiled on this machine, do everything else; --finish does the rest on its GPU
+    #[arg(long)]
+    prepare: bool,
+    /// Compile the plans of an engine package that were only prepared, or else all that are for GPUs, from its own
+    /// weights; with --recipe, one more for that GPU
+    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "prepare", "output", "force"])]
+    finish: bool,
     /// Where the engine package goes [default: engines/ and the checkpoint's name]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -43,10 +54,19 @@ pub struct Flags {
 }
 
 impl Flags {
-    fn request(&self) -> aotron::Result<BuildRequest> {
-        let mut recipe = Recipe::load(&self.recipe)?;
+    fn recipes(&self) -> aotron::Result<Vec<Recipe>> {
+        let cpu = ["cpu".to_owned()];
+        let names = if self.recipe.is_empty() { &cpu } else { &self.recipe[..] };
+        names.iter().map(|name| self.one_recipe(name)).collect()
+    }
+
+    fn one_recipe(&self, name: &str) -> aotron::Result<Recipe> {
+        // A file's name may have a colon too.
+        let of_one = name.rsplit_once(':').and_then(|(name, after)| Some((name, precision(after).ok()?)));
+        let (name, of_one) = of_one.map_or((name, None), |(name, precision)| (name, Some(precision)));
+        let mut recipe = Recipe::load(name)?;
         let mut overridden = Vec::new();
-        if let Some(precision) = self.precision {
+        if let Some(precision) = of_one.or(self.precision) {
             recipe.precision = precision;
             overridden.push(format!("precision = \"{precision}\""));
         }
@@ -62,55 +82,98 @@ impl Flags {
         for line in overridden {
             recipe.text.push_str(&format!("\n# On the command line: {line}\n"));
         }
-        let output = self.output.clone().unwrap_or_else(|| compile::default_output(&self.checkpoint));
-        let calibration = self.calibration.clone();
-        Ok(BuildRequest { checkpoint: self.checkpoint.clone(), recipe, output, replace: self.force, calibration })
+        Ok(recipe)
+    }
+
+    fn request(&self) -> aotron::Result<BuildRequest> {
+        Ok(BuildRequest {
+            checkpoint: self.source.clone(),
+            recipes: self.recipes()?,
+            output: self.output.clone().unwrap_or_else(|| compile::default_output(&self.source)),
+            replace: self.force,
+            prepare: self.prepare,
+            calibration: self.calibration.clone(),
+        })
+    }
+
+    fn finish_request(&self) -> anyhow::Result<FinishRequest> {
+        let recipe = match &self.recipe[..] {
+            [] => None,
+            [name] => Some(Recipe::load(name)?),
+            _ => bail!("--finish adds a plan for one --recipe at a time"),
+        };
+        Ok(FinishRequest { package: self.source.clone(), recipe })
     }
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let started = Instant::now();
-    let request = flags.request()?;
-    let stages = Stages::new();
-    let summary = compile::build(&request, &stages)?;
+    let stages = Arc::new(Stages::new());
+    let follower: Arc<dyn Progress> = stages.clone();
+    let cancelled = stages.clone();
+    // Asked to end, a build removes what it has begun. Without a handler it would leave that to the next one.
+    let _ = ctrlc::set_handler(move || cancelled.cancel());
+    let summary = match flags.finish {
+        true => compile::finish(&flags.finish_request()?, &follower)?,
+        false => compile::build(&flags.request()?, &follower)?,
+    };
     stages.finish();
     if flags.verbose {
-        for report in &summary.reports {
-            let _ = writeln!(std::io::stderr(), "{report}");
+        for plan in &summary.plans {
+            for report in &plan.reports {
+                let _ = writeln!(std::io::stderr(), "{}: {report}", plan.target);
+            }
         }
     }
     let took = term::duration(started.elapsed());
-    print(&summary, &request.recipe, &took)
+    print(&summary, &took)
 }
 
-fn print(summary: &BuildSummary, recipe: &Recipe, took: &str) -> anyhow::Result<()> {
-    let BuildSummary { package: path, bytes, limits, kv_bytes_per_token, .. } = summary;
+fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
+    let BuildSummary { package: path, bytes, plans } = summary;
     let package = Package::open(path)?;
-    let per_token = *kv_bytes_per_token as u64;
-    let per_sequence = per_token * limits.max_sequence_tokens as u64;
-    let next = match package.manifest().tokenizer {
-        Some(_) => format!("aotron chat {}", shell_word(path)),
-        None => format!("aotron run {} --token-ids 1,2,3", shell_word(path)),
-    };
     let style = term::on_stdout();
     let mut out = std::io::stdout().lock();
-    let (target, precision) = (recipe.target.name(), recipe.precision);
-    writeln!(out, "{} for {target} in {precision}, in {took}", style.bold(path.display()))?;
+    let title = |plan: &PlanSummary| format!("{} in {}", plan.target, plan.precision);
+    let titles: Vec<String> = plans.iter().map(title).collect();
+    writeln!(out, "{} for {}, in {took}", style.bold(path.display()), titles.join(", "))?;
     let mut line = |name: &str, text: String| writeln!(out, "  {} {text}", style.dim(format!("{name:<10}")));
     line("size", format!("{} on disk", term::bytes(*bytes)))?;
-    let sequences = term::plural(limits.slots, "sequence");
-    line("limits", format!("{sequences} of {} tokens, prompt and answer together", limits.max_sequence_tokens))?;
-    line(
-        "KV memory",
-        format!(
-            "{} for a sequence of {} tokens, {per_token} bytes a token; {} for all {}",
-            term::bytes(per_sequence),
-            limits.max_sequence_tokens,
-            term::bytes(per_sequence * limits.slots as u64),
-            limits.slots
-        ),
-    )?;
-    line("next", next)?;
+    for plan in plans {
+        let (limits, per_token) = (&plan.limits, plan.kv_bytes_per_token as u64);
+        if plans.len() > 1 {
+            line(&plan.target, plan.precision.clone())?;
+        }
+        if let Some(compiler) = &plan.compiler {
+            let verb = if plan.only_prepared { "graph checked with" } else { "compiled with" };
+            line("plan", format!("{verb} {compiler}"))?;
+        }
+        let sequences = term::plural(limits.slots, "sequence");
+        line("limits", format!("{sequences} of {} tokens, prompt and answer together", limits.max_sequence_tokens))?;
+        let per_sequence = per_token * limits.max_sequence_tokens as u64;
+        line(
+            "KV memory",
+            format!(
+                "{} for a sequence of {} tokens, {} a token; {} for all {}",
+                term::bytes(per_sequence),
+                limits.max_sequence_tokens,
+                term::bytes(per_token),
+                term::bytes(per_sequence * limits.slots as u64),
+                limits.slots
+            ),
+        )?;
+    }
+    let engine = shell_word(path);
+    let runs_here = package.manifest().plans.iter().any(|plan| plan.target == "cpu");
+    let chat = match package.manifest().tokenizer {
+        Some(_) => format!("aotron chat {engine}"),
+        None => format!("aotron run {engine} --token-ids 1,2,3"),
+    };
+    match plans.iter().find(|plan| plan.only_prepared) {
+        Some(plan) => line("next", format!("on the {}: aotron build {engine} --finish", plan.target.to_uppercase()))?,
+        None if runs_here => line("next", chat)?,
+        None => line("next", format!("on such a GPU: {chat}"))?,
+    }
     Ok(())
 }
 

@@ -26,10 +26,19 @@ use args::{Args, Command};
 
 /// Parses the arguments, runs the command, and reports its error: exit code 1, or 2 for arguments that do not fit.
 pub fn main() -> ExitCode {
-    match run(Args::parse().command) {
+    let command = Args::parse().command;
+    show_log();
+    match run(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => report(&error),
     }
+}
+
+/// Shows what TensorRT logs on standard error, as AOTRON_LOG says: `info`, or `tensorrt=debug`. Nothing if it is unset.
+fn show_log() {
+    let Some(filter) = std::env::var("AOTRON_LOG").ok().filter(|filter| !filter.is_empty()) else { return };
+    let filter = tracing_subscriber::EnvFilter::new(filter);
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().try_init();
 }
 
 fn run(command: Command) -> anyhow::Result<()> {

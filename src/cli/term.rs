@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use aotron::compile::Progress;
@@ -132,9 +133,13 @@ pub const BYTES: &str = "{prefix:>10} {bar:32} {bytes}/{total_bytes} {binary_byt
 /// The look of a bar over tokens.
 pub const TOKENS: &str = "{prefix:>10} {bar:32} {pos}/{len} tokens {per_sec} {eta} left";
 
+/// The look of work whose end is not known.
+const WORK: &str = "{prefix:>10} {spinner} {elapsed}";
+
 /// Follows stages of bytes: a bar on a terminal, a line now and then elsewhere.
 pub struct Stages {
     stage: Mutex<Option<Stage>>,
+    cancelled: AtomicBool,
 }
 
 struct Stage {
@@ -147,7 +152,18 @@ struct Stage {
 
 impl Stages {
     pub fn new() -> Stages {
-        Stages { stage: Mutex::new(None) }
+        Stages { stage: Mutex::new(None), cancelled: AtomicBool::new(false) }
+    }
+
+    /// Asks whoever reports here to end.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    fn begin(&self, name: &str, total: u64, bar: ProgressBar) {
+        if let Ok(mut stage) = self.stage.lock() {
+            *stage = Some(Stage { name: name.into(), total, done: 0, bar, last_line: Instant::now() });
+        }
     }
 
     /// Removes the bar of the last stage.
@@ -172,10 +188,21 @@ impl Progress for Stages {
         if !std::io::stderr().is_terminal() {
             let _ = writeln!(std::io::stderr(), "{name}: {}", self::bytes(bytes));
         }
-        if let Ok(mut stage) = self.stage.lock() {
-            let bar = bar(name, bytes, BYTES);
-            *stage = Some(Stage { name: name.into(), total: bytes, done: 0, bar, last_line: Instant::now() });
+        self.begin(name, bytes, bar(name, bytes, BYTES));
+    }
+
+    fn work(&self, name: &str) {
+        self.finish();
+        if !std::io::stderr().is_terminal() {
+            let _ = writeln!(std::io::stderr(), "{name}");
         }
+        let bar = bar(name, 0, WORK);
+        bar.enable_steady_tick(Duration::from_millis(100));
+        self.begin(name, 0, bar);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
     }
 
     fn advance(&self, bytes: u64) {
@@ -185,8 +212,13 @@ impl Progress for Stages {
         stage.bar.inc(bytes);
         if stage.last_line.elapsed() >= LINE_INTERVAL && !std::io::stderr().is_terminal() {
             stage.last_line = Instant::now();
-            let (done, total) = (self::bytes(stage.done), self::bytes(stage.total));
-            let _ = writeln!(std::io::stderr(), "{}: {done} of {total}", stage.name);
+            let _ = match stage.total {
+                0 => writeln!(std::io::stderr(), "{}: step {}", stage.name, stage.done),
+                total => {
+                    let (done, total) = (self::bytes(stage.done), self::bytes(total));
+                    writeln!(std::io::stderr(), "{}: {done} of {total}", stage.name)
+                }
+            };
         }
     }
 

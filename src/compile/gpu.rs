@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use super::{Calibration, Precision, Progress, Recipe, Report, optimized_graph};
 use crate::backend::Limits;
+use crate::backend::tensorrt::device::devices;
 use crate::backend::tensorrt::lower::{Attends, Constants, Lowered, Weight, lower};
-use crate::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, devices};
+use crate::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity};
 use crate::checkpoint::ModelConfig;
 use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo};
 use crate::error::{Error, Result};
@@ -160,6 +161,11 @@ impl GpuPlan {
         })
     }
 
+    /// How it is compiled.
+    pub fn means(&self) -> Means {
+        self.means
+    }
+
     /// Whether some weights become part of the plan, so that they have to be packed before it can be compiled.
     pub fn holds_weights(&self) -> bool {
         self.weights.iter().any(|weight| weight.in_plan)
@@ -169,7 +175,12 @@ impl GpuPlan {
     ///
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's own words; [`Error::Cancelled`].
-    pub fn compile(&self, target: &str, constants: &Constants, progress: &Arc<dyn Progress>) -> Result<Option<Engines>> {
+    pub fn compile(
+        &self,
+        target: &str,
+        constants: &Constants,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<Option<Engines>> {
         let verb = if self.means.only_checked { "checking" } else { "compiling" };
         progress.work(&format!("{verb} {target}"));
         let compile = |attends| {

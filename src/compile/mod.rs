@@ -1,26 +1,35 @@
 //! Ahead of time: a checkpoint becomes an engine package.
 
 mod calibration;
+mod finish;
+pub mod gpu;
 pub mod passes;
 mod quantize;
 mod recipe;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 pub use calibration::Calibration;
+pub use finish::{FinishRequest, finish};
+use gpu::{Engines, GpuPlan, Means};
 pub use passes::{Precision, Report};
 pub use recipe::{Recipe, Target, TensorRtOptions};
 
 use crate::backend::Limits;
 use crate::backend::cpu;
+use crate::backend::tensorrt::lower::{Constants, Weight};
+use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::Checkpoint;
+use crate::engine::tensorrt::TensorRtInfo;
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageWriter, PlanInfo, TokenizerInfo};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::model;
+use crate::tensor_file::TensorFile;
 use crate::text::Tokenizer;
 use crate::text::template::TURN_MARKER;
 
@@ -32,13 +41,21 @@ const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Follows a build.
-pub trait Progress: Sync {
+pub trait Progress: Send + Sync {
     /// A stage begins; `bytes` is how much it will go through.
     fn stage(&self, name: &str, bytes: u64);
-    /// That many bytes of the stage are done.
-    fn advance(&self, bytes: u64);
+    /// A stage begins whose steps are not known in advance.
+    fn work(&self, name: &str) {
+        self.stage(name, 0);
+    }
+    /// That many bytes, or steps, of the stage are done.
+    fn advance(&self, amount: u64);
     /// Something the user should know.
     fn warn(&self, message: &str);
+    /// Whether the build is to end, with [`Error::Cancelled`] and nothing left behind.
+    fn is_cancelled(&self) -> bool {
+        false
+    }
 }
 
 /// What to build, from what, to where.
@@ -46,12 +63,14 @@ pub trait Progress: Sync {
 pub struct BuildRequest {
     /// The checkpoint.
     pub checkpoint: PathBuf,
-    /// What to build.
-    pub recipe: Recipe,
+    /// What to build: one plan each, for different targets.
+    pub recipes: Vec<Recipe>,
     /// The package's folder.
     pub output: PathBuf,
     /// Replace a package that is there.
     pub replace: bool,
+    /// Where a plan cannot be compiled on this machine, do everything else: [`finish`] does the rest.
+    pub prepare: bool,
     /// For a precision that [needs a calibration](Precision::needs_calibration): its prompts, as lines of JSON,
     /// `{"messages": [{"role", "content"}, …]}` that end with a user's, or `{"token_ids": […]}`. `None` takes built-in
     /// ones.
@@ -65,10 +84,25 @@ pub struct BuildSummary {
     pub package: PathBuf,
     /// Bytes of all its files.
     pub bytes: u64,
+    /// Its plans.
+    pub plans: Vec<PlanSummary>,
+}
+
+/// What was built for one target.
+#[derive(Debug, Clone)]
+pub struct PlanSummary {
+    /// What it runs on.
+    pub target: String,
+    /// How it computes.
+    pub precision: String,
     /// The plan's limits.
     pub limits: Limits,
     /// Bytes of KV cache per token of one sequence.
     pub kv_bytes_per_token: usize,
+    /// Of a GPU's plan: what compiled it, or checked it.
+    pub compiler: Option<String>,
+    /// It was only checked, and has to be finished on its GPU.
+    pub only_prepared: bool,
     /// What the passes did.
     pub reports: Vec<Report>,
 }
@@ -87,60 +121,84 @@ pub fn optimized_graph(
     passes::run(model::build_graph(config)?, precision, max_sequence_tokens, calibration)
 }
 
-/// Builds an engine package: reads the checkpoint, optimizes and lowers the graph, packs the weights, and makes the
-/// package appear at its place whole.
+/// A plan between its lowering and the package.
+enum Pending {
+    Cpu { lowered: cpu::lower::Lowered, reports: Vec<Report> },
+    Gpu(Box<GpuPlan>),
+}
+
+impl Pending {
+    fn packed_bytes(&self) -> u64 {
+        match self {
+            Pending::Cpu { lowered, .. } => cpu::pack::packed_bytes(&lowered.program.weights),
+            Pending::Gpu(plan) => gpu_pack::packed_bytes(&plan.weights),
+        }
+    }
+}
+
+/// Builds an engine package: reads the checkpoint, optimizes and lowers the graph, compiles it for GPUs, packs the
+/// weights, and makes the package appear at its place whole.
 ///
 /// # Errors
-/// Whatever is wrong with the checkpoint, recipe or output; nothing is left behind then.
-pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSummary> {
-    let recipe = &request.recipe;
-    if recipe.target != Target::Cpu {
-        let name = recipe.target.name();
-        return Err(Error::Recipe { name: name.into(), detail: "this version builds plans for CPUs only".into() });
-    }
+/// Whatever is wrong with the checkpoint, recipes or output; nothing is left behind then.
+pub fn build(request: &BuildRequest, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
+    let recipes = &request.recipes;
+    check_recipes(recipes)?;
+    // What cannot be built here is refused before anything is read.
+    let means = recipes.iter().map(|recipe| means_for(recipe, request.prepare)).collect::<Result<Vec<_>>>()?;
     let checkpoint = Checkpoint::open(&request.checkpoint)?;
     let config = checkpoint.config();
-    let limits = recipe.limits(config)?;
+    let limits = recipes.iter().map(|recipe| recipe.limits(config)).collect::<Result<Vec<_>>>()?;
     let tokenizer = checkpoint_tokenizer(&checkpoint)?;
     if tokenizer.is_none() {
-        warn_without_tokenizer(&checkpoint, progress);
+        warn_without_tokenizer(&checkpoint, &**progress);
     }
-    let generation = generation_settings(&checkpoint, tokenizer.as_ref().map(|(_, t)| t), progress)?;
-
-    if let (Some(path), false) = (&request.calibration, recipe.precision.needs_calibration()) {
-        let (name, path) = (recipe.target.name().into(), path.display());
-        let detail = format!("precision {} needs no calibration, but {path} was given for one", recipe.precision);
-        return Err(Error::Recipe { name, detail });
-    }
+    let generation = generation_settings(&checkpoint, tokenizer.as_ref().map(|(_, t)| t), &**progress)?;
 
     let mut writer = PackageWriter::create(&request.output, request.replace)?;
-    let calibration = match recipe.precision.needs_calibration() {
-        true => {
+    let calibrated = recipes.iter().zip(&limits).find(|(recipe, _)| recipe.precision.needs_calibration());
+    let calibration = match (calibrated, &request.calibration) {
+        (Some((_, limits)), file) => {
             let tokenizer = tokenizer.as_ref().map(|(_, t)| t);
-            let prompts = calibration::prompts(request.calibration.as_ref(), tokenizer, &limits, progress)?;
+            let prompts = calibration::prompts(file.as_ref(), tokenizer, limits, &**progress)?;
             let scratch = writer.scratch("calibration.safetensors");
             let narrow = checkpoint.tensors().map(|t| 2 * t.elements() as u64).sum();
             check_space(&writer, &request.output, "the calibration", narrow)?;
-            Some(calibration::calibrate(&checkpoint, &limits, &prompts, &scratch, progress)?)
+            Some(calibration::calibrate(&checkpoint, limits, &prompts, &scratch, &**progress)?)
         }
-        false => None,
+        (None, Some(path)) => {
+            let names: Vec<String> = recipes.iter().map(|recipe| recipe.precision.to_string()).collect();
+            let (name, path) = (recipe_names(recipes), path.display());
+            let detail = format!("precision {} needs no calibration, but {path} was given for one", names.join(", "));
+            return Err(Error::Recipe { name, detail });
+        }
+        (None, None) => None,
     };
-    let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration.as_ref())?;
-    let lowered = cpu::lower::lower(&graph, &limits)?;
-    let weight_bytes = cpu::pack::packed_bytes(&lowered.program.weights);
-    check_space(&writer, &request.output, "the package", weight_bytes)?;
+    let mut pending = Vec::with_capacity(recipes.len());
+    for ((recipe, limits), means) in recipes.iter().zip(&limits).zip(means) {
+        pending.push(match means {
+            None => {
+                let (graph, reports) =
+                    optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration.as_ref())?;
+                Pending::Cpu { lowered: cpu::lower::lower(&graph, limits)?, reports }
+            }
+            Some(means) => Pending::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration.as_ref())?)),
+        });
+    }
+    check_space(&writer, &request.output, "the package", pending.iter().map(Pending::packed_bytes).sum())?;
 
+    // Compiling comes first where it needs no weights: what TensorRT refuses is then known within seconds.
+    let mut engines = Vec::with_capacity(recipes.len());
+    for (recipe, plan) in recipes.iter().zip(&pending) {
+        engines.push(match plan {
+            Pending::Gpu(plan) if !plan.holds_weights() => {
+                plan.compile(recipe.target.name(), &Constants::Arbitrary, progress)?
+            }
+            _ => None,
+        });
+    }
     progress.stage("reading", checkpoint.weight_bytes());
-    let digest = checkpoint_digest(&checkpoint, progress);
-
-    progress.stage("packing", weight_bytes);
-    let target = recipe.target.name();
-    let plan = format!("plans/{target}.json");
-    let weights = format!("weights/{target}-{}.safetensors", recipe.precision);
-    writer.add(&weights, |write| cpu::pack::pack(&lowered, &checkpoint, write, &|bytes| progress.advance(bytes)))?;
-    let program = serde_json::to_vec(&lowered.program)
-        .map_err(|e| Error::package(&request.output, format!("the plan cannot be written as JSON: {e}")))?;
-    writer.add(&plan, |write| write(&program))?;
+    let digest = checkpoint_digest(&checkpoint, &**progress)?;
 
     let checkpoint_info = CheckpointInfo { format: checkpoint.format().into(), digest };
     let mut manifest = Manifest::new(config.clone(), checkpoint_info, generation);
@@ -148,21 +206,150 @@ pub fn build(request: &BuildRequest, progress: &dyn Progress) -> Result<BuildSum
         writer.add(TOKENIZER_FILE, |write| write(bytes))?;
         manifest.tokenizer = Some(TokenizerInfo { file: TOKENIZER_FILE.into(), vocab_size: tokenizer.vocab_size() });
     }
-    let cache = &lowered.program.cache;
-    let kv_bytes_per_token = 2 * cache.layers * cache.kv_heads * cache.padded_dim() * cache.dtype.bytes();
-    manifest.plans.push(PlanInfo {
-        target: target.into(),
-        precision: recipe.precision.to_string(),
-        plan: Some(plan),
-        weights,
-        limits: limits.clone(),
-        kv_bytes_per_token,
-        recipe: recipe.text.clone(),
-        tensorrt: None,
-    });
+    let mut plans = Vec::with_capacity(recipes.len());
+    // Plans of one packing share its file.
+    let mut packed: Vec<(Vec<Weight>, String)> = Vec::new();
+    for (((recipe, limits), pending), engines) in recipes.iter().zip(limits).zip(pending).zip(engines) {
+        let (target, precision) = (recipe.target.name(), recipe.precision);
+        let bytes = pending.packed_bytes();
+        let (info, summary) = match pending {
+            Pending::Cpu { lowered, reports } => {
+                let weights = format!("weights/{target}-{precision}.safetensors");
+                progress.stage("packing", bytes);
+                writer.add(&weights, |write| {
+                    cpu::pack::pack(&lowered, &checkpoint, &mut cancellable(write, progress), &|n| progress.advance(n))
+                })?;
+                let plan = format!("plans/{target}.json");
+                let program = serde_json::to_vec(&lowered.program)
+                    .map_err(|e| Error::package(&request.output, format!("the plan cannot be written as JSON: {e}")))?;
+                writer.add(&plan, |write| write(&program))?;
+                let cache = &lowered.program.cache;
+                let kv_bytes_per_token = 2 * cache.layers * cache.kv_heads * cache.padded_dim() * cache.dtype.bytes();
+                let info = plan_info(recipe, Some(plan), weights, limits, kv_bytes_per_token, None);
+                (info, (None, reports))
+            }
+            Pending::Gpu(mut plan) => {
+                let weights = match packed.iter().find(|(weights, _)| *weights == plan.weights) {
+                    Some((_, file)) => file.clone(),
+                    None => {
+                        let is_taken = packed.iter().any(|(_, file)| file.contains(&format!("tensorrt-{precision}")));
+                        let packing = if is_taken { target } else { "tensorrt" };
+                        let file = format!("weights/{packing}-{precision}.safetensors");
+                        progress.stage("packing", bytes);
+                        writer.add(&file, |write| {
+                            let mut write = cancellable(write, progress);
+                            gpu_pack::pack(&plan.weights, &checkpoint, &mut |bytes| {
+                                progress.advance(bytes.len() as u64);
+                                write(bytes)
+                            })
+                        })?;
+                        packed.push((plan.weights.clone(), file.clone()));
+                        file
+                    }
+                };
+                let engines = if plan.holds_weights() {
+                    let file = TensorFile::open(&writer.scratch(&weights))?;
+                    plan.compile(target, &Constants::File(Arc::new(file)), progress)?
+                } else {
+                    engines
+                };
+                let means = plan.means();
+                let reports = std::mem::take(&mut plan.reports);
+                let (file, tensorrt) = add_engines(&mut writer, recipe, *plan, engines)?;
+                let kv_bytes_per_token = tensorrt.kv_bytes_per_token();
+                let info = plan_info(recipe, file, weights, limits, kv_bytes_per_token, Some(tensorrt));
+                (info, (Some(means), reports))
+            }
+        };
+        plans.push(PlanSummary::of(&info, summary.0, summary.1));
+        manifest.plans.push(info);
+    }
     writer.finish(&mut manifest)?;
     let bytes = manifest.files.iter().map(|f| f.bytes).sum();
-    Ok(BuildSummary { package: request.output.clone(), bytes, limits, kv_bytes_per_token, reports })
+    Ok(BuildSummary { package: request.output.clone(), bytes, plans })
+}
+
+impl PlanSummary {
+    fn of(info: &PlanInfo, means: Option<Means>, reports: Vec<Report>) -> PlanSummary {
+        PlanSummary {
+            target: info.target.clone(),
+            precision: info.precision.clone(),
+            limits: info.limits.clone(),
+            kv_bytes_per_token: info.kv_bytes_per_token,
+            compiler: means.map(|means| means.describe()),
+            only_prepared: info.plan.is_none(),
+            reports,
+        }
+    }
+}
+
+fn plan_info(
+    recipe: &Recipe,
+    plan: Option<String>,
+    weights: String,
+    limits: Limits,
+    kv_bytes_per_token: usize,
+    tensorrt: Option<TensorRtInfo>,
+) -> PlanInfo {
+    let (target, precision) = (recipe.target.name().into(), recipe.precision.to_string());
+    PlanInfo { target, precision, plan, weights, limits, kv_bytes_per_token, recipe: recipe.text.clone(), tensorrt }
+}
+
+/// Adds compiled plans to a package; their files are named in what is returned.
+fn add_engines(
+    writer: &mut PackageWriter,
+    recipe: &Recipe,
+    plan: GpuPlan,
+    engines: Option<Engines>,
+) -> Result<(Option<String>, TensorRtInfo)> {
+    let Some(engines) = engines else { return Ok((None, plan.info(None))) };
+    let target = recipe.target.name();
+    let file = format!("plans/{target}.engine");
+    writer.add(&file, |write| write(engines.plan.bytes()))?;
+    let first_chunk = match engines.first_chunk {
+        Some(engine) => {
+            let file = format!("plans/{target}-first-chunk.engine");
+            writer.add(&file, |write| write(engine.bytes()))?;
+            Some(file)
+        }
+        None => None,
+    };
+    Ok((Some(file), plan.info(first_chunk)))
+}
+
+/// Refuses recipes that do not go together.
+fn check_recipes(recipes: &[Recipe]) -> Result<()> {
+    for (index, recipe) in recipes.iter().enumerate() {
+        recipe.check()?;
+        let name = recipe.target.name();
+        if recipes.iter().take(index).any(|other| other.target == recipe.target) {
+            let detail = "it is named twice; a package has one plan for a target".into();
+            return Err(Error::Recipe { name: name.into(), detail });
+        }
+    }
+    match recipes.is_empty() {
+        true => Err(Error::Recipe { name: String::new(), detail: "no recipe was named".into() }),
+        false => Ok(()),
+    }
+}
+
+fn recipe_names(recipes: &[Recipe]) -> String {
+    let names: Vec<&str> = recipes.iter().map(|recipe| recipe.target.name()).collect();
+    names.join(", ")
+}
+
+/// How a recipe's plan is compiled here; `None` for a CPU's, which needs nothing.
+fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<Means>> {
+    let capability = recipe.target.compute_capability();
+    capability.map(|capability| Means::find(recipe.target.name(), capability, prepare)).transpose()
+}
+
+/// Ends the writing of a file when the build is cancelled.
+fn cancellable<'a>(
+    write: &'a mut dyn FnMut(&[u8]) -> Result<()>,
+    progress: &'a Arc<dyn Progress>,
+) -> impl FnMut(&[u8]) -> Result<()> + 'a {
+    move |bytes| if progress.is_cancelled() { Err(Error::Cancelled) } else { write(bytes) }
 }
 
 /// Refuses what the output's disk has no room for.
@@ -236,19 +423,22 @@ fn generation_settings(
 }
 
 /// SHA-256 over the config and, tensor by tensor, name, dtype, shape and the SHA-256 of the bytes.
-fn checkpoint_digest(checkpoint: &Checkpoint, progress: &dyn Progress) -> String {
+fn checkpoint_digest(checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<String> {
     let views: Vec<_> = checkpoint.tensors().collect();
     let digests: Vec<_> = views
         .par_iter()
         .map(|view| {
             let mut digest = Sha256::new();
             for piece in view.data.chunks(1 << 22) {
+                if progress.is_cancelled() {
+                    return Err(Error::Cancelled);
+                }
                 digest.update(piece);
                 progress.advance(piece.len() as u64);
             }
-            digest.finalize()
+            Ok(digest.finalize())
         })
-        .collect();
+        .collect::<Result<_>>()?;
     let mut all = Sha256::new();
     all.update(format!("{:?}", checkpoint.config()));
     for (view, digest) in views.iter().zip(digests) {
@@ -256,7 +446,7 @@ fn checkpoint_digest(checkpoint: &Checkpoint, progress: &dyn Progress) -> String
         all.update(digest);
     }
     let hex: String = all.finalize().iter().map(|b| format!("{b:02x}")).collect();
-    format!("sha256:{hex}")
+    Ok(format!("sha256:{hex}"))
 }
 
 /// Where a package goes if the user does not say: `engines/<checkpoint's name>`.

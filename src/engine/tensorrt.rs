@@ -26,6 +26,20 @@ pub struct TensorRtInfo {
     pub activation_scales: BTreeMap<String, f32>,
 }
 
+impl TensorRtInfo {
+    /// Bytes of KV cache per token of one sequence.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        let caches = self.bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_) | Role::ValueCache(_)));
+        let bytes = |binding: &Binding| match binding.shape[..] {
+            [_, Extent::Fixed(heads), _, Extent::Fixed(head_dim)] => {
+                heads.saturating_mul(head_dim).saturating_mul(binding.dtype.bytes())
+            }
+            _ => 0,
+        };
+        caches.map(bytes).fold(0, usize::saturating_add)
+    }
+}
+
 /// What compiled a plan, and into which files beside [`PlanInfo::plan`](super::PlanInfo::plan), which decodes and
 /// prefills.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -95,6 +95,23 @@ impl PackageWriter {
         Ok(())
     }
 
+    /// Adds a file of another package as it is: a second name of the same file where the disk can do that, else a copy.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file.
+    pub fn add_existing(&mut self, package: &Path, info: &FileInfo) -> Result<()> {
+        let (from, full) = (package.join(&info.path), self.building.join(&info.path));
+        if let Some(folder) = full.parent() {
+            fs::create_dir_all(folder).map_err(Error::io("make the folder", folder))?;
+        }
+        if fs::hard_link(&from, &full).is_err() {
+            fs::copy(&from, &full).map_err(Error::io("copy to", &full))?;
+            File::open(&full).and_then(|file| file.sync_all()).map_err(Error::io("flush to disk", &full))?;
+        }
+        self.files.push(info.clone());
+        Ok(())
+    }
+
     /// Writes the manifest and makes the package appear at its target.
     ///
     /// # Errors

@@ -6,9 +6,8 @@ use std::sync::Arc;
 
 use super::generation::{Generation, Vocabulary};
 use super::request::{Completion, GenerationRequest};
-use super::session::missing_row;
 use super::slots::Slots;
-use crate::backend::{Chunk, Executor, Limits, Logits, NextToken, Rows, Step};
+use crate::backend::{Chunk, Executor, Limits, NextToken, Rows, Step};
 use crate::error::{Error, Result};
 use crate::text::Tokenizer;
 
@@ -174,7 +173,8 @@ impl Batcher {
                 let error = Arc::new(error);
                 self.slots.forget_all();
                 for active in &mut self.active {
-                    active.outcome = Some(Err(error.clone()));
+                    // A row that cannot be fetched may come after one that ended its request.
+                    active.outcome.get_or_insert_with(|| Err(error.clone()));
                 }
             }
             self.retire(&mut events);
@@ -233,9 +233,10 @@ impl Batcher {
                 .collect();
             Step::decode(limits, &next)?
         };
-        let logits: Logits<'_> = self.executor.forward(&step)?;
-        if logits.rows() != parts.iter().filter(|part| part.has_row).count() {
-            return Err(missing_row());
+        let mut logits = self.executor.forward(&step)?;
+        let wanted = parts.iter().filter(|part| part.has_row).count();
+        if logits.rows() != wanted {
+            return Err(Error::Step(format!("{} rows of logits, but the step asked for {wanted}", logits.rows())));
         }
         let mut row = 0;
         for part in parts {
@@ -245,7 +246,7 @@ impl Batcher {
                 continue;
             }
             let mut delta = String::new();
-            match active.generation.accept(logits.row(row).ok_or_else(missing_row)?, &mut delta) {
+            match active.generation.accept(&mut logits, row, &mut delta)? {
                 Ok(()) => active.outcome = active.generation.is_finished().then_some(Ok(())),
                 Err(error) => active.outcome = Some(Err(Arc::new(error))),
             }

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::request::{Completion, FinishReason, GenerationRequest, Timings};
 use super::sampler::Sampler;
 use super::stop::StopFilter;
-use crate::backend::Limits;
+use crate::backend::{Limits, Logits};
 use crate::error::{Error, Result};
 use crate::text::{StreamDecoder, Tokenizer};
 
@@ -94,9 +94,23 @@ impl Generation {
         self.started = Some(Instant::now());
     }
 
-    /// Chooses an id from one row of logits and appends the text it makes certain to `delta`.
-    pub(super) fn accept(&mut self, row: &[f32], delta: &mut String) -> Result<()> {
-        let id = self.sampler.sample(row)?;
+    /// Chooses an id from row `row` of a step's logits and appends the text it makes certain to `delta`. The row is
+    /// fetched only where its largest logits do not decide.
+    ///
+    /// # Errors
+    /// The outer one is the executor's, for a row that is missing or cannot be fetched; the inner one is this
+    /// generation's own.
+    pub(super) fn accept(&mut self, logits: &mut Logits<'_>, row: usize, delta: &mut String) -> Result<Result<()>> {
+        let id = match logits.top(row).map(|top| self.sampler.sample_top(top)) {
+            None | Some(Ok(None)) => self.sampler.sample(logits.row(row)?),
+            Some(Ok(Some(id))) => Ok(id),
+            Some(Err(error)) => Err(error),
+        };
+        Ok(id.and_then(|id| self.push(id, delta)))
+    }
+
+    /// Takes `id` as the next one of the output.
+    fn push(&mut self, id: u32, delta: &mut String) -> Result<()> {
         let now = Instant::now();
         self.first_id.get_or_insert(now);
         self.last_id = Some(now);

@@ -8,10 +8,13 @@ use rand_chacha::ChaCha20Rng;
 use rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
+use crate::backend::Top;
 use crate::error::{Error, Result};
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod top_tests;
 
 /// Temperatures below this are greedy: dividing logits by less would leave the range of f32.
 const MIN_TEMPERATURE: f32 = 1e-3;
@@ -117,9 +120,15 @@ fn best_first(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.partial_cmp(&a.logit).unwrap_or(Ordering::Equal).then(a.id.cmp(&b.id))
 }
 
+/// The logits of ids 0, 1, and so on as candidates.
+fn numbered(logits: &[f32]) -> impl Iterator<Item = Candidate> + '_ {
+    logits.iter().enumerate().map(|(id, logit)| Candidate { logit: *logit, id: id as u32 })
+}
+
 /// Chooses the ids of one generation, and remembers them for the penalties.
 #[derive(Debug)]
 pub struct Sampler {
+    /// As requested, but `logit_bias` in the order of ids.
     params: SamplingParams,
     is_greedy: bool,
     /// What logits are divided by.
@@ -132,8 +141,11 @@ pub struct Sampler {
     /// Ids in prompt or output and how often each is in the output; kept where a penalty needs it.
     seen: HashMap<u32, u32>,
     generated: usize,
-    /// `[vocab_size]`, adjusted logits.
+    /// `[vocab_size]`, adjusted logits of a full row.
     logits: Vec<f32>,
+    /// Those among a row's largest logits that can be chosen, in the order of ids.
+    top: Vec<Candidate>,
+    /// What top-k, top-p and min-p leave.
     candidates: Vec<Candidate>,
 }
 
@@ -145,6 +157,9 @@ impl Sampler {
     /// As [`SamplingParams::validate`].
     pub fn new(params: &SamplingParams, vocab_size: usize, stop_ids: &[u32], prompt: &[u32]) -> Result<Sampler> {
         params.validate(vocab_size)?;
+        let mut params = params.clone();
+        // Stable, so that the entries of an id named twice are added in their order.
+        params.logit_bias.sort_by_key(|(id, _)| *id);
         let seed = params.seed.unwrap_or_else(random_seed);
         let mut key = [0; 32];
         let (low, _) = key.split_at_mut(8);
@@ -152,9 +167,9 @@ impl Sampler {
         // A greedy choice is the same at every temperature, penalties included.
         let is_greedy = params.is_greedy();
         let mut sampler = Sampler {
-            params: params.clone(),
             is_greedy,
             temperature: if is_greedy { 1.0 } else { params.temperature },
+            params,
             vocab_size,
             stop_ids: stop_ids.to_vec(),
             seed,
@@ -162,6 +177,7 @@ impl Sampler {
             seen: HashMap::new(),
             generated: 0,
             logits: Vec::new(),
+            top: Vec::new(),
             candidates: Vec::new(),
         };
         if sampler.params.repetition_penalty != 1.0 {
@@ -185,10 +201,50 @@ impl Sampler {
         let Some(allowed) = row.get(..self.vocab_size) else {
             return Err(Error::Numerics(format!("{} logits for {} ids", row.len(), self.vocab_size)));
         };
-        self.logits.clear();
-        self.logits.extend_from_slice(allowed);
-        self.adjust();
-        let best = self.best()?;
+        self.adjust(allowed);
+        let best = self.best(numbered(&self.logits))?;
+        if !self.is_greedy {
+            let top_k = self.top_k();
+            keep_top_k(&mut self.candidates, numbered(&self.logits), top_k);
+        }
+        self.choose(best)
+    }
+
+    /// Chooses the next id from the largest logits of a row as [`Sampler::sample`] does from the whole row, and counts
+    /// it as output; or returns `None` and counts nothing, because the id depends on the rest of the row. That is so
+    ///
+    /// - without top-k, unless min-p drops the rest, and where top-k takes more ids than are known to be the largest:
+    ///   the probabilities depend on all candidates;
+    /// - where a penalty or a bias may put an id of the rest above one of these.
+    ///
+    /// The ids of the rest are taken to be as large as the least of `top`, which they are at most. So an id counts
+    /// only if its adjusted logit is above what any of them could have: an equal one might have a lower id. The order
+    /// within `top` plays no part.
+    ///
+    /// # Errors
+    /// [`Error::Numerics`] where [`Sampler::sample`] would report one, [`Error::Step`] if `top` does not pair each
+    /// logit with an id of its own; nothing is counted then.
+    pub fn sample_top(&mut self, top: Top<'_>) -> Result<Option<u32>> {
+        let rest = self.adjust_top(top)?;
+        // Even where there is a rest, it cannot be chosen if all of it is negative infinity.
+        let is_all = rest == f32::NEG_INFINITY;
+        if self.top.is_empty() && !is_all {
+            return Ok(None);
+        }
+        let best = self.best(self.top.iter().copied())?;
+        if !self.is_greedy {
+            let top_k = self.top_k();
+            let has_top_k = top_k.is_some_and(|k| k <= self.top.len());
+            if !is_all && !has_top_k && !self.drops_by_min_p(rest, best.logit) {
+                return Ok(None);
+            }
+            keep_top_k(&mut self.candidates, self.top.iter().copied(), top_k);
+        }
+        self.choose(best).map(Some)
+    }
+
+    /// Chooses the best, or draws among `candidates`, and counts the choice as output.
+    fn choose(&mut self, best: Candidate) -> Result<u32> {
         let id = if self.is_greedy { best.id } else { self.draw(best.logit)? };
         self.generated += 1;
         if self.has_penalties() {
@@ -202,51 +258,123 @@ impl Sampler {
         p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
     }
 
-    /// Bias, temperature, penalties and bans, in TensorRT-LLM's order.
-    fn adjust(&mut self) {
+    /// How many of the best candidates top-k keeps, or `None` for all.
+    fn top_k(&self) -> Option<usize> {
+        let k = self.params.top_k as usize;
+        (k > 0 && k < self.vocab_size).then_some(k)
+    }
+
+    /// Whether top-p leaves anything out.
+    fn has_top_p(&self) -> bool {
+        self.params.top_p > 0.0 && self.params.top_p < 1.0
+    }
+
+    /// Whether min-p alone is sure to drop every candidate with a logit of at most `logit`. `max` is the largest logit.
+    fn drops_by_min_p(&self, logit: f32, max: f32) -> bool {
+        // More than f32's `exp` gives for this or any smaller logit, however it rounds.
+        let most = f64::from(logit - max).exp() * (1.0 + 1e-6) + f64::from(f32::from_bits(1));
+        !self.has_top_p() && most < f64::from(self.params.min_p)
+    }
+
+    /// One id's logit after bias, temperature and penalties, in TensorRT-LLM's order. `times` is how often it is in the
+    /// output if it is in prompt or output. The larger `logit`, the larger is the result, or equal: every operation,
+    /// rounding included, keeps the order.
+    fn adjusted(&self, id: u32, logit: f32, times: Option<u32>) -> f32 {
         let p = &self.params;
-        for (id, bias) in &p.logit_bias {
-            if let Some(logit) = self.logits.get_mut(*id as usize) {
-                *logit += bias;
-            }
-        }
+        let first = p.logit_bias.partition_point(|(biased, _)| *biased < id);
+        let biases = p.logit_bias.iter().skip(first).take_while(|(biased, _)| *biased == id);
+        let logit = biases.fold(logit, |logit, (_, bias)| logit + bias) / self.temperature;
+        let Some(times) = times else { return logit };
+        let logit = if logit < 0.0 { logit * p.repetition_penalty } else { logit / p.repetition_penalty };
+        if times > 0 { logit - (p.presence_penalty + p.frequency_penalty * times as f32) } else { logit }
+    }
+
+    /// The ids that more than the temperature may change, with what [`Sampler::adjusted`] needs. An id can come twice.
+    fn special_ids(&self) -> impl Iterator<Item = (u32, Option<u32>)> + '_ {
+        let biased = self.params.logit_bias.iter().map(|(id, _)| (*id, self.seen.get(id).copied()));
+        biased.chain(self.seen.iter().map(|(id, times)| (*id, Some(*times))))
+    }
+
+    /// Stop ids that may not be chosen yet.
+    fn banned(&self) -> &[u32] {
+        if self.generated < self.params.min_tokens { &self.stop_ids } else { &[] }
+    }
+
+    /// Fills `logits` with those of `row`, `[vocab_size]`, adjusted.
+    fn adjust(&mut self, row: &[f32]) {
+        let mut logits = std::mem::take(&mut self.logits);
+        logits.clear();
+        logits.extend_from_slice(row);
         if self.temperature != 1.0 {
-            for logit in &mut self.logits {
+            for logit in &mut logits {
                 *logit /= self.temperature;
             }
         }
-        for (id, times) in &self.seen {
-            let Some(logit) = self.logits.get_mut(*id as usize) else { continue };
-            if *logit < 0.0 {
-                *logit *= p.repetition_penalty;
-            } else {
-                *logit /= p.repetition_penalty;
-            }
-            if *times > 0 {
-                *logit -= p.presence_penalty + p.frequency_penalty * *times as f32;
+        for (id, times) in self.special_ids() {
+            if let (Some(logit), Some(raw)) = (logits.get_mut(id as usize), row.get(id as usize)) {
+                *logit = self.adjusted(id, *raw, times);
             }
         }
-        if self.generated < p.min_tokens {
-            for id in &self.stop_ids {
-                if let Some(logit) = self.logits.get_mut(*id as usize) {
-                    *logit = f32::NEG_INFINITY;
+        for id in self.banned() {
+            if let Some(logit) = logits.get_mut(*id as usize) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        self.logits = logits;
+    }
+
+    /// Fills `top` with the ids of a row's largest logits that can be chosen and whose adjusted logits are above those
+    /// of the rest. Returns what the adjusted logits of the rest are at most: negative infinity if there is no rest.
+    fn adjust_top(&mut self, top: Top<'_>) -> Result<f32> {
+        let Top { values, ids } = top;
+        if values.len() != ids.len() {
+            return Err(Error::Step(format!("{} largest logits with {} ids", values.len(), ids.len())));
+        }
+        let mut kept = std::mem::take(&mut self.top);
+        kept.clear();
+        kept.extend(values.iter().zip(ids).map(|(logit, id)| Candidate { logit: *logit, id: *id }));
+        kept.sort_unstable_by_key(|candidate| candidate.id);
+        if let Some([first, _]) = kept.array_windows().find(|[a, b]| a.id == b.id) {
+            return Err(Error::Step(format!("id {} is twice among the largest logits of a row", first.id)));
+        }
+        if let Some(wrong) = kept.iter().find(|candidate| is_wrong(candidate.logit)) {
+            return Err(Error::Numerics(format!(
+                "the logit at index {} is {}; the weights or a kernel are wrong",
+                wrong.id, wrong.logit
+            )));
+        }
+        let least = values.iter().copied().fold(f32::INFINITY, f32::min);
+        kept.truncate(kept.partition_point(|candidate| (candidate.id as usize) < self.vocab_size));
+        let mut rest = f32::NEG_INFINITY;
+        if kept.len() < self.vocab_size {
+            rest = least / self.temperature;
+            for (id, times) in self.special_ids() {
+                let most = self.adjusted(id, least, times);
+                if most > rest && kept.binary_search_by_key(&id, |candidate| candidate.id).is_err() {
+                    rest = most;
                 }
             }
         }
+        for candidate in &mut kept {
+            candidate.logit = self.adjusted(candidate.id, candidate.logit, self.seen.get(&candidate.id).copied());
+        }
+        kept.retain(|candidate| candidate.logit > rest && !self.banned().contains(&candidate.id));
+        self.top = kept;
+        Ok(rest)
     }
 
-    /// The largest adjusted logit, of the lowest id that has it.
-    fn best(&self) -> Result<Candidate> {
+    /// The largest adjusted logit, of the lowest id that has it; the ids ascend.
+    fn best(&self, possible: impl Iterator<Item = Candidate>) -> Result<Candidate> {
         let mut best = Candidate { logit: f32::NEG_INFINITY, id: 0 };
-        for (id, logit) in self.logits.iter().enumerate() {
-            if *logit > best.logit {
-                best = Candidate { logit: *logit, id: id as u32 };
+        for candidate in possible {
+            if candidate.logit > best.logit {
+                best = candidate;
             }
         }
         if best.logit == f32::NEG_INFINITY {
             return Err(Error::Numerics(format!(
                 "no id can be chosen: all of the {} logits, from index 0 on, are negative infinity or banned",
-                self.logits.len()
+                self.vocab_size
             )));
         }
         if best.logit == f32::INFINITY {
@@ -255,11 +383,10 @@ impl Sampler {
         Ok(best)
     }
 
-    /// Draws among the candidates top-k, top-p and min-p leave. `max` is the largest logit.
+    /// Draws among what top-p and min-p leave of `candidates`. `max` is the largest logit.
     fn draw(&mut self, max: f32) -> Result<u32> {
         let weight = |candidate: &Candidate| f64::from((candidate.logit - max).exp());
-        self.keep_top_k();
-        if self.params.top_p > 0.0 && self.params.top_p < 1.0 {
+        if self.has_top_p() {
             let total: f64 = self.candidates.iter().map(weight).sum();
             let mass = f64::from(self.params.top_p) * total;
             // All candidates lighter than this weigh less than `total - mass` together, so none of them is among the
@@ -291,35 +418,6 @@ impl Sampler {
         last.ok_or_else(|| Error::Numerics("no candidate has a positive probability".into()))
     }
 
-    /// Fills `candidates` with the `top_k` largest logits best first, or with all in the order of ids.
-    /// Time is linear in the vocabulary: candidates are cut back to the best k each time there are 2k.
-    fn keep_top_k(&mut self) {
-        self.candidates.clear();
-        let k = self.params.top_k as usize;
-        let all = self.logits.iter().enumerate().map(|(id, logit)| Candidate { logit: *logit, id: id as u32 });
-        let possible = all.filter(|candidate| candidate.logit != f32::NEG_INFINITY);
-        if k == 0 || k >= self.logits.len() {
-            return self.candidates.extend(possible);
-        }
-        let mut worst_kept = f32::NEG_INFINITY;
-        for candidate in possible {
-            // Ids come in ascending order, so an equal logit ranks behind those kept.
-            if candidate.logit > worst_kept {
-                self.candidates.push(candidate);
-                if self.candidates.len() >= 2 * k {
-                    let (_, kth, _) = self.candidates.select_nth_unstable_by(k - 1, best_first);
-                    worst_kept = kth.logit;
-                    self.candidates.truncate(k);
-                }
-            }
-        }
-        if self.candidates.len() > k {
-            self.candidates.select_nth_unstable_by(k - 1, best_first);
-            self.candidates.truncate(k);
-        }
-        self.candidates.sort_unstable_by(best_first);
-    }
-
     /// Cuts `candidates` to the best ones whose weights reach `mass`, the one that reaches it included. Sorts only a
     /// prefix, four times as long each time it was too short.
     fn keep_top_p(&mut self, mass: f64, weight: impl Fn(&Candidate) -> f64) {
@@ -345,9 +443,39 @@ impl Sampler {
     }
 }
 
-/// Refuses NaN and positive infinity, which no model computes on purpose.
+/// Fills `kept` with the `top_k` best of those that can be chosen, best first, or with all of them in the order of ids,
+/// in which they come. Time is linear in their number: `kept` is cut back to the best k each time there are 2k.
+fn keep_top_k(kept: &mut Vec<Candidate>, all: impl Iterator<Item = Candidate>, top_k: Option<usize>) {
+    kept.clear();
+    let possible = all.filter(|candidate| candidate.logit != f32::NEG_INFINITY);
+    let Some(k) = top_k else { return kept.extend(possible) };
+    let mut worst_kept = f32::NEG_INFINITY;
+    for candidate in possible {
+        // Ids come in ascending order, so an equal logit ranks behind those kept.
+        if candidate.logit > worst_kept {
+            kept.push(candidate);
+            if kept.len() >= 2 * k {
+                let (_, kth, _) = kept.select_nth_unstable_by(k - 1, best_first);
+                worst_kept = kth.logit;
+                kept.truncate(k);
+            }
+        }
+    }
+    if kept.len() > k {
+        kept.select_nth_unstable_by(k - 1, best_first);
+        kept.truncate(k);
+    }
+    kept.sort_unstable_by(best_first);
+}
+
+/// NaN and positive infinity, which no model computes on purpose.
+fn is_wrong(logit: f32) -> bool {
+    logit.is_nan() || logit == f32::INFINITY
+}
+
+/// Refuses a row with a logit that [`is_wrong`].
 pub(crate) fn check_row(row: &[f32]) -> Result<()> {
-    match row.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
+    match row.iter().position(|logit| is_wrong(*logit)) {
         Some(index) => Err(Error::Numerics(format!(
             "the logit at index {index} of {} is {}; the weights or a kernel are wrong",
             row.len(),

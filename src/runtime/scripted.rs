@@ -1,9 +1,10 @@
 //! An executor without a model, for tests: its logits are a hash of the ids in the slot, so any mistake in slots,
 //! lengths or chunks changes the answer. A script can overrule it.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::backend::{Executor, Limits, Logits, Span, Step};
+use crate::backend::{DeferredLogits, Executor, Limits, Logits, Span, Step, Top};
 use crate::error::{Error, Result};
 
 /// What the executor answers for one row.
@@ -14,6 +15,8 @@ pub(super) enum Answer {
     Id(u32),
     /// The hash with this value at this index.
     Spoiled(usize, f32),
+    /// The hash, but no row of the step can be fetched.
+    Lost,
     /// An error of the whole step.
     Fail,
 }
@@ -30,6 +33,12 @@ pub(super) struct Scripted {
     script: Script,
     logits: Vec<f32>,
     log: Log,
+    /// How many of a row's largest logits it has at hand; `None` for whole rows.
+    top_tokens: Option<usize>,
+    /// `[rows, top_tokens]` each.
+    top: (Vec<f32>, Vec<u32>),
+    is_lost: bool,
+    fetches: Arc<AtomicUsize>,
 }
 
 impl Scripted {
@@ -45,7 +54,22 @@ impl Scripted {
             script: Box::new(script),
             logits: Vec::new(),
             log: Log::default(),
+            top_tokens: None,
+            top: Default::default(),
+            is_lost: false,
+            fetches: Arc::default(),
         }
+    }
+
+    /// Has the `top_tokens` largest logits of a row at hand, and the row itself only on request.
+    pub(super) fn deferred(mut self, top_tokens: Option<usize>) -> Scripted {
+        self.top_tokens = top_tokens.map(|k| k.min(self.limits.vocab_size));
+        self
+    }
+
+    /// Counts the rows that were fetched.
+    pub(super) fn fetches(&self) -> Arc<AtomicUsize> {
+        self.fetches.clone()
     }
 
     pub(super) fn log(&self) -> Log {
@@ -62,6 +86,7 @@ impl Executor for Scripted {
         let number = self.log.lock().unwrap().len();
         self.log.lock().unwrap().push(step.spans().to_vec());
         self.logits.clear();
+        self.is_lost = false;
         let mut failed = false;
         for span in step.spans() {
             let slot = &mut self.slots[span.slot];
@@ -78,6 +103,7 @@ impl Executor for Scripted {
                     Answer::Hash => {}
                     Answer::Id(id) => self.logits[start + id as usize] = 100.0,
                     Answer::Spoiled(at, value) => self.logits[start + at] = value,
+                    Answer::Lost => self.is_lost = true,
                     Answer::Fail => failed = true,
                 }
             }
@@ -88,8 +114,44 @@ impl Executor for Scripted {
             }
             return Err(Error::Step("the device is gone".into()));
         }
-        Logits::new(&self.logits, self.limits.vocab_size)
+        let Some(k) = self.top_tokens else { return Logits::new(&self.logits, self.limits.vocab_size) };
+        self.top.0.clear();
+        self.top.1.clear();
+        for row in self.logits.chunks_exact(self.limits.vocab_size) {
+            let (values, ids) = largest(row, k);
+            self.top.0.extend(values);
+            self.top.1.extend(ids);
+        }
+        Ok(Logits::deferred(self))
     }
+}
+
+impl DeferredLogits for Scripted {
+    fn rows(&self) -> usize {
+        self.logits.len() / self.limits.vocab_size
+    }
+
+    fn top(&self, row: usize) -> Top<'_> {
+        let k = self.top_tokens.unwrap();
+        Top { values: &self.top.0[row * k..][..k], ids: &self.top.1[row * k..][..k] }
+    }
+
+    fn fetch(&mut self, row: usize) -> Result<&[f32]> {
+        self.fetches.fetch_add(1, Ordering::Relaxed);
+        if self.is_lost {
+            return Err(Error::Step("the device is gone".into()));
+        }
+        Ok(&self.logits[row * self.limits.vocab_size..][..self.limits.vocab_size])
+    }
+}
+
+/// The `k` largest of a row with their ids, NaN first, and of equal ones the highest id first, which sampling has last.
+pub(super) fn largest(row: &[f32], k: usize) -> (Vec<f32>, Vec<u32>) {
+    let mut ids: Vec<u32> = (0..row.len() as u32).rev().collect();
+    let key = |id: &u32| row[*id as usize];
+    ids.sort_by(|a, b| (key(b).is_nan().cmp(&key(a).is_nan())).then(key(b).total_cmp(&key(a))));
+    ids.truncate(k);
+    (ids.iter().map(key).collect(), ids)
 }
 
 /// The logits that follow a sequence, `[vocab_size]`.

@@ -103,9 +103,9 @@ impl Session {
         while let (false, Some(token)) = (generation.is_finished(), generation.last()) {
             let next = NextToken { slot: SLOT, past_tokens: self.cached.len(), token };
             let step = Step::decode(self.executor.limits(), &[next])?;
-            let logits = self.executor.forward(&step)?;
+            let mut logits = self.executor.forward(&step)?;
             self.cached.push(token);
-            generation.accept(logits.row(0).ok_or_else(missing_row)?, &mut delta)?;
+            generation.accept(&mut logits, 0, &mut delta)??;
             let flow = on_text(&delta);
             delta.clear();
             if flow.is_break() {
@@ -124,10 +124,10 @@ impl Session {
         let is_last = tokens.len() == rest.len();
         let rows = if is_last { Rows::Last } else { Rows::None };
         let step = Step::prefill(limits, &[Chunk { slot: SLOT, past_tokens, tokens, rows }])?;
-        let logits = self.executor.forward(&step)?;
+        let mut logits = self.executor.forward(&step)?;
         self.cached.extend_from_slice(tokens);
         if is_last {
-            generation.accept(logits.row(0).ok_or_else(missing_row)?, delta)?;
+            generation.accept(&mut logits, 0, delta)??;
         }
         Ok(())
     }
@@ -155,9 +155,9 @@ impl Session {
         for (index, tokens) in ids.chunks(chunk_tokens).enumerate() {
             let past_tokens = index * chunk_tokens;
             let step = Step::prefill(&limits, &[Chunk { slot: SLOT, past_tokens, tokens, rows: Rows::All }])?;
-            let logits = self.executor.forward(&step)?;
+            let mut logits = self.executor.forward(&step)?;
             for offset in 0..tokens.len() {
-                let row = logits.row(offset).ok_or_else(missing_row)?;
+                let row = logits.row(offset)?;
                 on_row(past_tokens + offset, row);
                 if let Some(next) = ids.get(past_tokens + offset + 1) {
                     scores.push(log_probability(row, *next)?);
@@ -167,9 +167,4 @@ impl Session {
         self.cached.extend_from_slice(ids);
         Ok(scores)
     }
-}
-
-/// The executor returned fewer rows of logits than the step asked for.
-pub(super) fn missing_row() -> Error {
-    Error::Step("the executor returned fewer rows of logits than the step asked for".into())
 }

@@ -51,6 +51,8 @@ pub(super) mod bridge {
     struct BuildOptions {
         /// 80 for SM 8.0; 0 for the GPU at hand.
         compute_capability: i32,
+        /// Of TensorRT 11; -1 is its own default.
+        optimization_level: i32,
         /// Log the plan's kernels.
         list_kernels: bool,
         profiles: Vec<Profile>,

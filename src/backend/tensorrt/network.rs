@@ -214,6 +214,7 @@ impl Network {
         };
         let options = bridge::BuildOptions {
             compute_capability: options.compute_capability.map_or(0, i32::from),
+            optimization_level: options.optimization_level.map_or(-1, i32::from),
             list_kernels: options.list_kernels,
             profiles: options.profiles.iter().map(ranges).collect(),
         };
@@ -269,6 +270,9 @@ pub struct Profile {
 pub struct BuildOptions {
     /// 80 for SM 8.0; `None` is the GPU at hand. TensorRT for RTX alone takes another.
     pub compute_capability: Option<u16>,
+    /// How long TensorRT 11 looks for the fastest kernels, 0 to 5; `None` is its own default. TensorRT for RTX has no
+    /// such choice: it looks when a plan first runs.
+    pub optimization_level: Option<u8>,
     /// Log the plan's kernels, at [`super::Severity::Verbose`].
     pub list_kernels: bool,
     /// At least one if any input has a -1; a step runs in one of them.

@@ -200,3 +200,118 @@ fn write_scales(
         _ => Err(unexpected(weight, "scales are f32 or bf16")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::quantize::f8_value;
+    use crate::tensor_file::TensorFile;
+
+    const NAME: &str = "model.layers.0.mlp.down_proj.weight"; // [192, 768]
+    const ROWS: usize = 192;
+    const COLUMNS: usize = 768;
+
+    fn checkpoint() -> Checkpoint {
+        Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap()
+    }
+
+    fn packed(weights: &[Weight]) -> (tempfile::TempDir, TensorFile) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights.safetensors");
+        let mut bytes = Vec::new();
+        let mut write = |piece: &[u8]| {
+            bytes.extend_from_slice(piece);
+            Ok(())
+        };
+        pack(weights, &checkpoint(), &mut write).unwrap();
+        assert!(bytes.len() as u64 <= packed_bytes(weights));
+        std::fs::write(&path, bytes).unwrap();
+        let file = TensorFile::open(&path).unwrap();
+        (folder, file)
+    }
+
+    fn weight(name: &str, dtype: DType, shape: &[usize], expr: Const, layout: Layout) -> Weight {
+        Weight { name: name.into(), dtype, shape: shape.to_vec(), expr, layout, in_plan: false }
+    }
+
+    fn original() -> Vec<f32> {
+        let mut rows = vec![0f32; ROWS * COLUMNS];
+        read_rows(&Const::Tensor(NAME.into()), &checkpoint(), 0, COLUMNS, &mut rows).unwrap();
+        rows
+    }
+
+    /// What the codes of a scheme stand for, row by row, whichever way they are stored.
+    fn expected(scheme: Scheme) -> Vec<f32> {
+        let (mut rows, mut scales) = (original(), vec![0f32; ROWS * scheme.blocks(COLUMNS)]);
+        scheme.quantize(COLUMNS, &mut rows, &mut scales);
+        let block = scheme.block().unwrap_or(COLUMNS);
+        let scale = |i: usize| scales[i / COLUMNS * scheme.blocks(COLUMNS) + i % COLUMNS / block];
+        rows.iter().enumerate().map(|(i, code)| code * scale(i)).collect()
+    }
+
+    fn floats(bytes: &[u8]) -> Vec<f32> {
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    }
+
+    #[test]
+    fn codes_of_eight_bits_are_stored_by_columns() {
+        let matrix = Box::new(Const::Tensor(NAME.into()));
+        for scheme in [Scheme::INT8, Scheme::FP8] {
+            let codes = Const::Codes(matrix.clone(), scheme);
+            let scales = Const::Scales { matrix: matrix.clone(), scheme, columns: COLUMNS };
+            let (_folder, file) = packed(&[
+                weight("codes", scheme.dtype(), &[COLUMNS, ROWS], codes, Layout::Transposed),
+                weight("scales", DType::F32, &[ROWS], scales, Layout::Rows),
+            ]);
+            let (codes, scales) = (file.tensor("codes").unwrap(), floats(file.tensor("scales").unwrap().1));
+            assert_eq!(codes.0.shape, [COLUMNS, ROWS]);
+            let number = |bits: u8| if scheme == Scheme::INT8 { f32::from(bits as i8) } else { f8_value(bits) };
+            let restored = |i: usize| number(codes.1[i % COLUMNS * ROWS + i / COLUMNS]) * scales[i / COLUMNS];
+            for (i, expected) in expected(scheme).into_iter().enumerate() {
+                assert_eq!(restored(i), expected, "{scheme}, weight {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn codes_of_four_bits_are_pairs_with_spread_scales() {
+        let scheme = Scheme::INT4;
+        let matrix = Box::new(Const::Tensor(NAME.into()));
+        let codes = Const::Codes(matrix.clone(), scheme);
+        let scales = Const::Scales { matrix, scheme, columns: COLUMNS };
+        for unit in [64, 128] {
+            let layout = Layout::Spread { block: 128, unit };
+            let (_folder, file) = packed(&[
+                weight("codes", DType::I4, &[ROWS, COLUMNS], codes.clone(), Layout::Rows),
+                weight("scales", DType::BF16, &[ROWS, COLUMNS / unit], scales.clone(), layout),
+            ]);
+            let ((stored, codes), (_, scales)) = (file.tensor("codes").unwrap(), file.tensor("scales").unwrap());
+            assert_eq!(stored.shape, [ROWS, COLUMNS / 2]);
+            let scale = |i: usize| bf16::from_le_bytes([scales[2 * i], scales[2 * i + 1]]).to_f32();
+            let code = |i: usize| f32::from((codes[i / 2] << (if i % 2 == 0 { 4 } else { 0 })) as i8 >> 4);
+            for (i, expected) in expected(scheme).into_iter().enumerate() {
+                assert_eq!(code(i) * scale(i / unit), expected, "unit {unit}, weight {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn scales_without_their_codes_are_computed() {
+        let scheme = Scheme::INT8;
+        let scales = Const::Scales { matrix: Box::new(Const::Tensor(NAME.into())), scheme, columns: COLUMNS };
+        let (_folder, file) = packed(&[weight("scales", DType::F32, &[ROWS], scales, Layout::Rows)]);
+        let (mut rows, mut scales) = (original(), vec![0f32; ROWS]);
+        scheme.quantize(COLUMNS, &mut rows, &mut scales);
+        assert_eq!(floats(file.tensor("scales").unwrap().1), scales);
+    }
+
+    #[test]
+    fn an_odd_number_of_four_bit_codes_is_refused() {
+        let codes = Const::Codes(Box::new(Const::Tensor(NAME.into())), Scheme::INT4);
+        let weight = weight("codes", DType::I4, &[3, 5], codes, Layout::Rows);
+        let error = pack(&[weight], &checkpoint(), &mut |_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("codes") && error.contains("pairs"), "{error}");
+    }
+}

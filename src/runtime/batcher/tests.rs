@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
@@ -147,6 +148,40 @@ fn when_the_executor_fails_the_batcher_stays_usable() {
 }
 
 #[test]
+fn a_row_that_cannot_be_fetched_fails_who_needs_it_and_who_comes_after() {
+    let script = |step: usize, _: &[u32]| if step == 1 { Answer::Lost } else { Answer::Hash };
+    let executor = Scripted::new(&limits(3, 8), script).deferred(Some(8));
+    let mut batcher = Batcher::new(Box::new(executor), None, 4);
+    let needs_the_row = SamplingParams { top_k: 0, top_p: 1.0, seed: Some(1), ..SamplingParams::default() };
+    let ends = batcher.submit(request(&[1, 7], 2)).unwrap();
+    let fails = batcher.submit(GenerationRequest { sampling: needs_the_row.clone(), ..request(&[2, 7], 5) }).unwrap();
+    let follows = batcher.submit(request(&[3, 7], 5)).unwrap();
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    assert_eq!(outcomes.done[&ends].token_ids, alone(&request(&[1, 7], 2), None).token_ids);
+    assert!(outcomes.failed[&fails].contains("the device is gone"));
+    assert!(outcomes.failed[&follows].contains("the device is gone"), "its step was the executor's error");
+    let again = GenerationRequest { sampling: needs_the_row, ..request(&[2, 7], 5) };
+    let id = batcher.submit(again.clone()).unwrap();
+    outcomes.run(&mut batcher);
+    assert_eq!((&outcomes.done[&id].token_ids, outcomes.done[&id].reused_tokens), (&alone(&again, None).token_ids, 0));
+}
+
+#[test]
+fn greedy_requests_fetch_no_rows() {
+    let executor = Scripted::hashing(&limits(3, 8)).deferred(Some(8));
+    let fetches = executor.fetches();
+    let mut batcher = Batcher::new(Box::new(executor), None, 9);
+    let ids: Vec<RequestId> = (0..6).map(|n| batcher.submit(request(&[n, 2], 9)).unwrap()).collect();
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    for (n, id) in (0..6).zip(ids) {
+        assert_eq!(outcomes.done[&id].token_ids, alone(&request(&[n, 2], 9), None).token_ids);
+    }
+    assert_eq!(fetches.load(Ordering::Relaxed), 0);
+}
+
+#[test]
 fn cancelling_frees_the_slot_at_once() {
     let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(1, 4))), None, 2);
     let running = batcher.submit(request(&[1, 2, 3, 4, 5, 6], 20)).unwrap();
@@ -223,9 +258,11 @@ proptest! {
         requests in prop::collection::vec((any_request(), 0usize..6, prop::option::weighted(0.15, 0usize..20)), 1..10),
         slots in 1usize..5,
         step_tokens in 1usize..12,
+        top_tokens in prop::option::of(1usize..6),
     ) {
         let tokenizer = Some(tokenizer());
-        let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(slots, step_tokens))), tokenizer.clone(), 99);
+        let executor = Scripted::hashing(&limits(slots, step_tokens)).deferred(top_tokens);
+        let mut batcher = Batcher::new(Box::new(executor), tokenizer.clone(), 99);
         let mut outcomes = Outcomes::default();
         let mut submitted = Vec::new();
         let mut cancels: Vec<(usize, RequestId)> = Vec::new();

@@ -1,4 +1,5 @@
 use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
@@ -184,6 +185,51 @@ fn after_an_error_the_session_starts_from_nothing() {
     assert_eq!(completion.reused_tokens, 0);
     let mut fresh = Session::new(Box::new(Scripted::hashing(&limits(60, 8))), None);
     assert_eq!(completion.token_ids, fresh.generate(&request(&[1, 2], 9), &mut quiet).unwrap().token_ids);
+}
+
+#[test]
+fn rows_are_fetched_only_where_their_largest_logits_do_not_decide() {
+    let base = SamplingParams { seed: Some(5), ..SamplingParams::default() };
+    let top_k_and_p = SamplingParams { top_k: 40, top_p: 0.9, temperature: 0.7, ..base.clone() };
+    let repeated = SamplingParams { repetition_penalty: 1.2, presence_penalty: 0.5, ..top_k_and_p.clone() };
+    let top_p = SamplingParams { top_k: 0, top_p: 0.9, ..base.clone() };
+    for (sampling, expected) in [(base, 0), (top_k_and_p, 0), (repeated, 0), (top_p, 20)] {
+        let request = GenerationRequest { sampling, ..request(&[5, 6, 7], 20) };
+        let mut whole = Session::new(Box::new(Scripted::hashing(&limits(60, 4))), Some(tokenizer()));
+        let executor = Scripted::hashing(&limits(60, 4)).deferred(Some(64));
+        let fetches = executor.fetches();
+        let mut deferred = Session::new(Box::new(executor), Some(tokenizer()));
+        let completion = deferred.generate(&request, &mut quiet).unwrap();
+        let same = whole.generate(&request, &mut quiet).unwrap();
+        assert_eq!((&completion.token_ids, &completion.text), (&same.token_ids, &same.text));
+        assert_eq!(completion.completion_tokens, 20);
+        assert_eq!(fetches.load(Ordering::Relaxed), expected, "{request:?}");
+    }
+    let ids = [3, 1, 4];
+    let mut whole = Session::new(Box::new(Scripted::hashing(&limits(8, 5))), None);
+    let mut deferred = Session::new(Box::new(Scripted::hashing(&limits(8, 5)).deferred(Some(4))), None);
+    assert_eq!(whole.score(&ids, &mut |_, _| {}).unwrap(), deferred.score(&ids, &mut |_, _| {}).unwrap());
+}
+
+#[test]
+fn an_error_of_deferred_logits_empties_the_slot() {
+    let script = |step: usize, _: &[u32]| match step {
+        1 => Answer::Spoiled(42, f32::NAN),
+        3 => Answer::Lost,
+        _ => Answer::Hash,
+    };
+    let executor = Scripted::new(&limits(60, 8), script).deferred(Some(8));
+    let mut session = Session::new(Box::new(executor), None);
+    let sampling = SamplingParams { top_k: 20, seed: Some(3), ..SamplingParams::default() };
+    let request = GenerationRequest { sampling, ..request(&[1, 2], 9) };
+    let error = session.generate(&request, &mut quiet).unwrap_err();
+    assert!(matches!(&error, Error::Numerics(detail) if detail.contains("index 42 is NaN")), "{error}");
+    let error = session.generate(&request, &mut quiet).unwrap_err();
+    assert!(error.to_string().contains("the device is gone"), "{error}");
+    let completion = session.generate(&request, &mut quiet).unwrap();
+    let mut fresh = Session::new(Box::new(Scripted::hashing(&limits(60, 8))), None);
+    assert_eq!(completion.token_ids, fresh.generate(&request, &mut quiet).unwrap().token_ids);
+    assert_eq!(completion.reused_tokens, 0);
 }
 
 #[test]

@@ -1,0 +1,145 @@
+//! What a step returns: rows of logits, on the host or still on a device.
+
+use std::fmt;
+
+use crate::error::{Error, Result};
+
+/// The largest logits of one row, `[k]`, largest first. Every logit of the row that is not among them is at most as
+/// large as the least of them; of equal ones at that edge any may be here. A NaN counts as larger than any number, so
+/// that a row with one has one here.
+#[derive(Debug, Clone, Copy)]
+pub struct Top<'a> {
+    /// The logits.
+    pub values: &'a [f32],
+    /// Their ids, the columns of the row, each once.
+    pub ids: &'a [u32],
+}
+
+/// Rows of logits that an executor keeps elsewhere, on a device, and of which it has the largest on the host.
+pub trait DeferredLogits {
+    /// Number of rows, in the order of [`Step::logits_rows`](super::Step::logits_rows).
+    fn rows(&self) -> usize;
+
+    /// The largest logits of row `row`, which is below [`DeferredLogits::rows`].
+    fn top(&self, row: usize) -> Top<'_>;
+
+    /// Copies row `row`, `[vocab_size]`, to the host; `row` is below [`DeferredLogits::rows`].
+    ///
+    /// # Errors
+    /// Whatever the backend reports.
+    fn fetch(&mut self, row: usize) -> Result<&[f32]>;
+}
+
+/// Rows of logits, FP32, `[rows, vocab_size]`, in the order of [`Step::logits_rows`](super::Step::logits_rows).
+pub struct Logits<'a>(Source<'a>);
+
+/// Where the rows are.
+enum Source<'a> {
+    /// In an executor's own buffer on the host.
+    Host { values: &'a [f32], vocab_size: usize },
+    /// Where the executor fetches them from.
+    Deferred(&'a mut dyn DeferredLogits),
+}
+
+impl<'a> Logits<'a> {
+    /// Wraps a buffer of whole rows.
+    ///
+    /// # Errors
+    /// [`Error::Step`] if `values` is not a whole number of rows.
+    pub fn new(values: &'a [f32], vocab_size: usize) -> Result<Logits<'a>> {
+        if vocab_size == 0 || !values.len().is_multiple_of(vocab_size) {
+            return Err(Error::Step(format!("{} logits are not whole rows of {vocab_size}", values.len())));
+        }
+        Ok(Logits(Source::Host { values, vocab_size }))
+    }
+
+    /// Wraps rows that are fetched one at a time, and only those that are asked for.
+    pub fn deferred(rows: &'a mut dyn DeferredLogits) -> Logits<'a> {
+        Logits(Source::Deferred(rows))
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        match &self.0 {
+            Source::Host { values, vocab_size } => values.len() / vocab_size,
+            Source::Deferred(rows) => rows.rows(),
+        }
+    }
+
+    /// The largest logits of row `index`, where they are at hand and the row is not. `None` for rows on the host,
+    /// which [`Logits::row`] gives for nothing, and past the last row.
+    pub fn top(&self, index: usize) -> Option<Top<'_>> {
+        match &self.0 {
+            Source::Host { .. } => None,
+            Source::Deferred(rows) => (index < rows.rows()).then(|| rows.top(index)),
+        }
+    }
+
+    /// Row `index`, `[vocab_size]`, fetched if it is not on the host.
+    ///
+    /// # Errors
+    /// [`Error::Step`] past the last row; whatever the executor reports of a fetch.
+    pub fn row(&mut self, index: usize) -> Result<&[f32]> {
+        let count = self.rows();
+        let missing = || Error::Step(format!("row {index} of logits, but the step returned {count}"));
+        match &mut self.0 {
+            Source::Host { values, vocab_size } => values.chunks_exact(*vocab_size).nth(index).ok_or_else(missing),
+            Source::Deferred(rows) if index < count => rows.fetch(index),
+            Source::Deferred(_) => Err(missing()),
+        }
+    }
+}
+
+impl fmt::Debug for Logits<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Logits").field("rows", &self.rows()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two rows of three, of which the second is lost.
+    struct Remote;
+
+    impl DeferredLogits for Remote {
+        fn rows(&self) -> usize {
+            2
+        }
+
+        fn top(&self, row: usize) -> Top<'_> {
+            [Top { values: &[3.0], ids: &[2] }, Top { values: &[6.0], ids: &[0] }][row]
+        }
+
+        fn fetch(&mut self, row: usize) -> Result<&[f32]> {
+            if row == 0 { Ok(&[1.0, 2.0, 3.0]) } else { Err(Error::Step("the device is gone".into())) }
+        }
+    }
+
+    #[test]
+    fn rows_on_the_host_are_given_as_they_are() {
+        let values = [1.0, 2.0, 3.0, 4.0];
+        let mut logits = Logits::new(&values, 2).unwrap();
+        assert_eq!(logits.rows(), 2);
+        assert!(logits.top(0).is_none());
+        assert_eq!(logits.row(1).unwrap(), [3.0, 4.0]);
+        assert!(logits.row(2).unwrap_err().to_string().contains("row 2 of logits, but the step returned 2"));
+        assert!(Logits::new(&values, 3).unwrap_err().to_string().contains("4 logits are not whole rows of 3"));
+        assert!(Logits::new(&values, 0).is_err());
+        assert_eq!(Logits::new(&[], 3).unwrap().rows(), 0);
+    }
+
+    #[test]
+    fn deferred_rows_are_fetched_when_asked_for() {
+        let mut remote = Remote;
+        let mut logits = Logits::deferred(&mut remote);
+        assert_eq!(logits.rows(), 2);
+        let top = logits.top(1).unwrap();
+        assert_eq!((top.values, top.ids), (&[6.0][..], &[0][..]));
+        assert_eq!(logits.row(0).unwrap(), [1.0, 2.0, 3.0]);
+        assert!(logits.row(1).unwrap_err().to_string().contains("the device is gone"));
+        assert!(logits.top(2).is_none());
+        assert!(logits.row(2).unwrap_err().to_string().contains("row 2"));
+    }
+}

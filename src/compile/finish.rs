@@ -1,0 +1,143 @@
+//! Compiling the TensorRT plans of a package that is there, from its own weights: on the GPU that a prepared package is
+//! for, for another version of TensorRT, or for another GPU.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::gpu::{GpuPlan, Means, precision_of};
+use super::{BuildSummary, Calibration, PlanSummary, Progress, Recipe, add_engines, plan_info};
+use crate::backend::tensorrt::lower::Constants;
+use crate::backend::tensorrt::pack;
+use crate::engine::{Package, PackageWriter, PlanInfo};
+use crate::error::{Error, Result};
+use crate::tensor_file::TensorFile;
+
+/// Which package to finish, and how.
+#[derive(Debug, Clone)]
+pub struct FinishRequest {
+    /// The package, which is replaced by the finished one.
+    pub package: PathBuf,
+    /// Add a plan by this recipe, from the TensorRT weights that are there, instead of compiling the package's own. Its
+    /// precision and sequence length are those of the weights.
+    pub recipe: Option<Recipe>,
+}
+
+/// Compiles plans on this machine: those that were only prepared or, where there are none, all that are for TensorRT; or
+/// one by another recipe. The checkpoint is not needed. The package changes whole or not at all.
+///
+/// # Errors
+/// [`Error::Package`] if there is nothing to compile or the weights are not those of the plan; [`Error::TensorRt`] where
+/// this machine cannot compile it; whatever is wrong with the disk.
+pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
+    let package = Package::open(&request.package)?;
+    let mut manifest = package.manifest().clone();
+    let work = plans_to_compile(&package, request.recipe.as_ref())?;
+    // What cannot be compiled here is refused before anything is done.
+    let means: Vec<Means> = work
+        .iter()
+        .map(|(recipe, plan)| {
+            let capability = recipe.target.compute_capability().ok_or_else(|| not_for_gpus(&package, plan))?;
+            Means::find(recipe.target.name(), capability, false)
+        })
+        .collect::<Result<_>>()?;
+
+    let mut writer = PackageWriter::create(&request.package, true)?;
+    let mut plans = Vec::with_capacity(work.len());
+    let mut added: Vec<String> = Vec::new();
+    for ((recipe, old), means) in work.into_iter().zip(means) {
+        let scales = old.tensorrt.as_ref().map(|tensorrt| tensorrt.activation_scales.clone()).unwrap_or_default();
+        let calibration = Calibration::from_scales(scales);
+        let mut plan = GpuPlan::new(&manifest.model, &recipe, &old.limits, means, Some(&calibration))?;
+        let file = Arc::new(TensorFile::open(&package.file_path(&old.weights))?);
+        check_weights(&package, &old, &plan, &file)?;
+        let constants = if plan.holds_weights() { Constants::File(file) } else { Constants::Arbitrary };
+        let engines = plan.compile(recipe.target.name(), &constants, progress)?;
+        let reports = std::mem::take(&mut plan.reports);
+        let (file, tensorrt) = add_engines(&mut writer, &recipe, plan, engines)?;
+        let kv_bytes_per_token = tensorrt.kv_bytes_per_token();
+        let info = plan_info(&recipe, file, old.weights, old.limits, kv_bytes_per_token, Some(tensorrt));
+        plans.push(PlanSummary::of(&info, Some(means), reports));
+        added.extend(info.files().filter(|file| **file != info.weights).cloned());
+        match manifest.plans.iter_mut().find(|plan| plan.target == info.target) {
+            Some(plan) => *plan = info,
+            None => manifest.plans.push(info),
+        }
+    }
+    // Everything else that the new manifest uses stays as it is.
+    let kept = manifest.plans.iter().flat_map(PlanInfo::files).chain(manifest.tokenizer.iter().map(|t| &t.file));
+    let mut kept: Vec<&String> = kept.collect();
+    kept.sort_unstable();
+    kept.dedup();
+    for name in kept {
+        if let (false, Some(info)) = (added.contains(name), package.manifest().file(name)) {
+            writer.add_existing(package.path(), info)?;
+        }
+    }
+    writer.finish(&mut manifest)?;
+    let bytes = manifest.files.iter().map(|f| f.bytes).sum();
+    Ok(BuildSummary { package: request.package.clone(), bytes, plans })
+}
+
+/// The recipes to compile by, each with the plan whose weights it takes.
+fn plans_to_compile(package: &Package, recipe: Option<&Recipe>) -> Result<Vec<(Recipe, PlanInfo)>> {
+    let of_tensorrt: Vec<&PlanInfo> = package.manifest().plans.iter().filter(|p| p.tensorrt.is_some()).collect();
+    let Some(first) = of_tensorrt.first() else {
+        let detail = "it has no plan for a GPU, and no weights to compile one with; build it from the checkpoint with \
+                      --recipe a100 or h100";
+        return Err(Error::package(package.path(), detail));
+    };
+    if let Some(recipe) = recipe {
+        let mut recipe = recipe.clone();
+        let wanted = recipe.target.name();
+        let source = of_tensorrt.iter().find(|plan| plan.target == wanted).unwrap_or(first);
+        recipe.precision = precision_of(&source.precision).ok_or_else(|| unknown_precision(package, source))?;
+        recipe.check()?;
+        let mut plan = (*source).clone();
+        plan.limits.slots = recipe.slots;
+        plan.limits.max_step_tokens = recipe.prefill_chunk_tokens.max(recipe.slots);
+        plan.limits.max_logits_rows = recipe.logits_rows.max(recipe.slots);
+        return Ok(vec![(recipe, plan)]);
+    }
+    let prepared: Vec<&&PlanInfo> = of_tensorrt.iter().filter(|plan| plan.plan.is_none()).collect();
+    let chosen = if prepared.is_empty() { of_tensorrt.iter().collect() } else { prepared };
+    chosen
+        .into_iter()
+        .map(|plan| {
+            let mut recipe = Recipe::parse(&format!("of the {} plan", plan.target), &plan.recipe)?;
+            recipe.precision = precision_of(&plan.precision).ok_or_else(|| unknown_precision(package, plan))?;
+            recipe.slots = plan.limits.slots;
+            recipe.max_sequence_tokens = Some(plan.limits.max_sequence_tokens);
+            Ok((recipe, (*plan).clone()))
+        })
+        .collect()
+}
+
+/// Refuses weights that are not what the plan will be given.
+fn check_weights(package: &Package, old: &PlanInfo, plan: &GpuPlan, file: &TensorFile) -> Result<()> {
+    for weight in &plan.weights {
+        let (dtype, shape) = pack::stored(weight)?;
+        match file.tensor(&weight.name) {
+            Some((found, _)) if found.dtype == dtype && found.shape == shape => {}
+            found => {
+                let found =
+                    found.map_or("it is not there".into(), |(t, _)| format!("it is {:?}{:?}", t.dtype, t.shape));
+                let detail = format!(
+                    "{}: the plan needs tensor {} as {dtype:?}{shape:?}, but {found}; build the package from the \
+                     checkpoint again",
+                    old.weights, weight.name
+                );
+                return Err(Error::package(package.path(), detail));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn not_for_gpus(package: &Package, plan: &PlanInfo) -> Error {
+    Error::package(package.path(), format!("its plan for {} is not for a GPU that this aotron knows", plan.target))
+}
+
+fn unknown_precision(package: &Package, plan: &PlanInfo) -> Error {
+    let detail = format!("its {} plan has precision {}, which this aotron does not know", plan.target, plan.precision);
+    Error::package(package.path(), detail)
+}

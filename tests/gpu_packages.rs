@@ -1,0 +1,158 @@
+//! Packages with plans for GPUs: built with the real TensorRT for RTX where it is found, opened where there is no GPU.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use aotron::compile::{FinishRequest, Precision, Recipe, finish};
+use aotron::engine::tensorrt::{Extent, LibraryKind, Role};
+use aotron::engine::{Package, PlanInfo};
+use aotron::tensor_file::TensorFile;
+
+use crate::packages::{build_recipes, quiet};
+use crate::tensorrt::rtx;
+
+const TINY_CHAT: &str = "tests/data/tiny-chat";
+
+fn open(path: &Path) -> Package {
+    let package = Package::open(path).unwrap();
+    package.verify(&|_| {}).unwrap();
+    package
+}
+
+fn plan<'p>(package: &'p Package, target: &str) -> &'p PlanInfo {
+    package.manifest().plans.iter().find(|plan| plan.target == target).unwrap()
+}
+
+/// Every file's digest, by its name.
+fn digests(package: &Package) -> Vec<(String, String)> {
+    package.manifest().files.iter().map(|file| (file.path.clone(), file.sha256.clone())).collect()
+}
+
+#[test]
+fn a100_plans_build_in_every_precision() {
+    if rtx("a100_plans_build_in_every_precision").is_none() {
+        return;
+    }
+    for precision in [Precision::Bf16, Precision::Int8, Precision::Int4] {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("engine");
+        let summary = build_recipes(Path::new(TINY_CHAT), &[("a100", precision)], false, &output).unwrap();
+        assert!(!summary.plans[0].only_prepared);
+        let package = open(&output);
+        let plan = plan(&package, "a100");
+        let info = plan.tensorrt.as_ref().unwrap();
+        let compiled = info.compiled.as_ref().unwrap();
+        assert_eq!((info.compute_capability, compiled.library), (80, LibraryKind::Rtx));
+        assert!(compiled.version.starts_with("1."), "{}", compiled.version);
+        assert_eq!(plan.kv_bytes_per_token, 2 * 5 * 6 * 32 * 2);
+        // Weights that are part of the plan would be on the GPU once more in a second one.
+        assert_eq!(compiled.first_chunk_plan.is_some(), precision != Precision::Int4);
+        for file in plan.files().filter(|file| file.ends_with(".engine")) {
+            assert!(package.manifest().file(file).unwrap().bytes > 100_000, "{file}");
+        }
+        // Each binding has a name of its own, and each weight among them is in the file as the plan takes it.
+        let names: HashSet<&str> = info.bindings.iter().map(|binding| binding.name.as_str()).collect();
+        assert_eq!(names.len(), info.bindings.len());
+        let weights = TensorFile::open(&package.file_path(&plan.weights)).unwrap();
+        for binding in info.bindings.iter().filter(|binding| binding.role == Role::Weight) {
+            let (stored, _) = weights.tensor(&binding.name).unwrap_or_else(|| panic!("{} is not there", binding.name));
+            let shape: Vec<Extent> = stored.shape.iter().map(|n| Extent::Fixed(*n)).collect();
+            assert_eq!(shape, binding.shape, "{binding}");
+            assert_eq!(stored.bytes.len(), stored.shape.iter().product::<usize>() * binding.dtype.bytes(), "{binding}");
+        }
+        let caches = info.bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_) | Role::ValueCache(_)));
+        assert_eq!(caches.count(), 10);
+    }
+}
+
+#[test]
+fn h100_is_refused_prepared_and_left_whole() {
+    if rtx("h100_is_refused_prepared_and_left_whole").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let fp8 = [("h100", Precision::Fp8)];
+    // Before the checkpoint is looked at.
+    let error = build_recipes(Path::new("nonesuch"), &fp8, false, &output).unwrap_err().to_string();
+    assert!(error.contains("SM 9.0") && error.contains("--prepare") && error.contains("--finish"), "{error}");
+    assert!(!output.exists());
+
+    let summary = build_recipes(Path::new(TINY_CHAT), &fp8, true, &output).unwrap();
+    assert!(summary.plans[0].only_prepared);
+    assert!(summary.plans[0].compiler.as_ref().unwrap().contains("SM 8.9"));
+    let package = open(&output);
+    let info = plan(&package, "h100").tensorrt.as_ref().unwrap();
+    assert_eq!((info.compute_capability, info.compiled.as_ref()), (90, None));
+    assert!(plan(&package, "h100").plan.is_none());
+    // Four layers a block, and the head, which stays in BF16.
+    assert_eq!(info.activation_scales.len(), 4 * 5 + 1);
+    assert!(info.activation_scales.values().all(|scale| *scale > 0.0));
+
+    let request = FinishRequest { package: output.clone(), recipe: None };
+    let error = finish(&request, &quiet()).unwrap_err().to_string();
+    assert!(error.contains("SM 9.0"), "{error}");
+    assert_eq!(digests(&open(&output)), digests(&package));
+}
+
+#[test]
+fn plans_of_one_packing_share_its_file() {
+    if rtx("plans_of_one_packing_share_its_file").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let recipes = [("cpu", Precision::Bf16), ("a100", Precision::Bf16), ("h100", Precision::Bf16)];
+    build_recipes(Path::new(TINY_CHAT), &recipes, true, &output).unwrap();
+    let package = open(&output);
+    assert_eq!(plan(&package, "a100").weights, plan(&package, "h100").weights);
+    assert_ne!(plan(&package, "a100").weights, plan(&package, "cpu").weights);
+    let weights = package.manifest().files.iter().filter(|file| file.path.starts_with("weights/"));
+    assert_eq!(weights.count(), 2);
+
+    let twice = [("a100", Precision::Bf16), ("a100", Precision::Int8)];
+    let error =
+        build_recipes(Path::new(TINY_CHAT), &twice, false, &folder.path().join("twice")).unwrap_err().to_string();
+    assert!(error.contains("a100: it is named twice"), "{error}");
+}
+
+#[test]
+fn a_package_is_compiled_again_from_its_own_weights() {
+    if rtx("a_package_is_compiled_again_from_its_own_weights").is_none() {
+        return;
+    }
+    for precision in [Precision::Int8, Precision::Int4] {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("engine");
+        let recipes = [("cpu", Precision::Bf16), ("a100", precision)];
+        build_recipes(Path::new(TINY_CHAT), &recipes, false, &output).unwrap();
+        let before = open(&output);
+        finish(&FinishRequest { package: output.clone(), recipe: None }, &quiet()).unwrap();
+        let after = open(&output);
+        assert_eq!(after.manifest().plans, before.manifest().plans);
+        let unchanged = |package: &Package| {
+            let mut files = digests(package);
+            files.retain(|(name, _)| !name.ends_with(".engine"));
+            files.sort();
+            files
+        };
+        assert_eq!(unchanged(&after), unchanged(&before));
+
+        let recipe = Recipe { slots: 3, prefill_chunk_tokens: 32, ..Recipe::load("a100").unwrap() };
+        finish(&FinishRequest { package: output.clone(), recipe: Some(recipe) }, &quiet()).unwrap();
+        let after = open(&output);
+        let sizes = &plan(&after, "a100").tensorrt.as_ref().unwrap().sizes;
+        assert_eq!((sizes.decode_sequences, sizes.prefill_tokens), (3, 32));
+        assert_eq!(plan(&after, "a100").precision, precision.to_string());
+        assert_eq!(unchanged(&after), unchanged(&before));
+    }
+}
+
+#[test]
+fn a_package_without_gpu_weights_cannot_be_finished() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    build_recipes(Path::new(TINY_CHAT), &[("cpu", Precision::Bf16)], false, &output).unwrap();
+    let error = finish(&FinishRequest { package: output, recipe: None }, &quiet()).unwrap_err().to_string();
+    assert!(error.contains("no plan for a GPU") && error.contains("--recipe a100"), "{error}");
+}
