@@ -19,8 +19,8 @@ pub struct Gpu {
     pub bytes_per_second: u64,
 }
 
-/// The GPUs that recipes are for. Bandwidths are the peaks of NVIDIA's data sheets: "NVIDIA A100 Tensor Core GPU" (June
-/// 2021; 1,555 GB/s for 40 GB, 2,039 GB/s for 80 GB SXM) and "NVIDIA H100 Tensor Core GPU" (3.35 TB/s for SXM).
+/// The GPUs that recipes are for. Bandwidths are the peaks of NVIDIA's data sheets, "NVIDIA A100 Tensor Core GPU" (1,555
+/// GB/s with 40 GB, 2,039 GB/s with 80 GB as SXM) and "NVIDIA H100 Tensor Core GPU" (3.35 TB/s as SXM).
 pub const GPUS: [Gpu; 3] = [
     Gpu { name: "A100 40 GB", compute_capability: 80, bytes_per_second: 1_555_000_000_000 },
     Gpu { name: "A100 80 GB", compute_capability: 80, bytes_per_second: 2_039_000_000_000 },
@@ -48,6 +48,12 @@ pub struct Copied {
     pub of: Option<String>,
     /// What it writes, or for a weight whose copy cannot be told from the kernel's other outputs, what it reads.
     pub what: String,
+}
+
+/// [`Copied::of`] and [`Copied::what`] of a kernel.
+struct Found {
+    of: Option<String>,
+    what: String,
 }
 
 /// What one kind of step launches.
@@ -79,17 +85,17 @@ impl StepKernels {
                 *count += 1;
             }
         }
-        let copies = |of: &dyn Fn(&Kernel) -> Option<(Option<String>, String)>| -> Vec<Copied> {
+        let copies = |found: fn(&Kernel, &[Binding]) -> Option<Found>| -> Vec<Copied> {
             let copied = |(index, (kernel, _)): (usize, (&Kernel, _))| {
-                of(kernel).map(|(of, what)| Copied { kernel: index, of, what })
+                found(kernel, bindings).map(|Found { of, what }| Copied { kernel: index, of, what })
             };
             launched().filter_map(copied).collect()
         };
         StepKernels {
             launches: launched().count(),
             by_layer,
-            weight_copies: copies(&|kernel| weight_copy(kernel, bindings)),
-            cache_copies: copies(&|kernel| cache_copy(kernel, bindings)),
+            weight_copies: copies(weight_copy),
+            cache_copies: copies(cache_copy),
             places,
         }
     }
@@ -141,13 +147,13 @@ fn copy_of(kernel: &Kernel, elements: Option<u64>) -> Option<&KernelTensor> {
 }
 
 /// A matrix that the kernel reads whole without being its product, and its copy.
-fn weight_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<(Option<String>, String)> {
+fn weight_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
     if kernel.kind == KernelKind::Product {
         return None;
     }
     let described = |name: &str, read: &KernelTensor, elements| {
         let what = copy_of(kernel, elements).unwrap_or(read);
-        (Some(name.to_owned()), what.ty())
+        Found { of: Some(name.to_owned()), what: what.ty() }
     };
     let inputs = kernel.inputs.iter().filter_map(|input| Some((input, binding(bindings, &input.name)?)));
     let mut matrices = inputs.filter(|(_, bound)| is_matrix(bound) && !looks_up(kernel, bound));
@@ -165,7 +171,7 @@ fn weight_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<(Option<String>,
 
 /// Something the kernel writes that has a layer's cache in it, for one sequence at least: both its tokens and its
 /// head_dim among the sizes, beside one for the heads; or as many elements, if no step decides how many.
-fn cache_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<(Option<String>, String)> {
+fn cache_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
     let cache = bindings.iter().find(|binding| matches!(binding.role, Role::KeyCache(_)))?;
     let &[_, Extent::Fixed(kv_heads), Extent::Fixed(tokens), Extent::Fixed(head_dim)] = &cache.shape[..] else {
         return None;
@@ -185,7 +191,7 @@ fn cache_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<(Option<String>, 
     };
     let output = kernel.outputs.iter().find(is_copy)?;
     let read = kernel.inputs.iter().find(|input| binding(bindings, &input.name).is_some_and(|b| is_cache(b.role)));
-    Some((read.map(|input| input.name.clone()), output.ty()))
+    Some(Found { of: read.map(|input| input.name.clone()), what: output.ty() })
 }
 
 /// By the weights and caches that kernels read and write, and the names TensorRT gives them. A kernel that has no such
