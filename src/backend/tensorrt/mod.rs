@@ -10,9 +10,11 @@
 //! [`Runtime`], [`Engine`] and [`Context`] for running. The GPU itself is behind [`device`], and [`TensorRtExecutor`] puts
 //! the two together.
 
+pub mod analysis;
 pub mod device;
 pub(crate) mod executor;
 mod ffi;
+pub mod kernels;
 mod library;
 pub mod lower;
 mod network;
