@@ -131,6 +131,14 @@ fn words(error: Error) -> String {
 pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let selection = select(package, options)?;
     options.gpu.report.fact(&selection.reason);
+    open_selected(package, &selection, options)
+}
+
+/// Opens an executor for a plan that was selected.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_selected(package: &Package, selection: &Selection, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let (Some(device), Some(plan)) = (selection.device, package.manifest().plans.get(selection.plan)) else {
         return Ok(Box::new(open_cpu(package, &options.cpu)?));
     };
