@@ -104,7 +104,7 @@ impl StepListing {
         };
         match (alike.len(), alike.last()) {
             (1, _) | (_, None) => writeln!(f, " layer {layer}{others}")?,
-            (n, Some(last)) => writeln!(f, " layers {layer} to {last}, each × {n}{others}")?,
+            (n, Some(last)) => writeln!(f, " layers {layer} to {last}, × {n}{others}")?,
         }
         self.analysis.layer(layer, &self.kernels).try_for_each(|kernel| write_kernel(f, kernel, bindings))?;
         writeln!(f)
