@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use aotron::Error;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
-use aotron::backend::tensorrt::kernels::{KernelKind, KernelLog, Kernels};
+use aotron::backend::tensorrt::kernels::{Kernel, KernelKind, KernelLog, KernelTensor, Kernels};
 use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, lower};
 use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Version};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
-use aotron::compile::{Precision, optimized_graph};
+use aotron::compile::{Calibration, Precision, optimized_graph};
 use aotron::engine::tensorrt::{Binding, Extent, Role};
 use aotron::tensor::DType;
 
@@ -77,6 +77,58 @@ fn lowered_model(
 fn build(lowered: &mut Lowered, compute_capability: Option<u16>, list_kernels: bool) -> aotron::Result<Plan> {
     let profiles = lowered.profiles.clone();
     lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles, ..BuildOptions::default() })
+}
+
+/// Each way of quantizing, on tiny-chat and on two layers of the 8B's widths: at most so many kernels a layer, no kernel but
+/// a product reads a weight, and neither decoding nor a first chunk copies a cache.
+#[test]
+fn quantized_products_read_their_codes_as_they_are() {
+    let Some(library) = rtx("quantized_products_read_their_codes_as_they_are") else { return };
+    let wide = ModelConfig {
+        hidden_size: 4096,
+        intermediate_size: 16384,
+        num_layers: 2,
+        num_heads: 32,
+        num_kv_heads: 32,
+        head_dim: 128,
+        rotary_dim: 64,
+        ..tiny_chat()
+    };
+    for (precision, capability, most) in [(Precision::Int8, 80, 9), (Precision::Int4, 80, 10), (Precision::Fp8, 89, 10)]
+    {
+        for (config, attends) in
+            [(&wide, Attends::Cache), (&tiny_chat(), Attends::Cache), (&tiny_chat(), Attends::Chunk)]
+        {
+            let name = format!("{precision}, {attends:?}, {} wide", config.hidden_size);
+            // Not one, by which TensorRT would not have to multiply.
+            let calibration = Calibration::uniform(0.01);
+            let (graph, _) = optimized_graph(config, precision, SIZES.max_sequence_tokens, Some(&calibration)).unwrap();
+            let log = Arc::new(KernelLog::new(Arc::new(())));
+            let network = library.network(log.clone()).unwrap();
+            let mut lowered = lower(&graph, network, attends, &SIZES, &Constants::Arbitrary).unwrap();
+            build(&mut lowered, Some(capability), true).unwrap();
+            let kernels = log.kernels();
+            assert_eq!(kernels.unread, [""; 0]);
+            let step = kernels.profile(if attends == Attends::Cache { 1 } else { 0 });
+            let found = StepKernels::of(step, &lowered.bindings);
+            // A first chunk moves keys and values between the layouts of the product and of attention.
+            let most = most + usize::from(attends == Attends::Chunk);
+            assert!(found.by_layer.iter().all(|launches| *launches <= most), "{name}: {:?}", found.by_layer);
+            assert_eq!((found.weight_copies, found.cache_copies), (vec![], vec![]), "{name}");
+            let codes = ["i8", "i4", "f8"];
+            let products = step.iter().filter(|kernel| kernel.kind == KernelKind::Product);
+            let reading = |kernel: &&Kernel| {
+                let is_matrix = |input: &KernelTensor| input.dims.len() == 2 && input.dims.iter().all(|n| *n > 0);
+                kernel
+                    .inputs
+                    .iter()
+                    .chain(&kernel.constants)
+                    .any(|input| is_matrix(input) && codes.contains(&input.dtype.as_str()))
+            };
+            assert_eq!(products.filter(reading).count(), 4 * config.num_layers, "{name}: products of codes");
+            assert_eq!(step.iter().filter(reading).count(), 4 * config.num_layers, "{name}: kernels that read codes");
+        }
+    }
 }
 
 /// Builds for SM 8.0 and lists the kernels.
