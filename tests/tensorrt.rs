@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use aotron::Error;
 use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, lower};
-use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, Version};
+use aotron::backend::tensorrt::{BuildOptions, Kind, Layers, Library, Monitor, Plan, Severity, Version};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Precision, optimized_graph};
 use aotron::tensor::DType;

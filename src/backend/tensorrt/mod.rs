@@ -10,14 +10,17 @@
 
 pub mod device;
 mod ffi;
+mod layers;
 mod library;
 pub mod lower;
 mod network;
 pub mod pack;
+mod weights;
 
 use std::ops::ControlFlow;
 
 pub use ffi::ConstantBytes;
+pub use layers::Layers;
 pub use library::{Kind, Library, Version};
 pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
 
