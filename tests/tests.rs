@@ -2,6 +2,8 @@
 
 /// The program, as its users run it.
 mod cli;
+/// Networks for TensorRT, computed on the CPU.
+mod evaluator;
 /// Packages with plans for GPUs.
 mod gpu_packages;
 /// A sequence's logits do not depend on its batch or its chunks.
@@ -16,5 +18,7 @@ mod numerics;
 mod packages;
 /// TensorRT, where its library is.
 mod tensorrt;
+/// What the networks for TensorRT compute.
+mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;
