@@ -47,6 +47,8 @@ fn build() -> Result<(), String> {
         }
         // Given whole: both sets have files of these names, and each finds its neighbours first.
         shim.define(header_macro, format!("\"{}\"", header.display()).as_str());
+        // For the tests, which compile a stand-in for the library.
+        println!("cargo::rustc-env={header_macro}={}", header.display());
     }
     shim.std("c++17")
         .include("cpp/cuda")

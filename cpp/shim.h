@@ -17,7 +17,9 @@ struct BuildOptions;
 struct ConstantBytes;
 struct LayerInfo;
 struct Observer;
+struct TensorInfo;
 struct TopK;
+struct Validity;
 enum class Element : std::uint8_t;
 
 // A serialized engine.
@@ -86,6 +88,42 @@ public:
     virtual bool cancelled() const = 0;
 };
 
+// An engine set up to run one profile. It keeps its engine alive; addresses and the stream are the GPU's.
+class Context {
+public:
+    virtual ~Context() = default;
+
+    // Memory for what happens between inputs and outputs; contexts that never run at once may share it.
+    virtual void memory(std::uint64_t address, std::uint64_t bytes) = 0;
+    virtual void shape(rust::Str name, rust::Slice<const std::int64_t> dims) = 0;
+    virtual void address(rust::Str name, std::uint64_t address) = 0;
+    virtual bool capturable(std::uint64_t stream) const = 0;
+    virtual void enqueue(std::uint64_t stream) = 0;
+};
+
+// A deserialized plan. It keeps its runtime alive.
+class Engine {
+public:
+    virtual ~Engine() = default;
+    virtual rust::Vec<TensorInfo> tensors() const = 0;
+    virtual std::uint32_t profiles() const = 0;
+    virtual rust::Vec<std::int64_t> largest(rust::Str input, std::uint32_t profile) const = 0;
+    virtual std::uint64_t memory_bytes() const = 0; // of a context, for any profile
+    // Kernels compiled by an earlier process; false if there are none or they are of another GPU, driver or library.
+    // From then on contexts keep theirs with them.
+    virtual bool load_kernels(rust::Slice<const std::uint8_t> bytes) = 0;
+    virtual std::unique_ptr<Plan> kernels() const = 0;
+    virtual std::unique_ptr<Context> context(std::uint32_t profile, bool specialize, std::uint64_t stream) const = 0;
+};
+
+// Reads plans.
+class Runtime {
+public:
+    virtual ~Runtime() = default;
+    virtual Validity validity(rust::Slice<const std::uint8_t> plan) const = 0;
+    virtual std::unique_ptr<Engine> deserialize(rust::Slice<const std::uint8_t> plan) const = 0;
+};
+
 // A loaded library. It stays until the process ends: TensorRT keeps pointers to its logger in static storage and runs
 // threads of its own, so unloading it is never safe. Its functions may be called from any thread.
 class Library {
@@ -94,6 +132,7 @@ public:
     virtual std::int32_t version() const = 0;
     virtual rust::Vec<std::uint8_t> path() const = 0;
     virtual std::unique_ptr<Network> network(rust::Box<Observer> observer) const = 0;
+    virtual std::unique_ptr<Runtime> runtime(rust::Box<Observer> observer) const = 0;
 };
 
 // Opens a library, or finds it open. A path without a slash is searched as the system does.

@@ -36,7 +36,7 @@ rust::Slice<const std::uint8_t> bytes_of(char const* text)
     return {reinterpret_cast<std::uint8_t const*>(text), std::strlen(text)};
 }
 
-// Hears what TensorRT says while one network is alive.
+// Hears what TensorRT says while one network or runtime is alive.
 class Listener {
 public:
     explicit Listener(rust::Box<Observer> observer)
@@ -44,10 +44,15 @@ public:
     {
     }
 
-    // A network is used by the thread that made it alone.
+    // A network is used by the thread that made it alone, a runtime by the one that it is said to belong to.
     bool is_of_this_thread() const
     {
         return mThread == std::this_thread::get_id();
+    }
+
+    void belongs_here()
+    {
+        mThread = std::this_thread::get_id();
     }
 
     void hear(ILogger::Severity severity, char const* line)
@@ -106,13 +111,13 @@ private:
     }
 
     rust::Box<Observer> mObserver;
-    std::thread::id const mThread = std::this_thread::get_id();
+    std::atomic<std::thread::id> mThread{std::this_thread::get_id()};
     std::mutex mMutex;
     std::deque<Line> mErrors;
 };
 
 // TensorRT keeps one logger for the whole process, so this one lives as long as its library. What a thread says that
-// has networks goes to these; what TensorRT's own threads say goes to all networks that are alive.
+// has networks or runtimes goes to these; what TensorRT's own threads say goes to all that are alive.
 class Logger final : public ILogger {
 public:
     void log(Severity severity, AsciiChar const* line) noexcept override
@@ -617,6 +622,9 @@ public:
         }
         Monitor monitor(mListening->observer());
         config->setProgressMonitor(&monitor);
+        // One at a time: builds for different compute capabilities disturb each other inside TensorRT.
+        static std::mutex building;
+        std::lock_guard<std::mutex> const lock(building);
         std::unique_ptr<IHostMemory> memory(mBuilder->buildSerializedNetwork(*mNetwork, *config));
         mCancelled = monitor.cancelled();
         if (!memory || memory->size() == 0) {
@@ -716,20 +724,22 @@ private:
     bool mCancelled = false;
 };
 
+#include "runtime.inl"
+
 class LibraryOf final : public Library {
 public:
     explicit LibraryOf(std::string const& path)
+        : mHandle(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL))
     {
-        void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-        if (handle == nullptr) {
+        if (mHandle == nullptr) {
             char const* reason = dlerror();
             throw std::runtime_error(reason == nullptr ? "the system gives no reason" : reason);
         }
-        auto* const version = symbol<std::int32_t (*)()>(handle, "getInferLibVersion");
-        mCreateBuilder = symbol<void* (*) (void*, std::int32_t)>(handle, "createInferBuilder_INTERNAL");
+        auto* const version = symbol<std::int32_t (*)()>("getInferLibVersion");
+        mCreateBuilder = symbol<Create>("createInferBuilder_INTERNAL");
         mVersion = version();
         link_map* map = nullptr;
-        bool const known = dlinfo(handle, RTLD_DI_LINKMAP, &map) == 0 && map != nullptr && map->l_name != nullptr;
+        bool const known = dlinfo(mHandle, RTLD_DI_LINKMAP, &map) == 0 && map != nullptr && map->l_name != nullptr;
         mPath = known && *map->l_name != '\0' ? map->l_name : path;
     }
 
@@ -754,20 +764,33 @@ public:
             });
     }
 
-private:
-    template <typename Function> static Function symbol(void* handle, char const* name)
+    std::unique_ptr<Runtime> runtime(rust::Box<Observer> observer) const override
     {
-        void* const address = dlsym(handle, name);
+        auto const create = symbol<Create>("createInferRuntime_INTERNAL");
+        return std::make_unique<RuntimeOf>(
+            mLogger, std::make_shared<Listener>(std::move(observer)), [this, create](ILogger& logger) {
+                std::lock_guard<std::mutex> lock(mMutex);
+                return static_cast<IRuntime*>(create(&logger, NV_TENSORRT_VERSION));
+            });
+    }
+
+private:
+    using Create = void* (*) (void*, std::int32_t);
+
+    template <typename Function> Function symbol(char const* name) const
+    {
+        void* const address = dlsym(mHandle, name);
         if (address == nullptr) {
             throw std::runtime_error(std::string("it has no function ") + name + ", so it is another library");
         }
         return reinterpret_cast<Function>(address);
     }
 
+    void* mHandle; // never closed
     std::string mPath;
     std::int32_t mVersion = 0;
-    void* (*mCreateBuilder)(void*, std::int32_t) = nullptr;
-    mutable std::mutex mMutex; // TensorRT sets up its process-wide state in the first builder's creation
+    Create mCreateBuilder = nullptr;
+    mutable std::mutex mMutex; // TensorRT sets up its process-wide state in the first builder's or runtime's creation
     mutable Logger mLogger;
 };
 

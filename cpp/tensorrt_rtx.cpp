@@ -3,5 +3,6 @@
 #define nvinfer1 nvinfer1_rtx
 #define AOTRON_FLAVOR rtx
 #define AOTRON_CROSS_COMPILES 1
+#define AOTRON_KEEPS_KERNELS 1
 #define AOTRON_HEADER AOTRON_TENSORRT_RTX_HEADER
 #include "shim.inl"

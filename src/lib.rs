@@ -26,7 +26,7 @@
 //! | [`text`] | tokenizer, streaming decoder, chat template |
 //! | [`model`] | the architecture: a config becomes a graph |
 //! | [`engine`] | the package: manifest, limits, opening and writing |
-//! | [`backend`] | [`Step`](backend::Step), the [`Executor`](backend::Executor) trait, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering) |
+//! | [`backend`] | [`Step`](backend::Step), the [`Executor`](backend::Executor) trait, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering, running on a GPU) |
 //! | [`compile`] | recipes, passes, and [`compile::build`], which runs the upper half of the picture |
 //! | [`runtime`] | sampling, stops, [`Session`](runtime::Session) (one conversation), [`Batcher`](runtime::Batcher) (many); it sees neither graphs nor checkpoints |
 //!

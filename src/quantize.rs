@@ -9,6 +9,7 @@
 use std::fmt;
 
 use half::bf16;
+use multiversion::multiversion;
 
 use crate::tensor::DType;
 
@@ -73,7 +74,7 @@ impl Scheme {
         let block = self.block.unwrap_or(row.len()).max(1);
         let mut scratch = Vec::with_capacity(block.min(row.len()));
         for (scale, weights) in scales.iter_mut().zip(row.chunks(block)) {
-            *scale = self.best_scale(weights, &mut scratch);
+            *scale = best_scale(self.code, weights, &mut scratch);
         }
     }
 
@@ -82,7 +83,7 @@ impl Scheme {
         let block = self.block.unwrap_or(row.len()).max(1);
         for (weights, scale) in row.chunks_mut(block).zip(scales) {
             // The scale may be too small to have a finite inverse.
-            weights.iter_mut().for_each(|w| *w = self.nearest(*w / *scale));
+            nearest_codes(self.code, weights, *scale);
         }
     }
 
@@ -103,80 +104,15 @@ impl Scheme {
             Code::F8 => f8_bits(code),
         }
     }
+}
 
+impl Code {
     fn largest(self) -> f32 {
-        match self.code {
+        match self {
             Code::I8 => 127.0,
             Code::I4 => 7.0,
             Code::F8 => F8_MAX,
         }
-    }
-
-    #[inline(always)]
-    fn nearest(self, value: f32) -> f32 {
-        match self.code {
-            Code::I8 => round(value.clamp(-127.0, 127.0)),
-            Code::I4 => round(value.clamp(-8.0, 7.0)),
-            Code::F8 => round_f8(value),
-        }
-    }
-
-    /// `scratch` is room for the block, to spare an allocation.
-    fn best_scale(self, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
-        let largest = weights.iter().fold(0f32, |most, w| most.max(w.abs()));
-        let whole = largest / self.largest();
-        if whole < f32::MIN_POSITIVE {
-            return 1.0; // every code is zero
-        }
-        // Weights as parts of the largest, so that no square over- or underflows.
-        scratch.clear();
-        scratch.extend(weights.iter().map(|w| w / largest));
-        let weights = scratch.as_slice();
-        let unclipped = 1.0 / self.largest();
-        let mut best = (unclipped, self.error(weights, unclipped));
-        for step in 1..=CANDIDATES {
-            let clip = 1.0 - (1.0 - SMALLEST_CLIP) * step as f32 / CANDIDATES as f32;
-            let scale = unclipped * clip;
-            let error = self.error(weights, scale);
-            if error < best.1 {
-                best = (scale, error);
-            }
-        }
-        for _ in 0..REFINEMENTS {
-            let scale = self.least_squares(weights, best.0);
-            let error = self.error(weights, scale);
-            if scale <= 0.0 || error >= best.1 {
-                break;
-            }
-            best = (scale, error);
-        }
-        let scale = (best.0 * largest).max(f32::MIN_POSITIVE);
-        match self.code {
-            Code::I8 | Code::F8 => scale,
-            // TensorRT multiplies 4-bit codes by scales of the type of the product's inputs only.
-            Code::I4 => bf16::from_f32(scale).to_f32(),
-        }
-    }
-
-    /// `Σ (w − s·c)²` for the codes nearest at scale `s`.
-    fn error(self, weights: &[f32], scale: f32) -> f64 {
-        match self.code {
-            Code::I8 => sum_squares(weights, scale, |v| round(v.clamp(-127.0, 127.0))),
-            Code::I4 => sum_squares(weights, scale, |v| round(v.clamp(-8.0, 7.0))),
-            Code::F8 => sum_squares(weights, scale, round_f8),
-        }
-    }
-
-    /// The best scale for the codes nearest at scale `s`; not positive if they are all zero.
-    fn least_squares(self, weights: &[f32], scale: f32) -> f32 {
-        let inverse = 1.0 / scale;
-        let (mut products, mut squares) = (0f64, 0f64);
-        for w in weights {
-            let code = f64::from(self.nearest(w * inverse));
-            products += f64::from(*w) * code;
-            squares += code * code;
-        }
-        if squares > 0.0 { (products / squares) as f32 } else { 0.0 }
     }
 }
 
@@ -189,30 +125,91 @@ impl fmt::Display for Scheme {
     }
 }
 
-#[inline(always)]
-fn sum_squares(weights: &[f32], scale: f32, nearest: impl Fn(f32) -> f32) -> f64 {
-    let inverse = 1.0 / scale;
-    let square = |w: f32| {
-        let left = w - nearest(w * inverse) * scale;
-        left * left
+/// The best scale of a block. `scratch` is room for the block, to spare an allocation.
+///
+/// Each weight is rounded some 25 times, so this is compiled for wide vectors too; results do not depend on which.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2", "aarch64+neon"))]
+fn best_scale(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
+    let largest = weights.iter().fold(0f32, |most, w| most.max(w.abs()));
+    let whole = largest / code.largest();
+    if whole < f32::MIN_POSITIVE {
+        return 1.0; // every code is zero
+    }
+    // Weights as parts of the largest, so that no square over- or underflows; zeros fill the last group.
+    scratch.clear();
+    scratch.extend(weights.iter().map(|w| w / largest));
+    scratch.resize(weights.len().next_multiple_of(LANES), 0.0);
+    let (groups, _) = scratch.as_chunks::<LANES>();
+    let unclipped = 1.0 / code.largest();
+    let mut best = (unclipped, f64::INFINITY, 0.0);
+    let mut attempt = |scale: f32| {
+        let (error, refined) = match code {
+            Code::I8 => try_scale(groups, scale, |v| round(v.clamp(-127.0, 127.0))),
+            Code::I4 => try_scale(groups, scale, |v| round(v.clamp(-8.0, 7.0))),
+            Code::F8 => try_scale(groups, scale, round_f8),
+        };
+        let is_better = error < best.1;
+        if is_better {
+            best = (scale, error, refined);
+        }
+        (is_better, best.2)
     };
-    let mut total = 0f64;
+    attempt(unclipped);
+    let mut refined = 0.0;
+    for step in 1..=CANDIDATES {
+        let clip = 1.0 - (1.0 - SMALLEST_CLIP) * step as f32 / CANDIDATES as f32;
+        refined = attempt(unclipped * clip).1;
+    }
+    for _ in 0..REFINEMENTS {
+        let (is_better, next) = if refined > 0.0 { attempt(refined) } else { (false, 0.0) };
+        if !is_better {
+            break;
+        }
+        refined = next;
+    }
+    let scale = (best.0 * largest).max(f32::MIN_POSITIVE);
+    match code {
+        Code::I8 | Code::F8 => scale,
+        // TensorRT multiplies 4-bit codes by scales of the type of the product's inputs only.
+        Code::I4 => bf16::from_f32(scale).to_f32(),
+    }
+}
+
+/// For the codes nearest at scale `s`: `Σ (w − s·c)²`, and the scale that is best for them, `Σ w·c / Σ c²`, or 0 if all
+/// are zero.
+#[inline(always)]
+fn try_scale(groups: &[[f32; LANES]], scale: f32, nearest: impl Fn(f32) -> f32) -> (f64, f32) {
+    let inverse = 1.0 / scale;
+    let (mut error, mut products, mut squares) = (0f64, 0f64, 0f64);
     // Short runs, so that single precision loses nothing that matters.
-    for run in weights.chunks(64 * LANES) {
-        let mut sums = [0f32; LANES];
-        let (groups, rest) = run.as_chunks::<LANES>();
-        for group in groups {
-            for (sum, w) in sums.iter_mut().zip(group) {
-                *sum += square(*w);
+    for run in groups.chunks(64) {
+        let mut sums = [[0f32; LANES]; 3];
+        for group in run {
+            for (lane, w) in group.iter().enumerate() {
+                let code = nearest(w * inverse);
+                let left = w - code * scale;
+                sums[0][lane] += left * left;
+                sums[1][lane] += w * code;
+                sums[2][lane] += code * code;
             }
         }
-        total += sums
-            .iter()
-            .chain(&rest.iter().map(|w| square(*w)).collect::<Vec<f32>>())
-            .map(|s| f64::from(*s))
-            .sum::<f64>();
+        let total = |lanes: &[f32; LANES]| lanes.iter().map(|sum| f64::from(*sum)).sum::<f64>();
+        error += total(&sums[0]);
+        products += total(&sums[1]);
+        squares += total(&sums[2]);
     }
-    total
+    (error, if squares > 0.0 { (products / squares) as f32 } else { 0.0 })
+}
+
+/// Replaces each weight of a block by its code, as a number.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2", "aarch64+neon"))]
+fn nearest_codes(code: Code, weights: &mut [f32], scale: f32) {
+    // The scale may be too small to have a finite inverse.
+    match code {
+        Code::I8 => weights.iter_mut().for_each(|w| *w = round((*w / scale).clamp(-127.0, 127.0))),
+        Code::I4 => weights.iter_mut().for_each(|w| *w = round((*w / scale).clamp(-8.0, 7.0))),
+        Code::F8 => weights.iter_mut().for_each(|w| *w = round_f8(*w / scale)),
+    }
 }
 
 /// To the nearest integer, ties to even, for magnitudes below 2²²: adding 1.5 · 2²³ leaves no bit for a fraction.
@@ -313,8 +310,9 @@ mod tests {
                 let block = scheme.block().unwrap_or(columns);
                 let mut plain = row.clone();
                 for block in plain.chunks_mut(block) {
-                    let scale = block.iter().fold(0f32, |m, w| m.max(w.abs())) / scheme.largest();
-                    block.iter_mut().for_each(|w| *w = scheme.nearest(*w / scale) * scale);
+                    let scale = block.iter().fold(0f32, |m, w| m.max(w.abs())) / scheme.code.largest();
+                    nearest_codes(scheme.code, block, scale);
+                    block.iter_mut().for_each(|code| *code *= scale);
                 }
                 // A few weights may suffer from a scale of 8 bits.
                 let slack = if scheme == Scheme::INT4 { 1.01 } else { 1.0001 };

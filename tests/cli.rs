@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 
+use aotron::backend::tensorrt::{Kind, Library};
 use aotron::compile::Precision;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -405,6 +406,47 @@ fn inspect_describes_both() {
         }
     }
     aotron(&["inspect", "nowhere"]).fails(1, &["nowhere"]);
+}
+
+#[test]
+fn inspect_shows_what_tensorrt_makes_of_a_model() {
+    aotron(&["inspect", CHAT, "--recipe", "a100"]).fails(2, &["--recipe is for --network and --kernels"]);
+    aotron(&["inspect", CHAT, "--kernels=some"]).fails(2, &["expected nothing or `all`"]);
+    aotron(&["inspect", CHAT, "--kernels", "--recipe", "cpu"]).fails(2, &["recipe cpu is not for a GPU"]);
+    aotron(&["inspect", CHAT, "--network", "--precision", "fp8"]).fails(1, &["fp8 is not for a100"]);
+    if let Err(error) = Library::find(Kind::Rtx) {
+        let _ = writeln!(std::io::stderr(), "SKIPPED inspect_shows_what_tensorrt_makes_of_a_model: {error}");
+        aotron(&["inspect", CHAT, "--network"]).fails(1, &["TensorRT for RTX (libtensorrt_rtx.so.1) is not installed"]);
+        return;
+    }
+    // A config is enough, and a package has one.
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(Path::new(CHAT).join("config.json"), folder.path().join("config.json")).unwrap();
+    let network = aotron(&["inspect", CHAT, "--network"]).ok().out;
+    for path in [folder.path().to_str().unwrap(), chat()] {
+        assert_eq!(aotron(&["inspect", path, "--network"]).ok().out, network, "{path}");
+    }
+    let all = aotron(&["inspect", CHAT, "--network=all"]).ok().out;
+    assert!(network.contains("layers 1 to 4, all alike") && all.contains("\nlayer 4\n"), "{network}{all}");
+
+    let kernels = aotron(&["inspect", CHAT, "--kernels"]).ok().out;
+    for words in ["compiled for SM 8.0", "decode: 43 kernels, 8 in each of 5 layers", "first chunk: 48 kernels", "A100"]
+    {
+        assert!(kernels.contains(words), "no {words} in {kernels}");
+    }
+    let args = ["inspect", CHAT, "--kernels", "--recipe", "h100", "--format", "json"];
+    let json = aotron(&args).ok().json();
+    let kernels = &json["kernels"];
+    assert_eq!((&kernels["compute_capability"], &kernels["compiled_for"]), (&90.into(), &89.into()));
+    assert_eq!((&kernels["precision"], &kernels["unread"]), (&"fp8".into(), &Value::Array(vec![])));
+    assert_eq!(kernels["steps"].as_array().unwrap().len(), 3);
+    for step in kernels["steps"].as_array().unwrap() {
+        assert_eq!(step["analysis"]["weight_copies"], Value::Array(vec![]), "{}", step["name"]);
+    }
+    let int4 = aotron(&["inspect", CHAT, "--kernels=all", "--precision", "int4"]).ok().out;
+    for words in [" before the layers\n", " layer 4\n", "in the plan", "of them part of the plan"] {
+        assert!(int4.contains(words), "no {words} in {int4}");
+    }
 }
 
 #[test]

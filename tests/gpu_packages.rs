@@ -1,7 +1,9 @@
 //! Packages with plans for GPUs: built with the real TensorRT for RTX where it is found, opened where there is no GPU.
 
 use std::collections::HashSet;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use aotron::compile::{FinishRequest, Precision, Recipe, finish};
 use aotron::engine::tensorrt::{Extent, LibraryKind, Role};
@@ -85,7 +87,8 @@ fn h100_is_refused_prepared_and_left_whole() {
     let info = plan(&package, "h100").tensorrt.as_ref().unwrap();
     assert_eq!((info.compute_capability, info.compiled.as_ref()), (90, None));
     assert!(plan(&package, "h100").plan.is_none());
-    assert_eq!(info.activation_scales.len(), 4 * 5);
+    // Four layers a block, and the head, which stays in BF16.
+    assert_eq!(info.activation_scales.len(), 4 * 5 + 1);
     assert!(info.activation_scales.values().all(|scale| *scale > 0.0));
 
     let request = FinishRequest { package: output.clone(), recipe: None };
@@ -154,4 +157,67 @@ fn a_package_without_gpu_weights_cannot_be_finished() {
     build_recipes(Path::new(TINY_CHAT), &[("cpu", Precision::Bf16)], false, &output).unwrap();
     let error = finish(&FinishRequest { package: output, recipe: None }, &quiet()).unwrap_err().to_string();
     assert!(error.contains("no plan for a GPU") && error.contains("--recipe a100"), "{error}");
+}
+
+fn aotron(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_aotron"));
+    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn the_program_builds_finishes_and_says_where_plans_run() {
+    if rtx("the_program_builds_finishes_and_says_where_plans_run").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let output = output.to_str().unwrap();
+    let run = |arguments: &[&str]| {
+        let done = aotron(arguments).output().unwrap();
+        (done.status.code(), String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap())
+    };
+    let (code, text, errors) = run(&["build", TINY_CHAT, "--recipe", "a100:int8,h100", "--prepare", "-o", output]);
+    assert_eq!(code, Some(0), "{errors}");
+    assert!(text.contains("a100 in int8, h100 in fp8"), "{text}");
+    assert!(text.contains("for SM 8.0") && text.contains("graph checked with"), "{text}");
+    assert!(text.contains("on the H100: aotron build") && text.contains("--finish"), "{text}");
+
+    let (code, _, errors) = run(&["build", output, "--finish"]);
+    assert_eq!(code, Some(1));
+    assert!(errors.contains("H100"), "{errors}");
+    let (code, text, errors) = run(&["build", output, "--finish", "--recipe", "a100"]);
+    assert_eq!(code, Some(0), "{errors}");
+    assert!(text.contains("for a100 in int8"), "{text}");
+    // Flags of a build from a checkpoint mean nothing then.
+    assert_eq!(run(&["build", output, "--finish", "--precision", "int4"]).0, Some(2));
+
+    let (code, text, _) = run(&["inspect", output]);
+    assert_eq!(code, Some(0));
+    assert!(text.contains("h100 plan") && text.contains("only prepared"), "{text}");
+    let (code, _, errors) = run(&["build", TINY_CHAT, "--recipe", "a100:fp8", "-o", output, "--force"]);
+    assert_eq!(code, Some(1));
+    assert!(errors.contains("fp8 is not for a100, which takes bf16, int8, int4"), "{errors}");
+}
+
+#[test]
+fn an_interrupted_build_leaves_nothing() {
+    if rtx("an_interrupted_build_leaves_nothing").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let mut child = aotron(&["build", TINY_CHAT, "--recipe", "a100", "-o", output.to_str().unwrap()]).spawn().unwrap();
+    // The first line says that TensorRT is at work.
+    let mut errors = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    errors.read_line(&mut line).unwrap();
+    assert!(line.contains("compiling a100"), "{line}");
+    let interrupt = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(interrupt, rustix::process::Signal::INT).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let mut rest = String::new();
+    errors.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("error: cancelled"), "{rest}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }

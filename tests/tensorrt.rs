@@ -5,14 +5,17 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
 use aotron::Error;
+use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
+use aotron::backend::tensorrt::kernels::{KernelKind, KernelLog, Kernels};
 use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, lower};
-use aotron::backend::tensorrt::{BuildOptions, Kind, Layers, Library, Monitor, Plan, Severity, Version};
+use aotron::backend::tensorrt::{BuildOptions, Kind, Layers, Library, Monitor, Plan, Version};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Precision, optimized_graph};
+use aotron::engine::tensorrt::{Binding, Extent, Role};
 use aotron::tensor::DType;
 
 const TINY_CHAT: &str = "tests/data/tiny-chat";
@@ -29,19 +32,14 @@ pub fn rtx(test: &str) -> Option<Library> {
     }
 }
 
-/// Keeps the log, and breaks off after so many steps.
+/// Counts steps, and breaks off after so many.
 #[derive(Default)]
 struct Recorder {
-    lines: Mutex<Vec<(Severity, String)>>,
     steps: AtomicUsize,
     break_after: Option<usize>,
 }
 
 impl Monitor for Recorder {
-    fn log(&self, severity: Severity, line: &str) {
-        self.lines.lock().unwrap().push((severity, line.to_owned()));
-    }
-
     fn step(&self, _phase: &str, _step: usize) -> ControlFlow<()> {
         let done = self.steps.fetch_add(1, Ordering::Relaxed) + 1;
         match self.break_after {
@@ -81,46 +79,107 @@ fn build(lowered: &mut Lowered, compute_capability: Option<u16>, list_kernels: b
     lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles, ..BuildOptions::default() })
 }
 
-/// The plan's kernels by profile, from the log of a build that lists them: name and outputs.
-fn kernels(recorder: &Recorder) -> [Vec<(String, String)>; 2] {
-    let mut kernels = [Vec::new(), Vec::new()];
-    let lines = recorder.lines.lock().unwrap();
-    for line in lines.iter().flat_map(|(_, text)| text.lines()) {
-        let Some((name, rest)) = line.strip_prefix("Name: ").and_then(|line| line.split_once(", LayerType: ")) else {
-            continue;
-        };
-        let (kind, rest) = rest.split_once(", ").unwrap();
-        if ["signal", "wait", "shape_call", "copy"].contains(&kind) {
-            continue;
-        }
-        let outputs = rest.split("Outputs:").nth(1).unwrap();
-        kernels[usize::from(name.contains("_myl1_"))].push((name.to_owned(), outputs.to_owned()));
-    }
-    kernels
+/// Builds for SM 8.0 and lists the kernels.
+fn kernels(library: &Library, config: &ModelConfig, attends: Attends, sizes: &Sizes) -> (Lowered, Plan, Kernels) {
+    let log = Arc::new(KernelLog::new(Arc::new(())));
+    let mut lowered = lowered_model(library, log.clone(), config, attends, sizes);
+    let plan = build(&mut lowered, SM_80, true).unwrap();
+    let kernels = log.kernels();
+    assert_eq!(kernels.unread, [""; 0]);
+    (lowered, plan, kernels)
 }
 
-/// Kernels that write something as long as the cache (256 positions) which is not the cache.
-fn cache_copies(kernels: &[(String, String)]) -> usize {
-    let is_long = |output: &&str| output.contains(",256,") || output.contains(",256]");
-    let is_cache = |output: &&str| output.contains(".attention.keys") || output.contains(".attention.values");
-    let copies = |outputs: &str| outputs.split("Name: ").any(|output| is_long(&output) && !is_cache(&output));
-    kernels.iter().filter(|(_, outputs)| copies(outputs)).count()
+fn tiny_chat() -> ModelConfig {
+    Checkpoint::open(Path::new(TINY_CHAT)).unwrap().config().clone()
 }
 
 #[test]
 fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
     let Some(library) = rtx("tiny_chat_builds_and_decodes_in_eight_kernels_a_layer") else { return };
-    let config = Checkpoint::open(Path::new(TINY_CHAT)).unwrap().config().clone();
-    let recorder = Arc::new(Recorder::default());
-    let mut lowered = lowered(&library, recorder.clone(), TINY_CHAT, Attends::Cache);
-    let plan = build(&mut lowered, SM_80, true).unwrap();
+    let config = tiny_chat();
+    let (lowered, plan, kernels) = kernels(&library, &config, Attends::Cache, &SIZES);
     assert!(plan.bytes().len() > 100_000, "{plan:?}");
-    let [prefill, decode] = kernels(&recorder);
-    assert_eq!(cache_copies(&prefill), 2 * config.num_layers, "the way copies are found finds those of prefill");
+    assert_eq!(kernels.profiles.len(), 2);
     // first norm to squared ReLU and residual; the wanted rows' norm, the head, the largest logits
-    assert_eq!(decode.len(), 8 * config.num_layers + 3, "{decode:#?}");
-    assert_eq!(cache_copies(&decode), 0, "{decode:#?}");
-    assert!(recorder.steps.load(Ordering::Relaxed) > 0, "the build reports its progress");
+    let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);
+    assert_eq!(decode.by_layer, vec![8; config.num_layers], "{:#?}", kernels.profile(1));
+    assert_eq!(decode.launches, 8 * config.num_layers + 3);
+    assert_eq!((decode.weight_copies, decode.cache_copies), (vec![], vec![]));
+    let prefill = StepKernels::of(kernels.profile(0), &lowered.bindings);
+    assert_eq!(prefill.cache_copies.len(), 2 * config.num_layers, "one of the keys and one of the values");
+    assert_eq!(prefill.weight_copies, []);
+    let count = |kind| kernels.profile(1).iter().filter(|kernel| kernel.kind == kind).count();
+    assert_eq!(count(KernelKind::Product), 4 * config.num_layers + 1);
+    assert_eq!(count(KernelKind::Attention), config.num_layers);
+}
+
+/// What decoding reads, against the sizes of the model.
+#[test]
+fn tiny_chat_reads_its_weights_once() {
+    let Some(library) = rtx("tiny_chat_reads_its_weights_once") else { return };
+    let config = tiny_chat();
+    let (lowered, _, kernels) = kernels(&library, &config, Attends::Cache, &SIZES);
+    let Traffic { weight_bytes, row_bytes, kv_bytes_per_token } =
+        Traffic::of(kernels.profile(1), &lowered.bindings, &lowered.weights);
+    let (hidden, layers) = (config.hidden_size, config.num_layers);
+    let vectors = (2 * layers + 1) * 2 * hidden;
+    let embedding = config.vocab_size * hidden;
+    let matrices = config.parameters().unwrap() - vectors - embedding;
+    assert_eq!(weight_bytes, (2 * matrices + 4 * vectors) as u64);
+    assert_eq!(row_bytes, (2 * hidden + 2 * 4 * config.rotary_dim / 2) as u64);
+    assert_eq!(kv_bytes_per_token, (2 * layers * config.num_kv_heads * config.head_dim * 2) as u64);
+}
+
+/// 8-bit codes in the order of the checkpoint are transposed in every step; the other way they are not.
+#[test]
+fn a_weight_that_is_stored_the_wrong_way_is_copied() {
+    let Some(library) = rtx("a_weight_that_is_stored_the_wrong_way_is_copied") else { return };
+    let (tokens, inputs, outputs) = (8, 256, 512);
+    let copies = |transposed: bool| {
+        let log = Arc::new(KernelLog::new(Arc::new(())));
+        let mut network = library.network(log.clone()).unwrap();
+        let x = network.input("x", DType::BF16, &[tokens, inputs]).unwrap();
+        let shape = if transposed { [inputs, outputs] } else { [outputs, inputs] };
+        let codes = network.input("codes", DType::I8, &shape).unwrap();
+        let scales = network.input("scales", DType::F32, &[outputs]).unwrap();
+        let weight = network.dequantize(codes, scales, Some(u8::from(transposed)), DType::BF16).unwrap();
+        let y = if transposed { network.matmul(x, weight) } else { network.linear(x, weight) }.unwrap();
+        network.output(y, "y").unwrap();
+        let options = BuildOptions { compute_capability: SM_80, list_kernels: true, ..BuildOptions::default() };
+        network.build(&options).unwrap();
+        let shape = shape.map(|n| Extent::Fixed(n as usize)).to_vec();
+        let binding = Binding { name: "codes".into(), role: Role::Weight, dtype: DType::I8, shape };
+        let kernels = log.kernels();
+        assert!(!kernels.profile(0).is_empty(), "{kernels:?}");
+        StepKernels::of(kernels.profile(0), &[binding]).weight_copies
+    };
+    assert_eq!(copies(true), []);
+    let [copy] = &copies(false)[..] else { panic!("{:?}", copies(false)) };
+    assert_eq!(copy.of.as_deref(), Some("codes"));
+}
+
+/// `aotron inspect --network` of tiny-chat. Where a change of it is meant, `UPDATE_GOLDEN=1 cargo test network_of_tiny`
+/// writes the file, whose difference is then read before it is committed.
+#[test]
+fn the_network_of_tiny_chat_is_as_it_was() {
+    if rtx("the_network_of_tiny_chat_is_as_it_was").is_none() {
+        return;
+    }
+    let path = Path::new("tests/data/golden/tiny-chat.network.txt");
+    let arguments = ["inspect", TINY_CHAT, "--network", "--recipe", "a100", "--precision", "bf16"];
+    let output = Command::new(env!("CARGO_BIN_EXE_aotron")).args(arguments).output().unwrap();
+    let (network, errors) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(output.status.success(), "{errors}");
+    if std::env::var_os("UPDATE_GOLDEN").is_some_and(|value| value == "1") {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, &network).unwrap();
+    }
+    let golden = std::fs::read_to_string(path).unwrap();
+    let difference = golden.lines().zip(network.lines()).enumerate().find(|(_, (was, is))| was != is);
+    if let Some((line, (was, is))) = difference {
+        panic!("{}, line {}, was\n{was}\nand is\n{is}\nUPDATE_GOLDEN=1 writes it anew", path.display(), line + 1);
+    }
+    assert_eq!(golden.lines().count(), network.lines().count(), "UPDATE_GOLDEN=1 writes {} anew", path.display());
 }
 
 /// Nemotron-3-8B, whose weights are not needed to compile it.
@@ -145,25 +204,28 @@ fn the_8b_model_compiles() {
         eos_token_ids: vec![3],
     };
     let sizes = Sizes { max_sequence_tokens: 4096, prefill_sequences: 1, prefill_tokens: 512, ..SIZES };
-    let recorder = Arc::new(Recorder::default());
-    let mut lowered = lowered_model(&library, recorder.clone(), &config, Attends::Cache, &sizes);
-    let plan = build(&mut lowered, SM_80, true).unwrap();
+    let (lowered, plan, kernels) = kernels(&library, &config, Attends::Cache, &sizes);
     assert!(plan.bytes().len() < 100 << 20, "{plan:?} holds weights");
-    let [_, decode] = kernels(&recorder);
-    assert_eq!(decode.len(), 8 * config.num_layers + 3, "{decode:#?}");
+    let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);
+    assert_eq!(decode.by_layer, [8; 32], "{:#?}", kernels.profile(1));
+    assert_eq!((decode.launches, decode.weight_copies, decode.cache_copies), (8 * 32 + 3, vec![], vec![]));
+    let traffic = Traffic::of(kernels.profile(1), &lowered.bindings, &lowered.weights);
+    assert_eq!(traffic.kv_bytes_per_token, 512 << 10);
+    // All but the embedding in BF16, norms in FP32.
+    let vectors = (2 * 32 + 1) * 2 * 4096;
+    assert_eq!(traffic.weight_bytes, 2 * (8_540_135_424 - 256_000 * 4096 - vectors) + 4 * vectors);
 }
 
 #[test]
 fn a_first_chunk_copies_no_cache() {
     let Some(library) = rtx("a_first_chunk_copies_no_cache") else { return };
-    let config = Checkpoint::open(Path::new(TINY_CHAT)).unwrap().config().clone();
-    let recorder = Arc::new(Recorder::default());
-    let mut lowered = lowered(&library, recorder.clone(), TINY_CHAT, Attends::Chunk);
-    assert_eq!(lowered.profiles.len(), 1);
-    build(&mut lowered, SM_80, true).unwrap();
-    let [prefill, _] = kernels(&recorder);
-    assert_eq!(prefill.len(), 9 * config.num_layers + 3, "{prefill:#?}");
-    assert_eq!(cache_copies(&prefill), 0, "{prefill:#?}");
+    let config = tiny_chat();
+    let (lowered, _, kernels) = kernels(&library, &config, Attends::Chunk, &SIZES);
+    assert_eq!((lowered.profiles.len(), kernels.profiles.len()), (1, 1));
+    let chunk = StepKernels::of(kernels.profile(0), &lowered.bindings);
+    assert_eq!(chunk.by_layer, vec![9; config.num_layers], "{:#?}", kernels.profile(0));
+    assert_eq!(chunk.launches, 9 * config.num_layers + 3);
+    assert_eq!((chunk.weight_copies, chunk.cache_copies), (vec![], vec![]));
 }
 
 #[test]
@@ -181,7 +243,7 @@ fn grouped_queries_and_tied_embeddings_build() {
 #[test]
 fn the_network_is_what_the_graph_says() {
     let Some(library) = rtx("the_network_is_what_the_graph_says") else { return };
-    let config = Checkpoint::open(Path::new(TINY_CHAT)).unwrap().config().clone();
+    let config = tiny_chat();
     let lowered = lowered(&library, Arc::new(()), TINY_CHAT, Attends::Cache);
     let layers = lowered.network.layers().unwrap();
     let count = |kind: &str| layers.iter().filter(|layer| layer.kind == kind).count();
@@ -231,7 +293,7 @@ fn errors_carry_the_words_of_tensorrt() {
 #[test]
 fn sizes_that_do_not_fit_are_refused() {
     let Some(library) = rtx("sizes_that_do_not_fit_are_refused") else { return };
-    let config = Checkpoint::open(Path::new(TINY_CHAT)).unwrap().config().clone();
+    let config = tiny_chat();
     let (graph, _) = optimized_graph(&config, Precision::Bf16, SIZES.max_sequence_tokens, None).unwrap();
     for top_tokens in [0, 3841] {
         let sizes = Sizes { top_tokens, ..SIZES };
@@ -252,8 +314,10 @@ fn a_build_can_be_cancelled_and_repeated() {
     let mut cancelled = lowered(&library, recorder.clone(), TINY_CHAT, Attends::Cache);
     let error = build(&mut cancelled, SM_80, false).unwrap_err();
     assert!(matches!(error, Error::Cancelled), "{error}");
-    let mut whole = lowered(&library, Arc::new(()), TINY_CHAT, Attends::Cache);
+    let recorder = Arc::new(Recorder::default());
+    let mut whole = lowered(&library, recorder.clone(), TINY_CHAT, Attends::Cache);
     build(&mut whole, SM_80, false).unwrap();
+    assert!(recorder.steps.load(Ordering::Relaxed) > 2, "the build reports its progress");
 }
 
 /// A library of this code, in C, in a fresh folder.

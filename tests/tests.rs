@@ -18,6 +18,8 @@ mod numerics;
 mod packages;
 /// TensorRT, where its library is.
 mod tensorrt;
+/// Running plans of TensorRT, on a stand-in for a GPU and with the real library.
+mod tensorrt_runtime;
 /// What the networks for TensorRT compute.
 mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.

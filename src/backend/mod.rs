@@ -8,7 +8,7 @@ mod step;
 pub mod tensorrt;
 
 pub use logits::{DeferredLogits, Logits, Top};
-pub use select::{ExecutorOptions, cpu_program, open, open_cpu};
+pub use select::{ExecutorOptions, Machine, Selection, choose, cpu_program, open, open_cpu, open_selected, select};
 pub use step::{Chunk, NextToken, Rows, Span, Step};
 
 pub use crate::engine::Limits;
@@ -21,7 +21,8 @@ pub trait Executor: Send {
     fn limits(&self) -> &Limits;
 
     /// Runs one step: writes the new tokens' keys and values to their slots and returns the wanted logits.
-    /// A sequence's logits are bit-identical whatever else is in the step and however its tokens were chunked.
+    /// On the CPU a sequence's logits are bit-identical whatever else is in the step and however its tokens were chunked;
+    /// on a GPU they may differ in their last bits, as other kernels run.
     ///
     /// # Errors
     /// Whatever the backend reports; the slots of the step then hold no defined content past their `past_tokens`.

@@ -3,6 +3,8 @@
 use super::Executor;
 use super::cpu::executor::{CpuExecutor, CpuOptions};
 use super::cpu::program::{PROGRAM_VERSION, Program};
+use super::tensorrt::executor::check::gpu_words;
+use super::tensorrt::{DeviceInfo, GpuOptions, Kind, Library, TensorRtExecutor, devices};
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
@@ -10,16 +12,138 @@ use crate::tensor_file::TensorFile;
 /// How to run an engine.
 #[derive(Debug, Clone, Default)]
 pub struct ExecutorOptions {
+    /// The target whose plan is to run; `None` takes a GPU's where that GPU and its library are here, else the CPU's.
+    pub target: Option<String>,
     /// For CPU plans.
     pub cpu: CpuOptions,
+    /// For plans of a GPU.
+    pub gpu: GpuOptions,
 }
 
-/// Opens an executor for the package's plan that this machine runs. Weights are mapped, not read.
+/// A plan that runs here, and why it is this one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Selection {
+    /// Its index in the manifest.
+    pub plan: usize,
+    /// The GPU it runs on; none for the CPU.
+    pub device: Option<usize>,
+    /// A sentence for people.
+    pub reason: String,
+}
+
+/// What this machine has, as far as choosing a plan asks.
+pub struct Machine<'a> {
+    /// Its GPUs, or why they cannot be listed.
+    pub devices: &'a dyn Fn() -> Result<Vec<DeviceInfo>, String>,
+    /// Whether a library is here, or why it cannot be used.
+    pub library: &'a dyn Fn(Kind) -> Result<(), String>,
+}
+
+/// Chooses a plan: the first for a GPU that is here with its library, else the CPU's; with a target, only its plans.
+/// `device` is the one GPU that may be used, if there is such a choice.
 ///
 /// # Errors
-/// [`Error::Package`] if no plan runs here or a plan does not hold together.
+/// Every plan that was considered and what it lacks.
+pub fn choose(
+    plans: &[PlanInfo],
+    machine: &Machine<'_>,
+    target: Option<&str>,
+    device: Option<usize>,
+) -> Result<Selection, String> {
+    let considered = |plan: &&PlanInfo| target.is_none_or(|target| plan.target == target);
+    if !plans.iter().any(|plan| considered(&plan)) {
+        let targets: Vec<&str> = plans.iter().map(|plan| plan.target.as_str()).collect();
+        let targets = if targets.is_empty() { "nothing".into() } else { targets.join(", ") };
+        let wanted = target.unwrap_or("any target");
+        return Err(format!("it has no plan for {wanted}, only for: {targets}; build one with --recipe"));
+    }
+    let mut lacks = Vec::new();
+    let (gpu, cpu): (Vec<_>, Vec<_>) =
+        plans.iter().enumerate().filter(|(_, plan)| considered(plan)).partition(|(_, plan)| plan.tensorrt.is_some());
+    for (index, plan) in gpu.into_iter().chain(cpu) {
+        let name = format!("{} ({})", plan.target, plan.precision);
+        match place(plan, machine, device) {
+            Ok(found) => {
+                let device = found.as_ref().map(|gpu| gpu.index);
+                let place = found.map_or("the CPU".into(), |gpu| format!("GPU {} ({})", gpu.index, gpu.name));
+                let others = if lacks.is_empty() { String::new() } else { format!("; {}", lacks.join("; ")) };
+                return Ok(Selection { plan: index, device, reason: format!("plan {name} runs on {place}{others}") });
+            }
+            Err(lack) => lacks.push(format!("plan {name} does not: {lack}")),
+        }
+    }
+    Err(format!("none of its plans runs here; {}", lacks.join("; ")))
+}
+
+/// The GPU that a plan runs on, or none for the CPU; or what is missing.
+fn place(plan: &PlanInfo, machine: &Machine<'_>, device: Option<usize>) -> Result<Option<DeviceInfo>, String> {
+    let Some(info) = &plan.tensorrt else {
+        return if plan.target == "cpu" { Ok(None) } else { Err("this aotron does not know its target".into()) };
+    };
+    let Some(compiled) = &info.compiled else {
+        return Err("it was prepared only; `aotron build PACKAGE --finish` on its GPU compiles it".into());
+    };
+    let devices = (machine.devices)()?;
+    let wanted = gpu_words(info.compute_capability);
+    let fits = |gpu: &&DeviceInfo| {
+        gpu.compute_capability == info.compute_capability && device.is_none_or(|index| gpu.index == index)
+    };
+    let Some(gpu) = devices.iter().find(fits) else {
+        let here: Vec<String> = devices
+            .iter()
+            .filter(|gpu| device.is_none_or(|index| gpu.index == index))
+            .map(|gpu| format!("GPU {} is {}, {}", gpu.index, gpu.name, gpu_words(gpu.compute_capability)))
+            .collect();
+        let here = if here.is_empty() { "there is no such GPU".into() } else { here.join(", ") };
+        return Err(format!("it wants {wanted}, and {here}"));
+    };
+    (machine.library)(compiled.library)?;
+    Ok(Some(gpu.clone()))
+}
+
+/// Chooses the package's plan for this machine.
+///
+/// # Errors
+/// [`Error::Package`] naming every plan and what it lacks, if none runs here.
+pub fn select(package: &Package, options: &ExecutorOptions) -> Result<Selection> {
+    let machine = Machine {
+        devices: &|| devices().map_err(words),
+        library: &|kind| Library::find(kind).map(drop).map_err(words),
+    };
+    let plans = &package.manifest().plans;
+    choose(plans, &machine, options.target.as_deref(), options.gpu.device)
+        .map_err(|detail| Error::package(package.path(), detail))
+}
+
+/// An error without the name of who reports it.
+fn words(error: Error) -> String {
+    match error {
+        Error::Gpu(words) | Error::TensorRt(words) => words,
+        other => other.to_string(),
+    }
+}
+
+/// Opens an executor for the package's plan that [`select`] chooses. On a CPU, weights are mapped, not read; on a GPU
+/// they are copied to it.
+///
+/// # Errors
+/// [`Error::Package`] if no plan runs here or a plan does not hold together; what its executor reports of opening it.
 pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
-    Ok(Box::new(open_cpu(package, &options.cpu)?))
+    let selection = select(package, options)?;
+    options.gpu.report.fact(&selection.reason);
+    open_selected(package, &selection, options)
+}
+
+/// Opens an executor for a plan that was selected.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_selected(package: &Package, selection: &Selection, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
+    let (Some(device), Some(plan)) = (selection.device, package.manifest().plans.get(selection.plan)) else {
+        return Ok(Box::new(open_cpu(package, &options.cpu)?));
+    };
+    let gpu = GpuOptions { device: Some(device), ..options.gpu.clone() };
+    Ok(Box::new(TensorRtExecutor::open(package, plan, &gpu)?))
 }
 
 /// Opens the package's CPU plan.
@@ -63,4 +187,109 @@ pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
         return Err(refuse("its limits are not those of the manifest".into()));
     }
     Ok((plan, program))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::engine::Limits;
+    use crate::engine::tensorrt::{Compiled, Sizes, TensorRtInfo};
+
+    fn plan(target: &str, compute_capability: Option<u16>, library: Option<Kind>) -> PlanInfo {
+        let sizes = Sizes {
+            max_sequence_tokens: 8,
+            decode_sequences: 1,
+            prefill_sequences: 1,
+            prefill_tokens: 8,
+            prefill_logits_rows: 1,
+            top_tokens: 1,
+        };
+        let info = |compute_capability| TensorRtInfo {
+            compute_capability,
+            compiled: library.map(|library| Compiled { library, version: "1.7.1".into(), first_chunk_plan: None }),
+            sizes,
+            bindings: Vec::new(),
+            kv_cache_gib: BTreeMap::new(),
+            activation_scales: BTreeMap::new(),
+        };
+        PlanInfo {
+            target: target.into(),
+            precision: "bf16".into(),
+            plan: None,
+            weights: "weights/bf16.safetensors".into(),
+            limits: Limits { slots: 1, max_sequence_tokens: 8, max_step_tokens: 8, max_logits_rows: 1, vocab_size: 8 },
+            kv_bytes_per_token: 1,
+            recipe: String::new(),
+            tensorrt: compute_capability.map(info),
+        }
+    }
+
+    fn gpu(index: usize, name: &str, compute_capability: u16) -> DeviceInfo {
+        DeviceInfo { index, name: name.into(), compute_capability, memory_bytes: 1 << 36 }
+    }
+
+    /// Chooses on a machine with these GPUs, or without a driver, and with TensorRT for RTX alone.
+    fn choice(
+        plans: &[PlanInfo],
+        gpus: Option<&[DeviceInfo]>,
+        target: Option<&str>,
+        device: Option<usize>,
+    ) -> Result<(usize, Option<usize>, String), String> {
+        let machine = Machine {
+            devices: &|| gpus.map(<[DeviceInfo]>::to_vec).ok_or("no NVIDIA driver is loaded".into()),
+            library: &|kind| if kind == Kind::Rtx { Ok(()) } else { Err("TensorRT is not installed".into()) },
+        };
+        choose(plans, &machine, target, device).map(|found| (found.plan, found.device, found.reason))
+    }
+
+    fn plans() -> Vec<PlanInfo> {
+        let (cpu, h100) = (plan("cpu", None, None), plan("h100", Some(90), Some(Kind::TensorRt)));
+        vec![cpu, plan("a100", Some(80), Some(Kind::Rtx)), h100]
+    }
+
+    #[test]
+    fn a_gpu_that_fits_comes_first() {
+        let gpus = [gpu(0, "L40", 89), gpu(1, "A100", 80), gpu(2, "A100", 80)];
+        let found = choice(&plans(), Some(&gpus), None, None).unwrap();
+        assert_eq!(found, (1, Some(1), "plan a100 (bf16) runs on GPU 1 (A100)".into()));
+        assert_eq!(choice(&plans(), Some(&gpus), None, Some(2)).unwrap().1, Some(2));
+        let (plan, device, reason) = choice(&plans(), Some(&gpus), None, Some(0)).unwrap();
+        assert_eq!((plan, device), (0, None));
+        assert!(reason.contains("it wants SM 8.0 (A100), and GPU 0 is L40, SM 8.9"), "{reason}");
+        assert_eq!(choice(&plans(), Some(&gpus), Some("cpu"), None).unwrap().0, 0);
+    }
+
+    #[test]
+    fn the_cpu_runs_what_no_gpu_does_and_says_why() {
+        let (plan, device, reason) = choice(&plans(), None, None, None).unwrap();
+        assert_eq!((plan, device), (0, None));
+        assert!(
+            reason.starts_with("plan cpu (bf16) runs on the CPU; plan a100 (bf16) does not: no NVIDIA driver"),
+            "{reason}"
+        );
+        let (plan, _, reason) = choice(&plans(), Some(&[gpu(0, "H100", 90)]), None, None).unwrap();
+        assert_eq!(plan, 0);
+        assert!(reason.contains("plan h100 (bf16) does not: TensorRT is not installed"), "{reason}");
+        let only = choice(&plans()[..1], None, None, None).unwrap();
+        assert_eq!(only.2, "plan cpu (bf16) runs on the CPU");
+    }
+
+    #[test]
+    fn a_package_without_a_plan_that_fits_says_what_each_lacks() {
+        let prepared = [plan("h100", Some(90), None), plan("a100", Some(80), Some(Kind::Rtx))];
+        let error = choice(&prepared, Some(&[gpu(0, "H200", 90)]), None, None).unwrap_err();
+        assert!(
+            error.starts_with("none of its plans runs here; plan h100 (bf16) does not: it was prepared only"),
+            "{error}"
+        );
+        assert!(error.contains("plan a100 (bf16) does not: it wants SM 8.0 (A100), and GPU 0 is H200"), "{error}");
+        let error = choice(&plans(), None, Some("a100"), None).unwrap_err();
+        assert!(error.ends_with("plan a100 (bf16) does not: no NVIDIA driver is loaded"), "{error}");
+        let error = choice(&plans(), None, Some("tpu"), None).unwrap_err();
+        assert_eq!(error, "it has no plan for tpu, only for: cpu, a100, h100; build one with --recipe");
+        assert!(choice(&[], None, None, None).unwrap_err().contains("only for: nothing"));
+        assert!(choice(&plans(), Some(&[]), Some("a100"), None).unwrap_err().contains("there is no such GPU"));
+    }
 }

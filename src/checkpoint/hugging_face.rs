@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 use serde_json::Value;
 
 use super::json::{kind, read_object, shown};
-use super::{Checkpoint, Weight, hf_config, schema};
+use super::{Checkpoint, ModelConfig, Weight, hf_config, schema};
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 use crate::tensor_file::{StoredTensor, TensorFile};
@@ -22,6 +22,12 @@ const INDEX: &str = "model.safetensors.index.json";
 
 pub(super) fn looks_like_one(path: &Path) -> bool {
     path.join(CONFIG).is_file() && (path.join(SINGLE).is_file() || path.join(INDEX).is_file())
+}
+
+/// What config.json alone says.
+pub(super) fn config(path: &Path) -> Result<ModelConfig> {
+    let path = path.join(CONFIG);
+    Ok(hf_config::read(&path, read_object(&path, MAX_CONFIG_BYTES)?)?.model)
 }
 
 pub(super) fn open(path: &Path) -> Result<Checkpoint> {

@@ -136,6 +136,14 @@ impl Checkpoint {
     }
 }
 
+/// The architecture of the checkpoint at `path`, whose weights need not be there: its config.json is all that is read.
+///
+/// # Errors
+/// As [`Checkpoint::open`].
+pub fn read_config(path: &Path) -> Result<ModelConfig> {
+    hugging_face::config(path)
+}
+
 /// Whether `path` looks like a checkpoint, by the names of its files alone.
 pub fn is_checkpoint(path: &Path) -> bool {
     hugging_face::looks_like_one(path)

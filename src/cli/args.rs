@@ -56,6 +56,15 @@ pub struct EngineFlags {
     /// Instruction set of the CPU kernels
     #[arg(long, value_name = "NAME", hide = true, value_parser = isa)]
     pub isa: Option<Isa>,
+    /// Which of the package's plans to run: cpu, a100, h100 [default: that of a GPU which is here, else cpu]
+    #[arg(long, value_name = "NAME")]
+    pub target: Option<String>,
+    /// Which GPU to run on, by its number [default: the first that a plan is for]
+    #[arg(long, value_name = "N")]
+    pub device: Option<usize>,
+    /// Launch the GPU's kernels one by one rather than as CUDA graphs
+    #[arg(long, hide = true)]
+    pub no_cuda_graphs: bool,
 }
 
 /// How tokens are chosen. Nothing set means greedy.

@@ -4,8 +4,11 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::bail;
+use aotron::backend::cpu::kernels::isa::Isa;
 use aotron::backend::cpu::program::{Kernel, Program};
-use aotron::backend::{Chunk, Executor, Limits, NextToken, Rows, Step, cpu_program, open_cpu};
+use aotron::backend::{Chunk, Executor, Limits, NextToken, Rows, Step, cpu_program};
+use aotron::engine::{Package, PlanInfo};
+use aotron::tensor_file::TensorFile;
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -83,41 +86,55 @@ struct Figures {
     decode_tokens_per_second: Spread,
     /// Bytes of weights and, on average, of KV cache that one decode step reads.
     decode_step_bytes: f64,
-    /// What part of the memory's bandwidth that is, at the median.
-    decode_bandwidth_fraction: f64,
+    /// What part of the memory's bandwidth that is, at the median. Of a CPU.
+    decode_bandwidth_fraction: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
 struct Results {
-    threads: usize,
-    instructions: String,
+    /// What the plan is for: "cpu", "a100", "h100".
+    target: String,
+    /// Why it is this plan.
+    selected: String,
+    load_seconds: f64,
+    /// Of a CPU.
+    threads: Option<usize>,
+    instructions: Option<String>,
     precision: String,
     prompt_tokens: usize,
     decode_tokens: usize,
     repeat: usize,
     /// Bytes of weights that each decode step reads, whatever the batch.
     weight_bytes: u64,
-    memory_gigabytes_per_second: f64,
+    /// Read from memory by all threads. Of a CPU.
+    memory_gigabytes_per_second: Option<f64>,
     figures: Vec<Figures>,
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
-    let package = flags.engine.package()?;
-    let (plan, program) = cpu_program(&package)?;
-    flags.check(&plan.limits)?;
-    let weight_bytes = decode_weight_bytes(&program);
     let most = flags.batch.iter().copied().max().unwrap_or(1);
-    let mut executor = open_cpu(&package, &flags.engine.cpu_options(most))?;
-    let threads = executor.threads();
+    flags.check(&flags.engine.plan(most)?.limits)?;
+    let engine = flags.engine.open_for(most)?;
+    let (plan, load_seconds) = (engine.plan()?, engine.load_seconds);
+    let is_cpu = engine.selection.device.is_none();
+    let weight_bytes = match is_cpu {
+        true => decode_weight_bytes(&cpu_program(&engine.package)?.1),
+        false => gpu_weight_bytes(&engine.package, &plan)?,
+    };
+    let selected = engine.selection.reason.clone();
+    let mut executor = engine.executor;
+    flags.check(executor.limits())?;
+    let available = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = is_cpu.then(|| flags.engine.threads.unwrap_or_else(available));
 
     let bar =
         term::bar("measuring", (flags.batch.len() * flags.repeat + 1) as u64, "{prefix:>10} {bar:32} {pos}/{len}");
-    let memory = memory_bandwidth(threads)?;
+    let memory = threads.map(memory_bandwidth).transpose()?;
     bar.inc(1);
     let mut figures = Vec::new();
     for batch in &flags.batch {
         let runs = (0..=flags.repeat).map(|index| {
-            let times = measure(&mut executor, *batch, flags.prompt_tokens, flags.decode_tokens);
+            let times = measure(&mut *executor, *batch, flags.prompt_tokens, flags.decode_tokens);
             // The first run touches weights and memory for the first time: it does not count.
             if index > 0 {
                 bar.inc(1);
@@ -137,19 +154,22 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
             ),
             decode_tokens_per_second: decode,
             decode_step_bytes,
-            decode_bandwidth_fraction: decode_step_bytes * decode.median / *batch as f64 / memory,
+            decode_bandwidth_fraction: memory.map(|memory| decode_step_bytes * decode.median / *batch as f64 / memory),
         });
     }
     bar.finish_and_clear();
     let results = Results {
+        target: plan.target.clone(),
+        selected,
+        load_seconds,
         threads,
-        instructions: executor.isa().to_string(),
+        instructions: is_cpu.then(|| flags.engine.isa.unwrap_or_else(Isa::detect).to_string()),
         precision: plan.precision.clone(),
         prompt_tokens: flags.prompt_tokens,
         decode_tokens: flags.decode_tokens,
         repeat: flags.repeat,
         weight_bytes,
-        memory_gigabytes_per_second: memory / 1e9,
+        memory_gigabytes_per_second: memory.map(|memory| memory / 1e9),
         figures,
     };
     match flags.format {
@@ -225,6 +245,15 @@ fn decode_weight_bytes(program: &Program) -> u64 {
     bytes.sum::<usize>() as u64
 }
 
+/// The same of a GPU's plan, whose kernels the package does not list: its weights file without the tables.
+fn gpu_weight_bytes(package: &Package, plan: &PlanInfo) -> anyhow::Result<u64> {
+    let file = TensorFile::open(&package.file_path(&plan.weights))?;
+    let is_tied = package.manifest().model.tie_word_embeddings;
+    let is_table = |name: &str| name.ends_with(".table") || (name.starts_with("model.embed_tokens") && !is_tied);
+    let read = file.tensors().iter().filter(|tensor| !is_table(&tensor.name));
+    Ok(read.map(|tensor| tensor.bytes.len() as u64).sum())
+}
+
 /// Bytes per second that `threads` threads read from memory: a sum over a large buffer.
 fn memory_bandwidth(threads: usize) -> anyhow::Result<f64> {
     let bytes = PROBE_BYTES.min(available_memory().unwrap_or(PROBE_BYTES) / 4).max(1 << 20);
@@ -260,20 +289,31 @@ fn sum(values: &[u64]) -> u64 {
 fn print(results: &Results) -> anyhow::Result<()> {
     let style = term::on_stdout();
     let mut out = std::io::stdout().lock();
-    let Results { threads, instructions, precision, prompt_tokens, decode_tokens, repeat, .. } = results;
-    let threads = term::plural(*threads, "thread");
-    writeln!(out, "{precision}, {threads}, {instructions}; {prompt_tokens} prompt and {decode_tokens} decoded tokens")?;
-    let (memory, weights) = (results.memory_gigabytes_per_second, term::bytes(results.weight_bytes));
-    writeln!(out, "memory reads {memory:.1} GB/s; a decode step reads {weights} of weights")?;
+    let Results { target, threads, instructions, precision, prompt_tokens, decode_tokens, repeat, .. } = results;
+    let on = match (threads, instructions) {
+        (Some(threads), Some(instructions)) => format!("{}, {instructions}", term::plural(*threads, "thread")),
+        _ => target.to_uppercase(),
+    };
+    writeln!(out, "{precision}, {on}; {prompt_tokens} prompt and {decode_tokens} decoded tokens")?;
+    let weights = term::bytes(results.weight_bytes);
+    let memory = results.memory_gigabytes_per_second.map(|memory| format!("memory reads {memory:.1} GB/s; "));
+    writeln!(out, "{}a decode step reads {weights} of weights", memory.unwrap_or_default())?;
     writeln!(out, "tokens per second, median of {repeat} (least to most):")?;
-    let header = format!("{:>6}  {:<28}  {:<28}  {}", "batch", "prefill", "decode", "decode's part of the bandwidth");
+    let part = if threads.is_some() { "decode's part of the bandwidth" } else { "decode reads" };
+    let header = format!("{:>6}  {:<28}  {:<28}  {part}", "batch", "prefill", "decode");
     writeln!(out, "{}", style.dim(header))?;
     for f in &results.figures {
         let spread = |s: Spread| format!("{:.1} ({:.1} to {:.1})", s.median, s.min, s.max);
         let (prefill, decode) = (spread(f.prefill_tokens_per_second), spread(f.decode_tokens_per_second));
-        let part = 100.0 * f.decode_bandwidth_fraction;
-        let cached = if part > 100.0 { " (from the CPU's caches)" } else { "" };
-        writeln!(out, "{:>6}  {prefill:<28}  {decode:<28}  {part:.0}%{cached}", f.batch)?;
+        let part = match f.decode_bandwidth_fraction {
+            Some(fraction) if fraction > 1.0 => format!("{:.0}% (from the CPU's caches)", 100.0 * fraction),
+            Some(fraction) => format!("{:.0}%", 100.0 * fraction),
+            None => {
+                let steps = f.decode_tokens_per_second.median / f.batch as f64;
+                format!("{:.0} GB/s", f.decode_step_bytes * steps / 1e9)
+            }
+        };
+        writeln!(out, "{:>6}  {prefill:<28}  {decode:<28}  {part}", f.batch)?;
     }
     Ok(())
 }

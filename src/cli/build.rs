@@ -187,7 +187,8 @@ fn shell_word(path: &Path) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-fn precision(name: &str) -> Result<Precision, String> {
+/// A precision by its name.
+pub fn precision(name: &str) -> Result<Precision, String> {
     Precision::ALL.into_iter().find(|precision| precision.to_string() == name).ok_or_else(|| {
         let names: Vec<String> = Precision::ALL.iter().map(Precision::to_string).collect();
         format!("expected one of {}", names.join(", "))

@@ -5,8 +5,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use aotron::backend::cpu::kernels::isa::Isa;
+use aotron::backend::tensorrt::device::{DeviceInfo, devices};
 use aotron::backend::tensorrt::{Kind, Library};
-use aotron::compile::{Precision, Recipe};
+use aotron::compile::gpu::{Means, sm};
+use aotron::compile::{Precision, Target};
 use serde::Serialize;
 
 use super::args::Format;
@@ -44,8 +46,10 @@ struct Findings {
     memory_available_bytes: Option<u64>,
     /// Free in the current folder.
     disk_free_bytes: Option<u64>,
-    /// The NVIDIA driver is loaded.
-    nvidia_driver: bool,
+    /// GPUs that CUDA sees.
+    gpus: Vec<String>,
+    /// Why it sees none.
+    gpu_problem: Option<String>,
     tensorrt: Vec<TensorRtFinding>,
     targets: Vec<TargetFinding>,
 }
@@ -130,12 +134,41 @@ struct TargetFinding {
     name: &'static str,
     builds: bool,
     runs: bool,
+    /// What compiles its plans here, or why none can be compiled and what to do.
+    how: String,
+}
+
+impl TargetFinding {
+    fn gather(target: Target, devices: &[DeviceInfo]) -> TargetFinding {
+        let name = target.name();
+        let Some(capability) = target.compute_capability() else {
+            return TargetFinding { name, builds: true, runs: true, how: String::new() };
+        };
+        let runs = devices.iter().any(|device| device.compute_capability == capability);
+        match Means::find(name, capability, false) {
+            Ok(means) => TargetFinding { name, builds: true, runs, how: means.describe() },
+            Err(error) => TargetFinding { name, builds: false, runs, how: words(&error) },
+        }
+    }
+
+    fn verdict(&self) -> String {
+        let gpu = self.name.to_uppercase();
+        match (self.builds, self.runs) {
+            (true, _) if self.how.is_empty() => "builds and runs here".into(),
+            (true, true) => format!("builds here with {} and runs here", self.how),
+            (true, false) => format!("builds here with {}; runs on an {gpu}, which this machine has not", self.how),
+            (false, true) => format!("an {gpu} is here, but {}", self.how),
+            (false, false) => self.how.clone(),
+        }
+    }
 }
 
 impl Findings {
     fn gather() -> Findings {
-        let known = |name: &&'static str| Recipe::built_in().any(|built_in| built_in == *name);
-        let targets = ["cpu", "a100", "h100"];
+        let (gpus, gpu_problem) = match devices() {
+            Ok(gpus) => (gpus, None),
+            Err(error) => (Vec::new(), Some(error.to_string())),
+        };
         Findings {
             version: env!("CARGO_PKG_VERSION"),
             cpu: cpu_name(),
@@ -144,14 +177,16 @@ impl Findings {
             memory_bytes: meminfo("MemTotal:"),
             memory_available_bytes: available_memory(),
             disk_free_bytes: disk_free(Path::new(".")),
-            nvidia_driver: Path::new("/proc/driver/nvidia/version").exists(),
             tensorrt: Kind::ALL.into_iter().map(TensorRtFinding::gather).collect(),
-            targets: targets
-                .iter()
-                .map(|name| TargetFinding { name, builds: known(name), runs: *name == "cpu" })
-                .collect(),
+            targets: Target::ALL.into_iter().map(|target| TargetFinding::gather(target, &gpus)).collect(),
+            gpus: gpus.iter().map(gpu_words).collect(),
+            gpu_problem,
         }
     }
+}
+
+fn gpu_words(gpu: &DeviceInfo) -> String {
+    format!("{}, SM {}, {}", gpu.name, sm(gpu.compute_capability), term::bytes(gpu.memory_bytes))
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
@@ -175,19 +210,17 @@ fn print(found: &Findings) -> anyhow::Result<()> {
     line("cores", found.cores.to_string())?;
     line("memory", format!("{} available of {}", size(found.memory_available_bytes), size(found.memory_bytes)))?;
     line("disk", format!("{} free in this folder", size(found.disk_free_bytes)))?;
-    line("GPU", if found.nvidia_driver { "an NVIDIA driver is loaded" } else { "no NVIDIA driver" }.into())?;
+    let none = found.gpu_problem.clone().unwrap_or_else(|| "none that CUDA sees".into());
+    for (index, gpu) in found.gpus.iter().chain(found.gpus.is_empty().then_some(&none)).enumerate() {
+        line(if index == 0 { "GPU" } else { "" }, term::harmless(gpu))?;
+    }
     for (label, finding) in ["TensorRT RTX", "TensorRT"].into_iter().zip(&found.tensorrt) {
         for (index, text) in finding.lines().into_iter().enumerate() {
             line(if index == 0 { label } else { "" }, text)?;
         }
     }
     for target in &found.targets {
-        let verdict = match (target.builds, target.runs) {
-            (true, true) => "builds and runs here",
-            (true, false) => "builds here, runs on such a GPU",
-            (false, _) => "not in this version",
-        };
-        line(&format!("{} plans", target.name), verdict.into())?;
+        line(&format!("{} plans", target.name), term::harmless(&target.verdict()))?;
     }
     if let Some(available) = found.memory_available_bytes {
         for precision in Precision::ALL {

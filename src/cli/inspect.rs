@@ -1,5 +1,9 @@
 //! `aotron inspect`: what is in a package or a checkpoint.
 
+mod kernels;
+mod network;
+mod tensorrt;
+
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::PathBuf;
@@ -8,7 +12,7 @@ use anyhow::Context;
 use aotron::backend::cpu::lower::lower;
 use aotron::backend::cpu::program::Program;
 use aotron::backend::{Limits, cpu_program};
-use aotron::checkpoint::{Checkpoint, ModelConfig};
+use aotron::checkpoint::{Checkpoint, ModelConfig, is_checkpoint, read_config};
 use aotron::compile::{Calibration, Precision, Recipe, Report, checkpoint_tokenizer, optimized_graph};
 use aotron::engine::{Package, is_package};
 use aotron::graph::Graph;
@@ -36,11 +40,16 @@ pub struct Flags {
     /// How the facts are printed
     #[arg(long, value_enum, default_value_t)]
     format: Format,
+    #[command(flatten)]
+    tensorrt: tensorrt::PlanFlags,
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    flags.tensorrt.check()?;
     let subject = if is_package(&flags.path) {
         Subject::Engine(Box::new(Package::open(&flags.path)?))
+    } else if flags.tensorrt.is_wanted() && !is_checkpoint(&flags.path) {
+        Subject::Config(flags.path.clone(), Box::new(read_config(&flags.path)?))
     } else {
         Subject::Checkpoint(Box::new(Checkpoint::open(&flags.path)?))
     };
@@ -49,7 +58,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         Format::Json => {
             let mut json = subject.json()?;
             if let Some(facts) = json.as_object_mut() {
-                facts.extend(dumps.json());
+                facts.extend(dumps.json()?);
             }
             term::print_json(&json)
         }
@@ -71,6 +80,8 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 enum Subject {
     Engine(Box<Package>),
     Checkpoint(Box<Checkpoint>),
+    /// A checkpoint's config without its weights.
+    Config(PathBuf, Box<ModelConfig>),
 }
 
 /// What the compiler makes of the model, as far as it was asked for.
@@ -79,12 +90,14 @@ struct Dumps {
     passes: Option<Vec<Report>>,
     graph: Option<Graph>,
     program: Option<Program>,
+    network: Option<network::Networks>,
+    kernels: Option<kernels::Listing>,
 }
 
 impl Dumps {
     fn make(flags: &Flags, subject: &Subject) -> anyhow::Result<Dumps> {
         let mut dumps = Dumps::default();
-        if flags.graph || flags.passes || (flags.program && matches!(subject, Subject::Checkpoint(_))) {
+        if flags.graph || flags.passes || (flags.program && !matches!(subject, Subject::Engine(_))) {
             let (config, precision, limits, calibration) = subject.compiled_as()?;
             let (graph, reports) = optimized_graph(config, precision, limits.max_sequence_tokens, Some(&calibration))?;
             dumps.passes = flags.passes.then_some(reports);
@@ -96,6 +109,7 @@ impl Dumps {
         if let (true, Subject::Engine(package)) = (flags.program, subject) {
             dumps.program = Some(cpu_program(package)?.1);
         }
+        (dumps.network, dumps.kernels) = tensorrt::dump(&flags.tensorrt, subject)?;
         Ok(dumps)
     }
 
@@ -103,12 +117,14 @@ impl Dumps {
         let reports = self.passes.iter().flatten().map(|report| format!("{report}\n")).collect();
         let graph = self.graph.as_ref().map(Graph::to_string);
         let program = self.program.as_ref().map(Program::to_string);
-        let parts: Vec<String> =
-            self.passes.as_ref().map(|_| reports).into_iter().chain(graph).chain(program).collect();
+        let network = self.network.as_ref().map(network::Networks::to_string);
+        let kernels = self.kernels.as_ref().map(kernels::Listing::to_string);
+        let passes = self.passes.as_ref().map(|_| reports);
+        let parts: Vec<String> = [passes, graph, program, network, kernels].into_iter().flatten().collect();
         (!parts.is_empty()).then(|| parts.join("\n"))
     }
 
-    fn json(self) -> serde_json::Map<String, Value> {
+    fn json(self) -> anyhow::Result<serde_json::Map<String, Value>> {
         let mut map = serde_json::Map::new();
         if let Some(reports) = self.passes {
             let pass = |r: &Report| {
@@ -119,7 +135,13 @@ impl Dumps {
         }
         map.extend(self.graph.map(|graph| ("graph".into(), json!(graph.to_string()))));
         map.extend(self.program.map(|program| ("program".into(), json!(program.to_string()))));
-        map
+        if let Some(network) = self.network {
+            map.insert("network".into(), network.json());
+        }
+        if let Some(kernels) = self.kernels {
+            map.insert("kernels".into(), serde_json::to_value(kernels)?);
+        }
+        Ok(map)
     }
 }
 
@@ -134,11 +156,19 @@ impl Subject {
                 let calibration = Calibration::of_program(&program);
                 Ok((&package.manifest().model, precision, plan.limits.clone(), calibration))
             }
-            Subject::Checkpoint(checkpoint) => {
+            Subject::Checkpoint(_) | Subject::Config(..) => {
                 let recipe = Recipe::load("cpu")?;
-                let config = checkpoint.config();
+                let config = self.config();
                 Ok((config, recipe.precision, recipe.limits(config)?, Calibration::default()))
             }
+        }
+    }
+
+    fn config(&self) -> &ModelConfig {
+        match self {
+            Subject::Engine(package) => &package.manifest().model,
+            Subject::Checkpoint(checkpoint) => checkpoint.config(),
+            Subject::Config(_, config) => config,
         }
     }
 
@@ -163,6 +193,12 @@ impl Subject {
                     "tensors": tensor_groups(checkpoint),
                 }))
             }
+            Subject::Config(path, config) => Ok(json!({
+                "kind": "config",
+                "path": path,
+                "model": config,
+                "parameters": config.parameters(),
+            })),
         }
     }
 
@@ -171,6 +207,10 @@ impl Subject {
         match self {
             Subject::Engine(package) => lines.engine(package),
             Subject::Checkpoint(checkpoint) => lines.checkpoint(checkpoint)?,
+            Subject::Config(path, config) => {
+                lines.lines.push(lines.style.bold(format!("{}, a config", path.display())));
+                lines.model(config);
+            }
         }
         Ok(lines.lines)
     }

@@ -160,6 +160,15 @@ impl Stages {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
+    /// So many bytes of the stage are done.
+    pub fn reach(&self, bytes: u64) {
+        let done = match self.stage.lock() {
+            Ok(stage) => stage.as_ref().map_or(bytes, |stage| stage.done),
+            Err(_) => return,
+        };
+        self.advance(bytes.saturating_sub(done));
+    }
+
     fn begin(&self, name: &str, total: u64, bar: ProgressBar) {
         if let Ok(mut stage) = self.stage.lock() {
             *stage = Some(Stage { name: name.into(), total, done: 0, bar, last_line: Instant::now() });

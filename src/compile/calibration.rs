@@ -189,6 +189,10 @@ pub(super) fn calibrate(
     out.flush().map_err(Error::io("write", scratch))?;
 
     let names: Vec<String> = weights.iter().map(|w| w.name.clone()).collect();
+    let is_of_linear = |index| {
+        lowered.program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Linear { weight, .. } if *weight == index))
+    };
+    let of_linear: Vec<bool> = (0..names.len()).map(is_of_linear).collect();
     let mut largest = vec![0f32; names.len()];
     let weights = TensorFile::open(scratch)?;
     let mut executor = CpuExecutor::new(lowered.program, scratch, weights, &CpuOptions::default())?;
@@ -202,7 +206,7 @@ pub(super) fn calibrate(
         }
     }
     let mut calibration = Calibration::default();
-    for (name, largest) in names.iter().zip(largest) {
+    for ((name, largest), _) in names.iter().zip(largest).zip(of_linear).filter(|(_, of_linear)| *of_linear) {
         if !largest.is_finite() {
             return Err(Error::Numerics(format!("calibration: inputs of the layer of `{name}` reach {largest}")));
         }

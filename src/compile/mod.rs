@@ -69,7 +69,7 @@ pub struct BuildRequest {
     pub output: PathBuf,
     /// Replace a package that is there.
     pub replace: bool,
-    /// Where a plan cannot be compiled on this machine, do everything else: [`finish`] does the rest.
+    /// Where a plan cannot be compiled on this machine, do everything else: [`finish()`] does the rest.
     pub prepare: bool,
     /// For a precision that [needs a calibration](Precision::needs_calibration): its prompts, as lines of JSON,
     /// `{"messages": [{"role", "content"}, …]}` that end with a user's, or `{"token_ids": […]}`. `None` takes built-in
@@ -123,7 +123,7 @@ pub fn optimized_graph(
 
 /// A plan between its lowering and the package.
 enum Pending {
-    Cpu { lowered: cpu::lower::Lowered, reports: Vec<Report> },
+    Cpu { lowered: Box<cpu::lower::Lowered>, reports: Vec<Report> },
     Gpu(Box<GpuPlan>),
 }
 
@@ -180,7 +180,7 @@ pub fn build(request: &BuildRequest, progress: &Arc<dyn Progress>) -> Result<Bui
             None => {
                 let (graph, reports) =
                     optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration.as_ref())?;
-                Pending::Cpu { lowered: cpu::lower::lower(&graph, limits)?, reports }
+                Pending::Cpu { lowered: Box::new(cpu::lower::lower(&graph, limits)?), reports }
             }
             Some(means) => Pending::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration.as_ref())?)),
         });

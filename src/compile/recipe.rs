@@ -83,6 +83,9 @@ pub enum Target {
 }
 
 impl Target {
+    /// All there are.
+    pub const ALL: [Target; 3] = [Target::Cpu, Target::A100, Target::H100];
+
     /// The name in recipes, manifests and file names.
     pub fn name(self) -> &'static str {
         match self {

@@ -5,8 +5,12 @@
 #![allow(missing_docs)]
 
 use std::ops::Range;
+use std::pin::Pin;
 use std::sync::Arc;
 
+use cxx::UniquePtr;
+
+use super::device::{ALIGN, Buffer, Stream};
 use super::{Monitor, Severity};
 use crate::tensor_file::TensorFile;
 
@@ -67,6 +71,31 @@ pub(super) mod bridge {
         outputs: Vec<String>,
     }
 
+    /// An input or output of an engine.
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    struct TensorInfo {
+        name: String,
+        input: bool,
+        dtype: String,
+        /// -1 where a profile decides.
+        dims: Vec<i64>,
+        /// In the GPU's memory.
+        on_device: bool,
+        /// Of an output, the input whose memory it must have; empty if it has its own.
+        alias: String,
+    }
+
+    /// What a plan's header says of running it here.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    struct Validity {
+        /// The library can tell, and was given enough bytes to.
+        checked: bool,
+        valid: bool,
+        suboptimal: bool,
+        /// TensorRT's bits.
+        reasons: u64,
+    }
+
     extern "Rust" {
         type Observer;
         fn log(self: &Observer, severity: i32, line: &[u8]);
@@ -91,6 +120,7 @@ pub(super) mod bridge {
         fn version(self: &Library) -> i32;
         fn path(self: &Library) -> Vec<u8>;
         fn network(self: &Library, observer: Box<Observer>) -> Result<UniquePtr<Network>>;
+        fn runtime(self: &Library, observer: Box<Observer>) -> Result<UniquePtr<Runtime>>;
 
         type Network;
         fn scope(self: Pin<&mut Network>, name: &str);
@@ -133,13 +163,94 @@ pub(super) mod bridge {
 
         type Plan;
         fn bytes(self: &Plan) -> &[u8];
+
+        type Runtime;
+        fn validity(self: &Runtime, plan: &[u8]) -> Validity;
+        fn deserialize(self: &Runtime, plan: &[u8]) -> Result<UniquePtr<Engine>>;
+
+        type Engine;
+        fn tensors(self: &Engine) -> Vec<TensorInfo>;
+        fn profiles(self: &Engine) -> u32;
+        fn largest(self: &Engine, input: &str, profile: u32) -> Vec<i64>;
+        fn memory_bytes(self: &Engine) -> u64;
+        fn load_kernels(self: Pin<&mut Engine>, bytes: &[u8]) -> Result<bool>;
+        fn kernels(self: &Engine) -> Result<UniquePtr<Plan>>;
+
+        // These take a stream or an address of the GPU's memory as a number, so that no pointer crosses: they must be
+        // a stream's handle, and memory that is there for as long as the context runs.
+        unsafe fn context(self: &Engine, profile: u32, specialize: bool, stream: u64) -> Result<UniquePtr<Context>>;
+
+        type Context;
+        fn shape(self: Pin<&mut Context>, name: &str, dims: &[i64]) -> Result<()>;
+        unsafe fn memory(self: Pin<&mut Context>, address: u64, bytes: u64) -> Result<()>;
+        unsafe fn address(self: Pin<&mut Context>, name: &str, address: u64) -> Result<()>;
+        unsafe fn capturable(self: &Context, stream: u64) -> bool;
+        unsafe fn enqueue(self: Pin<&mut Context>, stream: u64) -> Result<()>;
     }
 }
 
 // SAFETY: what a library changes after it was opened is its list of listeners and, through the creation of builders,
-// TensorRT's own state; a mutex guards each (cpp/shim.inl). Builders of different threads share nothing else that is not
-// TensorRT's to guard: it allows one builder per thread. A library is never destroyed.
+// TensorRT's own state; a mutex guards each (cpp/shim.inl), and another lets one build run at a time. Builders of
+// different threads share nothing else that is not TensorRT's to guard: it allows one builder per thread. A library is never destroyed.
 unsafe impl Sync for bridge::Library {}
+
+// SAFETY: none is tied to the thread that made it. What they share in C++ allows calls from several threads: TensorRT's
+// runtimes and engines do (a context does not, and is not `Sync`), the listener has a mutex, its observer is `Send` and
+// `Sync`, and an engine's kept kernels are set once.
+unsafe impl Send for bridge::Runtime {}
+// SAFETY: as above.
+unsafe impl Send for bridge::Engine {}
+// SAFETY: as above.
+unsafe impl Send for bridge::Context {}
+
+/// A context of a profile of an engine, whose set-up goes through the stream.
+pub(super) fn context(
+    engine: &bridge::Engine,
+    profile: u32,
+    specialize: bool,
+    stream: &Stream,
+) -> Result<UniquePtr<bridge::Context>, cxx::Exception> {
+    // SAFETY: the number is the handle of a stream that is there.
+    unsafe { engine.context(profile, specialize, stream.number()) }
+}
+
+/// Gives a context its memory, which the caller keeps for as long as the context.
+pub(super) fn memory(context: Pin<&mut bridge::Context>, memory: &Buffer) -> Result<(), cxx::Exception> {
+    // SAFETY: the address is of that many bytes of the GPU's memory.
+    unsafe { context.memory(memory.address(), memory.bytes()) }
+}
+
+/// Binds a tensor to a part of a buffer, which the caller keeps for as long as the context.
+pub(super) fn address(
+    context: Pin<&mut bridge::Context>,
+    tensor: &str,
+    buffer: &Buffer,
+    offset: u64,
+    bytes: u64,
+) -> crate::Result<Result<(), cxx::Exception>> {
+    let fits = offset.checked_add(bytes).is_some_and(|end| end <= buffer.bytes());
+    if !fits || !offset.is_multiple_of(ALIGN) {
+        let all = buffer.bytes();
+        let detail =
+            format!("{tensor} cannot be bound to {bytes} bytes at {offset} of {all}: past the end, or not aligned");
+        return Err(crate::Error::TensorRt(detail));
+    }
+    // SAFETY: the address is of that many bytes of the GPU's memory.
+    Ok(unsafe { context.address(tensor, buffer.address() + offset) })
+}
+
+/// Whether a run of the context can be recorded.
+pub(super) fn capturable(context: &bridge::Context, stream: &Stream) -> bool {
+    // SAFETY: the number is the handle of a stream that is there.
+    unsafe { context.capturable(stream.number()) }
+}
+
+/// Puts a run of a context into a stream.
+pub(super) fn enqueue(context: Pin<&mut bridge::Context>, stream: &Stream) -> Result<(), cxx::Exception> {
+    // SAFETY: the number is the handle of a stream that is there. What the run reads and writes are addresses that
+    // `address` and `memory` checked, all of them the GPU's.
+    unsafe { context.enqueue(stream.number()) }
+}
 
 /// Bytes of a constant, which TensorRT reads where they lie: their owner lives until the network is gone.
 pub struct ConstantBytes {

@@ -148,6 +148,10 @@ impl Library {
         Ok(Library { kind, version, inner })
     }
 
+    pub(super) fn inner(&self) -> &'static bridge::Library {
+        self.inner
+    }
+
     /// Which it is.
     pub fn kind(&self) -> Kind {
         self.kind

@@ -6,23 +6,32 @@
 //! | TensorRT 11.4 ([`Kind::TensorRt`]) | the GPU at hand, H100 among them | on that GPU |
 //!
 //! Both are opened when they are first asked for ([`Library::find`]), so the program runs where neither is. Their C++
-//! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it.
+//! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it for building,
+//! [`Runtime`], [`Engine`] and [`Context`] for running. The GPU itself is behind [`device`], and [`TensorRtExecutor`] puts
+//! the two together.
 
+pub mod analysis;
 pub mod device;
+pub(crate) mod executor;
 mod ffi;
+pub mod kernels;
 mod layers;
 mod library;
 pub mod lower;
 mod network;
 pub mod pack;
+mod runtime;
 mod weights;
 
 use std::ops::ControlFlow;
 
+pub use device::{DeviceInfo, devices};
+pub use executor::{Event, GpuOptions, Report, TensorRtExecutor};
 pub use ffi::ConstantBytes;
 pub use layers::Layers;
 pub use library::{Kind, Library, Version};
 pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
+pub use runtime::{Context, Engine, EngineTensor, Runtime, Validity};
 
 /// How serious TensorRT takes a line of its log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

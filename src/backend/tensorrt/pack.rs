@@ -290,7 +290,7 @@ mod tests {
             let ((stored, codes), (_, scales)) = (file.tensor("codes").unwrap(), file.tensor("scales").unwrap());
             assert_eq!(stored.shape, [ROWS, COLUMNS / 2]);
             let scale = |i: usize| bf16::from_le_bytes([scales[2 * i], scales[2 * i + 1]]).to_f32();
-            let code = |i: usize| f32::from((codes[i / 2] << (if i % 2 == 0 { 4 } else { 0 })) as i8 >> 4);
+            let code = |i: usize| f32::from((codes[i / 2] << (4 * (1 - i % 2))) as i8 >> 4);
             for (i, expected) in expected(scheme).into_iter().enumerate() {
                 assert_eq!(code(i) * scale(i / unit), expected, "unit {unit}, weight {i}");
             }

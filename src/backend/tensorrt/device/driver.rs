@@ -1,0 +1,199 @@
+//! Starting the driver, the GPUs it lists, and its errors in words.
+
+use std::sync::OnceLock;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUresult};
+
+use crate::error::{Error, Result};
+
+/// Every function of the driver that this module calls. The bindings end the process for one that is missing, so all
+/// are looked for before the first is called.
+const FUNCTIONS: [&str; 33] = [
+    "cuInit",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
+    "cuDeviceTotalMem_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxSetCurrent",
+    "cuMemGetInfo_v2",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemsetD8Async",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuStreamIsCapturing",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuEventDestroy_v2",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphDestroy",
+    "cuGraphLaunch",
+    "cuGraphExecDestroy",
+];
+
+/// A GPU of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its number among those this process may use (`CUDA_VISIBLE_DEVICES` decides which).
+    pub index: usize,
+    /// What NVIDIA calls it: "NVIDIA A100-SXM4-80GB".
+    pub name: String,
+    /// 80 is SM 8.0.
+    pub compute_capability: u16,
+    /// Its memory.
+    pub memory_bytes: u64,
+}
+
+/// The GPUs that this process may use; none if a driver is loaded that finds none.
+///
+/// # Errors
+/// [`Error::Gpu`] if there is no driver, or it does not start.
+pub fn devices() -> Result<Vec<DeviceInfo>> {
+    match start_driver() {
+        Ok(()) => {}
+        Err(Start::NoDevice) => return Ok(Vec::new()),
+        Err(Start::Failed(detail)) => return Err(Error::Gpu(detail)),
+    }
+    let count = result::device::get_count().map_err(|error| Error::Gpu(words("count the GPUs", error)))?;
+    (0..usize::try_from(count).unwrap_or(0)).map(info).collect()
+}
+
+#[derive(Debug, Clone)]
+enum Start {
+    NoDevice,
+    Failed(String),
+}
+
+/// Opens the driver's library and initializes it, once for the process.
+fn start_driver() -> Result<(), Start> {
+    static STARTED: OnceLock<Result<(), Start>> = OnceLock::new();
+    let start = || {
+        // SAFETY: opening the driver's library runs its initializers, which expect nothing of this process.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Start::Failed(
+                "no NVIDIA driver is loaded: libcuda.so.1, which is part of it, cannot be opened".into(),
+            ));
+        }
+        // SAFETY: as above; it is there, which is what `culib` ends the process without.
+        let library = unsafe { sys::culib() };
+        for name in FUNCTIONS {
+            // SAFETY: the symbol is looked up, not called.
+            if unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_err() {
+                return Err(Start::Failed(format!(
+                    "libcuda.so.1 has no function {name}: aotron needs a driver for CUDA 12.0 or later"
+                )));
+            }
+        }
+        match result::init() {
+            Ok(()) => Ok(()),
+            Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => Err(Start::NoDevice),
+            Err(error) => Err(Start::Failed(words("start the NVIDIA driver", error))),
+        }
+    };
+    STARTED.get_or_init(start).clone()
+}
+
+fn info(index: usize) -> Result<DeviceInfo> {
+    use sys::CUdevice_attribute::{
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+    };
+    let ask = || {
+        let device = result::device::get(i32::try_from(index).unwrap_or(i32::MAX))?;
+        let name = result::device::get_name(device)?;
+        // SAFETY: `device` is what the driver gave for this number.
+        let (major, minor, memory) = unsafe {
+            (
+                result::device::get_attribute(device, MAJOR)?,
+                result::device::get_attribute(device, MINOR)?,
+                result::device::total_mem(device)?,
+            )
+        };
+        Ok(DeviceInfo {
+            index,
+            name,
+            compute_capability: u16::try_from(10 * major + minor).unwrap_or(0),
+            memory_bytes: memory as u64,
+        })
+    };
+    ask().map_err(|error| Error::Gpu(words(&format!("ask about GPU {index}"), error)))
+}
+
+/// What failed, in the driver's words, and what to do where that is known.
+pub(super) fn words(action: &str, error: DriverError) -> String {
+    let text = |found: Result<&std::ffi::CStr, DriverError>| {
+        found.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
+    };
+    let (name, meaning) = (text(error.error_name()), text(error.error_string()));
+    let remedy = match error.0 {
+        CUresult::CUDA_ERROR_STUB_LIBRARY => ": libcuda.so.1 is a stub to link against; remove it from the search path",
+        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => ": restart the machine after the driver's update",
+        CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE | CUresult::CUDA_ERROR_INSUFFICIENT_LOADER_VERSION => {
+            ": update the NVIDIA driver"
+        }
+        CUresult::CUDA_ERROR_SYSTEM_NOT_READY => ": nvidia-fabricmanager is perhaps not running",
+        _ => "",
+    };
+    format!("cannot {action}: {meaning} ({name}){remedy}")
+}
+
+/// Whether the GPU refuses everything after this, until its context is gone.
+pub(super) fn is_lasting(error: DriverError) -> bool {
+    use CUresult::*;
+    matches!(
+        error.0,
+        CUDA_ERROR_DEINITIALIZED
+            | CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUDA_ERROR_CONTAINED
+            | CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | CUDA_ERROR_ASSERT
+            | CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUDA_ERROR_INVALID_PC
+            | CUDA_ERROR_LAUNCH_FAILED
+            | CUDA_ERROR_TENSOR_MEMORY_LEAK
+            | CUDA_ERROR_EXTERNAL_DEVICE
+            | CUDA_ERROR_UNKNOWN
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where there is a driver, its GPUs make sense.
+    #[test]
+    fn without_a_driver_there_is_one_clear_error() {
+        match devices() {
+            Ok(devices) => {
+                for (index, device) in devices.iter().enumerate() {
+                    assert_eq!(device.index, index);
+                    assert!(device.compute_capability >= 50 && device.memory_bytes > 0, "{device:?}");
+                }
+            }
+            Err(error) => {
+                let text = error.to_string();
+                assert!(text.starts_with("GPU: "), "{text}");
+                assert_eq!(devices().unwrap_err().to_string(), text, "it is the same every time");
+            }
+        }
+    }
+}

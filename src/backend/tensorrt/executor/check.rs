@@ -1,0 +1,239 @@
+//! Whether a plan and this machine belong together, looked at before anything is allocated.
+
+use crate::backend::tensorrt::{DeviceInfo, EngineTensor, Kind, Version};
+use crate::engine::tensorrt::{Binding, Compiled, Extent, Role, Sizes};
+use crate::tensor::DType;
+
+/// GPUs by their compute capability, to name them.
+pub(crate) fn gpu_words(compute_capability: u16) -> String {
+    let known = match compute_capability {
+        80 => " (A100)",
+        86 => " (A40, RTX A6000)",
+        89 => " (L4, L40)",
+        90 => " (H100, H200)",
+        100 => " (B200)",
+        120 => " (RTX PRO 6000)",
+        _ => "",
+    };
+    format!("SM {}.{}{known}", compute_capability / 10, compute_capability % 10)
+}
+
+/// A plan of one compute capability runs on GPUs of exactly this.
+pub(super) fn device(plan: u16, device: &DeviceInfo) -> Result<(), String> {
+    if plan == device.compute_capability {
+        return Ok(());
+    }
+    let (found, name) = (gpu_words(device.compute_capability), &device.name);
+    Err(format!("it was built for {}, and GPU {} is {name}, {found}", gpu_words(plan), device.index))
+}
+
+/// TensorRT reads plans of its own version; of TensorRT for RTX, the plan's header tells (`Runtime::validity`).
+pub(super) fn version(compiled: &Compiled, found: Version) -> Result<(), String> {
+    let minor = format!("{}.{}.", found.major, found.minor);
+    if compiled.library == Kind::Rtx || format!("{}.", compiled.version).starts_with(&minor) {
+        return Ok(());
+    }
+    let name = compiled.library.name();
+    Err(format!("{name} {} compiled it, and here is {found}, which does not read it", compiled.version))
+}
+
+/// The bindings of the manifest against the inputs and outputs that the engine lists.
+pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], first_chunk: bool) -> Result<(), String> {
+    let expected = || bindings.iter().filter(|binding| !(first_chunk && binding.role == Role::TotalTokens));
+    let mut problems: Vec<String> = Vec::new();
+    for binding in expected() {
+        let Some(tensor) = tensors.iter().find(|tensor| tensor.name == binding.name) else {
+            problems.push(format!("it has no {binding}"));
+            continue;
+        };
+        let alias = match binding.role {
+            Role::UpdatedKeys(layer) => Some(Role::KeyCache(layer)),
+            Role::UpdatedValues(layer) => Some(Role::ValueCache(layer)),
+            _ => None,
+        };
+        let alias = alias.and_then(|role| bindings.iter().find(|b| b.role == role)).map(|b| b.name.as_str());
+        let same = tensor.is_input != binding.role.is_output()
+            && tensor.on_device
+            && tensor.dtype == name_of(binding.dtype)
+            // Not every version names it; the executor binds both to the same memory anyway.
+            && (tensor.alias.is_none() || tensor.alias.as_deref() == alias)
+            && same_shape(binding, &tensor.dims);
+        if !same {
+            problems.push(format!("{} where the manifest has {binding}", describe(tensor)));
+        }
+    }
+    for tensor in tensors.iter().filter(|tensor| expected().all(|binding| binding.name != tensor.name)) {
+        problems.push(format!("{}, of which the manifest does not know", describe(tensor)));
+    }
+    match problems.len() {
+        0 => Ok(()),
+        1..=3 => Err(problems.join("; ")),
+        n => Err(format!("{}; and {} more", problems[..3].join("; "), n - 3)),
+    }
+}
+
+/// The largest step of each profile against the sizes of the manifest: `largest` asks the engine for an input's.
+pub(super) fn profiles(
+    bindings: &[Binding],
+    sizes: &Sizes,
+    count: u32,
+    first_chunk: bool,
+    largest: &dyn Fn(&str, u32) -> Vec<i64>,
+) -> Result<(), String> {
+    let prefill = [sizes.prefill_sequences, sizes.prefill_tokens, sizes.prefill_logits_rows];
+    let decode = [sizes.decode_sequences, 1, sizes.decode_sequences];
+    let expected = if first_chunk { vec![prefill] } else { vec![prefill, decode] };
+    if count as usize != expected.len() {
+        return Err(format!("it has {count} profiles, expected are {}", expected.len()));
+    }
+    for (profile, [b, t, r]) in (0..).zip(expected) {
+        for (role, dims) in [(Role::TokenIds, vec![b, t]), (Role::LogitsRows, vec![r])] {
+            let Some(binding) = bindings.iter().find(|binding| binding.role == role) else {
+                return Err(format!("the manifest has no {role:?}"));
+            };
+            let found = largest(&binding.name, profile);
+            let same = found.len() == dims.len() && found.iter().zip(&dims).all(|(x, y)| i64::try_from(*y) == Ok(*x));
+            if !same {
+                let name = &binding.name;
+                return Err(format!("in profile {profile}, {name} is up to {found:?}, in the manifest up to {dims:?}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn same_shape(binding: &Binding, dims: &[i64]) -> bool {
+    let same = |(extent, dim): (&Extent, &i64)| match extent {
+        Extent::Fixed(n) => i64::try_from(*n) == Ok(*dim),
+        Extent::Step(_) => *dim == -1,
+    };
+    binding.shape.len() == dims.len() && binding.shape.iter().zip(dims).all(same)
+}
+
+/// As the shim names it.
+fn name_of(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        DType::I32 => "i32",
+        DType::I8 => "i8",
+        DType::I4 => "i4",
+        DType::F8 => "f8e4m3",
+    }
+}
+
+fn describe(tensor: &EngineTensor) -> String {
+    let EngineTensor { name, is_input, dtype, dims, on_device, alias } = tensor;
+    let kind = if *is_input { "input" } else { "output" };
+    let place = if *on_device { "" } else { " on the host" };
+    let alias = alias.as_ref().map(|alias| format!(" in the memory of {alias}")).unwrap_or_default();
+    format!("its {kind} {name}: {dtype}{dims:?}{place}{alias}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::memory::tests::info;
+    use super::*;
+    use crate::engine::tensorrt::TensorRtInfo;
+
+    fn manifest() -> TensorRtInfo {
+        let sizes = Sizes {
+            max_sequence_tokens: 64,
+            decode_sequences: 4,
+            prefill_sequences: 1,
+            prefill_tokens: 16,
+            prefill_logits_rows: 8,
+            top_tokens: 8,
+        };
+        info(1, 2, 16, &[100], sizes, 1000)
+    }
+
+    /// What an engine of these bindings lists.
+    fn engine(bindings: &[Binding]) -> Vec<EngineTensor> {
+        let dim = |extent: &Extent| if let Extent::Fixed(n) = extent { *n as i64 } else { -1 };
+        let tensor = |binding: &Binding| EngineTensor {
+            name: binding.name.clone(),
+            is_input: !binding.role.is_output(),
+            dtype: name_of(binding.dtype).into(),
+            dims: binding.shape.iter().map(dim).collect(),
+            on_device: true,
+            alias: binding.name.strip_prefix("new_").map(str::to_owned),
+        };
+        bindings.iter().map(tensor).collect()
+    }
+
+    #[test]
+    fn every_difference_of_the_bindings_is_named() {
+        let manifest = manifest();
+        let tensors = engine(&manifest.bindings);
+        assert_eq!(bindings(&manifest.bindings, &tensors, false), Ok(()));
+        let refused = |change: &dyn Fn(&mut Vec<EngineTensor>)| {
+            let mut tensors = tensors.clone();
+            change(&mut tensors);
+            bindings(&manifest.bindings, &tensors, false).unwrap_err()
+        };
+        let error = refused(&|tensors| drop(tensors.remove(0)));
+        assert_eq!(error, "it has no weight.0: bf16[100]");
+        let error = refused(&|tensors| tensors[0].dtype = "f32".into());
+        assert_eq!(error, "its input weight.0: f32[100] where the manifest has weight.0: bf16[100]");
+        let error = refused(&|tensors| tensors[1].dims = vec![-1]);
+        assert_eq!(error, "its input token_ids: i32[-1] where the manifest has token_ids: i32[B, T]");
+        let error = refused(&|tensors| tensors[1].is_input = false);
+        assert!(error.contains("its output token_ids"), "{error}");
+        let error = refused(&|tensors| tensors[1].on_device = false);
+        assert!(error.contains("on the host"), "{error}");
+        let error = refused(&|tensors| tensors.last_mut().unwrap().alias = Some("keys.0".into()));
+        assert!(error.contains("its output new_values.0"), "{error}");
+        let error = refused(&|tensors| tensors[0].name = "other".into());
+        assert!(error.contains("it has no weight.0") && error.contains("its input other"), "{error}");
+        assert!(refused(&|tensors| tensors.clear()).ends_with("and 10 more"));
+
+        // The plan for first chunks has no total_tokens.
+        let first: Vec<EngineTensor> = tensors.iter().filter(|t| t.name != "total_tokens").cloned().collect();
+        assert_eq!(bindings(&manifest.bindings, &first, true), Ok(()));
+        assert!(bindings(&manifest.bindings, &first, false).unwrap_err().contains("total_tokens"));
+        assert!(bindings(&manifest.bindings, &tensors, true).unwrap_err().contains("total_tokens"));
+    }
+
+    #[test]
+    fn profiles_have_the_sizes_of_the_manifest() {
+        let manifest = manifest();
+        let largest = |input: &str, profile: u32| match (input, profile) {
+            ("token_ids", 0) => vec![1, 16],
+            ("token_ids", 1) => vec![4, 1],
+            (_, 0) => vec![8],
+            _ => vec![4],
+        };
+        let check =
+            |count, first_chunk, sizes: &Sizes| profiles(&manifest.bindings, sizes, count, first_chunk, &largest);
+        assert_eq!(check(2, false, &manifest.sizes), Ok(()));
+        assert_eq!(check(1, true, &manifest.sizes), Ok(()));
+        assert!(check(1, false, &manifest.sizes).unwrap_err().contains("1 profiles"));
+        let more = Sizes { decode_sequences: 5, ..manifest.sizes.clone() };
+        let error = check(2, false, &more).unwrap_err();
+        assert_eq!(error, "in profile 1, token_ids is up to [4, 1], in the manifest up to [5, 1]");
+    }
+
+    #[test]
+    fn gpu_and_library_must_be_the_plans() {
+        let a100 = DeviceInfo {
+            index: 0,
+            name: "NVIDIA A100-SXM4-40GB".into(),
+            compute_capability: 80,
+            memory_bytes: 42_400_000_000,
+        };
+        assert_eq!(device(80, &a100), Ok(()));
+        assert_eq!(
+            device(90, &a100).unwrap_err(),
+            "it was built for SM 9.0 (H100, H200), and GPU 0 is NVIDIA A100-SXM4-40GB, SM 8.0 (A100)"
+        );
+        let compiled = |library, version: &str| Compiled { library, version: version.into(), first_chunk_plan: None };
+        let found = Version { major: 11, minor: 4, patch: 2 };
+        assert_eq!(version(&compiled(Kind::TensorRt, "11.4.0"), found), Ok(()));
+        assert_eq!(version(&compiled(Kind::TensorRt, "11.4"), found), Ok(()));
+        assert_eq!(version(&compiled(Kind::Rtx, "1.5.0"), Version { major: 1, ..found }), Ok(()));
+        let error = version(&compiled(Kind::TensorRt, "11.40.0"), found).unwrap_err();
+        assert_eq!(error, "TensorRT 11.40.0 compiled it, and here is 11.4.2, which does not read it");
+    }
+}

@@ -1,0 +1,115 @@
+//! Kernels that TensorRT for RTX compiled when a plan first ran on a GPU, kept for the next process.
+//!
+//! A file is beside the plans of its package, or in the user's cache folder where the package cannot be written. The
+//! library takes kernels of its own version, GPU and driver only; a digest tells files that are damaged.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::engine::Package;
+
+const MAGIC: &[u8; 8] = b"aotronk1";
+const DIGEST_BYTES: usize = 32;
+/// A file is not read past this size. Kernels of the 8B model take some tens of MB.
+const MAX_BYTES: u64 = 1 << 30;
+
+/// Where one engine's kernels are kept.
+#[derive(Debug, Clone)]
+pub(super) struct Shelf {
+    /// The places, best first.
+    files: Vec<PathBuf>,
+}
+
+impl Shelf {
+    /// For a plan, by its file's name, on a GPU with a version of the library.
+    pub(super) fn new(package: &Package, plan: &str, gpu: &str, version: &str) -> Shelf {
+        let name = format!("{plan}-{gpu}-{version}.kernels");
+        let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
+        let folder = |variable: &str| std::env::var_os(variable).filter(|value: &OsString| !value.is_empty());
+        let cache = folder("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| folder("HOME").map(|home| PathBuf::from(home).join(".cache")));
+        let digest = package.manifest().sha256.get(..16).unwrap_or_default();
+        let beside = package.path().join("kernels").join(&name);
+        let cached = cache.map(|cache| cache.join("aotron").join("kernels").join(format!("{digest}-{name}")));
+        Shelf { files: std::iter::once(beside).chain(cached).collect() }
+    }
+
+    /// The kernels of the first file that is whole.
+    pub(super) fn read(&self) -> Option<Vec<u8>> {
+        self.files.iter().find_map(|file| read(file))
+    }
+
+    /// Writes the first file that can be written, whole or not at all.
+    ///
+    /// # Errors
+    /// The reasons of all.
+    pub(super) fn write(&self, kernels: &[u8]) -> Result<(), String> {
+        let mut reasons = Vec::new();
+        for file in &self.files {
+            match write(file, kernels) {
+                Ok(()) => return Ok(()),
+                Err(error) => reasons.push(format!("{}: {error}", file.display())),
+            }
+        }
+        Err(reasons.join("; "))
+    }
+}
+
+fn read(file: &Path) -> Option<Vec<u8>> {
+    let meta = fs::metadata(file).ok()?;
+    if !meta.is_file() || meta.len() > MAX_BYTES {
+        return None;
+    }
+    let bytes = fs::read(file).ok()?;
+    let (digest, kernels) = bytes.strip_prefix(MAGIC)?.split_at_checked(DIGEST_BYTES)?;
+    (Sha256::digest(kernels)[..] == *digest).then(|| kernels.to_vec())
+}
+
+fn write(file: &Path, kernels: &[u8]) -> std::io::Result<()> {
+    let folder = file.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder)?;
+    let unfinished = file.with_extension(format!("{}.unfinished", std::process::id()));
+    let written = fs::File::create(&unfinished).and_then(|mut out| {
+        out.write_all(MAGIC)?;
+        out.write_all(&Sha256::digest(kernels))?;
+        out.write_all(kernels)?;
+        out.sync_all()?;
+        fs::rename(&unfinished, file)
+    });
+    if written.is_err() {
+        let _ = fs::remove_file(&unfinished);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_come_back_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let blocked = folder.path().join("blocked");
+        fs::write(&blocked, "a file where a folder is wanted").unwrap();
+        let shelf = Shelf { files: vec![blocked.join("kernels"), folder.path().join("cache/kernels")] };
+        assert_eq!(shelf.read(), None);
+        shelf.write(b"first").unwrap();
+        shelf.write(b"compiled").unwrap();
+        assert_eq!(shelf.read().as_deref(), Some(&b"compiled"[..]));
+        assert_eq!(fs::read_dir(folder.path().join("cache")).unwrap().count(), 1, "nothing unfinished is left");
+
+        let file = &shelf.files[1];
+        let whole = fs::read(file).unwrap();
+        for damaged in [&whole[..whole.len() - 1], &whole[..20], b"", b"aotronk2"] {
+            fs::write(file, damaged).unwrap();
+            assert_eq!(shelf.read(), None);
+        }
+        let shelf = Shelf { files: vec![blocked.join("kernels")] };
+        assert!(shelf.write(b"compiled").unwrap_err().contains("blocked"));
+    }
+}

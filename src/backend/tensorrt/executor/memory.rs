@@ -1,0 +1,349 @@
+//! What the executor keeps on the GPU, planned before any of it is allocated.
+//!
+//! | buffer | holds |
+//! | --- | --- |
+//! | weights | every [`Role::Weight`], one after the other |
+//! | cache | keys and values of every layer, `[layers, 2, slots, kv_heads, S, head_dim]` |
+//! | inputs | token ids, positions, lengths and wanted rows of one run |
+//! | outputs | logits, `f32[rows, vocab]`, behind the largest of them, for decode rows and prefill rows |
+//! | scratch | what TensorRT computes in between; all contexts share it, since they run one after the other |
+
+use std::collections::BTreeMap;
+
+use super::schedule::Rules;
+use crate::backend::tensorrt::device::ALIGN;
+use crate::engine::tensorrt::{Binding, Extent, Role, StepSize, TensorRtInfo};
+use crate::tensor::DType;
+
+/// Left free for the driver, contexts and kernels.
+const RESERVE_BYTES: u64 = 512 << 20;
+
+/// A part of a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Part {
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// A weight's place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PlacedWeight {
+    /// Index among the bindings.
+    pub binding: usize,
+    pub part: Part,
+}
+
+/// Where everything is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub slots: usize,
+    pub weights: Vec<PlacedWeight>,
+    pub weights_bytes: u64,
+    /// By the cache's role: slot 0 of a layer's keys or values, and the bytes of all its slots.
+    pub caches: BTreeMap<(usize, CacheKind), Part>,
+    /// Bytes of one slot of one layer's keys or values.
+    pub slot_bytes: BTreeMap<(usize, CacheKind), u64>,
+    pub cache_bytes: u64,
+    pub inputs: Inputs,
+    pub inputs_bytes: u64,
+    pub outputs: Outputs,
+    pub outputs_bytes: u64,
+    pub scratch_bytes: u64,
+}
+
+/// Which half of a layer's cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum CacheKind {
+    Keys,
+    Values,
+}
+
+/// The cache that a role reads or writes.
+pub(super) fn cache_of(role: Role) -> Option<(usize, CacheKind)> {
+    match role {
+        Role::KeyCache(layer) | Role::UpdatedKeys(layer) => Some((layer, CacheKind::Keys)),
+        Role::ValueCache(layer) | Role::UpdatedValues(layer) => Some((layer, CacheKind::Values)),
+        _ => None,
+    }
+}
+
+/// Inputs of a run, each with room for the largest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Inputs {
+    pub token_ids: Part,
+    pub positions: Part,
+    pub past_tokens: Part,
+    pub total_tokens: Part,
+    pub logits_rows: Part,
+}
+
+/// Outputs of a step. Rows count from 0 through those of decode runs to those of prefill runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Outputs {
+    /// Rows of decode runs.
+    pub decode_rows: usize,
+    /// Columns of the largest.
+    pub k: usize,
+    pub vocab_size: usize,
+    /// Largest logits of decode rows, then their ids, then those of prefill rows: what one copy takes to the host.
+    pub tops: [Part; 4],
+    pub logits: Part,
+}
+
+impl Outputs {
+    /// Where a row's largest logits and their ids are, in bytes of the buffer.
+    pub(super) fn top(&self, row: usize) -> [u64; 2] {
+        let row_bytes = 4 * self.k as u64;
+        let (first, row) = if row < self.decode_rows { (0, row) } else { (2, row - self.decode_rows) };
+        [self.tops[first].offset + row as u64 * row_bytes, self.tops[first + 1].offset + row as u64 * row_bytes]
+    }
+
+    /// Where a row of logits is.
+    pub(super) fn row(&self, row: usize) -> Part {
+        let bytes = 4 * self.vocab_size as u64;
+        Part { offset: self.logits.offset + row as u64 * bytes, bytes }
+    }
+
+    /// The bytes of the largest logits that a step of these kinds of rows wrote.
+    pub(super) fn written(&self, decode: bool, prefill: bool) -> std::ops::Range<usize> {
+        let start = if decode { self.tops[0].offset } else { self.tops[2].offset };
+        let last = if prefill { self.tops[3] } else { self.tops[1] };
+        start as usize..(last.offset + last.bytes) as usize
+    }
+}
+
+/// Gives out a buffer from its start.
+#[derive(Default)]
+struct Cursor(u64);
+
+impl Cursor {
+    fn take(&mut self, bytes: u64) -> Option<Part> {
+        let offset = self.0;
+        self.0 = offset.checked_add(bytes)?.checked_next_multiple_of(ALIGN)?;
+        Some(Part { offset, bytes })
+    }
+}
+
+/// Bytes of a binding in a step of these sizes; `None` if no memory holds them.
+pub(super) fn bytes_of(binding: &Binding, [b, t, r]: [usize; 3]) -> Option<u64> {
+    let elements = binding.shape.iter().try_fold(1u64, |product, extent| {
+        let n = match extent {
+            Extent::Fixed(n) => *n,
+            Extent::Step(StepSize::B) => b,
+            Extent::Step(StepSize::T) => t,
+            Extent::Step(StepSize::R) => r,
+        };
+        product.checked_mul(n as u64)
+    })?;
+    match binding.dtype {
+        DType::I4 => Some(elements.div_ceil(2)),
+        other => elements.checked_mul(other.bytes() as u64),
+    }
+}
+
+/// What the first output row of a run must be a multiple of, for its outputs to be aligned.
+pub(super) fn row_align(vocab_size: usize, k: usize) -> usize {
+    // Both are powers of two, so the larger is a multiple of the smaller.
+    let for_row = |columns: usize| {
+        let bytes = 4 * columns as u64;
+        (ALIGN >> bytes.trailing_zeros().min(ALIGN.trailing_zeros())) as usize
+    };
+    for_row(vocab_size).max(for_row(k))
+}
+
+impl Layout {
+    /// Plans for so many slots.
+    ///
+    /// # Errors
+    /// What in the plan's bindings does not hold together.
+    pub(super) fn new(info: &TensorRtInfo, rules: &Rules, scratch_bytes: u64) -> Result<Layout, String> {
+        let too_large = || "its sizes are more than any GPU holds".to_owned();
+        let slots = rules.limits.slots;
+        let mut weights = Vec::new();
+        let mut of_weights = Cursor::default();
+        let (mut caches, mut slot_bytes) = (BTreeMap::new(), BTreeMap::new());
+        let mut of_cache = Cursor::default();
+        let (mut k, mut vocab_size) = (None, None);
+        for (index, binding) in info.bindings.iter().enumerate() {
+            let columns = match binding.shape.last() {
+                Some(Extent::Fixed(n)) if *n > 0 => Some(*n),
+                _ => None,
+            };
+            match binding.role {
+                Role::Weight => {
+                    let bytes = bytes_of(binding, [1; 3]).ok_or_else(too_large)?;
+                    let part = of_weights.take(bytes).ok_or_else(too_large)?;
+                    weights.push(PlacedWeight { binding: index, part });
+                }
+                Role::KeyCache(_) | Role::ValueCache(_) => {
+                    let Some(cache) = cache_of(binding.role) else { continue };
+                    let one = bytes_of(binding, [1; 3]).ok_or_else(too_large)?;
+                    if !one.is_multiple_of(ALIGN) {
+                        return Err(format!("a slot of {binding} has {one} bytes, not a multiple of {ALIGN}"));
+                    }
+                    let all = one.checked_mul(slots as u64).ok_or_else(too_large)?;
+                    caches.insert(cache, of_cache.take(all).ok_or_else(too_large)?);
+                    slot_bytes.insert(cache, one);
+                }
+                Role::Logits => vocab_size = columns,
+                Role::TopLogits => k = columns,
+                _ => {}
+            }
+        }
+        let vocab_size = vocab_size.filter(|n| *n == rules.limits.vocab_size);
+        let vocab_size = vocab_size.ok_or("its logits are not as wide as the vocabulary")?;
+        let k = k.ok_or("it has no output of the largest logits")?;
+
+        let sizes = &rules.sizes;
+        let most_sequences = sizes.decode_sequences.max(sizes.prefill_sequences) as u64;
+        let most_tokens = (sizes.prefill_sequences * sizes.prefill_tokens).max(sizes.decode_sequences) as u64;
+        let most_rows = sizes.prefill_logits_rows.max(sizes.decode_sequences) as u64;
+        let mut of_inputs = Cursor::default();
+        let mut integers = |count: u64| of_inputs.take(4 * count).ok_or_else(too_large);
+        let inputs = Inputs {
+            token_ids: integers(most_tokens)?,
+            positions: integers(most_tokens)?,
+            past_tokens: integers(most_sequences)?,
+            total_tokens: integers(most_sequences)?,
+            logits_rows: integers(most_rows)?,
+        };
+
+        let (decode_rows, prefill_rows) = (rules.decode_rows(), rules.prefill_rows());
+        let mut of_outputs = Cursor::default();
+        let mut floats = |rows: usize, columns: usize| {
+            let bytes = (rows as u64).checked_mul(columns as u64).and_then(|n| n.checked_mul(4));
+            bytes.and_then(|bytes| of_outputs.take(bytes)).ok_or_else(too_large)
+        };
+        let outputs = Outputs {
+            decode_rows,
+            k,
+            vocab_size,
+            tops: [
+                floats(decode_rows, k)?,
+                floats(decode_rows, k)?,
+                floats(prefill_rows, k)?,
+                floats(prefill_rows, k)?,
+            ],
+            logits: floats(decode_rows + prefill_rows, vocab_size)?,
+        };
+        Ok(Layout {
+            slots,
+            weights,
+            weights_bytes: of_weights.0,
+            caches,
+            slot_bytes,
+            cache_bytes: of_cache.0,
+            inputs,
+            inputs_bytes: of_inputs.0,
+            outputs,
+            outputs_bytes: of_outputs.0,
+            scratch_bytes,
+        })
+    }
+
+    fn total_bytes(&self) -> u64 {
+        [self.weights_bytes, self.cache_bytes, self.inputs_bytes, self.outputs_bytes, self.scratch_bytes]
+            .into_iter()
+            .fold(0, u64::saturating_add)
+    }
+}
+
+/// What decides how many slots there are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Machine<'a> {
+    /// The GPU's memory.
+    pub device_bytes: u64,
+    /// Of it, unused.
+    pub free_bytes: u64,
+    /// [`TensorRtInfo::kv_cache_gib`].
+    pub kv_cache_gib: &'a BTreeMap<u32, u32>,
+    /// Slots asked for.
+    pub asked: Option<usize>,
+}
+
+/// The GiB of KV cache that a recipe gives a GPU of so much memory: those of the largest it lists that is not larger.
+/// A GPU sold as 80 GB may have a few percent less. `None` if it lists none so small.
+fn kv_budget_bytes(kv_cache_gib: &BTreeMap<u32, u32>, device_bytes: u64) -> Option<u64> {
+    let fits = |gigabytes: u32| u64::from(gigabytes) * 950_000_000 <= device_bytes;
+    let (_, gib) = kv_cache_gib.iter().rev().find(|(gigabytes, _)| fits(**gigabytes))?;
+    Some(u64::from(*gib) << 30)
+}
+
+/// The layout with the most slots that plan, memory and request allow, and without a request the recipe's share of the
+/// memory, and what to tell about it. `rules` has the
+/// slots of the plan, and afterwards those of the layout.
+///
+/// # Errors
+/// The numbers and what to do, if not even one slot fits.
+pub(super) fn fit(
+    info: &TensorRtInfo,
+    rules: &mut Rules,
+    scratch_bytes: u64,
+    machine: &Machine<'_>,
+) -> Result<(Layout, String), String> {
+    let of_plan = rules.limits.slots.min(info.sizes.decode_sequences);
+    let most = machine.asked.unwrap_or(of_plan).min(of_plan).max(1);
+    let budget = kv_budget_bytes(machine.kv_cache_gib, machine.device_bytes).unwrap_or(u64::MAX);
+    let usable = machine.free_bytes.saturating_sub(RESERVE_BYTES);
+    let mut slots = most;
+    loop {
+        rules.limits.slots = slots;
+        let layout = Layout::new(info, rules, scratch_bytes)?;
+        let total = layout.total_bytes();
+        let within_budget = layout.cache_bytes <= budget || slots == 1 || machine.asked.is_some();
+        if within_budget && total <= usable {
+            let mut words = sum(&layout, rules, machine);
+            if machine.asked.is_some_and(|asked| asked > slots) {
+                words += &format!("; {slots} sequences instead of {}, for want of memory", machine.asked.unwrap_or(0));
+            }
+            return Ok((layout, words));
+        }
+        if slots == 1 {
+            return Err(format!(
+                "not one sequence fits: {}, of which {} stay free for the driver and kernels. End other programs on the \
+                 GPU, build for shorter sequences (--max-sequence-tokens) or with smaller weights (--precision int8), \
+                 or use a GPU with more memory",
+                sum(&layout, rules, machine),
+                gigabytes(RESERVE_BYTES)
+            ));
+        }
+        slots -= 1;
+    }
+}
+
+/// "weights 17.1 GB + KV cache 16.0 GiB (8 sequences of 4096 tokens, 512 KiB a token) + … = 36.9 GB of 39.4 GB free".
+fn sum(layout: &Layout, rules: &Rules, machine: &Machine<'_>) -> String {
+    let tokens = rules.limits.max_sequence_tokens;
+    let a_token = layout.slot_bytes.values().sum::<u64>() / tokens.max(1) as u64;
+    let rest = layout.inputs_bytes + layout.outputs_bytes + layout.scratch_bytes;
+    format!(
+        "weights {} + KV cache {} ({} sequence{} of {tokens} tokens, {} a token) + logits and scratch {} = {} of {} free",
+        gigabytes(layout.weights_bytes),
+        gibibytes(layout.cache_bytes),
+        layout.slots,
+        if layout.slots == 1 { "" } else { "s" },
+        kibibytes(a_token),
+        gigabytes(rest),
+        gigabytes(layout.total_bytes()),
+        gigabytes(machine.free_bytes),
+    )
+}
+
+fn gigabytes(bytes: u64) -> String {
+    if bytes < 100_000_000 { format!("{:.1} MB", bytes as f64 / 1e6) } else { format!("{:.1} GB", bytes as f64 / 1e9) }
+}
+
+fn gibibytes(bytes: u64) -> String {
+    if bytes < 100 << 20 {
+        format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+    } else {
+        format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
+    }
+}
+
+fn kibibytes(bytes: u64) -> String {
+    if bytes.is_multiple_of(1024) { format!("{} KiB", bytes >> 10) } else { format!("{bytes} bytes") }
+}
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -1,0 +1,554 @@
+//! Runs TensorRT plans on a GPU.
+//!
+//! Opening looks first and allocates last: whether the plan is compiled, its library and GPU are here, its bindings are
+//! those of the manifest and its memory fits are all known before a weight is copied.
+//!
+//! Keys and values of a layer are one block `[slots, kv_heads, S, head_dim]`, which is how a plan takes them for B = all
+//! slots; a run for one slot is given the block from that slot on, with B = 1. Each number of sequences that decodes has
+//! a context of its own, whose run is recorded as a CUDA graph when it has run once: the same kernels at the same
+//! addresses, launched at once.
+//!
+//! Of a step's logits only the largest of each row come to the host; whole rows are fetched when they are asked for.
+//! Which kernels run depends on how many sequences decode, so a sequence's logits may differ in their last bits with
+//! what else is in the batch.
+
+mod bind;
+pub(crate) mod check;
+mod kernels;
+mod memory;
+mod report;
+mod schedule;
+mod weights;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use self::bind::{Binder, Buffers};
+use self::kernels::Shelf;
+use self::memory::{Layout, Machine, Part};
+pub use self::report::{Event, Report};
+use self::schedule::{Kind as RunKind, Rules, Run, schedule};
+use super::device::{Buffer, Device, DeviceInfo, Graph, Pinned, Stream, devices};
+use super::{Context, Engine, Kind, Library, Runtime, Validity};
+use crate::backend::{DeferredLogits, Executor, Logits, Step, Top};
+use crate::engine::tensorrt::{Binding, Extent, Role, TensorRtInfo};
+use crate::engine::{Limits, Package, PlanInfo};
+use crate::error::{Error, Result};
+use crate::tensor_file::TensorFile;
+
+/// How to run a TensorRT plan on this machine.
+#[derive(Debug, Clone, Default)]
+pub struct GpuOptions {
+    /// The GPU's number; `None` takes the first that the plan was built for.
+    pub device: Option<usize>,
+    /// Sequences to reserve KV memory for; `None` takes as many as plan, recipe and memory allow.
+    pub slots: Option<usize>,
+    /// Do not record decoding as CUDA graphs.
+    pub no_graphs: bool,
+    /// Hears of what is going on.
+    pub report: Report,
+}
+
+/// The TensorRT executor.
+// Fields are dropped in this order: graphs and contexts before engines, these before the memory they run in.
+pub struct TensorRtExecutor {
+    /// By number of sequences.
+    decoders: BTreeMap<usize, Decoder>,
+    prefill: Prefill,
+    first_chunk: Option<Prefill>,
+    engines: Vec<KeptEngine>,
+    results: Results,
+    inputs_host: Pinned,
+    buffers: Buffers,
+    layout: Layout,
+    rules: Rules,
+    bindings: Vec<Binding>,
+    /// For every slot, the tokens it held after the last step that named it.
+    held: Vec<usize>,
+    graphs: bool,
+    report: Report,
+    stream: Arc<Stream>,
+}
+
+/// A context for decoding so many sequences, and its run as a graph.
+struct Decoder {
+    graph: Option<Graph>,
+    context: Context,
+}
+
+/// A context for prefilling, and the slot it is bound to.
+struct Prefill {
+    context: Context,
+    slot: Option<usize>,
+}
+
+/// An engine and where its compiled kernels are kept.
+struct KeptEngine {
+    engine: Engine,
+    shelf: Option<Shelf>,
+    /// Of the kernels that are on the shelf.
+    kept_bytes: usize,
+}
+
+/// What the last step returned.
+struct Results {
+    /// The output row of each row.
+    rows: Vec<usize>,
+    values: Vec<f32>, // [rows, k]
+    ids: Vec<u32>,    // [rows, k]
+    tops_host: Pinned,
+    row_host: Pinned, // one row of logits
+    outputs: Arc<Buffer>,
+    places: memory::Outputs,
+    stream: Arc<Stream>,
+}
+
+/// Reads and checks one plan file of a package.
+struct Opening<'a> {
+    package: &'a Package,
+    plan: &'a PlanInfo,
+    info: &'a TensorRtInfo,
+    runtime: &'a Runtime,
+    library: Library,
+    gpu: &'a DeviceInfo,
+    report: &'a Report,
+}
+
+impl Opening<'_> {
+    fn refuse(&self, detail: &str) -> Error {
+        refuse(self.package, self.plan, detail, Remedy::Compile)
+    }
+
+    fn engine(&self, file: &str, first_chunk: bool) -> Result<KeptEngine> {
+        let bytes = self.package.read(file)?;
+        let name = self.library.kind().name();
+        match self.runtime.validity(&bytes) {
+            Validity::Unknown | Validity::Valid => {}
+            Validity::Suboptimal => {
+                let finish = format!("`aotron build {} --finish`", self.package.path().display());
+                self.report.fact(&format!("{name} runs {file} slower than it could here; {finish} compiles it anew"));
+            }
+            Validity::Invalid(reasons) if reasons.is_empty() => {
+                return Err(self.refuse(&format!("{name} does not run {file} and does not say why")));
+            }
+            Validity::Invalid(reasons) => {
+                return Err(self.refuse(&format!("{name} does not run {file}: {}", reasons.join(", "))));
+            }
+        }
+        let mut engine = self.runtime.deserialize(&bytes)?;
+        let largest = |input: &str, profile: u32| engine.largest(input, profile);
+        check::bindings(&self.info.bindings, &engine.tensors(), first_chunk)
+            .and_then(|()| {
+                check::profiles(&self.info.bindings, &self.info.sizes, engine.profiles(), first_chunk, &largest)
+            })
+            .map_err(|detail| self.refuse(&format!("{file} is not the plan that the manifest describes: {detail}")))?;
+        if self.library.kind() != Kind::Rtx {
+            return Ok(KeptEngine { engine, shelf: None, kept_bytes: 0 });
+        }
+        let shelf = Shelf::new(self.package, file, &self.gpu.name, &self.library.version().to_string());
+        let earlier = shelf.read().unwrap_or_default();
+        let kept_bytes = if engine.keep_kernels(&earlier)? { earlier.len() } else { 0 };
+        Ok(KeptEngine { engine, shelf: Some(shelf), kept_bytes })
+    }
+}
+
+/// What mends a plan that does not run.
+enum Remedy {
+    Compile,
+    AnotherGpu,
+    Nothing,
+}
+
+fn refuse(package: &Package, plan: &PlanInfo, detail: &str, remedy: Remedy) -> Error {
+    let path = package.path().display();
+    let remedy = match remedy {
+        Remedy::Compile => format!("; `aotron build {path} --finish` on this machine compiles it anew"),
+        Remedy::AnotherGpu => "; build a package with a recipe for this GPU".into(),
+        Remedy::Nothing => String::new(),
+    };
+    Error::package(package.path(), format!("plan {} ({}): {detail}{remedy}", plan.target, plan.precision))
+}
+
+impl TensorRtExecutor {
+    /// Opens a plan of a package.
+    ///
+    /// # Errors
+    /// [`Error::Package`] if the plan is not compiled, not for this machine's library or GPU, or not what the manifest
+    /// says; [`Error::TensorRt`] and [`Error::Gpu`] in the words of library and driver, or if the memory is not enough.
+    pub fn open(package: &Package, plan: &PlanInfo, options: &GpuOptions) -> Result<TensorRtExecutor> {
+        let Some(info) = &plan.tensorrt else {
+            return Err(refuse(package, plan, "it is not a TensorRT plan", Remedy::Nothing));
+        };
+        let (Some(compiled), Some(file)) = (&info.compiled, &plan.plan) else {
+            let detail =
+                format!("it was prepared only, not compiled for {}", check::gpu_words(info.compute_capability));
+            return Err(refuse(package, plan, &detail, Remedy::Compile));
+        };
+        let library = Library::find(compiled.library)?;
+        check::version(compiled, library.version())
+            .map_err(|detail| refuse(package, plan, &detail, Remedy::Compile))?;
+        let gpu = pick(info.compute_capability, &devices()?, options.device)?;
+        check::device(info.compute_capability, &gpu)
+            .map_err(|detail| refuse(package, plan, &detail, Remedy::AnotherGpu))?;
+        let most = info.sizes.decode_sequences.min(plan.limits.slots);
+        if let Some(asked) = options.slots
+            && !(1..=most).contains(&asked)
+        {
+            return Err(Error::Request(format!("{asked} slots, but this plan was built for 1 to {most}")));
+        }
+
+        // The GPU's context is current from here on, as TensorRT wants it.
+        let stream = Arc::new(Device::open(gpu.index)?.stream()?);
+        let device = stream.device();
+        let runtime = library.runtime(Arc::new(()))?;
+        let opening = Opening { package, plan, info, runtime: &runtime, library, gpu: &gpu, report: &options.report };
+        let mut engines = vec![opening.engine(file, false)?];
+        if let Some(first) = &compiled.first_chunk_plan {
+            engines.push(opening.engine(first, true)?);
+        }
+
+        let scratch_bytes = engines.iter().map(|kept| kept.engine.memory_bytes()).max().unwrap_or(0);
+        let mut rules = rules(plan, info, engines.len() > 1).map_err(|detail| opening.refuse(&detail))?;
+        let machine = Machine {
+            device_bytes: gpu.memory_bytes,
+            free_bytes: device.free_bytes()?,
+            kv_cache_gib: &info.kv_cache_gib,
+            asked: options.slots,
+        };
+        let (layout, words) = memory::fit(info, &mut rules, scratch_bytes, &machine)
+            .map_err(|detail| refuse(package, plan, &detail, Remedy::Nothing))?;
+        options.report.fact(&format!("GPU {} ({}): {words}", gpu.index, gpu.name));
+        if engines.iter().any(|kept| kept.shelf.is_some() && kept.kept_bytes == 0) {
+            options.report.fact("kernels are compiled when they are first used, and kept for the next start");
+        }
+
+        let allocate = |bytes: u64, what: &str| device.allocate(bytes, what).map(Arc::new);
+        let buffers = Buffers {
+            weights: allocate(layout.weights_bytes, "weights")?,
+            cache: allocate(layout.cache_bytes, "the KV cache")?,
+            inputs: allocate(layout.inputs_bytes, "a step's inputs")?,
+            outputs: allocate(layout.outputs_bytes, "logits")?,
+            scratch: allocate(layout.scratch_bytes, "TensorRT's scratch memory")?,
+        };
+        // Attention multiplies what lies past a sequence's end by zero. So it must be a number, and it stays one.
+        stream.zero(&buffers.cache)?;
+        let weights_file = TensorFile::open(&package.file_path(&plan.weights))?;
+        let data = weights::find(&weights_file, &info.bindings, &layout)?;
+        weights::upload(&data, &layout, &buffers.weights, &stream, &|done_bytes| {
+            options.report.event(&Event::Loading { done_bytes, total_bytes: layout.weights_bytes });
+        })?;
+
+        let binder = Binder { bindings: &info.bindings, layout: &layout, buffers: &buffers };
+        let prefill = |kept: &KeptEngine, first_chunk: bool| -> Result<Prefill> {
+            let mut context = kept.engine.context(0, false, &stream)?;
+            binder.fixed(&mut context, first_chunk)?;
+            Ok(Prefill { context, slot: None })
+        };
+        let prefill_context = prefill(&engines[0], false)?;
+        let first_chunk = engines.get(1).map(|kept| prefill(kept, true)).transpose()?;
+        let last_top = layout.outputs.tops[3];
+        let results = Results {
+            rows: Vec::new(),
+            values: Vec::new(),
+            ids: Vec::new(),
+            tops_host: device.pinned((last_top.offset + last_top.bytes) as usize, "the largest logits")?,
+            row_host: device.pinned(4 * layout.outputs.vocab_size, "a row of logits")?,
+            outputs: buffers.outputs.clone(),
+            places: layout.outputs,
+            stream: stream.clone(),
+        };
+        Ok(TensorRtExecutor {
+            decoders: BTreeMap::new(),
+            prefill: prefill_context,
+            first_chunk,
+            engines,
+            results,
+            inputs_host: device.pinned(layout.inputs_bytes as usize, "a step's inputs")?,
+            held: vec![0; layout.slots],
+            bindings: info.bindings.clone(),
+            graphs: !options.no_graphs,
+            report: options.report.clone(),
+            buffers,
+            layout,
+            rules,
+            stream: stream.clone(),
+        })
+    }
+
+    /// The GPU it runs on.
+    pub fn gpu(&self) -> &DeviceInfo {
+        self.stream.device().info()
+    }
+
+    fn run_step(&mut self, step: &Step) -> Result<()> {
+        self.results.rows.clear();
+        self.stream.device().bind()?;
+        let mut held = self.held.clone();
+        for span in step.spans() {
+            if let Some(held) = held.get_mut(span.slot) {
+                *held = span.past_tokens + span.len;
+            }
+        }
+        let schedule = schedule(step, &held, &self.rules)?;
+        self.held = held;
+        for run in &schedule.runs {
+            if let Err(error) = self.run(run) {
+                // If the GPU failed, its words tell more than TensorRT's.
+                return Err(self.stream.wait().err().unwrap_or(error));
+            }
+        }
+        self.results.take(schedule.rows)
+    }
+
+    fn run(&mut self, run: &Run) -> Result<()> {
+        let inputs = &self.layout.inputs;
+        let host = self.inputs_host.bytes()?;
+        for (part, values) in [
+            (inputs.token_ids, &run.token_ids),
+            (inputs.positions, &run.positions),
+            (inputs.past_tokens, &run.past_tokens),
+            (inputs.total_tokens, &run.total_tokens),
+            (inputs.logits_rows, &run.logits_rows),
+        ] {
+            let bytes: &[u8] = bytemuck::cast_slice(values);
+            let place = host.get_mut(part.offset as usize..).and_then(|rest| rest.get_mut(..bytes.len()));
+            let place = place.ok_or_else(|| Error::Step("a run has more inputs than there is room for".into()))?;
+            place.copy_from_slice(bytes);
+        }
+        self.inputs_host.upload(0..self.inputs_host.len(), &self.buffers.inputs, 0, &self.stream)?;
+        if run.kind == RunKind::Decode {
+            return self.decode(run);
+        }
+        let binder = Binder { bindings: &self.bindings, layout: &self.layout, buffers: &self.buffers };
+        let prefill = match (&mut self.first_chunk, run.kind) {
+            (Some(first_chunk), RunKind::FirstChunk) => first_chunk,
+            _ => &mut self.prefill,
+        };
+        let first_chunk = run.kind == RunKind::FirstChunk;
+        if prefill.slot != Some(run.first_slot) {
+            prefill.slot = None;
+            binder.caches(&mut prefill.context, run)?;
+            prefill.slot = Some(run.first_slot);
+        }
+        binder.step(&mut prefill.context, run, first_chunk)?;
+        prefill.context.enqueue(&self.stream)
+    }
+
+    fn decode(&mut self, run: &Run) -> Result<()> {
+        if let Some(decoder) = self.decoders.get_mut(&run.sequences) {
+            return match &decoder.graph {
+                Some(graph) => self.stream.replay(graph),
+                None => decoder.context.enqueue(&self.stream),
+            };
+        }
+        // The first of so many sequences.
+        let mut context = self.engines[0].engine.context(1, true, &self.stream)?;
+        let binder = Binder { bindings: &self.bindings, layout: &self.layout, buffers: &self.buffers };
+        binder.fixed(&mut context, false)?;
+        binder.caches(&mut context, run)?;
+        binder.step(&mut context, run, false)?;
+        context.enqueue(&self.stream)?;
+        let mut graph = None;
+        if self.graphs {
+            match context.record(&self.stream) {
+                Ok(recorded) => graph = Some(recorded),
+                Err(error) => {
+                    self.graphs = false;
+                    self.report.fact(&format!("decoding runs without CUDA graphs, a little slower: {error}"));
+                }
+            }
+        }
+        self.decoders.insert(run.sequences, Decoder { context, graph });
+        self.keep_kernels();
+        Ok(())
+    }
+
+    /// Writes kernels that were compiled since they were last written.
+    fn keep_kernels(&mut self) {
+        for kept in &mut self.engines {
+            let Some(shelf) = &kept.shelf else { continue };
+            let Ok(kernels) = kept.engine.kernels() else { continue };
+            if kernels.len() == kept.kept_bytes {
+                continue;
+            }
+            if let Err(reason) = shelf.write(&kernels) {
+                self.report
+                    .fact(&format!("compiled kernels cannot be kept, so the next start compiles them too: {reason}"));
+                kept.shelf = None;
+            }
+            kept.kept_bytes = kernels.len();
+        }
+    }
+}
+
+impl Executor for TensorRtExecutor {
+    fn limits(&self) -> &Limits {
+        &self.rules.limits
+    }
+
+    fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
+        self.run_step(step)?;
+        Ok(Logits::deferred(&mut self.results))
+    }
+}
+
+impl Drop for TensorRtExecutor {
+    fn drop(&mut self) {
+        // Work that runs uses what is about to go. Kernels for prefill are compiled beside its runs, so there may be new.
+        if self.stream.wait().is_ok() {
+            self.keep_kernels();
+        }
+    }
+}
+
+/// The GPU for a plan: the one asked for, or the first that the plan was built for, or the first.
+fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -> Result<DeviceInfo> {
+    let found = match asked {
+        Some(index) => devices.get(index),
+        None => devices.iter().find(|device| device.compute_capability == compute_capability).or(devices.first()),
+    };
+    found.cloned().ok_or_else(|| match (asked, devices.len()) {
+        (_, 0) => {
+            Error::Gpu("the NVIDIA driver is loaded but finds no GPU (does CUDA_VISIBLE_DEVICES hide it?)".into())
+        }
+        (index, count) => Error::Gpu(format!("there is no GPU {}, only 0 to {}", index.unwrap_or(0), count - 1)),
+    })
+}
+
+/// More sequences at once than any GPU has memory for.
+const MOST_SEQUENCES: usize = 4096;
+
+/// What steps become runs by; the slots are the plan's.
+fn rules(plan: &PlanInfo, info: &TensorRtInfo, first_chunk_plan: bool) -> Result<Rules, String> {
+    let k = info.bindings.iter().find(|binding| binding.role == Role::TopLogits).and_then(|b| b.shape.last());
+    let Some(Extent::Fixed(k)) = k.copied() else {
+        return Err("it has no output of the largest logits".into());
+    };
+    let (sizes, limits) = (&info.sizes, &plan.limits);
+    let positive = [
+        sizes.max_sequence_tokens,
+        sizes.decode_sequences,
+        sizes.prefill_sequences,
+        sizes.prefill_tokens,
+        sizes.prefill_logits_rows,
+        limits.slots,
+        limits.max_step_tokens,
+        limits.max_logits_rows,
+        limits.vocab_size,
+        k,
+    ];
+    // Products of two of them, and inputs, which are i32, cannot overflow then.
+    let sound = positive.iter().all(|n| (1..=i32::MAX as usize).contains(n));
+    if !sound || sizes.decode_sequences > MOST_SEQUENCES {
+        return Err(format!("its sizes do not make sense: {sizes:?} and {limits:?}"));
+    }
+    if limits.max_sequence_tokens != sizes.max_sequence_tokens {
+        let (of_limits, of_sizes) = (limits.max_sequence_tokens, sizes.max_sequence_tokens);
+        return Err(format!("a sequence has {of_limits} tokens by its limits and {of_sizes} by its sizes"));
+    }
+    let row_align = memory::row_align(limits.vocab_size, k);
+    Ok(Rules { limits: limits.clone(), sizes: sizes.clone(), first_chunk_plan, row_align })
+}
+
+impl Results {
+    /// Copies the largest logits of the rows to the host, in one piece, and waits for it.
+    fn take(&mut self, rows: Vec<usize>) -> Result<()> {
+        self.values.clear();
+        self.ids.clear();
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let is_decode = |row: &usize| *row < self.places.decode_rows;
+        let (decode, prefill) = (rows.iter().any(is_decode), !rows.iter().all(is_decode));
+        let range = self.places.written(decode, prefill);
+        let offset = range.start as u64;
+        self.tops_host.download(range, &self.outputs, offset, &self.stream)?;
+        let host = self.tops_host.bytes()?;
+        let row_bytes = 4 * self.places.k;
+        for row in &rows {
+            let [values, ids] = self.places.top(*row).map(|offset| offset as usize..offset as usize + row_bytes);
+            let (Some(values), Some(ids)) = (host.get(values), host.get(ids)) else {
+                return Err(Error::Step(format!("row {row} of the outputs is outside of them")));
+            };
+            self.values.extend(values.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+            self.ids.extend(ids.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)));
+        }
+        if let Some(id) = self.ids.iter().find(|id| **id as usize >= self.places.vocab_size) {
+            let most = self.places.vocab_size - 1;
+            return Err(Error::Numerics(format!("the plan returned token id {id}, past the last, which is {most}")));
+        }
+        self.rows = rows;
+        Ok(())
+    }
+}
+
+impl DeferredLogits for Results {
+    fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn top(&self, row: usize) -> Top<'_> {
+        let range = row * self.places.k..(row + 1) * self.places.k;
+        Top { values: &self.values[range.clone()], ids: &self.ids[range] }
+    }
+
+    fn fetch(&mut self, row: usize) -> Result<&[f32]> {
+        let Part { offset, bytes } = self.places.row(self.rows[row]);
+        self.row_host.download(0..bytes as usize, &self.outputs, offset, &self.stream)?;
+        let bytes = self.row_host.bytes()?;
+        bytemuck::try_cast_slice(bytes).map_err(|error| Error::Gpu(format!("pinned memory is not aligned: {error}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::compile::{BuildRequest, Precision, Progress, Recipe, build};
+
+    struct Quiet;
+    impl Progress for Quiet {
+        fn stage(&self, _: &str, _: u64) {}
+        fn advance(&self, _: u64) {}
+        fn warn(&self, _: &str) {}
+    }
+
+    /// What the builder writes is what the executor takes: sizes, bindings and weights.
+    #[test]
+    fn packages_of_the_builder_can_be_laid_out() {
+        for (target, precision) in [("a100", Precision::Bf16), ("a100", Precision::Int8), ("h100", Precision::Fp8)] {
+            let folder = tempfile::tempdir().unwrap();
+            let output = folder.path().join("package");
+            let request = BuildRequest {
+                checkpoint: "tests/data/tiny-chat".into(),
+                recipes: vec![Recipe { precision, ..Recipe::load(target).unwrap() }],
+                output: output.clone(),
+                replace: false,
+                prepare: true,
+                calibration: None,
+            };
+            build(&request, &(Arc::new(Quiet) as Arc<dyn Progress>)).unwrap();
+            let package = Package::open(Path::new(&output)).unwrap();
+            let plan = &package.manifest().plans[0];
+            let info = plan.tensorrt.as_ref().unwrap();
+            let mut rules = rules(plan, info, true).unwrap();
+            let machine = Machine {
+                device_bytes: 85_000_000_000,
+                free_bytes: 84_000_000_000,
+                kv_cache_gib: &info.kv_cache_gib,
+                asked: None,
+            };
+            let (layout, words) = memory::fit(info, &mut rules, 1 << 20, &machine).unwrap();
+            assert_eq!(layout.slots, plan.limits.slots, "{words}");
+            assert_eq!(
+                layout.slot_bytes.values().sum::<u64>() as usize,
+                plan.kv_bytes_per_token * plan.limits.max_sequence_tokens
+            );
+            let file = TensorFile::open(&package.file_path(&plan.weights)).unwrap();
+            let data = weights::find(&file, &info.bindings, &layout).unwrap();
+            assert_eq!(data.len(), info.bindings.iter().filter(|b| b.role == Role::Weight).count());
+            assert!(!data.is_empty());
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! What an executor says while it opens and runs.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// Who hears what opening and running a plan has to say.
+#[derive(Clone, Default)]
+pub struct Report(Option<Arc<Hear>>);
+
+type Hear = dyn Fn(&Event<'_>) + Send + Sync;
+
+/// What a [`Report`] hears.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event<'a> {
+    /// A sentence for people: what is chosen, what memory is used.
+    Fact(&'a str),
+    /// Weights are being copied to the GPU.
+    Loading {
+        /// Bytes that are there.
+        done_bytes: u64,
+        /// All.
+        total_bytes: u64,
+    },
+}
+
+impl Report {
+    /// Has it heard. By default nobody does.
+    pub fn to(hear: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Report {
+        Report(Some(Arc::new(hear)))
+    }
+
+    /// Says a sentence.
+    pub fn fact(&self, text: &str) {
+        self.event(&Event::Fact(text));
+    }
+
+    pub(super) fn event(&self, event: &Event<'_>) {
+        if let Some(hear) = &self.0 {
+            hear(event);
+        }
+    }
+}
+
+impl fmt::Debug for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Report" } else { "no Report" })
+    }
+}

@@ -1,0 +1,344 @@
+//! `--kernels`: what a compiled plan launches, and what that costs.
+
+use std::fmt;
+
+use aotron::backend::tensorrt::analysis::{Copied, GPUS, Place, StepKernels, Traffic};
+use aotron::backend::tensorrt::kernels::{Kernel, KernelKind, KernelTensor};
+use aotron::engine::tensorrt::{Binding, Role};
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
+
+use super::tensorrt::Extent;
+use super::term;
+
+/// Sequences and tokens of each that the time of a step is given for.
+const SITUATIONS: [(usize, usize); 2] = [(1, 2048), (8, 2048)];
+/// Widths of the table's columns, which make 100 with the space between them.
+const COLUMNS: [usize; 4] = [9, 19, 41, 26];
+
+/// The kernels of all steps.
+pub struct Listing {
+    pub target: &'static str,
+    pub precision: String,
+    pub library: String,
+    /// Of the target.
+    pub compute_capability: u16,
+    /// What was compiled for.
+    pub compiled_for: u16,
+    pub max_sequence_tokens: usize,
+    /// Weights that are part of the plan.
+    pub weight_bytes_in_plan: u64,
+    pub bindings: Vec<Binding>,
+    pub steps: Vec<StepListing>,
+    pub traffic: Traffic,
+    /// Lines that could not be read.
+    pub unread: Vec<String>,
+    pub extent: Extent,
+}
+
+/// The kernels of a step.
+#[derive(Serialize)]
+pub struct StepListing {
+    pub name: &'static str,
+    pub analysis: StepKernels,
+    pub kernels: Vec<Kernel>,
+}
+
+fn sm(capability: u16) -> String {
+    format!("{}.{}", capability / 10, capability % 10)
+}
+
+impl StepListing {
+    /// `8`, or `8 to 9`.
+    fn layer_launches(&self) -> String {
+        match self.analysis.layer_launches() {
+            Some((fewest, most)) if fewest == most => fewest.to_string(),
+            Some((fewest, most)) => format!("{fewest} to {most}"),
+            None => "none".into(),
+        }
+    }
+
+    /// What makes two layers alike: the same kernels of the same types in the same order.
+    fn signature(&self, layer: usize) -> Vec<Likeness<'_>> {
+        self.analysis.layer(layer, &self.kernels).map(likeness).collect()
+    }
+
+    /// The layer that most are alike, and those.
+    fn most_alike(&self) -> Option<(usize, Vec<usize>)> {
+        let layers = self.analysis.by_layer.len();
+        let signatures: Vec<_> = (0..layers).map(|layer| self.signature(layer)).collect();
+        let like = |layer: usize| -> Vec<usize> {
+            (0..layers).filter(|other| signatures[*other] == signatures[layer]).collect()
+        };
+        (0..layers).map(|layer| (layer, like(layer))).rev().max_by_key(|(_, alike)| alike.len())
+    }
+
+    fn write(&self, f: &mut fmt::Formatter<'_>, bindings: &[Binding], extent: Extent) -> fmt::Result {
+        let StepKernels { launches, by_layer, .. } = &self.analysis;
+        let (layers, around) = (by_layer.len(), launches - by_layer.iter().sum::<usize>());
+        let each = self.layer_launches();
+        let layers_text = term::plural(layers, "layer");
+        writeln!(f, "{}: {launches} kernels, {each} in each of {layers_text}, {around} around them", self.name)?;
+        let placed: Vec<(&Kernel, Place)> =
+            self.kernels.iter().zip(self.analysis.places.iter().copied()).filter(|(k, _)| k.is_launched()).collect();
+        if extent == Extent::All {
+            let mut place = None;
+            for (kernel, at) in placed {
+                if place != Some(at) {
+                    match at {
+                        Place::Before => writeln!(f, " before the layers")?,
+                        Place::Layer(layer) => writeln!(f, " layer {layer}")?,
+                        Place::After => writeln!(f, " after the layers")?,
+                    }
+                }
+                place = Some(at);
+                write_kernel(f, kernel, bindings)?;
+            }
+            return writeln!(f);
+        }
+        let Some((layer, alike)) = self.most_alike() else { return writeln!(f) };
+        let others = match layers - alike.len() {
+            0 => String::new(),
+            1 => "; 1 other differs (--kernels=all prints it)".to_owned(),
+            n => format!("; {n} others differ (--kernels=all prints them)"),
+        };
+        match (alike.len(), alike.last()) {
+            (1, _) | (_, None) => writeln!(f, " layer {layer}{others}")?,
+            (n, Some(last)) => writeln!(f, " layers {layer} to {last}, × {n}{others}")?,
+        }
+        self.analysis.layer(layer, &self.kernels).try_for_each(|kernel| write_kernel(f, kernel, bindings))?;
+        writeln!(f)
+    }
+}
+
+/// Kind, operations and the types of what is written.
+type Likeness<'a> = (KernelKind, Vec<&'a str>, Vec<String>);
+
+fn likeness(kernel: &Kernel) -> Likeness<'_> {
+    let mut types: Vec<String> = kernel.outputs.iter().map(KernelTensor::ty).collect();
+    types.sort_unstable();
+    (kernel.kind, kernel.operations(), types)
+}
+
+/// A weight or cache by the end of its name, which tells it from the others of its layer.
+fn short(name: &str) -> &str {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    let Some(rest) = name.strip_prefix("layers.") else { return name };
+    rest.split_once('.').map_or(name, |(_, name)| name)
+}
+
+/// Bound tensors by name (weights with their type), values inside the plan by type; each once, bound ones first.
+fn items(tensors: &[KernelTensor], bindings: &[Binding]) -> Vec<String> {
+    let mut seen: Vec<&str> = Vec::new();
+    let (mut bound, mut inside): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
+    for tensor in tensors {
+        if seen.contains(&tensor.name.as_str()) {
+            continue;
+        }
+        seen.push(&tensor.name);
+        match bindings.iter().find(|binding| binding.name == tensor.name).map(|binding| binding.role) {
+            Some(Role::Weight) if tensor.dims.len() > 1 => {
+                let ty = tensor.ty();
+                let dims = ty.find('[').map_or("", |at| &ty[at..]);
+                bound.push(format!("{}{dims}", short(&tensor.name)));
+            }
+            Some(_) => bound.push(short(&tensor.name).to_owned()),
+            None => inside.push(tensor.ty()),
+        }
+    }
+    // TensorRT lists them in another order from one build to the next.
+    bound.sort_unstable();
+    bound.append(&mut inside);
+    bound
+}
+
+/// Items over as many lines as they need.
+fn wrapped(items: &[String], width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for (index, item) in items.iter().enumerate() {
+        let comma = if index + 1 < items.len() { "," } else { "" };
+        let Some(line) = lines.last_mut() else { break };
+        match line.chars().count() {
+            0 => *line = format!("{item}{comma}"),
+            used if used + 1 + item.chars().count() + comma.len() <= width => {
+                line.push(' ');
+                line.push_str(item);
+                line.push_str(comma);
+            }
+            _ => lines.push(format!("{item}{comma}")),
+        }
+    }
+    lines
+}
+
+/// What the kernel does in TensorRT's abbreviations, cut to its column.
+fn operations(kernel: &Kernel) -> String {
+    let operations = kernel.operations();
+    let text = match (operations.is_empty(), kernel.layer_type.as_str()) {
+        (false, _) => operations.join(" "),
+        (true, "gemm") => "gemm".to_owned(),
+        (true, _) => kernel.name.trim_matches('_').to_owned(),
+    };
+    match text.chars().count() > COLUMNS[1] {
+        true => text.chars().take(COLUMNS[1] - 1).chain(['…']).collect(),
+        false => text,
+    }
+}
+
+fn write_kernel(f: &mut fmt::Formatter<'_>, kernel: &Kernel, bindings: &[Binding]) -> fmt::Result {
+    let mut read = items(&kernel.inputs, bindings);
+    let codes = kernel.constants.iter().filter(|constant| constant.dims.iter().filter(|n| **n != 1).count() >= 2);
+    read.extend(codes.map(|constant| format!("{} in the plan", constant.ty())));
+    let read = wrapped(&read, COLUMNS[2]);
+    let written = wrapped(&items(&kernel.outputs, bindings), COLUMNS[3]);
+    for line in 0..read.len().max(written.len()) {
+        let (kind, what) = match line {
+            0 => (kernel.kind.to_string(), operations(kernel)),
+            _ => (String::new(), String::new()),
+        };
+        let cell = |lines: &[String]| lines.get(line).cloned().unwrap_or_default();
+        let [a, b, c, _] = COLUMNS;
+        let text = format!("  {kind:<a$} {what:<b$} {:<c$} {}", cell(&read), cell(&written));
+        writeln!(f, "{}", text.trim_end())?;
+    }
+    Ok(())
+}
+
+impl Listing {
+    fn title(&self) -> String {
+        let compiled = format!("compiled for SM {} by {}", sm(self.compiled_for), self.library);
+        let stands_in = match self.compute_capability == self.compiled_for {
+            true => String::new(),
+            false => format!(
+                "\nTensorRT for RTX does not compile for the target's SM {}; TensorRT 11 there may choose other kernels.",
+                sm(self.compute_capability)
+            ),
+        };
+        format!("kernels for {} in {}, {compiled}{stands_in}", self.target, self.precision)
+    }
+
+    fn situations(&self) -> impl Iterator<Item = (usize, usize)> {
+        let most = self.max_sequence_tokens;
+        SITUATIONS.into_iter().map(move |(sequences, tokens)| (sequences, tokens.min(most)))
+    }
+
+    fn write_copies(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        step: &StepListing,
+        what: &str,
+        copies: &[Copied],
+    ) -> fmt::Result {
+        let Some(first) = copies.first() else { return Ok(()) };
+        let kernel = step.kernels.get(first.kernel).map(operations).unwrap_or_default();
+        let of = first.of.as_deref().map(|of| format!(" of {of}")).unwrap_or_default();
+        writeln!(f, "  {} copies a {what}: `{kernel}`{of} as {}; {} such", step.name, first.what, copies.len())
+    }
+
+    fn write_analysis(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let wide = 13;
+        writeln!(f, "{:<wide$}{:>9}{:>12}{:>15}{:>14}", "step", "kernels", "a layer", "weight copies", "cache copies")?;
+        for step in &self.steps {
+            let StepKernels { launches, weight_copies, cache_copies, .. } = &step.analysis;
+            let (weights, caches) = (weight_copies.len(), cache_copies.len());
+            writeln!(f, "{:<wide$}{launches:>9}{:>12}{weights:>15}{caches:>14}", step.name, step.layer_launches())?;
+        }
+        for step in &self.steps {
+            self.write_copies(f, step, "weight", &step.analysis.weight_copies)?;
+            self.write_copies(f, step, "cache", &step.analysis.cache_copies)?;
+        }
+        if !self.unread.is_empty() {
+            let lines = term::plural(self.unread.len(), "line");
+            writeln!(f, "{lines} of TensorRT's list could not be read and are not counted (--format json has them)")?;
+        }
+        let Traffic { weight_bytes, row_bytes, kv_bytes_per_token } = self.traffic;
+        writeln!(f, "\ndecoding a token of each sequence reads at least")?;
+        let in_plan = match self.weight_bytes_in_plan {
+            0 => String::new(),
+            bytes => format!(", {} of them part of the plan", term::bytes(bytes)),
+        };
+        writeln!(f, "  {:>9}  of weights, once{in_plan}", term::bytes(weight_bytes))?;
+        writeln!(f, "  {:>9}  of rows of tables for each sequence", term::bytes(row_bytes))?;
+        writeln!(f, "  {:>9}  of keys and values for each token of each sequence", term::bytes(kv_bytes_per_token))?;
+        writeln!(
+            f,
+            "\nso memory bandwidth alone allows (least time of a step, most tokens a second of all sequences)"
+        )?;
+        let gpus = || GPUS.iter().filter(|gpu| self.precision != "fp8" || gpu.compute_capability >= 89);
+        write!(f, "  {:<29}{:>9}", "", "reads")?;
+        gpus().try_for_each(|gpu| write!(f, "{:>20}", gpu.name))?;
+        write!(f, "\n  {:<38}", "")?;
+        gpus().try_for_each(|gpu| write!(f, "{:>20}", format!("{} GB/s", gpu.bytes_per_second / 1_000_000_000)))?;
+        writeln!(f)?;
+        for (sequences, tokens) in self.situations() {
+            let bytes = self.traffic.decode_bytes(sequences, tokens);
+            let what = format!("{} of {tokens} tokens", term::plural(sequences, "sequence"));
+            write!(f, "  {what:<29}{:>9}", term::bytes(bytes))?;
+            for gpu in gpus() {
+                let seconds = gpu.seconds(bytes);
+                let rate = rounded(sequences as f64 / seconds);
+                write!(f, "{:>20}", format!("{} {rate:>8}", time(seconds)))?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}
+
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
+        s => format!("{:.1} ms", s * 1e3),
+    }
+}
+
+/// Three digits.
+fn rounded(rate: f64) -> String {
+    match rate {
+        r if r < 9.995 => format!("{r:.2}"),
+        r if r < 99.95 => format!("{r:.1}"),
+        r => format!("{r:.0}"),
+    }
+}
+
+impl fmt::Display for Listing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}\n", self.title())?;
+        let [a, b, c, _] = COLUMNS;
+        writeln!(f, "  {:<a$} {:<b$} {:<c$} writes", "kind", "operations", "reads")?;
+        // The kernels of later chunks are in the summary, and here if there are no others for prefill.
+        let shown = if self.extent == Extent::All { self.steps.len() } else { 2 };
+        self.steps.iter().take(shown).try_for_each(|step| step.write(f, &self.bindings, self.extent))?;
+        self.write_analysis(f)
+    }
+}
+
+impl Serialize for Listing {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let decode: Vec<Value> = self
+            .situations()
+            .flat_map(|(sequences, tokens)| GPUS.into_iter().map(move |gpu| (sequences, tokens, gpu)))
+            .map(|(sequences, tokens, gpu)| {
+                let bytes = self.traffic.decode_bytes(sequences, tokens);
+                let seconds = gpu.seconds(bytes);
+                json!({
+                    "gpu": gpu, "sequences": sequences, "tokens": tokens, "bytes": bytes,
+                    "least_seconds": seconds, "most_tokens_per_second": sequences as f64 / seconds,
+                })
+            })
+            .collect();
+        json!({
+            "target": self.target,
+            "precision": self.precision,
+            "library": self.library,
+            "compute_capability": self.compute_capability,
+            "compiled_for": self.compiled_for,
+            "weight_bytes_in_plan": self.weight_bytes_in_plan,
+            "traffic": self.traffic,
+            "decode": decode,
+            "steps": self.steps,
+            "unread": self.unread,
+        })
+        .serialize(serializer)
+    }
+}

@@ -1,0 +1,323 @@
+//! What `--network` and `--kernels` look at: the plans that TensorRT makes of the model.
+
+use std::io::{IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
+use aotron::backend::tensorrt::kernels::KernelLog;
+use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, lower};
+use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Monitor};
+use aotron::checkpoint::ModelConfig;
+use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
+use aotron::engine::tensorrt::Sizes;
+use aotron::engine::{PlanInfo, tensorrt::TensorRtInfo};
+use aotron::graph::Graph;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use super::super::args::usage;
+use super::super::build::precision;
+use super::kernels::{Listing, StepListing};
+use super::network::Networks;
+use super::{Subject, term};
+
+/// Which of TensorRT's views to print, and of which plan.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "TensorRT (needs its library, but no GPU and no weights)")]
+pub struct PlanFlags {
+    /// Print the network that TensorRT is given, as it reads it back; `all` layers, or each kind once
+    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = extent)]
+    network: Option<Extent>,
+    /// Compile, and print the kernels of each step, what they copy and how fast memory lets them decode; of `all` layers,
+    /// or of one of each kind
+    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = extent)]
+    kernels: Option<Extent>,
+    /// Recipe of the plan [default: the package's plan, or a100]
+    #[arg(long, value_name = "NAME|FILE")]
+    recipe: Option<String>,
+    /// Number format of weights [default: the plan's]
+    #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8")]
+    precision: Option<Precision>,
+}
+
+/// How much to print.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// What repeats, once.
+    Once,
+    /// Everything.
+    All,
+}
+
+fn extent(text: &str) -> Result<Extent, String> {
+    match text {
+        "" => Ok(Extent::Once),
+        "all" => Ok(Extent::All),
+        _ => Err("expected nothing or `all`".into()),
+    }
+}
+
+impl PlanFlags {
+    /// Whether anything of TensorRT is to be printed.
+    pub fn is_wanted(&self) -> bool {
+        self.network.is_some() || self.kernels.is_some()
+    }
+
+    /// Refuses flags that do nothing.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let idle = [("--recipe", self.recipe.is_some()), ("--precision", self.precision.is_some())];
+        match idle.iter().find(|(_, given)| *given) {
+            Some((name, _)) if !self.is_wanted() => Err(usage(format!("{name} is for --network and --kernels"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// SM 8.9 stands in for SM 9.0, which TensorRT for RTX does not compile for: the lowest with FP8.
+const STAND_IN: (u16, u16) = (90, 89);
+
+/// The plans to look at.
+struct Plans<'a> {
+    config: &'a ModelConfig,
+    target: &'static str,
+    precision: Precision,
+    calibration: Calibration,
+    sizes: Sizes,
+    compute_capability: u16,
+    /// `None`: unless weights are part of the plan.
+    has_first_chunk_plan: Option<bool>,
+}
+
+impl Plans<'_> {
+    fn of<'a>(flags: &PlanFlags, subject: &'a Subject) -> anyhow::Result<Plans<'a>> {
+        let packaged = match subject {
+            Subject::Engine(package) => packaged(&package.manifest().plans, flags.recipe.as_deref()),
+            _ => None,
+        };
+        let name = flags.recipe.as_deref().or(packaged.map(|(plan, _)| plan.target.as_str())).unwrap_or("a100");
+        let mut recipe = Recipe::load(name)?;
+        let packaged_precision = packaged.map(|(plan, _)| {
+            serde_json::from_value(json!(plan.precision))
+                .with_context(|| format!("precision `{}` of the {} plan", plan.precision, plan.target))
+        });
+        recipe.precision = match (flags.precision, packaged_precision) {
+            (Some(precision), _) => precision,
+            (None, Some(precision)) => precision?,
+            (None, None) => recipe.precision,
+        };
+        recipe.check()?;
+        let (Some(options), Some(compute_capability)) = (&recipe.tensorrt, recipe.target.compute_capability()) else {
+            return Err(usage(format!("recipe {name} is not for a GPU: TensorRT has no plan of it")));
+        };
+        let config = subject.config();
+        // What a scale is changes no kernel, unless it is 1, which TensorRT leaves out with the rounding.
+        let any_scale = Calibration::uniform(0.01);
+        let (sizes, calibration, has_first_chunk_plan) = match packaged {
+            Some((_, info)) => {
+                let scales = info.activation_scales.clone();
+                let calibration = if scales.is_empty() { any_scale } else { Calibration::from_scales(scales) };
+                let first_chunk = info.compiled.as_ref().map(|compiled| compiled.first_chunk_plan.is_some());
+                (info.sizes.clone(), calibration, first_chunk.or(options.first_chunk_plan))
+            }
+            None => {
+                let sizes = recipe.tensorrt_sizes(options, &recipe.limits(config)?);
+                (sizes, any_scale, options.first_chunk_plan)
+            }
+        };
+        Ok(Plans {
+            config,
+            target: recipe.target.name(),
+            precision: recipe.precision,
+            calibration,
+            sizes,
+            compute_capability,
+            has_first_chunk_plan,
+        })
+    }
+
+    fn graph(&self) -> aotron::Result<Graph> {
+        let tokens = self.sizes.max_sequence_tokens;
+        Ok(optimized_graph(self.config, self.precision, tokens, Some(&self.calibration))?.0)
+    }
+
+    fn lowered(&self, graph: &Graph, attends: Attends, monitor: Arc<dyn Monitor>) -> aotron::Result<Lowered> {
+        let library = Library::find(Kind::Rtx)?;
+        lower(graph, library.network(monitor)?, attends, &self.sizes, &Constants::Arbitrary)
+    }
+
+    fn has_first_chunk_plan(&self, lowered: &Lowered) -> bool {
+        self.has_first_chunk_plan.unwrap_or(!lowered.weights.iter().any(|weight| weight.in_plan))
+    }
+
+    fn networks(&self, extent: Extent) -> anyhow::Result<Networks> {
+        let graph = self.graph()?;
+        let cache = self.lowered(&graph, Attends::Cache, Arc::new(()))?;
+        let first_chunk = match self.has_first_chunk_plan(&cache) {
+            true => Some(self.lowered(&graph, Attends::Chunk, Arc::new(()))?.network.layers()?),
+            false => None,
+        };
+        let title = format!("network for {} in {}", self.target, self.precision);
+        Ok(Networks { title, bindings: cache.bindings, layers: cache.network.layers()?, first_chunk, extent })
+    }
+
+    fn kernels(&self, extent: Extent) -> anyhow::Result<Listing> {
+        let library = Library::find(Kind::Rtx)?;
+        let compiled_for = match self.compute_capability {
+            capability if capability == STAND_IN.0 => STAND_IN.1,
+            capability => capability,
+        };
+        let graph = self.graph()?;
+        let compile = |attends, name: &str| -> aotron::Result<(Lowered, Arc<KernelLog>)> {
+            let log = Arc::new(KernelLog::new(Arc::new(Follower::new(format!("compiling {name}")))));
+            let mut lowered = self.lowered(&graph, attends, log.clone())?;
+            lowered.network.build(&BuildOptions {
+                compute_capability: Some(compiled_for),
+                list_kernels: true,
+                profiles: lowered.profiles.clone(),
+                ..BuildOptions::default()
+            })?;
+            Ok((lowered, log))
+        };
+        let (lowered, log) = compile(Attends::Cache, "the plan that prefills and decodes")?;
+        let Lowered { bindings, weights, .. } = &lowered;
+        let mut kernels = log.kernels();
+        let step = |name, kernels: Vec<_>, bindings: &_| StepListing {
+            name,
+            analysis: StepKernels::of(&kernels, bindings),
+            kernels,
+        };
+        let mut taken = |profile: usize| kernels.profiles.get_mut(profile).map(std::mem::take).unwrap_or_default();
+        let (later_chunk, decode) = (taken(0), taken(1));
+        let traffic = Traffic::of(&decode, bindings, weights);
+        let mut steps = vec![step("decode", decode, bindings)];
+        let mut unread = kernels.unread;
+        if self.has_first_chunk_plan(&lowered) {
+            let (lowered, log) = compile(Attends::Chunk, "the plan for first chunks")?;
+            let mut kernels = log.kernels();
+            let first_chunk = kernels.profiles.first_mut().map(std::mem::take).unwrap_or_default();
+            steps.push(step("first chunk", first_chunk, &lowered.bindings));
+            unread.extend(kernels.unread);
+        }
+        steps.push(step("later chunk", later_chunk, bindings));
+        let parts = weights.iter().filter(|weight| weight.in_plan).map(|weight| weight.bytes()).sum();
+        Ok(Listing {
+            target: self.target,
+            precision: self.precision.to_string(),
+            library: format!("{} {}", library.kind().name(), library.version()),
+            compute_capability: self.compute_capability,
+            compiled_for,
+            max_sequence_tokens: self.sizes.max_sequence_tokens,
+            weight_bytes_in_plan: parts,
+            bindings: bindings.clone(),
+            steps,
+            traffic,
+            unread,
+            extent,
+        })
+    }
+}
+
+/// The package's first TensorRT plan, of a target if one is named.
+fn packaged<'a>(plans: &'a [PlanInfo], target: Option<&str>) -> Option<(&'a PlanInfo, &'a TensorRtInfo)> {
+    let fits = |plan: &&PlanInfo| target.is_none_or(|target| plan.target == target);
+    plans.iter().filter(fits).find_map(|plan| Some((plan, plan.tensorrt.as_ref()?)))
+}
+
+/// What the flags ask for.
+pub fn dump(flags: &PlanFlags, subject: &Subject) -> anyhow::Result<(Option<Networks>, Option<Listing>)> {
+    if !flags.is_wanted() {
+        return Ok((None, None));
+    }
+    let plans = Plans::of(flags, subject)?;
+    let network = flags.network.map(|extent| plans.networks(extent)).transpose()?;
+    let kernels = flags.kernels.map(|extent| plans.kernels(extent)).transpose()?;
+    Ok((network, kernels))
+}
+
+/// How often a compilation says that it goes on where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Shows on standard error that a compilation goes on: how far it is, TensorRT does not say.
+struct Follower {
+    name: String,
+    started: Instant,
+    bar: ProgressBar,
+    last_line: Mutex<Instant>,
+}
+
+impl Follower {
+    fn new(name: String) -> Follower {
+        let bar = ProgressBar::new_spinner().with_message(name.clone());
+        let bar = match ProgressStyle::with_template("{spinner} {msg}, {elapsed}") {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
+        };
+        bar.enable_steady_tick(Duration::from_millis(100));
+        Follower { name, started: Instant::now(), bar, last_line: Mutex::new(Instant::now()) }
+    }
+}
+
+impl Monitor for Follower {
+    fn step(&self, _phase: &str, _step: usize) -> ControlFlow<()> {
+        if let Ok(mut last) = self.last_line.lock()
+            && last.elapsed() >= LINE_INTERVAL
+            && !std::io::stderr().is_terminal()
+        {
+            *last = Instant::now();
+            let _ = writeln!(std::io::stderr(), "{}, {}", self.name, term::duration(self.started.elapsed()));
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aotron::backend::Limits;
+
+    #[test]
+    fn a_package_is_looked_at_by_its_own_plan() {
+        let sizes = Sizes {
+            max_sequence_tokens: 64,
+            decode_sequences: 2,
+            prefill_sequences: 1,
+            prefill_tokens: 16,
+            prefill_logits_rows: 2,
+            top_tokens: 4,
+        };
+        let limits =
+            Limits { slots: 2, max_sequence_tokens: 64, max_step_tokens: 16, max_logits_rows: 2, vocab_size: 100 };
+        let plan = |target: &str, tensorrt| PlanInfo {
+            target: target.into(),
+            precision: "bf16".into(),
+            plan: None,
+            weights: "weights".into(),
+            limits: limits.clone(),
+            kv_bytes_per_token: 1,
+            recipe: String::new(),
+            tensorrt,
+        };
+        let info = TensorRtInfo {
+            compute_capability: 90,
+            compiled: None,
+            sizes,
+            bindings: Vec::new(),
+            kv_cache_gib: Default::default(),
+            activation_scales: Default::default(),
+        };
+        let plans = [plan("cpu", None), plan("h100", Some(info.clone())), plan("a100", Some(info))];
+        let chosen = |target| packaged(&plans, target).map(|(plan, _)| plan.target.as_str());
+        assert_eq!(chosen(None), Some("h100"));
+        assert_eq!(chosen(Some("a100")), Some("a100"));
+        assert_eq!((chosen(Some("cpu")), chosen(Some("my.toml"))), (None, None));
+    }
+}

@@ -1,0 +1,397 @@
+//! The executor on the stand-ins. They take the place of libraries that a process opens once, so each test is a process
+//! of its own: a test that is ignored, run by one that sets its environment.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use aotron::backend::tensorrt::{Event, GpuOptions, Report, TensorRtExecutor, devices};
+use aotron::backend::{self, Chunk, Executor, ExecutorOptions, NextToken, Rows, Step};
+use aotron::checkpoint::Checkpoint;
+use aotron::engine::tensorrt::{Binding, Compiled, Extent, LibraryKind, Role, Sizes, StepSize, TensorRtInfo};
+use aotron::engine::{CheckpointInfo, GenerationSettings, Limits, Manifest, Package, PackageWriter, PlanInfo};
+use aotron::tensor::DType;
+use aotron::tensor_file::encode_header;
+use safetensors::tensor::Dtype;
+
+const VOCAB: usize = 200;
+const TOP: usize = 8;
+const LAYERS: usize = 2;
+const WEIGHTS: [usize; 5] = [300, 1, 77, 4096, 5];
+const SIZES: Sizes = Sizes {
+    max_sequence_tokens: 64,
+    decode_sequences: 6,
+    prefill_sequences: 1,
+    prefill_tokens: 8,
+    prefill_logits_rows: 3,
+    top_tokens: TOP,
+};
+
+/// A folder with both stand-ins, compiled once for this process.
+fn stand_ins() -> &'static Path {
+    static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let compile = || {
+        let folder = tempfile::tempdir().unwrap();
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tensorrt_runtime/fakes");
+        let header = format!("-DAOTRON_HEADER=\"{}\"", env!("AOTRON_TENSORRT_RTX_HEADER"));
+        for (file, library) in [("cuda.cpp", "libcuda.so.1"), ("tensorrt_rtx.cpp", "libtensorrt_rtx.so.1")] {
+            let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
+            let done = Command::new(compiler)
+                .args(["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Icpp/cuda", &header])
+                .arg(source.join(file))
+                .args(["-ldl", "-o"])
+                .arg(folder.path().join(library))
+                .current_dir(env!("CARGO_MANIFEST_DIR"))
+                .status()
+                .unwrap();
+            assert!(done.success());
+        }
+        folder
+    };
+    FOLDER.get_or_init(compile).path()
+}
+
+/// Runs an ignored test of this file on the stand-ins; gives what it printed.
+fn run(test: &str, environment: &[(&str, &str)]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "--nocapture", &format!("tensorrt_runtime::executor::{test}")])
+        .env("LD_LIBRARY_PATH", stand_ins())
+        .env("AOTRON_TENSORRT_DIR", stand_ins())
+        .env("AOTRON_TEST_FOLDER", folder.path())
+        .env("XDG_CACHE_HOME", folder.path().join("cache"))
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    text
+}
+
+fn folder() -> PathBuf {
+    std::env::var_os("AOTRON_TEST_FOLDER").expect("run by another test").into()
+}
+
+fn bindings() -> Vec<Binding> {
+    use Extent::{Fixed, Step};
+    use StepSize::{B, R, T};
+    let binding = |name: String, role, dtype, shape: &[Extent]| Binding { name, role, dtype, shape: shape.to_vec() };
+    let weight = |(i, n): (usize, &usize)| binding(format!("weight.{i}"), Role::Weight, DType::BF16, &[Fixed(*n)]);
+    let mut all: Vec<Binding> = WEIGHTS.iter().enumerate().map(weight).collect();
+    all.extend([
+        binding("token_ids".into(), Role::TokenIds, DType::I32, &[Step(B), Step(T)]),
+        binding("positions".into(), Role::Positions, DType::I32, &[Step(B), Step(T)]),
+        binding("past_tokens".into(), Role::PastTokens, DType::I32, &[Step(B)]),
+        binding("total_tokens".into(), Role::TotalTokens, DType::I32, &[Step(B)]),
+        binding("logits_rows".into(), Role::LogitsRows, DType::I32, &[Step(R)]),
+        binding("logits".into(), Role::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
+        binding("top_logits".into(), Role::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
+        binding("top_ids".into(), Role::TopIds, DType::I32, &[Step(R), Fixed(TOP)]),
+    ]);
+    let cache = [Step(B), Fixed(3), Fixed(SIZES.max_sequence_tokens), Fixed(4)];
+    for layer in 0..LAYERS {
+        for (name, role) in [
+            (format!("keys.{layer}"), Role::KeyCache(layer)),
+            (format!("values.{layer}"), Role::ValueCache(layer)),
+            (format!("new_keys.{layer}"), Role::UpdatedKeys(layer)),
+            (format!("new_values.{layer}"), Role::UpdatedValues(layer)),
+        ] {
+            all.push(binding(name, role, DType::BF16, &cache));
+        }
+    }
+    all
+}
+
+/// A plan of the stand-in.
+fn plan_text(first_chunk: bool) -> String {
+    let mut text = String::new();
+    for binding in bindings().iter().filter(|b| !(first_chunk && b.role == Role::TotalTokens)) {
+        let role = match binding.role {
+            Role::Weight => "weight",
+            Role::KeyCache(_) | Role::ValueCache(_) => "cache",
+            Role::UpdatedKeys(_) | Role::UpdatedValues(_) => "updated",
+            _ => binding.name.as_str(),
+        };
+        let alias = binding.name.strip_prefix("new_").unwrap_or("-");
+        let kind = if binding.role.is_output() { "output" } else { "input" };
+        text += &format!("{kind} {role} {} {} {alias} {}", binding.name, binding.dtype, binding.shape.len());
+        for extent in &binding.shape {
+            text += &match extent {
+                Extent::Fixed(n) => format!(" {n}"),
+                Extent::Step(_) => " -1".to_owned(),
+            };
+        }
+        text.push('\n');
+    }
+    text += &format!("profile 1 {} {}\n", SIZES.prefill_tokens, SIZES.prefill_logits_rows);
+    if !first_chunk {
+        text += &format!("profile {n} 1 {n}\n", n = SIZES.decode_sequences);
+    }
+    text
+}
+
+fn weight_bytes() -> Vec<u8> {
+    (0..2 * WEIGHTS.iter().sum::<usize>()).map(|i| (i * i + 3 * i) as u8).collect()
+}
+
+/// A package with one plan, for GPU 1 of the stand-in, at `name` in the test's folder.
+fn package(name: &str, plan: &str) -> Package {
+    let path = folder().join(name);
+    let mut writer = PackageWriter::create(&path, false).unwrap();
+    let tensors: Vec<(String, Dtype, Vec<usize>)> =
+        WEIGHTS.iter().enumerate().map(|(i, n)| (format!("weight.{i}"), Dtype::BF16, vec![*n])).collect();
+    let tensors: Vec<(&str, Dtype, Vec<usize>)> = tensors.iter().map(|(n, d, s)| (n.as_str(), *d, s.clone())).collect();
+    let files = [
+        ("plans/a100.plan", plan.as_bytes().to_vec()),
+        ("plans/a100-first.plan", plan_text(true).into_bytes()),
+        ("weights/bf16.safetensors", [encode_header(&tensors).unwrap(), weight_bytes()].concat()),
+    ];
+    for (file, bytes) in files {
+        writer.add(file, |write| write(&bytes)).unwrap();
+    }
+    let model = Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap().config().clone();
+    let checkpoint = CheckpointInfo { format: "hugging-face".into(), digest: "sha256:0".into() };
+    let generation = GenerationSettings { stop_token_ids: Vec::new(), stop_strings: Vec::new(), max_tokens: 8 };
+    let mut manifest = Manifest::new(model, checkpoint, generation);
+    manifest.plans.push(PlanInfo {
+        target: "a100".into(),
+        precision: "bf16".into(),
+        plan: Some("plans/a100.plan".into()),
+        weights: "weights/bf16.safetensors".into(),
+        limits: Limits {
+            slots: SIZES.decode_sequences,
+            max_sequence_tokens: SIZES.max_sequence_tokens,
+            max_step_tokens: 30,
+            max_logits_rows: 20,
+            vocab_size: VOCAB,
+        },
+        kv_bytes_per_token: LAYERS * 2 * 3 * 4 * 2,
+        recipe: String::new(),
+        tensorrt: Some(TensorRtInfo {
+            compute_capability: 80,
+            compiled: Some(Compiled {
+                library: LibraryKind::Rtx,
+                version: "1.7.1".into(),
+                first_chunk_plan: Some("plans/a100-first.plan".into()),
+            }),
+            sizes: SIZES,
+            bindings: bindings(),
+            kv_cache_gib: BTreeMap::from([(40, 16)]),
+            activation_scales: BTreeMap::new(),
+        }),
+    });
+    writer.finish(&mut manifest).unwrap();
+    Package::open(&path).unwrap()
+}
+
+/// The row of logits that the stand-in returns for a sequence.
+fn expected(tokens: &[u32]) -> Vec<f32> {
+    let weights = weight_bytes().iter().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(*byte)));
+    let hash = tokens.iter().fold(weights, |hash, token| hash.wrapping_mul(31).wrapping_add(token + 1));
+    (0..VOCAB as u32).map(|v| ((hash ^ v.wrapping_mul(2_654_435_761)) >> 8) as f32).collect()
+}
+
+/// Facts that were reported.
+fn listening() -> (Report, Arc<Mutex<Vec<String>>>) {
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let copy = heard.clone();
+    let hear = move |event: &Event<'_>| match event {
+        Event::Fact(text) => copy.lock().unwrap().push((*text).to_owned()),
+        Event::Loading { done_bytes, total_bytes } => assert!(done_bytes <= total_bytes),
+    };
+    (Report::to(hear), heard)
+}
+
+/// Numbers that look random.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % n
+    }
+}
+
+/// Sequences come, grow, are cut back and make place, in prefill steps of many shapes and decode steps of any slots.
+fn run_steps(executor: &mut dyn Executor, steps: usize) {
+    let limits = executor.limits().clone();
+    let mut sequences: Vec<Vec<u32>> = vec![Vec::new(); limits.slots];
+    let mut dice = Dice(7);
+    let mut ran = 0;
+    while ran < steps {
+        let decodes = dice.below(3) > 0;
+        let mut named: Vec<(usize, usize, Vec<u32>, Rows)> = Vec::new();
+        for (slot, sequence) in sequences.iter().enumerate() {
+            let known = sequence.len();
+            if dice.below(2) == 0 || (decodes && known == 0) {
+                continue;
+            }
+            let cut = if dice.below(6) == 0 { dice.below(known + 1) } else { known };
+            let past = cut.min(limits.max_sequence_tokens - 1);
+            let most = if decodes { 1 } else { (limits.max_sequence_tokens - past).min(13) };
+            let count = 1 + dice.below(most);
+            let tokens = (0..count).map(|_| dice.below(VOCAB) as u32).collect();
+            let rows = [Rows::None, Rows::Last, Rows::Last, Rows::All][dice.below(4)];
+            named.insert(dice.below(named.len() + 1), (slot, past, tokens, rows));
+        }
+        let step = if decodes {
+            let next = |(slot, past, tokens, _): &(usize, usize, Vec<u32>, Rows)| NextToken {
+                slot: *slot,
+                past_tokens: *past,
+                token: tokens[0],
+            };
+            Step::decode(&limits, &named.iter().map(next).collect::<Vec<_>>())
+        } else {
+            let chunks: Vec<Chunk<'_>> = named
+                .iter()
+                .map(|(slot, past, tokens, rows)| Chunk { slot: *slot, past_tokens: *past, tokens, rows: *rows })
+                .collect();
+            Step::prefill(&limits, &chunks)
+        };
+        let Ok(step) = step else { continue };
+        ran += 1;
+        let mut wanted = Vec::new();
+        for (slot, past, tokens, rows) in &named {
+            let sequence = &mut sequences[*slot];
+            sequence.truncate(*past);
+            for (index, token) in tokens.iter().enumerate() {
+                sequence.push(*token);
+                if decodes || *rows == Rows::All || (*rows == Rows::Last && index + 1 == tokens.len()) {
+                    wanted.push(expected(sequence));
+                }
+            }
+        }
+        let mut logits = executor.forward(&step).unwrap();
+        assert_eq!(logits.rows(), wanted.len());
+        for (row, wanted) in wanted.iter().enumerate() {
+            let top = logits.top(row).unwrap();
+            let mut ids: Vec<u32> = (0..VOCAB as u32).collect();
+            ids.sort_by(|x, y| wanted[*y as usize].total_cmp(&wanted[*x as usize]));
+            assert_eq!(top.ids, &ids[..TOP], "row {row} of step {ran}: {step:?}");
+            let values: Vec<f32> = ids[..TOP].iter().map(|id| wanted[*id as usize]).collect();
+            assert_eq!(top.values, values);
+        }
+        if !wanted.is_empty() {
+            let row = dice.below(wanted.len());
+            assert_eq!(logits.row(row).unwrap(), wanted[row]);
+        }
+    }
+}
+
+#[test]
+fn steps_give_what_their_sequences_give() {
+    let text = run("on_stand_ins_steps_run", &[]);
+    assert!(text.contains("kept kernels were taken"), "{text}");
+    run("on_stand_ins_steps_run", &[("FAKE_NO_CAPTURE", "1")]);
+}
+
+#[test]
+#[ignore = "run by steps_give_what_their_sequences_give"]
+fn on_stand_ins_steps_run() {
+    let package = package("whole", &plan_text(false));
+    let (report, heard) = listening();
+    let gpu = GpuOptions { report, ..GpuOptions::default() };
+    let options = ExecutorOptions { gpu, ..ExecutorOptions::default() };
+    let mut executor = backend::open(&package, &options).unwrap();
+    let facts = heard.lock().unwrap().clone();
+    assert_eq!(facts[0], "plan a100 (bf16) runs on GPU 1 (Fake A100-40GB)");
+    assert!(facts[1].starts_with("GPU 1 (Fake A100-40GB): weights "), "{facts:?}");
+    assert!(facts[1].contains("6 sequences of 64 tokens, 96 bytes a token"), "{facts:?}");
+    assert_eq!(facts[2..], ["kernels are compiled when they are first used, and kept for the next start"]);
+    assert_eq!(executor.limits().slots, 6);
+    run_steps(&mut *executor, 400);
+    let refused = heard.lock().unwrap().iter().filter(|fact| fact.contains("without CUDA graphs")).count();
+    assert_eq!(refused, usize::from(std::env::var_os("FAKE_NO_CAPTURE").is_some()), "said once");
+
+    // On another thread, with fewer slots, with the kernels of the first.
+    drop(executor);
+    assert_eq!(std::fs::read_dir(package.path().join("kernels")).unwrap().count(), 2);
+    let gpu = GpuOptions { slots: Some(3), no_graphs: true, ..GpuOptions::default() };
+    let mut executor = TensorRtExecutor::open(&package, &package.manifest().plans[0], &gpu).unwrap();
+    assert_eq!((executor.limits().slots, executor.gpu().index), (3, 1));
+    std::thread::spawn(move || run_steps(&mut executor, 100)).join().unwrap();
+}
+
+#[test]
+fn a_gpu_that_fails_says_so_from_then_on() {
+    run("on_stand_ins_a_gpu_fails", &[("FAKE_FAIL_AT", "4")]);
+}
+
+#[test]
+#[ignore = "run by a_gpu_that_fails_says_so_from_then_on"]
+fn on_stand_ins_a_gpu_fails() {
+    let package = package("whole", &plan_text(false));
+    let plan = &package.manifest().plans[0];
+    let mut executor = TensorRtExecutor::open(&package, plan, &GpuOptions::default()).unwrap();
+    let limits = executor.limits().clone();
+    let decode = |past_tokens| Step::decode(&limits, &[NextToken { slot: 0, past_tokens, token: 1 }]).unwrap();
+    for past_tokens in 0..3 {
+        assert!(executor.forward(&decode(past_tokens)).is_ok());
+    }
+    let error = executor.forward(&decode(3)).unwrap_err().to_string();
+    assert!(
+        error.starts_with("GPU: GPU 1 (Fake A100-40GB) has failed; start aotron anew to use it again: cannot "),
+        "{error}"
+    );
+    assert!(error.contains("an illegal memory access was encountered (FAKE_ILLEGAL_ADDRESS)"), "{error}");
+    assert_eq!(executor.forward(&decode(3)).unwrap_err().to_string(), error);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_allocated() {
+    run("on_stand_ins_plans_are_refused", &[]);
+}
+
+#[test]
+#[ignore = "run by what_does_not_fit_is_refused_before_anything_is_allocated"]
+fn on_stand_ins_plans_are_refused() {
+    let gpus = devices().unwrap();
+    assert_eq!(gpus.len(), 2);
+    assert_eq!((gpus[1].compute_capability, gpus[1].memory_bytes), (80, 42_400_000_000));
+
+    let whole = package("whole", &plan_text(false));
+    let refused = |package: &Package, plan: &PlanInfo, options: &GpuOptions| {
+        TensorRtExecutor::open(package, plan, options).err().expect("must be refused").to_string()
+    };
+    let plan = &whole.manifest().plans[0];
+    let on = |device| GpuOptions { device: Some(device), ..GpuOptions::default() };
+    let error = refused(&whole, plan, &on(0));
+    assert!(error.contains("it was built for SM 8.0 (A100), and GPU 0 is Fake L40, SM 8.9 (L4, L40)"), "{error}");
+    assert!(refused(&whole, plan, &on(2)).contains("there is no GPU 2, only 0 to 1"));
+    let error = refused(&whole, plan, &GpuOptions { slots: Some(7), ..GpuOptions::default() });
+    assert!(error.contains("7 slots, but this plan was built for 1 to 6"), "{error}");
+
+    let mut prepared = plan.clone();
+    prepared.tensorrt.as_mut().unwrap().compiled = None;
+    let error = refused(&whole, &prepared, &GpuOptions::default());
+    assert!(error.contains("it was prepared only, not compiled for SM 8.0 (A100)"), "{error}");
+    assert!(error.contains("--finish"), "{error}");
+    let mut large = plan.clone();
+    for binding in &mut large.tensorrt.as_mut().unwrap().bindings {
+        if binding.name == "weight.0" {
+            binding.shape = vec![Extent::Fixed(30_000_000_000)];
+        }
+    }
+    let changed = plan_text(false).replace("weight.0 bf16 - 1 300", "weight.0 bf16 - 1 30000000000");
+    let other = package("large", &changed);
+    large.tensorrt.as_mut().unwrap().compiled.as_mut().unwrap().first_chunk_plan = None;
+    let error = refused(&other, &large, &GpuOptions::default());
+    assert!(error.contains("not one sequence fits: weights 60.0 GB"), "{error}");
+
+    let old = package("old", &format!("old {}", plan_text(false)));
+    let error = refused(&old, plan, &GpuOptions::default());
+    assert!(error.contains("another version of TensorRT for RTX compiled it"), "{error}");
+    let other =
+        package("other", &plan_text(false).replace("input token_ids token_ids i32", "input token_ids token_ids bf16"));
+    let error = refused(&other, plan, &GpuOptions::default());
+    assert!(
+        error.contains("plans/a100.plan is not the plan that the manifest describes: its input token_ids: bf16"),
+        "{error}"
+    );
+    let other = package("other-sizes", &plan_text(false).replace("profile 6 1 6", "profile 5 1 5"));
+    assert!(refused(&other, plan, &GpuOptions::default()).contains("in the manifest up to [6, 1]"));
+    std::fs::write(whole.file_path("plans/a100.plan"), plan_text(false).replace("weight.0", "weight.X")).unwrap();
+    let error = refused(&whole, plan, &GpuOptions::default());
+    assert!(error.contains("does not match its digest"), "{error}");
+}
