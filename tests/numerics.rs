@@ -27,7 +27,7 @@ fn golden(shape: &Path) -> Vec<(Vec<u32>, Vec<f32>)> {
 }
 
 /// Logits of every position, in steps of `chunk` tokens.
-fn score(executor: &mut dyn Executor, slot: usize, ids: &[u32], chunk: usize) -> Vec<f32> {
+pub fn score(executor: &mut dyn Executor, slot: usize, ids: &[u32], chunk: usize) -> Vec<f32> {
     let limits = executor.limits().clone();
     let mut logits = Vec::new();
     let mut past_tokens = 0;

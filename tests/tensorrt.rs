@@ -12,7 +12,7 @@ use aotron::Error;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{Kernel, KernelKind, KernelLog, KernelTensor, Kernels};
 use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, lower};
-use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Version};
+use aotron::backend::tensorrt::{BuildOptions, Kind, Layers, Library, Monitor, Plan, Version};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Calibration, Precision, optimized_graph};
 use aotron::engine::tensorrt::{Binding, Extent, Role};

@@ -2,6 +2,8 @@
 
 /// The program, as its users run it.
 mod cli;
+/// Networks for TensorRT, computed on the CPU.
+mod evaluator;
 /// Packages with plans for GPUs.
 mod gpu_packages;
 /// A sequence's logits do not depend on its batch or its chunks.
@@ -18,5 +20,7 @@ mod packages;
 mod tensorrt;
 /// Running plans of TensorRT, on a stand-in for a GPU and with the real library.
 mod tensorrt_runtime;
+/// What the networks for TensorRT compute.
+mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;

@@ -72,7 +72,9 @@ pub fn choose(
             Err(lack) => lacks.push(format!("plan {name} does not: {lack}")),
         }
     }
-    Err(format!("none of its plans runs here; {}", lacks.join("; ")))
+    let has_cpu = plans.iter().any(|plan| plan.tensorrt.is_none());
+    let way_out = if has_cpu { "" } else { "; with --recipe cpu a plan is built that runs on any machine" };
+    Err(format!("none of its plans runs here; {}{way_out}", lacks.join("; ")))
 }
 
 /// The GPU that a plan runs on, or none for the CPU; or what is missing.

@@ -124,7 +124,7 @@ impl TensorRtFinding {
 /// An error of TensorRT without the name, which stands at the head of its line.
 fn words(error: &aotron::Error) -> String {
     match error {
-        aotron::Error::TensorRt(words) => words.clone(),
+        aotron::Error::TensorRt(words) | aotron::Error::Gpu(words) => words.clone(),
         other => other.to_string(),
     }
 }
@@ -167,7 +167,7 @@ impl Findings {
     fn gather() -> Findings {
         let (gpus, gpu_problem) = match devices() {
             Ok(gpus) => (gpus, None),
-            Err(error) => (Vec::new(), Some(error.to_string())),
+            Err(error) => (Vec::new(), Some(words(&error))),
         };
         Findings {
             version: env!("CARGO_PKG_VERSION"),

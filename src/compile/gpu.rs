@@ -54,7 +54,7 @@ impl Means {
         match rtx.compiles_for(Some(capability)) {
             Ok(()) => Ok(Means { library: rtx, capability: Some(capability), only_checked: false }),
             Err(_) if prepare => Ok(Means { library: rtx, capability: Some(CHECKED_CAPABILITY), only_checked: true }),
-            Err(refusal) => {
+            Err(_) => {
                 let why = match enterprise {
                     Some(Err(missing)) => words(&missing),
                     _ => format!("this machine has no {gpu}"),
@@ -62,9 +62,7 @@ impl Means {
                 Err(Error::TensorRt(format!(
                     "cannot build for {target} here: its SM {sm} is compiled for by TensorRT 11 on an {gpu} alone, and \
                      {why}. Either build there; or pass --prepare to quantize and pack the weights here and check the \
-                     graph, and run `aotron build PACKAGE --finish` on the {gpu}. ({} says: {})",
-                    rtx.kind().name(),
-                    words(&refusal)
+                     graph, and run `aotron build PACKAGE --finish` on the {gpu}."
                 )))
             }
         }
@@ -93,7 +91,7 @@ pub fn sm(capability: u16) -> String {
 /// An error of TensorRT without its name.
 fn words(error: &Error) -> String {
     match error {
-        Error::TensorRt(words) => words.clone(),
+        Error::TensorRt(words) | Error::Gpu(words) => words.clone(),
         other => other.to_string(),
     }
 }

@@ -274,7 +274,8 @@ impl ConstantBytes {
         ConstantBytes { owner: Owner::Memory(bytes), range }
     }
 
-    fn as_slice(&self) -> &[u8] {
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
         let all = match &self.owner {
             Owner::File(file) => file.mapped(),
             Owner::Memory(bytes) => bytes,

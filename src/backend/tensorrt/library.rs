@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ffi::{Observer, bridge};
-use super::{BuildOptions, Monitor, Network};
+use super::{BuildOptions, Layers, Monitor, Network};
 pub use crate::engine::tensorrt::LibraryKind as Kind;
 use crate::error::{Error, Result};
 use crate::tensor::DType;

@@ -9,13 +9,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{ConstantBytes, Network, Profile, Range, Tensor};
+pub use super::weights::{Constants, Layout, Weight};
+use super::{ConstantBytes, Layers, Network, Profile, Range, Tensor};
 pub use crate::engine::tensorrt::Sizes;
 use crate::engine::tensorrt::{Binding, Extent, Role, StepSize};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Graph, Input, Node, Op, Value};
 use crate::tensor::DType;
-use crate::tensor_file::TensorFile;
 
 /// Name of the input with each sequence's tokens after the step, `i32[B]`: what attention reads.
 pub const TOTAL_TOKENS: &str = "total_tokens";
@@ -39,62 +39,11 @@ pub enum Attends {
     Chunk,
 }
 
-/// A weight of a plan, as it is stored.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Weight {
-    /// The input's name.
-    pub name: String,
-    /// Element type.
-    pub dtype: DType,
-    /// Row-major shape.
-    pub shape: Vec<usize>,
-    /// What it holds.
-    pub expr: Const,
-    /// How its rows are stored.
-    pub layout: Layout,
-    /// Part of the plan rather than an input of it.
-    pub in_plan: bool,
-}
-
-impl Weight {
-    /// Bytes it is stored in.
-    pub fn bytes(&self) -> u64 {
-        let elements = self.shape.iter().map(|n| *n as u64).product::<u64>();
-        if self.dtype == DType::I4 { elements.div_ceil(2) } else { elements * self.dtype.bytes() as u64 }
-    }
-}
-
-/// How what an expression gives row by row is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// Row after row.
-    Rows,
-    /// Column after column: `[in, out]`.
-    Transposed,
-    /// Row after row, each scale as often as the blocks it is for have `unit` columns: TensorRT's blocks are of one
-    /// size, and where the columns are not whole blocks that is a divisor of both.
-    Spread {
-        /// Columns of a scale.
-        block: usize,
-        /// Columns of a stored scale.
-        unit: usize,
-    },
-}
-
-/// Where the weights come from that become part of a plan.
-#[derive(Debug, Clone)]
-pub enum Constants {
-    /// The file that the weights are packed in.
-    File(Arc<TensorFile>),
-    /// Arbitrary numbers, for a plan that is looked at and not run.
-    Arbitrary,
-}
-
 /// A network and what it is to be given.
 #[derive(Debug)]
-pub struct Lowered {
+pub struct Lowered<N = Network> {
     /// Ready to be built.
-    pub network: Network,
+    pub network: N,
     /// Everything that is bound to the plan, weights first.
     pub bindings: Vec<Binding>,
     /// Its weights: those that are inputs, in the order of the bindings, and those that are part of it.
@@ -108,13 +57,13 @@ pub struct Lowered {
 /// # Errors
 /// [`Error::Graph`] naming the op that has no lowering in the place it stands; [`Error::TensorRt`] with TensorRT's own
 /// words.
-pub fn lower(
+pub fn lower<N: Layers>(
     graph: &Graph,
-    network: Network,
+    network: N,
     attends: Attends,
     sizes: &Sizes,
     constants: &Constants,
-) -> Result<Lowered> {
+) -> Result<Lowered<N>> {
     let mut lowering = Lowering {
         graph,
         attends,
@@ -157,14 +106,14 @@ enum Place {
     Weight,
 }
 
-struct Lowering<'g> {
+struct Lowering<'g, N> {
     graph: &'g Graph,
     attends: Attends,
     sizes: &'g Sizes,
     constants: &'g Constants,
     /// As long as the longest constant, if they are arbitrary.
     arbitrary: Arc<[u8]>,
-    network: Network,
+    network: N,
     places: Vec<Place>,
     /// `[B·T, width]` values as `[B, T, width]`: the rotation's angles, used in every layer.
     per_token: HashMap<Value, Tensor>,
@@ -175,7 +124,7 @@ struct Lowering<'g> {
     bindings: Vec<Binding>,
 }
 
-impl Lowering<'_> {
+impl<N: Layers> Lowering<'_, N> {
     fn node(&mut self, node: &Node) -> Result<Place> {
         let dtype = node.ty.dtype;
         match (&node.op, &node.operands[..]) {
@@ -185,7 +134,7 @@ impl Lowering<'_> {
                 let shape: Option<Vec<usize>> = node.ty.shape.iter().map(|d| d.as_fixed()).collect();
                 let shape =
                     shape.ok_or_else(|| fail(node, &format!("a constant's sizes are known, not {}", node.ty)))?;
-                Ok(Place::Plain(self.weight(stored(&node.name, dtype, shape, expr))?))
+                Ok(Place::Plain(self.weight(Weight::rows(&node.name, dtype, shape, expr))?))
             }
             (Op::AddScalar(scalar), &[x]) => {
                 let x = self.plain(x)?;
@@ -242,7 +191,7 @@ impl Lowering<'_> {
                 let rows = self.sizes.max_sequence_tokens;
                 let expr = Const::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim, positions: rows };
                 let name = format!("{}.table", node.name);
-                let table = self.weight(stored(&name, dtype, vec![rows, rotary_dim / 2], &expr))?;
+                let table = self.weight(Weight::rows(&name, dtype, vec![rows, rotary_dim / 2], &expr))?;
                 let positions = self.plain(positions)?;
                 Ok(Place::Plain(self.network.gather(table, positions)?))
             }
@@ -403,8 +352,8 @@ impl Lowering<'_> {
                 self.typed(x, from, QUANTIZED_PRODUCTS)?
             }
         };
-        let codes = stored(&codes.name, codes.ty.dtype, vec![rows, columns], codes_expr);
-        let scales = stored(&scales.name, scales.ty.dtype, vec![rows], scales_expr);
+        let codes = Weight::rows(&codes.name, codes.ty.dtype, vec![rows, columns], codes_expr);
+        let scales = Weight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_expr);
         if let Some(block) = block {
             let unit = common_divisor(block, columns);
             let layout = Layout::Spread { block, unit };
@@ -506,7 +455,7 @@ impl Lowering<'_> {
         if from == to { Ok(tensor) } else { self.network.cast(tensor, to) }
     }
 
-    fn finish(mut self) -> Result<Lowered> {
+    fn finish(mut self) -> Result<Lowered<N>> {
         let refuse = |detail: String| Error::Graph { op: "network".into(), name: "tensorrt".into(), detail };
         let graph = self.graph;
         let mut logits = None;
@@ -603,11 +552,6 @@ impl Lowering<'_> {
         };
         Ok(Profile { ranges: inputs.map(range).collect::<Result<_>>()? })
     }
-}
-
-/// A weight that is stored row after row and given to the plan.
-fn stored(name: &str, dtype: DType, shape: Vec<usize>, expr: &Const) -> Weight {
-    Weight { name: name.into(), dtype, shape, expr: expr.clone(), layout: Layout::Rows, in_plan: false }
 }
 
 fn common_divisor(a: usize, b: usize) -> usize {

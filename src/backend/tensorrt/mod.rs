@@ -15,17 +15,20 @@ pub mod device;
 pub(crate) mod executor;
 mod ffi;
 pub mod kernels;
+mod layers;
 mod library;
 pub mod lower;
 mod network;
 pub mod pack;
 mod runtime;
+mod weights;
 
 use std::ops::ControlFlow;
 
 pub use device::{DeviceInfo, devices};
 pub use executor::{Event, GpuOptions, Report, TensorRtExecutor};
 pub use ffi::ConstantBytes;
+pub use layers::Layers;
 pub use library::{Kind, Library, Version};
 pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
 pub use runtime::{Context, Engine, EngineTensor, Runtime, Validity};

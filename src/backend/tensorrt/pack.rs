@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
-use super::lower::{Layout, Weight};
+use super::weights::{Layout, Weight};
 use crate::backend::constants::{Matrix, read_rows, stored_dtype, write_rows};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};

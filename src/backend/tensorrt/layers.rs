@@ -1,0 +1,94 @@
+//! What a network is made of.
+
+use super::{ConstantBytes, Tensor};
+use crate::error::Result;
+use crate::tensor::DType;
+
+/// A network under construction, as the lowering sees it: [`Network`](super::Network), or whatever else takes the same
+/// layers, such as an evaluator that computes each of them when it is added. Every value has the type that its operands
+/// give it. Every method that adds a layer gives its value, or an error that names the place ([`Layers::scope`]).
+pub trait Layers {
+    /// Names the layers that are added from here on: `name/0.cast`, `name/1.sum`.
+    fn scope(&mut self, name: &str);
+
+    /// A value supplied at run time; -1 is a dimension that a [`Profile`](super::Profile) bounds.
+    ///
+    /// # Errors
+    /// Here and in all that follow, [`crate::Error::TensorRt`] with the place and the reason.
+    fn input(&mut self, name: &str, dtype: DType, dims: &[i64]) -> Result<Tensor>;
+
+    /// Gives a value a name and makes it a result.
+    fn output(&mut self, tensor: Tensor, name: &str) -> Result<()>;
+
+    /// `f32[1, 1, …]` of that rank.
+    fn scalar(&mut self, value: f32, rank: u32) -> Result<Tensor>;
+
+    /// `i64[n]`, for arithmetic with shapes.
+    fn integers(&mut self, values: &[i64]) -> Result<Tensor>;
+
+    /// A value that becomes part of the plan. Its bytes, row-major, are read where they lie.
+    fn constant(&mut self, bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Result<Tensor>;
+
+    /// `i64[rank]`: the sizes of `x`.
+    fn shape(&mut self, x: Tensor) -> Result<Tensor>;
+
+    /// One after the other, along the first dimension.
+    fn concat(&mut self, parts: &[Tensor]) -> Result<Tensor>;
+
+    /// Rows of `table` along its first dimension.
+    fn gather(&mut self, table: Tensor, indices: Tensor) -> Result<Tensor>;
+
+    /// Rounded to another element type.
+    fn cast(&mut self, x: Tensor, dtype: DType) -> Result<Tensor>;
+
+    /// The same elements in order; one dimension may be -1, which takes what is left.
+    fn reshape(&mut self, x: Tensor, dims: &[i64]) -> Result<Tensor>;
+
+    /// As [`Layers::reshape`], to sizes that the network computes.
+    fn reshape_to(&mut self, x: Tensor, shape: Tensor) -> Result<Tensor>;
+
+    /// Dimension `i` of the result is dimension `order[i]` of `x`.
+    fn transpose(&mut self, x: Tensor, order: &[i32]) -> Result<Tensor>;
+
+    /// From `start` as many as `size`, an `i64[rank]`, says.
+    fn slice(&mut self, x: Tensor, start: &[i64], size: Tensor) -> Result<Tensor>;
+
+    /// `x + y`; a dimension of 1 is repeated.
+    fn sum(&mut self, x: Tensor, y: Tensor) -> Result<Tensor>;
+
+    /// `x · y`; a dimension of 1 is repeated.
+    fn product(&mut self, x: Tensor, y: Tensor) -> Result<Tensor>;
+
+    /// `max(x, 0)`.
+    fn relu(&mut self, x: Tensor) -> Result<Tensor>;
+
+    /// `(x [n, in], weight [out, in])`: `x · weightᵀ`, in the type of both.
+    fn linear(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor>;
+
+    /// `(x [n, in], weight [in, out])`: `x · weight`, in the type of both.
+    fn matmul(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor>;
+
+    /// `x / scale` as codes of that type; `scale` is one number.
+    fn quantize(&mut self, x: Tensor, scale: Tensor, dtype: DType) -> Result<Tensor>;
+
+    /// `codes · scale` as floats of that type. `scale` is one number; or one for each index of dimension `axis`; or,
+    /// with as many dimensions as `codes` and no `axis`, one for each block.
+    fn dequantize(&mut self, codes: Tensor, scale: Tensor, axis: Option<u8>, dtype: DType) -> Result<Tensor>;
+
+    /// `(x [n, width], scale [1, width], bias [1, width])`: layer normalization of each row.
+    fn layer_norm(&mut self, x: Tensor, scale: Tensor, bias: Tensor, eps: f32) -> Result<Tensor>;
+
+    /// `(x [B, heads, T, head_dim], cos, sin [B, T, rotary_dims / 2])`: dims `(j, j + rotary_dims / 2)` rotate.
+    fn rotary(&mut self, x: Tensor, cos: Tensor, sin: Tensor, rotary_dims: u32) -> Result<Tensor>;
+
+    /// `(cache [B, heads, S, head_dim], update [B, heads, T, head_dim], indices i32[B])`: the cache with the update
+    /// written from position `indices[b]` on. The result must be an output, bound to the memory of the cache.
+    fn cache_update(&mut self, cache: Tensor, update: Tensor, indices: Tensor) -> Result<Tensor>;
+
+    /// `(q [B, heads, T, head_dim], keys, values [B, kv_heads, S, head_dim])`: `softmax(q · keysᵀ) · values`, unscaled
+    /// and causal such that the last query reads all keys: of the first `lengths[b]`, an `i32[B]`, or of all S.
+    fn attention(&mut self, q: Tensor, keys: Tensor, values: Tensor, lengths: Option<Tensor>) -> Result<Tensor>;
+
+    /// The `k` largest of each row of `x [n, width]`, largest first, and their columns: `[n, k]` and `i32[n, k]`.
+    fn top_k(&mut self, x: Tensor, k: u32) -> Result<(Tensor, Tensor)>;
+}

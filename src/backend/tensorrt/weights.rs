@@ -1,0 +1,63 @@
+//! The weights of a plan: what they hold, how they are stored, and whether they are part of it.
+
+use std::sync::Arc;
+
+use crate::graph::Const;
+use crate::tensor::DType;
+use crate::tensor_file::TensorFile;
+
+/// A weight of a plan, as it is stored.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weight {
+    /// The input's name.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// What it holds.
+    pub expr: Const,
+    /// How its rows are stored.
+    pub layout: Layout,
+    /// Part of the plan rather than an input of it.
+    pub in_plan: bool,
+}
+
+impl Weight {
+    /// Stored row after row and given to the plan.
+    pub(super) fn rows(name: &str, dtype: DType, shape: Vec<usize>, expr: &Const) -> Weight {
+        Weight { name: name.into(), dtype, shape, expr: expr.clone(), layout: Layout::Rows, in_plan: false }
+    }
+
+    /// Bytes it is stored in.
+    pub fn bytes(&self) -> u64 {
+        let elements = self.shape.iter().map(|n| *n as u64).product::<u64>();
+        if self.dtype == DType::I4 { elements.div_ceil(2) } else { elements * self.dtype.bytes() as u64 }
+    }
+}
+
+/// How what an expression gives row by row is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Row after row.
+    Rows,
+    /// Column after column: `[in, out]`.
+    Transposed,
+    /// Row after row, each scale as often as the blocks it is for have `unit` columns: TensorRT's blocks are of one
+    /// size, and where the columns are not whole blocks that is a divisor of both.
+    Spread {
+        /// Columns of a scale.
+        block: usize,
+        /// Columns of a stored scale.
+        unit: usize,
+    },
+}
+
+/// Where the weights come from that become part of a plan.
+#[derive(Debug, Clone)]
+pub enum Constants {
+    /// The file that the weights are packed in.
+    File(Arc<TensorFile>),
+    /// Arbitrary numbers, for a plan that is looked at and not run.
+    Arbitrary,
+}

@@ -1,0 +1,350 @@
+//! What the network for TensorRT computes, without TensorRT: it is evaluated layer by layer ([`crate::evaluator`]) from
+//! the packed weights and the table of bindings, through steps as a server makes them, and its logits are compared with
+//! those of the CPU's plan of the same precision.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use aotron::backend::cpu::CpuOptions;
+use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, TOTAL_TOKENS, Weight, lower};
+use aotron::backend::tensorrt::pack::{pack, stored};
+use aotron::backend::{cpu_program, open_cpu};
+use aotron::checkpoint::Checkpoint;
+use aotron::compile::{Calibration, Precision, optimized_graph};
+use aotron::engine::tensorrt::{Binding, Extent, Role, StepSize};
+use aotron::graph::Graph;
+use aotron::tensor::DType;
+use aotron::tensor_file::TensorFile;
+
+use crate::evaluator::{Array, Element, Evaluator, Rounding};
+use crate::numerics::score;
+use crate::packages::build_package;
+
+const TINY_CHAT: &str = "tests/data/tiny-chat";
+
+/// Fewer positions than the CPU's plans have, so that nothing is right by having the same shape.
+const SIZES: Sizes = Sizes {
+    max_sequence_tokens: 48,
+    decode_sequences: 3,
+    prefill_sequences: 2,
+    prefill_tokens: 16,
+    prefill_logits_rows: 8,
+    top_tokens: 7,
+};
+const SLOTS: usize = 3;
+/// Tokens of each sequence that the steps below run.
+const TOKENS: usize = 24;
+
+/// What a model's plans for a GPU would be made of.
+struct Plans {
+    graph: Graph,
+    constants: Constants,
+    /// Those that are inputs.
+    weights: HashMap<String, Array>,
+    /// Of the plan that attends to the cache and the one that attends to the chunk.
+    bindings: [Vec<Binding>; 2],
+    /// Keeps the file of the weights.
+    _folder: tempfile::TempDir,
+}
+
+fn which(attends: Attends) -> usize {
+    usize::from(attends == Attends::Chunk)
+}
+
+impl Plans {
+    fn new(checkpoint: &Checkpoint, precision: Precision, calibration: &Calibration) -> Plans {
+        let config = checkpoint.config();
+        let (graph, _) = optimized_graph(config, precision, SIZES.max_sequence_tokens, Some(calibration)).unwrap();
+        let blank = |attends| {
+            let inputs = match attends {
+                Attends::Cache => HashMap::from([(TOTAL_TOKENS.to_owned(), Array::new(DType::I32, &[1], [1.0]))]),
+                Attends::Chunk => HashMap::new(),
+            };
+            let lowered = lower(&graph, Evaluator::blank(inputs), attends, &SIZES, &Constants::Arbitrary).unwrap();
+            (lowered.weights, lowered.bindings)
+        };
+        let (weights, cache_bindings) = blank(Attends::Cache);
+        let (chunk_weights, chunk_bindings) = blank(Attends::Chunk);
+        assert_eq!(weights, chunk_weights, "both plans read one file");
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights.safetensors");
+        let mut bytes = Vec::new();
+        let mut write = |piece: &[u8]| {
+            bytes.extend_from_slice(piece);
+            Ok(())
+        };
+        pack(&weights, checkpoint, &mut write).unwrap();
+        std::fs::write(&path, bytes).unwrap();
+        let file = TensorFile::open(&path).unwrap();
+        let bindings = [cache_bindings, chunk_bindings];
+        let arrays = bound_weights(&file, &weights, &bindings);
+        Plans { graph, constants: Constants::File(Arc::new(file)), weights: arrays, bindings, _folder: folder }
+    }
+}
+
+/// The weights in the file that the bindings name, with what the file says of their type and shape.
+fn bound_weights(file: &TensorFile, weights: &[Weight], bindings: &[Vec<Binding>]) -> HashMap<String, Array> {
+    let inputs: Vec<&Weight> = weights.iter().filter(|weight| !weight.in_plan).collect();
+    for bindings in bindings {
+        let bound: Vec<&Binding> = bindings.iter().take_while(|binding| binding.role == Role::Weight).collect();
+        let all = bindings.iter().filter(|binding| binding.role == Role::Weight);
+        assert_eq!(all.count(), bound.len(), "weights are bound first");
+        let same = |(binding, weight): (&&Binding, &&Weight)| {
+            let shape: Vec<Extent> = weight.shape.iter().map(|n| Extent::Fixed(*n)).collect();
+            (&binding.name, binding.dtype, &binding.shape) == (&weight.name, weight.dtype, &shape)
+        };
+        assert!(bound.len() == inputs.len() && bound.iter().zip(&inputs).all(same), "{bound:?}");
+    }
+    assert_eq!(file.tensors().len(), weights.len());
+    let array = |weight: &Weight| {
+        let (tensor, bytes) = file.tensor(&weight.name).unwrap();
+        assert_eq!((tensor.dtype, tensor.shape.clone()), stored(weight).unwrap(), "{}", weight.name);
+        let array = Array::of_bytes(weight.dtype, &tensor.shape, bytes).unwrap();
+        assert!(array.values.iter().all(|value| value.is_finite()), "{}", weight.name);
+        (weight.name.clone(), array)
+    };
+    inputs.into_iter().map(array).collect()
+}
+
+/// New tokens of a sequence in a step.
+#[derive(Clone, Copy)]
+struct Row {
+    slot: usize,
+    sequence: usize,
+    past_tokens: usize,
+    /// A row that the step has room for but no sequence: its one token is written where the slot's sequence ends, and
+    /// reads one key.
+    idle: bool,
+}
+
+/// `slot`, the same sequence, so many tokens.
+fn row(slot: usize, past_tokens: usize) -> Row {
+    Row { slot, sequence: slot, past_tokens, idle: false }
+}
+
+fn idle(slot: usize, past_tokens: usize) -> Row {
+    Row { idle: true, ..row(slot, past_tokens) }
+}
+
+/// Plans, the memory that their caches are bound to, and the logits to expect.
+struct Device<'p> {
+    plans: &'p Plans,
+    rounding: Rounding,
+    /// By role, `[SLOTS, kv_heads, S, head_dim]`; NaN where nothing was written.
+    caches: HashMap<Role, Array>,
+    sequences: &'p [Vec<u32>],
+    /// Of each sequence, `[tokens, vocab]`.
+    expected: &'p [Vec<f32>],
+    /// Largest difference from them, as a part of the largest logit of the row.
+    error: f32,
+    /// Rows whose most likely token leads by more than the tolerance.
+    clear: usize,
+    tolerance: f32,
+}
+
+impl Device<'_> {
+    /// First chunks by both plans, later chunks at different lengths, decoding with an idle row, and a slot used again.
+    fn run(&mut self) {
+        self.step(Attends::Chunk, &[row(0, 0), row(1, 0)], 11, &[21, 0, 10, 11, 5]);
+        self.step(Attends::Cache, &[row(2, 0)], 4, &[3, 0]);
+        self.step(Attends::Cache, &[row(2, 4), row(0, 11)], 6, &[8, 5, 11, 0]);
+        self.step(Attends::Cache, &[row(0, 17), row(1, 11), row(2, 10)], 1, &[2, 0, 1]);
+        self.step(Attends::Cache, &[row(0, 18), idle(1, 12), row(2, 11)], 1, &[0, 2, 1]);
+        self.step(Attends::Cache, &[row(0, 19), row(1, 12), row(2, 12)], 1, &[1, 2, 0]);
+        self.step(Attends::Cache, &[row(2, 13), row(0, 20)], 1, &[1, 0]);
+        // Sequence 0 where sequence 1 was, which leaves its last tokens behind it.
+        let again = |past_tokens| Row { slot: 1, ..row(0, past_tokens) };
+        self.step(Attends::Chunk, &[again(0)], 3, &[2]);
+        self.step(Attends::Cache, &[again(3)], 5, &[4, 0]);
+        self.step(Attends::Cache, &[row(2, 14), again(8)], 1, &[1, 0]);
+    }
+
+    /// Runs a step of `tokens` tokens of each row. `wanted` are the indices of the rows of logits.
+    fn step(&mut self, attends: Attends, rows: &[Row], tokens: usize, wanted: &[usize]) {
+        let bindings = &self.plans.bindings[which(attends)];
+        let dims = |binding: &Binding| -> Vec<usize> {
+            let size = |extent: &Extent| match extent {
+                Extent::Fixed(n) => *n,
+                Extent::Step(StepSize::B) => rows.len(),
+                Extent::Step(StepSize::T) => tokens,
+                Extent::Step(StepSize::R) => wanted.len(),
+            };
+            binding.shape.iter().map(size).collect()
+        };
+        let inputs = bindings.iter().filter(|binding| binding.role != Role::Weight && !binding.role.is_output());
+        let inputs: HashMap<String, Array> =
+            inputs.map(|b| (b.name.clone(), self.input(b, &dims(b), rows, tokens, wanted))).collect();
+        let evaluator = Evaluator::new(inputs, &self.plans.weights, self.rounding);
+        let Lowered { network, .. } =
+            lower(&self.plans.graph, evaluator, attends, &SIZES, &self.plans.constants).unwrap();
+        let outputs = network.finish();
+        let mut by_role = HashMap::new();
+        for binding in bindings.iter().filter(|binding| binding.role.is_output()) {
+            let output = &outputs[&binding.name];
+            assert_eq!((output.element, &output.dims), (Element::Stored(binding.dtype), &dims(binding)), "{binding}");
+            by_role.insert(binding.role, output);
+            // An updated cache has the memory of the cache.
+            let cache = match binding.role {
+                Role::UpdatedKeys(layer) => Role::KeyCache(layer),
+                Role::UpdatedValues(layer) => Role::ValueCache(layer),
+                _ => continue,
+            };
+            let cache = self.caches.get_mut(&cache).unwrap();
+            let length: usize = output.dims[1..].iter().product();
+            let mut values = cache.values.to_vec();
+            for (index, row) in rows.iter().enumerate() {
+                values[row.slot * length..][..length].copy_from_slice(&output.values[index * length..][..length]);
+            }
+            cache.values = values.into();
+        }
+        assert_eq!(by_role.len(), outputs.len());
+        let [logits, top, ids] = [Role::Logits, Role::TopLogits, Role::TopIds].map(|role| by_role[&role]);
+        for (index, wanted) in wanted.iter().enumerate() {
+            let of = |output: &Array| {
+                let width = output.dims[1];
+                output.values[index * width..][..width].to_vec()
+            };
+            let (logits, top, ids) = (of(logits), of(top), of(ids));
+            assert!(logits.iter().all(|logit| logit.is_finite()), "{attends:?}: row {wanted} read what is not there");
+            check_top(&logits, &top, &ids);
+            let row = rows[wanted / tokens];
+            if !row.idle {
+                self.compare(&logits, row.sequence, row.past_tokens + wanted % tokens);
+            }
+        }
+    }
+
+    fn input(&mut self, of: &Binding, dims: &[usize], rows: &[Row], tokens: usize, wanted: &[usize]) -> Array {
+        let token = |row: &Row, t: usize| if row.idle { 0 } else { self.sequences[row.sequence][row.past_tokens + t] };
+        let total = |row: &Row| if row.idle { 1 } else { row.past_tokens + tokens };
+        let each = |of: &dyn Fn(&Row, usize) -> usize| -> Vec<f32> {
+            rows.iter().flat_map(|row| (0..tokens).map(|t| of(row, t) as f32)).collect()
+        };
+        let values = match of.role {
+            Role::TokenIds => each(&|row, t| token(row, t) as usize),
+            Role::Positions => each(&|row, t| row.past_tokens + t),
+            Role::PastTokens => rows.iter().map(|row| row.past_tokens as f32).collect(),
+            Role::TotalTokens => rows.iter().map(|row| total(row) as f32).collect(),
+            Role::LogitsRows => wanted.iter().map(|row| *row as f32).collect(),
+            Role::KeyCache(_) | Role::ValueCache(_) => {
+                let length: usize = dims[1..].iter().product();
+                let unwritten =
+                    || Array::new(of.dtype, &[&[SLOTS], &dims[1..]].concat(), vec![f32::NAN; SLOTS * length]);
+                let cache = self.caches.entry(of.role).or_insert_with(unwritten);
+                rows.iter().flat_map(|row| cache.values[row.slot * length..][..length].iter().copied()).collect()
+            }
+            role => panic!("{role:?} is no step's input"),
+        };
+        Array::new(of.dtype, dims, values)
+    }
+
+    fn compare(&mut self, logits: &[f32], sequence: usize, position: usize) {
+        let expected = &self.expected[sequence][position * logits.len()..][..logits.len()];
+        let largest = expected.iter().fold(0f32, |most, v| most.max(v.abs()));
+        let worst = logits.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        let error = worst / largest;
+        self.error = self.error.max(error);
+        assert!(error < self.tolerance, "sequence {sequence}, position {position}: {error:e}");
+        let (best, runner_up) = (first(expected, None), first(expected, Some(first(expected, None))));
+        if expected[best] - expected[runner_up] > self.tolerance * largest {
+            self.clear += 1;
+            assert_eq!(first(logits, None), best, "sequence {sequence}, position {position}");
+        }
+    }
+}
+
+/// Where the largest is, or the largest but for one.
+fn first(logits: &[f32], but: Option<usize>) -> usize {
+    let others = (0..logits.len()).filter(|index| Some(*index) != but);
+    others.max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap()
+}
+
+fn check_top(logits: &[f32], top: &[f32], ids: &[f32]) {
+    let mut sorted = logits.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    assert_eq!(top, &sorted[..top.len()]);
+    assert_eq!(ids.len(), top.len());
+    ids.iter().zip(top).for_each(|(id, logit)| assert_eq!(logits[*id as usize], *logit));
+    assert!((1..ids.len()).all(|index| !ids[..index].contains(&ids[index])));
+}
+
+/// How far the logits of a row may be from the CPU's, as a part of the largest of them.
+fn tolerance(precision: Precision, rounding: Rounding) -> f32 {
+    match (precision, rounding) {
+        (Precision::F32, _) => 1e-5,
+        // The same numbers are rounded, and nearly all alike; sums in another order move a few to the neighbour of the
+        // one they would be: 2⁻⁸ of a BF16 number, 2⁻³ of an E4M3 one.
+        (Precision::Fp8, Rounding::AsCpu) => 4e-2,
+        (_, Rounding::AsCpu) => 1e-2,
+        // The network also rounds to BF16 what the CPU keeps in FP32: products, the head's among them, weights from
+        // codes and scales, queries and probabilities. Each moves some numbers by up to 2⁻⁹ of their size.
+        (Precision::Fp8, _) => 2.5e-1,
+        (_, _) => 3e-2,
+    }
+}
+
+/// Evaluates a model's plans in one precision, with each kind of rounding. Gives how many rows had a clear winner.
+fn check(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>]) -> usize {
+    let folder = tempfile::tempdir().unwrap();
+    let package = build_package(Path::new(checkpoint), precision, &folder.path().join("engine"));
+    let calibration = Calibration::of_program(&cpu_program(&package).unwrap().1);
+    let mut executor = open_cpu(&package, &CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
+    let expected: Vec<Vec<f32>> = sequences.iter().map(|ids| score(&mut executor, 0, ids, 8)).collect();
+    let plans = Plans::new(&Checkpoint::open(Path::new(checkpoint)).unwrap(), precision, &calibration);
+    let mut clear = 0;
+    for rounding in [Rounding::AsCpu, Rounding::Results, Rounding::Scores] {
+        let mut device = Device {
+            plans: &plans,
+            rounding,
+            caches: HashMap::new(),
+            sequences,
+            expected: &expected,
+            error: 0.0,
+            clear: 0,
+            tolerance: tolerance(precision, rounding),
+        };
+        device.run();
+        println!("{checkpoint} {precision} {rounding:?}: {:.1e}, {} clear", device.error, device.clear);
+        clear += device.clear;
+    }
+    clear
+}
+
+/// The beginnings of three conversations.
+fn conversations() -> Vec<Vec<u32>> {
+    let text = std::fs::read_to_string(Path::new(TINY_CHAT).join("answers.jsonl")).unwrap();
+    let ids = |line: &str| -> Vec<u32> {
+        let turn: serde_json::Value = serde_json::from_str(line).unwrap();
+        let part = |name: &str| -> Vec<u32> { serde_json::from_value(turn["turns"][0][name].clone()).unwrap() };
+        [part("prompt_ids"), part("token_ids")].concat()
+    };
+    let long = text.lines().map(ids).filter(|ids| ids.len() >= TOKENS).map(|ids| ids[..TOKENS].to_vec());
+    long.take(SLOTS).collect()
+}
+
+#[test]
+fn tiny_chat_is_what_the_cpu_computes() {
+    for precision in Precision::ALL {
+        let clear = check(TINY_CHAT, precision, &conversations());
+        assert!(clear >= 30, "the conversations have clear answers: {clear}");
+    }
+}
+
+#[test]
+fn every_shape_is_what_the_cpu_computes() {
+    for shape in ["theta", "wide", "odd", "gqa"] {
+        let checkpoint = format!("tests/data/shapes/{shape}");
+        let vocab = Checkpoint::open(Path::new(&checkpoint)).unwrap().config().vocab_size as u32;
+        let id = |sequence: u32, i: u32| (sequence * 31 + i * i * 7 + i * 13) % vocab;
+        let ids = |sequence: u32| (0..TOKENS as u32).map(|i| id(sequence, i)).collect();
+        let sequences: Vec<Vec<u32>> = (0..SLOTS as u32).map(ids).collect();
+        for precision in Precision::ALL {
+            // Its 101 columns cannot be stored as pairs.
+            if shape != "odd" || precision != Precision::Int4 {
+                check(&checkpoint, precision, &sequences);
+            }
+        }
+    }
+}
