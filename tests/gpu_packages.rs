@@ -151,6 +151,25 @@ fn a_package_is_compiled_again_from_its_own_weights() {
 }
 
 #[test]
+fn damaged_weights_do_not_become_part_of_a_plan() {
+    if rtx("damaged_weights_do_not_become_part_of_a_plan").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    build_recipes(Path::new(TINY_CHAT), &[("a100", Precision::Int4)], false, &output).unwrap();
+    let before = open(&output);
+    let weights = output.join(&plan(&before, "a100").weights);
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let error = finish(&FinishRequest { package: output.clone(), recipe: None }, &quiet()).unwrap_err().to_string();
+    assert!(error.contains("weights/tensorrt-int4.safetensors does not match its digest"), "{error}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left behind");
+}
+
+#[test]
 fn a_package_without_gpu_weights_cannot_be_finished() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("engine");

@@ -370,6 +370,11 @@ cases! {
         edit_json(&package.join("engine.json"), |m| m["generation"]["max_tokens"] = json!(7));
         run_refused(&package, &[], &["engine.json", "digest"]);
     }
+    manifest_of_an_impossible_model: |scene| {
+        let package = scene.package();
+        edit_manifest(&package, |m| m["model"]["num_layers"] = json!(1_000_000_000_000_u64));
+        run_refused(&package, &[], &["engine.json: model", "num_layers"]);
+    }
     manifest_names_a_file_outside: |scene| {
         let package = scene.package();
         edit_manifest(&package, |m| m["files"][0]["path"] = json!("../../secret"));

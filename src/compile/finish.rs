@@ -50,6 +50,11 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
         let mut plan = GpuPlan::new(&manifest.model, &recipe, &old.limits, means, Some(&calibration))?;
         let file = Arc::new(TensorFile::open(&package.file_path(&old.weights))?);
         check_weights(&package, &old, &plan, &file)?;
+        if plan.holds_weights() {
+            // They become part of the plan, where no digest of theirs is checked any more.
+            progress.stage("verifying", file.mapped().len() as u64);
+            package.verify_file(&old.weights, &|bytes| progress.advance(bytes))?;
+        }
         let constants = if plan.holds_weights() { Constants::File(file) } else { Constants::Arbitrary };
         let engines = plan.compile(recipe.target.name(), &constants, progress)?;
         let reports = std::mem::take(&mut plan.reports);

@@ -183,6 +183,7 @@ impl Manifest {
             ));
         }
         manifest.sha256 = stated;
+        manifest.model.validate().map_err(|detail| refuse(format!("model: {detail}")))?;
         for file in &manifest.files {
             let plain = Path::new(&file.path).components().all(|c| matches!(c, Component::Normal(_)));
             if !plain || file.path.is_empty() {

@@ -103,16 +103,21 @@ impl Package {
         Tokenizer::from_bytes(&self.file_path(&info.file), &bytes).map(Some)
     }
 
+    /// Checks one file against its digest; `progress` gets numbers of bytes.
+    ///
+    /// # Errors
+    /// [`Error::Package`] if it is not listed or not what was written.
+    pub fn verify_file(&self, file: &str, progress: &dyn Fn(u64)) -> Result<()> {
+        let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
+        self.check(info, MappedFile::open(&self.file_path(file))?.bytes(), progress)
+    }
+
     /// Checks every file against its digest; `progress` gets numbers of bytes.
     ///
     /// # Errors
     /// [`Error::Package`] naming the first file whose bytes are not what was written.
     pub fn verify(&self, progress: &dyn Fn(u64)) -> Result<()> {
-        for info in &self.manifest.files {
-            let mapped = MappedFile::open(&self.file_path(&info.path))?;
-            self.check(info, mapped.bytes(), progress)?;
-        }
-        Ok(())
+        self.manifest.files.iter().try_for_each(|info| self.verify_file(&info.path, progress))
     }
 
     fn check(&self, info: &FileInfo, bytes: &[u8], progress: &dyn Fn(u64)) -> Result<()> {
