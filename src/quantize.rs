@@ -141,31 +141,35 @@ fn best_scale(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
     scratch.resize(weights.len().next_multiple_of(LANES), 0.0);
     let (groups, _) = scratch.as_chunks::<LANES>();
     let unclipped = 1.0 / code.largest();
-    let mut best = (unclipped, f64::INFINITY, 0.0);
-    let mut attempt = |scale: f32| {
-        let (error, refined) = match code {
-            Code::I8 => try_scale(groups, scale, |v| round(v.clamp(-127.0, 127.0))),
-            Code::I4 => try_scale(groups, scale, |v| round(v.clamp(-8.0, 7.0))),
-            Code::F8 => try_scale(groups, scale, round_f8),
-        };
-        let is_better = error < best.1;
-        if is_better {
-            best = (scale, error, refined);
-        }
-        (is_better, best.2)
+    let error = |scale: f32| match code {
+        Code::I8 => error_of(groups, scale, |v| round(v.clamp(-127.0, 127.0))),
+        Code::I4 => error_of(groups, scale, |v| round(v.clamp(-8.0, 7.0))),
+        Code::F8 => error_of(groups, scale, round_f8),
     };
-    attempt(unclipped);
-    let mut refined = 0.0;
+    let refined = |scale: f32| match code {
+        Code::I8 => refined_scale(groups, scale, |v| round(v.clamp(-127.0, 127.0))),
+        Code::I4 => refined_scale(groups, scale, |v| round(v.clamp(-8.0, 7.0))),
+        Code::F8 => refined_scale(groups, scale, round_f8),
+    };
+    let mut best = (unclipped, error(unclipped));
     for step in 1..=CANDIDATES {
         let clip = 1.0 - (1.0 - SMALLEST_CLIP) * step as f32 / CANDIDATES as f32;
-        refined = attempt(unclipped * clip).1;
+        let scale = unclipped * clip;
+        let error = error(scale);
+        if error < best.1 {
+            best = (scale, error);
+        }
     }
     for _ in 0..REFINEMENTS {
-        let (is_better, next) = if refined > 0.0 { attempt(refined) } else { (false, 0.0) };
-        if !is_better {
+        let scale = refined(best.0);
+        if scale <= 0.0 {
             break;
         }
-        refined = next;
+        let error = error(scale);
+        if error >= best.1 {
+            break;
+        }
+        best = (scale, error);
     }
     let scale = (best.0 * largest).max(f32::MIN_POSITIVE);
     match code {
@@ -175,30 +179,56 @@ fn best_scale(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
     }
 }
 
-/// For the codes nearest at scale `s`: `Σ (w − s·c)²`, and the scale that is best for them, `Σ w·c / Σ c²`, or 0 if all
-/// are zero.
+/// `Σ (w − s·c)²` for the codes nearest at scale `s`.
 #[inline(always)]
-fn try_scale(groups: &[[f32; LANES]], scale: f32, nearest: impl Fn(f32) -> f32) -> (f64, f32) {
+fn error_of(groups: &[[f32; LANES]], scale: f32, nearest: impl Fn(f32) -> f32) -> f64 {
     let inverse = 1.0 / scale;
-    let (mut error, mut products, mut squares) = (0f64, 0f64, 0f64);
+    let mut error = 0f64;
     // Short runs, so that single precision loses nothing that matters.
     for run in groups.chunks(64) {
-        let mut sums = [[0f32; LANES]; 3];
+        let mut sums = [0f32; LANES];
+        for group in run {
+            for (sum, w) in sums.iter_mut().zip(group) {
+                let left = w - nearest(w * inverse) * scale;
+                *sum += left * left;
+            }
+        }
+        error += total(&sums);
+    }
+    error
+}
+
+/// The scale that is best for the codes nearest at scale `s`, `Σ w·c / Σ c²`; 0 if they are all zero.
+#[inline(always)]
+fn refined_scale(groups: &[[f32; LANES]], scale: f32, nearest: impl Fn(f32) -> f32) -> f32 {
+    let inverse = 1.0 / scale;
+    let (mut products, mut squares) = (0f64, 0f64);
+    for run in groups.chunks(64) {
+        let mut sums = [[0f32; LANES]; 2];
         for group in run {
             for (lane, w) in group.iter().enumerate() {
                 let code = nearest(w * inverse);
-                let left = w - code * scale;
-                sums[0][lane] += left * left;
-                sums[1][lane] += w * code;
-                sums[2][lane] += code * code;
+                sums[0][lane] += w * code;
+                sums[1][lane] += code * code;
             }
         }
-        let total = |lanes: &[f32; LANES]| lanes.iter().map(|sum| f64::from(*sum)).sum::<f64>();
-        error += total(&sums[0]);
-        products += total(&sums[1]);
-        squares += total(&sums[2]);
+        products += total(&sums[0]);
+        squares += total(&sums[1]);
     }
-    (error, if squares > 0.0 { (products / squares) as f32 } else { 0.0 })
+    if squares > 0.0 { (products / squares) as f32 } else { 0.0 }
+}
+
+/// Sum of the lanes, halves upon halves.
+#[inline(always)]
+fn total(lanes: &[f32; LANES]) -> f64 {
+    let mut sums = lanes.map(f64::from);
+    let mut half = LANES / 2;
+    while half > 0 {
+        let (low, high) = sums.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+        half /= 2;
+    }
+    sums[0]
 }
 
 /// Replaces each weight of a block by its code, as a number.

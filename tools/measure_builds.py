@@ -24,8 +24,8 @@ HEAD = """# Building for a GPU, on a machine without one
 
 Made by `tools/measure_builds.py`, {date}, with `{checkpoint}` ({gigabytes:.1f} GB of weights, {parameters}), on {cores} cores
 of a shared machine ({memory:.0f} GB, no GPU). Private memory leaves out mapped files: the checkpoint and the package's own
-weights. *compiling* is TensorRT's part (the plan for decoding and later chunks, and the one for first chunks if it is
-built); *reading* hashes the checkpoint; *packing* converts, quantizes and writes the weights. *disk alone* is
+weights. *compiling* is TensorRT's part: the plan for decoding and later chunks, and the one for first chunks if it is
+built; *reading* hashes the checkpoint; *packing* converts, quantizes and writes the weights. *disk alone* is
 `sha256sum` of the checkpoint and a flushed copy of the package, one after the other.
 
 | build | total | compiling | reading | packing | disk alone | private memory, at most | package | plans |
@@ -74,9 +74,9 @@ def build(checkpoint: Path, recipe: str, output: Path) -> dict:
     end = time.perf_counter()
     if code != 0:
         sys.exit(f"the build of {recipe} failed with exit code {code}")
-    stages: dict[str, float] = {}
+    stages: dict[str, list[float]] = {}
     for (at, name), (following, _) in zip(begun, [*begun[1:], (end, "")]):
-        stages[name] = stages.get(name, 0.0) + following - at
+        stages.setdefault(name, []).append(following - at)
     return {"total": end - start, "stages": stages, "peak": peak * 1024}
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         alone = timed(["sha256sum", *map(str, weights)])
         alone += timed(["cp", "-r", str(output), str(copy)]) + timed(["sync", "-f", str(copy)])
         plans = sum(file.stat().st_size for file in (output / "plans").iterdir())
-        stage = lambda name: f"{found['stages'].get(name, 0.0):.0f} s"
+        stage = lambda name: " + ".join(f"{seconds:.0f}" for seconds in found["stages"].get(name, [0.0])) + " s"
         print(
             f"| `{recipe}` | {found['total']:.0f} s | {stage('compiling')} | {stage('reading')} | {stage('packing')} "
             f"| {alone:.0f} s | {found['peak'] / 1e9:.2f} GB | {folder_bytes(output) / 1e9:.1f} GB | {plans / 1e6:.0f} MB |",

@@ -8,7 +8,7 @@ use super::{Calibration, Precision, Progress, Recipe, Report, optimized_graph};
 use crate::backend::Limits;
 use crate::backend::tensorrt::device::devices;
 use crate::backend::tensorrt::lower::{Attends, Constants, Lowered, Weight, lower};
-use crate::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity};
+use crate::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, Traced};
 use crate::checkpoint::ModelConfig;
 use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo};
 use crate::error::{Error, Result};
@@ -180,8 +180,8 @@ impl GpuPlan {
         progress: &Arc<dyn Progress>,
     ) -> Result<Option<Engines>> {
         let verb = if self.means.only_checked { "checking" } else { "compiling" };
-        progress.work(&format!("{verb} {target}"));
-        let compile = |attends| {
+        let compile = |attends, steps: &str| {
+            progress.work(&format!("{verb} {target}{steps}"));
             let monitor = Arc::new(Follower { progress: progress.clone() });
             let network = self.means.library.network(monitor)?;
             let Lowered { mut network, profiles, .. } = lower(&self.graph, network, attends, &self.sizes, constants)?;
@@ -192,8 +192,9 @@ impl GpuPlan {
                 profiles,
             })
         };
-        let plan = compile(Attends::Cache)?;
-        let first_chunk = if self.has_first_chunk_plan { Some(compile(Attends::Chunk)?) } else { None };
+        let plan = compile(Attends::Cache, "")?;
+        let first_chunk =
+            if self.has_first_chunk_plan { Some(compile(Attends::Chunk, ", first chunks")?) } else { None };
         Ok((!self.means.only_checked).then_some(Engines { plan, first_chunk }))
     }
 
@@ -215,20 +216,6 @@ impl GpuPlan {
 /// A precision by its name in a manifest.
 pub fn precision_of(name: &str) -> Option<Precision> {
     Precision::ALL.into_iter().find(|precision| precision.to_string() == name)
-}
-
-/// Passes TensorRT's log on to `tracing`.
-struct Traced;
-
-impl Monitor for Traced {
-    fn log(&self, severity: Severity, line: &str) {
-        match severity {
-            Severity::Error => tracing::error!(target: "tensorrt", "{line}"),
-            Severity::Warning => tracing::warn!(target: "tensorrt", "{line}"),
-            Severity::Info => tracing::info!(target: "tensorrt", "{line}"),
-            Severity::Verbose => tracing::debug!(target: "tensorrt", "{line}"),
-        }
-    }
 }
 
 /// Shows a build's steps, and ends it when asked.

@@ -2,9 +2,10 @@
 //! around BF16 products. TensorRT joins the conversions with what is before and behind them, so they cost no launches.
 //!
 //! Activations are `[B·T, width]` and become `[B, heads, T, head_dim]` between rotation and attention. Weights are
-//! inputs of the network, so that any number of plans share one copy and none has to be compiled into a plan. Codes of 8
-//! bits are stored `[in, out]`, which TensorRT's products read as they are; `[out, in]` they would be transposed in every
-//! step. Codes of 4 bits are constants of the network: as inputs they would be unpacked to BF16 in every step.
+//! inputs of the network, so that any number of plans share one copy and none has to be compiled into a plan. Codes are
+//! stored `[in, out]`, which TensorRT's products read as they are; `[out, in]` they would be transposed in every step, or,
+//! as constants, while the plan is compiled, which doubles that time. Codes of 4 bits are constants of the network: as
+//! inputs they would be unpacked to BF16 in every step.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -354,21 +355,19 @@ impl<N: Layers> Lowering<'_, N> {
         };
         let codes = Weight::rows(&codes.name, codes.ty.dtype, vec![rows, columns], codes_expr);
         let scales = Weight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_expr);
-        if let Some(block) = block {
+        let codes = Weight { shape: vec![columns, rows], layout: Layout::Transposed, ..codes };
+        let weight = if let Some(block) = block {
             let unit = common_divisor(block, columns);
-            let layout = Layout::Spread { block, unit };
             let codes = self.weight(Weight { in_plan: true, ..codes })?;
-            let shape = vec![rows, columns / unit];
             // Scales of 4-bit codes are BF16's numbers (quantize.rs), because TensorRT takes no others.
+            let (shape, layout) = (vec![columns / unit, rows], Layout::Spread { block, unit });
             let scales = Weight { dtype: QUANTIZED_PRODUCTS, shape, layout, in_plan: true, ..scales };
             let scales = self.weight(scales)?;
-            let weight = self.network.dequantize(codes, scales, None, QUANTIZED_PRODUCTS)?;
-            return self.network.linear(x, weight);
-        }
-        let shape = vec![columns, rows];
-        let codes = self.weight(Weight { shape, layout: Layout::Transposed, ..codes })?;
-        let scales = self.weight(scales)?;
-        let weight = self.network.dequantize(codes, scales, Some(1), QUANTIZED_PRODUCTS)?;
+            self.network.dequantize(codes, scales, None, QUANTIZED_PRODUCTS)?
+        } else {
+            let (codes, scales) = (self.weight(codes)?, self.weight(scales)?);
+            self.network.dequantize(codes, scales, Some(1), QUANTIZED_PRODUCTS)?
+        };
         self.network.matmul(x, weight)
     }
 

@@ -63,3 +63,18 @@ pub trait Monitor: Send + Sync {
 
 /// Hears nothing, stops nothing.
 impl Monitor for () {}
+
+/// Passes TensorRT's log on to `tracing`.
+#[derive(Debug, Clone, Copy)]
+pub struct Traced;
+
+impl Monitor for Traced {
+    fn log(&self, severity: Severity, line: &str) {
+        match severity {
+            Severity::Error => tracing::error!(target: "tensorrt", "{line}"),
+            Severity::Warning => tracing::warn!(target: "tensorrt", "{line}"),
+            Severity::Info => tracing::info!(target: "tensorrt", "{line}"),
+            Severity::Verbose => tracing::debug!(target: "tensorrt", "{line}"),
+        }
+    }
+}

@@ -1,8 +1,6 @@
 //! Writes the weights of a TensorRT plan as its products read them. No more than one matrix of 8-bit codes is in memory
 //! at a time, and of everything else a few rows.
 
-use std::sync::Mutex;
-
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
@@ -84,7 +82,7 @@ fn stored_shape(weight: &Weight) -> Result<Vec<usize>> {
     if weight.dtype == DType::I4 {
         match shape.last_mut() {
             Some(columns) if columns.is_multiple_of(2) => *columns /= 2,
-            _ => return Err(unexpected(weight, "4-bit codes come in pairs, and its rows have an odd number of them")),
+            _ => return Err(unexpected(weight, "4-bit codes come in pairs, and it has an odd number of outputs")),
         }
     }
     Ok(shape)
@@ -117,48 +115,32 @@ fn write_codes(
 ) -> Result<Vec<f32>> {
     let (rows, columns) = match (weight.layout, &weight.shape[..]) {
         (Layout::Transposed, [columns, rows]) => (*rows, *columns),
-        (Layout::Rows, [rows, columns]) => (*rows, *columns),
-        _ => return Err(unexpected(weight, "codes are rows of a matrix, or its transpose")),
+        _ => return Err(unexpected(weight, "codes are stored as the transpose of a matrix")),
     };
     let blocks = scheme.blocks(columns);
     let mut scales = vec![0f32; rows * blocks];
-    if weight.layout == Layout::Transposed {
-        let mut codes = vec![0u8; rows * columns];
-        let rows_per_task = (TASK_CODES / columns).max(1);
-        codes
-            .par_chunks_mut(rows_per_task * columns)
-            .zip(scales.par_chunks_mut(rows_per_task * blocks))
-            .enumerate()
-            .try_for_each(|(task, (codes, scales))| {
-                let mut values = vec![0f32; codes.len()];
-                read_rows(matrix, checkpoint, task * rows_per_task, columns, &mut values)?;
-                scheme.quantize(columns, &mut values, scales);
-                codes.iter_mut().zip(values).for_each(|(code, value)| *code = scheme.bits(value));
-                Ok::<(), Error>(())
-            })?;
+    let mut codes = vec![0u8; rows * columns];
+    let rows_per_task = (TASK_CODES / columns).max(1);
+    codes
+        .par_chunks_mut(rows_per_task * columns)
+        .zip(scales.par_chunks_mut(rows_per_task * blocks))
+        .enumerate()
+        .try_for_each(|(task, (codes, scales))| {
+            let mut values = vec![0f32; codes.len()];
+            read_rows(matrix, checkpoint, task * rows_per_task, columns, &mut values)?;
+            scheme.quantize(columns, &mut values, scales);
+            codes.iter_mut().zip(values).for_each(|(code, value)| *code = scheme.bits(value));
+            Ok::<(), Error>(())
+        })?;
+    if weight.dtype == DType::I4 {
+        write_transposed(&codes, columns, &mut |tile| {
+            let pairs: Vec<u8> = tile.chunks(2).map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4).collect();
+            write(&pairs)
+        })?;
+    } else {
         write_transposed(&codes, columns, write)?;
-        return Ok(scales);
     }
-    let found = Mutex::new(&mut scales);
-    let store = |first: usize, mut values: Vec<f32>| {
-        let mut scales = vec![0f32; values.len() / columns * blocks];
-        scheme.quantize(columns, &mut values, &mut scales);
-        // A thread that holds this does nothing that can fail.
-        if let Ok(mut found) = found.lock() {
-            found[first * blocks..][..scales.len()].copy_from_slice(&scales);
-        }
-        match weight.dtype {
-            DType::I4 => values.chunks(2).map(|pair| pair_of_codes(scheme, pair)).collect(),
-            _ => values.into_iter().map(|value| scheme.bits(value)).collect::<Vec<u8>>(),
-        }
-    };
-    write_rows(Matrix { expr: matrix, rows, columns }, checkpoint, 1, &store, write)?;
     Ok(scales)
-}
-
-fn pair_of_codes(scheme: Scheme, pair: &[f32]) -> u8 {
-    let bits = |index: usize| pair.get(index).map_or(0, |code| scheme.bits(*code));
-    bits(0) | bits(1) << 4
 }
 
 /// Writes `[rows, columns]` as `[columns, rows]`.
@@ -187,10 +169,9 @@ fn write_scales(
 ) -> Result<()> {
     let spread: Vec<f32> = match (weight.layout, &weight.shape[..]) {
         (Layout::Rows, _) => scales.to_vec(),
-        (Layout::Spread { block, unit }, [_, units]) => {
-            let of_row =
-                |row: &[f32]| -> Vec<f32> { (0..*units).filter_map(|i| row.get(i * unit / block)).copied().collect() };
-            scales.chunks_exact(blocks).flat_map(of_row).collect()
+        (Layout::Spread { block, unit }, [units, _]) => {
+            let of_unit = |i: usize| scales.chunks_exact(blocks).filter_map(move |row| row.get(i * unit / block));
+            (0..*units).flat_map(of_unit).copied().collect()
         }
         _ => return Err(unexpected(weight, "its scales are stored in no known way")),
     };
@@ -284,15 +265,17 @@ mod tests {
         for unit in [64, 128] {
             let layout = Layout::Spread { block: 128, unit };
             let (_folder, file) = packed(&[
-                weight("codes", DType::I4, &[ROWS, COLUMNS], codes.clone(), Layout::Rows),
-                weight("scales", DType::BF16, &[ROWS, COLUMNS / unit], scales.clone(), layout),
+                weight("codes", DType::I4, &[COLUMNS, ROWS], codes.clone(), Layout::Transposed),
+                weight("scales", DType::BF16, &[COLUMNS / unit, ROWS], scales.clone(), layout),
             ]);
             let ((stored, codes), (_, scales)) = (file.tensor("codes").unwrap(), file.tensor("scales").unwrap());
-            assert_eq!(stored.shape, [ROWS, COLUMNS / 2]);
+            assert_eq!(stored.shape, [COLUMNS, ROWS / 2]);
             let scale = |i: usize| bf16::from_le_bytes([scales[2 * i], scales[2 * i + 1]]).to_f32();
             let code = |i: usize| f32::from((codes[i / 2] << (4 * (1 - i % 2))) as i8 >> 4);
             for (i, expected) in expected(scheme).into_iter().enumerate() {
-                assert_eq!(code(i) * scale(i / unit), expected, "unit {unit}, weight {i}");
+                let (row, column) = (i / COLUMNS, i % COLUMNS);
+                let restored = code(column * ROWS + row) * scale(column / unit * ROWS + row);
+                assert_eq!(restored, expected, "unit {unit}, weight {i}");
             }
         }
     }
@@ -310,7 +293,7 @@ mod tests {
     #[test]
     fn an_odd_number_of_four_bit_codes_is_refused() {
         let codes = Const::Codes(Box::new(Const::Tensor(NAME.into())), Scheme::INT4);
-        let weight = weight("codes", DType::I4, &[3, 5], codes, Layout::Rows);
+        let weight = weight("codes", DType::I4, &[3, 5], codes, Layout::Transposed);
         let error = pack(&[weight], &checkpoint(), &mut |_| Ok(())).unwrap_err().to_string();
         assert!(error.contains("codes") && error.contains("pairs"), "{error}");
     }

@@ -43,8 +43,8 @@ pub enum Layout {
     Rows,
     /// Column after column: `[in, out]`.
     Transposed,
-    /// Row after row, each scale as often as the blocks it is for have `unit` columns: TensorRT's blocks are of one
-    /// size, and where the columns are not whole blocks that is a divisor of both.
+    /// Scales column after column, `[in / unit, out]`, each as often as the block it is for has `unit` columns: TensorRT's
+    /// blocks are of one size, and where the columns are not whole blocks that is a divisor of both.
     Spread {
         /// Columns of a scale.
         block: usize,

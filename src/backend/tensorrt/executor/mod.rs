@@ -29,7 +29,7 @@ use self::memory::{Layout, Machine, Part};
 pub use self::report::{Event, Report};
 use self::schedule::{Kind as RunKind, Rules, Run, schedule};
 use super::device::{Buffer, Device, DeviceInfo, Graph, Pinned, Stream, devices};
-use super::{Context, Engine, Kind, Library, Runtime, Validity};
+use super::{Context, Engine, Kind, Library, Runtime, Traced, Validity};
 use crate::backend::{DeferredLogits, Executor, Logits, Step, Top};
 use crate::engine::tensorrt::{Binding, Extent, Role, TensorRtInfo};
 use crate::engine::{Limits, Package, PlanInfo};
@@ -200,7 +200,7 @@ impl TensorRtExecutor {
         // The GPU's context is current from here on, as TensorRT wants it.
         let stream = Arc::new(Device::open(gpu.index)?.stream()?);
         let device = stream.device();
-        let runtime = library.runtime(Arc::new(()))?;
+        let runtime = library.runtime(Arc::new(Traced))?;
         let opening = Opening { package, plan, info, runtime: &runtime, library, gpu: &gpu, report: &options.report };
         let mut engines = vec![opening.engine(file, false)?];
         if let Some(first) = &compiled.first_chunk_plan {
