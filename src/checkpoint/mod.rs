@@ -3,6 +3,9 @@
 //! Opening a checkpoint reads its config and the headers of its weight files and checks that every tensor of the model
 //! is there with its shape, and no other. The weights stay on disk until they are touched. Whether they are finite is
 //! not checked here: that would read all of them.
+//!
+//! [`torch`] reads a part of a `.nemo`: the files of weights in it. [`Checkpoint::open`] does
+//! not use them.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -20,6 +23,7 @@ mod json;
 mod schema;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod torch;
 
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;
