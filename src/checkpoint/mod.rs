@@ -4,7 +4,7 @@
 //! is there with its shape, and no other. The weights stay on disk until they are touched. Whether they are finite is
 //! not checked here: that would read all of them.
 //!
-//! [`torch`] reads a part of a `.nemo`: the files of weights in it. [`Checkpoint::open`] does
+//! [`tar`] and [`torch`] read parts of a `.nemo`: the archive, and the files of weights in it. [`Checkpoint::open`] does
 //! not use them.
 
 use std::collections::HashMap;
@@ -21,6 +21,7 @@ mod hf_config;
 mod hugging_face;
 mod json;
 mod schema;
+pub mod tar;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod torch;
