@@ -3,6 +3,9 @@
 //! Opening a checkpoint reads its config and the headers of its weight files and checks that every tensor of the model
 //! is there with its shape, and no other. The weights stay on disk until they are touched. Whether they are finite is
 //! not checked here: that would read all of them.
+//!
+//! [`tar`] and [`torch`] read parts of a `.nemo`: the archive, and the files of weights in it. [`Checkpoint::open`] does
+//! not use them.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -18,8 +21,10 @@ mod hf_config;
 mod hugging_face;
 mod json;
 mod schema;
+pub mod tar;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod torch;
 
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;

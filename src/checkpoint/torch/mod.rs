@@ -1,0 +1,308 @@
+//! What `torch.save` writes, read in place: the `.ckpt` members of a `.nemo`, and other checkpoints of that form.
+//!
+//! Such a file is an uncompressed zip archive. `<prefix>/data.pkl` is a pickle of the saved object, in which each tensor
+//! is a call that names a storage, an offset, a shape and strides; the storages are the members `<prefix>/data/<key>`,
+//! and several tensors may share one. [`read_state_dict`] works on a byte slice (a mapped file, or the part of one that
+//! is a member of a tar) and answers with places in it; no element is read. Nothing in the pickle is ever executed.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result, clip};
+use crate::tensor::{DType, TensorView};
+
+mod pickle;
+mod state_dict;
+mod zip;
+
+/// The type of a stored tensor's elements, as torch names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum ElementType {
+    Bool,
+    Uint8,
+    Int8,
+    Int16,
+    Int32,
+    Int64,
+    Float16,
+    Bfloat16,
+    Float32,
+    Float64,
+    Complex64,
+    Complex128,
+}
+
+impl ElementType {
+    /// The type of the elements of `torch.NAME`, a class of storages.
+    fn of_storage(name: &str) -> Option<ElementType> {
+        Some(match name {
+            "BoolStorage" => ElementType::Bool,
+            "ByteStorage" => ElementType::Uint8,
+            "CharStorage" => ElementType::Int8,
+            "ShortStorage" => ElementType::Int16,
+            "IntStorage" => ElementType::Int32,
+            "LongStorage" => ElementType::Int64,
+            "HalfStorage" => ElementType::Float16,
+            "BFloat16Storage" => ElementType::Bfloat16,
+            "FloatStorage" => ElementType::Float32,
+            "DoubleStorage" => ElementType::Float64,
+            "ComplexFloatStorage" => ElementType::Complex64,
+            "ComplexDoubleStorage" => ElementType::Complex128,
+            _ => return None,
+        })
+    }
+
+    /// Bytes of one element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            ElementType::Bool | ElementType::Uint8 | ElementType::Int8 => 1,
+            ElementType::Int16 | ElementType::Float16 | ElementType::Bfloat16 => 2,
+            ElementType::Int32 | ElementType::Float32 => 4,
+            ElementType::Int64 | ElementType::Float64 | ElementType::Complex64 => 8,
+            ElementType::Complex128 => 16,
+        }
+    }
+
+    /// The element type of weights stored so, if weights may be: F32, F16 or BF16.
+    pub const fn weight(self) -> Option<DType> {
+        match self {
+            ElementType::Float32 => Some(DType::F32),
+            ElementType::Float16 => Some(DType::F16),
+            ElementType::Bfloat16 => Some(DType::BF16),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for ElementType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            ElementType::Bool => "bool",
+            ElementType::Uint8 => "uint8",
+            ElementType::Int8 => "int8",
+            ElementType::Int16 => "int16",
+            ElementType::Int32 => "int32",
+            ElementType::Int64 => "int64",
+            ElementType::Float16 => "float16",
+            ElementType::Bfloat16 => "bfloat16",
+            ElementType::Float32 => "float32",
+            ElementType::Float64 => "float64",
+            ElementType::Complex64 => "complex64",
+            ElementType::Complex128 => "complex128",
+        })
+    }
+}
+
+/// Where a tensor of a [`StateDict`] lies and how its elements are laid out. Every element is inside `storage`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Its key in the state dict.
+    pub name: String,
+    /// Any that torch stores; only those with an [`ElementType::weight`] can be read.
+    pub dtype: ElementType,
+    /// The product of the sizes, in bytes, fits an `isize`. Empty for a scalar.
+    pub shape: Vec<usize>,
+    /// From one index to the next along each axis, in elements; as many as there are sizes.
+    pub strides: Vec<usize>,
+    /// Where the first element lies in the storage, in elements.
+    pub offset: usize,
+    /// The storage, in bytes from the start of the slice that was read. Other tensors may lie in it too.
+    pub storage: Range<usize>,
+}
+
+impl StoredTensor {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether the elements lie one after the other in row-major order, so that they can be used in place.
+    pub fn is_contiguous(&self) -> bool {
+        if self.elements() == 0 {
+            return true;
+        }
+        let mut expected = 1;
+        // From the innermost axis outward; along an axis of one index the stride says nothing.
+        self.shape.iter().zip(&self.strides).rev().filter(|(size, _)| **size != 1).all(|(size, stride)| {
+            let fits = *stride == expected;
+            expected *= size;
+            fits
+        })
+    }
+
+    /// The bytes of the elements of a contiguous tensor, from the start of the slice that was read.
+    fn contiguous_range(&self) -> Option<Range<usize>> {
+        if !self.is_contiguous() {
+            return None;
+        }
+        let start = self.storage.start + self.offset * self.dtype.bytes();
+        Some(start..start + self.elements() * self.dtype.bytes())
+    }
+}
+
+/// The tensors of a state dict, in its order.
+#[derive(Debug)]
+pub struct StateDict {
+    path: PathBuf,
+    tensors: Vec<StoredTensor>,
+    by_name: HashMap<String, usize>,
+    /// Name and kind of what is no tensor.
+    others: Vec<(String, &'static str)>,
+}
+
+/// Reads the state dict in `bytes`, all of a file that `torch.save` wrote: a dict of tensors, or a dict with such a dict
+/// under the key `state_dict`. `path` names the file in messages.
+///
+/// # Errors
+/// [`Error::Format`] for a file that is damaged, whose pickle names anything but tensors and containers, or that a
+/// limit keeps from being read; [`Error::Unsupported`] for the format of torch before 1.6, TorchScript and big-endian files.
+pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
+    let damaged = |detail: String| Error::format(path, detail);
+    if bytes.starts_with(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19") {
+        let detail = "a file in the format of torch before 1.6, which is no zip archive; \
+                      load it and save it again with a newer torch";
+        return Err(Error::unsupported(path, detail));
+    }
+    if !zip::looks_like_one(bytes) {
+        return Err(damaged(format!(
+            "{} bytes that do not start as a zip archive: torch.save wrote none",
+            bytes.len()
+        )));
+    }
+    let members = zip::members(bytes).map_err(damaged)?;
+    let prefix = prefix(&members).map_err(damaged)?;
+    let member = |name: &str| {
+        let name = format!("{prefix}/{name}");
+        members.get(&name).map(|range| (name, range))
+    };
+    if member("constants.pkl").is_some() {
+        return Err(Error::unsupported(path, "a TorchScript archive; expected a state dict that torch.save wrote"));
+    }
+    if let Some((name, range)) = member("byteorder")
+        && bytes[range.clone()] != *b"little"
+    {
+        let order = String::from_utf8_lossy(&bytes[range.start..range.end.min(range.start + 100)]);
+        return Err(Error::unsupported(path, format!("`{}` says `{}`, expected `little`", clip(name), clip(order))));
+    }
+    let (name, range) = member("data.pkl").ok_or_else(|| damaged("no pickle of the saved object".to_owned()))?;
+    let in_pickle = |detail: String| damaged(format!("`{}`: {detail}", clip(&name)));
+    let pickle = pickle::Pickle::read(&bytes[range]).map_err(in_pickle)?;
+    let storage = |key: &str| member(&format!("data/{key}")).map(|(_, range)| range);
+    let (tensors, others) = state_dict::extract(&pickle, &storage).map_err(in_pickle)?;
+    let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
+    Ok(StateDict { path: path.to_path_buf(), tensors, by_name, others })
+}
+
+/// What the names of all members start with: the folder of the only `data.pkl`.
+fn prefix<'a>(members: &zip::Members<'a>) -> Result<&'a str, String> {
+    let mut prefixes = members.names().filter_map(|name| name.strip_suffix("/data.pkl"));
+    match (prefixes.next(), prefixes.next()) {
+        (Some(prefix), None) => Ok(prefix),
+        (None, _) => Err("a zip archive without a member `<name>/data.pkl`: torch.save did not write it".to_owned()),
+        (Some(one), Some(other)) => {
+            // The table of members has no order; a message has.
+            let (one, other) = if one < other { (one, other) } else { (other, one) };
+            Err(format!("two pickles, `{}/data.pkl` and `{}/data.pkl`; expected one", clip(one), clip(other)))
+        }
+    }
+}
+
+impl StateDict {
+    /// All tensors, in the order of the dict.
+    pub fn tensors(&self) -> &[StoredTensor] {
+        &self.tensors
+    }
+
+    /// The tensor called `name`.
+    pub fn tensor(&self, name: &str) -> Option<&StoredTensor> {
+        self.by_name.get(name).map(|index| &self.tensors[*index])
+    }
+
+    /// Name and kind of the entries that are no tensors, such as Transformer Engine's `_extra_state`.
+    pub fn others(&self) -> &[(String, &'static str)] {
+        &self.others
+    }
+
+    /// `tensor` in place. `None` if it does not lie row-major: then [`StateDict::rows`] copies it.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if its type is not F32, F16 or BF16, or `bytes` is not the slice that was read.
+    pub fn view<'a>(&self, tensor: &'a StoredTensor, bytes: &'a [u8]) -> Result<Option<TensorView<'a>>> {
+        let dtype = self.readable(tensor)?;
+        let Some(range) = tensor.contiguous_range() else { return Ok(None) };
+        let data = bytes.get(range).ok_or_else(|| self.other_slice(tensor, bytes))?;
+        Ok(Some(TensorView { name: &tensor.name, dtype, shape: &tensor.shape, data }))
+    }
+
+    /// Indices `rows` of the first axis of `tensor`, row-major and little-endian: borrowed if they lie so, else copied.
+    /// A scalar is one row.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if its type is not F32, F16 or BF16, its strides repeat elements, it has fewer rows, or `bytes`
+    /// is not the slice that was read.
+    pub fn rows<'a>(&self, tensor: &StoredTensor, rows: Range<usize>, bytes: &'a [u8]) -> Result<Cow<'a, [u8]>> {
+        let width = self.readable(tensor)?.bytes();
+        let refused = |detail: String| Error::format(&self.path, format!("tensor `{}`: {detail}", clip(&tensor.name)));
+        let (all_rows, row_shape) = tensor.shape.split_first().map_or((1, &[][..]), |(first, rest)| (*first, rest));
+        if rows.start > rows.end || rows.end > all_rows {
+            return Err(refused(format!("rows {}..{} of {all_rows}", rows.start, rows.end)));
+        }
+        if rows.is_empty() || tensor.elements() == 0 {
+            return Ok(Cow::Borrowed(&[]));
+        }
+        let row_elements: usize = row_shape.iter().product();
+        let storage = bytes.get(tensor.storage.clone()).ok_or_else(|| self.other_slice(tensor, bytes))?;
+        if let Some(all) = tensor.contiguous_range() {
+            let start = all.start + rows.start * row_elements * width;
+            let range = start..start + rows.len() * row_elements * width;
+            return bytes.get(range).map(Cow::Borrowed).ok_or_else(|| self.other_slice(tensor, bytes));
+        }
+        // A copy is never larger than the file it comes from.
+        let (elements, stored) = (tensor.elements(), storage.len() / width);
+        if elements > stored {
+            return Err(refused(format!("its strides make {elements} elements of {stored} stored ones")));
+        }
+        let mut out = Vec::with_capacity(rows.len() * row_elements * width);
+        let row_stride = tensor.strides.first().copied().unwrap_or(0);
+        let mut index = vec![0; row_shape.len()];
+        for row in rows {
+            for _ in 0..row_elements {
+                let inner: usize = index.iter().zip(&tensor.strides[1..]).map(|(at, stride)| at * stride).sum();
+                let at = (tensor.offset + row * row_stride + inner) * width;
+                out.extend_from_slice(&storage[at..at + width]);
+                for (at, size) in index.iter_mut().zip(row_shape).rev() {
+                    *at += 1;
+                    if *at < *size {
+                        break;
+                    }
+                    *at = 0;
+                }
+            }
+        }
+        Ok(Cow::Owned(out))
+    }
+
+    fn readable(&self, tensor: &StoredTensor) -> Result<DType> {
+        tensor.dtype.weight().ok_or_else(|| {
+            let detail = format!(
+                "tensor `{}` is stored as {}, expected float32, float16 or bfloat16",
+                clip(&tensor.name),
+                tensor.dtype
+            );
+            Error::format(&self.path, detail)
+        })
+    }
+
+    fn other_slice(&self, tensor: &StoredTensor, bytes: &[u8]) -> Error {
+        let Range { start, end } = tensor.storage;
+        let name = clip(&tensor.name);
+        Error::format(&self.path, format!("tensor `{name}` lies in bytes {start}..{end} of {} bytes", bytes.len()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

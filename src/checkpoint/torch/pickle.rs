@@ -1,0 +1,522 @@
+//! Reader of the pickles that `torch.save` writes, as data: nothing in them is ever called.
+//!
+//! A pickle is a program for a stack machine that may import any function and call it. This reader knows the opcodes of
+//! protocols 2 to 4 that plain data, tensors and their containers need, and the few names such a file imports
+//! ([`Global`]); every other opcode and name is refused. A call that would make a tensor becomes an [`Object::Tensor`],
+//! which keeps the arguments.
+//!
+//! Objects live in one table and refer to each other by number, so that a pickle in which everything refers to
+//! everything, or to itself, takes no more memory than it has opcodes, and nothing here recurses.
+
+use std::collections::HashMap;
+
+use super::ElementType;
+use crate::error::clip;
+
+/// The longest pickle that is read. The 8B model's state dict has about 50 KB.
+pub(super) const MAX_PICKLE_BYTES: usize = 8 << 20;
+/// The most objects, and the most entries of stack and memo. A state dict has some 20 objects for each tensor.
+const MAX_OBJECTS: usize = 1 << 18;
+
+/// Names an object in its [`Pickle`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Id(u32);
+
+/// One value of a pickle; text borrows from it.
+#[derive(Debug)]
+pub(super) enum Object<'p> {
+    None,
+    Bool,
+    Int(i64),
+    Str(&'p str),
+    Tuple(Vec<Id>),
+    List(Vec<Id>),
+    /// A dict or an OrderedDict: keys and values in the order they were set.
+    Dict(Vec<(Id, Id)>),
+    /// An imported name.
+    Global(Global),
+    /// A call of [`Global::RebuildTensor`] with this tuple of arguments.
+    Tensor(Id),
+    /// What the pickle leaves to its reader to supply, described by this object.
+    Persistent(Id),
+    /// Something that no tensor is made of: a float, bytes, a stream.
+    Opaque(&'static str),
+}
+
+impl Object<'_> {
+    /// What kind of object it is, with its article.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Object::None => "None",
+            Object::Bool => "a bool",
+            Object::Int(_) => "an int",
+            Object::Str(_) => "a string",
+            Object::Tuple(_) => "a tuple",
+            Object::List(_) => "a list",
+            Object::Dict(_) => "a dict",
+            Object::Global(_) => "a class or function",
+            Object::Tensor(_) => "a tensor",
+            Object::Persistent(_) => "a storage",
+            Object::Opaque(kind) => kind,
+        }
+    }
+}
+
+/// The names that a pickle may import.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Global {
+    /// `collections.OrderedDict`
+    OrderedDict,
+    /// `torch._utils._rebuild_tensor_v2`
+    RebuildTensor,
+    /// `torch._utils._rebuild_parameter`
+    RebuildParameter,
+    /// `torch.FloatStorage` and its like
+    Storage(ElementType),
+    /// `torch.storage.UntypedStorage`
+    UntypedStorage,
+    /// `torch.Size`
+    Size,
+    /// `torch.bfloat16` and its like
+    DType,
+    /// `_io.BytesIO`
+    BytesIo,
+    /// `_codecs.encode`, by which protocol 2 writes bytes
+    Encode,
+}
+
+/// What `torch.NAME` may be a dtype of.
+const DTYPES: &[&str] = &[
+    "bfloat16",
+    "bool",
+    "complex128",
+    "complex32",
+    "complex64",
+    "float16",
+    "float32",
+    "float64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int16",
+    "int32",
+    "int64",
+    "int8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "uint8",
+];
+
+impl Global {
+    fn named(module: &str, name: &str) -> Option<Global> {
+        match (module, name) {
+            ("collections", "OrderedDict") => Some(Global::OrderedDict),
+            ("torch._utils", "_rebuild_tensor_v2") => Some(Global::RebuildTensor),
+            ("torch._utils", "_rebuild_parameter") => Some(Global::RebuildParameter),
+            ("torch.storage" | "torch", "UntypedStorage") => Some(Global::UntypedStorage),
+            ("torch", "Size") => Some(Global::Size),
+            ("_io", "BytesIO") => Some(Global::BytesIo),
+            ("_codecs", "encode") => Some(Global::Encode),
+            ("torch", name) if DTYPES.contains(&name) => Some(Global::DType),
+            ("torch", name) => ElementType::of_storage(name).map(Global::Storage),
+            _ => None,
+        }
+    }
+}
+
+/// A pickle that has been read.
+#[derive(Debug)]
+pub(super) struct Pickle<'p> {
+    objects: Vec<Object<'p>>,
+    root: Id,
+}
+
+impl<'p> Pickle<'p> {
+    /// Reads the pickle that is all of `bytes`.
+    ///
+    /// # Errors
+    /// What is damaged, refused or over a limit, with its offset, for the caller to put the member's name before.
+    pub fn read(bytes: &'p [u8]) -> Result<Pickle<'p>, String> {
+        if bytes.len() > MAX_PICKLE_BYTES {
+            return Err(format!("{} bytes of pickle; at most {MAX_PICKLE_BYTES} are accepted", bytes.len()));
+        }
+        let mut machine =
+            Machine { bytes, at: 0, objects: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+        loop {
+            let at = machine.at;
+            match machine.step() {
+                Ok(None) => {}
+                Ok(Some(root)) => return Ok(Pickle { objects: machine.objects, root }),
+                Err(detail) => return Err(format!("pickle at {at}: {detail}")),
+            }
+        }
+    }
+
+    /// The object that was pickled.
+    pub fn root(&self) -> &Object<'p> {
+        self.get(self.root)
+    }
+
+    /// The object with this number.
+    pub fn get(&self, id: Id) -> &Object<'p> {
+        // Every `Id` was made by `Machine::push`, which put its object here, and none is ever removed.
+        &self.objects[id.0 as usize]
+    }
+}
+
+struct Machine<'p> {
+    bytes: &'p [u8],
+    at: usize,
+    objects: Vec<Object<'p>>,
+    stack: Vec<Id>,
+    /// Lengths of `stack` at the marks.
+    marks: Vec<usize>,
+    memo: HashMap<u32, Id>,
+}
+
+const TRUNCATED: &str = "the pickle is truncated";
+
+impl<'p> Machine<'p> {
+    /// Executes one opcode. Returns the result at the end.
+    fn step(&mut self) -> Result<Option<Id>, String> {
+        let start = self.at;
+        let opcode = self.u8()?;
+        if start == 0 && opcode != 0x80 {
+            return Err(format!("it starts with byte {opcode:#04x}, expected 0x80 and a protocol from 2 to 4"));
+        }
+        match opcode {
+            // PROTO
+            0x80 => match self.u8()? {
+                2..=4 if start == 0 => {}
+                protocol if start == 0 => return Err(format!("protocol {protocol}, expected 2 to 4")),
+                _ => return Err("a second protocol".to_owned()),
+            },
+            // FRAME: a hint for readers that buffer
+            0x95 => {
+                let length = u64::from_le_bytes(self.array()?);
+                if length > (self.bytes.len() - self.at) as u64 {
+                    return Err(TRUNCATED.to_owned());
+                }
+            }
+            // STOP
+            b'.' => {
+                let root = self.pop()?;
+                let left = (self.stack.len() + self.marks.len(), self.bytes.len() - self.at);
+                return match left {
+                    (0, 0) => Ok(Some(root)),
+                    (values, bytes) => Err(format!("the end, with {values} values and {bytes} bytes left over")),
+                };
+            }
+            // GLOBAL, STACK_GLOBAL
+            b'c' => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.import(module, name)?;
+            }
+            0x93 => {
+                let (name, module) = (self.pop()?, self.pop()?);
+                match (self.object(module), self.object(name)) {
+                    (Object::Str(module), Object::Str(name)) => {
+                        let (module, name) = (*module, *name);
+                        self.import(module, name)?;
+                    }
+                    (module, name) => return Err(format!("a name made of {} and {}", module.kind(), name.kind())),
+                }
+            }
+            // BINPUT, LONG_BINPUT, MEMOIZE
+            b'q' => {
+                let index = self.u8()?.into();
+                self.remember(index)?;
+            }
+            b'r' => {
+                let index = self.u32()?;
+                self.remember(index)?;
+            }
+            0x94 => {
+                let index = u32::try_from(self.memo.len()).map_err(|_| "the memo is too long".to_owned())?;
+                self.remember(index)?;
+            }
+            // BINGET, LONG_BINGET
+            b'h' => {
+                let index = self.u8()?.into();
+                self.recall(index)?;
+            }
+            b'j' => {
+                let index = self.u32()?;
+                self.recall(index)?;
+            }
+            // MARK
+            b'(' => {
+                if self.marks.len() == MAX_OBJECTS {
+                    return Err(format!("more than {MAX_OBJECTS} marks"));
+                }
+                self.marks.push(self.stack.len());
+            }
+            // EMPTY_TUPLE, TUPLE1 to TUPLE3, TUPLE
+            b')' => self.push(Object::Tuple(Vec::new()))?,
+            0x85..=0x87 => {
+                let count = usize::from(opcode - 0x84);
+                let mut items = Vec::with_capacity(count);
+                for _ in 0..count {
+                    items.push(self.pop()?);
+                }
+                items.reverse();
+                self.push(Object::Tuple(items))?;
+            }
+            b't' => {
+                let items = self.pop_to_mark()?;
+                self.push(Object::Tuple(items))?;
+            }
+            // EMPTY_LIST, APPEND, APPENDS
+            b']' => self.push(Object::List(Vec::new()))?,
+            b'a' => {
+                let item = self.pop()?;
+                self.list()?.push(item);
+            }
+            b'e' => {
+                let items = self.pop_to_mark()?;
+                self.list()?.extend(items);
+            }
+            // EMPTY_DICT, SETITEM, SETITEMS
+            b'}' => self.push(Object::Dict(Vec::new()))?,
+            b's' => {
+                let (value, key) = (self.pop()?, self.pop()?);
+                self.dict()?.push((key, value));
+            }
+            b'u' => {
+                let items = self.pop_to_mark()?;
+                let (pairs, rest) = items.as_chunks::<2>();
+                if !rest.is_empty() {
+                    return Err("a key without a value".to_owned());
+                }
+                self.dict()?.extend(pairs.iter().map(|[key, value]| (*key, *value)));
+            }
+            // NONE, NEWTRUE, NEWFALSE
+            b'N' => self.push(Object::None)?,
+            0x88 | 0x89 => self.push(Object::Bool)?,
+            // BININT, BININT1, BININT2, LONG1, BINFLOAT
+            b'J' => {
+                let value = i32::from_le_bytes(self.array()?);
+                self.push(Object::Int(value.into()))?;
+            }
+            b'K' => {
+                let value = self.u8()?;
+                self.push(Object::Int(value.into()))?;
+            }
+            b'M' => {
+                let value = u16::from_le_bytes(self.array()?);
+                self.push(Object::Int(value.into()))?;
+            }
+            0x8a => {
+                let length = self.u8()?;
+                let value = long(self.take(length.into())?);
+                self.push(value)?;
+            }
+            b'G' => {
+                self.take(8)?;
+                self.push(Object::Opaque("a float"))?;
+            }
+            // SHORT_BINUNICODE, BINUNICODE, BINUNICODE8, SHORT_BINSTRING
+            0x8c | b'U' => {
+                let length = self.u8()?;
+                self.text(length.into())?;
+            }
+            b'X' => {
+                let length = self.u32()?;
+                self.text(length.into())?;
+            }
+            0x8d => {
+                let length = u64::from_le_bytes(self.array()?);
+                self.text(length)?;
+            }
+            // SHORT_BINBYTES, BINBYTES, BINBYTES8
+            b'C' => {
+                let length = self.u8()?;
+                self.skip_bytes(length.into())?;
+            }
+            b'B' => {
+                let length = self.u32()?;
+                self.skip_bytes(length.into())?;
+            }
+            0x8e => {
+                let length = u64::from_le_bytes(self.array()?);
+                self.skip_bytes(length)?;
+            }
+            // BINPERSID
+            b'Q' => {
+                let description = self.pop()?;
+                self.push(Object::Persistent(description))?;
+            }
+            // REDUCE, NEWOBJ
+            b'R' | 0x81 => {
+                let (arguments, function) = (self.pop()?, self.pop()?);
+                self.call(function, arguments, opcode == 0x81)?;
+            }
+            // BUILD: attributes of the object below, of which none matters (a state dict's `_metadata`)
+            b'b' => {
+                self.pop()?;
+                let target = self.top()?;
+                match self.object(target) {
+                    Object::Dict(_) | Object::Opaque(_) => {}
+                    other => return Err(format!("attributes for {}; nothing was executed", other.kind())),
+                }
+            }
+            _ => {
+                let shown = clip(char::from(opcode));
+                return Err(format!("opcode {opcode:#04x} (`{shown}`) is refused: plain checkpoints do not need it"));
+            }
+        }
+        Ok(None)
+    }
+
+    fn import(&mut self, module: &str, name: &str) -> Result<(), String> {
+        let Some(global) = Global::named(module, name) else {
+            return Err(format!(
+                "it asks for `{}.{}`, which is refused: a checkpoint may name tensors, storages and containers alone; \
+                 nothing was executed",
+                clip(module),
+                clip(name)
+            ));
+        };
+        self.push(Object::Global(global))
+    }
+
+    /// What calling `function` with the tuple `arguments` gives, as far as it is known without calling it.
+    fn call(&mut self, function: Id, arguments: Id, new: bool) -> Result<(), String> {
+        let (global, items) = match (self.object(function), self.object(arguments)) {
+            (Object::Global(global), Object::Tuple(items)) => (*global, items.as_slice()),
+            (function, arguments) => {
+                let (function, arguments) = (function.kind(), arguments.kind());
+                return Err(format!("a call of {function} with {arguments}; nothing was executed"));
+            }
+        };
+        match (global, items) {
+            (Global::OrderedDict, []) => self.push(Object::Dict(Vec::new())),
+            (Global::RebuildTensor, _) if !new => self.push(Object::Tensor(arguments)),
+            // A parameter is its tensor; a size is its tuple.
+            (Global::RebuildParameter, [tensor, ..]) if !new => self.push_again(*tensor),
+            (Global::Size, [sizes]) => self.push_again(*sizes),
+            (Global::BytesIo, _) => self.push(Object::Opaque("a stream of bytes")),
+            (Global::Encode, _) if !new => self.push(Object::Opaque("bytes")),
+            (global, items) => {
+                Err(format!("{global:?} is not called with {} arguments; nothing was executed", items.len()))
+            }
+        }
+    }
+
+    fn object(&self, id: Id) -> &Object<'p> {
+        &self.objects[id.0 as usize]
+    }
+
+    fn push(&mut self, object: Object<'p>) -> Result<(), String> {
+        let id = u32::try_from(self.objects.len()).ok().filter(|id| (*id as usize) < MAX_OBJECTS);
+        let id = Id(id.ok_or_else(|| format!("more than {MAX_OBJECTS} objects"))?);
+        self.objects.push(object);
+        self.push_again(id)
+    }
+
+    fn push_again(&mut self, id: Id) -> Result<(), String> {
+        if self.stack.len() == MAX_OBJECTS {
+            return Err(format!("more than {MAX_OBJECTS} values on the stack"));
+        }
+        self.stack.push(id);
+        Ok(())
+    }
+
+    /// The topmost value above the last mark.
+    fn top(&self) -> Result<Id, String> {
+        let floor = self.marks.last().copied().unwrap_or(0);
+        self.stack.get(floor..).and_then(|values| values.last()).copied().ok_or_else(|| "the stack is empty".to_owned())
+    }
+
+    fn pop(&mut self) -> Result<Id, String> {
+        let top = self.top()?;
+        self.stack.pop();
+        Ok(top)
+    }
+
+    fn pop_to_mark(&mut self) -> Result<Vec<Id>, String> {
+        let mark = self.marks.pop().ok_or("no mark on the stack")?;
+        Ok(self.stack.split_off(mark.min(self.stack.len())))
+    }
+
+    fn list(&mut self) -> Result<&mut Vec<Id>, String> {
+        let id = self.top()?;
+        match &mut self.objects[id.0 as usize] {
+            Object::List(items) => Ok(items),
+            other => Err(format!("items for {}", other.kind())),
+        }
+    }
+
+    fn dict(&mut self) -> Result<&mut Vec<(Id, Id)>, String> {
+        let id = self.top()?;
+        match &mut self.objects[id.0 as usize] {
+            Object::Dict(items) => Ok(items),
+            other => Err(format!("keys for {}", other.kind())),
+        }
+    }
+
+    fn remember(&mut self, index: u32) -> Result<(), String> {
+        let top = self.top()?;
+        self.memo.insert(index, top);
+        if self.memo.len() > MAX_OBJECTS {
+            return Err(format!("more than {MAX_OBJECTS} entries in the memo"));
+        }
+        Ok(())
+    }
+
+    fn recall(&mut self, index: u32) -> Result<(), String> {
+        let id = *self.memo.get(&index).ok_or_else(|| format!("nothing is remembered as {index}"))?;
+        self.push_again(id)
+    }
+
+    fn text(&mut self, bytes: u64) -> Result<(), String> {
+        let bytes = self.take(bytes)?;
+        let text = std::str::from_utf8(bytes).map_err(|_| "a string that is not UTF-8".to_owned())?;
+        self.push(Object::Str(text))
+    }
+
+    fn skip_bytes(&mut self, bytes: u64) -> Result<(), String> {
+        self.take(bytes)?;
+        self.push(Object::Opaque("bytes"))
+    }
+
+    fn take(&mut self, count: u64) -> Result<&'p [u8], String> {
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        let taken = usize::try_from(count).ok().and_then(|count| rest.get(..count)).ok_or(TRUNCATED)?;
+        self.at += taken.len();
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        self.take(N as u64)?.try_into().map_err(|_| TRUNCATED.to_owned())
+    }
+
+    fn u8(&mut self) -> Result<u8, String> {
+        self.array().map(|[byte]| byte)
+    }
+
+    fn u32(&mut self) -> Result<u32, String> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    /// The text up to the next line feed.
+    fn line(&mut self) -> Result<&'p str, String> {
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        let length = rest.iter().position(|byte| *byte == b'\n').ok_or(TRUNCATED)?;
+        self.at += length + 1;
+        std::str::from_utf8(&rest[..length]).map_err(|_| "a name that is not UTF-8".to_owned())
+    }
+}
+
+/// The integer whose two's complement, least significant byte first, is `bytes`.
+fn long<'p>(bytes: &[u8]) -> Object<'p> {
+    let negative = bytes.last().is_some_and(|byte| byte & 0x80 != 0);
+    let mut value = [if negative { 0xff } else { 0 }; 8];
+    match value.get_mut(..bytes.len()) {
+        Some(low) => {
+            low.copy_from_slice(bytes);
+            Object::Int(i64::from_le_bytes(value))
+        }
+        None => Object::Opaque("an int of more than 64 bits"),
+    }
+}
