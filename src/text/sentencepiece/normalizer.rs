@@ -108,7 +108,7 @@ impl CharacterRules {
             return refused(format!("{} bytes are too few for its length field", charsmap.len()));
         };
         let len = u32::from_le_bytes(*len) as usize;
-        if len >= blob.len() || len % 4 != 0 {
+        if len >= blob.len() || !len.is_multiple_of(4) {
             return refused(format!("a trie of {len} bytes in {} bytes: damaged", blob.len()));
         }
         let (trie, texts) = blob.split_at(len);

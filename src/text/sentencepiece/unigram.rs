@@ -1,4 +1,4 @@
-//! The unigram model: SentencePiece's `unigram::Model::EncodeOptimized`, in its arithmetic.
+//! The unigram model: `unigram::Model::EncodeOptimized` of SentencePiece 0.2.3, in its arithmetic.
 
 use super::trie::Trie;
 use super::vocabulary::{Kind, Vocabulary};
@@ -6,14 +6,14 @@ use super::{Part, character_len};
 
 /// How far below the worst piece an unknown character lies.
 const UNKNOWN_PENALTY: f32 = 10.0;
+/// A way whose score is farther from 0 than this becomes the new 0, which keeps the sums of long texts exact enough.
+const RESET_THRESHOLD: f32 = 100_000.0;
 
 /// What a search needs beside the vocabulary.
 #[derive(Debug)]
 pub(super) struct Unigram {
     pieces: Trie,
     unknown_score: f32,
-    /// Of normal pieces, but not below the least positive normal number, as SentencePiece starts its search for it.
-    best_score: f32,
 }
 
 /// The best way to a place in the text.
@@ -27,36 +27,44 @@ struct Best {
 
 impl Unigram {
     pub(super) fn new(vocabulary: &Vocabulary) -> Unigram {
-        let scores = || vocabulary.ids_of(Kind::Normal).map(|id| vocabulary.score(id));
+        let scores = vocabulary.ids_of(Kind::Normal).map(|id| vocabulary.score(id));
         Unigram {
             pieces: Trie::new(vocabulary.plain_pieces()),
-            unknown_score: scores().fold(f32::MAX, f32::min) - UNKNOWN_PENALTY,
-            best_score: scores().fold(f32::MIN_POSITIVE, f32::max),
+            unknown_score: scores.fold(f32::MAX, f32::min) - UNKNOWN_PENALTY,
         }
     }
 
     /// The parts of a normalized text, which has at most 2^32 - 2 bytes.
     pub(super) fn encode(&self, vocabulary: &Vocabulary, text: &[u8]) -> Vec<Part> {
         let mut best = vec![Best { id: 0, score: 0.0, start: None }; text.len() + 1];
-        let mut start = 0;
+        let (mut start, mut farthest) = (0, 0);
         while start < text.len() {
             let rest = &text[start..];
+            if best[start].score.abs() > RESET_THRESHOLD {
+                let offset = best[start].score;
+                for end in &mut best[start..=farthest] {
+                    if end.start.is_some() {
+                        end.score -= offset;
+                    }
+                }
+            }
             let score_here = best[start].score;
             let character = character_len(rest);
             let mut has_character = false;
             for (len, id) in self.pieces.prefixes(rest) {
                 let score = match vocabulary.kind(id) {
                     Kind::Unused => continue,
-                    // So much that it is always chosen.
-                    Kind::UserDefined => f64::from(len as f32 * self.best_score) - 0.1,
-                    _ => f64::from(vocabulary.score(id)),
+                    // So much that it is chosen before pieces, whose scores are negative.
+                    Kind::UserDefined => (0.1 * (len - 1) as f64) as f32,
+                    _ => vocabulary.score(id),
                 };
-                best[start + len].improve(score + f64::from(score_here), start, id);
+                best[start + len].improve(score + score_here, start, id);
+                farthest = farthest.max(start + len);
                 has_character |= len == character;
             }
             if !has_character {
-                let score = self.unknown_score + score_here;
-                best[start + character].improve(f64::from(score), start, vocabulary.unknown);
+                best[start + character].improve(self.unknown_score + score_here, start, vocabulary.unknown);
+                farthest = farthest.max(start + character);
             }
             start += character;
         }
@@ -74,9 +82,9 @@ impl Unigram {
 }
 
 impl Best {
-    fn improve(&mut self, score: f64, start: usize, id: u32) {
-        if self.start.is_none() || score > f64::from(self.score) {
-            *self = Best { id, score: score as f32, start: Some(start as u32) };
+    fn improve(&mut self, score: f32, start: usize, id: u32) {
+        if self.start.is_none() || score > self.score {
+            *self = Best { id, score, start: Some(start as u32) };
         }
     }
 }
