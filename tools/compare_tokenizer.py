@@ -28,7 +28,7 @@ PROFILES = {
     "debug": "built with the profile of tests: optimized a step less than a release, with overflow checks",
 }
 LINES = 20_000
-ROUNDS = 5
+ROUNDS = 3
 
 TEXT = """# Tokenizers beside SentencePiece
 

@@ -1,5 +1,4 @@
-//! The unigram model: `unigram::Model::EncodeOptimized` of SentencePiece 0.2.3. A few texts in a thousand get other
-//! ids with a large vocabulary, for a reason not found yet; docs/tokenizer.md counts them.
+//! The unigram model: `unigram::Model::EncodeOptimized` of SentencePiece 0.2.3, in its arithmetic.
 
 use super::trie::Trie;
 use super::vocabulary::{Kind, Vocabulary};
