@@ -110,6 +110,43 @@ fn build_makes_a_package_that_runs() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside the package");
 }
 
+/// The checkpoint has the same tokenizer in both forms, so with either the answers are the same.
+#[test]
+fn a_sentencepiece_model_is_a_tokenizer_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let (checkpoint, output) = (folder.path().join("checkpoint"), folder.path().join("engine"));
+    std::fs::create_dir(&checkpoint).unwrap();
+    for entry in std::fs::read_dir(CHAT).unwrap().map(Result::unwrap) {
+        if entry.file_name() != "tokenizer.json" {
+            std::fs::copy(entry.path(), checkpoint.join(entry.file_name())).unwrap();
+        }
+    }
+    let (checkpoint, output) = (text(&checkpoint), text(&output));
+    let built = aotron(&["build", checkpoint, "--precision", "f32", "-o", output]).ok();
+    assert!(!built.err.contains("tokenizer"), "{}", built.err);
+    for prompt in ["What is the capital of France?", " two  spaces, é日🙂\t▁ <extra_id_1>User\n"] {
+        let tokens = aotron(&["tokenize", chat(), "--text", prompt]).ok().json();
+        for path in [checkpoint, output] {
+            assert_eq!(aotron(&["tokenize", path, "--text", prompt]).ok().json(), tokens, "{path}");
+        }
+        let run = |engine: &str| aotron(&["run", engine, "--prompt", prompt, "-n", "20"]).ok().out;
+        assert_eq!(run(output), run(chat()));
+    }
+    // `</s>` is a piece that no text contains; in a tokenizer.json it may be one that a text does.
+    let ids = aotron(&["tokenize", output, "--raw", "--text", "</s>"]).ok().json();
+    assert!(ids["ids"].as_array().unwrap().len() > 1, "{ids}");
+    let answer = aotron_with(&["chat", output, "-n", "20"], b"What is the capital of France?\n").ok().out;
+    assert!(answer.contains("Paris"), "{answer}");
+    let inspected = aotron(&["inspect", output]).ok().out;
+    assert!(inspected.contains("tokenizer.model"), "{inspected}");
+    let inspected = aotron(&["inspect", checkpoint]).ok().out;
+    for word in ["2816 ids, in tokenizer.model", "SentencePiece bpe", "4 user-defined", "byte fallback"] {
+        assert!(inspected.contains(word), "no `{word}` in: {inspected}");
+    }
+    let json = aotron(&["inspect", checkpoint, "--format", "json"]).ok().json();
+    assert_eq!(json["tokenizer"]["sentencepiece"]["eos_id"], 3, "{}", json["tokenizer"]);
+}
+
 #[test]
 fn fp8_is_calibrated_with_the_users_prompts() {
     let folder = tempfile::tempdir().unwrap();

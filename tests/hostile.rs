@@ -321,6 +321,19 @@ cases! {
         fs::write(checkpoint.join("tokenizer.json"), "{\"model\": 7}").unwrap();
         build_refused(scene, &checkpoint, &["tokenizer.json"]);
     }
+    tokenizer_model_is_garbage: |scene| {
+        let checkpoint = scene.checkpoint("odd");
+        let model = checkpoint.join("tokenizer.model");
+        for (bytes, word) in [
+            (&b"\x0a\xff\xff\xff\xff\x0f"[..], "piece 0"),
+            (b"{}", "not a SentencePiece model"),
+            (b"", "no pieces"),
+            (&b"\x0a\x00".repeat(5 << 20), "at most 4194304 pieces"),
+        ] {
+            fs::write(&model, bytes).unwrap();
+            build_refused(scene, &checkpoint, &["tokenizer.model", word]);
+        }
+    }
     tokenizer_makes_its_reader_panic: |scene| {
         let checkpoint = scene.checkpoint("odd");
         let model = json!({"type": "BPE", "continuing_subword_prefix": "####",

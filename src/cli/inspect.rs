@@ -16,6 +16,7 @@ use aotron::checkpoint::{Checkpoint, ModelConfig, is_checkpoint, read_config};
 use aotron::compile::{Calibration, Precision, Recipe, Report, checkpoint_tokenizer, optimized_graph};
 use aotron::engine::{Package, is_package};
 use aotron::graph::Graph;
+use aotron::text::Tokenizer;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -189,7 +190,11 @@ impl Subject {
                     "model": checkpoint.config(),
                     "parameters": checkpoint.config().parameters(),
                     "weight_bytes": checkpoint.weight_bytes(),
-                    "tokenizer": tokenizer.map(|(_, tokenizer)| json!({"vocab_size": tokenizer.vocab_size()})),
+                    "tokenizer": tokenizer.map(|(_, tokenizer)| json!({
+                        "file": tokenizer.file_name(),
+                        "vocab_size": tokenizer.vocab_size(),
+                        "sentencepiece": tokenizer.sentencepiece(),
+                    })),
                     "tensors": tensor_groups(checkpoint),
                 }))
             }
@@ -275,6 +280,35 @@ impl Lines {
         }
     }
 
+    fn tokenizer(&mut self, tokenizer: &Tokenizer) {
+        self.fact("tokenizer", format!("{} ids, in {}", tokenizer.vocab_size(), tokenizer.file_name()));
+        let Some(facts) = tokenizer.sentencepiece() else { return };
+        let id = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
+        self.fact(
+            "pieces",
+            format!(
+                "SentencePiece {}, {} user-defined, {} control; unk {}, bos {}, eos {}, pad {}",
+                facts.model_type,
+                facts.user_defined_pieces,
+                facts.control_pieces,
+                facts.unk_id,
+                id(facts.bos_id),
+                id(facts.eos_id),
+                id(facts.pad_id)
+            ),
+        );
+        let flags = [
+            ("byte fallback", facts.byte_fallback),
+            ("character rules", facts.has_character_rules),
+            ("a space is added in front", facts.add_dummy_prefix && !facts.treat_whitespace_as_suffix),
+            ("a space is added at the end", facts.add_dummy_prefix && facts.treat_whitespace_as_suffix),
+            ("extra spaces are removed", facts.remove_extra_whitespaces),
+        ];
+        let on: Vec<&str> = flags.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect();
+        let on = if on.is_empty() { String::new() } else { format!(": {}", on.join(", ")) };
+        self.fact("text", format!("normalizer {:?}{on}", facts.normalizer));
+    }
+
     fn checkpoint(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
         let title = format!("{}, a {} checkpoint", checkpoint.path().display(), checkpoint.format());
         self.lines.push(self.style.bold(title));
@@ -282,8 +316,8 @@ impl Lines {
         self.model(config);
         self.fact("weights", term::bytes(checkpoint.weight_bytes()));
         match checkpoint_tokenizer(checkpoint)? {
-            Some((_, tokenizer)) => self.fact("tokenizer", format!("{} ids", tokenizer.vocab_size())),
-            None => self.fact("tokenizer", "none that is read"),
+            Some((_, tokenizer)) => self.tokenizer(&tokenizer),
+            None => self.fact("tokenizer", "none"),
         }
         let kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim;
         self.fact("KV memory", format!("{} bytes a token in bf16, {} in f32", 2 * kv_values, 4 * kv_values));

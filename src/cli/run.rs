@@ -57,7 +57,7 @@ impl Flags {
             (Prompt::TokenIds(ids), _) => GenerationRequest::new(ids),
             (Prompt::Text(_), None) => bail!(
                 "{} has no tokenizer, so it takes no text: pass --token-ids, or build it from a checkpoint with a \
-                 tokenizer.json",
+                 tokenizer.json or a tokenizer.model",
                 self.engine.engine.display()
             ),
             (Prompt::Text(text), Some(tokenizer)) if self.raw => GenerationRequest::new(tokenizer.encode(&text)?),

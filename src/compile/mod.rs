@@ -37,8 +37,6 @@ use crate::text::template::TURN_MARKER;
 const DEFAULT_MAX_TOKENS: usize = 200;
 /// A tokenizer file is refused unread past this size; the 8B model's has about 20 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
-/// The package's file for its tokenizer.
-const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Follows a build.
 pub trait Progress: Send + Sync {
@@ -203,8 +201,9 @@ pub fn build(request: &BuildRequest, progress: &Arc<dyn Progress>) -> Result<Bui
     let checkpoint_info = CheckpointInfo { format: checkpoint.format().into(), digest };
     let mut manifest = Manifest::new(config.clone(), checkpoint_info, generation);
     if let Some((bytes, tokenizer)) = &tokenizer {
-        writer.add(TOKENIZER_FILE, |write| write(bytes))?;
-        manifest.tokenizer = Some(TokenizerInfo { file: TOKENIZER_FILE.into(), vocab_size: tokenizer.vocab_size() });
+        let file = tokenizer.file_name();
+        writer.add(file, |write| write(bytes))?;
+        manifest.tokenizer = Some(TokenizerInfo { file: file.into(), vocab_size: tokenizer.vocab_size() });
     }
     let mut plans = Vec::with_capacity(recipes.len());
     // Plans of one packing share its file.
@@ -364,18 +363,22 @@ fn check_space(writer: &PackageWriter, output: &Path, what: &str, bytes: u64) ->
     }
 }
 
-/// The checkpoint's tokenizer, with its file's content, if it has one that can be read.
+/// The checkpoint's tokenizer, with its file's content, if it has one: its tokenizer.json, else its SentencePiece
+/// model.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Format`] or [`Error::Unsupported`] naming the file, also where it does not fit the model.
 pub fn checkpoint_tokenizer(checkpoint: &Checkpoint) -> Result<Option<(Vec<u8>, Tokenizer)>> {
-    let Some(path) = checkpoint.tokenizer_json() else { return Ok(None) };
+    let json = checkpoint.tokenizer_json();
+    let is_json = json.is_some();
+    let Some(path) = json.or_else(|| checkpoint.sentencepiece_model()) else { return Ok(None) };
     let bytes = std::fs::metadata(&path).map_err(Error::io("look at", &path))?.len();
     if bytes > MAX_TOKENIZER_BYTES {
         return Err(Error::format(&path, format!("{bytes} bytes; a tokenizer has at most {MAX_TOKENIZER_BYTES}")));
     }
     let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-    let tokenizer = Tokenizer::from_bytes(&path, &bytes)?;
+    let read = if is_json { Tokenizer::from_json } else { Tokenizer::from_sentencepiece };
+    let tokenizer = read(&path, &bytes)?;
     let rows = checkpoint.config().vocab_size;
     if tokenizer.vocab_size() > rows {
         let ids = tokenizer.vocab_size();
@@ -385,12 +388,8 @@ pub fn checkpoint_tokenizer(checkpoint: &Checkpoint) -> Result<Option<(Vec<u8>, 
 }
 
 fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {
-    let hint = match checkpoint.sentencepiece_model() {
-        Some(_) => " (its tokenizer.model is not read yet: convert it to a tokenizer.json)",
-        None => "",
-    };
     progress.warn(&format!(
-        "{} has no tokenizer.json{hint}: the package will take and give token ids only",
+        "{} has neither tokenizer.json nor tokenizer.model: the package will take and give token ids only",
         checkpoint.path().display()
     ));
 }

@@ -4,6 +4,7 @@
 //! one place that knows them.
 
 mod pieces;
+mod sentencepiece;
 mod stream;
 pub mod template;
 mod tokenizer;
@@ -13,6 +14,7 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod tests;
 
+pub use sentencepiece::SentencePieceFacts;
 pub use stream::StreamDecoder;
 pub use template::{Message, Role};
 pub use tokenizer::Tokenizer;

@@ -1,5 +1,6 @@
 //! What each id contributes to a text, and the rules that hold between ids: read once from the `decoder` of a
-//! tokenizer.json, so that decoding is a table look-up and the same code serves whole texts and streams.
+//! tokenizer.json or from a SentencePiece model, so that decoding is a table look-up and the same code serves whole
+//! texts and streams.
 
 use std::collections::HashSet;
 
@@ -33,6 +34,26 @@ pub(super) struct Rules {
     separator: &'static str,
     bytes: ByteRule,
     fused: bool,
+    /// SentencePiece's rule for the start of a text.
+    start: StartRule,
+}
+
+/// What a SentencePiece model takes from the start of a text.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum StartRule {
+    #[default]
+    Nothing,
+    /// One `▁`.
+    OneSpace,
+    /// One `▁` of every piece until there is some text.
+    SpacesBeforeText,
+}
+
+/// What an id of a SentencePiece model contributes.
+pub(super) struct PieceText {
+    pub bytes: Vec<u8>,
+    /// Whether it starts with a space that the piece spells `▁`.
+    pub is_spelled_space: bool,
 }
 
 /// How pieces name bytes that are not characters by themselves.
@@ -80,6 +101,16 @@ impl Rules {
         let mut rules = Rules::default();
         rules.add(spec)?;
         Ok(rules)
+    }
+
+    /// The rules of a SentencePiece model: whether it takes a leading space away, and then of how many pieces.
+    pub(super) fn sentencepiece(takes_space: bool, takes_all: bool) -> Rules {
+        let start = match (takes_space, takes_all) {
+            (false, _) => StartRule::Nothing,
+            (true, false) => StartRule::OneSpace,
+            (true, true) => StartRule::SpacesBeforeText,
+        };
+        Rules { bytes: ByteRule::Fallback, start, ..Rules::default() }
     }
 
     fn add(&mut self, spec: DecoderSpec) -> Result<()> {
@@ -170,6 +201,19 @@ impl PieceTable {
         table
     }
 
+    /// A table of a SentencePiece model's ids, in order.
+    pub(super) fn of_texts(rules: Rules, texts: impl Iterator<Item = PieceText>) -> PieceTable {
+        let mut table = PieceTable { bytes: Vec::new(), ends: vec![0], own_space: HashSet::new(), rules };
+        for (id, text) in texts.enumerate() {
+            if text.bytes.first() == Some(&b' ') && !text.is_spelled_space {
+                table.own_space.insert(id as u32);
+            }
+            table.bytes.extend_from_slice(&text.bytes);
+            table.ends.push(table.bytes.len());
+        }
+        table
+    }
+
     /// Largest id + 1.
     pub(super) fn vocab_size(&self) -> usize {
         self.ends.len().saturating_sub(1)
@@ -186,7 +230,7 @@ impl PieceTable {
 pub(super) struct Decoding {
     /// Start of a character whose other bytes have not come.
     pending: Vec<u8>,
-    /// No id has come, and the ids start a text.
+    /// No id has come (with SentencePiece's rule: no text), and the ids start a text.
     at_first_piece: bool,
     /// How many characters Strip may still cut.
     strip_left: usize,
@@ -216,6 +260,17 @@ impl Decoding {
         };
         if std::mem::replace(&mut self.separate, true) {
             self.pending.extend_from_slice(table.rules.separator.as_bytes());
+        }
+        if table.rules.start != StartRule::Nothing {
+            let space = match bytes {
+                [b' ', ..] => usize::from(self.at_first_piece && !table.own_space.contains(&id)),
+                _ => 0,
+            };
+            let takes_more = space == 0 || table.rules.start == StartRule::SpacesBeforeText;
+            self.at_first_piece &= bytes.len() == space && takes_more;
+            self.pending.extend_from_slice(&bytes[space..]);
+            self.drain(table, false, out);
+            return Ok(());
         }
         let drops = table.rules.drops_in_first && !table.own_space.contains(&id);
         if std::mem::take(&mut self.at_first_piece) && drops {

@@ -1,4 +1,5 @@
-//! The tokenizer: a tokenizer.json over the reference implementation for encoding, and a table for decoding.
+//! The tokenizer: a tokenizer.json over the reference implementation, or a SentencePiece model, for encoding, and a
+//! table for decoding.
 
 use std::cell::Cell;
 use std::fmt::Display;
@@ -9,6 +10,7 @@ use std::sync::Once;
 use serde::de::IgnoredAny;
 
 use super::pieces::{Decoding, PieceTable, Rules};
+use super::sentencepiece::{self, SentencePieceFacts};
 use crate::error::{Error, Result};
 
 /// Vocabularies past this are taken for damaged files; the largest known ones have under 300,000 pieces.
@@ -17,18 +19,49 @@ const MAX_VOCAB_SIZE: usize = 1 << 24;
 /// Turns text into token ids and back. Immutable, so it is shared by `Arc` between sessions and threads.
 #[derive(Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    encoder: Encoder,
     pieces: PieceTable,
 }
 
+/// What encodes, by the kind of the file.
+#[derive(Debug)]
+enum Encoder {
+    HuggingFace(Box<tokenizers::Tokenizer>),
+    SentencePiece(Box<sentencepiece::Model>),
+}
+
 impl Tokenizer {
-    /// Reads a tokenizer.json. `name` is the file named in errors. Truncation and padding the file may ask for are
-    /// off: a prompt is never cut in silence.
+    /// Reads a tokenizer.json, or a SentencePiece model where the content is one. `name` is the file named in errors.
+    /// Truncation and padding a tokenizer.json may ask for are off: a prompt is never cut in silence.
     ///
     /// # Errors
-    /// [`Error::Format`] where the file is not a tokenizer.json; [`Error::Unsupported`] where its decoder is one
-    /// this version does not compute.
+    /// [`Error::Format`] where the file is neither; [`Error::Unsupported`] where it asks for something this version
+    /// does not compute.
     pub fn from_bytes(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
+        if sentencepiece::is_model(bytes) {
+            Self::from_sentencepiece(name, bytes)
+        } else {
+            Self::from_json(name, bytes)
+        }
+    }
+
+    /// Reads a SentencePiece model (`tokenizer.model`). `name` is the file named in errors.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the file is not one, or contradicts itself; [`Error::Unsupported`] where it is of a type
+    /// other than BPE and unigram, or changes decoded text.
+    pub fn from_sentencepiece(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
+        let model = sentencepiece::Model::from_bytes(name, bytes)?;
+        let pieces = model.piece_table();
+        Ok(Tokenizer { encoder: Encoder::SentencePiece(Box::new(model)), pieces })
+    }
+
+    /// Reads a tokenizer.json. `name` is the file named in errors.
+    ///
+    /// # Errors
+    /// [`Error::Format`] where the file is not one; [`Error::Unsupported`] where its decoder is one this version does
+    /// not compute.
+    pub fn from_json(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
         let refused = |source: &dyn Display| Error::format(name, format!("not a tokenizer.json: {source}"));
         // A truncated file is found here, with its line and column.
         serde_json::from_slice::<IgnoredAny>(bytes).map_err(|source| refused(&source))?;
@@ -51,23 +84,29 @@ impl Tokenizer {
             .map_err(|source| Error::format(name, format!("decoder: {source}")))?;
         let rules = Rules::read(decoder.as_ref()).map_err(|error| Error::unsupported(name, error.to_string()))?;
         let pieces = PieceTable::new(vocab_size, rules, |id| inner.id_to_token(id));
-        Ok(Tokenizer { inner, pieces })
+        Ok(Tokenizer { encoder: Encoder::HuggingFace(Box::new(inner)), pieces })
     }
 
     /// The ids of `text`, encoded in one call; no special tokens are added. Special pieces written in the text become
-    /// their ids, which is how the chat template's reach the model.
+    /// their ids, which is how the chat template's reach the model; but control pieces of a SentencePiece model, such as
+    /// `</s>`, are plain characters in a text.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] where the tokenizer has no way to write the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = contained(|| self.inner.encode_fast(text, false))
+        let inner = match &self.encoder {
+            Encoder::HuggingFace(inner) => inner,
+            Encoder::SentencePiece(model) => return model.encode(text),
+        };
+        let encoding = contained(|| inner.encode_fast(text, false))
             .map_err(|source| Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len())))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of `ids` as a text of its own: the leading space a tokenizer adds in front of a text is removed
-    /// where the file says so. Every id shows, special ones too (`</s>`): which ids end a generation and stay out of
-    /// sight is for the stop logic to say. Bytes that make no character become U+FFFD, for byte-fallback
+    /// where the file says so. Every id of a tokenizer.json shows, special ones too (`</s>`): which ids end a
+    /// generation and stay out of sight is for the stop logic to say. Control pieces of a SentencePiece model have no
+    /// text, and its unknown piece has the one the model says, ` ⁇ ` if it says none. Bytes that make no character become U+FFFD, for byte-fallback
     /// pieces one for each byte, as SentencePiece does.
     ///
     /// # Errors
@@ -97,17 +136,39 @@ impl Tokenizer {
 
     /// The piece of an id as the vocabulary spells it: `▁the`, `<0x0A>`, `</s>`.
     pub fn piece(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
+        match &self.encoder {
+            Encoder::HuggingFace(inner) => inner.id_to_token(id),
+            Encoder::SentencePiece(model) => model.piece(id).map(str::to_string),
+        }
     }
 
     /// The id of a piece as the vocabulary spells it.
     pub fn id(&self, piece: &str) -> Option<u32> {
-        self.inner.token_to_id(piece)
+        match &self.encoder {
+            Encoder::HuggingFace(inner) => inner.token_to_id(piece),
+            Encoder::SentencePiece(model) => model.id(piece),
+        }
     }
 
     /// Largest id + 1, added tokens included. Ids past it are padding of the model's vocabulary.
     pub fn vocab_size(&self) -> usize {
         self.pieces.vocab_size()
+    }
+
+    /// What the SentencePiece model says about itself, where this is one.
+    pub fn sentencepiece(&self) -> Option<&SentencePieceFacts> {
+        match &self.encoder {
+            Encoder::HuggingFace(_) => None,
+            Encoder::SentencePiece(model) => Some(model.facts()),
+        }
+    }
+
+    /// The usual name of the file it is read from: `tokenizer.json` or `tokenizer.model`.
+    pub fn file_name(&self) -> &'static str {
+        match &self.encoder {
+            Encoder::HuggingFace(_) => "tokenizer.json",
+            Encoder::SentencePiece(_) => "tokenizer.model",
+        }
     }
 
     pub(super) fn pieces(&self) -> &PieceTable {
