@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// A file past this is refused; the one of 256,000 pieces has about 5 MB.
 const MAX_FILE_BYTES: usize = 256 << 20;
 /// A model of more pieces is refused.
-const MAX_PIECES: usize = 1 << 22;
+const MAX_PIECES: usize = 1 << 20;
 
 /// The values of `ModelProto.SentencePiece.Type`.
 pub(super) mod kind {

@@ -344,8 +344,8 @@ fn a_file_that_is_no_model_says_where() {
         assert!(error.starts_with("m: "), "{error}");
     }
     // Pieces of two bytes: many times the limit in a file that is not too large.
-    let many = b"\x0a\x00".repeat((1 << 22) + 1);
-    refused(&many, "piece 4194304: a model has at most 4194304 pieces");
+    let many = b"\x0a\x00".repeat((1 << 20) + 1);
+    refused(&many, "piece 1048576: a model has at most 1048576 pieces");
     // By content: what is neither is taken for a tokenizer.json.
     for (bytes, words) in
         [(&b"\n{"[..], "not a tokenizer.json"), (b"\n\n", "not a tokenizer.json"), (&whole[..50], "piece")]
