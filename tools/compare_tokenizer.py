@@ -44,7 +44,7 @@ all lines, and the text those ids decode to.
 {rows}
 
 `byte_bpe`, `nmt_bpe` and `unigram` are the models of tests/data/tokenizers, `tiny-chat` that of tests/data/tiny-chat. The
-two large ones are trained when the script runs, on the texts and the source of this repository, with the whole table of
+three large ones are trained when the script runs, on the texts and the source of this repository, with the whole table of
 `nmt_nfkc` where they have it.
 
 Encoding and decoding are timed over all lines, one thread, {rounds} alternating rounds of one run each. On aotron's side
