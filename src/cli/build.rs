@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::bail;
+use aotron::compile::gpu::precision_of;
 use aotron::compile::{self, BuildRequest, BuildSummary, FinishRequest, PlanSummary, Precision, Progress, Recipe};
 use aotron::engine::Package;
 
@@ -189,7 +190,7 @@ fn shell_word(path: &Path) -> String {
 
 /// A precision by its name.
 pub fn precision(name: &str) -> Result<Precision, String> {
-    Precision::ALL.into_iter().find(|precision| precision.to_string() == name).ok_or_else(|| {
+    precision_of(name).ok_or_else(|| {
         let names: Vec<String> = Precision::ALL.iter().map(Precision::to_string).collect();
         format!("expected one of {}", names.join(", "))
     })

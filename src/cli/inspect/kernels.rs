@@ -4,6 +4,7 @@ use std::fmt;
 
 use aotron::backend::tensorrt::analysis::{Copied, GPUS, Place, StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{Kernel, KernelKind, KernelTensor};
+use aotron::compile::gpu::sm;
 use aotron::engine::tensorrt::{Binding, Role};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
@@ -42,10 +43,6 @@ pub struct StepListing {
     pub name: &'static str,
     pub analysis: StepKernels,
     pub kernels: Vec<Kernel>,
-}
-
-fn sm(capability: u16) -> String {
-    format!("{}.{}", capability / 10, capability % 10)
 }
 
 impl StepListing {
