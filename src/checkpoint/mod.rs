@@ -20,7 +20,9 @@ mod generation;
 mod hf_config;
 mod hugging_face;
 mod json;
+mod nemo;
 mod schema;
+mod sharded;
 pub mod tar;
 #[cfg(test)]
 pub(crate) mod testing;

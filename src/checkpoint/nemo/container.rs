@@ -1,0 +1,152 @@
+//! What a `.nemo` is packed in: a tar archive, mapped, or the folder that it unpacks to. Either way a list of named
+//! places in mapped files.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::tar::{Archive, MemberKind};
+use crate::error::{Error, Result};
+use crate::mmap::MappedFile;
+
+/// The most files of a folder that are listed.
+const MAX_FILES: usize = 1 << 16;
+/// The deepest folder that is looked into; a distributed checkpoint's chunks lie two or three deep.
+const MAX_DEPTH: usize = 8;
+
+/// Where a member's data lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::checkpoint) struct Place {
+    /// Index in [`Container::files`].
+    pub file: usize,
+    /// Inside that file.
+    pub bytes: Range<usize>,
+}
+
+/// The files of a `.nemo` by name: relative, with `/` between folders, without a leading `./`.
+#[derive(Debug)]
+pub(in crate::checkpoint) struct Container {
+    path: PathBuf,
+    is_archive: bool,
+    files: Vec<MappedFile>,
+    members: BTreeMap<String, Place>,
+    /// What is neither a file nor a folder, in words: links, which are not followed.
+    others: BTreeMap<String, &'static str>,
+}
+
+impl Container {
+    /// Maps the uncompressed tar archive `file`; messages call it `path`.
+    ///
+    /// # Errors
+    /// As [`Archive::read`].
+    pub fn of_archive(path: &Path, file: MappedFile) -> Result<Container> {
+        let archive = Archive::read(path, file.bytes())?;
+        let (mut members, mut others) = (BTreeMap::new(), BTreeMap::new());
+        for member in archive.members() {
+            match member.kind {
+                MemberKind::File => {
+                    members.insert(member.name.clone(), Place { file: 0, bytes: member.bytes.clone() });
+                }
+                MemberKind::Other(kind) => {
+                    others.insert(member.name.clone(), kind);
+                }
+                MemberKind::Folder => {}
+            }
+        }
+        Ok(Container { path: path.to_path_buf(), is_archive: true, files: vec![file], members, others })
+    }
+
+    /// Maps every file below the folder `path`. Links are not followed, so nothing outside is read.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a file that cannot be mapped; [`Error::Format`] for too many files or too deep a folder.
+    pub fn of_folder(path: &Path) -> Result<Container> {
+        let mut container = Container {
+            path: path.to_path_buf(),
+            is_archive: false,
+            files: Vec::new(),
+            members: BTreeMap::new(),
+            others: BTreeMap::new(),
+        };
+        container.add_folder(path, "", 0)?;
+        Ok(container)
+    }
+
+    fn add_folder(&mut self, folder: &Path, prefix: &str, depth: usize) -> Result<()> {
+        if depth > MAX_DEPTH {
+            return Err(Error::format(folder, format!("a folder {depth} deep; at most {MAX_DEPTH} are looked into")));
+        }
+        let entries = std::fs::read_dir(folder).map_err(Error::io("list", folder))?;
+        for entry in entries {
+            let entry = entry.map_err(Error::io("list", folder))?;
+            let path = entry.path();
+            // A name that is not UTF-8 is none of a checkpoint's.
+            let Some(name) = entry.file_name().to_str().map(|name| format!("{prefix}{name}")) else { continue };
+            let kind = entry.file_type().map_err(Error::io("look at", &path))?;
+            if kind.is_dir() {
+                self.add_folder(&path, &format!("{name}/"), depth + 1)?;
+            } else if kind.is_file() {
+                if self.files.len() == MAX_FILES {
+                    return Err(Error::format(&self.path, format!("more than {MAX_FILES} files")));
+                }
+                let file = MappedFile::open(&path)?;
+                let place = Place { file: self.files.len(), bytes: 0..file.bytes().len() };
+                self.files.push(file);
+                self.members.insert(name, place);
+            } else {
+                self.others.insert(name, if kind.is_symlink() { "a symbolic link" } else { "no regular file" });
+            }
+        }
+        Ok(())
+    }
+
+    /// The archive or folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How messages call a member.
+    pub fn member_path(&self, name: &str) -> PathBuf {
+        match self.is_archive {
+            true => PathBuf::from(format!("{}: {}", self.path.display(), crate::error::clip(name))),
+            false => self.path.join(name),
+        }
+    }
+
+    /// Every member and its place, in order of names.
+    pub fn members(&self) -> impl Iterator<Item = (&str, &Place)> {
+        self.members.iter().map(|(name, place)| (name.as_str(), place))
+    }
+
+    /// Members whose names start with `prefix`, in order of names, the prefix taken off.
+    pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a Place)> {
+        let from = self.members.range::<str, _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded));
+        from.map_while(move |(name, place)| Some((name.strip_prefix(prefix)?, place)))
+    }
+
+    /// Where the member called `name` lies, if it is there.
+    pub fn find(&self, name: &str) -> Option<&Place> {
+        self.members.get(name)
+    }
+
+    /// Where the member called `name` lies.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if there is none, or it is a link.
+    pub fn get(&self, name: &str) -> Result<&Place> {
+        self.find(name).ok_or_else(|| match self.others.get(name) {
+            Some(kind) => Error::format(self.member_path(name), format!("it is {kind}, expected a file")),
+            None => Error::format(&self.path, format!("it has no `{}`", crate::error::clip(name))),
+        })
+    }
+
+    /// The content of a place this container gave.
+    pub fn bytes(&self, place: &Place) -> &[u8] {
+        self.files.get(place.file).and_then(|file| file.bytes().get(place.bytes.clone())).unwrap_or_default()
+    }
+
+    /// The mapped files, for a checkpoint to keep; places and shards name them by index.
+    pub fn into_files(self) -> Vec<MappedFile> {
+        self.files
+    }
+}
