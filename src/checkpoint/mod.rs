@@ -16,6 +16,8 @@ use crate::mmap::MappedFile;
 use crate::tensor::{DType, TensorView};
 
 mod config;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod generation;
 mod hf_config;
 mod hugging_face;

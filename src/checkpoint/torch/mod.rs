@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result, clip};
 use crate::tensor::{DType, TensorView};
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod pickle;
 mod state_dict;
 mod zip;
