@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use super::nemo::container::Container;
 use super::tar::{Archive, MemberKind};
 use super::{generation, hf_config, hugging_face, json, schema};
 use crate::fuzzing::check_refusal;
+use crate::mmap::MappedFile;
 
 pub use super::torch::fuzzing::{pickle, zip};
 
@@ -30,6 +32,17 @@ pub fn tar(bytes: &[u8]) {
         } else {
             assert_eq!(member.bytes, 0..0);
             check_refusal(&archive.file(&member.name).unwrap_err());
+        }
+    }
+
+    let container = Container::of_archive(path, MappedFile::in_memory(path, bytes)).unwrap();
+    for member in archive.members() {
+        match container.get(&member.name) {
+            Ok(place) => assert_eq!(container.bytes(place), &bytes[member.bytes.clone()]),
+            Err(error) => {
+                assert_ne!(member.kind, MemberKind::File);
+                check_refusal(&error);
+            }
         }
     }
 }
