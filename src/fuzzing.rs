@@ -6,6 +6,7 @@
 
 use crate::error::Error;
 
+pub use crate::backend::fuzzing::plan;
 pub use crate::checkpoint::fuzzing::{json, pickle, tar, zip};
 pub use crate::engine::fuzzing::manifest;
 pub use crate::tensor_file::fuzzing::safetensors;
@@ -36,6 +37,7 @@ mod tests {
         ("json", super::json),
         ("manifest", super::manifest),
         ("pickle", super::pickle),
+        ("plan", super::plan),
         ("safetensors", super::safetensors),
         ("sentencepiece", super::sentencepiece),
         ("tar", super::tar),

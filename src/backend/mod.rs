@@ -2,6 +2,8 @@
 
 pub mod constants;
 pub mod cpu;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod logits;
 mod select;
 mod step;

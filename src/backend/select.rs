@@ -6,7 +6,7 @@ use super::cpu::program::{PROGRAM_VERSION, Program};
 use super::tensorrt::executor::check::gpu_words;
 use super::tensorrt::{DeviceInfo, GpuOptions, Kind, Library, TensorRtExecutor, devices};
 use crate::engine::{Package, PlanInfo};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clip};
 use crate::tensor_file::TensorFile;
 
 /// How to run an engine.
@@ -175,20 +175,24 @@ pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
     };
     let file = plan.plan.as_deref().unwrap_or_default(); // an empty name is not listed, and refused as that
     let refuse = |detail: String| Error::package(package.path(), format!("{file}: {detail}; build the package again"));
-    let text = package.read(file)?;
-    #[derive(serde::Deserialize)]
-    struct Head {
-        version: u64,
-    }
-    let head: Head = serde_json::from_slice(&text).map_err(|e| refuse(format!("not a CPU plan: {e}")))?;
-    if head.version != u64::from(PROGRAM_VERSION) {
-        return Err(refuse(format!("plan version {}, this aotron runs version {PROGRAM_VERSION}", head.version)));
-    }
-    let program: Program = serde_json::from_slice(&text).map_err(|e| refuse(e.to_string()))?;
+    let program = parse_program(&package.read(file)?).map_err(refuse)?;
     if program.limits != plan.limits {
         return Err(refuse("its limits are not those of the manifest".into()));
     }
     Ok((plan, program))
+}
+
+/// The program that is the content of a CPU plan.
+pub(super) fn parse_program(text: &[u8]) -> Result<Program, String> {
+    #[derive(serde::Deserialize)]
+    struct Head {
+        version: u64,
+    }
+    let head: Head = serde_json::from_slice(text).map_err(|e| format!("not a CPU plan: {}", clip(e)))?;
+    if head.version != u64::from(PROGRAM_VERSION) {
+        return Err(format!("plan version {}, this aotron runs version {PROGRAM_VERSION}", head.version));
+    }
+    serde_json::from_slice(text).map_err(clip)
 }
 
 #[cfg(test)]

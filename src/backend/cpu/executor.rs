@@ -82,6 +82,15 @@ impl Memory {
     }
 }
 
+/// Room for a number for each token of a step.
+fn reserve_tokens(limits: &Limits) -> Result<Vec<u32>> {
+    let mut numbers = Vec::new();
+    let tokens = limits.max_step_tokens;
+    let refuse = |_| Error::Request(format!("cannot reserve memory for steps of {tokens} tokens"));
+    numbers.try_reserve_exact(tokens).map_err(refuse)?;
+    Ok(numbers)
+}
+
 struct Weights {
     file: TensorFile,
     ranges: Vec<Range<usize>>, // per weight of the program, in bytes of the file
@@ -124,8 +133,8 @@ impl CpuExecutor {
         Ok(CpuExecutor {
             arena: Memory::reserve(program.arena_bytes, "activations", &limits)?,
             cache: Memory::reserve(cache_bytes, "KV cache", &limits)?,
-            positions: Vec::with_capacity(limits.max_step_tokens),
-            slots: Vec::with_capacity(limits.max_step_tokens),
+            positions: reserve_tokens(&limits)?,
+            slots: reserve_tokens(&limits)?,
             isa: options.isa.unwrap_or_else(Isa::detect),
             program,
             limits,

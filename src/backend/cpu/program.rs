@@ -9,6 +9,7 @@ use super::kernels::attention::{LANES, MAX_HEAD_DIM};
 use super::kernels::matmul::{PANEL, Weight, panel_elements};
 use super::kernels::quantized::code_rows;
 use crate::backend::Limits;
+use crate::error::clip;
 use crate::tensor::DType;
 
 /// Version of this format; a package of another version is refused.
@@ -301,10 +302,10 @@ impl Kernel {
 impl fmt::Display for Program {
     /// One line a kernel, for people.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = |buffer: &usize| self.buffers.get(*buffer).map_or("?", |b| b.name.as_str());
-        let weight = |index: &usize| self.weights.get(*index).map_or("?", |w| w.name.as_str());
+        let name = |buffer: &usize| clip(self.buffers.get(*buffer).map_or("?", |b| b.name.as_str()));
+        let weight = |index: &usize| clip(self.weights.get(*index).map_or("?", |w| w.name.as_str()));
         for kernel in &self.kernels {
-            let reads: Vec<&str> = kernel.reads().iter().map(|v| name(&v.buffer)).collect();
+            let reads: Vec<String> = kernel.reads().iter().map(|v| name(&v.buffer)).collect();
             let reads = reads.join(", ");
             match kernel {
                 Kernel::Gather { indices, table: Table::Weight(w), out } => {
@@ -341,6 +342,11 @@ impl fmt::Display for Program {
 impl Program {
     /// Checks everything that running the program relies on; the error says what does not fit.
     pub fn validate(&self) -> Result<(), String> {
+        // Names in the message are the file's.
+        self.check_all().map_err(clip)
+    }
+
+    fn check_all(&self) -> Result<(), String> {
         if self.version != PROGRAM_VERSION {
             return Err(format!("program version {}, this aotron runs version {PROGRAM_VERSION}", self.version));
         }
