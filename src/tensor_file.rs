@@ -134,7 +134,10 @@ fn parse(bytes: &[u8]) -> Result<(Vec<StoredTensor>, BTreeMap<String, String>), 
     if header.first() != Some(&b'{') {
         return Err("the header does not start with '{': this is not a safetensors file".to_owned());
     }
-    let header: Header = serde_json::from_slice(header).map_err(|error| format!("bad header: {}", clip(error)))?;
+    // What serde_json skips it does not look at.
+    let header = std::str::from_utf8(header)
+        .map_err(|error| format!("bad header: not UTF-8 behind its first {} bytes", error.valid_up_to()))?;
+    let header: Header = serde_json::from_str(header).map_err(|error| format!("bad header: {}", clip(error)))?;
     let data_start = file_bytes - data.len();
     let tensors = place(header.tensors, data_start, data.len())?;
     Ok((tensors, header.metadata))
