@@ -53,10 +53,10 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         // `check` has found every expected tensor, stored as a weight may be.
         let placed = by_name.get(name.as_str()).and_then(|(file, tensor)| {
             let dtype = schema::weight_dtype(tensor.dtype)?;
-            Some((dtype, *file, tensor.bytes.clone()))
+            Some((dtype, *file, tensor.bytes.start))
         });
-        let (dtype, file, bytes) = placed.ok_or_else(|| not_fitting(format!("no tensor `{name}`")))?;
-        weights.push(Weight { name, dtype, shape, file, bytes });
+        let (dtype, file, start) = placed.ok_or_else(|| not_fitting(format!("no tensor `{name}`")))?;
+        weights.push(Weight::contiguous(name, dtype, shape, file, start));
     }
     if !config.declares_dtype
         && let Some(embedding) = weights.first()

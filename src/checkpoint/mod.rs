@@ -8,12 +8,10 @@
 //! not use them.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
-use crate::tensor::{DType, TensorView};
 
 mod config;
 mod generation;
@@ -27,9 +25,12 @@ pub mod tar;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod torch;
+mod weight;
 
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;
+pub use weight::TensorView;
+use weight::Weight;
 
 /// An opened checkpoint. Its files must not be changed while it is; see [`MappedFile`].
 #[derive(Debug)]
@@ -42,18 +43,6 @@ pub struct Checkpoint {
     weights: Vec<Weight>,
     /// Name to index in `weights`.
     by_name: HashMap<String, usize>,
-}
-
-/// Where a validated tensor lies.
-#[derive(Debug)]
-struct Weight {
-    name: String,
-    dtype: DType,
-    shape: Vec<usize>,
-    /// Index in [`Checkpoint::files`].
-    file: usize,
-    /// In the file; `product(shape) * dtype.bytes()` bytes that lie inside it.
-    bytes: Range<usize>,
 }
 
 impl Checkpoint {
@@ -106,7 +95,7 @@ impl Checkpoint {
 
     /// Bytes of all tensors as they are stored.
     pub fn weight_bytes(&self) -> u64 {
-        self.weights.iter().map(|weight| weight.bytes.len() as u64).sum()
+        self.tensors().map(|tensor| tensor.bytes()).sum()
     }
 
     /// The folder's `tokenizer.json`, if there is one.
@@ -138,8 +127,8 @@ impl Checkpoint {
     }
 
     fn view<'a>(&'a self, weight: &'a Weight) -> TensorView<'a> {
-        let data = &self.files[weight.file].bytes()[weight.bytes.clone()];
-        TensorView { name: &weight.name, dtype: weight.dtype, shape: &weight.shape, data }
+        let Weight { name, dtype, shape, .. } = weight;
+        TensorView { name, dtype: *dtype, shape, weight, files: &self.files }
     }
 }
 

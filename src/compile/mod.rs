@@ -428,11 +428,12 @@ fn checkpoint_digest(checkpoint: &Checkpoint, progress: &dyn Progress) -> Result
         .par_iter()
         .map(|view| {
             let mut digest = Sha256::new();
-            for piece in view.data.chunks(1 << 22) {
+            for start in (0..view.elements()).step_by(1 << 21) {
+                let piece = view.raw(start..view.elements().min(start + (1 << 21)));
                 if progress.is_cancelled() {
                     return Err(Error::Cancelled);
                 }
-                digest.update(piece);
+                digest.update(&piece);
                 progress.advance(piece.len() as u64);
             }
             Ok(digest.finalize())

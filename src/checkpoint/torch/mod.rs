@@ -5,14 +5,13 @@
 //! and several tensors may share one. [`read_state_dict`] works on a byte slice (a mapped file, or the part of one that
 //! is a member of a tar) and answers with places in it; no element is read. Nothing in the pickle is ever executed.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, Result, clip};
-use crate::tensor::{DType, TensorView};
+use crate::tensor::DType;
 
 mod pickle;
 mod state_dict;
@@ -119,35 +118,11 @@ impl StoredTensor {
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
-
-    /// Whether the elements lie one after the other in row-major order, so that they can be used in place.
-    pub fn is_contiguous(&self) -> bool {
-        if self.elements() == 0 {
-            return true;
-        }
-        let mut expected = 1;
-        // From the innermost axis outward; along an axis of one index the stride says nothing.
-        self.shape.iter().zip(&self.strides).rev().filter(|(size, _)| **size != 1).all(|(size, stride)| {
-            let fits = *stride == expected;
-            expected *= size;
-            fits
-        })
-    }
-
-    /// The bytes of the elements of a contiguous tensor, from the start of the slice that was read.
-    fn contiguous_range(&self) -> Option<Range<usize>> {
-        if !self.is_contiguous() {
-            return None;
-        }
-        let start = self.storage.start + self.offset * self.dtype.bytes();
-        Some(start..start + self.elements() * self.dtype.bytes())
-    }
 }
 
 /// The tensors of a state dict, in its order.
 #[derive(Debug)]
 pub struct StateDict {
-    path: PathBuf,
     tensors: Vec<StoredTensor>,
     by_name: HashMap<String, usize>,
     /// Name and kind of what is no tensor.
@@ -194,7 +169,7 @@ pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
     let storage = |key: &str| member(&format!("data/{key}")).map(|(_, range)| range);
     let (tensors, others) = state_dict::extract(&pickle, &storage).map_err(in_pickle)?;
     let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
-    Ok(StateDict { path: path.to_path_buf(), tensors, by_name, others })
+    Ok(StateDict { tensors, by_name, others })
 }
 
 /// What the names of all members start with: the folder of the only `data.pkl`.
@@ -225,82 +200,6 @@ impl StateDict {
     /// Name and kind of the entries that are no tensors, such as Transformer Engine's `_extra_state`.
     pub fn others(&self) -> &[(String, &'static str)] {
         &self.others
-    }
-
-    /// `tensor` in place. `None` if it does not lie row-major: then [`StateDict::rows`] copies it.
-    ///
-    /// # Errors
-    /// [`Error::Format`] if its type is not F32, F16 or BF16, or `bytes` is not the slice that was read.
-    pub fn view<'a>(&self, tensor: &'a StoredTensor, bytes: &'a [u8]) -> Result<Option<TensorView<'a>>> {
-        let dtype = self.readable(tensor)?;
-        let Some(range) = tensor.contiguous_range() else { return Ok(None) };
-        let data = bytes.get(range).ok_or_else(|| self.other_slice(tensor, bytes))?;
-        Ok(Some(TensorView { name: &tensor.name, dtype, shape: &tensor.shape, data }))
-    }
-
-    /// Indices `rows` of the first axis of `tensor`, row-major and little-endian: borrowed if they lie so, else copied.
-    /// A scalar is one row.
-    ///
-    /// # Errors
-    /// [`Error::Format`] if its type is not F32, F16 or BF16, its strides repeat elements, it has fewer rows, or `bytes`
-    /// is not the slice that was read.
-    pub fn rows<'a>(&self, tensor: &StoredTensor, rows: Range<usize>, bytes: &'a [u8]) -> Result<Cow<'a, [u8]>> {
-        let width = self.readable(tensor)?.bytes();
-        let refused = |detail: String| Error::format(&self.path, format!("tensor `{}`: {detail}", clip(&tensor.name)));
-        let (all_rows, row_shape) = tensor.shape.split_first().map_or((1, &[][..]), |(first, rest)| (*first, rest));
-        if rows.start > rows.end || rows.end > all_rows {
-            return Err(refused(format!("rows {}..{} of {all_rows}", rows.start, rows.end)));
-        }
-        if rows.is_empty() || tensor.elements() == 0 {
-            return Ok(Cow::Borrowed(&[]));
-        }
-        let row_elements: usize = row_shape.iter().product();
-        let storage = bytes.get(tensor.storage.clone()).ok_or_else(|| self.other_slice(tensor, bytes))?;
-        if let Some(all) = tensor.contiguous_range() {
-            let start = all.start + rows.start * row_elements * width;
-            let range = start..start + rows.len() * row_elements * width;
-            return bytes.get(range).map(Cow::Borrowed).ok_or_else(|| self.other_slice(tensor, bytes));
-        }
-        // A copy is never larger than the file it comes from.
-        let (elements, stored) = (tensor.elements(), storage.len() / width);
-        if elements > stored {
-            return Err(refused(format!("its strides make {elements} elements of {stored} stored ones")));
-        }
-        let mut out = Vec::with_capacity(rows.len() * row_elements * width);
-        let row_stride = tensor.strides.first().copied().unwrap_or(0);
-        let mut index = vec![0; row_shape.len()];
-        for row in rows {
-            for _ in 0..row_elements {
-                let inner: usize = index.iter().zip(&tensor.strides[1..]).map(|(at, stride)| at * stride).sum();
-                let at = (tensor.offset + row * row_stride + inner) * width;
-                out.extend_from_slice(&storage[at..at + width]);
-                for (at, size) in index.iter_mut().zip(row_shape).rev() {
-                    *at += 1;
-                    if *at < *size {
-                        break;
-                    }
-                    *at = 0;
-                }
-            }
-        }
-        Ok(Cow::Owned(out))
-    }
-
-    fn readable(&self, tensor: &StoredTensor) -> Result<DType> {
-        tensor.dtype.weight().ok_or_else(|| {
-            let detail = format!(
-                "tensor `{}` is stored as {}, expected float32, float16 or bfloat16",
-                clip(&tensor.name),
-                tensor.dtype
-            );
-            Error::format(&self.path, detail)
-        })
-    }
-
-    fn other_slice(&self, tensor: &StoredTensor, bytes: &[u8]) -> Error {
-        let Range { start, end } = tensor.storage;
-        let name = clip(&tensor.name);
-        Error::format(&self.path, format!("tensor `{name}` lies in bytes {start}..{end} of {} bytes", bytes.len()))
     }
 }
 
