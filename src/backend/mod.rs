@@ -3,6 +3,7 @@
 pub mod constants;
 pub mod cpu;
 mod logits;
+pub mod packing;
 mod select;
 mod step;
 pub mod tensorrt;

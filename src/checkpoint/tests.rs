@@ -326,14 +326,18 @@ fn refuses_what_is_no_checkpoint() {
 fn finds_the_files_beside_the_weights() {
     let folder = single();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    assert_eq!((checkpoint.tokenizer_json(), checkpoint.sentencepiece_model()), (None, None));
+    assert!(checkpoint.tokenizer_file(100).unwrap().is_none());
     assert_eq!(checkpoint.generation_config().unwrap(), GenerationConfig::default());
 
-    for name in ["tokenizer.json", "tokenizer.model"] {
-        fs::write(folder.path().join(name), "").unwrap();
+    for (name, is_json) in [("tokenizer.model", false), ("tokenizer.json", true)] {
+        fs::write(folder.path().join(name), name).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let found = checkpoint.tokenizer_file(100).unwrap().unwrap();
+        assert_eq!((found.path, found.is_json), (folder.path().join(name), is_json));
+        assert_eq!(found.bytes, name.as_bytes());
+        let message = checkpoint.tokenizer_file(13).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.") && message.contains("at most 13"), "{message}");
     }
-    assert_eq!(checkpoint.tokenizer_json(), Some(folder.path().join("tokenizer.json")));
-    assert_eq!(checkpoint.sentencepiece_model(), Some(folder.path().join("tokenizer.model")));
     let path = folder.path().join("generation_config.json");
     fs::write(&path, json!({"eos_token_id": [3, 4], "temperature": 0.5}).to_string()).unwrap();
     let generation = checkpoint.generation_config().unwrap();
