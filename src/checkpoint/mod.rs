@@ -20,6 +20,7 @@ mod generation;
 mod hf_config;
 mod hugging_face;
 mod json;
+mod keys;
 mod nemo;
 mod schema;
 mod sharded;
