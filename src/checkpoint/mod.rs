@@ -28,6 +28,7 @@ pub mod tar;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod torch;
+mod yaml;
 
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;
