@@ -358,10 +358,10 @@ pub(in crate::checkpoint) fn read(path: &Path, bytes: &[u8]) -> Result<NemoConfi
         norm_eps: keys.number("layernorm_epsilon")?.unwrap_or(default::LAYERNORM_EPSILON),
         tie_word_embeddings: keys.flag("share_embeddings_and_output_weights")?.unwrap_or(true),
         dtype: read_precision(&mut keys)?,
-        tensor_parallel: ranks(&mut keys, "tensor_model_parallel_size")?.unwrap_or(1),
-        pipeline_parallel: ranks(&mut keys, "pipeline_model_parallel_size")?.unwrap_or(1),
-        virtual_pipeline: ranks(&mut keys, "virtual_pipeline_model_parallel_size")?,
-        make_vocab_size_divisible_by: ranks(&mut keys, "make_vocab_size_divisible_by")?
+        tensor_parallel: divisor(&mut keys, "tensor_model_parallel_size")?.unwrap_or(1),
+        pipeline_parallel: divisor(&mut keys, "pipeline_model_parallel_size")?.unwrap_or(1),
+        virtual_pipeline: divisor(&mut keys, "virtual_pipeline_model_parallel_size")?,
+        make_vocab_size_divisible_by: divisor(&mut keys, "make_vocab_size_divisible_by")?
             .unwrap_or(default::MAKE_VOCAB_SIZE_DIVISIBLE_BY),
         override_vocab_size: keys.size("override_vocab_size")?,
         mcore_gpt: keys.flag("mcore_gpt")?.unwrap_or(false),
@@ -447,7 +447,7 @@ fn read_precision(keys: &mut Keys) -> Result<Option<DType>> {
 }
 
 /// A whole number that something is divided by.
-fn ranks(keys: &mut Keys, key: &str) -> Result<Option<usize>> {
+fn divisor(keys: &mut Keys, key: &str) -> Result<Option<usize>> {
     match keys.size(key)? {
         Some(size) if size == 0 || size > i32::MAX as usize => {
             Err(Error::format(keys.path(), format!("{key} is {size}, expected 1 to {}", i32::MAX)))
