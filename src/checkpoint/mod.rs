@@ -15,6 +15,7 @@ use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 use crate::tensor::{DType, TensorView};
 
+pub mod card;
 mod config;
 mod generation;
 mod hf_config;
