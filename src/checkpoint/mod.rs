@@ -13,11 +13,13 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 
+pub mod card;
 mod config;
 mod generation;
 mod hf_config;
 mod hugging_face;
 mod json;
+mod keys;
 mod nemo;
 mod schema;
 mod sharded;
@@ -26,6 +28,7 @@ pub mod tar;
 pub(crate) mod testing;
 pub mod torch;
 mod weight;
+mod yaml;
 
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;

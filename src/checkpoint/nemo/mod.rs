@@ -15,6 +15,7 @@ use super::{Checkpoint, OpenOptions, TokenizerSource};
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 
+mod artifacts;
 mod config;
 pub(super) mod container;
 mod gzip;
@@ -24,7 +25,8 @@ mod torch_dist;
 mod weights;
 mod zarr;
 
-use config::{Library, NemoConfig};
+use artifacts::TokenizerFile;
+use config::NemoConfig;
 use container::Container;
 use ranks::Ranks;
 use weights::Parts;
@@ -51,6 +53,11 @@ pub(super) fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Checkpoint>
     let config = config::read(&config_path, container.bytes(yaml))?;
 
     let layout = Layout::find(&container)?;
+    if let (Layout::Ranks(_), Some(2..)) = (&layout, config.virtual_pipeline) {
+        let detail = "virtual_pipeline_model_parallel_size is set, and its stages' layers are interleaved; save the model \
+                      without it, or as a distributed checkpoint";
+        return Err(Error::unsupported(&config_path, detail));
+    }
     let tensors = layout.tensors(&container, config.num_layers)?;
     let in_file = |detail: String| Error::format(path, detail);
     let parts = Parts::sort(tensors).map_err(in_file)?;
@@ -166,16 +173,25 @@ fn distributed(container: &Container) -> Result<Option<Layout>> {
 
 /// The tokenizer's file in the container.
 fn tokenizer(container: &Container, config: &NemoConfig) -> Result<Option<TokenizerSource>> {
-    let Some(reference) = &config.tokenizer.model else { return Ok(None) };
-    let name = config::artifact(container, reference)?;
-    let path = container.member_path(&name);
+    let Some(tokenizer) = &config.tokenizer else { return Ok(None) };
+    let (name, is_json) = match artifacts::tokenizer_file(container, tokenizer)? {
+        TokenizerFile::SentencePiece(name) => (name, false),
+        TokenizerFile::HuggingFace(name) => (name, true),
+    };
     let place = container.get(&name)?;
-    let _ = Library::SentencePiece;
-    Ok(Some(TokenizerSource { path, place: Some((place.file, place.bytes.clone())), is_json: false }))
+    let path = container.member_path(&name);
+    Ok(Some(TokenizerSource { path, place: Some((place.file, place.bytes.clone())), is_json }))
 }
 
 /// What else is known about the file, for people: name and value.
 fn details(config: &NemoConfig, layout: &Layout) -> Vec<(&'static str, String)> {
-    let _ = config;
-    vec![("layout", layout.describe())]
+    let mut details = vec![("layout", layout.describe())];
+    let trained = [("tensor", config.tensor_parallel), ("pipeline", config.pipeline_parallel)];
+    let trained: Vec<String> = trained.iter().map(|(kind, ranks)| format!("{kind} parallel {ranks}")).collect();
+    let code = if config.mcore_gpt { "Megatron-Core" } else { "NeMo's own GPT" };
+    details.push(("trained as", format!("{code}, {}", trained.join(", "))));
+    let named = |text: &Option<String>| text.as_deref().map(clip);
+    details.extend(named(&config.target).map(|target| ("class", target)));
+    details.extend(named(&config.nemo_version).map(|version| ("NeMo", version)));
+    details
 }
