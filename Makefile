@@ -1,14 +1,18 @@
 # demo: build the program, build tiny-chat into an engine package, and talk to it
 # test: everything that can be tested without a GPU
-# check: formatting, lints, tests, documentation
+# check: formatting, lints, tests, documentation, half a minute of fuzzing for each reader
 # tensorrt: the library of TensorRT for RTX, into .tensorrt/ (95 MB from PyPI; no GPU needed)
 # bench: tokens per second of an engine (ENGINE=folder), tiny-chat if none is named
+# fuzz: one fuzz target (TARGET=tar) for SECONDS=1200; fuzz-all: all of them, two at a time; fuzz-smoke: 30 seconds each
 
 AOTRON := target/release/aotron
 TINY_CHAT := engines/tiny-chat
 ENGINE ?= $(TINY_CHAT)
+FUZZ_TARGETS := $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+TARGET ?= tar
+SECONDS ?= 1200
 
-.PHONY: demo test check tensorrt bench
+.PHONY: demo test check tensorrt bench fuzz fuzz-all fuzz-smoke fuzz-build
 
 $(AOTRON): FORCE
 	cargo build --release --locked
@@ -27,6 +31,20 @@ check:
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo test --locked
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
+	cargo fmt --check --manifest-path fuzz/Cargo.toml
+	$(MAKE) fuzz-smoke
+
+fuzz-build:
+	fuzz/run.sh build
+
+fuzz: fuzz-build
+	fuzz/run.sh run $(TARGET) $(SECONDS)
+
+fuzz-all: fuzz-build
+	printf '%s\n' $(FUZZ_TARGETS) | xargs -P 2 -I TARGET fuzz/run.sh run TARGET $(SECONDS)
+
+fuzz-smoke: fuzz-build
+	printf '%s\n' $(FUZZ_TARGETS) | xargs -P 2 -I TARGET fuzz/run.sh run TARGET 30 -seed=1
 
 tensorrt:
 	python3 tools/fetch_tensorrt.py

@@ -68,6 +68,9 @@ pub mod checkpoint;
 pub mod compile;
 pub mod engine;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod graph;
 pub mod mmap;
 pub mod model;

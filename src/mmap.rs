@@ -37,6 +37,17 @@ impl MappedFile {
         Ok(MappedFile { path: path.to_path_buf(), map })
     }
 
+    /// Bytes in memory, as if they were the content of `path`.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn in_memory(path: &Path, bytes: &[u8]) -> MappedFile {
+        let map = (!bytes.is_empty()).then(|| {
+            let mut map = memmap2::MmapMut::map_anon(bytes.len()).unwrap();
+            map.copy_from_slice(bytes);
+            map.make_read_only().unwrap()
+        });
+        MappedFile { path: path.to_path_buf(), map }
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path

@@ -227,5 +227,7 @@ impl<'de> Deserialize<'de> for Header {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 #[cfg(test)]
 mod tests;

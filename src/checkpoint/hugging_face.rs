@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::json::{kind, read_object, shown};
 use super::schema::MAX_CONFIG_BYTES;
@@ -127,7 +127,7 @@ fn open_weights(folder: &Path) -> Result<Stored> {
 
 /// Opens every shard named in the index, and checks that each holds exactly the tensors the index says it does.
 fn open_shards(folder: &Path, index_path: &Path) -> Result<Stored> {
-    let shard_of = read_index(index_path)?;
+    let shard_of = shards(index_path, read_object(index_path, MAX_INDEX_BYTES)?)?;
     let mut shards: BTreeMap<&str, usize> = BTreeMap::new();
     for shard in shard_of.values() {
         *shards.entry(shard).or_default() += 1;
@@ -165,9 +165,9 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Stored> {
     Ok((files, stored))
 }
 
-/// The index's map from tensor to shard. Every shard is the bare name of a file in the folder.
-fn read_index(path: &Path) -> Result<HashMap<String, String>> {
-    let mut object = read_object(path, MAX_INDEX_BYTES)?;
+/// The map from tensor to shard of the index `object`, the content of `path`. Every shard is the bare name of a file in
+/// the folder.
+pub(super) fn shards(path: &Path, mut object: Map<String, Value>) -> Result<HashMap<String, String>> {
     let Some(Value::Object(weight_map)) = object.swap_remove("weight_map") else {
         return Err(Error::format(path, "no object under the key weight_map"));
     };

@@ -15,6 +15,8 @@ use crate::mmap::MappedFile;
 
 pub mod card;
 mod config;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod generation;
 mod hf_config;
 mod hugging_face;

@@ -1,5 +1,6 @@
 //! `engine.json`: what a package is and what is in it.
 
+use std::collections::HashSet;
 use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
@@ -8,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::Limits;
 use super::tensorrt::TensorRtInfo;
 use crate::checkpoint::ModelConfig;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clip};
 
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "engine.json";
@@ -159,10 +160,9 @@ impl Manifest {
             format_version: u64,
         }
         let refuse = |detail: String| Error::package(folder, format!("{MANIFEST_NAME}: {detail}"));
-        let head: Head = serde_json::from_slice(text).map_err(|e| refuse(format!("not a manifest: {e}")))?;
+        let head: Head = serde_json::from_slice(text).map_err(|e| refuse(format!("not a manifest: {}", clip(e))))?;
         if head.format != FORMAT {
-            let found: String = head.format.chars().take(40).collect();
-            return Err(refuse(format!("the format is \"{found}\", expected \"{FORMAT}\"")));
+            return Err(refuse(format!("the format is \"{}\", expected \"{FORMAT}\"", clip(head.format))));
         }
         if head.format_version != u64::from(FORMAT_VERSION) {
             let way_out = if head.format_version > u64::from(FORMAT_VERSION) {
@@ -175,7 +175,7 @@ impl Manifest {
                 "format version {found}, this aotron reads version {FORMAT_VERSION}; {way_out}"
             )));
         }
-        let mut manifest: Manifest = serde_json::from_slice(text).map_err(|e| refuse(e.to_string()))?;
+        let mut manifest: Manifest = serde_json::from_slice(text).map_err(|e| refuse(clip(e)))?;
         let stated = std::mem::take(&mut manifest.sha256);
         if hex(&Sha256::digest(manifest.json()?)) != stated {
             return Err(refuse(
@@ -184,16 +184,20 @@ impl Manifest {
         }
         manifest.sha256 = stated;
         manifest.model.validate().map_err(|detail| refuse(format!("model: {detail}")))?;
-        for file in &manifest.files {
-            let plain = Path::new(&file.path).components().all(|c| matches!(c, Component::Normal(_)));
-            if !plain || file.path.is_empty() {
-                return Err(refuse(format!("\"{}\" is not a path inside the package", file.path)));
+        let mut listed = HashSet::new();
+        for FileInfo { path, .. } in &manifest.files {
+            let plain = Path::new(path).components().all(|c| matches!(c, Component::Normal(_)));
+            if !plain || path.is_empty() {
+                return Err(refuse(format!("\"{}\" is not a path inside the package", clip(path))));
+            }
+            if !listed.insert(path) {
+                return Err(refuse(format!("\"{}\" is listed in files twice", clip(path))));
             }
         }
         let referenced = manifest.plans.iter().flat_map(PlanInfo::files);
         for path in referenced.chain(manifest.tokenizer.as_ref().map(|t| &t.file)) {
-            if manifest.file(path).is_none() {
-                return Err(refuse(format!("\"{path}\" is used but not listed in files")));
+            if !listed.contains(path) {
+                return Err(refuse(format!("\"{}\" is used but not listed in files", clip(path))));
             }
         }
         Ok(manifest)

@@ -7,6 +7,8 @@
 //! tokenizer.json       or tokenizer.model, a SentencePiece model
 //! ```
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod limits;
 mod manifest;
 mod package;

@@ -3,6 +3,8 @@
 //! The template writes the special pieces as text and its output is encoded whole, with nothing added, so there is
 //! one place that knows them.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod pieces;
 mod sentencepiece;
 mod stream;

@@ -13,6 +13,8 @@ use std::path::Path;
 use crate::error::{Error, Result, clip};
 use crate::tensor::DType;
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod pickle;
 mod state_dict;
 mod zip;

@@ -25,7 +25,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::pieces::{PieceTable, PieceText, Rules};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clip};
 use normalizer::Normalizer;
 use unigram::Unigram;
 use vocabulary::{Kind, Vocabulary};
@@ -34,6 +34,9 @@ use vocabulary::{Kind, Vocabulary};
 const SPACE: &str = "▁";
 /// The text of the unknown piece, unless the model says another.
 const UNKNOWN_SURFACE: &str = " \u{2047} ";
+
+/// The longest text of the unknown piece, which every unknown part of a text decodes to.
+const MAX_SURFACE_BYTES: usize = 256;
 
 /// A SentencePiece model, ready to encode.
 #[derive(Debug)]
@@ -158,6 +161,11 @@ impl Model {
             eos_id: control(&trainer.eos_piece, "</s>"),
             pad_id: control(&trainer.pad_piece, "<pad>"),
         };
+        if let Some(surface) = trainer.unk_surface.as_ref().filter(|surface| surface.len() > MAX_SURFACE_BYTES) {
+            let bytes = surface.len();
+            let detail = format!("trainer_spec.unk_surface has {bytes} bytes; at most {MAX_SURFACE_BYTES} are read");
+            return Err(Error::format(name, detail));
+        }
         let mut unknown_surface = trainer.unk_surface.unwrap_or_else(|| UNKNOWN_SURFACE.into());
         unknown_surface.truncate(unknown_surface.find('\0').unwrap_or(unknown_surface.len()));
         Ok(Model { vocabulary, normalizer, algorithm, facts, unknown_surface })
@@ -185,7 +193,7 @@ impl Model {
                 // Unknown parts side by side are one.
                 _ if is_unknown && after_unknown => {}
                 _ if self.vocabulary.kind(id) == Kind::Control => {
-                    let piece = self.vocabulary.text(id);
+                    let piece = clip(self.vocabulary.text(id));
                     return Err(Error::Tokenizer(format!(
                         "the text contains `{piece}`, which SentencePiece cannot encode: the model's piece {id} is a \
                          control piece of the same name"

@@ -4,6 +4,12 @@ use super::proto::{NormalizerSpec, TrainerSpec};
 use super::trie::Trie;
 use super::{SPACE, character_len};
 
+/// The longest replacement of a rule. NFKC's longest has 33 bytes; what a text grows by is bounded by this.
+const MAX_REPLACEMENT_BYTES: usize = 256;
+/// How far a text is compared with rules: the trie of a damaged file may go round in circles. No real rule is for more
+/// than a few characters.
+const MAX_SEQUENCE_BYTES: usize = 1024;
+
 /// What a normalizer does to a text, in this order: rules for characters, spaces at the ends and in runs, one space in
 /// front or at the end, spaces as `▁`.
 #[derive(Debug)]
@@ -118,8 +124,12 @@ impl CharacterRules {
         for (index, unit) in rules.units.iter().enumerate() {
             if unit & IS_VALUE == 0 && has_value(*unit) {
                 let value = rules.units.get(index ^ offset(*unit)).map(|value| (value & !IS_VALUE) as usize);
-                if value.is_none_or(|value| value >= rules.texts.len()) {
+                let Some(text) = value.and_then(|value| rules.text(value)) else {
                     return refused(format!("unit {index} of its trie leads outside: damaged"));
+                };
+                if text.len() > MAX_REPLACEMENT_BYTES {
+                    let most = MAX_REPLACEMENT_BYTES;
+                    return refused(format!("unit {index} of its trie leads to a text of over {most} bytes"));
                 }
             }
         }
@@ -130,7 +140,7 @@ impl CharacterRules {
     fn longest(&self, text: &[u8]) -> Option<(&[u8], usize)> {
         let mut found = None;
         let mut at = offset(*self.units.first()?);
-        for (index, byte) in text.iter().enumerate() {
+        for (index, byte) in text.iter().enumerate().take(MAX_SEQUENCE_BYTES) {
             at ^= usize::from(*byte);
             let Some(unit) = self.units.get(at).copied() else { break };
             if unit & (IS_VALUE | 0xFF) != u32::from(*byte) {
@@ -142,9 +152,14 @@ impl CharacterRules {
             }
         }
         let (start, len) = found?;
-        let tail = self.texts.get(start..)?;
-        let end = tail.iter().position(|byte| *byte == 0).unwrap_or(tail.len());
-        Some((&tail[..end], len))
+        Some((self.text(start)?, len))
+    }
+
+    /// The replacement that starts at `start`; of a longer one than there may be, no more than shows that.
+    fn text(&self, start: usize) -> Option<&[u8]> {
+        let tail = self.texts.get(start..).filter(|tail| !tail.is_empty())?;
+        let tail = &tail[..tail.len().min(MAX_REPLACEMENT_BYTES + 1)];
+        Some(tail.split(|byte| *byte == 0).next().unwrap_or_default())
     }
 }
 

@@ -302,6 +302,7 @@ fn a_damaged_model_says_which_piece_or_field() {
     refused(&with_trainer(|t| t.eos_id = Some(3)), "trainer_spec.eos_id is 3; pieces are 0 to 2");
     refused(&with_trainer(|t| t.bos_id = Some(-2)), "trainer_spec.bos_id is -2");
     refused(&with_trainer(|t| t.pad_id = Some(i32::MAX)), "trainer_spec.pad_id");
+    refused(&with_trainer(|t| t.unk_surface = Some("?".repeat(257))), "trainer_spec.unk_surface has 257 bytes");
     refused(&with_trainer(|t| t.model_type = Some(3)), "unsupported: trainer_spec.model_type is 3");
     let mut lowercase = with(piece("<0x4a>", kind::BYTE));
     lowercase.trainer_spec.as_mut().unwrap().byte_fallback = Some(true);
@@ -315,6 +316,11 @@ fn a_damaged_model_says_which_piece_or_field() {
     refused(&with_rules(vec![0xFF, 0xFF, 0xFF, 0xFF, 0, 0]), "a trie of 4294967295 bytes in 2");
     // One unit whose value is that unit itself, which is past the texts.
     refused(&with_rules([4u32, 1 << 8].map(u32::to_le_bytes).concat().into_iter().chain([0]).collect()), "unit 0");
+    // Its value is the unit after it, which says that its text starts at 0.
+    let long = [8u32, 1 << 8 | 1 << 10, 1 << 31].map(u32::to_le_bytes).concat();
+    let long = |bytes: usize| with_rules([&*long, &*vec![b'x'; bytes], &[0]].concat());
+    refused(&long(257), "unit 0 of its trie leads to a text of over 256 bytes");
+    load(&long(256));
     let mut denormalizer = small(pieces());
     denormalizer.denormalizer_spec =
         Some(NormalizerSpec { precompiled_charsmap: Some(vec![0; 9]), ..NormalizerSpec::default() });

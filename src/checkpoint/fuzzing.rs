@@ -1,0 +1,76 @@
+//! What must hold of the readers of a checkpoint's files; see [`crate::fuzzing`].
+
+use std::path::Path;
+
+use super::nemo::container::Container;
+use super::tar::{Archive, MemberKind};
+use super::{generation, hf_config, hugging_face, json, schema};
+use crate::fuzzing::check_refusal;
+use crate::mmap::MappedFile;
+
+pub use super::torch::fuzzing::{pickle, zip};
+
+/// A tar archive: members have names inside it, each once, and their data lies in the file, each behind a header of its
+/// own behind the data before.
+pub fn tar(bytes: &[u8]) {
+    const HEADER_BYTES: usize = 512;
+    let path = Path::new("model.nemo");
+    let archive = match Archive::read(path, bytes) {
+        Ok(archive) => archive,
+        Err(error) => return check_refusal(&error),
+    };
+    let mut end = 0;
+    for member in archive.members() {
+        let parts_fit = member.name.split('/').all(|part| !matches!(part, "" | "." | ".."));
+        assert!(parts_fit && !member.name.contains('\0'), "{:?}", member.name);
+        assert_eq!(archive.member(&member.name), Some(member));
+        if member.kind == MemberKind::File {
+            assert!(member.bytes.start >= end + HEADER_BYTES, "{member:?} is not behind {end}");
+            assert!(member.bytes.start <= member.bytes.end && member.bytes.end <= bytes.len(), "{member:?}");
+            end = member.bytes.end;
+            assert_eq!(archive.file(&member.name).unwrap(), member.bytes);
+        } else {
+            assert_eq!(member.bytes, 0..0);
+            check_refusal(&archive.file(&member.name).unwrap_err());
+        }
+    }
+
+    let container = Container::of_archive(path, MappedFile::in_memory(path, bytes)).unwrap();
+    for member in archive.members() {
+        match container.get(&member.name) {
+            Ok(place) => assert_eq!(container.bytes(place), &bytes[member.bytes.clone()]),
+            Err(error) => {
+                assert_ne!(member.kind, MemberKind::File);
+                check_refusal(&error);
+            }
+        }
+    }
+}
+
+/// The JSON of a Hugging Face folder: an object that was read is read from its own text again, whether as
+/// `config.json`, `generation_config.json` or the index of shards. A model it describes is one that can be computed.
+pub fn json(bytes: &[u8]) {
+    let path = Path::new("config.json");
+    let object = match json::parse_object(path, bytes) {
+        Ok(object) => object,
+        Err(error) => return check_refusal(&error),
+    };
+    let text = serde_json::to_vec(&object).unwrap();
+    assert_eq!(json::parse_object(path, &text).unwrap(), object);
+
+    match hf_config::read(path, object.clone()) {
+        Ok(config) => {
+            config.model.validate().unwrap();
+            assert!(config.model.parameters().is_some() && schema::expected(&config.model).is_some());
+        }
+        Err(error) => check_refusal(&error),
+    }
+    match generation::read(path, object.clone(), 256_000) {
+        Ok(config) => assert!(config.eos_token_ids.iter().all(|id| *id < 256_000)),
+        Err(error) => check_refusal(&error),
+    }
+    match hugging_face::shards(path, object) {
+        Ok(shard_of) => assert!(shard_of.values().all(|shard| Path::new(shard).file_name() == Some(shard.as_ref()))),
+        Err(error) => check_refusal(&error),
+    }
+}

@@ -1,0 +1,128 @@
+//! What must hold of the readers of torch's files; see [`crate::fuzzing`].
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::pickle::{Global, Object, Pickle};
+use super::{StateDict, StoredTensor, read_state_dict, state_dict, zip as archive};
+use crate::fuzzing::{check_message, check_refusal};
+
+/// Tensors of an input whose elements are looked at.
+const READ_TENSORS: usize = 16;
+/// The most elements of one of them.
+const READ_ELEMENTS: usize = 4096;
+
+/// A zip archive, and the state dict that it may be: members and storages lie in the file without overlap, and tensors
+/// in their storages; rows that are copied are those that are borrowed.
+pub fn zip(bytes: &[u8]) {
+    match archive::members(bytes) {
+        Ok(members) => {
+            let mut places: Vec<_> = members.names().map(|name| members.get(name).unwrap()).collect();
+            places.sort_by_key(|place| (place.start, place.end));
+            let ends = places.iter().map(|place| place.end);
+            assert!(places.iter().skip(1).zip(ends).all(|(place, end)| place.start >= end), "{places:?}");
+            assert!(places.iter().all(|place| place.start <= place.end && place.end <= bytes.len()), "{places:?}");
+        }
+        Err(message) => check_message(&message),
+    }
+    match read_state_dict(Path::new("model.ckpt"), bytes) {
+        Ok(dict) => {
+            for tensor in dict.tensors() {
+                assert_eq!(dict.tensor(&tensor.name), Some(tensor));
+                assert!(tensor.storage.end <= bytes.len());
+                check_place(tensor);
+            }
+            dict.tensors().iter().take(READ_TENSORS).for_each(|tensor| check_elements(&dict, tensor, bytes));
+        }
+        Err(error) => check_refusal(&error),
+    }
+}
+
+/// A pickle, with every storage that it names there and of the size that it claims.
+pub fn pickle(bytes: &[u8]) {
+    let pickle = match Pickle::read(bytes) {
+        Ok(pickle) => pickle,
+        Err(message) => return check_message(&message),
+    };
+    let storages = claimed_storages(&pickle);
+    let end = Cell::new(0usize);
+    let place = |key: &str| {
+        let start = end.get();
+        end.set(start.checked_add(*storages.get(key)?)?);
+        Some(start..end.get())
+    };
+    match state_dict::extract(&pickle, &place) {
+        Ok((tensors, others)) => {
+            tensors.iter().for_each(check_place);
+            let names: std::collections::HashSet<&str> = tensors
+                .iter()
+                .map(|tensor| tensor.name.as_str())
+                .chain(others.iter().map(|(name, _)| &**name))
+                .collect();
+            assert_eq!(names.len(), tensors.len() + others.len());
+        }
+        Err(message) => check_message(&message),
+    }
+}
+
+/// The bytes of each storage by its key, as the descriptions of the root's tensors (and of its dicts') have it.
+fn claimed_storages<'p>(pickle: &Pickle<'p>) -> HashMap<&'p str, usize> {
+    let mut storages = HashMap::new();
+    let Object::Dict(root) = pickle.root() else { return storages };
+    let nested = root.iter().filter_map(|(_, value)| match pickle.get(*value) {
+        Object::Dict(entries) => Some(entries),
+        _ => None,
+    });
+    for (_, value) in nested.take(4).chain([root]).flatten() {
+        let Object::Tensor(arguments) = pickle.get(*value) else { continue };
+        let Object::Tuple(arguments) = pickle.get(*arguments) else { continue };
+        let Some(Object::Persistent(storage)) = arguments.first().map(|id| pickle.get(*id)) else { continue };
+        let Object::Tuple(parts) = pickle.get(*storage) else { continue };
+        let [_, class, key, _, elements] = parts.as_slice() else { continue };
+        if let (Object::Global(Global::Storage(dtype)), Object::Str(key), Object::Int(elements)) =
+            (pickle.get(*class), pickle.get(*key), pickle.get(*elements))
+            && let Some(bytes) = usize::try_from(*elements).ok().and_then(|count| count.checked_mul(dtype.bytes()))
+            && bytes <= isize::MAX as usize
+        {
+            storages.entry(*key).or_insert(bytes);
+        }
+    }
+    storages
+}
+
+/// Every element of `tensor` is inside its storage.
+fn check_place(tensor: &StoredTensor) {
+    assert_eq!(tensor.shape.len(), tensor.strides.len(), "{tensor:?}");
+    let last: u128 = match tensor.shape.contains(&0) {
+        true => tensor.offset as u128,
+        false => {
+            let steps =
+                tensor.shape.iter().zip(&tensor.strides).map(|(size, stride)| (*size as u128 - 1) * *stride as u128);
+            tensor.offset as u128 + steps.sum::<u128>() + 1
+        }
+    };
+    assert!(last * tensor.dtype.bytes() as u128 <= tensor.storage.len() as u128, "{tensor:?}");
+    assert!(tensor.elements().checked_mul(tensor.dtype.bytes()).is_some_and(|bytes| bytes <= isize::MAX as usize));
+    if let Some(range) = tensor.contiguous_range() {
+        assert!(range.start >= tensor.storage.start && range.end <= tensor.storage.end, "{tensor:?}: {range:?}");
+        assert_eq!(range.len(), tensor.elements() * tensor.dtype.bytes());
+    }
+}
+
+fn check_elements(dict: &StateDict, tensor: &StoredTensor, bytes: &[u8]) {
+    let rows = tensor.shape.first().copied().unwrap_or(1);
+    match dict.view(tensor, bytes) {
+        Ok(Some(view)) => {
+            let width = tensor.dtype.bytes();
+            assert_eq!(view.data.len(), tensor.elements() * width);
+            assert_eq!(*dict.rows(tensor, 0..rows, bytes).unwrap(), *view.data);
+        }
+        Ok(None) if tensor.elements() <= READ_ELEMENTS => match dict.rows(tensor, 0..rows, bytes) {
+            Ok(data) => assert_eq!(data.len(), tensor.elements() * tensor.dtype.bytes()),
+            Err(error) => check_refusal(&error),
+        },
+        Ok(None) => {}
+        Err(error) => check_refusal(&error),
+    }
+}

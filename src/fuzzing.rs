@@ -1,0 +1,67 @@
+//! What the fuzz targets in `fuzz/` run: each reader of untrusted files on bytes in memory, and what must hold of its
+//! answer whatever the bytes. A refusal is an answer too, of one short line.
+//!
+//! This is no part of the library. It is compiled for the fuzz targets, which set `cfg(fuzzing)`, and for the tests,
+//! which run the same checks over inputs that once failed them (`tests/data/fuzz`). Each room has its own.
+
+use crate::error::Error;
+
+pub use crate::checkpoint::fuzzing::{json, pickle, tar, zip};
+pub use crate::engine::fuzzing::manifest;
+pub use crate::tensor_file::fuzzing::safetensors;
+pub use crate::text::fuzzing::sentencepiece;
+
+/// The longest message: a few names, of which each is clipped to 200 characters, and the words around them.
+const MAX_MESSAGE_BYTES: usize = 4096;
+
+/// Checks a message of refusal: text that came from the file has neither line breaks nor escape sequences for the
+/// terminal it will be shown on, and does not fill it.
+pub(crate) fn check_message(message: &str) {
+    assert!(!message.is_empty() && message.len() <= MAX_MESSAGE_BYTES, "a message of {} bytes", message.len());
+    assert!(!message.chars().any(char::is_control), "a message with control characters: {message:?}");
+}
+
+/// As [`check_message`].
+pub(crate) fn check_refusal(error: &Error) {
+    check_message(&error.to_string());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    /// Name and check of every target.
+    const TARGETS: &[(&str, fn(&[u8]))] = &[
+        ("json", super::json),
+        ("manifest", super::manifest),
+        ("pickle", super::pickle),
+        ("safetensors", super::safetensors),
+        ("sentencepiece", super::sentencepiece),
+        ("tar", super::tar),
+        ("zip", super::zip),
+    ];
+
+    /// Runs a target's check over every file of a folder.
+    fn run(folder: &Path, check: fn(&[u8])) -> usize {
+        let Ok(files) = fs::read_dir(folder) else { return 0 };
+        let files = files.map(|file| file.unwrap().path());
+        let run = |path: std::path::PathBuf| {
+            println!("{}", path.display());
+            check(&fs::read(path).unwrap());
+        };
+        files.map(run).count()
+    }
+
+    #[test]
+    fn inputs_that_once_failed_and_seeds_pass() {
+        for (target, check) in TARGETS {
+            let seeds = run(&Path::new("fuzz/seeds").join(target), *check);
+            println!(
+                "{target}: {seeds} seeds, {} regressions",
+                run(&Path::new("tests/data/fuzz").join(target), *check)
+            );
+        }
+        assert!(run(Path::new("tests/data/torch"), super::zip) > 0);
+    }
+}
