@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use aotron::backend::cpu::CpuOptions;
-use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, TOTAL_TOKENS, Weight, lower};
 use aotron::backend::packing;
+use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, TOTAL_TOKENS, Weight, lower};
 use aotron::backend::tensorrt::pack::{items, stored};
 use aotron::backend::{cpu_program, open_cpu};
 use aotron::checkpoint::Checkpoint;

@@ -64,8 +64,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Checkpoint>
     let (vocab_size, element_type) = parts.embedding().map_err(in_file)?;
     let tokenizer = tokenizer(&container, &config)?;
     let details = details(&config, &layout);
-    let mut model =
-        config.with_vocabulary(vocab_size, None, Vec::new()).map_err(|detail| Error::format(&config_path, detail))?;
+    let mut model = config.with_vocabulary(vocab_size, None, Vec::new())?;
     // What is stored decides; the config says what the training computed in.
     if let Some(dtype) = element_type.weight() {
         model.dtype = dtype;
@@ -195,3 +194,6 @@ fn details(config: &NemoConfig, layout: &Layout) -> Vec<(&'static str, String)> 
     details.extend(named(&config.nemo_version).map(|version| ("NeMo", version)));
     details
 }
+
+#[cfg(test)]
+mod tests;
