@@ -182,6 +182,11 @@ fn tokenizer(container: &Container, config: &NemoConfig) -> Result<Option<Tokeni
     Ok(Some(TokenizerSource { path, place: Some((place.file, place.bytes.clone())), is_json }))
 }
 
+/// Whether `name` is a state of Transformer Engine, which computing with the weights does not need.
+fn is_extra_state(name: &str) -> bool {
+    name.contains("_extra_state")
+}
+
 /// What else is known about the file, for people: name and value.
 fn details(config: &NemoConfig, layout: &Layout) -> Vec<(&'static str, String)> {
     let mut details = vec![("layout", layout.describe())];

@@ -4,6 +4,8 @@
 //! (`model.decoder.layers.3.…`), the latter with Transformer Engine's layers, which fuse a norm with the product behind
 //! it, or without. Distributed checkpoints drop the number of the layer and stack the layers on a new first axis.
 
+use super::is_extra_state;
+
 /// One tensor of the architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Part {
@@ -104,7 +106,7 @@ pub(super) fn meaning(name: &str) -> Meaning {
     while let Some(rest) = name.strip_prefix("model.").or_else(|| name.strip_prefix("module.")) {
         name = rest.to_owned();
     }
-    if name.ends_with("_extra_state") || name.contains("_extra_state/") || name.ends_with("rotary_pos_emb.inv_freq") {
+    if is_extra_state(&name) || name.ends_with("rotary_pos_emb.inv_freq") {
         return Meaning::Ignored;
     }
     let global = |part| Meaning::Weight { part, layer: None };

@@ -11,6 +11,7 @@ use std::collections::HashSet;
 use serde_json::{Map, Value};
 
 use super::container::{Container, Place};
+use super::is_extra_state;
 use crate::checkpoint::json;
 use crate::checkpoint::sharded::{Shard, ShardedTensor};
 use crate::checkpoint::torch::ElementType;
@@ -40,7 +41,7 @@ pub(in crate::checkpoint) fn tensors(container: &Container, prefix: &str) -> Res
     let mut tensors = Vec::new();
     for (member, place) in container.below(prefix) {
         let Some(name) = member.strip_suffix(DESCRIPTION).and_then(|folder| folder.strip_suffix('/')) else { continue };
-        if name.contains("_extra_state") {
+        if is_extra_state(name) {
             continue;
         }
         if tensors.len() == MAX_ARRAYS {

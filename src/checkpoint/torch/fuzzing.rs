@@ -4,7 +4,8 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::pickle::{Global, Object, Pickle};
+use super::globals::{Dialect, Global};
+use super::pickle::{Object, Pickle};
 use super::{StoredTensor, read_state_dict, state_dict, zip as archive};
 use crate::checkpoint::sharded::ShardedTensor;
 use crate::checkpoint::weight::{TensorView, Weight};
@@ -45,7 +46,7 @@ pub fn zip(bytes: &[u8]) {
 
 /// A pickle, with every storage that it names there and of the size that it claims.
 pub fn pickle(bytes: &[u8]) {
-    let pickle = match Pickle::read(bytes) {
+    let pickle = match Pickle::read(Dialect::Saved, bytes) {
         Ok(pickle) => pickle,
         Err(message) => return check_message(&message),
     };

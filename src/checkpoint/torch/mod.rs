@@ -1,9 +1,10 @@
-//! What `torch.save` writes, read in place: the `.ckpt` members of a `.nemo`, and other checkpoints of that form.
+//! What torch saves, read in place: the `.ckpt` members of a `.nemo`, and the parts of a distributed checkpoint.
 //!
-//! Such a file is an uncompressed zip archive. `<prefix>/data.pkl` is a pickle of the saved object, in which each tensor
-//! is a call that names a storage, an offset, a shape and strides; the storages are the members `<prefix>/data/<key>`,
-//! and several tensors may share one. [`read_state_dict`] works on a byte slice (a mapped file, or the part of one that
-//! is a member of a tar) and answers with places in it; no element is read. Nothing in the pickle is ever executed.
+//! A file of `torch.save` is an uncompressed zip archive. `<prefix>/data.pkl` is a pickle of the saved object, in which
+//! each tensor is a call that names a storage, an offset, a shape and strides; the storages are the members
+//! `<prefix>/data/<key>`, and several tensors may share one. [`read_state_dict`] works on a byte slice (a mapped file,
+//! or the part of one that is a member of a tar) and answers with places in it; no element is read. Nothing in the
+//! pickle is ever executed.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,9 +16,16 @@ use crate::tensor::DType;
 
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
+mod globals;
+mod metadata;
 mod pickle;
 mod state_dict;
 mod zip;
+
+use globals::Dialect;
+pub(super) use metadata::{Chunk, ChunkedTensor, Item, read_metadata};
+use pickle::Pickle;
+use state_dict::FindStorage;
 
 /// The type of a stored tensor's elements, as torch names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -57,6 +65,31 @@ impl ElementType {
         })
     }
 
+    /// The type that the dtype `torch.NAME` is.
+    fn of_dtype(name: &str) -> Option<ElementType> {
+        use ElementType::*;
+        let all = [Bool, Uint8, Int8, Int16, Int32, Int64, Float16, Bfloat16, Float32, Float64, Complex64, Complex128];
+        all.into_iter().find(|dtype| dtype.name() == name)
+    }
+
+    /// What torch calls it, as a dtype.
+    const fn name(self) -> &'static str {
+        match self {
+            ElementType::Bool => "bool",
+            ElementType::Uint8 => "uint8",
+            ElementType::Int8 => "int8",
+            ElementType::Int16 => "int16",
+            ElementType::Int32 => "int32",
+            ElementType::Int64 => "int64",
+            ElementType::Float16 => "float16",
+            ElementType::Bfloat16 => "bfloat16",
+            ElementType::Float32 => "float32",
+            ElementType::Float64 => "float64",
+            ElementType::Complex64 => "complex64",
+            ElementType::Complex128 => "complex128",
+        }
+    }
+
     /// Bytes of one element.
     pub const fn bytes(self) -> usize {
         match self {
@@ -81,20 +114,7 @@ impl ElementType {
 
 impl fmt::Display for ElementType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            ElementType::Bool => "bool",
-            ElementType::Uint8 => "uint8",
-            ElementType::Int8 => "int8",
-            ElementType::Int16 => "int16",
-            ElementType::Int32 => "int32",
-            ElementType::Int64 => "int64",
-            ElementType::Float16 => "float16",
-            ElementType::Bfloat16 => "bfloat16",
-            ElementType::Float32 => "float32",
-            ElementType::Float64 => "float64",
-            ElementType::Complex64 => "complex64",
-            ElementType::Complex128 => "complex128",
-        })
+        f.pad(self.name())
     }
 }
 
@@ -138,6 +158,25 @@ pub struct StateDict {
 /// [`Error::Format`] for a file that is damaged, whose pickle names anything but tensors and containers, or that a
 /// limit keeps from being read; [`Error::Unsupported`] for the format of torch before 1.6, TorchScript and big-endian files.
 pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
+    let (tensors, others) = read_saved(path, bytes, state_dict::extract)?;
+    let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
+    Ok(StateDict { tensors, by_name, others })
+}
+
+/// Reads the tensor in `bytes`, all that `torch.save` wrote of it; it has no name. `path` names the file in messages.
+///
+/// # Errors
+/// As [`read_state_dict`].
+pub fn read_tensor(path: &Path, bytes: &[u8]) -> Result<StoredTensor> {
+    read_saved(path, bytes, state_dict::root)
+}
+
+/// Reads what `torch.save` wrote and has `extract` find the tensors in its pickle, given the places of its storages.
+fn read_saved<T>(
+    path: &Path,
+    bytes: &[u8],
+    extract: impl Fn(&Pickle<'_>, &FindStorage<'_>) -> Result<T, String>,
+) -> Result<T> {
     let damaged = |detail: String| Error::format(path, detail);
     if bytes.starts_with(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19") {
         let detail = "a file in the format of torch before 1.6, which is no zip archive; \
@@ -157,7 +196,7 @@ pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
         members.get(&name).map(|range| (name, range))
     };
     if member("constants.pkl").is_some() {
-        return Err(Error::unsupported(path, "a TorchScript archive; expected a state dict that torch.save wrote"));
+        return Err(Error::unsupported(path, "a TorchScript archive; expected tensors that torch.save wrote"));
     }
     if let Some((name, range)) = member("byteorder")
         && bytes[range.clone()] != *b"little"
@@ -167,11 +206,9 @@ pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
     }
     let (name, range) = member("data.pkl").ok_or_else(|| damaged("no pickle of the saved object".to_owned()))?;
     let in_pickle = |detail: String| damaged(format!("`{}`: {detail}", clip(&name)));
-    let pickle = pickle::Pickle::read(&bytes[range]).map_err(in_pickle)?;
+    let pickle = Pickle::read(Dialect::Saved, &bytes[range]).map_err(in_pickle)?;
     let storage = |key: &str| member(&format!("data/{key}")).map(|(_, range)| range);
-    let (tensors, others) = state_dict::extract(&pickle, &storage).map_err(in_pickle)?;
-    let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
-    Ok(StateDict { tensors, by_name, others })
+    extract(&pickle, &storage).map_err(in_pickle)
 }
 
 /// What the names of all members start with: the folder of the only `data.pkl`.

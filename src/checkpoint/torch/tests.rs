@@ -100,6 +100,28 @@ fn check_elements(tensor: &StoredTensor, bytes: &[u8], expected: &str) {
 }
 
 #[test]
+fn reads_a_tensor_that_was_saved_alone() {
+    let path = Path::new("tests/data/torch_dist/one-rank/__0_0.distcp");
+    let (metadata, bytes) = (fs::read(path.with_file_name(".metadata")).unwrap(), fs::read(path).unwrap());
+    let metadata = read_metadata(path, &metadata, |name| name == "model.decoder.final_layernorm.weight").unwrap();
+    assert_eq!((metadata.tensors.len(), metadata.tensors[0].chunks.len()), (1, 1));
+    let item = metadata.items.iter().find(|item| item.name == metadata.tensors[0].name).unwrap();
+    let bytes = &bytes[item.bytes.clone()];
+    let tensor = read_tensor(path, bytes).unwrap();
+    assert_eq!((tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()), ("", ElementType::Float32, &[3][..]));
+    assert_eq!(hex(&elements(&tensor, &bytes)), "15813c3f34d4d63ef954ac3f");
+
+    refused(bytes, "`archive/data.pkl`: it holds a tensor, expected a dict of tensors");
+    for (pickle, found) in
+        [(&b"\x80\x02}."[..], "a dict"), (b"\x80\x02N.", "None"), (b"\x80\x02ctorch\nSize\n.", "a class")]
+    {
+        let error = read_tensor(Path::new("x"), &archive(pickle, &[])).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("x: `archive/data.pkl`: it holds {found}")), "{error}");
+        assert!(error.ends_with("expected a tensor"), "{error}");
+    }
+}
+
+#[test]
 fn lists_what_is_no_tensor() {
     for file in ["extra.pt", "protocol4.pt"] {
         let dict = read(&fixture(file)).unwrap();
@@ -134,6 +156,10 @@ fn executes_nothing() {
         (b"\x80\x02ctorch\nload\n.", "asks for `torch.load`"),
         (b"\x80\x02ctorch._utils\n_rebuild_qtensor\n.", "asks for `torch._utils._rebuild_qtensor`"),
         (b"\x80\x02ctorch\nFloatStorage.__init__\n.", "asks for `torch.FloatStorage.__init__`"),
+        // What only the metadata of a distributed checkpoint needs.
+        (b"\x80\x02cpathlib\nPosixPath\n.", "asks for `pathlib.PosixPath`"),
+        (b"\x80\x02ctorch.serialization\n_get_layout\n.", "asks for `torch.serialization._get_layout`"),
+        (b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n.", "checkpoint.metadata.Metadata`"),
         // Old opcodes that import or call.
         (b"\x80\x02(S'ls'\nios\nsystem\n.", "opcode 0x53 (`S`) is refused"),
         (b"\x80\x02(ios\nsystem\n.", "opcode 0x69 (`i`) is refused"),
