@@ -1,6 +1,7 @@
 """A model's weights as Megatron holds them: fused, renamed, and cut for tensor- and pipeline-parallel ranks."""
 
 import io
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Array:
         return tuple(size // chunk for size, chunk in zip(self.shape, self.chunk_shape))
 
     def indices(self) -> list[tuple[int, ...]]:
-        return [tuple(index) for index in torch.cartesian_prod(*map(torch.arange, self.grid)).view(-1, len(self.grid)).tolist()]
+        return list(itertools.product(*map(range, self.grid)))
 
 
 def extra_state(layer: int) -> object:

@@ -37,6 +37,7 @@ class Options:
     module_prefix: bool = False
     state_dict_key: bool = False
     views: bool = False
+    keep_plans: bool = False
     zarr_writer: str = "auto"
     unpacked: bool = False
     gzip: bool = False
@@ -74,7 +75,7 @@ def write(source: Source, options: Options, path: Path) -> None:
         elif options.format == "nemo-torch-dist":
             from . import torch_dist
 
-            torch_dist.write(source, layout, folder / WEIGHTS)
+            torch_dist.write(source, layout, options.keep_plans, folder / WEIGHTS)
         elif options.zarr_writer == "tensorstore":
             zarr_format.write_with_tensorstore(megatron, folder / WEIGHTS)
         else:
