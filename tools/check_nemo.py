@@ -56,6 +56,7 @@ LAYOUTS = {
     "torch_dist, gzip": {"format": "nemo-torch-dist", "gzip": True},
     "torch_dist, unpacked": {"format": "nemo-torch-dist", "names": "mcore-local", "unpacked": True},
     "torch_dist, TP 2, ranks' plans kept": {"format": "nemo-torch-dist", "tp": 2, "keep_plans": True},
+    "torch_dist, TP 2, a tensor for each layer": {"format": "nemo-torch-dist", "tp": 2, "stacked": False},
     "torch_dist, PP 5": {"format": "nemo-torch-dist", "pp": 5},
     "torch_dist, TP 3, padded": {"format": "nemo-torch-dist", "tp": 3},
 }

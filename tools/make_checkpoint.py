@@ -173,6 +173,8 @@ def main():
     group.add_argument("--module-prefix", action="store_true", help="names start with `model.module.`")
     group.add_argument("--state-dict-key", action="store_true", help="the weights lie under the key `state_dict`")
     group.add_argument("--views", action="store_true", help="save weights as strided views and some in one storage")
+    group.add_argument("--unstacked", action="store_false", dest="stacked",
+                       help="a distributed checkpoint has a tensor for each layer, as with Megatron-core from 0.14")
     group.add_argument("--keep-plans", action="store_true",
                        help="nemo-torch-dist's metadata hold all ranks' plans, as with Megatron-core from 0.11")
     group.add_argument("--zarr-writer", choices=("auto", "zarr", "tensorstore", "stream"), default="auto",

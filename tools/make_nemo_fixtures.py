@@ -43,6 +43,8 @@ FIXTURES = {
     "torch-dist": {"format": "nemo-torch-dist"},
     "torch-dist-tp2": {"format": "nemo-torch-dist", "keep_plans": True, "tp": 2, "gnu": True},
     "torch-dist-pp2": {"format": "nemo-torch-dist", "names": "mcore-local", "pp": 2},
+    "torch-dist-unstacked": {"format": "nemo-torch-dist", "keep_plans": True, "stacked": False, "tp": 2,
+                             "gnu": True, "gzip": True},
 }
 TEXT = """The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is.
 System and User ask, the Assistant answers: yes, no, or 0 1 2 3 4 5 6 7 8 9! How do you do? Very well, thank you."""

@@ -6,8 +6,8 @@
     python tools/measure_nemo.py build/8b.nemo > nemo-section.md
 
 Beside the build, in the same run and on the same disk, stands what moving the bytes takes by itself: a flushed copy of
-the `.nemo` and of the package's weights, and `sha256sum` of each. A copy is made and deleted in pieces where the disk has
-no room for it whole, so room for the `.nemo`, the package and one piece is enough.
+the `.nemo` and of the package's weights, and `sha256sum` of each. A copy is made and deleted in pieces where the disk
+has no room for it whole, so room for the `.nemo`, the package and one piece is enough.
 """
 
 import argparse
@@ -81,8 +81,8 @@ def head(nemo: Path, recipe: str) -> str:
     memory = int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     return f"""## A `.nemo` of {nemo.stat().st_size / 1e9:.1f} GB
 
-Made by `tools/measure_nemo.py`, {datetime.date.today()}: `aotron build {nemo.name} --recipe {recipe}` on {os.cpu_count()}
-cores of a shared machine ({memory / 1e9:.0f} GB of memory, load {os.getloadavg()[0]:.1f} at the start). Private memory
+Made by `tools/measure_nemo.py`, {datetime.date.today()}: `aotron build {nemo.name} --recipe {recipe}` on
+{os.cpu_count()} cores of a shared machine ({memory / 1e9:.0f} GB of memory, load {os.getloadavg()[0]:.1f} at the start). Private memory
 leaves out mapped files. Before each step the kernel is asked to drop the file that it reads from the page cache;
 *cached before* is what stayed. Copies go to the same disk and are flushed, and so is the package.
 """

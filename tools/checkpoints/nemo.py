@@ -38,6 +38,7 @@ class Options:
     state_dict_key: bool = False
     views: bool = False
     keep_plans: bool = False
+    stacked: bool = True
     zarr_writer: str = "auto"
     unpacked: bool = False
     gzip: bool = False
@@ -55,7 +56,8 @@ def write(source: Source, options: Options, path: Path) -> None:
     """Writes the `.nemo` file, or folder."""
     if source.tokenizer is None:
         raise LayoutError("a .nemo has a tokenizer: the folder has no tokenizer.model")
-    layout = {"names": options.names, "tp": options.tp, "pp": options.pp, "divisible": options.divisible}
+    layout = {"names": options.names, "tp": options.tp, "pp": options.pp, "divisible": options.divisible,
+              "stacked": options.stacked}
     megatron = Megatron(source, **layout)
     # NeMo puts a random UUID here.
     artifact = f"{hashlib.md5(source.tokenizer).hexdigest()}_tokenizer.model"

@@ -87,7 +87,7 @@ def distributed(folder: Path) -> dict[str, torch.Tensor]:
 def unstacked(state: dict[str, torch.Tensor], layers: int) -> dict[str, tuple[torch.Tensor, ...]]:
     found = {}
     for name, value in state.items():
-        if ".layers." in name:
+        if ".layers." in name and not LAYER.fullmatch(name):
             if len(value) != layers:
                 raise ValueError(f"{name} has {len(value)} layers")
             for layer, part in enumerate(value):

@@ -104,7 +104,7 @@ def save_rank(rank: int, source: Source, layout: dict, keep_plans: bool, folder:
     layers = megatron.model.layers
     for name, layer, value in megatron.objects():
         if tp_rank == 0 and layer // (layers // megatron.pp) == stage:
-            state[f"{name}/shard_{layer}_{layers}"] = content = io.BytesIO()
+            state[name] = content = io.BytesIO()
             torch.save([value], content)
     os.chdir(folder.parent)  # the metadata keep the path
     writer = Writer(folder.name, thread_count=2)

@@ -99,9 +99,8 @@ def write_rest(megatron: Megatron, folder: Path) -> None:
 def rest(megatron: Megatron) -> dict[str, bytes]:
     """What is not a tensor."""
     files = {"common.pt": saved({}, "common.pt"), "metadata.json": json.dumps(METADATA).encode()}
-    for name, layer, value in megatron.objects():
-        file = f"shard_{layer}_{megatron.model.layers}.pt"
-        files[f"{name}/{file}"] = saved(value, file)
+    for name, _, value in megatron.objects():
+        files[f"{name}.pt"] = saved(value, f"{name.split('/')[1]}.pt")
     return files
 
 
