@@ -165,7 +165,7 @@ def main():
                        help="a Hugging Face folder's weights and tokenizer.model in place of random ones")
     group.add_argument("--tokenizer", type=Path, help="a SentencePiece model; by default one is made up")
     group.add_argument("--names", choices=NAMES, default="mcore",
-                       help="tensor names: NeMo's own model's, or Megatron-core's with (mcore) or without Transformer Engine")
+                       help="tensor names: NeMo's own, or Megatron-core's with (mcore) or without Transformer Engine")
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (1)")
     group.add_argument("--pp", type=int, default=1, help="pipeline stages (1)")
     group.add_argument("--make-vocab-divisible", type=int, default=128, dest="divisible", metavar="N",
@@ -173,6 +173,10 @@ def main():
     group.add_argument("--module-prefix", action="store_true", help="names start with `model.module.`")
     group.add_argument("--state-dict-key", action="store_true", help="the weights lie under the key `state_dict`")
     group.add_argument("--views", action="store_true", help="save weights as strided views and some in one storage")
+    group.add_argument("--unstacked", action="store_false", dest="stacked",
+                       help="a distributed checkpoint has a tensor for each layer, as with Megatron-core from 0.14")
+    group.add_argument("--keep-plans", action="store_true",
+                       help="nemo-torch-dist's metadata hold all ranks' plans, as with Megatron-core from 0.11")
     group.add_argument("--zarr-writer", choices=("auto", "zarr", "tensorstore", "stream"), default="auto",
                        help="what writes nemo-zarr; by default the zarr package, from 1 GiB on this script (stream)")
     group.add_argument("--unpacked", action="store_true", help="a folder instead of an archive")

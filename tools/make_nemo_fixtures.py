@@ -41,8 +41,10 @@ FIXTURES = {
     "zarr-tp4-padded": {"format": "nemo-zarr", "zarr_writer": "zarr", "names": "mcore-local", "tp": 4, "divisible": 16,
                         "gnu": True, "gzip": True},
     "torch-dist": {"format": "nemo-torch-dist"},
-    "torch-dist-tp2": {"format": "nemo-torch-dist", "tp": 2, "gnu": True},
+    "torch-dist-tp2": {"format": "nemo-torch-dist", "keep_plans": True, "tp": 2, "gnu": True},
     "torch-dist-pp2": {"format": "nemo-torch-dist", "names": "mcore-local", "pp": 2},
+    "torch-dist-unstacked": {"format": "nemo-torch-dist", "keep_plans": True, "stacked": False, "tp": 2,
+                             "gnu": True, "gzip": True},
 }
 TEXT = """The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is.
 System and User ask, the Assistant answers: yes, no, or 0 1 2 3 4 5 6 7 8 9! How do you do? Very well, thank you."""
@@ -74,7 +76,8 @@ def check_streamed(source: FolderSource) -> None:
             made = []
             for writer in ("zarr", "stream"):
                 path = Path(scratch) / f"{writer}.nemo"
-                nemo.write(source, nemo.Options(format="nemo-zarr", zarr_writer=writer, **({"divisible": 4} | layout)), path)
+                options = {"format": "nemo-zarr", "zarr_writer": writer, "divisible": 4} | layout
+                nemo.write(source, nemo.Options(**options), path)
                 made.append(path.read_bytes())
             if made[0] != made[1]:
                 raise ValueError(f"the streamed zarr archive differs: {layout}")

@@ -1,6 +1,7 @@
 """A model's weights as Megatron holds them: fused, renamed, and cut for tensor- and pipeline-parallel ranks."""
 
 import io
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Array:
         return tuple(size // chunk for size, chunk in zip(self.shape, self.chunk_shape))
 
     def indices(self) -> list[tuple[int, ...]]:
-        return [tuple(index) for index in torch.cartesian_prod(*map(torch.arange, self.grid)).view(-1, len(self.grid)).tolist()]
+        return list(itertools.product(*map(range, self.grid)))
 
 
 def extra_state(layer: int) -> object:
@@ -123,8 +124,11 @@ def fused_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group
 class Megatron:
     """A source's weights under one parallel layout."""
 
-    def __init__(self, source: Source, names: str, tp: int = 1, pp: int = 1, divisible: int = 128):
+    def __init__(
+        self, source: Source, names: str, tp: int = 1, pp: int = 1, divisible: int = 128, stacked: bool = True
+    ):
         self.source, self.model, self.names, self.tp, self.pp = source, source.model, NAMES[names], tp, pp
+        self.stacked = stacked
         multiple = divisible * tp
         self.vocab = -(-self.model.vocab // multiple) * multiple
         for size, parts in (("layers", pp), ("groups", tp), ("ffn", tp)):
@@ -188,9 +192,12 @@ class Megatron:
         return state
 
     def arrays(self, prefix: str = "model.") -> list[Array]:
-        """The tensors of a distributed checkpoint, whose layers are stacked on a new first axis."""
+        """The tensors of a distributed checkpoint, whose layers are stacked on a new first axis if `stacked`."""
         arrays = [self._outer_array(key, prefix) for key in self.outer_keys()]
-        return arrays + [self._stacked_array(key, prefix) for key in LAYER]
+        if self.stacked:
+            return arrays + [self._stacked_array(key, prefix) for key in LAYER]
+        return arrays + [
+            self._layer_array(key, layer, prefix) for layer in range(self.model.layers) for key in LAYER]
 
     def _outer_array(self, key: str, prefix: str) -> Array:
         name, axis = OUTER[key]
@@ -202,6 +209,15 @@ class Megatron:
             prefix + self.names["outer"][key], (rows, *tail), (chunk, *tail),
             owner=lambda index: (index[0], stage),
             blocks=lambda index: self.outer_blocks(key, index[0]))
+
+    def _layer_array(self, key: str, layer: int, prefix: str) -> Array:
+        """As the stacked one, of one layer."""
+        stacked = self._stacked_array(key, prefix)
+        return Array(
+            f"{prefix}{self.names['layers']}{layer}.{self.names['layer'][key]}",
+            stacked.shape[1:], stacked.chunk_shape[1:],
+            owner=lambda index: stacked.owner((layer, *index)),
+            blocks=lambda index: stacked.blocks((layer, *index)))
 
     def _stacked_array(self, key: str, prefix: str) -> Array:
         names, axis = LAYER[key]
@@ -219,6 +235,8 @@ class Megatron:
             blocks=lambda index: iter([self.layer_tensor(key, index[0], rank(index))]))
 
     def objects(self, prefix: str = "model.") -> list[tuple[str, int, object]]:
-        """The `_extra_state` objects of a distributed checkpoint: name, layer and value."""
-        return [(f"{prefix}{self.names['layers']}{module}._extra_state", layer, extra_state(layer))
-                for module in self.names["extra"] for layer in range(self.model.layers)]
+        """The `_extra_state` objects of a distributed checkpoint: name with shard, layer and value."""
+        layers, at = self.model.layers, prefix + self.names["layers"]
+        return [(f"{at}{module}._extra_state/shard_{layer}_{layers}" if self.stacked else
+                 f"{at}{layer}.{module}._extra_state/shard_0_1", layer, extra_state(layer))
+                for module in self.names["extra"] for layer in range(layers)]

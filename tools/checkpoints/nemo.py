@@ -37,6 +37,8 @@ class Options:
     module_prefix: bool = False
     state_dict_key: bool = False
     views: bool = False
+    keep_plans: bool = False
+    stacked: bool = True
     zarr_writer: str = "auto"
     unpacked: bool = False
     gzip: bool = False
@@ -54,7 +56,8 @@ def write(source: Source, options: Options, path: Path) -> None:
     """Writes the `.nemo` file, or folder."""
     if source.tokenizer is None:
         raise LayoutError("a .nemo has a tokenizer: the folder has no tokenizer.model")
-    layout = {"names": options.names, "tp": options.tp, "pp": options.pp, "divisible": options.divisible}
+    layout = {"names": options.names, "tp": options.tp, "pp": options.pp, "divisible": options.divisible,
+              "stacked": options.stacked}
     megatron = Megatron(source, **layout)
     # NeMo puts a random UUID here.
     artifact = f"{hashlib.md5(source.tokenizer).hexdigest()}_tokenizer.model"
@@ -74,7 +77,7 @@ def write(source: Source, options: Options, path: Path) -> None:
         elif options.format == "nemo-torch-dist":
             from . import torch_dist
 
-            torch_dist.write(source, layout, folder / WEIGHTS)
+            torch_dist.write(source, layout, options.keep_plans, folder / WEIGHTS)
         elif options.zarr_writer == "tensorstore":
             zarr_format.write_with_tensorstore(megatron, folder / WEIGHTS)
         else:

@@ -60,6 +60,8 @@ def distributed(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a distributed checkpoint, by the library that Megatron-core reads it with."""
     backend = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
     if backend == "torch_dist":
+        from . import torch_dist  # noqa: F401, defines a class that the metadata name
+
         kinds = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         state = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in kinds.items()
                  if hasattr(kind, "size")}
@@ -85,7 +87,7 @@ def distributed(folder: Path) -> dict[str, torch.Tensor]:
 def unstacked(state: dict[str, torch.Tensor], layers: int) -> dict[str, tuple[torch.Tensor, ...]]:
     found = {}
     for name, value in state.items():
-        if ".layers." in name:
+        if ".layers." in name and not LAYER.fullmatch(name):
             if len(value) != layers:
                 raise ValueError(f"{name} has {len(value)} layers")
             for layer, part in enumerate(value):

@@ -1,11 +1,12 @@
 """A distributed checkpoint in Megatron-core's `zarr` format, version 1.
 
-`write` uses the zarr package, 2.x, the way Megatron-core does, and `write_with_tensorstore` the library that Megatron-core
-reads with. `members` makes the same files without either, one chunk after the other, for models larger than memory.
+`write` uses the zarr package, 2.x, the way Megatron-core does, and `write_with_tensorstore` the library that
+Megatron-core reads with. `members` makes the same files as `write` without either, one chunk after the other, for models
+larger than memory.
 """
 
-import io
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 
 from .megatron import Array, Megatron
 
-METADATA = {"sharded_backend": "zarr", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+METADATA = {
+    "sharded_backend": "zarr", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1,
+}
 ZARR_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "<f2", torch.float32: "<f4"}
 
 
@@ -29,10 +32,12 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def saved(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def saved(value: object, name: str) -> bytes:
+    """The file of that name that torch.save writes; the name without its ending is that of a folder in it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / name
+        torch.save(value, path)
+        return path.read_bytes()
 
 
 def chunk(array: Array, index: tuple[int, ...]) -> torch.Tensor:
@@ -93,9 +98,9 @@ def write_rest(megatron: Megatron, folder: Path) -> None:
 
 def rest(megatron: Megatron) -> dict[str, bytes]:
     """What is not a tensor."""
-    files = {"common.pt": saved({}), "metadata.json": json.dumps(METADATA).encode()}
-    for name, layer, value in megatron.objects():
-        files[f"{name}/shard_{layer}_{megatron.model.layers}.pt"] = saved(value)
+    files = {"common.pt": saved({}, "common.pt"), "metadata.json": json.dumps(METADATA).encode()}
+    for name, _, value in megatron.objects():
+        files[f"{name}.pt"] = saved(value, f"{name.split('/')[1]}.pt")
     return files
 
 
