@@ -18,6 +18,7 @@ strip -o "$dir/aotron" "$root/target/release/aotron"
 mkdir "$dir/.tensorrt"
 cp -L "$root"/.tensorrt/libtensorrt_rtx.so.1 "$dir/.tensorrt/"
 cp "$root"/gpu/*.py "$root"/gpu/run.sh "$root/tools/make_checkpoint.py" "$dir/"
+cp -r "$root/tools/checkpoints" "$dir/"
 cp -r "$root/tests/data/tiny-chat" "$dir/checkpoint"
 
 # Packages to run as they are, and one to finish on a Hopper card.

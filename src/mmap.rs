@@ -24,9 +24,16 @@ impl MappedFile {
     /// # Errors
     /// [`Error::Io`] if the file cannot be opened or mapped, [`Error::Format`] if it is not a regular file.
     pub fn open(path: &Path) -> Result<MappedFile> {
-        let file = open_regular(path)?;
+        MappedFile::of_file(path, &open_regular(path)?)
+    }
+
+    /// Maps the whole of an open regular file, which messages call `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be mapped.
+    pub(crate) fn of_file(path: &Path, file: &File) -> Result<MappedFile> {
         let bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
-        let map = if bytes == 0 { None } else { Some(map_read_only(&file).map_err(Error::io("map", path))?) };
+        let map = if bytes == 0 { None } else { Some(map_read_only(file).map_err(Error::io("map", path))?) };
         Ok(MappedFile { path: path.to_path_buf(), map })
     }
 

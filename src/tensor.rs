@@ -1,4 +1,4 @@
-//! Element types and borrowed tensors: what a checkpoint hands to the compiler without copying.
+//! Element types, and how their bytes become numbers.
 
 use std::fmt;
 
@@ -34,6 +34,29 @@ impl DType {
         }
     }
 
+    /// Reads little-endian floats of this type to `out` as f32, as many as there are in both; exact. Other types are no
+    /// numbers by themselves and give NaN.
+    pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            DType::F32 => {
+                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *value = f32::from_le_bytes(*raw);
+                }
+            }
+            DType::F16 => {
+                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *value = half::f16::from_le_bytes(*raw).to_f32();
+                }
+            }
+            DType::BF16 => {
+                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *value = half::bf16::from_le_bytes(*raw).to_f32();
+                }
+            }
+            DType::I32 | DType::I8 | DType::I4 | DType::F8 => out.fill(f32::NAN),
+        }
+    }
+
     /// Whether values are numbers to compute with: neither indices nor codes of a quantized tensor.
     pub const fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::F16 | DType::BF16)
@@ -59,55 +82,6 @@ impl fmt::Display for DType {
     }
 }
 
-/// A named tensor whose bytes live elsewhere (a memory map): little-endian, row-major, contiguous.
-/// Whoever makes one has checked the dtype and that `data.len() == product(shape) * dtype.bytes()`.
-#[derive(Debug, Clone, Copy)]
-pub struct TensorView<'a> {
-    /// The tensor's name in Hugging Face's scheme, whichever file it came from.
-    pub name: &'a str,
-    /// Element type of `data`; F32, F16 or BF16.
-    pub dtype: DType,
-    /// Row-major shape.
-    pub shape: &'a [usize],
-    /// The elements, not necessarily aligned.
-    pub data: &'a [u8],
-}
-
-impl TensorView<'_> {
-    /// Number of elements.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Copies elements `start .. start + out.len()` (row-major) to `out` as f32; exact for every stored dtype.
-    ///
-    /// # Panics
-    /// If the range is outside the tensor; callers index by the validated shape.
-    pub fn read_f32(&self, start: usize, out: &mut [f32]) {
-        let width = self.dtype.bytes();
-        let bytes = &self.data[start * width..(start + out.len()) * width];
-        match self.dtype {
-            DType::F32 => {
-                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *value = f32::from_le_bytes(*raw);
-                }
-            }
-            DType::F16 => {
-                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *value = half::f16::from_le_bytes(*raw).to_f32();
-                }
-            }
-            DType::BF16 => {
-                for (value, raw) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *value = half::bf16::from_le_bytes(*raw).to_f32();
-                }
-            }
-            // No checkpoint's tensor: see `dtype`.
-            DType::I32 | DType::I8 | DType::I4 | DType::F8 => out.fill(f32::NAN),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,9 +93,8 @@ mod tests {
         let f16_bytes: Vec<u8> = values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect();
         let bf16_bytes: Vec<u8> = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
         for (dtype, data) in [(DType::F32, f32_bytes), (DType::F16, f16_bytes), (DType::BF16, bf16_bytes)] {
-            let view = TensorView { name: "t", dtype, shape: &[3], data: &data };
             let mut out = [f32::NAN; 2];
-            view.read_f32(1, &mut out);
+            dtype.decode(&data[dtype.bytes()..], &mut out);
             assert_eq!(out, [-0.25, 3.0], "{dtype}");
         }
     }

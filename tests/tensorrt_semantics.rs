@@ -7,8 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use aotron::backend::cpu::CpuOptions;
+use aotron::backend::packing;
 use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, TOTAL_TOKENS, Weight, lower};
-use aotron::backend::tensorrt::pack::{pack, stored};
+use aotron::backend::tensorrt::pack::{items, stored};
 use aotron::backend::{cpu_program, open_cpu};
 use aotron::checkpoint::Checkpoint;
 use aotron::compile::{Calibration, Precision, optimized_graph};
@@ -75,7 +76,8 @@ impl Plans {
             bytes.extend_from_slice(piece);
             Ok(())
         };
-        pack(&weights, checkpoint, &mut write).unwrap();
+        let file = packing::File { items: items(&weights).unwrap(), sink: &mut write };
+        packing::pack(vec![file], checkpoint, false, &|_| Ok(())).unwrap();
         std::fs::write(&path, bytes).unwrap();
         let file = TensorFile::open(&path).unwrap();
         let bindings = [cache_bindings, chunk_bindings];

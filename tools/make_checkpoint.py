@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Writes a randomly initialised NemotronForCausalLM as a Hugging Face folder, and its golden logits.
+"""Writes a randomly initialised NemotronForCausalLM as a Hugging Face folder with its golden logits, or as a `.nemo`.
 
     make_checkpoint.py tests/data/shapes/odd --shape odd      # how each shipped folder was made
     make_checkpoint.py /somewhere/mid --shape mid --shards 4  # a model worth timing, 1.9 GB
+    make_checkpoint.py /somewhere/chat.nemo --from tests/data/tiny-chat --format nemo-zarr --tp 2
+    make_checkpoint.py /somewhere/8b.nemo --shape 8b --format nemo-zarr --tokenizer some.model  # 17 GB, streamed
 
-Needs torch, transformers 5 and safetensors. A named shape fixes every option below; options given override it.
+Needs torch, transformers 5 and safetensors, for a `.nemo` also PyYAML, and for nemo-zarr zarr 2 and ml_dtypes. A named
+shape fixes every option below; options given override it. tools/checkpoints/ holds the `.nemo` writers.
 The weights depend on --seed and the tensors' names and sizes alone. They are scaled so that attention is uneven and
 logits spread over several units, and norm weights w are multiples of 1/128 between -1/2 and 1/2, so that 1 + w is
 exact in F32, F16 and BF16 alike.
@@ -15,14 +18,14 @@ Golden logits are transformers' own, eager attention in FP32 over the stored wei
 
 import argparse
 import json
-import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import GenerationConfig, NemotronConfig, NemotronForCausalLM
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+from checkpoints import nemo
+from checkpoints.megatron import NAMES
+from checkpoints.source import DTYPES, FolderSource, LayoutError, Model, RandomSource
+from checkpoints.tokenizer import made_tokenizer
 
 # What every shape starts from. `config` 4 writes config.json as transformers 4 did, 5 as it does now.
 BASE = {
@@ -51,23 +54,9 @@ SHAPES = {
 GOLDEN_TOKENS = (5, 17, 40)
 
 
-def random_tensor(name, shape, dtype, seed):
-    """The tensor's values, a function of seed, name and shape."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
-    values = torch.randn(shape, generator=generator)
-    if "norm" in name:
-        values *= 0.15
-        if name.endswith("weight"):
-            values = (values.clamp(-0.5, 0.5) * 128).round() / 128
-    elif "embed_tokens" in name:
-        values *= 0.3
-    else:
-        gain = 1.5 if "q_proj" in name or "k_proj" in name else 2.0 if "lm_head" in name else 0.5
-        values *= gain / shape[-1] ** 0.5
-    return values.to(dtype)
-
-
 def make_config(options):
+    from transformers import NemotronConfig
+
     return NemotronConfig(
         architectures=["NemotronForCausalLM"],
         vocab_size=options["vocab"],
@@ -88,6 +77,8 @@ def make_config(options):
 
 
 def write_config(config, options, folder):
+    from transformers import GenerationConfig
+
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=2, eos_token_id=3).save_pretrained(folder)
     if options["config"] == 4:
@@ -100,18 +91,18 @@ def write_config(config, options, folder):
 
 
 def write_weights(config, options, folder):
-    """Makes and writes one shard after the other, so that one shard is the most that is in memory."""
+    """Makes and writes one shard after the other, so that one shard is the most that is in memory. Gives the names."""
+    from transformers import NemotronForCausalLM
+
     with torch.device("meta"):
         model = NemotronForCausalLM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if options["tied"]:
-        del shapes["lm_head.weight"]
-    names = list(shapes)
+    names = [name for name in model.state_dict() if not (options["tied"] and name == "lm_head.weight")]
     count = options["shards"]
     weight_map, total = {}, 0
+    source = RandomSource(Model.of_config(config.to_dict()), options["seed"])
     for shard in range(count):
         part = names[shard * len(names) // count:(shard + 1) * len(names) // count]
-        tensors = {name: random_tensor(name, shapes[name], DTYPES[options["dtype"]], options["seed"]) for name in part}
+        tensors = {name: source.tensor(name) for name in part}
         single = "model.safetensors"
         file = single if count == 1 else f"model-{shard + 1:05}-of-{count:05}.safetensors"
         save(tensors, folder / file)
@@ -120,14 +111,19 @@ def write_weights(config, options, folder):
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return names
 
 
 def save(tensors, path):
+    from safetensors.torch import save_file
+
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)
 
 
 def write_golden(options, folder):
+    from transformers import NemotronForCausalLM
+
     model, report = NemotronForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
@@ -148,7 +144,7 @@ def write_golden(options, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="the folder or .nemo to write")
     parser.add_argument("--shape", choices=SHAPES, help="start from a named shape; without one, give all five sizes")
     for size in ("vocab", "hidden", "ffn", "layers", "heads"):
         parser.add_argument(f"--{size}", type=int)
@@ -163,13 +159,60 @@ def main():
     parser.add_argument("--seed", type=int)
     parser.add_argument("--config", type=int, choices=(4, 5), help="transformers version config.json is written as (5)")
     parser.add_argument("--golden", action=argparse.BooleanOptionalAction, help="write golden logits")
-    given = vars(parser.parse_args())
-    folder, shape = given.pop("folder"), given.pop("shape")
-    options = BASE | SHAPES.get(shape, {}) | {key: value for key, value in given.items() if value is not None}
+    parser.add_argument("--format", choices=("hf", *nemo.FORMATS), default="hf", help="what to write (hf)")
+    group = parser.add_argument_group("a .nemo")
+    group.add_argument("--from", type=Path, dest="source", metavar="HF_FOLDER",
+                       help="a Hugging Face folder's weights and tokenizer.model in place of random ones")
+    group.add_argument("--tokenizer", type=Path, help="a SentencePiece model; by default one is made up")
+    group.add_argument("--names", choices=NAMES, default="mcore",
+                       help="tensor names: NeMo's own, or Megatron-core's with (mcore) or without Transformer Engine")
+    group.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (1)")
+    group.add_argument("--pp", type=int, default=1, help="pipeline stages (1)")
+    group.add_argument("--make-vocab-divisible", type=int, default=128, dest="divisible", metavar="N",
+                       help="pad the vocabulary to a multiple of N times the tensor-parallel ranks (128)")
+    group.add_argument("--module-prefix", action="store_true", help="names start with `model.module.`")
+    group.add_argument("--state-dict-key", action="store_true", help="the weights lie under the key `state_dict`")
+    group.add_argument("--views", action="store_true", help="save weights as strided views and some in one storage")
+    group.add_argument("--unstacked", action="store_false", dest="stacked",
+                       help="a distributed checkpoint has a tensor for each layer, as with Megatron-core from 0.14")
+    group.add_argument("--keep-plans", action="store_true",
+                       help="nemo-torch-dist's metadata hold all ranks' plans, as with Megatron-core from 0.11")
+    group.add_argument("--zarr-writer", choices=("auto", "zarr", "tensorstore", "stream"), default="auto",
+                       help="what writes nemo-zarr; by default the zarr package, from 1 GiB on this script (stream)")
+    group.add_argument("--unpacked", action="store_true", help="a folder instead of an archive")
+    group.add_argument("--gzip", action="store_true", help="compress the archive")
+    group.add_argument("--gnu", action="store_true", help="GNU's tar format instead of PAX")
+    arguments = vars(parser.parse_args())
+    nemo_options = {field: arguments.pop(field) for field in nemo.Options.__dataclass_fields__}
+    folder, shape = arguments.pop("folder"), arguments.pop("shape")
+    source, tokenizer = arguments.pop("source"), arguments.pop("tokenizer")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    options = BASE | SHAPES.get(shape, {}) | given
     absent = [size for size in ("vocab", "hidden", "ffn", "layers", "heads") if size not in options]
-    if absent:
+    if absent and not source:
         parser.error(f"without --shape, give --{', --'.join(absent)}")
+    if nemo_options["format"] == "hf":
+        if source:
+            parser.error("--from is for a .nemo")
+        write_hugging_face(options, folder)
+        return
+    if source:
+        if shape or given:
+            parser.error("--from takes every size from its folder")
+        weights = FolderSource(source)
+        if tokenizer:
+            weights.tokenizer = tokenizer.read_bytes()
+    else:
+        content = tokenizer.read_bytes() if tokenizer else made_tokenizer(options["vocab"])
+        weights = RandomSource(Model.of_config(make_config(options).to_dict()), options["seed"], content)
+    try:
+        nemo.remove(folder)
+        nemo.write(weights, nemo.Options(**nemo_options), folder)
+    except LayoutError as error:
+        parser.error(str(error))
 
+
+def write_hugging_face(options, folder):
     folder.mkdir(parents=True, exist_ok=True)
     config = make_config(options)
     write_config(config, options, folder)

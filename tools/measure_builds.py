@@ -15,9 +15,10 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+
+from peak_memory import Sampler
 
 AOTRON = Path("target/release/aotron")
 HEAD = """# Building for a GPU, on a machine without one
@@ -46,38 +47,22 @@ def build(checkpoint: Path, recipe: str, output: Path) -> dict:
     command = [AOTRON, "build", checkpoint, "--recipe", recipe, "-o", output, "--force"]
     start = time.perf_counter()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    peak = 0
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.is_set():
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                peak = max([peak, *(int(kib) for kib in re.findall(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE))])
-            except OSError:
-                pass
-            time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     begun: list[tuple[float, str]] = []
-    for line in process.stderr:
-        # A stage says its name once, then how far it is.
-        if found := re.match(r"(compiling|checking|reading|packing|calibrating)\b(?!.*( of |step))", line):
-            begun.append((time.perf_counter(), found[1]))
-        elif line.startswith("error"):
-            sys.exit(line)
-    code = process.wait()
-    ended.set()
-    watcher.join()
+    with Sampler(process) as peak:
+        for line in process.stderr:
+            # A stage says its name once, then how far it is.
+            if found := re.match(r"(compiling|checking|reading|packing|calibrating)\b(?!.*( of |step))", line):
+                begun.append((time.perf_counter(), found[1]))
+            elif line.startswith("error"):
+                sys.exit(line)
+        code = process.wait()
     end = time.perf_counter()
     if code != 0:
         sys.exit(f"the build of {recipe} failed with exit code {code}")
     stages: dict[str, list[float]] = {}
     for (at, name), (following, _) in zip(begun, [*begun[1:], (end, "")]):
         stages.setdefault(name, []).append(following - at)
-    return {"total": end - start, "stages": stages, "peak": peak * 1024}
+    return {"total": end - start, "stages": stages, "peak": peak.private}
 
 
 def main() -> None:

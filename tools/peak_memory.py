@@ -7,7 +7,37 @@
 import re
 import subprocess
 import sys
+import threading
 import time
+
+
+class Sampler:
+    """Looks at a process's memory every 20 ms, inside a `with` that the process ends in."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.private = self.resident = 0
+        """Most bytes of anonymous pages, and of all resident ones."""
+        self._process, self._ended = process, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            try:
+                with open(f"/proc/{self._process.pid}/status") as status:
+                    found = dict(re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB", status.read(), re.MULTILINE))
+                self.private = max(self.private, int(found.get("RssAnon", 0)) * 1024)
+                self.resident = max(self.resident, int(found.get("VmHWM", 0)) * 1024)
+            except OSError:
+                pass
+            self._ended.wait(0.02)
 
 
 def main() -> None:
@@ -15,19 +45,12 @@ def main() -> None:
         sys.exit(__doc__)
     start = time.perf_counter()
     process = subprocess.Popen(sys.argv[1:])
-    peak = {"RssAnon": 0, "VmHWM": 0}
-    while process.poll() is None:
-        try:
-            with open(f"/proc/{process.pid}/status") as status:
-                for name, kib in re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB", status.read(), re.MULTILINE):
-                    peak[name] = max(peak[name], int(kib))
-        except OSError:
-            pass
-        time.sleep(0.02)
+    with Sampler(process) as peak:
+        process.wait()
     seconds = time.perf_counter() - start
     print(
-        f"{seconds:.1f} s, exit code {process.returncode}, private memory at most {peak['RssAnon'] / 2**20:.2f} GiB, "
-        f"resident with mapped files {peak['VmHWM'] / 2**20:.2f} GiB",
+        f"{seconds:.1f} s, exit code {process.returncode}, private memory at most {peak.private / 2**30:.2f} GiB, "
+        f"resident with mapped files {peak.resident / 2**30:.2f} GiB",
         file=sys.stderr,
     )
     sys.exit(process.returncode)

@@ -1,17 +1,15 @@
 //! What a graph's constants are: expressions over a checkpoint, evaluated a few rows at a time so that no weight is ever
 //! whole in memory. Every backend packs what is read here.
 
+use std::borrow::Cow;
+
 use half::bf16;
-use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Trig};
 use crate::tensor::DType;
-
-/// FP32 elements that one task evaluates at a time.
-const TASK_ELEMENTS: usize = 1 << 20;
 
 /// Evaluates rows of a constant from row `first` until `out`, `[rows, columns]`, is full. Codes come as numbers, not as
 /// their bits: see [`Scheme::bits`](crate::quantize::Scheme::bits).
@@ -23,14 +21,7 @@ pub fn read_rows(expr: &Const, checkpoint: &Checkpoint, first: usize, columns: u
         Const::Tensor(name) => {
             let view = checkpoint.tensor(name)?;
             view.read_f32(first * columns, out);
-            if let Some(bad) = out.iter().position(|v| !v.is_finite()) {
-                let (row, column) = (first + bad / columns, bad % columns);
-                let detail = format!(
-                    "tensor `{name}` has {} at row {row}, column {column}; the checkpoint is damaged",
-                    out[bad]
-                );
-                return Err(Error::format(checkpoint.path(), detail));
-            }
+            check_finite(&view, checkpoint, first, columns, out)?;
         }
         Const::AddScalar(inner, scalar) => {
             read_rows(inner, checkpoint, first, columns, out)?;
@@ -38,11 +29,7 @@ pub fn read_rows(expr: &Const, checkpoint: &Checkpoint, first: usize, columns: u
         }
         Const::Cast(inner, dtype) => {
             read_rows(inner, checkpoint, first, columns, out)?;
-            match dtype {
-                DType::BF16 => out.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
-                DType::F16 => out.iter_mut().for_each(|v| *v = half::f16::from_f32(*v).to_f32()),
-                DType::F32 | DType::I32 | DType::I8 | DType::I4 | DType::F8 => {}
-            }
+            round(out, *dtype);
         }
         Const::Codes(matrix, scheme) => {
             read_rows(matrix, checkpoint, first, columns, out)?;
@@ -79,53 +66,67 @@ pub fn read_rows(expr: &Const, checkpoint: &Checkpoint, first: usize, columns: u
     Ok(())
 }
 
-/// A constant's rows, all of which are to be written.
-#[derive(Debug, Clone, Copy)]
-pub struct Matrix<'c> {
-    /// What it is.
-    pub expr: &'c Const,
-    /// Its rows.
-    pub rows: usize,
-    /// Its columns.
-    pub columns: usize,
+fn round(values: &mut [f32], dtype: DType) {
+    match dtype {
+        DType::BF16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+        DType::F16 => values.iter_mut().for_each(|v| *v = half::f16::from_f32(*v).to_f32()),
+        DType::F32 | DType::I32 | DType::I8 | DType::I4 | DType::F8 => {}
+    }
 }
 
-/// Evaluates a constant's rows on all threads, a few at a time, and writes what `store` makes of them in order.
-/// `store` gets the index of its first row, a multiple of `unit`, and whole rows; but for the last, multiples of `unit`.
+/// Refuses `values`, rows of a tensor from row `first`, if one of them is no number.
 ///
 /// # Errors
-/// As [`read_rows`], and whatever `write` returns.
-pub fn write_rows<T: bytemuck::Pod + Send>(
-    matrix: Matrix<'_>,
+/// [`Error::Format`] naming tensor and position.
+pub(super) fn check_finite(
+    view: &TensorView<'_>,
     checkpoint: &Checkpoint,
-    unit: usize,
-    store: &(dyn Fn(usize, Vec<f32>) -> Vec<T> + Sync),
-    write: &mut dyn FnMut(&[u8]) -> Result<()>,
+    first: usize,
+    columns: usize,
+    values: &[f32],
 ) -> Result<()> {
-    let Matrix { expr, rows, columns } = matrix;
-    let read_columns = match expr {
-        Const::Scales { columns, .. } => *columns,
-        _ => columns,
-    };
-    let rows_per_task = (TASK_ELEMENTS / read_columns.max(1)).next_multiple_of(unit).max(unit);
-    let rows_per_batch = rows_per_task * rayon::current_num_threads();
-    for batch in (0..rows).step_by(rows_per_batch) {
-        let end = rows.min(batch + rows_per_batch);
-        let pieces: Vec<Vec<T>> = (batch..end)
-            .into_par_iter()
-            .step_by(rows_per_task)
-            .map(|first| {
-                let count = end.min(first + rows_per_task) - first;
-                let mut values = vec![0f32; count * columns];
-                read_rows(expr, checkpoint, first, columns, &mut values)?;
-                Ok(store(first, values))
-            })
-            .collect::<Result<_>>()?;
-        for piece in pieces {
-            write(bytemuck::cast_slice(&piece))?;
-        }
+    // A sum of products with zero is zero unless something is infinite or NaN; it takes no branch for each element.
+    if values.iter().map(|value| value * 0.0).sum::<f32>() == 0.0 {
+        return Ok(());
     }
-    Ok(())
+    let Some(bad) = values.iter().position(|value| !value.is_finite()) else { return Ok(()) };
+    let (row, column) = (first + bad / columns, bad % columns);
+    let (name, value) = (view.name, values[bad]);
+    let detail = format!("tensor `{name}` has {value} at row {row}, column {column}; the checkpoint is damaged");
+    Err(Error::format(checkpoint.path(), detail))
+}
+
+/// The tensors that make up a matrix, one above the other; `None` if it is not made of tensors alone.
+pub(super) fn leaves<'c>(matrix: &Const, checkpoint: &'c Checkpoint) -> Result<Option<Vec<TensorView<'c>>>> {
+    match matrix {
+        Const::Tensor(name) => Ok(Some(vec![checkpoint.tensor(name)?])),
+        Const::ConcatRows(parts) => {
+            let of_part = |part: &Const| match part {
+                Const::Tensor(name) => checkpoint.tensor(name).map(Some),
+                _ => Ok(None),
+            };
+            parts.iter().map(of_part).collect()
+        }
+        _ => Ok(None),
+    }
+}
+
+/// What `expr` makes of rows of `inner`, a part of it. Codes and scales are not made here.
+pub(super) fn evaluate<'v>(expr: &Const, inner: &Const, rows: &'v [f32]) -> Cow<'v, [f32]> {
+    match expr {
+        _ if expr == inner => Cow::Borrowed(rows),
+        Const::AddScalar(of, scalar) => {
+            let mut values = evaluate(of, inner, rows).into_owned();
+            values.iter_mut().for_each(|value| *value += scalar);
+            Cow::Owned(values)
+        }
+        Const::Cast(of, dtype) => {
+            let mut values = evaluate(of, inner, rows).into_owned();
+            round(&mut values, *dtype);
+            Cow::Owned(values)
+        }
+        _ => Cow::Borrowed(rows),
+    }
 }
 
 /// How a file of tensors calls elements of a type: it has no 4-bit integers, so pairs of them are bytes there.

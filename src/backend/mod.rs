@@ -5,6 +5,7 @@ pub mod cpu;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod logits;
+pub mod packing;
 mod select;
 mod step;
 pub mod tensorrt;

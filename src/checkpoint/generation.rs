@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::hf_config::{Keys, token_ids};
+use super::keys::{Keys, token_ids};
 use crate::error::{Error, Result};
 
 /// Sampling defaults a checkpoint brings along. `None` where it says nothing.

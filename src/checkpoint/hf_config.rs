@@ -10,8 +10,9 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::ModelConfig;
-use super::json::{kind, shown};
-use crate::error::{Error, Result, clip};
+use super::json::shown;
+use super::keys::{Keys, token_id, token_ids};
+use crate::error::{Error, Result};
 use crate::tensor::DType;
 
 /// The one architecture read here.
@@ -122,7 +123,7 @@ pub(super) struct HfConfig {
 /// [`Error::Unsupported`] if a key asks for what is not computed here or is unknown, [`Error::Format`] if a value is
 /// missing, of the wrong kind, contradicts another or makes no model; both name key and value.
 pub(super) fn read(path: &Path, object: Map<String, Value>) -> Result<HfConfig> {
-    let mut keys = Keys { path, within: "", object };
+    let mut keys = Keys::new(path, object);
     check_architecture(&mut keys)?;
     for key in MUST_BE_OFF {
         keys.must_be_off(key)?;
@@ -168,7 +169,7 @@ pub(super) fn read(path: &Path, object: Map<String, Value>) -> Result<HfConfig> 
             false => vec![default::EOS],
         },
     };
-    keys.refuse_rest(NEUTRAL)?;
+    keys.refuse_rest(|key, _| NEUTRAL.contains(&key))?;
     model.validate().map_err(|detail| Error::format(path, detail))?;
     Ok(HfConfig { model, declares_dtype: dtype.is_some() })
 }
@@ -180,7 +181,7 @@ fn check_architecture(keys: &mut Keys) -> Result<()> {
     }
     match keys.take("architectures") {
         None if model_type.is_some() => Ok(()),
-        None => Err(Error::format(keys.path, "neither model_type nor architectures: not a model's config.json")),
+        None => Err(Error::format(keys.path(), "neither model_type nor architectures: not a model's config.json")),
         Some(Value::Array(names)) if names == [ARCHITECTURE] => Ok(()),
         Some(other) => Err(keys.unsupported("architectures", shown(&other), "[\"NemotronForCausalLM\"]")),
     }
@@ -196,18 +197,14 @@ struct Rope {
 fn read_rope(keys: &mut Keys) -> Result<Rope> {
     let mut nested = Vec::new();
     for within in ["rope_parameters", "rope_scaling"] {
-        let Some(value) = keys.take(within) else { continue };
-        let Value::Object(object) = value else {
-            return Err(keys.wrong_kind(within, "an object or null", &value));
-        };
-        let mut rope = Keys { path: keys.path, within, object };
+        let Some(mut rope) = keys.object(within)? else { continue };
         for key in ["rope_type", "type"] {
             if let Some(other) = rope.text(key)?.filter(|name| name != "default") {
                 return Err(rope.unsupported(key, other, "\"default\" (no scaling of positions)"));
             }
         }
-        nested.push((rope.within, rope.number("rope_theta")?, rope.number("partial_rotary_factor")?));
-        rope.refuse_rest(&[])?;
+        nested.push((within, rope.number("rope_theta")?, rope.number("partial_rotary_factor")?));
+        rope.refuse_rest(|_, _| false)?;
     }
     let thetas = nested.iter().map(|(within, theta, _)| (*within, *theta));
     let factors = nested.iter().map(|(within, _, factor)| (*within, *factor));
@@ -217,173 +214,9 @@ fn read_rope(keys: &mut Keys) -> Result<Rope> {
     let partial_rotary_factor = factor.unwrap_or(default::PARTIAL_ROTARY_FACTOR);
     if !(partial_rotary_factor > 0.0 && partial_rotary_factor <= 1.0) {
         let detail = format!("partial_rotary_factor is {partial_rotary_factor}, expected above 0 and at most 1");
-        return Err(Error::format(keys.path, detail));
+        return Err(Error::format(keys.path(), detail));
     }
     Ok(Rope { theta: theta.unwrap_or(default::ROPE_THETA), partial_rotary_factor })
-}
-
-/// A token id; `null` and -1, which tokenizers without such a token report, mean none.
-fn token_id(keys: &mut Keys, key: &'static str) -> Result<Option<u32>> {
-    match keys.take(key) {
-        None => Ok(None),
-        Some(value) => one_token_id(keys, key, &value),
-    }
-}
-
-/// Token ids: one, a list, or `null` for none.
-pub(super) fn token_ids(keys: &mut Keys, key: &'static str) -> Result<Vec<u32>> {
-    match keys.take(key) {
-        None => Ok(Vec::new()),
-        Some(Value::Array(ids)) => {
-            let ids = ids.iter().map(|id| one_token_id(keys, key, id)).collect::<Result<Vec<_>>>()?;
-            Ok(ids.into_iter().flatten().collect())
-        }
-        Some(value) => Ok(one_token_id(keys, key, &value)?.into_iter().collect()),
-    }
-}
-
-fn one_token_id(keys: &Keys, key: &str, value: &Value) -> Result<Option<u32>> {
-    match value.as_u64().and_then(|id| u32::try_from(id).ok()) {
-        Some(id) => Ok(Some(id)),
-        None if value.as_i64() == Some(-1) => Ok(None),
-        None => Err(keys.wrong_kind(key, "token ids (whole numbers below 2^32)", value)),
-    }
-}
-
-/// The keys of an object that are not read yet.
-pub(super) struct Keys<'a> {
-    path: &'a Path,
-    /// The key the object is the value of; empty for the file's own.
-    within: &'static str,
-    object: Map<String, Value>,
-}
-
-impl<'a> Keys<'a> {
-    /// All keys of the `object` that is the content of `path`.
-    pub(super) fn new(path: &'a Path, object: Map<String, Value>) -> Keys<'a> {
-        Keys { path, within: "", object }
-    }
-
-    fn present(&self, key: &str) -> bool {
-        self.object.contains_key(key)
-    }
-
-    /// The key's value; `None` if it is absent or null.
-    fn take(&mut self, key: &str) -> Option<Value> {
-        self.object.swap_remove(key).filter(|value| !value.is_null())
-    }
-
-    fn size(&mut self, key: &str) -> Result<Option<usize>> {
-        self.read(key, "a whole number", |value| usize::try_from(value.as_u64()?).ok())
-    }
-
-    fn required_size(&mut self, key: &'static str) -> Result<usize> {
-        self.size(key)?.ok_or_else(|| Error::format(self.path, format!("the key {key} is missing")))
-    }
-
-    /// Any JSON number; whole ones included.
-    pub(super) fn number(&mut self, key: &str) -> Result<Option<f64>> {
-        self.read(key, "a number", Value::as_f64)
-    }
-
-    /// A whole number below 2^32.
-    pub(super) fn count(&mut self, key: &str) -> Result<Option<u32>> {
-        self.read(key, "a whole number below 2^32", |value| u32::try_from(value.as_u64()?).ok())
-    }
-
-    /// `true` or `false`.
-    pub(super) fn flag(&mut self, key: &str) -> Result<Option<bool>> {
-        self.read(key, "true or false", Value::as_bool)
-    }
-
-    fn text(&mut self, key: &str) -> Result<Option<String>> {
-        self.read(key, "a string", |value| value.as_str().map(str::to_owned))
-    }
-
-    fn dtype(&mut self, key: &str) -> Result<Option<DType>> {
-        let Some(name) = self.text(key)? else { return Ok(None) };
-        match name.strip_prefix("torch.").unwrap_or(&name) {
-            "float32" => Ok(Some(DType::F32)),
-            "float16" => Ok(Some(DType::F16)),
-            "bfloat16" => Ok(Some(DType::BF16)),
-            _ => Err(self.unsupported(key, name, "\"float32\", \"float16\" or \"bfloat16\"")),
-        }
-    }
-
-    fn read<T>(&mut self, key: &str, expected: &str, convert: impl FnOnce(&Value) -> Option<T>) -> Result<Option<T>> {
-        let Some(value) = self.take(key) else { return Ok(None) };
-        match convert(&value) {
-            Some(converted) => Ok(Some(converted)),
-            None => Err(self.wrong_kind(key, expected, &value)),
-        }
-    }
-
-    /// The one value that all of `names` give: those with `None` beside them are read as keys of this object, the
-    /// others were read before. None of them need be there.
-    fn agreeing<T: Copy + PartialEq + std::fmt::Debug>(
-        &mut self,
-        names: impl IntoIterator<Item = (&'static str, Option<T>)>,
-        read: impl Fn(&mut Self, &str) -> Result<Option<T>>,
-    ) -> Result<Option<T>> {
-        let mut agreed: Option<(&str, T)> = None;
-        for (name, known) in names {
-            let value = match known {
-                Some(value) => Some(value),
-                None => read(self, name)?,
-            };
-            match (agreed, value) {
-                (Some((first, one)), Some(other)) if one != other => {
-                    let detail = format!("{first} says {one:?} and {name} says {other:?}; they mean the same thing");
-                    return Err(Error::format(self.path, detail));
-                }
-                (None, Some(value)) => agreed = Some((name, value)),
-                _ => {}
-            }
-        }
-        Ok(agreed.map(|(_, value)| value))
-    }
-
-    fn must_be_off(&mut self, key: &str) -> Result<()> {
-        match self.take(key) {
-            None | Some(Value::Bool(false)) => Ok(()),
-            Some(Value::Object(object)) if object.is_empty() => Ok(()),
-            Some(Value::Array(list)) if list.is_empty() => Ok(()),
-            Some(value) => Err(self.unsupported(key, shown(&value), "it to be absent or off")),
-        }
-    }
-
-    /// Refuses the first key that is neither read, nor `neutral`, nor null.
-    fn refuse_rest(&self, neutral: &[&str]) -> Result<()> {
-        match self.object.iter().find(|(key, value)| !value.is_null() && !neutral.contains(&key.as_str())) {
-            None => Ok(()),
-            Some((key, value)) => {
-                let (key, value) = (self.full(&clip(key)), shown(value));
-                let detail = format!(
-                    "unknown key {key} = {value} might change the math; remove it if you know that it does not"
-                );
-                Err(Error::unsupported(self.path, detail))
-            }
-        }
-    }
-
-    /// The keys left that carry a value, `neutral` ones aside.
-    pub(super) fn rest(self, neutral: &[&str]) -> Vec<String> {
-        let carries = |(key, value): &(String, Value)| !value.is_null() && !neutral.contains(&key.as_str());
-        self.object.into_iter().filter(carries).map(|(key, _)| clip(key)).collect()
-    }
-
-    fn full(&self, key: &str) -> String {
-        if self.within.is_empty() { key.to_owned() } else { format!("{}.{key}", self.within) }
-    }
-
-    fn unsupported(&self, key: &str, value: impl std::fmt::Display, expected: &str) -> Error {
-        Error::unsupported(self.path, format!("{} is {}, expected {expected}", self.full(key), clip(value)))
-    }
-
-    fn wrong_kind(&self, key: &str, expected: &str, value: &Value) -> Error {
-        let detail = format!("{} is {} ({}), expected {expected}", self.full(key), shown(value), kind(value));
-        Error::format(self.path, detail)
-    }
 }
 
 #[cfg(test)]

@@ -1,20 +1,22 @@
 //! A Hugging Face folder: config.json beside model.safetensors, or beside shards and their index.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use super::json::{kind, read_object, shown};
-use super::{Checkpoint, ModelConfig, Weight, hf_config, schema};
+use super::schema::MAX_CONFIG_BYTES;
+use super::{Checkpoint, ModelConfig, TokenizerSource, Weight, hf_config, schema};
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 use crate::tensor_file::{StoredTensor, TensorFile};
 
-/// The longest config.json or generation_config.json that is read. Real ones have about 1 KB.
-pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// The longest model.safetensors.index.json that is read. The 8B model's has about 30 KB.
 const MAX_INDEX_BYTES: u64 = 16 << 20;
+
+/// What [`Checkpoint::format`] says of such a folder.
+pub(super) const FORMAT: &str = "hugging-face";
 
 const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
@@ -33,7 +35,8 @@ pub(super) fn config(path: &Path) -> Result<ModelConfig> {
 pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let kind = std::fs::metadata(path).map_err(Error::io("open", path))?;
     if !kind.is_dir() {
-        let detail = "not a folder; a checkpoint is a folder with config.json and model.safetensors or its shards";
+        let detail = "not a folder, and not called .nemo; a checkpoint is a .nemo file, or a folder with config.json and \
+                      model.safetensors or its shards";
         return Err(Error::unsupported(path, detail));
     }
     let config_path = path.join(CONFIG);
@@ -53,10 +56,10 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         // `check` has found every expected tensor, stored as a weight may be.
         let placed = by_name.get(name.as_str()).and_then(|(file, tensor)| {
             let dtype = schema::weight_dtype(tensor.dtype)?;
-            Some((dtype, *file, tensor.bytes.clone()))
+            Some((dtype, *file, tensor.bytes.start))
         });
-        let (dtype, file, bytes) = placed.ok_or_else(|| not_fitting(format!("no tensor `{name}`")))?;
-        weights.push(Weight { name, dtype, shape, file, bytes });
+        let (dtype, file, start) = placed.ok_or_else(|| not_fitting(format!("no tensor `{name}`")))?;
+        weights.push(Weight::contiguous(name, dtype, shape, file, start));
     }
     if !config.declares_dtype
         && let Some(embedding) = weights.first()
@@ -76,12 +79,22 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         return Err(not_fitting(detail));
     }
 
-    let by_name = weights.iter().enumerate().map(|(index, weight)| (weight.name.clone(), index)).collect();
-    Ok(Checkpoint { path: path.to_path_buf(), format: "hugging-face", config: config.model, files, weights, by_name })
+    Ok(Checkpoint::new(path, FORMAT, config.model, files, weights, tokenizer(path), Vec::new()))
+}
+
+fn tokenizer(folder: &Path) -> Option<TokenizerSource> {
+    let source = |path, is_json| TokenizerSource { path, place: None, is_json };
+    let json = existing(folder, "tokenizer.json").map(|path| source(path, true));
+    json.or_else(|| existing(folder, "tokenizer.model").map(|path| source(path, false)))
+}
+
+/// The file `name` in a folder that lists it.
+pub(super) fn existing(folder: &Path, name: &str) -> Option<PathBuf> {
+    Some(folder.join(name)).filter(|path| is_there(path))
 }
 
 /// Whether a folder lists `path`, be it as a broken link: opening that gives a better message than its absence.
-pub(super) fn is_there(path: &Path) -> bool {
+fn is_there(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 

@@ -52,7 +52,7 @@ pub(super) fn kind(value: &Value) -> &'static str {
 }
 
 /// A [`Value`] whose objects have no key twice.
-struct UniqueKeys(Value);
+pub(super) struct UniqueKeys(pub(super) Value);
 
 impl<'de> Deserialize<'de> for UniqueKeys {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<UniqueKeys, D::Error> {
@@ -66,7 +66,7 @@ impl<'de> Visitor<'de> for AnyValue {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("any JSON value")
+        f.write_str("any value that JSON has")
     }
 
     fn visit_bool<E>(self, value: bool) -> Result<Value, E> {

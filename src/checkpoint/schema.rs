@@ -8,8 +8,11 @@ use super::ModelConfig;
 use crate::error::clip;
 use crate::tensor::DType;
 
+/// The longest config.json, generation_config.json or metadata.json that is read. Real ones have about 1 KB.
+pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
 /// The embedding's name, `[vocab_size, hidden_size]`.
-pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The head's name, `[vocab_size, hidden_size]`; absent when tied to the embedding.
 pub(super) const HEAD: &str = "lm_head.weight";
 
@@ -104,25 +107,27 @@ pub(super) fn check(expected: &[Expected], found: &BTreeMap<&str, (Dtype, &[usiz
             }
         }
     }
-    problems.finish()
+    problems.finish("config.json")
 }
 
 /// Collects differences without keeping more than a message shows.
-#[derive(Default)]
-struct Problems {
+#[derive(Debug, Default)]
+pub(super) struct Problems {
     listed: Vec<String>,
     count: usize,
 }
 
 impl Problems {
-    fn add(&mut self, problem: impl FnOnce() -> String) {
+    /// Adds a difference, in words.
+    pub fn add(&mut self, problem: impl FnOnce() -> String) {
         if self.count < LISTED {
             self.listed.push(problem());
         }
         self.count += 1;
     }
 
-    fn finish(self) -> Result<(), String> {
+    /// The first five differences from `config` and the number of the others, if there are any.
+    pub fn finish(self, config: &str) -> Result<(), String> {
         if self.count == 0 {
             return Ok(());
         }
@@ -130,6 +135,6 @@ impl Problems {
             0 => String::new(),
             more => format!("; and {more} more"),
         };
-        Err(format!("the weights do not fit config.json: {}{rest}", self.listed.join("; ")))
+        Err(format!("the weights do not fit {config}: {}{rest}", self.listed.join("; ")))
     }
 }

@@ -76,7 +76,8 @@ impl ShardedTensor {
                 shard
             }));
         }
-        let bytes = whole.shape.iter().try_fold(whole.dtype.bytes(), |product, size| product.checked_mul((*size).max(1)));
+        let bytes =
+            whole.shape.iter().try_fold(whole.dtype.bytes(), |product, size| product.checked_mul((*size).max(1)));
         match bytes {
             Some(bytes) if bytes <= isize::MAX as usize => Ok(whole),
             _ => Err(format!("its shape {:?} takes more bytes than a machine can address", whole.shape)),

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::nemo::container::{Container, Place};
 use super::schema;
+use super::sharded::ShardedTensor;
 use super::{ModelConfig, hf_config};
 use crate::tensor::DType;
 
@@ -94,4 +96,32 @@ pub(crate) fn write_sharded(folder: &Path, config: &Value, dtype: DType, seed: u
 /// The name of shard `index` (from 0) of `shards`.
 pub(crate) fn shard_name(index: usize, shards: usize) -> String {
     format!("model-{:05}-of-{shards:05}.safetensors", index + 1)
+}
+
+/// The elements of `tensor` as its shards hold them, row-major; every element must be in one shard.
+pub(super) fn stored_elements(container: &Container, tensor: &ShardedTensor) -> Vec<u8> {
+    let width = tensor.dtype.bytes();
+    let elements: usize = tensor.shape.iter().product();
+    let mut found: Vec<Option<&[u8]>> = vec![None; elements];
+    for shard in &tensor.shards {
+        let axes = tensor.shape.len();
+        assert_eq!([shard.origin.len(), shard.shape.len(), shard.strides.len()], [axes; 3]);
+        for number in 0..shard.shape.iter().product() {
+            // From the innermost axis outward.
+            let (mut rest, mut at, mut stored, mut row) = (number, 0, 0, 1);
+            for axis in (0..axes).rev() {
+                let index = rest % shard.shape[axis];
+                rest /= shard.shape[axis];
+                assert!(shard.origin[axis] + index < tensor.shape[axis]);
+                at += (shard.origin[axis] + index) * row;
+                stored += index * shard.strides[axis];
+                row *= tensor.shape[axis];
+            }
+            let start = shard.start + stored * width;
+            let bytes = container.bytes(&Place { file: shard.file, bytes: start..start + width });
+            assert_eq!(bytes.len(), width, "outside its file");
+            assert!(found[at].replace(bytes).is_none(), "element {at} is in two shards");
+        }
+    }
+    found.into_iter().flat_map(|element| element.expect("every element is in a shard")).copied().collect()
 }

@@ -6,6 +6,7 @@ use tempfile::TempDir;
 
 use super::testing::*;
 use super::*;
+use crate::tensor::DType;
 
 const BF16: DType = DType::BF16;
 
@@ -71,8 +72,8 @@ fn opens_a_folder_with_one_file() {
     let written = random_tensors(checkpoint.config(), BF16, 1);
     assert_eq!(checkpoint.tensors().count(), written.len());
     for (view, (name, _, shape, data)) in checkpoint.tensors().zip(&written) {
-        assert_eq!((view.name, view.dtype, view.shape, view.data), (name.as_str(), BF16, &shape[..], &data[..]));
-        assert_eq!(checkpoint.tensor(name).unwrap().data, data);
+        assert_eq!((view.name, view.dtype, view.shape), (name.as_str(), BF16, &shape[..]));
+        assert_eq!(checkpoint.tensor(name).unwrap().raw(0..view.elements()), data.as_slice());
     }
     assert_eq!(checkpoint.weight_bytes(), written.iter().map(|tensor| tensor.3.len() as u64).sum::<u64>());
     assert_eq!(checkpoint.weight_bytes() as usize, 2 * checkpoint.config().parameters().unwrap());
@@ -112,7 +113,8 @@ fn opens_shards_with_the_same_content() {
     let (one, many) = (single(), sharded());
     let (one, many) = (Checkpoint::open(one.path()).unwrap(), Checkpoint::open(many.path()).unwrap());
     for (left, right) in one.tensors().zip(many.tensors()) {
-        assert_eq!((left.name, left.shape, left.data), (right.name, right.shape, right.data));
+        let data = |view: TensorView<'_>| view.raw(0..view.elements()).into_owned();
+        assert_eq!((left.name, left.shape, data(left)), (right.name, right.shape, data(right)));
     }
     assert_eq!(one.weight_bytes(), many.weight_bytes());
 }
@@ -324,14 +326,18 @@ fn refuses_what_is_no_checkpoint() {
 fn finds_the_files_beside_the_weights() {
     let folder = single();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    assert_eq!((checkpoint.tokenizer_json(), checkpoint.sentencepiece_model()), (None, None));
+    assert!(checkpoint.tokenizer_file(100).unwrap().is_none());
     assert_eq!(checkpoint.generation_config().unwrap(), GenerationConfig::default());
 
-    for name in ["tokenizer.json", "tokenizer.model"] {
-        fs::write(folder.path().join(name), "").unwrap();
+    for (name, is_json) in [("tokenizer.model", false), ("tokenizer.json", true)] {
+        fs::write(folder.path().join(name), name).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let found = checkpoint.tokenizer_file(100).unwrap().unwrap();
+        assert_eq!((found.path, found.is_json), (folder.path().join(name), is_json));
+        assert_eq!(found.bytes, name.as_bytes());
+        let message = checkpoint.tokenizer_file(13).unwrap_err().to_string();
+        assert!(message.contains("tokenizer.") && message.contains("at most 13"), "{message}");
     }
-    assert_eq!(checkpoint.tokenizer_json(), Some(folder.path().join("tokenizer.json")));
-    assert_eq!(checkpoint.sentencepiece_model(), Some(folder.path().join("tokenizer.model")));
     let path = folder.path().join("generation_config.json");
     fs::write(&path, json!({"eos_token_id": [3, 4], "temperature": 0.5}).to_string()).unwrap();
     let generation = checkpoint.generation_config().unwrap();
@@ -398,7 +404,7 @@ proptest! {
         match Checkpoint::open(folder.path()) {
             Ok(checkpoint) => {
                 for view in checkpoint.tensors() {
-                    prop_assert_eq!(view.data.len(), view.elements() * view.dtype.bytes());
+                    prop_assert_eq!(view.raw(0..view.elements()).len() as u64, view.bytes());
                 }
             }
             Err(error) => {

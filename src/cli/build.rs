@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use anyhow::bail;
 use aotron::compile::gpu::precision_of;
-use aotron::compile::{self, BuildRequest, BuildSummary, FinishRequest, PlanSummary, Precision, Progress, Recipe};
+use aotron::compile::{
+    self, BuildRequest, BuildSummary, FinishRequest, PlanSummary, PlannedBuild, Precision, Prediction, Progress, Recipe,
+};
 use aotron::engine::Package;
 
 use super::args::count;
@@ -49,6 +51,9 @@ pub struct Flags {
     /// Replace the engine package that is there
     #[arg(long)]
     force: bool,
+    /// Print what the build will take, and stop there
+    #[arg(long, conflicts_with = "finish")]
+    dry_run: bool,
     /// Print what each pass of the compiler did
     #[arg(short, long)]
     verbose: bool,
@@ -86,11 +91,15 @@ impl Flags {
         Ok(recipe)
     }
 
+    fn output(&self) -> PathBuf {
+        self.output.clone().unwrap_or_else(|| compile::default_output(&self.source))
+    }
+
     fn request(&self) -> aotron::Result<BuildRequest> {
         Ok(BuildRequest {
             checkpoint: self.source.clone(),
             recipes: self.recipes()?,
-            output: self.output.clone().unwrap_or_else(|| compile::default_output(&self.source)),
+            output: self.output(),
             replace: self.force,
             prepare: self.prepare,
             calibration: self.calibration.clone(),
@@ -116,7 +125,15 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let _ = ctrlc::set_handler(move || cancelled.cancel());
     let summary = match flags.finish {
         true => compile::finish(&flags.finish_request()?, &follower)?,
-        false => compile::build(&flags.request()?, &follower)?,
+        false => {
+            let planned = PlannedBuild::new(&flags.request()?, &*follower)?;
+            stages.finish();
+            print_prediction(planned.prediction());
+            if flags.dry_run {
+                return Ok(planned.prediction().check(&flags.output())?);
+            }
+            planned.run(&follower)?
+        }
     };
     stages.finish();
     if flags.verbose {
@@ -128,6 +145,27 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }
     let took = term::duration(started.elapsed());
     print(&summary, &took)
+}
+
+/// Says on standard error what a build will take.
+fn print_prediction(prediction: &Prediction) {
+    let style = term::on_stderr();
+    let line = |name: &str, text: String| {
+        let _ = writeln!(std::io::stderr(), "{} {text}", style.dim(format!("{name:>10}")));
+    };
+    let of = |have: Option<u64>, what: &str| {
+        have.map_or(String::new(), |bytes| format!(" of {} {what}", term::bytes(bytes)))
+    };
+    line("reads", format!("{} of weights", term::bytes(prediction.read_bytes)));
+    for (file, bytes) in &prediction.files {
+        line("writes", format!("{:>9}  {file}", term::bytes(*bytes)));
+    }
+    if prediction.scratch_bytes > 0 {
+        line("writes", format!("{:>9}  while it is built", term::bytes(prediction.scratch_bytes)));
+    }
+    line("disk", format!("{}{}", term::bytes(prediction.disk_bytes()), of(prediction.free_disk_bytes, "free")));
+    let available = of(prediction.available_memory_bytes, "available");
+    line("memory", format!("{} at most{available}, mapped files aside", term::bytes(prediction.memory_bytes)));
 }
 
 fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {

@@ -385,7 +385,7 @@ fn tensor_groups(checkpoint: &Checkpoint) -> Vec<TensorGroup> {
         });
         if let Some(group) = groups.get_mut(index) {
             group.count += 1;
-            group.bytes += view.data.len() as u64;
+            group.bytes += view.bytes();
         }
     }
     groups

@@ -192,6 +192,14 @@ impl Drop for Stages {
 }
 
 impl Progress for Stages {
+    fn steps(&self, name: &str, steps: u64, unit: &str) {
+        self.finish();
+        if !std::io::stderr().is_terminal() {
+            let _ = writeln!(std::io::stderr(), "{name}: {steps} {unit}");
+        }
+        self.begin(name, 0, bar(name, steps, TOKENS));
+    }
+
     fn stage(&self, name: &str, bytes: u64) {
         self.finish();
         if !std::io::stderr().is_terminal() {

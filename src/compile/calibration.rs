@@ -3,19 +3,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{BufWriter, Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
 use super::Progress;
-use super::passes::{self, Precision};
 use crate::backend::cpu::program::{Kernel, Program};
-use crate::backend::cpu::{CpuExecutor, CpuOptions, lower, pack};
+use crate::backend::cpu::{CpuExecutor, CpuOptions};
 use crate::backend::{Chunk, Limits, Rows, Step};
-use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, clip};
-use crate::model;
 use crate::quantize::F8_MAX;
 use crate::tensor_file::TensorFile;
 use crate::text::Tokenizer;
@@ -163,39 +160,26 @@ fn parse(path: &Path, text: &str, tokenizer: Option<&Tokenizer>, limits: &Limits
     Ok(prompts)
 }
 
-/// Runs the prompts. `scratch` is a file to make for the weights in BF16; it is removed again.
+/// Runs the prompts through `program`, the model in BF16, whose weights are in the file `path`.
 ///
 /// # Errors
-/// [`Error::Numerics`] naming the layer whose inputs are not finite; whatever is wrong with the checkpoint.
+/// [`Error::Numerics`] naming the layer whose inputs are not finite.
 pub(super) fn calibrate(
-    checkpoint: &Checkpoint,
-    limits: &Limits,
+    program: Program,
+    path: &Path,
     prompts: &[Vec<u32>],
-    scratch: &Path,
     progress: &dyn Progress,
 ) -> Result<Calibration> {
-    let limits = Limits { slots: 1, ..limits.clone() };
-    let graph = model::build_graph(checkpoint.config())?;
-    let (graph, _) = passes::run(graph, Precision::Bf16, limits.max_sequence_tokens, None)?;
-    let lowered = lower::lower(&graph, &limits)?;
-    let weights = &lowered.program.weights;
-    let tokens: usize = prompts.iter().map(Vec::len).sum();
-    progress.stage("calibrating", pack::packed_bytes(weights) + tokens as u64);
-    let file = File::create_new(scratch).map_err(Error::io("create", scratch))?;
-    let _removed = Scratch(scratch);
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    let mut write = |bytes: &[u8]| out.write_all(bytes).map_err(Error::io("write", scratch));
-    pack::pack(&lowered, checkpoint, &mut write, &|bytes| progress.advance(bytes))?;
-    out.flush().map_err(Error::io("write", scratch))?;
-
-    let names: Vec<String> = weights.iter().map(|w| w.name.clone()).collect();
+    let limits = program.limits.clone();
+    progress.steps("calibrating", prompts.iter().map(Vec::len).sum::<usize>() as u64, "tokens");
+    let names: Vec<String> = program.weights.iter().map(|w| w.name.clone()).collect();
     let is_of_linear = |index| {
-        lowered.program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Linear { weight, .. } if *weight == index))
+        program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Linear { weight, .. } if *weight == index))
     };
     let of_linear: Vec<bool> = (0..names.len()).map(is_of_linear).collect();
     let mut largest = vec![0f32; names.len()];
-    let weights = TensorFile::open(scratch)?;
-    let mut executor = CpuExecutor::new(lowered.program, scratch, weights, &CpuOptions::default())?;
+    let weights = TensorFile::open(path)?;
+    let mut executor = CpuExecutor::new(program, path, weights, &CpuOptions::default())?;
     for ids in prompts {
         let mut past_tokens = 0;
         for tokens in ids.chunks(limits.max_step_tokens) {
@@ -215,15 +199,6 @@ pub(super) fn calibrate(
         calibration.scales.insert(base_name(name).into(), scale);
     }
     Ok(calibration)
-}
-
-/// Removes its file when dropped.
-struct Scratch<'p>(&'p Path);
-
-impl Drop for Scratch<'_> {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(self.0);
-    }
 }
 
 #[cfg(test)]

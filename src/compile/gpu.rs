@@ -169,6 +169,11 @@ impl GpuPlan {
         self.weights.iter().any(|weight| weight.in_plan)
     }
 
+    /// How many plans are compiled.
+    pub fn compiled_plans(&self) -> u64 {
+        1 + u64::from(self.has_first_chunk_plan)
+    }
+
     /// Compiles the plans. `None` where they were only checked.
     ///
     /// # Errors

@@ -20,4 +20,4 @@ pub use manifest::{
     CheckpointInfo, FORMAT_VERSION, FileInfo, GenerationSettings, MANIFEST_NAME, Manifest, PlanInfo, TokenizerInfo,
 };
 pub use package::{Package, is_package};
-pub use writer::PackageWriter;
+pub use writer::{PackageFile, PackageWriter};

@@ -56,12 +56,6 @@ impl PackageWriter {
         Ok(writer)
     }
 
-    /// Bytes free on the disk that the package goes to.
-    pub fn free_bytes(&self) -> Option<u64> {
-        let stat = rustix::fs::statvfs(&self.building).ok()?;
-        stat.f_bavail.checked_mul(stat.f_frsize)
-    }
-
     /// A path on the package's disk for a file that is needed while it is built. Whoever makes the file removes it.
     pub fn scratch(&self, name: &str) -> PathBuf {
         self.building.join(name)
@@ -76,23 +70,31 @@ impl PackageWriter {
         path: &str,
         fill: impl FnOnce(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>,
     ) -> Result<()> {
+        let mut file = self.create_file(path)?;
+        fill(&mut |piece| file.write(piece))?;
+        let info = file.finish()?;
+        self.push(info);
+        Ok(())
+    }
+
+    /// Begins a file, of several that are written at once. It is part of the package once it is finished and
+    /// [pushed](PackageWriter::push).
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file.
+    pub fn create_file(&self, path: &str) -> Result<PackageFile> {
         let full = self.building.join(path);
         if let Some(folder) = full.parent() {
             fs::create_dir_all(folder).map_err(Error::io("make the folder", folder))?;
         }
         let file = File::create_new(&full).map_err(Error::io("create", &full))?;
-        let mut out = BufWriter::with_capacity(1 << 20, file);
-        let mut digest = Sha256::new();
-        let mut bytes = 0u64;
-        fill(&mut |piece| {
-            digest.update(piece);
-            bytes += piece.len() as u64;
-            out.write_all(piece).map_err(Error::io("write", &full))
-        })?;
-        let file = out.into_inner().map_err(|e| Error::io("write", &full)(e.into_error()))?;
-        file.sync_all().map_err(Error::io("flush to disk", &full))?;
-        self.files.push(FileInfo { path: path.into(), bytes, sha256: hex(&digest.finalize()) });
-        Ok(())
+        let out = BufWriter::with_capacity(1 << 20, file);
+        Ok(PackageFile { path: path.into(), full, out, digest: Sha256::new(), bytes: 0 })
+    }
+
+    /// Makes a finished file part of the package.
+    pub fn push(&mut self, info: FileInfo) {
+        self.files.push(info);
     }
 
     /// Adds a file of another package as it is: a second name of the same file where the disk can do that, else a copy.
@@ -143,6 +145,39 @@ impl PackageWriter {
             Some(parent) if !parent.as_os_str().is_empty() => sync_folder(parent),
             _ => sync_folder(Path::new(".")),
         }
+    }
+}
+
+/// A file of a package that is being written.
+#[derive(Debug)]
+pub struct PackageFile {
+    path: String,
+    full: PathBuf,
+    out: BufWriter<File>,
+    digest: Sha256,
+    bytes: u64,
+}
+
+impl PackageFile {
+    /// Writes the next bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file (a full disk, say).
+    pub fn write(&mut self, piece: &[u8]) -> Result<()> {
+        self.digest.update(piece);
+        self.bytes += piece.len() as u64;
+        self.out.write_all(piece).map_err(Error::io("write", &self.full))
+    }
+
+    /// Flushes the file to disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`] naming the file.
+    pub fn finish(self) -> Result<FileInfo> {
+        let PackageFile { path, full, out, digest, bytes } = self;
+        let file = out.into_inner().map_err(|e| Error::io("write", &full)(e.into_error()))?;
+        file.sync_all().map_err(Error::io("flush to disk", &full))?;
+        Ok(FileInfo { path, bytes, sha256: hex(&digest.finalize()) })
     }
 }
 

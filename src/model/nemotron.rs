@@ -4,7 +4,7 @@
 //! when it runs a model in FP32 (the reference for every precision here); it rounds the sum to BF16 when it runs
 //! in BF16.
 
-use crate::checkpoint::ModelConfig;
+use crate::checkpoint::{EMBEDDING, ModelConfig};
 use crate::error::Result;
 use crate::graph::{Const, Dim, Graph, Input, Op, Sym, Trig, Type, Value};
 use crate::tensor::DType::{F32, I32};
@@ -45,7 +45,7 @@ impl Builder<'_> {
         let sin = self.graph.add("rotary.sin", angle(Trig::Sin), &[positions])?;
         let step = StepInputs { cos, sin, past_tokens };
 
-        let embedding = self.weight("model.embed_tokens.weight", &[c.vocab_size, c.hidden_size]);
+        let embedding = self.weight(EMBEDDING, &[c.vocab_size, c.hidden_size]);
         let mut h = self.graph.add("embedding", Op::Gather, &[token_ids, embedding])?; // f32[B·T, hidden]
         for layer in 0..c.num_layers {
             h = self.attention_block(layer, h, step)?;

@@ -55,6 +55,11 @@ pub struct CacheSpec {
 }
 
 impl CacheSpec {
+    /// Bytes of keys and values of one token of one slot.
+    pub fn bytes_per_token(&self) -> usize {
+        2 * self.layers * self.kv_heads * self.padded_dim() * self.dtype.bytes()
+    }
+
     /// Width of a head in memory: padded with zeros to whole vectors.
     pub fn padded_dim(&self) -> usize {
         self.head_dim.next_multiple_of(LANES)

@@ -1,73 +1,88 @@
-//! Writes the weights of a TensorRT plan as its products read them. No more than one matrix of 8-bit codes is in memory
-//! at a time, and of everything else a few rows.
+//! How the weights of a TensorRT plan are stored: as its products read them. No more than one matrix of 8-bit codes is in
+//! memory at a time, and of everything else a few rows.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
 use super::weights::{Layout, Weight};
-use crate::backend::constants::{Matrix, read_rows, stored_dtype, write_rows};
-use crate::checkpoint::Checkpoint;
+use crate::backend::constants::stored_dtype;
+use crate::backend::packing::Item;
+use crate::checkpoint::EMBEDDING;
 use crate::error::{Error, Result};
 use crate::graph::Const;
-use crate::quantize::Scheme;
 use crate::tensor::DType;
-use crate::tensor_file;
 
-/// Codes that one task makes at a time.
-const TASK_CODES: usize = 1 << 20;
 /// Columns of a transposed matrix that are gathered at a time: the bytes of a cache line.
 const TILE: usize = 64;
 
-/// Writes the safetensors file of a plan's weights, in their order. 4-bit integers are stored as bytes, two in each, the
-/// first in the low half.
-///
-/// `write` gets the file's bytes in order.
+/// The safetensors file of a plan's weights, for [`packing`](crate::backend::packing) to write: matrices in the order of
+/// use, the embedding last, as the CPU's plans have it. 4-bit integers are stored as bytes, two in each, the first in the
+/// low half.
 ///
 /// # Errors
-/// Whatever `write` returns; [`Error::Format`] naming tensor and position if a weight is NaN or infinite.
-pub fn pack(weights: &[Weight], checkpoint: &Checkpoint, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-    let header =
-        weights.iter().map(|weight| Ok((weight.name.as_str(), stored_dtype(weight.dtype), stored_shape(weight)?)));
-    write(&tensor_file::encode_header(&header.collect::<Result<Vec<_>>>()?)?)?;
-    // The scales of the matrix whose codes were written last: found with them, and next in order.
-    let mut scales: Option<(&Const, Vec<f32>)> = None;
-    for weight in weights {
-        match &weight.expr {
-            Const::Codes(matrix, scheme) => {
-                scales = Some((matrix, write_codes(weight, matrix, *scheme, checkpoint, write)?));
-            }
-            Const::Scales { matrix, scheme, columns } => {
-                let found = match scales.take() {
-                    Some((of, found)) if *of == **matrix => found,
-                    _ => {
-                        let blocks = scheme.blocks(*columns);
-                        let rows = weight.shape.first().copied().unwrap_or_default();
-                        let mut found = vec![0f32; rows * blocks];
-                        read_rows(&weight.expr, checkpoint, 0, blocks, &mut found)?;
-                        found
-                    }
-                };
-                write_scales(weight, &found, scheme.blocks(*columns), write)?;
-            }
-            expr => {
-                let (rows, columns) = matrix_of(&weight.shape);
-                let matrix = Matrix { expr, rows, columns };
-                match weight.dtype {
-                    DType::F32 => write_rows(matrix, checkpoint, 1, &|_, rows| rows, write)?,
-                    DType::BF16 => write_rows(matrix, checkpoint, 1, &|_, rows| narrowed(rows, bf16::from_f32), write)?,
-                    DType::F16 => write_rows(matrix, checkpoint, 1, &|_, rows| narrowed(rows, f16::from_f32), write)?,
-                    DType::I32 | DType::I8 | DType::I4 | DType::F8 => {
-                        return Err(unexpected(weight, "no expression of that type is known"));
-                    }
-                }
-            }
-        }
-    }
-    Ok(())
+/// [`Error::Graph`] for a weight that is stored in no known way.
+pub fn items(weights: &[Weight]) -> Result<Vec<Item<'_>>> {
+    let mut order: Vec<&Weight> = weights.iter().collect();
+    order.sort_by_key(|weight| is_table(weight));
+    order.into_iter().map(item).collect()
 }
 
-/// Bytes that [`pack`] writes, header included, or a little more.
+/// Whether it is the embedding, which comes first in a network.
+fn is_table(weight: &Weight) -> bool {
+    let mut names = Vec::new();
+    weight.expr.tensors(&mut names);
+    names == [EMBEDDING]
+}
+
+/// Rows of the matrix that scales are of.
+fn scale_rows(weight: &Weight) -> Option<usize> {
+    match (weight.layout, &weight.shape[..]) {
+        (Layout::Rows, [rows]) | (Layout::Spread { .. }, [_, rows]) => Some(*rows),
+        _ => None,
+    }
+}
+
+fn item(weight: &Weight) -> Result<Item<'_>> {
+    let stored = (stored_dtype(weight.dtype), stored_shape(weight)?);
+    let (name, expr) = (weight.name.as_str(), &weight.expr);
+    match (expr, weight.layout, &weight.shape[..]) {
+        (Const::Codes(_, scheme), Layout::Transposed, [columns, rows]) => {
+            let (rows, columns, scheme, is_pairs) = (*rows, *columns, *scheme, weight.dtype == DType::I4);
+            let store = move |codes: &[f32]| Ok(codes.iter().map(|code| scheme.bits(*code)).collect());
+            let finish = move |codes: &[u8], write: &mut dyn FnMut(&[u8]) -> Result<()>| match is_pairs {
+                true => write_transposed(codes, columns, &mut |tile| {
+                    let pairs: Vec<u8> = tile.chunks(2).map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4).collect();
+                    write(&pairs)
+                }),
+                false => write_transposed(codes, columns, write),
+            };
+            let (store, finish) = (Box::new(store), Some(Box::new(finish) as _));
+            Ok(Item { name, stored, expr, rows, columns, unit: 1, store, finish })
+        }
+        (Const::Codes(..), ..) => Err(unexpected(weight, "codes are stored as the transpose of a matrix")),
+        (Const::Scales { scheme, columns, .. }, ..) => {
+            let blocks = scheme.blocks(*columns);
+            let rows = scale_rows(weight).ok_or_else(|| unexpected(weight, "its scales are stored in no known way"))?;
+            let store = move |scales: &[f32]| stored_scales(weight, scales, blocks);
+            Ok(Item { name, stored, expr, rows, columns: blocks, unit: 1, store: Box::new(store), finish: None })
+        }
+        _ => {
+            let (rows, columns) = matrix_of(&weight.shape);
+            let store: fn(&[f32]) -> Result<Vec<u8>> = match weight.dtype {
+                DType::F32 => |rows| Ok(bytemuck::cast_slice(rows).to_vec()),
+                DType::BF16 => |rows| Ok(narrowed(rows, bf16::from_f32)),
+                DType::F16 => |rows| Ok(narrowed(rows, f16::from_f32)),
+                DType::I32 | DType::I8 | DType::I4 | DType::F8 => {
+                    return Err(unexpected(weight, "no expression of that type is known"));
+                }
+            };
+            Ok(Item { name, stored, expr, rows, columns, unit: 1, store: Box::new(store), finish: None })
+        }
+    }
+}
+
+/// Bytes of that file, header included, or a little more.
 pub fn packed_bytes(weights: &[Weight]) -> u64 {
     weights.iter().map(|weight| weight.bytes() + 256).sum()
 }
@@ -101,46 +116,8 @@ fn matrix_of(shape: &[usize]) -> (usize, usize) {
     }
 }
 
-fn narrowed<T>(rows: Vec<f32>, narrow: fn(f32) -> T) -> Vec<T> {
-    rows.into_iter().map(narrow).collect()
-}
-
-/// Writes a matrix's codes and returns its scales, `[rows, blocks]`.
-fn write_codes(
-    weight: &Weight,
-    matrix: &Const,
-    scheme: Scheme,
-    checkpoint: &Checkpoint,
-    write: &mut dyn FnMut(&[u8]) -> Result<()>,
-) -> Result<Vec<f32>> {
-    let (rows, columns) = match (weight.layout, &weight.shape[..]) {
-        (Layout::Transposed, [columns, rows]) => (*rows, *columns),
-        _ => return Err(unexpected(weight, "codes are stored as the transpose of a matrix")),
-    };
-    let blocks = scheme.blocks(columns);
-    let mut scales = vec![0f32; rows * blocks];
-    let mut codes = vec![0u8; rows * columns];
-    let rows_per_task = (TASK_CODES / columns).max(1);
-    codes
-        .par_chunks_mut(rows_per_task * columns)
-        .zip(scales.par_chunks_mut(rows_per_task * blocks))
-        .enumerate()
-        .try_for_each(|(task, (codes, scales))| {
-            let mut values = vec![0f32; codes.len()];
-            read_rows(matrix, checkpoint, task * rows_per_task, columns, &mut values)?;
-            scheme.quantize(columns, &mut values, scales);
-            codes.iter_mut().zip(values).for_each(|(code, value)| *code = scheme.bits(value));
-            Ok::<(), Error>(())
-        })?;
-    if weight.dtype == DType::I4 {
-        write_transposed(&codes, columns, &mut |tile| {
-            let pairs: Vec<u8> = tile.chunks(2).map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4).collect();
-            write(&pairs)
-        })?;
-    } else {
-        write_transposed(&codes, columns, write)?;
-    }
-    Ok(scales)
+fn narrowed<T: bytemuck::Pod>(rows: &[f32], narrow: fn(f32) -> T) -> Vec<u8> {
+    bytemuck::cast_slice(&rows.iter().map(|value| narrow(*value)).collect::<Vec<T>>()).to_vec()
 }
 
 /// Writes `[rows, columns]` as `[columns, rows]`.
@@ -160,13 +137,8 @@ fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -
     Ok(())
 }
 
-/// Writes `[rows, blocks]` scales in the type and as often as the plan wants them.
-fn write_scales(
-    weight: &Weight,
-    scales: &[f32],
-    blocks: usize,
-    write: &mut dyn FnMut(&[u8]) -> Result<()>,
-) -> Result<()> {
+/// `[rows, blocks]` scales in the type and as often as the plan wants them.
+fn stored_scales(weight: &Weight, scales: &[f32], blocks: usize) -> Result<Vec<u8>> {
     let spread: Vec<f32> = match (weight.layout, &weight.shape[..]) {
         (Layout::Rows, _) => scales.to_vec(),
         (Layout::Spread { block, unit }, [units, _]) => {
@@ -176,8 +148,8 @@ fn write_scales(
         _ => return Err(unexpected(weight, "its scales are stored in no known way")),
     };
     match weight.dtype {
-        DType::F32 => write(bytemuck::cast_slice(&spread)),
-        DType::BF16 => write(bytemuck::cast_slice(&narrowed(spread, bf16::from_f32))),
+        DType::F32 => Ok(bytemuck::cast_slice(&spread).to_vec()),
+        DType::BF16 => Ok(narrowed(&spread, bf16::from_f32)),
         _ => Err(unexpected(weight, "scales are f32 or bf16")),
     }
 }
@@ -187,7 +159,10 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::quantize::f8_value;
+    use crate::backend::constants::read_rows;
+    use crate::backend::packing;
+    use crate::checkpoint::Checkpoint;
+    use crate::quantize::{Scheme, f8_value};
     use crate::tensor_file::TensorFile;
 
     const NAME: &str = "model.layers.0.mlp.down_proj.weight"; // [192, 768]
@@ -202,11 +177,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weights.safetensors");
         let mut bytes = Vec::new();
-        let mut write = |piece: &[u8]| {
+        let mut sink = |piece: &[u8]| {
             bytes.extend_from_slice(piece);
             Ok(())
         };
-        pack(weights, &checkpoint(), &mut write).unwrap();
+        let file = packing::File { items: items(weights).unwrap(), sink: &mut sink };
+        packing::pack(vec![file], &checkpoint(), false, &|_| Ok(())).unwrap();
         assert!(bytes.len() as u64 <= packed_bytes(weights));
         std::fs::write(&path, bytes).unwrap();
         let file = TensorFile::open(&path).unwrap();
@@ -294,7 +270,7 @@ mod tests {
     fn an_odd_number_of_four_bit_codes_is_refused() {
         let codes = Const::Codes(Box::new(Const::Tensor(NAME.into())), Scheme::INT4);
         let weight = weight("codes", DType::I4, &[3, 5], codes, Layout::Transposed);
-        let error = pack(&[weight], &checkpoint(), &mut |_| Ok(())).unwrap_err().to_string();
+        let error = items(&[weight]).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("codes") && error.contains("pairs"), "{error}");
     }
 }

@@ -1,3 +1,204 @@
 //! A `.nemo`: what NeMo's training framework saves, as an archive or as the folder it unpacks to.
+//!
+//! Opening one finds where every weight lies, whatever the layout: torch files (one, or one for each rank of tensor and
+//! pipeline parallelism) or a distributed checkpoint (zarr, torch_dist). Nothing is copied or unpacked, unless the
+//! archive is compressed.
 
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::json::parse_object;
+use super::schema::MAX_CONFIG_BYTES;
+use super::sharded::ShardedTensor;
+use super::{Checkpoint, OpenOptions, TokenizerSource};
+use crate::error::{Error, Result, clip};
+use crate::mmap::MappedFile;
+
+mod artifacts;
+mod config;
 pub(super) mod container;
+mod gzip;
+mod names;
+mod ranks;
+mod torch_dist;
+mod weights;
+mod zarr;
+
+use artifacts::TokenizerFile;
+use config::NemoConfig;
+use container::Container;
+use ranks::Ranks;
+use weights::Parts;
+
+const CONFIG: &str = "model_config.yaml";
+/// The folder of a distributed checkpoint, and what it says about itself.
+const DISTRIBUTED: &str = "model_weights/";
+const METADATA: &str = "model_weights/metadata.json";
+
+/// Whether `path` looks like a `.nemo` or the folder of one, by its first bytes and the names of its files.
+pub(super) fn looks_like_one(path: &Path) -> bool {
+    if path.is_dir() {
+        return path.join(CONFIG).is_file();
+    }
+    let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("nemo"));
+    named && path.is_file()
+}
+
+/// Opens the archive or folder at `path`.
+pub(super) fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Checkpoint> {
+    let container = open_container(path, options)?;
+    let yaml = container.get(CONFIG)?;
+    let config_path = container.member_path(CONFIG);
+    let config = config::read(&config_path, container.bytes(yaml))?;
+
+    let layout = Layout::find(&container)?;
+    if let (Layout::Ranks(_), Some(2..)) = (&layout, config.virtual_pipeline) {
+        let detail = "virtual_pipeline_model_parallel_size is set, and its stages' layers are interleaved; save the model \
+                      without it, or as a distributed checkpoint";
+        return Err(Error::unsupported(&config_path, detail));
+    }
+    let tensors = layout.tensors(&container, config.num_layers)?;
+    let in_file = |detail: String| Error::format(path, detail);
+    let parts = Parts::sort(tensors).map_err(in_file)?;
+    let (vocab_size, element_type) = parts.embedding().map_err(in_file)?;
+    let tokenizer = tokenizer(&container, &config)?;
+    let details = details(&config, &layout);
+    let mut model = config.with_vocabulary(vocab_size, None, Vec::new())?;
+    // What is stored decides; the config says what the training computed in.
+    if let Some(dtype) = element_type.weight() {
+        model.dtype = dtype;
+    }
+    let files = container.into_files();
+    let weights = parts.into_weights(&model, &files).map_err(in_file)?;
+    Ok(Checkpoint::new(path, "nemo", model, files, weights, tokenizer, details))
+}
+
+fn open_container(path: &Path, options: &OpenOptions<'_>) -> Result<Container> {
+    if std::fs::metadata(path).map_err(Error::io("open", path))?.is_dir() {
+        return Container::of_folder(path);
+    }
+    let file = MappedFile::open(path)?;
+    let file = if gzip::is_gzip(file.bytes()) { gzip::unpack(path, options)? } else { file };
+    Container::of_archive(path, file)
+}
+
+/// How the weights are kept.
+#[derive(Debug)]
+enum Layout {
+    Ranks(Ranks),
+    Zarr,
+    TorchDist,
+}
+
+impl Layout {
+    fn find(container: &Container) -> Result<Layout> {
+        let ranks = Ranks::find(container)?;
+        let distributed = distributed(container)?;
+        match (ranks, distributed) {
+            (Some(ranks), None) => Ok(Layout::Ranks(ranks)),
+            (None, Some(layout)) => Ok(layout),
+            (Some(ranks), Some(_)) => {
+                let detail = format!(
+                    "{} and a distributed checkpoint in {DISTRIBUTED}; which is meant is not clear: remove one",
+                    ranks.describe()
+                );
+                Err(Error::format(container.path(), detail))
+            }
+            (None, None) => {
+                let names: Vec<String> = container.members().map(|(name, _)| clip(name)).take(5).collect();
+                let detail = format!(
+                    "no weights: expected model_weights.ckpt, folders mp_rank_00 or tp_rank_00_pp_rank_000 with one, or \
+                     {DISTRIBUTED} with a distributed checkpoint; it holds {}",
+                    names.join(", ")
+                );
+                Err(Error::format(container.path(), detail))
+            }
+        }
+    }
+
+    fn describe(&self) -> String {
+        match self {
+            Layout::Ranks(ranks) => ranks.describe(),
+            Layout::Zarr => "a distributed checkpoint, zarr".to_owned(),
+            Layout::TorchDist => "a distributed checkpoint, torch_dist".to_owned(),
+        }
+    }
+
+    fn tensors(&self, container: &Container, num_layers: usize) -> Result<Vec<(String, ShardedTensor)>> {
+        match self {
+            Layout::Ranks(ranks) => ranks.tensors(container, num_layers),
+            Layout::Zarr => zarr::tensors(container, DISTRIBUTED),
+            Layout::TorchDist => torch_dist::tensors(container, DISTRIBUTED),
+        }
+    }
+}
+
+/// The kind of distributed checkpoint in the container: as its metadata.json says, or by its files where it has none.
+fn distributed(container: &Container) -> Result<Option<Layout>> {
+    if container.below(DISTRIBUTED).next().is_none() {
+        return Ok(None);
+    }
+    if let Some(place) = container.find(METADATA) {
+        let path = container.member_path(METADATA);
+        let bytes = container.bytes(place);
+        if bytes.len() as u64 > MAX_CONFIG_BYTES {
+            return Err(Error::format(
+                &path,
+                format!("longer than the {MAX_CONFIG_BYTES} bytes accepted for this file"),
+            ));
+        }
+        return match parse_object(&path, bytes)?.get("sharded_backend") {
+            Some(Value::String(backend)) if backend == "zarr" => Ok(Some(Layout::Zarr)),
+            Some(Value::String(backend)) if backend == "torch_dist" => Ok(Some(Layout::TorchDist)),
+            other => {
+                let found = other.map_or_else(|| "nothing".to_owned(), super::json::shown);
+                Err(Error::unsupported(
+                    &path,
+                    format!("sharded_backend is {found}, expected \"zarr\" or \"torch_dist\""),
+                ))
+            }
+        };
+    }
+    if container.below(DISTRIBUTED).any(|(name, _)| name.ends_with("/.zarray")) {
+        return Ok(Some(Layout::Zarr));
+    }
+    if container.find("model_weights/.metadata").is_some() {
+        return Ok(Some(Layout::TorchDist));
+    }
+    let detail = format!("{DISTRIBUTED} has neither metadata.json, nor .metadata, nor arrays of zarr");
+    Err(Error::format(container.path(), detail))
+}
+
+/// The tokenizer's file in the container.
+fn tokenizer(container: &Container, config: &NemoConfig) -> Result<Option<TokenizerSource>> {
+    let Some(tokenizer) = &config.tokenizer else { return Ok(None) };
+    let (name, is_json) = match artifacts::tokenizer_file(container, tokenizer)? {
+        TokenizerFile::SentencePiece(name) => (name, false),
+        TokenizerFile::HuggingFace(name) => (name, true),
+    };
+    let place = container.get(&name)?;
+    let path = container.member_path(&name);
+    Ok(Some(TokenizerSource { path, place: Some((place.file, place.bytes.clone())), is_json }))
+}
+
+/// Whether `name` is a state of Transformer Engine, which computing with the weights does not need.
+fn is_extra_state(name: &str) -> bool {
+    name.contains("_extra_state")
+}
+
+/// What else is known about the file, for people: name and value.
+fn details(config: &NemoConfig, layout: &Layout) -> Vec<(&'static str, String)> {
+    let mut details = vec![("layout", layout.describe())];
+    let trained = [("tensor", config.tensor_parallel), ("pipeline", config.pipeline_parallel)];
+    let trained: Vec<String> = trained.iter().map(|(kind, ranks)| format!("{kind} parallel {ranks}")).collect();
+    let code = if config.mcore_gpt { "Megatron-Core" } else { "NeMo's own GPT" };
+    details.push(("trained as", format!("{code}, {}", trained.join(", "))));
+    let named = |text: &Option<String>| text.as_deref().map(clip);
+    details.extend(named(&config.target).map(|target| ("class", target)));
+    details.extend(named(&config.nemo_version).map(|version| ("NeMo", version)));
+    details
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,9 +4,13 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::pickle::{Global, Object, Pickle};
-use super::{StateDict, StoredTensor, read_state_dict, state_dict, zip as archive};
+use super::globals::{Dialect, Global};
+use super::pickle::{Object, Pickle};
+use super::{StoredTensor, read_state_dict, state_dict, zip as archive};
+use crate::checkpoint::sharded::ShardedTensor;
+use crate::checkpoint::weight::{TensorView, Weight};
 use crate::fuzzing::{check_message, check_refusal};
+use crate::mmap::MappedFile;
 
 /// Tensors of an input whose elements are looked at.
 const READ_TENSORS: usize = 16;
@@ -14,7 +18,7 @@ const READ_TENSORS: usize = 16;
 const READ_ELEMENTS: usize = 4096;
 
 /// A zip archive, and the state dict that it may be: members and storages lie in the file without overlap, and tensors
-/// in their storages; rows that are copied are those that are borrowed.
+/// in their storages; their elements are read.
 pub fn zip(bytes: &[u8]) {
     match archive::members(bytes) {
         Ok(members) => {
@@ -33,7 +37,8 @@ pub fn zip(bytes: &[u8]) {
                 assert!(tensor.storage.end <= bytes.len());
                 check_place(tensor);
             }
-            dict.tensors().iter().take(READ_TENSORS).for_each(|tensor| check_elements(&dict, tensor, bytes));
+            let file = [MappedFile::in_memory(Path::new("model.ckpt"), bytes)];
+            dict.tensors().iter().take(READ_TENSORS).for_each(|tensor| check_elements(tensor, &file));
         }
         Err(error) => check_refusal(&error),
     }
@@ -41,7 +46,7 @@ pub fn zip(bytes: &[u8]) {
 
 /// A pickle, with every storage that it names there and of the size that it claims.
 pub fn pickle(bytes: &[u8]) {
-    let pickle = match Pickle::read(bytes) {
+    let pickle = match Pickle::read(Dialect::Saved, bytes) {
         Ok(pickle) => pickle,
         Err(message) => return check_message(&message),
     };
@@ -104,25 +109,21 @@ fn check_place(tensor: &StoredTensor) {
     };
     assert!(last * tensor.dtype.bytes() as u128 <= tensor.storage.len() as u128, "{tensor:?}");
     assert!(tensor.elements().checked_mul(tensor.dtype.bytes()).is_some_and(|bytes| bytes <= isize::MAX as usize));
-    if let Some(range) = tensor.contiguous_range() {
-        assert!(range.start >= tensor.storage.start && range.end <= tensor.storage.end, "{tensor:?}: {range:?}");
-        assert_eq!(range.len(), tensor.elements() * tensor.dtype.bytes());
-    }
 }
 
-fn check_elements(dict: &StateDict, tensor: &StoredTensor, bytes: &[u8]) {
-    let rows = tensor.shape.first().copied().unwrap_or(1);
-    match dict.view(tensor, bytes) {
-        Ok(Some(view)) => {
-            let width = tensor.dtype.bytes();
-            assert_eq!(view.data.len(), tensor.elements() * width);
-            assert_eq!(*dict.rows(tensor, 0..rows, bytes).unwrap(), *view.data);
+/// A matrix or vector of floats is read as a weight, element for element.
+fn check_elements(tensor: &StoredTensor, file: &[MappedFile; 1]) {
+    let (Some(dtype), 1..=2) = (tensor.dtype.weight(), tensor.shape.len()) else { return };
+    if tensor.elements() == 0 {
+        return;
+    }
+    let sharded = ShardedTensor::of_torch(tensor, 0, 0);
+    match Weight::new("w".to_owned(), dtype, &sharded, file) {
+        Ok(weight) if tensor.elements() <= READ_ELEMENTS => {
+            let view = TensorView { name: "w", dtype, shape: &tensor.shape, weight: &weight, files: file };
+            assert_eq!(view.raw(0..view.elements()).len() as u64, view.bytes());
         }
-        Ok(None) if tensor.elements() <= READ_ELEMENTS => match dict.rows(tensor, 0..rows, bytes) {
-            Ok(data) => assert_eq!(data.len(), tensor.elements() * tensor.dtype.bytes()),
-            Err(error) => check_refusal(&error),
-        },
-        Ok(None) => {}
-        Err(error) => check_refusal(&error),
+        Ok(_) => {}
+        Err(message) => check_message(&message),
     }
 }

@@ -1,24 +1,31 @@
-//! What `torch.save` writes, read in place: the `.ckpt` members of a `.nemo`, and other checkpoints of that form.
+//! What torch saves, read in place: the `.ckpt` members of a `.nemo`, and the parts of a distributed checkpoint.
 //!
-//! Such a file is an uncompressed zip archive. `<prefix>/data.pkl` is a pickle of the saved object, in which each tensor
-//! is a call that names a storage, an offset, a shape and strides; the storages are the members `<prefix>/data/<key>`,
-//! and several tensors may share one. [`read_state_dict`] works on a byte slice (a mapped file, or the part of one that
-//! is a member of a tar) and answers with places in it; no element is read. Nothing in the pickle is ever executed.
+//! A file of `torch.save` is an uncompressed zip archive. `<prefix>/data.pkl` is a pickle of the saved object, in which
+//! each tensor is a call that names a storage, an offset, a shape and strides; the storages are the members
+//! `<prefix>/data/<key>`, and several tensors may share one. [`read_state_dict`] works on a byte slice (a mapped file,
+//! or the part of one that is a member of a tar) and answers with places in it; no element is read. Nothing in the
+//! pickle is ever executed.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, Result, clip};
-use crate::tensor::{DType, TensorView};
+use crate::tensor::DType;
 
 #[cfg(any(test, fuzzing))]
 pub(super) mod fuzzing;
+mod globals;
+mod metadata;
 mod pickle;
 mod state_dict;
 mod zip;
+
+use globals::Dialect;
+pub(super) use metadata::{Chunk, ChunkedTensor, Item, read_metadata};
+use pickle::Pickle;
+use state_dict::FindStorage;
 
 /// The type of a stored tensor's elements, as torch names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,6 +65,31 @@ impl ElementType {
         })
     }
 
+    /// The type that the dtype `torch.NAME` is.
+    fn of_dtype(name: &str) -> Option<ElementType> {
+        use ElementType::*;
+        let all = [Bool, Uint8, Int8, Int16, Int32, Int64, Float16, Bfloat16, Float32, Float64, Complex64, Complex128];
+        all.into_iter().find(|dtype| dtype.name() == name)
+    }
+
+    /// What torch calls it, as a dtype.
+    const fn name(self) -> &'static str {
+        match self {
+            ElementType::Bool => "bool",
+            ElementType::Uint8 => "uint8",
+            ElementType::Int8 => "int8",
+            ElementType::Int16 => "int16",
+            ElementType::Int32 => "int32",
+            ElementType::Int64 => "int64",
+            ElementType::Float16 => "float16",
+            ElementType::Bfloat16 => "bfloat16",
+            ElementType::Float32 => "float32",
+            ElementType::Float64 => "float64",
+            ElementType::Complex64 => "complex64",
+            ElementType::Complex128 => "complex128",
+        }
+    }
+
     /// Bytes of one element.
     pub const fn bytes(self) -> usize {
         match self {
@@ -82,20 +114,7 @@ impl ElementType {
 
 impl fmt::Display for ElementType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            ElementType::Bool => "bool",
-            ElementType::Uint8 => "uint8",
-            ElementType::Int8 => "int8",
-            ElementType::Int16 => "int16",
-            ElementType::Int32 => "int32",
-            ElementType::Int64 => "int64",
-            ElementType::Float16 => "float16",
-            ElementType::Bfloat16 => "bfloat16",
-            ElementType::Float32 => "float32",
-            ElementType::Float64 => "float64",
-            ElementType::Complex64 => "complex64",
-            ElementType::Complex128 => "complex128",
-        })
+        f.pad(self.name())
     }
 }
 
@@ -121,35 +140,11 @@ impl StoredTensor {
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
     }
-
-    /// Whether the elements lie one after the other in row-major order, so that they can be used in place.
-    pub fn is_contiguous(&self) -> bool {
-        if self.elements() == 0 {
-            return true;
-        }
-        let mut expected = 1;
-        // From the innermost axis outward; along an axis of one index the stride says nothing.
-        self.shape.iter().zip(&self.strides).rev().filter(|(size, _)| **size != 1).all(|(size, stride)| {
-            let fits = *stride == expected;
-            expected *= size;
-            fits
-        })
-    }
-
-    /// The bytes of the elements of a contiguous tensor, from the start of the slice that was read.
-    fn contiguous_range(&self) -> Option<Range<usize>> {
-        if !self.is_contiguous() {
-            return None;
-        }
-        let start = self.storage.start + self.offset * self.dtype.bytes();
-        Some(start..start + self.elements() * self.dtype.bytes())
-    }
 }
 
 /// The tensors of a state dict, in its order.
 #[derive(Debug)]
 pub struct StateDict {
-    path: PathBuf,
     tensors: Vec<StoredTensor>,
     by_name: HashMap<String, usize>,
     /// Name and kind of what is no tensor.
@@ -163,6 +158,25 @@ pub struct StateDict {
 /// [`Error::Format`] for a file that is damaged, whose pickle names anything but tensors and containers, or that a
 /// limit keeps from being read; [`Error::Unsupported`] for the format of torch before 1.6, TorchScript and big-endian files.
 pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
+    let (tensors, others) = read_saved(path, bytes, state_dict::extract)?;
+    let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
+    Ok(StateDict { tensors, by_name, others })
+}
+
+/// Reads the tensor in `bytes`, all that `torch.save` wrote of it; it has no name. `path` names the file in messages.
+///
+/// # Errors
+/// As [`read_state_dict`].
+pub fn read_tensor(path: &Path, bytes: &[u8]) -> Result<StoredTensor> {
+    read_saved(path, bytes, state_dict::root)
+}
+
+/// Reads what `torch.save` wrote and has `extract` find the tensors in its pickle, given the places of its storages.
+fn read_saved<T>(
+    path: &Path,
+    bytes: &[u8],
+    extract: impl Fn(&Pickle<'_>, &FindStorage<'_>) -> Result<T, String>,
+) -> Result<T> {
     let damaged = |detail: String| Error::format(path, detail);
     if bytes.starts_with(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19") {
         let detail = "a file in the format of torch before 1.6, which is no zip archive; \
@@ -182,7 +196,7 @@ pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
         members.get(&name).map(|range| (name, range))
     };
     if member("constants.pkl").is_some() {
-        return Err(Error::unsupported(path, "a TorchScript archive; expected a state dict that torch.save wrote"));
+        return Err(Error::unsupported(path, "a TorchScript archive; expected tensors that torch.save wrote"));
     }
     if let Some((name, range)) = member("byteorder")
         && bytes[range.clone()] != *b"little"
@@ -192,11 +206,9 @@ pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
     }
     let (name, range) = member("data.pkl").ok_or_else(|| damaged("no pickle of the saved object".to_owned()))?;
     let in_pickle = |detail: String| damaged(format!("`{}`: {detail}", clip(&name)));
-    let pickle = pickle::Pickle::read(&bytes[range]).map_err(in_pickle)?;
+    let pickle = Pickle::read(Dialect::Saved, &bytes[range]).map_err(in_pickle)?;
     let storage = |key: &str| member(&format!("data/{key}")).map(|(_, range)| range);
-    let (tensors, others) = state_dict::extract(&pickle, &storage).map_err(in_pickle)?;
-    let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
-    Ok(StateDict { path: path.to_path_buf(), tensors, by_name, others })
+    extract(&pickle, &storage).map_err(in_pickle)
 }
 
 /// What the names of all members start with: the folder of the only `data.pkl`.
@@ -227,82 +239,6 @@ impl StateDict {
     /// Name and kind of the entries that are no tensors, such as Transformer Engine's `_extra_state`.
     pub fn others(&self) -> &[(String, &'static str)] {
         &self.others
-    }
-
-    /// `tensor` in place. `None` if it does not lie row-major: then [`StateDict::rows`] copies it.
-    ///
-    /// # Errors
-    /// [`Error::Format`] if its type is not F32, F16 or BF16, or `bytes` is not the slice that was read.
-    pub fn view<'a>(&self, tensor: &'a StoredTensor, bytes: &'a [u8]) -> Result<Option<TensorView<'a>>> {
-        let dtype = self.readable(tensor)?;
-        let Some(range) = tensor.contiguous_range() else { return Ok(None) };
-        let data = bytes.get(range).ok_or_else(|| self.other_slice(tensor, bytes))?;
-        Ok(Some(TensorView { name: &tensor.name, dtype, shape: &tensor.shape, data }))
-    }
-
-    /// Indices `rows` of the first axis of `tensor`, row-major and little-endian: borrowed if they lie so, else copied.
-    /// A scalar is one row.
-    ///
-    /// # Errors
-    /// [`Error::Format`] if its type is not F32, F16 or BF16, its strides repeat elements, it has fewer rows, or `bytes`
-    /// is not the slice that was read.
-    pub fn rows<'a>(&self, tensor: &StoredTensor, rows: Range<usize>, bytes: &'a [u8]) -> Result<Cow<'a, [u8]>> {
-        let width = self.readable(tensor)?.bytes();
-        let refused = |detail: String| Error::format(&self.path, format!("tensor `{}`: {detail}", clip(&tensor.name)));
-        let (all_rows, row_shape) = tensor.shape.split_first().map_or((1, &[][..]), |(first, rest)| (*first, rest));
-        if rows.start > rows.end || rows.end > all_rows {
-            return Err(refused(format!("rows {}..{} of {all_rows}", rows.start, rows.end)));
-        }
-        if rows.is_empty() || tensor.elements() == 0 {
-            return Ok(Cow::Borrowed(&[]));
-        }
-        let row_elements: usize = row_shape.iter().product();
-        let storage = bytes.get(tensor.storage.clone()).ok_or_else(|| self.other_slice(tensor, bytes))?;
-        if let Some(all) = tensor.contiguous_range() {
-            let start = all.start + rows.start * row_elements * width;
-            let range = start..start + rows.len() * row_elements * width;
-            return bytes.get(range).map(Cow::Borrowed).ok_or_else(|| self.other_slice(tensor, bytes));
-        }
-        // A copy is never larger than the file it comes from.
-        let (elements, stored) = (tensor.elements(), storage.len() / width);
-        if elements > stored {
-            return Err(refused(format!("its strides make {elements} elements of {stored} stored ones")));
-        }
-        let mut out = Vec::with_capacity(rows.len() * row_elements * width);
-        let row_stride = tensor.strides.first().copied().unwrap_or(0);
-        let mut index = vec![0; row_shape.len()];
-        for row in rows {
-            for _ in 0..row_elements {
-                let inner: usize = index.iter().zip(&tensor.strides[1..]).map(|(at, stride)| at * stride).sum();
-                let at = (tensor.offset + row * row_stride + inner) * width;
-                out.extend_from_slice(&storage[at..at + width]);
-                for (at, size) in index.iter_mut().zip(row_shape).rev() {
-                    *at += 1;
-                    if *at < *size {
-                        break;
-                    }
-                    *at = 0;
-                }
-            }
-        }
-        Ok(Cow::Owned(out))
-    }
-
-    fn readable(&self, tensor: &StoredTensor) -> Result<DType> {
-        tensor.dtype.weight().ok_or_else(|| {
-            let detail = format!(
-                "tensor `{}` is stored as {}, expected float32, float16 or bfloat16",
-                clip(&tensor.name),
-                tensor.dtype
-            );
-            Error::format(&self.path, detail)
-        })
-    }
-
-    fn other_slice(&self, tensor: &StoredTensor, bytes: &[u8]) -> Error {
-        let Range { start, end } = tensor.storage;
-        let name = clip(&tensor.name);
-        Error::format(&self.path, format!("tensor `{name}` lies in bytes {start}..{end} of {} bytes", bytes.len()))
     }
 }
 

@@ -1,22 +1,18 @@
-//! Reader of the pickles that `torch.save` writes, as data: nothing in them is ever called.
+//! Reader of the pickles that torch writes, as data: nothing in them is ever called.
 //!
-//! A pickle is a program for a stack machine that may import any function and call it. This reader knows the opcodes of
-//! protocols 2 to 4 that plain data, tensors and their containers need, and the few names such a file imports
-//! ([`Global`]); every other opcode and name is refused. A call that would make a tensor becomes an [`Object::Tensor`],
-//! which keeps the arguments.
+//! A pickle is a program for a stack machine that may import any function and call it. This reader knows the opcodes
+//! that plain data, tensors, records and their containers need, and the few names that a file of its [`Dialect`]
+//! imports ([`Global`]); every other opcode and name is refused. A call that would make a tensor becomes an
+//! [`Object::Tensor`], which keeps the arguments, and one that would make a record an [`Object::Record`], which keeps
+//! the fields.
 //!
 //! Objects live in one table and refer to each other by number, so that a pickle in which everything refers to
 //! everything, or to itself, takes no more memory than it has opcodes, and nothing here recurses.
 
 use std::collections::HashMap;
 
-use super::ElementType;
+use super::globals::{Class, Dialect, Global};
 use crate::error::clip;
-
-/// The longest pickle that is read. The 8B model's state dict has about 50 KB.
-pub(super) const MAX_PICKLE_BYTES: usize = 8 << 20;
-/// The most objects, and the most entries of stack and memo. A state dict has some 20 objects for each tensor.
-const MAX_OBJECTS: usize = 1 << 18;
 
 /// Names an object in its [`Pickle`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +35,8 @@ pub(super) enum Object<'p> {
     Tensor(Id),
     /// What the pickle leaves to its reader to supply, described by this object.
     Persistent(Id),
+    /// An object of this class, and its state: a dict of its fields, or what it chose to write instead.
+    Record(Class, Option<Id>),
     /// Something that no tensor is made of: a float, bytes, a stream.
     Opaque(&'static str),
 }
@@ -57,69 +55,8 @@ impl Object<'_> {
             Object::Global(_) => "a class or function",
             Object::Tensor(_) => "a tensor",
             Object::Persistent(_) => "a storage",
+            Object::Record(class, _) => class.kind(),
             Object::Opaque(kind) => kind,
-        }
-    }
-}
-
-/// The names that a pickle may import.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Global {
-    /// `collections.OrderedDict`
-    OrderedDict,
-    /// `torch._utils._rebuild_tensor_v2`
-    RebuildTensor,
-    /// `torch._utils._rebuild_parameter`
-    RebuildParameter,
-    /// `torch.FloatStorage` and its like
-    Storage(ElementType),
-    /// `torch.storage.UntypedStorage`
-    UntypedStorage,
-    /// `torch.Size`
-    Size,
-    /// `torch.bfloat16` and its like
-    DType,
-    /// `_io.BytesIO`
-    BytesIo,
-    /// `_codecs.encode`, by which protocol 2 writes bytes
-    Encode,
-}
-
-/// What `torch.NAME` may be a dtype of.
-const DTYPES: &[&str] = &[
-    "bfloat16",
-    "bool",
-    "complex128",
-    "complex32",
-    "complex64",
-    "float16",
-    "float32",
-    "float64",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "int16",
-    "int32",
-    "int64",
-    "int8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "uint8",
-];
-
-impl Global {
-    fn named(module: &str, name: &str) -> Option<Global> {
-        match (module, name) {
-            ("collections", "OrderedDict") => Some(Global::OrderedDict),
-            ("torch._utils", "_rebuild_tensor_v2") => Some(Global::RebuildTensor),
-            ("torch._utils", "_rebuild_parameter") => Some(Global::RebuildParameter),
-            ("torch.storage" | "torch", "UntypedStorage") => Some(Global::UntypedStorage),
-            ("torch", "Size") => Some(Global::Size),
-            ("_io", "BytesIO") => Some(Global::BytesIo),
-            ("_codecs", "encode") => Some(Global::Encode),
-            ("torch", name) if DTYPES.contains(&name) => Some(Global::DType),
-            ("torch", name) => ElementType::of_storage(name).map(Global::Storage),
-            _ => None,
         }
     }
 }
@@ -132,16 +69,24 @@ pub(super) struct Pickle<'p> {
 }
 
 impl<'p> Pickle<'p> {
-    /// Reads the pickle that is all of `bytes`.
+    /// Reads the pickle that is all of `bytes`, of a file of this kind.
     ///
     /// # Errors
     /// What is damaged, refused or over a limit, with its offset, for the caller to put the member's name before.
-    pub fn read(bytes: &'p [u8]) -> Result<Pickle<'p>, String> {
-        if bytes.len() > MAX_PICKLE_BYTES {
-            return Err(format!("{} bytes of pickle; at most {MAX_PICKLE_BYTES} are accepted", bytes.len()));
+    pub fn read(dialect: Dialect, bytes: &'p [u8]) -> Result<Pickle<'p>, String> {
+        let limit = dialect.max_bytes();
+        if bytes.len() > limit {
+            return Err(format!("{} bytes of pickle; at most {limit} are accepted", bytes.len()));
         }
-        let mut machine =
-            Machine { bytes, at: 0, objects: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+        let mut machine = Machine {
+            dialect,
+            bytes,
+            at: 0,
+            objects: Vec::new(),
+            stack: Vec::new(),
+            marks: Vec::new(),
+            memo: HashMap::new(),
+        };
         loop {
             let at = machine.at;
             match machine.step() {
@@ -165,6 +110,7 @@ impl<'p> Pickle<'p> {
 }
 
 struct Machine<'p> {
+    dialect: Dialect,
     bytes: &'p [u8],
     at: usize,
     objects: Vec<Object<'p>>,
@@ -182,14 +128,17 @@ impl<'p> Machine<'p> {
         let start = self.at;
         let opcode = self.u8()?;
         if start == 0 && opcode != 0x80 {
-            return Err(format!("it starts with byte {opcode:#04x}, expected 0x80 and a protocol from 2 to 4"));
+            let newest = self.dialect.max_protocol();
+            return Err(format!("it starts with byte {opcode:#04x}, expected 0x80 and a protocol from 2 to {newest}"));
         }
         match opcode {
             // PROTO
-            0x80 => match self.u8()? {
-                2..=4 if start == 0 => {}
-                protocol if start == 0 => return Err(format!("protocol {protocol}, expected 2 to 4")),
-                _ => return Err("a second protocol".to_owned()),
+            0x80 => match (self.u8()?, self.dialect.max_protocol()) {
+                _ if start != 0 => return Err("a second protocol".to_owned()),
+                (protocol, newest) if !(2..=newest).contains(&protocol) => {
+                    return Err(format!("protocol {protocol}, expected 2 to {newest}"));
+                }
+                _ => {}
             },
             // FRAME: a hint for readers that buffer
             0x95 => {
@@ -246,9 +195,7 @@ impl<'p> Machine<'p> {
             }
             // MARK
             b'(' => {
-                if self.marks.len() == MAX_OBJECTS {
-                    return Err(format!("more than {MAX_OBJECTS} marks"));
-                }
+                self.check_room(self.marks.len(), "marks")?;
                 self.marks.push(self.stack.len());
             }
             // EMPTY_TUPLE, TUPLE1 to TUPLE3, TUPLE
@@ -351,14 +298,10 @@ impl<'p> Machine<'p> {
                 let (arguments, function) = (self.pop()?, self.pop()?);
                 self.call(function, arguments, opcode == 0x81)?;
             }
-            // BUILD: attributes of the object below, of which none matters (a state dict's `_metadata`)
+            // BUILD
             b'b' => {
-                self.pop()?;
-                let target = self.top()?;
-                match self.object(target) {
-                    Object::Dict(_) | Object::Opaque(_) => {}
-                    other => return Err(format!("attributes for {}; nothing was executed", other.kind())),
-                }
+                let state = self.pop()?;
+                self.build(state)?;
             }
             _ => {
                 let shown = clip(char::from(opcode));
@@ -369,12 +312,12 @@ impl<'p> Machine<'p> {
     }
 
     fn import(&mut self, module: &str, name: &str) -> Result<(), String> {
-        let Some(global) = Global::named(module, name) else {
+        let Some(global) = self.dialect.global(module, name) else {
             return Err(format!(
-                "it asks for `{}.{}`, which is refused: a checkpoint may name tensors, storages and containers alone; \
-                 nothing was executed",
+                "it asks for `{}.{}`, which is refused: {}; nothing was executed",
                 clip(module),
-                clip(name)
+                clip(name),
+                self.dialect.allowed()
             ));
         };
         self.push(Object::Global(global))
@@ -397,9 +340,33 @@ impl<'p> Machine<'p> {
             (Global::Size, [sizes]) => self.push_again(*sizes),
             (Global::BytesIo, _) => self.push(Object::Opaque("a stream of bytes")),
             (Global::Encode, _) if !new => self.push(Object::Opaque("bytes")),
+            (Global::Record(class), []) if new => self.push(Object::Record(class, None)),
+            (Global::Value(kind), _) if !new => self.push(Object::Opaque(kind)),
             (global, items) => {
                 Err(format!("{global:?} is not called with {} arguments; nothing was executed", items.len()))
             }
+        }
+    }
+
+    /// Gives the topmost object its attributes. Of a dict none matters (a state dict's `_metadata`).
+    fn build(&mut self, state: Id) -> Result<(), String> {
+        let target = self.top()?;
+        match &mut self.objects[target.0 as usize] {
+            Object::Dict(_) | Object::Opaque(_) => Ok(()),
+            Object::Record(_, fields @ None) => {
+                *fields = Some(state);
+                Ok(())
+            }
+            Object::Record(class, Some(_)) => Err(format!("attributes for {} that has some", class.kind())),
+            other => Err(format!("attributes for {}; nothing was executed", other.kind())),
+        }
+    }
+
+    /// Refuses a list of what there are too many of.
+    fn check_room(&self, length: usize, what: &str) -> Result<(), String> {
+        match self.dialect.max_objects() {
+            limit if length < limit => Ok(()),
+            limit => Err(format!("more than {limit} {what}")),
         }
     }
 
@@ -408,16 +375,14 @@ impl<'p> Machine<'p> {
     }
 
     fn push(&mut self, object: Object<'p>) -> Result<(), String> {
-        let id = u32::try_from(self.objects.len()).ok().filter(|id| (*id as usize) < MAX_OBJECTS);
-        let id = Id(id.ok_or_else(|| format!("more than {MAX_OBJECTS} objects"))?);
+        self.check_room(self.objects.len(), "objects")?;
+        let id = Id(u32::try_from(self.objects.len()).map_err(|_| "too many objects".to_owned())?);
         self.objects.push(object);
         self.push_again(id)
     }
 
     fn push_again(&mut self, id: Id) -> Result<(), String> {
-        if self.stack.len() == MAX_OBJECTS {
-            return Err(format!("more than {MAX_OBJECTS} values on the stack"));
-        }
+        self.check_room(self.stack.len(), "values on the stack")?;
         self.stack.push(id);
         Ok(())
     }
@@ -457,10 +422,8 @@ impl<'p> Machine<'p> {
 
     fn remember(&mut self, index: u32) -> Result<(), String> {
         let top = self.top()?;
+        self.check_room(self.memo.len(), "entries in the memo")?;
         self.memo.insert(index, top);
-        if self.memo.len() > MAX_OBJECTS {
-            return Err(format!("more than {MAX_OBJECTS} entries in the memo"));
-        }
         Ok(())
     }
 

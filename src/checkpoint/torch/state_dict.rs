@@ -1,9 +1,10 @@
-//! The tensors that a pickled state dict describes, checked against the storages in the file.
+//! The tensors that a pickled state dict, or a pickled tensor, describes, checked against the storages in the file.
 
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::pickle::{Global, Id, Object, Pickle};
+use super::globals::Global;
+use super::pickle::{Id, Object, Pickle};
 use super::{ElementType, StoredTensor};
 use crate::error::clip;
 
@@ -15,7 +16,7 @@ const MAX_TENSORS: usize = 1 << 14;
 const MAX_AXES: usize = 8;
 
 /// Finds the place of a storage in the file by its key.
-type FindStorage<'f> = dyn Fn(&str) -> Option<Range<usize>> + 'f;
+pub(super) type FindStorage<'f> = dyn Fn(&str) -> Option<Range<usize>> + 'f;
 
 /// The tensors of a state dict, and name and kind of its other entries.
 type Entries = (Vec<StoredTensor>, Vec<(String, &'static str)>);
@@ -55,6 +56,14 @@ pub(super) fn extract(pickle: &Pickle<'_>, storage: &FindStorage<'_>) -> Result<
     Ok((tensors, others))
 }
 
+/// The tensor that `pickle` is. It has no name.
+pub(super) fn root(pickle: &Pickle<'_>, storage: &FindStorage<'_>) -> Result<StoredTensor, String> {
+    match pickle.root() {
+        Object::Tensor(arguments) => tensor(pickle, "", *arguments, storage),
+        other => Err(format!("it holds {}, expected a tensor", other.kind())),
+    }
+}
+
 /// The tensor that `_rebuild_tensor_v2` would make: storage, offset, size, stride, and things of no concern here
 /// (whether it requires a gradient, hooks, metadata).
 fn tensor(
@@ -79,10 +88,7 @@ fn tensor(
     if shape.len() != strides.len() {
         return Err(format!("it has {} sizes and {} strides", shape.len(), strides.len()));
     }
-    let bytes = shape.iter().try_fold(dtype.bytes(), |product, size| product.checked_mul((*size).max(1)));
-    if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
-        return Err(format!("its shape {shape:?} takes more bytes than a machine can address"));
-    }
+    check_bytes(&shape, dtype)?;
     let stored = storage.len() / dtype.bytes();
     let end = if shape.contains(&0) {
         Some(offset)
@@ -139,8 +145,17 @@ fn locate(
     Ok((dtype, place))
 }
 
+/// Refuses a tensor whose bytes do not fit an `isize`, whichever of its sizes are 0.
+pub(super) fn check_bytes(shape: &[usize], dtype: ElementType) -> Result<(), String> {
+    let bytes = shape.iter().try_fold(dtype.bytes(), |product, size| product.checked_mul((*size).max(1)));
+    match bytes {
+        Some(bytes) if bytes <= isize::MAX as usize => Ok(()),
+        _ => Err(format!("its shape {shape:?} takes more bytes than a machine can address")),
+    }
+}
+
 /// A whole number of at least 0; else what was found instead.
-fn count(pickle: &Pickle<'_>, id: Id) -> Result<usize, String> {
+pub(super) fn count(pickle: &Pickle<'_>, id: Id) -> Result<usize, String> {
     match pickle.get(id) {
         Object::Int(value) => {
             usize::try_from(*value).map_err(|_| format!("{value}, expected a whole number of at least 0"))
@@ -150,7 +165,7 @@ fn count(pickle: &Pickle<'_>, id: Id) -> Result<usize, String> {
 }
 
 /// A tuple of them, one for each axis.
-fn counts(pickle: &Pickle<'_>, id: Id) -> Result<Vec<usize>, String> {
+pub(super) fn counts(pickle: &Pickle<'_>, id: Id) -> Result<Vec<usize>, String> {
     match pickle.get(id) {
         Object::Tuple(items) if items.len() > MAX_AXES => {
             Err(format!("one of {} axes; at most {MAX_AXES} are accepted", items.len()))

@@ -1,5 +1,6 @@
 //! Files that torch wrote (tests/data/torch, made by tools/make_torch_fixtures.py), and broken and hostile ones.
 
+use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 
@@ -7,6 +8,9 @@ use proptest::prelude::*;
 use serde_json::Value;
 
 use super::*;
+use crate::checkpoint::sharded::ShardedTensor;
+use crate::checkpoint::weight::{TensorView, Weight};
+use crate::mmap::MappedFile;
 
 fn fixture(name: &str) -> Vec<u8> {
     fs::read(Path::new("tests/data/torch").join(name)).unwrap()
@@ -50,44 +54,70 @@ fn finds_what_torch_saved() {
             assert_eq!(tensor.shape, numbers(&expected["shape"]), "{file} {name}");
             assert_eq!(tensor.strides, numbers(&expected["stride"]), "{file} {name}");
             assert_eq!(tensor.offset as u64, expected["offset"].as_u64().unwrap(), "{file} {name}");
-            check_elements(&dict, tensor, &bytes, expected["hex"].as_str().unwrap());
+            check_elements(tensor, &bytes, expected["hex"].as_str().unwrap());
         }
     }
 }
 
-fn check_elements(dict: &StateDict, tensor: &StoredTensor, bytes: &[u8], expected: &str) {
-    let name = &tensor.name;
-    let rows = tensor.shape.first().copied().unwrap_or(1);
-    let Some(dtype) = tensor.dtype.weight() else {
-        for error in [
-            dict.view(tensor, bytes).map(|_| ()).unwrap_err(),
-            dict.rows(tensor, 0..rows, bytes).map(|_| ()).unwrap_err(),
-        ] {
-            let expected = format!("tensor `{name}` is stored as {}, expected float32, float16", tensor.dtype);
-            assert!(error.to_string().contains(&expected), "{error}");
+/// The bytes of a tensor's elements, row-major, found one by one.
+fn elements(tensor: &StoredTensor, bytes: &[u8]) -> Vec<u8> {
+    let (width, storage) = (tensor.dtype.bytes(), &bytes[tensor.storage.clone()]);
+    let mut out = Vec::new();
+    for mut element in 0..tensor.elements() {
+        let mut at = tensor.offset;
+        for (size, stride) in tensor.shape.iter().zip(&tensor.strides).rev() {
+            at += element % size * stride;
+            element /= size;
         }
-        let range = tensor.contiguous_range().unwrap();
-        assert_eq!(hex(&bytes[range]), expected, "{name}");
-        return;
-    };
-    assert_eq!(hex(&dict.rows(tensor, 0..rows, bytes).unwrap()), expected, "{name}");
-    let by_row: String = (0..rows).map(|row| hex(&dict.rows(tensor, row..row + 1, bytes).unwrap())).collect();
-    assert_eq!(by_row, expected, "{name}");
-    let error = dict.rows(tensor, 0..rows + 1, bytes).unwrap_err().to_string();
-    assert!(error.contains(&format!("tensor `{name}`: rows 0..{} of {rows}", rows + 1)), "{error}");
-
-    let view = dict.view(tensor, bytes).unwrap();
-    let strided = ["transposed", "columns", "permuted", "expanded"];
-    assert_eq!(view.is_none(), strided.contains(&name.as_str()), "{name}");
-    if let Some(view) = view {
-        assert_eq!((view.name, view.dtype, view.shape), (name.as_str(), dtype, tensor.shape.as_slice()));
-        assert_eq!(hex(view.data), expected, "{name}");
-        assert!(matches!(dict.rows(tensor, 0..rows, bytes).unwrap(), Cow::Borrowed(_)), "{name}");
+        out.extend_from_slice(&storage[at * width..(at + 1) * width]);
     }
-    // Only the first bytes of what was read.
-    if !expected.is_empty() {
-        let error = dict.rows(tensor, 0..rows, &bytes[..100]).unwrap_err().to_string();
-        assert!(error.contains(&format!("tensor `{name}` lies in bytes")), "{error}");
+    out
+}
+
+fn check_elements(tensor: &StoredTensor, bytes: &[u8], expected: &str) {
+    assert_eq!(hex(&elements(tensor, bytes)), expected, "{}", tensor.name);
+    let (Some(dtype), 1..=2) = (tensor.dtype.weight(), tensor.shape.len()) else { return };
+    if expected.is_empty() {
+        return;
+    }
+    // As a weight, from a file in which something stands before it.
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), [b"before", bytes].concat()).unwrap();
+    let files = [MappedFile::open(file.path()).unwrap()];
+    let sharded = ShardedTensor::of_torch(tensor, 0, 6);
+    let weight = Weight::new(tensor.name.clone(), dtype, &sharded, &files);
+    if tensor.name == "expanded" {
+        assert!(weight.unwrap_err().contains("its strides repeat elements"));
+        return;
+    }
+    let weight = weight.unwrap();
+    let view = TensorView { name: &tensor.name, dtype, shape: &tensor.shape, weight: &weight, files: &files };
+    let all = view.raw(0..view.elements());
+    assert_eq!(hex(&all), expected, "{}", tensor.name);
+    let strided = ["transposed", "columns", "permuted"].contains(&tensor.name.as_str());
+    assert_eq!(matches!(all, Cow::Owned(_)), strided, "{}", tensor.name);
+    assert!(Weight::new(tensor.name.clone(), dtype, &ShardedTensor::of_torch(tensor, 0, bytes.len()), &files).is_err());
+}
+
+#[test]
+fn reads_a_tensor_that_was_saved_alone() {
+    let path = Path::new("tests/data/torch_dist/one-rank/__0_0.distcp");
+    let (metadata, bytes) = (fs::read(path.with_file_name(".metadata")).unwrap(), fs::read(path).unwrap());
+    let metadata = read_metadata(path, &metadata, |name| name == "model.decoder.final_layernorm.weight").unwrap();
+    assert_eq!((metadata.tensors.len(), metadata.tensors[0].chunks.len()), (1, 1));
+    let item = metadata.items.iter().find(|item| item.name == metadata.tensors[0].name).unwrap();
+    let bytes = &bytes[item.bytes.clone()];
+    let tensor = read_tensor(path, bytes).unwrap();
+    assert_eq!((tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()), ("", ElementType::Float32, &[3][..]));
+    assert_eq!(hex(&elements(&tensor, &bytes)), "15813c3f34d4d63ef954ac3f");
+
+    refused(bytes, "`archive/data.pkl`: it holds a tensor, expected a dict of tensors");
+    for (pickle, found) in
+        [(&b"\x80\x02}."[..], "a dict"), (b"\x80\x02N.", "None"), (b"\x80\x02ctorch\nSize\n.", "a class")]
+    {
+        let error = read_tensor(Path::new("x"), &archive(pickle, &[])).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("x: `archive/data.pkl`: it holds {found}")), "{error}");
+        assert!(error.ends_with("expected a tensor"), "{error}");
     }
 }
 
@@ -126,6 +156,10 @@ fn executes_nothing() {
         (b"\x80\x02ctorch\nload\n.", "asks for `torch.load`"),
         (b"\x80\x02ctorch._utils\n_rebuild_qtensor\n.", "asks for `torch._utils._rebuild_qtensor`"),
         (b"\x80\x02ctorch\nFloatStorage.__init__\n.", "asks for `torch.FloatStorage.__init__`"),
+        // What only the metadata of a distributed checkpoint needs.
+        (b"\x80\x02cpathlib\nPosixPath\n.", "asks for `pathlib.PosixPath`"),
+        (b"\x80\x02ctorch.serialization\n_get_layout\n.", "asks for `torch.serialization._get_layout`"),
+        (b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n.", "checkpoint.metadata.Metadata`"),
         // Old opcodes that import or call.
         (b"\x80\x02(S'ls'\nios\nsystem\n.", "opcode 0x53 (`S`) is refused"),
         (b"\x80\x02(ios\nsystem\n.", "opcode 0x69 (`i`) is refused"),
@@ -280,13 +314,6 @@ fn refuses_tensors_outside_their_storage() {
         let error = refused(&tensor.archive(), reason);
         assert!(error.contains("tensor `w`: ") || error.contains("asks for"), "{error}");
     }
-    // A stride of 0 makes many elements of few; a copy of them would be larger than the file.
-    let mut tensor = Tensor::good();
-    (tensor.shape, tensor.strides) = (vec![1 << 30, 3], vec![0, 1]);
-    let bytes = tensor.archive();
-    let dict = read(&bytes).unwrap();
-    let error = dict.rows(&dict.tensors()[0], 0..1, &bytes).unwrap_err().to_string();
-    assert!(error.contains("its strides make 3221225472 elements of 12 stored ones"), "{error}");
 }
 
 #[test]
@@ -454,10 +481,7 @@ proptest! {
         match read(&bytes) {
             Ok(dict) => {
                 for tensor in dict.tensors() {
-                    let rows = tensor.shape.first().copied().unwrap_or(1);
-                    if let Ok(data) = dict.rows(tensor, 0..rows, &bytes) {
-                        prop_assert_eq!(data.len(), tensor.elements() * tensor.dtype.bytes());
-                    }
+                    prop_assert_eq!(elements(tensor, &bytes).len(), tensor.elements() * tensor.dtype.bytes());
                 }
             }
             Err(error) => prop_assert!(error.to_string().starts_with("weights.ckpt: "), "{}", error),

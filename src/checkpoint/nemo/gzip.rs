@@ -1,0 +1,190 @@
+//! A `.nemo` compressed with gzip: unpacked to a temporary file once, for its weights have to be found by their place.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use flate2::bufread::MultiGzDecoder;
+
+use crate::checkpoint::OpenOptions;
+use crate::error::{Error, Result};
+use crate::mmap::{MappedFile, open_regular};
+
+/// What is read and written at a time.
+const PIECE_BYTES: usize = 1 << 20;
+/// How often it is looked whether the disk still has room.
+const CHECK_BYTES: u64 = 64 << 20;
+/// Left free on the disk.
+const RESERVE_BYTES: u64 = 256 << 20;
+/// Weights do not compress to less than a hundredth; what does, past its first 64 MiB, is made to fill a disk.
+const MAX_RATIO: u64 = 100;
+/// The smallest file that may be an archive: one header and the two empty blocks of its end.
+const TAR_BLOCK_BYTES: usize = 512;
+
+/// Whether the file starts as one compressed with gzip does.
+pub(super) fn is_gzip(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"\x1f\x8b")
+}
+
+/// Unpacks `path` to a file without a name in the temporary folder, which is gone when it is closed, whatever happens.
+///
+/// # Errors
+/// [`Error::Io`] if the disk is full or cannot be written; [`Error::Format`] if the content is damaged, no archive, or
+/// more than weights can be; [`Error::Cancelled`].
+pub(super) fn unpack(path: &Path, options: &OpenOptions<'_>) -> Result<MappedFile> {
+    let source = open_regular(path)?;
+    let packed_bytes = source.metadata().map_err(Error::io("read the size of", path))?.len();
+    let folder = &options.scratch;
+    let in_folder = |action: &'static str| Error::io(action, folder.join("(unpacked archive)"));
+    let mut target = tempfile::tempfile_in(folder).map_err(Error::io("make a temporary file in", folder))?;
+    let counted = Counted { inner: source, read: 0 };
+    let mut decoder = MultiGzDecoder::new(BufReader::with_capacity(PIECE_BYTES, counted));
+    let mut piece = vec![0; PIECE_BYTES];
+    let (mut unpacked, mut next_check, mut reported) = (0u64, 0u64, 0u64);
+    loop {
+        let filled = fill(&mut decoder, &mut piece)
+            .map_err(|error| Error::format(path, format!("gzip: after {unpacked} unpacked bytes: {error}")))?;
+        if unpacked == 0 && !starts_as_tar(&piece[..filled]) {
+            return Err(Error::format(path, "what is compressed in it is no tar archive, so this is no .nemo"));
+        }
+        if filled == 0 {
+            break;
+        }
+        if unpacked >= next_check {
+            check_space(path, folder, &target, unpacked, packed_bytes)?;
+            next_check = unpacked + CHECK_BYTES;
+        }
+        unpacked += filled as u64;
+        let read = decoder.get_ref().get_ref().read;
+        if unpacked > CHECK_BYTES && unpacked / MAX_RATIO > read {
+            let detail =
+                format!("{read} bytes of it unpack to {unpacked}, which no weights do; it is not read further");
+            return Err(Error::format(path, detail));
+        }
+        target.write_all(&piece[..filled]).map_err(in_folder("write"))?;
+        if (options.unpacking)(read - reported, packed_bytes) == ControlFlow::Break(()) {
+            return Err(Error::Cancelled);
+        }
+        reported = read;
+    }
+    MappedFile::of_file(path, &target)
+}
+
+/// Reads until `piece` is full or the stream ends.
+fn fill(source: &mut impl Read, piece: &mut [u8]) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while filled < piece.len() {
+        match source.read(&mut piece[filled..])? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    Ok(filled)
+}
+
+/// Whether the first block is a header of ustar or PAX, or of the form before, by its checksum's place.
+fn starts_as_tar(bytes: &[u8]) -> bool {
+    let Some(header) = bytes.first_chunk::<TAR_BLOCK_BYTES>() else { return false };
+    let field = &header[148..156];
+    field.iter().all(|byte| matches!(byte, b'0'..=b'7' | b' ' | 0)) && field.iter().any(|byte| byte.is_ascii_digit())
+}
+
+/// Refuses to go on where the disk has less room than is still needed, at least.
+fn check_space(path: &Path, folder: &Path, target: &File, unpacked: u64, packed_bytes: u64) -> Result<()> {
+    let Ok(disk) = rustix::fs::fstatvfs(target) else { return Ok(()) };
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let needed = packed_bytes.saturating_sub(unpacked).saturating_add(RESERVE_BYTES);
+    if free >= needed {
+        return Ok(());
+    }
+    let detail = format!(
+        "it is compressed, and unpacking it to {} needs {needed} more bytes at least, of which {free} are free; free some, \
+         set TMPDIR to a folder on a larger disk, or unpack it with gunzip",
+        folder.display()
+    );
+    Err(Error::format(path, detail))
+}
+
+/// Counts what is read.
+struct Counted<R> {
+    inner: R,
+    read: u64,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.read += count as u64;
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packed(content: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(content).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn unpacked(bytes: &[u8]) -> Result<Vec<u8>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.nemo");
+        std::fs::write(&path, bytes).unwrap();
+        assert!(is_gzip(bytes));
+        let options = OpenOptions { scratch: folder.path().to_owned(), ..OpenOptions::default() };
+        let result = unpack(&path, &options).map(|file| file.bytes().to_vec());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "something is left");
+        result
+    }
+
+    /// A header of one file whose checksum is digits, and content.
+    fn tar(content: usize) -> Vec<u8> {
+        let mut bytes = vec![0; TAR_BLOCK_BYTES + content];
+        bytes[148..154].copy_from_slice(b"012345");
+        bytes
+    }
+
+    #[test]
+    fn unpacks_one_stream_or_several() {
+        let content: Vec<u8> = tar(3 << 20).iter().enumerate().map(|(i, byte)| byte ^ (i >> 10) as u8).collect();
+        let content = [&tar(0)[..], &content[TAR_BLOCK_BYTES..]].concat();
+        assert_eq!(unpacked(&packed(&content)).unwrap(), content);
+        let (one, other) = content.split_at(1 << 20);
+        assert_eq!(unpacked(&[packed(one), packed(other)].concat()).unwrap(), content);
+    }
+
+    #[test]
+    fn refuses_what_is_damaged_or_a_bomb() {
+        let reason = |bytes: &[u8]| unpacked(bytes).unwrap_err().to_string();
+        let good = packed(&tar(1 << 20));
+        assert!(reason(&good[..good.len() - 9]).contains("gzip: after"), "{}", reason(&good[..good.len() - 9]));
+        let mut damaged = good.clone();
+        let last = damaged.len() - 6;
+        damaged[last] ^= 1;
+        assert!(reason(&damaged).contains("gzip: after"), "{}", reason(&damaged));
+        assert!(reason(&packed(b"no archive")).contains("no tar archive"));
+        assert!(reason(&packed(b"")).contains("no tar archive"));
+        let bomb = reason(&packed(&tar(200 << 20)));
+        assert!(bomb.contains("which no weights do"), "{bomb}");
+    }
+
+    #[test]
+    fn says_where_there_is_no_room() {
+        let file = tempfile::tempfile().unwrap();
+        let error = check_space(Path::new("x.nemo"), Path::new("scratch"), &file, 0, u64::MAX / 2).unwrap_err();
+        assert!(error.to_string().contains("TMPDIR"), "{error}");
+    }
+
+    #[test]
+    fn ends_when_asked() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.nemo");
+        std::fs::write(&path, packed(&tar(4 << 20))).unwrap();
+        let options = OpenOptions { scratch: folder.path().to_owned(), unpacking: &|_, _| ControlFlow::Break(()) };
+        assert!(matches!(unpack(&path, &options), Err(Error::Cancelled)));
+    }
+}

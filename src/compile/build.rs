@@ -1,0 +1,482 @@
+//! The way from a checkpoint to a package: everything is planned, then weights are read once for all plans.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::calibration::{self, Calibration};
+use super::gpu::{Engines, GpuPlan, Means};
+use super::prediction::{Prediction, available_memory_bytes, free_bytes};
+use super::{
+    BuildRequest, BuildSummary, PlanSummary, Precision, Progress, Recipe, Report, add_engines, checkpoint_tokenizer,
+    optimized_graph, plan_info,
+};
+use crate::backend::Limits;
+use crate::backend::cpu;
+use crate::backend::packing::{self, Item};
+use crate::backend::tensorrt::lower::{Constants, Weight};
+use crate::backend::tensorrt::pack as gpu_pack;
+use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
+use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
+use crate::error::{Error, Result};
+use crate::tensor_file::TensorFile;
+use crate::text::Tokenizer;
+use crate::text::template::TURN_MARKER;
+
+/// New tokens of a generation whose request does not say: the model card's example.
+const DEFAULT_MAX_TOKENS: usize = 200;
+/// The program itself, its tables and its threads.
+const PROGRAM_BYTES: u64 = 64 << 20;
+/// What TensorRT takes to compile a plan of the 8B's size, and a plan's own size, without weights in it.
+const COMPILER_BYTES: u64 = 480 << 20;
+const PLAN_BYTES: u64 = 48 << 20;
+/// How many times its bytes a plan with weights takes while it is compiled.
+const WEIGHTS_IN_COMPILER: u64 = 3;
+
+/// A plan on its way to the package.
+struct Planned {
+    recipe: Recipe,
+    limits: Limits,
+    lowered: Lowered,
+    /// The file of its weights; plans whose weights are stored alike share one.
+    weights: String,
+}
+
+enum Lowered {
+    Cpu { lowered: Box<cpu::lower::Lowered>, reports: Vec<Report> },
+    Gpu(Box<GpuPlan>),
+}
+
+impl Lowered {
+    /// By a recipe. `means` is there for a GPU.
+    fn new(
+        config: &ModelConfig,
+        recipe: &Recipe,
+        limits: &Limits,
+        means: Option<Means>,
+        calibration: Option<&Calibration>,
+    ) -> Result<Lowered> {
+        match means {
+            None => {
+                let (graph, reports) =
+                    optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
+                Ok(Lowered::Cpu { lowered: Box::new(cpu::lower::lower(&graph, limits)?), reports })
+            }
+            Some(means) => Ok(Lowered::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration)?))),
+        }
+    }
+
+    fn packed_bytes(&self) -> u64 {
+        match self {
+            Lowered::Cpu { lowered, .. } => cpu::pack::packed_bytes(&lowered.program.weights),
+            Lowered::Gpu(plan) => gpu_pack::packed_bytes(&plan.weights),
+        }
+    }
+
+    fn items(&self) -> Result<Vec<Item<'_>>> {
+        match self {
+            Lowered::Cpu { lowered, .. } => Ok(cpu::pack::items(lowered)),
+            Lowered::Gpu(plan) => gpu_pack::items(&plan.weights),
+        }
+    }
+
+    fn means(&self) -> Option<Means> {
+        match self {
+            Lowered::Cpu { .. } => None,
+            Lowered::Gpu(plan) => Some(plan.means()),
+        }
+    }
+
+    /// Bytes of the weights that become part of a compiled plan.
+    fn bytes_in_plan(&self) -> u64 {
+        match self {
+            Lowered::Cpu { .. } => 0,
+            Lowered::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(Weight::bytes).sum(),
+        }
+    }
+}
+
+/// What a calibration needs: the model in BF16 on the CPU, and what it is to read.
+struct CalibrationRun {
+    lowered: cpu::lower::Lowered,
+    prompts: Vec<Vec<u32>>,
+    /// The file with its weights: a plan's own, or one made for this.
+    weights: String,
+    is_scratch: bool,
+}
+
+/// A build of which everything is known but the weights.
+pub struct PlannedBuild {
+    request: BuildRequest,
+    checkpoint: Checkpoint,
+    /// The checkpoint's, with the ids that its tokenizer knows.
+    config: ModelConfig,
+    tokenizer: Option<(Vec<u8>, Tokenizer)>,
+    generation: GenerationSettings,
+    plans: Vec<Planned>,
+    calibration: Option<CalibrationRun>,
+    prediction: Prediction,
+}
+
+/// Builds an engine package: reads the checkpoint, optimizes and lowers the graph, compiles it for GPUs, packs the
+/// weights, and makes the package appear at its place whole.
+///
+/// # Errors
+/// Whatever is wrong with the checkpoint, recipes or output; nothing is left behind then.
+pub fn build(request: &BuildRequest, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
+    PlannedBuild::new(request, &**progress)?.run(progress)
+}
+
+impl PlannedBuild {
+    /// Opens the checkpoint, lowers the graph for every recipe, and finds what the build will take. Weights are not read,
+    /// and nothing is written, but for the temporary file of a compressed checkpoint.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the checkpoint or recipes. Whether the build fits this machine is not checked here.
+    pub fn new(request: &BuildRequest, progress: &dyn Progress) -> Result<PlannedBuild> {
+        let recipes = &request.recipes;
+        check_recipes(recipes)?;
+        // What cannot be built here is refused before anything is read.
+        let means = recipes.iter().map(|recipe| means_for(recipe, request.prepare)).collect::<Result<Vec<_>>>()?;
+        let checkpoint = open_checkpoint(request, progress)?;
+        let mut config = checkpoint.config().clone();
+        let limits = recipes.iter().map(|recipe| recipe.limits(&config)).collect::<Result<Vec<_>>>()?;
+        let tokenizer = checkpoint_tokenizer(&checkpoint)?;
+        match &tokenizer {
+            None => warn_without_tokenizer(&checkpoint, progress),
+            Some((_, tokenizer)) => add_special_ids(&mut config, tokenizer),
+        }
+        let tokenizer_of = tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
+        let generation = generation_settings(&checkpoint, &config, tokenizer_of, progress)?;
+
+        // Weights do not depend on what a calibration will find, and no scale but this one is needed to lower the graph.
+        let uncalibrated = Calibration::uniform(0.5);
+        let mut plans: Vec<Planned> = Vec::with_capacity(recipes.len());
+        for ((recipe, limits), means) in recipes.iter().zip(limits).zip(means) {
+            let lowered = Lowered::new(&config, recipe, &limits, means, Some(&uncalibrated))?;
+            let weights = weights_file(&plans, recipe, &lowered);
+            plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
+        }
+        let calibration = plan_calibration(request, &config, &plans, tokenizer_of, progress)?;
+        let mut planned = PlannedBuild {
+            request: request.clone(),
+            checkpoint,
+            config,
+            tokenizer,
+            generation,
+            plans,
+            calibration,
+            prediction: Prediction {
+                read_bytes: 0,
+                files: Vec::new(),
+                scratch_bytes: 0,
+                memory_bytes: 0,
+                free_disk_bytes: None,
+                available_memory_bytes: None,
+            },
+        };
+        planned.prediction = planned.predict()?;
+        Ok(planned)
+    }
+
+    /// What the build will take.
+    pub fn prediction(&self) -> &Prediction {
+        &self.prediction
+    }
+
+    /// The plans that weights are packed for, one for each file.
+    fn packed_plans(&self) -> impl Iterator<Item = &Planned> {
+        self.plans
+            .iter()
+            .enumerate()
+            .filter(|(index, plan)| !self.plans.iter().take(*index).any(|other| other.weights == plan.weights))
+            .map(|(_, plan)| plan)
+    }
+
+    /// The items of every file of weights, by name.
+    fn files(&self) -> Result<Vec<(String, Vec<Item<'_>>)>> {
+        let mut files = Vec::new();
+        for plan in self.packed_plans() {
+            files.push((plan.weights.clone(), plan.lowered.items()?));
+        }
+        if let Some(run) = self.calibration.as_ref().filter(|run| run.is_scratch) {
+            files.push((run.weights.clone(), cpu::pack::items(&run.lowered)));
+        }
+        Ok(files)
+    }
+
+    fn predict(&self) -> Result<Prediction> {
+        let mut files: Vec<(String, u64)> =
+            self.packed_plans().map(|plan| (plan.weights.clone(), plan.lowered.packed_bytes())).collect();
+        let mut compiling = 0;
+        for plan in &self.plans {
+            if let Lowered::Gpu(gpu) = &plan.lowered {
+                let in_plan = plan.lowered.bytes_in_plan();
+                compiling = compiling.max(COMPILER_BYTES + WEIGHTS_IN_COMPILER * in_plan);
+                let compiled = if gpu.means().only_checks() { 0 } else { gpu.compiled_plans() };
+                let name = format!("plans/{}.engine", plan.recipe.target.name());
+                files.extend((compiled > 0).then(|| (name, compiled * (PLAN_BYTES + in_plan))));
+            }
+        }
+        let packing = {
+            let files = self.files()?;
+            packing::memory_bytes(files.iter().map(|(_, items)| items.as_slice()))
+        };
+        let (mut scratch_bytes, mut calibrating) = (0, 0);
+        if let Some(run) = &self.calibration {
+            let program = &run.lowered.program;
+            if run.is_scratch {
+                scratch_bytes = cpu::pack::packed_bytes(&program.weights);
+            }
+            let cached_tokens = program.limits.slots * program.limits.max_sequence_tokens;
+            calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token()) as u64;
+        }
+        Ok(Prediction {
+            read_bytes: self.checkpoint.weight_bytes(),
+            files,
+            scratch_bytes,
+            memory_bytes: PROGRAM_BYTES + packing.max(compiling).max(calibrating),
+            free_disk_bytes: free_bytes(&self.request.output),
+            available_memory_bytes: available_memory_bytes(),
+        })
+    }
+
+    /// Reads the weights and writes the package.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the weights or the output, or that the build does not fit this machine; nothing is left
+    /// behind then.
+    pub fn run(mut self, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
+        self.prediction.check(&self.request.output)?;
+        let mut writer = PackageWriter::create(&self.request.output, self.request.replace)?;
+        // Compiling comes first where it needs no weights: what TensorRT refuses is then known within seconds.
+        let mut engines: Vec<Option<Engines>> = Vec::with_capacity(self.plans.len());
+        for Planned { recipe, lowered, .. } in &self.plans {
+            engines.push(match lowered {
+                Lowered::Gpu(plan) if !plan.holds_weights() && !recipe.precision.needs_calibration() => {
+                    plan.compile(recipe.target.name(), &Constants::Arbitrary, progress)?
+                }
+                _ => None,
+            });
+        }
+        let digest = self.pack(&mut writer, progress)?;
+        self.calibrate(&writer, &**progress)?;
+
+        let checkpoint_info = CheckpointInfo { format: self.checkpoint.format().into(), digest };
+        let mut manifest = Manifest::new(self.config, checkpoint_info, self.generation);
+        if let Some((bytes, tokenizer)) = &self.tokenizer {
+            let file = tokenizer.file_name();
+            writer.add(file, |write| write(bytes))?;
+            manifest.tokenizer = Some(TokenizerInfo { file: file.into(), vocab_size: tokenizer.vocab_size() });
+        }
+        let mut plans = Vec::with_capacity(self.plans.len());
+        for (Planned { recipe, limits, lowered, weights }, engines) in self.plans.into_iter().zip(engines) {
+            let target = recipe.target.name();
+            let (info, means, reports) = match lowered {
+                Lowered::Cpu { lowered, reports } => {
+                    let plan = format!("plans/{target}.json");
+                    let program = serde_json::to_vec(&lowered.program).map_err(|e| {
+                        Error::package(&self.request.output, format!("the plan cannot be written as JSON: {e}"))
+                    })?;
+                    writer.add(&plan, |write| write(&program))?;
+                    let kv_bytes_per_token = lowered.program.cache.bytes_per_token();
+                    (plan_info(&recipe, Some(plan), weights, limits, kv_bytes_per_token, None), None, reports)
+                }
+                Lowered::Gpu(mut plan) => {
+                    let engines = if plan.holds_weights() {
+                        let file = TensorFile::open(&writer.scratch(&weights))?;
+                        plan.compile(target, &Constants::File(Arc::new(file)), progress)?
+                    } else if recipe.precision.needs_calibration() {
+                        plan.compile(target, &Constants::Arbitrary, progress)?
+                    } else {
+                        engines
+                    };
+                    let (means, reports) = (plan.means(), std::mem::take(&mut plan.reports));
+                    let (file, tensorrt) = add_engines(&mut writer, &recipe, *plan, engines)?;
+                    let kv_bytes_per_token = tensorrt.kv_bytes_per_token();
+                    let info = plan_info(&recipe, file, weights, limits, kv_bytes_per_token, Some(tensorrt));
+                    (info, Some(means), reports)
+                }
+            };
+            plans.push(PlanSummary::of(&info, means, reports));
+            manifest.plans.push(info);
+        }
+        writer.finish(&mut manifest)?;
+        let bytes = manifest.files.iter().map(|f| f.bytes).sum();
+        Ok(BuildSummary { package: self.request.output, bytes, plans })
+    }
+
+    /// Writes the files of weights in one pass over the checkpoint, and answers with its digest.
+    fn pack(&self, writer: &mut PackageWriter, progress: &Arc<dyn Progress>) -> Result<String> {
+        progress.stage("packing", self.checkpoint.weight_bytes());
+        let files = self.files()?;
+        let mut open = Vec::with_capacity(files.len());
+        for (name, _) in &files {
+            open.push(writer.create_file(name)?);
+        }
+        let packed = files.into_iter().zip(&mut open).map(|((_, items), file)| packing::File { items, sink: file });
+        let follow = |bytes| {
+            progress.advance(bytes);
+            if progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+        };
+        let digests = packing::pack(packed.collect(), &self.checkpoint, true, &follow)?;
+        progress.work("flushing");
+        let infos = open.into_par_iter().map(PackageFile::finish).collect::<Result<Vec<_>>>()?;
+        let scratch = self.calibration.as_ref().filter(|run| run.is_scratch).map(|run| &run.weights);
+        infos.into_iter().filter(|info| Some(&info.path) != scratch).for_each(|info| writer.push(info));
+        Ok(self.digest(&digests))
+    }
+
+    /// SHA-256 over the config and, tensor by tensor, name, dtype, shape and the SHA-256 of its elements.
+    fn digest(&self, digests: &[[u8; 32]]) -> String {
+        let mut all = Sha256::new();
+        all.update(format!("{:?}", self.checkpoint.config()));
+        for (view, digest) in self.checkpoint.tensors().zip(digests) {
+            all.update(format!("\n{} {} {:?} ", view.name, view.dtype, view.shape));
+            all.update(digest);
+        }
+        let hex: String = all.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        format!("sha256:{hex}")
+    }
+
+    /// Runs the calibration, if there is one, and lowers the plans that wait for it again.
+    fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<()> {
+        let Some(run) = self.calibration.take() else { return Ok(()) };
+        let path = writer.scratch(&run.weights);
+        let found = calibration::calibrate(run.lowered.program, &path, &run.prompts, progress);
+        if run.is_scratch {
+            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+        let found = found?;
+        for plan in self.plans.iter_mut().filter(|plan| plan.recipe.precision.needs_calibration()) {
+            plan.lowered = Lowered::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
+        }
+        Ok(())
+    }
+}
+
+fn open_checkpoint(request: &BuildRequest, progress: &dyn Progress) -> Result<Checkpoint> {
+    let is_begun = std::sync::atomic::AtomicBool::new(false);
+    let unpacking = |bytes, total| {
+        if !is_begun.swap(true, std::sync::atomic::Ordering::Relaxed) {
+            progress.stage("unpacking", total);
+        }
+        progress.advance(bytes);
+        if progress.is_cancelled() { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) }
+    };
+    Checkpoint::open_with(&request.checkpoint, &OpenOptions { unpacking: &unpacking, ..OpenOptions::default() })
+}
+
+/// Where a checkpoint's config says nothing of the ids that begin and end a text, its SentencePiece model does.
+fn add_special_ids(config: &mut ModelConfig, tokenizer: &Tokenizer) {
+    if let (Some(facts), true) = (tokenizer.sentencepiece(), config.eos_token_ids.is_empty()) {
+        let known = |id: &u32| (*id as usize) < config.vocab_size;
+        config.bos_token_id = config.bos_token_id.or(facts.bos_id.filter(known));
+        config.eos_token_ids.extend(facts.eos_id.filter(|id| (*id as usize) < config.vocab_size));
+    }
+}
+
+/// The file for a plan's weights: another plan's if they are stored alike.
+fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &Lowered) -> String {
+    let (target, precision) = (recipe.target.name(), recipe.precision);
+    let Lowered::Gpu(plan) = lowered else { return format!("weights/{target}-{precision}.safetensors") };
+    let shared = plans.iter().find(|other| match &other.lowered {
+        Lowered::Gpu(other) => other.weights == plan.weights,
+        Lowered::Cpu { .. } => false,
+    });
+    if let Some(other) = shared {
+        return other.weights.clone();
+    }
+    let common = format!("weights/tensorrt-{precision}.safetensors");
+    match plans.iter().any(|other| other.weights == common) {
+        true => format!("weights/{target}-{precision}.safetensors"),
+        false => common,
+    }
+}
+
+/// The calibration that some plan needs, if one does.
+fn plan_calibration(
+    request: &BuildRequest,
+    config: &ModelConfig,
+    plans: &[Planned],
+    tokenizer: Option<&Tokenizer>,
+    progress: &dyn Progress,
+) -> Result<Option<CalibrationRun>> {
+    let Some(calibrated) = plans.iter().find(|plan| plan.recipe.precision.needs_calibration()) else {
+        let Some(path) = &request.calibration else { return Ok(None) };
+        let names: Vec<String> = plans.iter().map(|plan| plan.recipe.precision.to_string()).collect();
+        let (name, path) = (recipe_names(&request.recipes), path.display());
+        let detail = format!("precision {} needs no calibration, but {path} was given for one", names.join(", "));
+        return Err(Error::Recipe { name, detail });
+    };
+    // The CPU's own plan in BF16 serves, if there is one: its weights are in the package anyway.
+    let own = plans.iter().find(|plan| plan.lowered.means().is_none() && plan.recipe.precision == Precision::Bf16);
+    let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
+    let prompts = calibration::prompts(request.calibration.as_ref(), tokenizer, &limits, progress)?;
+    let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
+    let lowered = cpu::lower::lower(&graph, &limits)?;
+    let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
+    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none() }))
+}
+
+/// Refuses recipes that do not go together.
+fn check_recipes(recipes: &[Recipe]) -> Result<()> {
+    for (index, recipe) in recipes.iter().enumerate() {
+        recipe.check()?;
+        let name = recipe.target.name();
+        if recipes.iter().take(index).any(|other| other.target == recipe.target) {
+            let detail = "it is named twice; a package has one plan for a target".into();
+            return Err(Error::Recipe { name: name.into(), detail });
+        }
+    }
+    match recipes.is_empty() {
+        true => Err(Error::Recipe { name: String::new(), detail: "no recipe was named".into() }),
+        false => Ok(()),
+    }
+}
+
+fn recipe_names(recipes: &[Recipe]) -> String {
+    let names: Vec<&str> = recipes.iter().map(|recipe| recipe.target.name()).collect();
+    names.join(", ")
+}
+
+/// How a recipe's plan is compiled here; `None` for a CPU's, which needs nothing.
+fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<Means>> {
+    let capability = recipe.target.compute_capability();
+    capability.map(|capability| Means::find(recipe.target.name(), capability, prepare)).transpose()
+}
+
+fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {
+    progress.warn(&format!(
+        "{} has neither tokenizer.json nor tokenizer.model: the package will take and give token ids only",
+        checkpoint.path().display()
+    ));
+}
+
+/// What ends a generation: the checkpoint's end-of-sequence ids, and the marker of the next turn.
+fn generation_settings(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    tokenizer: Option<&Tokenizer>,
+    progress: &dyn Progress,
+) -> Result<GenerationSettings> {
+    let mut stop_token_ids = config.eos_token_ids.clone();
+    stop_token_ids.extend(checkpoint.generation_config()?.eos_token_ids);
+    let mut stop_strings = Vec::new();
+    if let Some(tokenizer) = tokenizer {
+        stop_strings.push(TURN_MARKER.to_string());
+        match tokenizer.id(TURN_MARKER) {
+            Some(id) => stop_token_ids.push(id),
+            None => progress.warn(&format!(
+                "the tokenizer has no piece {TURN_MARKER}: this may not be a chat model of this family"
+            )),
+        }
+    }
+    stop_token_ids.sort_unstable();
+    stop_token_ids.dedup();
+    if stop_token_ids.is_empty() {
+        progress.warn("the checkpoint names no end-of-sequence id: generations end at their token limit");
+    }
+    Ok(GenerationSettings { stop_token_ids, stop_strings, max_tokens: DEFAULT_MAX_TOKENS })
+}

@@ -1,0 +1,107 @@
+//! What a build will take, found before anything is written.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// What a build will take. Sizes of weights are exact to their headers; those of TensorRT's plans and what TensorRT itself
+/// takes are estimates from builds that were measured (docs/gpu-builds.md).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prediction {
+    /// Bytes of weights that are read.
+    pub read_bytes: u64,
+    /// The package's large files and their bytes.
+    pub files: Vec<(String, u64)>,
+    /// Bytes of files that are needed only while it is built.
+    pub scratch_bytes: u64,
+    /// Private memory at most. Mapped files do not count: they make room when something else needs it.
+    pub memory_bytes: u64,
+    /// Free on the disk that the package goes to, if the system says.
+    pub free_disk_bytes: Option<u64>,
+    /// Memory that is free or can be freed, if the system says.
+    pub available_memory_bytes: Option<u64>,
+}
+
+impl Prediction {
+    /// Bytes on disk, with what is needed only while the package is built.
+    pub fn disk_bytes(&self) -> u64 {
+        self.files.iter().map(|(_, bytes)| bytes).sum::<u64>() + self.scratch_bytes
+    }
+
+    /// Refuses what does not fit this machine.
+    ///
+    /// # Errors
+    /// [`Error::Package`] naming what is needed, what is there, and the way out.
+    pub fn check(&self, output: &Path) -> Result<()> {
+        let disk = self.disk_bytes();
+        if let Some(free) = self.free_disk_bytes.filter(|free| *free < disk) {
+            let detail = format!(
+                "the package takes {disk} bytes while it is built, but its disk has {free} free; free some, choose \
+                 another output (-o), or build fewer plans at once"
+            );
+            return Err(Error::package(output, detail));
+        }
+        let memory = self.memory_bytes;
+        if let Some(available) = self.available_memory_bytes.filter(|available| *available < memory) {
+            let detail = format!(
+                "the build takes about {memory} bytes of memory, but {available} are available; build fewer plans at \
+                 once, or in a precision whose weights are no part of the plan"
+            );
+            return Err(Error::package(output, detail));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes free on the disk that holds `path`, or will hold it once it is made; `None` if the system does not say.
+pub fn free_bytes(path: &Path) -> Option<u64> {
+    let absolute = std::path::absolute(path).ok()?;
+    let existing = absolute.ancestors().find(|ancestor| ancestor.exists())?;
+    let stat = rustix::fs::statvfs(existing).ok()?;
+    stat.f_bavail.checked_mul(stat.f_frsize)
+}
+
+/// Bytes of memory that are free or can be freed, as the system estimates it.
+pub(super) fn available_memory_bytes() -> Option<u64> {
+    let facts = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = facts.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_what_does_not_fit() {
+        let files = vec![("weights/a".to_owned(), 700), ("weights/b".to_owned(), 200)];
+        let fits = Prediction {
+            read_bytes: 1000,
+            files,
+            scratch_bytes: 100,
+            memory_bytes: 50,
+            free_disk_bytes: Some(1000),
+            available_memory_bytes: Some(50),
+        };
+        let refused = |prediction: Prediction| prediction.check(Path::new("out")).unwrap_err().to_string();
+        assert!(fits.check(Path::new("out")).is_ok());
+        assert!(
+            Prediction { free_disk_bytes: None, available_memory_bytes: None, ..fits.clone() }
+                .check(Path::new("out"))
+                .is_ok()
+        );
+        let disk = refused(Prediction { free_disk_bytes: Some(999), ..fits.clone() });
+        assert!(disk.contains("out") && disk.contains("takes 1000 bytes") && disk.contains("999 free"), "{disk}");
+        let memory = refused(Prediction { available_memory_bytes: Some(49), ..fits });
+        assert!(memory.contains("about 50 bytes of memory, but 49 are available"), "{memory}");
+    }
+
+    #[test]
+    fn finds_the_disk_of_a_folder_to_come() {
+        let folder = tempfile::tempdir().unwrap();
+        let there = free_bytes(folder.path()).unwrap();
+        let to_come = free_bytes(&folder.path().join("a/b/c")).unwrap();
+        assert!(there > 0 && to_come.abs_diff(there) < 1 << 30);
+        assert!(available_memory_bytes().unwrap() > 1 << 20);
+    }
+}
