@@ -30,11 +30,6 @@ seed() {
     case $1 in
         json) for file in tests/data/shapes/*/*config.json tests/data/*/*/*.index.json; do copy "$file" "$corpus"; done ;;
         pickle) for file in tests/data/torch/*.pt; do pickle "$file" "$corpus"; done ;;
-        nemo) for file in tests/data/nemo/ckpt-{mcore,tp2,pp2}.nemo tests/data/nemo/zarr-tp2.nemo; do copy "$file" "$corpus"; done ;;
-        torch_dist) for folder in tests/data/torch_dist/*/; do
-            tar -cf "$corpus/$(basename "$folder").tar" --format=ustar --transform='s,^\./,model_weights/,' -C "$folder" .
-        done ;;
-        yaml) copy src/checkpoint/nemo/config/8b.yaml "$corpus" ;;
         zip) for file in tests/data/torch/*.pt; do copy "$file" "$corpus"; done ;;
         safetensors) copy tests/data/shapes/gqa/golden.safetensors "$corpus" ;;
     esac

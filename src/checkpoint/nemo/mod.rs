@@ -18,8 +18,6 @@ use crate::mmap::MappedFile;
 mod artifacts;
 mod config;
 pub(super) mod container;
-#[cfg(any(test, fuzzing))]
-pub(super) mod fuzzing;
 mod gzip;
 mod names;
 mod ranks;
@@ -49,11 +47,7 @@ pub(super) fn looks_like_one(path: &Path) -> bool {
 
 /// Opens the archive or folder at `path`.
 pub(super) fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Checkpoint> {
-    of_container(path, open_container(path, options)?)
-}
-
-/// The checkpoint in `container`, which lies at `path`.
-fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
+    let container = open_container(path, options)?;
     let yaml = container.get(CONFIG)?;
     let config_path = container.member_path(CONFIG);
     let config = config::read(&config_path, container.bytes(yaml))?;

@@ -1,3 +1,0 @@
-#![no_main]
-
-aotron_fuzz::target!(nemo, repair: aotron_fuzz::repair::tar);

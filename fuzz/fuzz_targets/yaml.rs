@@ -1,3 +1,0 @@
-#![no_main]
-
-aotron_fuzz::target!(yaml);
