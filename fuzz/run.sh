@@ -31,6 +31,10 @@ seed() {
         json) for file in tests/data/shapes/*/*config.json tests/data/*/*/*.index.json; do copy "$file" "$corpus"; done ;;
         pickle) for file in tests/data/torch/*.pt; do pickle "$file" "$corpus"; done ;;
         zip) for file in tests/data/torch/*.pt; do copy "$file" "$corpus"; done ;;
+        metadata) for file in tests/data/torch_dist/*.metadata tests/data/torch_dist/*/.metadata; do copy "$file" "$corpus"; done ;;
+        nemo) for name in ckpt-gnu torch-dist-pp2 zarr-tp2; do copy "tests/data/nemo/$name.nemo" "$corpus"; done ;;
+        torch_dist) for name in one-rank two-ranks; do pack "tests/data/torch_dist/$name" "$corpus/$name.tar"; done ;;
+        yaml) copy src/checkpoint/nemo/config/8b.yaml "$corpus" ;;
         safetensors) copy tests/data/shapes/gqa/golden.safetensors "$corpus" ;;
     esac
     for folder in "fuzz/seeds/$1" "tests/data/fuzz/$1"; do
@@ -41,6 +45,11 @@ seed() {
 # A file as a seed that is named for where it comes from.
 copy() {
     cp "$1" "$2/$(tr / - <<<"${1#tests/data/}")"
+}
+
+# A folder as a tar archive, if there is something to pack it with.
+pack() {
+    tar --format=ustar -C "$1" -cf "$2" . 2>/dev/null || true
 }
 
 # The pickle in a file that torch.save wrote, if it is a zip archive and there is something to unpack it with.

@@ -7,7 +7,7 @@
 use crate::error::Error;
 
 pub use crate::backend::fuzzing::plan;
-pub use crate::checkpoint::fuzzing::{json, pickle, tar, zip};
+pub use crate::checkpoint::fuzzing::{json, metadata, nemo, pickle, tar, torch_dist, yaml, zarr, zip};
 pub use crate::engine::fuzzing::manifest;
 pub use crate::tensor_file::fuzzing::safetensors;
 pub use crate::text::fuzzing::sentencepiece;
@@ -36,11 +36,16 @@ mod tests {
     const TARGETS: &[(&str, fn(&[u8]))] = &[
         ("json", super::json),
         ("manifest", super::manifest),
+        ("metadata", super::metadata),
+        ("nemo", super::nemo),
         ("pickle", super::pickle),
         ("plan", super::plan),
         ("safetensors", super::safetensors),
         ("sentencepiece", super::sentencepiece),
         ("tar", super::tar),
+        ("torch_dist", super::torch_dist),
+        ("yaml", super::yaml),
+        ("zarr", super::zarr),
         ("zip", super::zip),
     ];
 

@@ -8,6 +8,7 @@ use super::{generation, hf_config, hugging_face, json, schema};
 use crate::fuzzing::check_refusal;
 use crate::mmap::MappedFile;
 
+pub use super::nemo::fuzzing::{metadata, nemo, torch_dist, yaml, zarr};
 pub use super::torch::fuzzing::{pickle, zip};
 
 /// A tar archive: members have names inside it, each once, and their data lies in the file, each behind a header of its

@@ -18,6 +18,8 @@ use crate::mmap::MappedFile;
 mod artifacts;
 mod config;
 pub(super) mod container;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 mod gzip;
 mod names;
 mod ranks;
@@ -47,7 +49,11 @@ pub(super) fn looks_like_one(path: &Path) -> bool {
 
 /// Opens the archive or folder at `path`.
 pub(super) fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Checkpoint> {
-    let container = open_container(path, options)?;
+    of_container(path, open_container(path, options)?)
+}
+
+/// Opens what the archive or folder `path` holds.
+fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     let yaml = container.get(CONFIG)?;
     let config_path = container.member_path(CONFIG);
     let config = config::read(&config_path, container.bytes(yaml))?;
