@@ -1,5 +1,6 @@
 //! `aotron inspect`: what is in a package or a checkpoint.
 
+mod checkpoint;
 mod kernels;
 mod network;
 mod tensorrt;
@@ -13,15 +14,16 @@ use aotron::backend::cpu::lower::lower;
 use aotron::backend::cpu::program::Program;
 use aotron::backend::{Limits, cpu_program};
 use aotron::checkpoint::{Checkpoint, ModelConfig, is_checkpoint, read_config};
-use aotron::compile::{Calibration, Precision, Recipe, Report, checkpoint_tokenizer, optimized_graph};
+use aotron::compile::{Calibration, Precision, Recipe, Report, open_checkpoint, optimized_graph};
 use aotron::engine::{Package, is_package};
 use aotron::graph::Graph;
-use aotron::text::Tokenizer;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use checkpoint::Facts;
+
 use super::args::Format;
-use super::term::{self, Style};
+use super::term::{self, Stages, Style};
 
 /// What to look at.
 #[derive(Debug, clap::Args)]
@@ -52,7 +54,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     } else if flags.tensorrt.is_wanted() && !is_checkpoint(&flags.path) {
         Subject::Config(flags.path.clone(), Box::new(read_config(&flags.path)?))
     } else {
-        Subject::Checkpoint(Box::new(Checkpoint::open(&flags.path)?))
+        Subject::Checkpoint(Box::new(open_checkpoint(&flags.path, &Stages::new())?))
     };
     let dumps = Dumps::make(flags, &subject)?;
     match flags.format {
@@ -182,7 +184,8 @@ impl Subject {
                 "manifest": package.manifest(),
             })),
             Subject::Checkpoint(checkpoint) => {
-                let tokenizer = checkpoint_tokenizer(checkpoint)?;
+                let facts = Facts::of(checkpoint)?;
+                let details = checkpoint.details().iter().map(|(name, text)| ((*name).to_owned(), json!(text)));
                 Ok(json!({
                     "kind": "checkpoint",
                     "path": checkpoint.path(),
@@ -190,11 +193,10 @@ impl Subject {
                     "model": checkpoint.config(),
                     "parameters": checkpoint.config().parameters(),
                     "weight_bytes": checkpoint.weight_bytes(),
-                    "tokenizer": tokenizer.map(|(_, tokenizer)| json!({
-                        "file": tokenizer.file_name(),
-                        "vocab_size": tokenizer.vocab_size(),
-                        "sentencepiece": tokenizer.sentencepiece(),
-                    })),
+                    "details": details.collect::<serde_json::Map<String, Value>>(),
+                    "tokenizer": facts.tokenizer_json(),
+                    "ends": facts.ends,
+                    "differences_from_model_card": facts.differences,
                     "tensors": tensor_groups(checkpoint),
                 }))
             }
@@ -280,54 +282,32 @@ impl Lines {
         }
     }
 
-    fn tokenizer(&mut self, tokenizer: &Tokenizer) {
-        self.fact("tokenizer", format!("{} ids, in {}", tokenizer.vocab_size(), tokenizer.file_name()));
-        let Some(facts) = tokenizer.sentencepiece() else { return };
-        let id = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
-        self.fact(
-            "pieces",
-            format!(
-                "SentencePiece {}, {} user-defined, {} control; unk {}, bos {}, eos {}, pad {}",
-                facts.model_type,
-                facts.user_defined_pieces,
-                facts.control_pieces,
-                facts.unk_id,
-                id(facts.bos_id),
-                id(facts.eos_id),
-                id(facts.pad_id)
-            ),
-        );
-        let flags = [
-            ("byte fallback", facts.byte_fallback),
-            ("character rules", facts.has_character_rules),
-            ("a space is added in front", facts.add_dummy_prefix && !facts.treat_whitespace_as_suffix),
-            ("a space is added at the end", facts.add_dummy_prefix && facts.treat_whitespace_as_suffix),
-            ("extra spaces are removed", facts.remove_extra_whitespaces),
-        ];
-        let on: Vec<&str> = flags.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect();
-        let on = if on.is_empty() { String::new() } else { format!(": {}", on.join(", ")) };
-        self.fact("text", format!("normalizer {:?}{on}", facts.normalizer));
-    }
-
     fn checkpoint(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
         let title = format!("{}, a {} checkpoint", checkpoint.path().display(), checkpoint.format());
         self.lines.push(self.style.bold(title));
         let config = checkpoint.config();
         self.model(config);
         self.fact("weights", term::bytes(checkpoint.weight_bytes()));
-        match checkpoint_tokenizer(checkpoint)? {
-            Some((_, tokenizer)) => self.tokenizer(&tokenizer),
-            None => self.fact("tokenizer", "none"),
+        for (name, text) in checkpoint.details() {
+            self.fact(name, text);
+        }
+        let facts = Facts::of(checkpoint)?;
+        for (name, text) in facts.tokenizer_lines() {
+            self.fact(name, text);
         }
         let kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim;
         self.fact("KV memory", format!("{} bytes a token in bf16, {} in f32", 2 * kv_values, 4 * kv_values));
-        self.fact("ends", format!("ids {:?}", config.eos_token_ids));
+        let ends: Vec<String> = facts.ends.iter().map(|id| format!("id {id}")).collect();
+        self.fact("ends at", if ends.is_empty() { "nothing that it names".to_owned() } else { ends.join(", ") });
         let groups = tensor_groups(checkpoint);
         let width = groups.iter().map(|group| group.name.chars().count()).max().unwrap_or(0);
         for TensorGroup { name, count, dtype, shape, bytes } in groups {
             let times = if count == 1 { String::new() } else { format!("{count} × ") };
             let line = format!("{name:<width$} {times:>6}{dtype} {shape:?}");
             self.fact("tensor", format!("{line:<70} {:>9}", term::bytes(bytes)));
+        }
+        for difference in facts.differences {
+            term::warn(term::harmless(&format!("not as on the model card: {difference}")));
         }
         Ok(())
     }

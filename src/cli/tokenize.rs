@@ -4,10 +4,11 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::bail;
-use aotron::checkpoint::Checkpoint;
-use aotron::compile::checkpoint_tokenizer;
+use aotron::compile::{checkpoint_tokenizer, open_checkpoint};
 use aotron::engine::{Package, is_package};
 use aotron::text::{Message, template};
+
+use super::term::Stages;
 
 /// Which text, and whose tokens.
 #[derive(Debug, clap::Args)]
@@ -27,7 +28,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let tokenizer = if is_package(&flags.path) {
         Package::open(&flags.path)?.tokenizer()?
     } else {
-        checkpoint_tokenizer(&Checkpoint::open(&flags.path)?)?.map(|(_, tokenizer)| tokenizer)
+        checkpoint_tokenizer(&open_checkpoint(&flags.path, &Stages::new())?)?.map(|(_, tokenizer)| tokenizer)
     };
     let Some(tokenizer) = tokenizer else {
         bail!("{} has no tokenizer", flags.path.display());

@@ -1,5 +1,6 @@
 //! The way from a checkpoint to a package: everything is planned, then weights are read once for all plans.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -139,7 +140,7 @@ impl PlannedBuild {
         check_recipes(recipes)?;
         // What cannot be built here is refused before anything is read.
         let means = recipes.iter().map(|recipe| means_for(recipe, request.prepare)).collect::<Result<Vec<_>>>()?;
-        let checkpoint = open_checkpoint(request, progress)?;
+        let checkpoint = open_checkpoint(&request.checkpoint, progress)?;
         let mut config = checkpoint.config().clone();
         let limits = recipes.iter().map(|recipe| recipe.limits(&config)).collect::<Result<Vec<_>>>()?;
         let tokenizer = checkpoint_tokenizer(&checkpoint)?;
@@ -356,7 +357,11 @@ impl PlannedBuild {
     }
 }
 
-fn open_checkpoint(request: &BuildRequest, progress: &dyn Progress) -> Result<Checkpoint> {
+/// Opens the checkpoint at `path`. If that takes unpacking it, `progress` follows.
+///
+/// # Errors
+/// As [`Checkpoint::open`], and [`Error::Cancelled`].
+pub fn open_checkpoint(path: &Path, progress: &dyn Progress) -> Result<Checkpoint> {
     let is_begun = std::sync::atomic::AtomicBool::new(false);
     let unpacking = |bytes, total| {
         if !is_begun.swap(true, std::sync::atomic::Ordering::Relaxed) {
@@ -365,7 +370,7 @@ fn open_checkpoint(request: &BuildRequest, progress: &dyn Progress) -> Result<Ch
         progress.advance(bytes);
         if progress.is_cancelled() { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) }
     };
-    Checkpoint::open_with(&request.checkpoint, &OpenOptions { unpacking: &unpacking, ..OpenOptions::default() })
+    Checkpoint::open_with(path, &OpenOptions { unpacking: &unpacking, ..OpenOptions::default() })
 }
 
 /// Where a checkpoint's config says nothing of the ids that begin and end a text, its SentencePiece model does.

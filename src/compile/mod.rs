@@ -11,7 +11,7 @@ mod recipe;
 
 use std::path::{Path, PathBuf};
 
-pub use build::{PlannedBuild, build};
+pub use build::{PlannedBuild, build, open_checkpoint};
 pub use calibration::Calibration;
 pub use finish::{FinishRequest, finish};
 use gpu::{Engines, GpuPlan, Means};

@@ -22,10 +22,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 /// Opens the system turn, and with it the conversation.
-pub const SYSTEM_MARKER: &str = "<extra_id_0>";
+pub const SYSTEM_MARKER: &str = crate::checkpoint::card::SYSTEM_MARK;
 
 /// Opens every later turn. The model writes it to end its answer: generation stops there and does not show it.
-pub const TURN_MARKER: &str = "<extra_id_1>";
+pub const TURN_MARKER: &str = crate::checkpoint::card::TURN_MARK;
 
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,0 +1,118 @@
+//! What is known of a checkpoint besides its model: its file, its tokenizer, and where it is not the model card's.
+
+use aotron::checkpoint::{Checkpoint, card};
+use aotron::compile::checkpoint_tokenizer;
+use aotron::text::template::{Message, Role, SYSTEM_MARKER, TURN_MARKER, render};
+use aotron::text::{SentencePieceFacts, Tokenizer};
+use serde_json::{Value, json};
+
+/// A message whose prompt shows what the template becomes.
+const EXAMPLE: &str = "Hi";
+
+/// What was found in a checkpoint's files.
+pub struct Facts {
+    pub tokenizer: Option<Tokenizer>,
+    /// Ids of the template around [`EXAMPLE`], and the pieces they are.
+    pub template: Option<(Vec<u32>, Vec<String>)>,
+    /// Ids that end a generation.
+    pub ends: Vec<u32>,
+    /// Where a `.nemo` is not the model card's model.
+    pub differences: Vec<String>,
+}
+
+impl Facts {
+    pub fn of(checkpoint: &Checkpoint) -> aotron::Result<Facts> {
+        let tokenizer = checkpoint_tokenizer(checkpoint)?.map(|(_, tokenizer)| tokenizer);
+        let mut ends = checkpoint.config().eos_token_ids.clone();
+        let mut template = None;
+        if let Some(tokenizer) = &tokenizer {
+            if let (true, Some(facts)) = (ends.is_empty(), tokenizer.sentencepiece()) {
+                ends.extend(facts.eos_id);
+            }
+            ends.extend(tokenizer.id(TURN_MARKER).filter(|id| !ends.contains(id)));
+            let message = Message { role: Role::User, content: EXAMPLE.to_owned() };
+            let ids = tokenizer.encode(&render(&[message])?)?;
+            let piece = |id: &u32| tokenizer.piece(*id).unwrap_or_else(|| format!("#{id}"));
+            let pieces = ids.iter().map(piece).collect();
+            template = Some((ids, pieces));
+        }
+        let differences = match checkpoint.format() {
+            "nemo" => card::differences(checkpoint.config(), tokenizer.as_ref().and_then(card_pieces).as_ref()),
+            _ => Vec::new(),
+        };
+        Ok(Facts { tokenizer, template, ends, differences })
+    }
+
+    pub fn tokenizer_json(&self) -> Value {
+        let Some(tokenizer) = &self.tokenizer else { return Value::Null };
+        let special: serde_json::Map<String, Value> =
+            [SYSTEM_MARKER, TURN_MARKER].into_iter().map(|mark| (mark.to_owned(), json!(tokenizer.id(mark)))).collect();
+        json!({
+            "file": tokenizer.file_name(),
+            "vocab_size": tokenizer.vocab_size(),
+            "sentencepiece": tokenizer.sentencepiece(),
+            "special_ids": special,
+            "template": self.template.as_ref().map(|(ids, pieces)| json!({
+                "message": EXAMPLE, "token_ids": ids, "pieces": pieces,
+            })),
+        })
+    }
+
+    /// Names and texts of lines about the tokenizer, in their order.
+    pub fn tokenizer_lines(&self) -> Vec<(&'static str, String)> {
+        let Some(tokenizer) = &self.tokenizer else { return vec![("tokenizer", "none".to_owned())] };
+        let mut lines = vec![("tokenizer", format!("{} ids, in {}", tokenizer.vocab_size(), tokenizer.file_name()))];
+        if let Some(facts) = tokenizer.sentencepiece() {
+            lines.extend(sentencepiece_lines(facts));
+        }
+        let id = |mark: &str| tokenizer.id(mark).map_or("none".to_owned(), |id| id.to_string());
+        let special = [SYSTEM_MARKER, TURN_MARKER].map(|mark| format!("{mark} {}", id(mark)));
+        lines.push(("  special", special.join(", ")));
+        if let Some((ids, pieces)) = &self.template {
+            let tokens: Vec<String> = ids.iter().zip(pieces).map(|(id, piece)| format!("{piece:?} {id}")).collect();
+            lines.push(("  template", format!("a message {EXAMPLE:?} is {} tokens: {}", ids.len(), tokens.join(", "))));
+        }
+        lines
+    }
+}
+
+/// What the card's prompts rest on; `None` for a tokenizer that is no SentencePiece model.
+fn card_pieces(tokenizer: &Tokenizer) -> Option<card::Pieces> {
+    let facts = tokenizer.sentencepiece()?;
+    // A user-defined piece is one wherever it stands in a text.
+    let matches_whole = |mark: &str| {
+        let id = tokenizer.id(mark)?;
+        tokenizer.encode(&format!("a{mark}b")).ok().map(|ids| ids.contains(&id))
+    };
+    Some(card::Pieces {
+        count: tokenizer.vocab_size(),
+        bos_id: facts.bos_id,
+        eos_id: facts.eos_id,
+        has_system_mark: matches_whole(SYSTEM_MARKER).unwrap_or(false),
+        has_turn_mark: matches_whole(TURN_MARKER).unwrap_or(false),
+    })
+}
+
+fn sentencepiece_lines(facts: &SentencePieceFacts) -> [(&'static str, String); 2] {
+    let id = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
+    let pieces = format!(
+        "SentencePiece {}, {} user-defined, {} control; unk {}, bos {}, eos {}, pad {}",
+        facts.model_type,
+        facts.user_defined_pieces,
+        facts.control_pieces,
+        facts.unk_id,
+        id(facts.bos_id),
+        id(facts.eos_id),
+        id(facts.pad_id)
+    );
+    let flags = [
+        ("byte fallback", facts.byte_fallback),
+        ("character rules", facts.has_character_rules),
+        ("a space is added in front", facts.add_dummy_prefix && !facts.treat_whitespace_as_suffix),
+        ("a space is added at the end", facts.add_dummy_prefix && facts.treat_whitespace_as_suffix),
+        ("extra spaces are removed", facts.remove_extra_whitespaces),
+    ];
+    let on: Vec<&str> = flags.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect();
+    let on = if on.is_empty() { String::new() } else { format!(": {}", on.join(", ")) };
+    [("  pieces", pieces), ("  text", format!("normalizer {:?}{on}", facts.normalizer))]
+}
