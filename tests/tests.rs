@@ -1,6 +1,6 @@
 //! The integration tests, but for those that need a process of their own: `hostile`, `allocation`, `tensorrt_memory`.
 
-/// `.nemo` files for the tests below.
+/// Tar archives for the tests below.
 mod archives;
 /// The program, as its users run it.
 mod cli;
