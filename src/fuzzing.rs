@@ -32,8 +32,11 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    /// Name and check of every target.
-    const TARGETS: &[(&str, fn(&[u8]))] = &[
+    /// What a target does with an input.
+    type Check = fn(&[u8]);
+
+    /// Every target.
+    const TARGETS: &[(&str, Check)] = &[
         ("json", super::json),
         ("manifest", super::manifest),
         ("metadata", super::metadata),
@@ -50,7 +53,7 @@ mod tests {
     ];
 
     /// Runs a target's check over every file of a folder.
-    fn run(folder: &Path, check: fn(&[u8])) -> usize {
+    fn run(folder: &Path, check: Check) -> usize {
         let Ok(files) = fs::read_dir(folder) else { return 0 };
         let files = files.map(|file| file.unwrap().path());
         let run = |path: std::path::PathBuf| {

@@ -71,7 +71,10 @@ pub fn nemo(bytes: &[u8]) {
     }
 }
 
-fn check_tensors(bytes: &[u8], read: fn(&Container) -> Result<Vec<(String, ShardedTensor)>>) {
+/// A reader of the tensors in a container, by name.
+type ReadTensors = fn(&Container) -> Result<Vec<(String, ShardedTensor)>>;
+
+fn check_tensors(bytes: &[u8], read: ReadTensors) {
     let path = Path::new("model.nemo");
     let Ok(container) = Container::of_archive(path, MappedFile::in_memory(path, bytes)) else { return };
     let tensors = match read(&container) {

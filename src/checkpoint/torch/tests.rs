@@ -109,7 +109,7 @@ fn reads_a_tensor_that_was_saved_alone() {
     let bytes = &bytes[item.bytes.clone()];
     let tensor = read_tensor(path, bytes).unwrap();
     assert_eq!((tensor.name.as_str(), tensor.dtype, tensor.shape.as_slice()), ("", ElementType::Float32, &[3][..]));
-    assert_eq!(hex(&elements(&tensor, &bytes)), "15813c3f34d4d63ef954ac3f");
+    assert_eq!(hex(&elements(&tensor, bytes)), "15813c3f34d4d63ef954ac3f");
 
     refused(bytes, "`archive/data.pkl`: it holds a tensor, expected a dict of tensors");
     for (pickle, found) in
