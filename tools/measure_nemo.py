@@ -8,19 +8,24 @@
 Beside the build, in the same run and on the same disk, stands what moving the bytes takes by itself: a flushed copy of
 the `.nemo` and of the package's weights, and `sha256sum` of each. A copy is made and deleted in pieces where the disk
 has no room for it whole, so room for the `.nemo`, the package and one piece is enough.
+
+With --answer it builds a package for the CPU alone, for two sequences of 4,096 tokens, and has it answer a prompt.
 """
 
 import argparse
 import datetime
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import measure_builds
 from measure_builds import folder_bytes, timed
+from peak_memory import Sampler
 
 PIECE = 4 << 30
 MARGIN = 1 << 30
@@ -93,6 +98,7 @@ def main() -> None:
     parser.add_argument("--aotron", type=Path, default=measure_builds.AOTRON)
     parser.add_argument("--recipe", default="cpu,a100", help="what to build for (cpu,a100)")
     parser.add_argument("--output", type=Path, help="the package, deleted at the end (beside the .nemo)")
+    parser.add_argument("--answer", metavar="PRECISION", help="build for the CPU in this precision, and answer")
     options = parser.parse_args()
     nemo, output = options.nemo, options.output or options.nemo.with_name("measured-engine")
     measure_builds.AOTRON = options.aotron
@@ -100,7 +106,10 @@ def main() -> None:
     if free < needed:
         parser.error(f"{nemo.parent} has {free / 1e9:.0f} GB free, {needed / 1e9:.0f} GB are needed")
     try:
-        measure(nemo, options.recipe, output)
+        if options.answer:
+            answer(nemo, options.answer, output)
+        else:
+            measure(nemo, options.recipe, output)
     finally:
         shutil.rmtree(output, ignore_errors=True)
 
@@ -138,6 +147,50 @@ def measure(nemo: Path, recipe: str, output: Path) -> None:
          took["`sha256sum` of the `.nemo`"] + target),
     ]:
         print(f"| {what} ({seconds:.0f} s) | {total / seconds:.2f} |")
+
+
+PROMPT = "Write a poem on NVIDIA in the style of Shakespeare"
+TOKENS = 48
+
+
+def answer(nemo: Path, precision: str, output: Path) -> None:
+    """Builds for the CPU, has the package answer twice (the second time its weights are in the page cache), and counts."""
+    aotron = str(measure_builds.AOTRON)
+    build = [aotron, "build", str(nemo), "--recipe", f"cpu:{precision}", "--slots", "2", "-o", str(output), "--force"]
+    print(f"building for cpu:{precision} …", file=sys.stderr, flush=True)
+    build_seconds = timed(build)
+    size = folder_bytes(output)
+    memory = int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    print(f"""## An answer on the CPU, in {precision}
+
+Made by `tools/measure_nemo.py --answer {precision}`, {datetime.date.today()}, on {os.cpu_count()} cores ({memory / 1e9:.0f} GB of memory): a package
+of {size / 1e9:.1f} GB for two sequences of 4,096 tokens, built in {build_seconds:.0f} s, answers the card's example with {TOKENS} tokens (of
+random weights, so of no meaning). Private memory holds the KV cache, of which pages count once they are used; the weights
+are mapped.
+
+| | load | first token after | prompt | answer | whole | private memory | with mapped weights |
+| --- | --- | --- | --- | --- | --- | --- | --- |""")
+    for name in ["weights on disk", "weights in memory"]:
+        if name == "weights on disk":
+            for file in (output / "weights").iterdir():
+                forget(file)
+        run = [aotron, "run", str(output), "--prompt", PROMPT, "--max-tokens", str(TOKENS), "--min-tokens", str(TOKENS),
+               "--format", "json"]
+        start = time.perf_counter()
+        process = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
+        with Sampler(process) as peak:
+            told = json.loads(process.communicate()[0])
+        seconds = time.perf_counter() - start
+        if process.returncode != 0:
+            sys.exit(f"aotron run failed with exit code {process.returncode}")
+        timing = told["timings"]
+        print(
+            f"| {name} | {timing['load_seconds']:.2f} s | {timing['load_seconds'] + timing['prefill_seconds']:.1f} s "
+            f"| {told['prompt_tokens']} tokens, {timing['prefill_tokens_per_second']:.1f} a second "
+            f"| {told['completion_tokens']} tokens, {timing['decode_tokens_per_second']:.2f} a second | {seconds:.1f} s "
+            f"| {peak.private / 1e9:.2f} GB | {peak.resident / 1e9:.1f} GB |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

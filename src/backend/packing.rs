@@ -449,3 +449,6 @@ impl Digests {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

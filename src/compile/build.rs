@@ -29,9 +29,10 @@ use crate::text::template::TURN_MARKER;
 const DEFAULT_MAX_TOKENS: usize = 200;
 /// The program itself, its tables and its threads.
 const PROGRAM_BYTES: u64 = 64 << 20;
-/// What TensorRT takes to compile a plan of the 8B's size, and a plan's own size, without weights in it.
+/// What TensorRT takes to compile a plan of the 8B's size without weights in it.
 const COMPILER_BYTES: u64 = 480 << 20;
-const PLAN_BYTES: u64 = 48 << 20;
+/// A plan without weights in it, for each layer.
+const PLAN_BYTES_PER_LAYER: u64 = 3 << 19;
 /// How many times its bytes a plan with weights takes while it is compiled.
 const WEIGHTS_IN_COMPILER: u64 = 3;
 
@@ -217,7 +218,8 @@ impl PlannedBuild {
                 compiling = compiling.max(COMPILER_BYTES + WEIGHTS_IN_COMPILER * in_plan);
                 let compiled = if gpu.means().only_checks() { 0 } else { gpu.compiled_plans() };
                 let name = format!("plans/{}.engine", plan.recipe.target.name());
-                files.extend((compiled > 0).then(|| (name, compiled * (PLAN_BYTES + in_plan))));
+                let plan_bytes = PLAN_BYTES_PER_LAYER * self.config.num_layers as u64 + in_plan;
+                files.extend((compiled > 0).then(|| (name, compiled * plan_bytes)));
             }
         }
         let packing = {
