@@ -21,8 +21,11 @@ fn item<'p>(name: &'p str, expr: &'p Const, rows: usize, columns: usize) -> Item
     Item { name, stored, expr, rows, columns, unit: 1, store: Box::new(store), finish: None }
 }
 
-/// Packs files of these items, and says how much was read.
-fn packed(files: Vec<Vec<Item<'_>>>, digest: bool) -> Result<(Vec<Vec<u8>>, Vec<[u8; 32]>, u64)> {
+/// The files' bytes, the tensors' digests, and how many bytes were read.
+type Packed = (Vec<Vec<u8>>, Vec<[u8; 32]>, u64);
+
+/// Packs files of these items.
+fn packed(files: Vec<Vec<Item<'_>>>, digest: bool) -> Result<Packed> {
     let mut out: Vec<Vec<u8>> = files.iter().map(|_| Vec::new()).collect();
     let mut sinks: Vec<_> = out
         .iter_mut()
