@@ -11,6 +11,7 @@
 //! like that of a tokenizer.json, which [`Model::piece_table`] makes.
 
 mod bpe;
+mod index;
 mod normalizer;
 mod proto;
 mod trie;
@@ -26,6 +27,7 @@ use serde::Serialize;
 
 use super::pieces::{PieceTable, PieceText, Rules};
 use crate::error::{Error, Result};
+use bpe::Bpe;
 use normalizer::Normalizer;
 use unigram::Unigram;
 use vocabulary::{Kind, Vocabulary};
@@ -48,13 +50,13 @@ pub(super) struct Model {
 
 #[derive(Debug)]
 enum Algorithm {
-    Bpe,
+    Bpe(Bpe),
     Unigram(Unigram),
 }
 
 /// A part of a normalized text: so many bytes, and the id of the piece they are, or of the unknown one.
 struct Part {
-    len: usize,
+    len: u32,
     id: u32,
 }
 
@@ -124,10 +126,11 @@ impl Model {
         }
         let byte_fallback = trainer.byte_fallback.unwrap_or(false);
         let vocabulary = Vocabulary::new(name, proto.pieces, byte_fallback)?;
-        let normalizer = Normalizer::new(&spec, &trainer).map_err(|detail| Error::format(name, detail))?;
+        let normalizer = Normalizer::new(&spec, &trainer, &vocabulary.user_defined);
+        let normalizer = normalizer.map_err(|detail| Error::format(name, detail))?;
         let (algorithm, model_type) = match trainer.model_type.unwrap_or(proto::model_type::UNIGRAM) {
             proto::model_type::UNIGRAM => (Algorithm::Unigram(Unigram::new(&vocabulary)), "unigram"),
-            proto::model_type::BPE => (Algorithm::Bpe, "bpe"),
+            proto::model_type::BPE => (Algorithm::Bpe(Bpe::new(&vocabulary)), "bpe"),
             other => {
                 let detail = format!(
                     "trainer_spec.model_type is {other} (3 is word, 4 is char); supported: 1 (unigram) and 2 (bpe)"
@@ -170,14 +173,14 @@ impl Model {
             return Err(Error::Tokenizer(format!("a text of {} bytes is too long to encode at once", text.len())));
         }
         let parts = match &self.algorithm {
-            Algorithm::Bpe => bpe::encode(&self.vocabulary, &normalized),
+            Algorithm::Bpe(bpe) => bpe.encode(&self.vocabulary, &normalized),
             Algorithm::Unigram(unigram) => unigram.encode(&self.vocabulary, &normalized),
         };
         let mut ids = Vec::with_capacity(parts.len());
         let mut rest = normalized.as_slice();
         let mut after_unknown = false;
         for Part { len, id } in parts {
-            let (part, after) = rest.split_at(len);
+            let (part, after) = rest.split_at(len as usize);
             rest = after;
             let is_unknown = id == self.vocabulary.unknown;
             match &self.vocabulary.bytes {
@@ -202,16 +205,11 @@ impl Model {
     pub(super) fn piece_table(&self) -> PieceTable {
         let takes_space = self.facts.add_dummy_prefix || self.facts.remove_extra_whitespaces;
         let rules = Rules::sentencepiece(takes_space, self.facts.remove_extra_whitespaces);
-        let texts = self.vocabulary.kinds().enumerate().map(|(id, kind)| {
-            let piece = self.vocabulary.text(id as u32);
-            match kind {
-                Kind::Control => PieceText { bytes: Vec::new(), is_spelled_space: false },
-                Kind::Unknown => PieceText { bytes: self.unknown_surface.clone().into(), is_spelled_space: false },
-                Kind::Byte(byte) => PieceText { bytes: vec![byte], is_spelled_space: false },
-                Kind::Normal | Kind::UserDefined | Kind::Unused => {
-                    PieceText { bytes: piece.replace(SPACE, " ").into(), is_spelled_space: piece.starts_with(SPACE) }
-                }
-            }
+        let texts = self.vocabulary.kinds().enumerate().map(|(id, kind)| match kind {
+            Kind::Control => PieceText::Plain(""),
+            Kind::Unknown => PieceText::Plain(&self.unknown_surface),
+            Kind::Byte(byte) => PieceText::Byte(byte),
+            Kind::Normal | Kind::UserDefined | Kind::Unused => PieceText::Spelled(self.vocabulary.text(id as u32)),
         });
         PieceTable::of_texts(rules, texts)
     }
