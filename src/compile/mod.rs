@@ -201,9 +201,11 @@ pub fn build(request: &BuildRequest, progress: &Arc<dyn Progress>) -> Result<Bui
     let checkpoint_info = CheckpointInfo { format: checkpoint.format().into(), digest };
     let mut manifest = Manifest::new(config.clone(), checkpoint_info, generation);
     if let Some((bytes, tokenizer)) = &tokenizer {
-        let file = tokenizer.file_name();
-        writer.add(file, |write| write(bytes))?;
-        manifest.tokenizer = Some(TokenizerInfo { file: file.into(), vocab_size: tokenizer.vocab_size() });
+        let (file, source) = (Tokenizer::PACKAGE_FILE, tokenizer.file_name());
+        let kept = tokenizer.to_package(Path::new(source), bytes)?;
+        writer.add(file, |write| write(&kept))?;
+        let vocab_size = tokenizer.vocab_size();
+        manifest.tokenizer = Some(TokenizerInfo { file: file.into(), source: source.into(), vocab_size });
     }
     let mut plans = Vec::with_capacity(recipes.len());
     // Plans of one packing share its file.

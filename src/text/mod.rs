@@ -3,6 +3,7 @@
 //! The template writes the special pieces as text and its output is encoded whole, with nothing added, so there is
 //! one place that knows them.
 
+mod package_form;
 mod pieces;
 mod sentencepiece;
 mod stream;

@@ -4,7 +4,7 @@
 //! control pieces written in a text become their ids, which here are plain characters; the space added in front comes
 //! after a leading user-defined piece or not at all, which here comes before it; merges are a list, where here equal
 //! scores are merged from the left; unused pieces are not cut again; and rules for characters apply to grapheme
-//! clusters, which here apply to the longest sequence of bytes. So a package keeps the model's file as it is.
+//! clusters, which here apply to the longest sequence of bytes. So a package keeps what the model's file says.
 //!
 //! Encoding takes three steps: [`normalizer`] makes the text one sequence of bytes, [`bpe`] or [`unigram`] cuts it into
 //! parts, and [`Model::encode`] writes parts that are no pieces as bytes or as the unknown piece. Decoding is a table
@@ -23,6 +23,7 @@ mod tests;
 
 use std::path::Path;
 
+use prost::Message;
 use serde::Serialize;
 
 use super::pieces::{PieceTable, PieceText, Rules};
@@ -101,6 +102,14 @@ pub struct SentencePieceFacts {
 /// piece, which to the latter is a line break.
 pub(super) fn is_model(bytes: &[u8]) -> bool {
     bytes.first() == Some(&b'\n') && !matches!(bytes.trim_ascii_start().first(), None | Some(b'{' | b'['))
+}
+
+/// A model's file without what is not read, which decides about no id and no text: where it was trained, and how.
+///
+/// # Errors
+/// As [`Model::from_bytes`], of a file that is none.
+pub(super) fn essential(name: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
+    Ok(proto::read(name, bytes)?.encode_to_vec())
 }
 
 impl Model {
