@@ -56,6 +56,7 @@ enum Algorithm {
 }
 
 /// A part of a normalized text: so many bytes, and the id of the piece they are, or of the unknown one.
+#[derive(Clone, Copy)]
 struct Part {
     len: u32,
     id: u32,

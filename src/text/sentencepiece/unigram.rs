@@ -76,15 +76,16 @@ impl Unigram {
             farthest = farthest.max(start + longest);
             start += character;
         }
-        let mut parts = Vec::with_capacity(text.len() / 3);
-        let mut end = text.len();
-        while end > 0 {
-            // Every end a way leads to has a start before it; were there none, what is left would be one unknown part.
-            let from = if best[end].start == NOWHERE { 0 } else { (best[end].start as usize).min(end - 1) };
-            parts.push(Part { len: (end - from) as u32, id: best[end].id });
-            end = from;
+        // Every end a way leads to has a start before it; were there none, what is left would be one unknown part.
+        let start_of =
+            |end: usize| if best[end].start == NOWHERE { 0 } else { (best[end].start as usize).min(end - 1) };
+        let ends = std::iter::successors(Some(text.len()), |end| (*end > 0).then(|| start_of(*end)))
+            .take_while(|end| *end > 0);
+        // Counted first: a long text's parts take much memory, and from the last one on they would have to be turned.
+        let mut parts = vec![Part { len: 0, id: 0 }; ends.clone().count()];
+        for (part, end) in parts.iter_mut().rev().zip(ends) {
+            *part = Part { len: (end - start_of(end)) as u32, id: best[end].id };
         }
-        parts.reverse();
         parts
     }
 }
