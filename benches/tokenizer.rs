@@ -5,8 +5,8 @@
 //! cargo run --release --example tokenizer -- TOKENIZER LINES.jsonl RUNS
 //! ```
 //!
-//! LINES.jsonl has one JSON string a line. Standard output is JSON: ids and decoded text of every line, and seconds of
-//! every run over all of them.
+//! LINES.jsonl has one JSON string a line. Standard output is JSON: ids and decoded text of every line, seconds of
+//! every run over all of them, and seconds of loading the tokenizer.
 
 use std::path::Path;
 use std::time::Instant;

@@ -132,6 +132,9 @@ fn a_sentencepiece_model_is_a_tokenizer_too() {
         let run = |engine: &str| aotron(&["run", engine, "--prompt", prompt, "-n", "20"]).ok().out;
         assert_eq!(run(output), run(chat()));
     }
+    for package in [output, chat()] {
+        assert!(Path::new(package).join("tokenizer.aotron").is_file(), "{package} keeps the tokenizer in the one form");
+    }
     // `</s>` is a piece that no text contains; in a tokenizer.json it may be one that a text does.
     let ids = aotron(&["tokenize", output, "--raw", "--text", "</s>"]).ok().json();
     assert!(ids["ids"].as_array().unwrap().len() > 1, "{ids}");

@@ -60,7 +60,7 @@ fn conversations() -> Vec<Conversation> {
 }
 
 fn tokenizer(package: &Package) -> Arc<Tokenizer> {
-    Arc::new(Tokenizer::from_bytes(Path::new("tokenizer.json"), &package.read("tokenizer.json").unwrap()).unwrap())
+    Arc::new(package.tokenizer().unwrap().unwrap())
 }
 
 fn executor(package: &Package) -> Box<dyn Executor> {

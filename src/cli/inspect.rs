@@ -241,7 +241,9 @@ impl Lines {
         self.fact("from", format!("{} checkpoint {}", manifest.checkpoint.format, manifest.checkpoint.digest));
         self.model(&manifest.model);
         match &manifest.tokenizer {
-            Some(tokenizer) => self.fact("tokenizer", format!("{} ids, in {}", tokenizer.vocab_size, tokenizer.file)),
+            Some(tokenizer) => {
+                self.fact("tokenizer", format!("{} ids, from a {}", tokenizer.vocab_size, tokenizer.source))
+            }
             None => self.fact("tokenizer", "none: takes and gives token ids only"),
         }
         let settings = &manifest.generation;

@@ -269,9 +269,11 @@ impl PlannedBuild {
         let checkpoint_info = CheckpointInfo { format: self.checkpoint.format().into(), digest };
         let mut manifest = Manifest::new(self.config, checkpoint_info, self.generation);
         if let Some((bytes, tokenizer)) = &self.tokenizer {
-            let file = tokenizer.file_name();
-            writer.add(file, |write| write(bytes))?;
-            manifest.tokenizer = Some(TokenizerInfo { file: file.into(), vocab_size: tokenizer.vocab_size() });
+            let (file, source) = (Tokenizer::PACKAGE_FILE, tokenizer.file_name());
+            let kept = tokenizer.to_package(Path::new(source), bytes)?;
+            writer.add(file, |write| write(&kept))?;
+            let vocab_size = tokenizer.vocab_size();
+            manifest.tokenizer = Some(TokenizerInfo { file: file.into(), source: source.into(), vocab_size });
         }
         let mut plans = Vec::with_capacity(self.plans.len());
         for (Planned { recipe, limits, lowered, weights }, engines) in self.plans.into_iter().zip(engines) {

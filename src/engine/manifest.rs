@@ -14,7 +14,7 @@ use crate::error::{Error, Result, clip};
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "engine.json";
 /// Version of the package's layout and manifest. A package of another version is refused by name.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// A manifest is refused unread past this size.
 pub(super) const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 const FORMAT: &str = "aotron-engine";
@@ -61,6 +61,8 @@ pub struct CheckpointInfo {
 pub struct TokenizerInfo {
     /// Its file.
     pub file: String,
+    /// What it was made from: `"tokenizer.json"` or `"tokenizer.model"`.
+    pub source: String,
     /// Largest id plus one. The model's ids from there on are padding and are never sampled.
     pub vocab_size: usize,
 }

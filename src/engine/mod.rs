@@ -4,7 +4,7 @@
 //! engine.json          the manifest: what the package is, its plans, every file's size and SHA-256
 //! plans/<target>.*     what a target executes
 //! weights/*.safetensors  packed weights, mapped and read in place
-//! tokenizer.json       or tokenizer.model, a SentencePiece model
+//! tokenizer.aotron     the tokenizer, in one form whichever file it came from
 //! ```
 
 #[cfg(any(test, fuzzing))]

@@ -100,7 +100,7 @@ impl Package {
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
         let Some(info) = &self.manifest.tokenizer else { return Ok(None) };
         let bytes = self.read(&info.file)?;
-        Tokenizer::from_bytes(&self.file_path(&info.file), &bytes).map(Some)
+        Tokenizer::from_package(&self.file_path(&info.file), &bytes).map(Some)
     }
 
     /// Checks one file against its digest; `progress` gets numbers of bytes.

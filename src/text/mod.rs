@@ -5,6 +5,7 @@
 
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
+mod package_form;
 mod pieces;
 mod sentencepiece;
 mod stream;

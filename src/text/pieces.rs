@@ -50,10 +50,12 @@ enum StartRule {
 }
 
 /// What an id of a SentencePiece model contributes.
-pub(super) struct PieceText {
-    pub bytes: Vec<u8>,
-    /// Whether it starts with a space that the piece spells `▁`.
-    pub is_spelled_space: bool,
+pub(super) enum PieceText<'a> {
+    Byte(u8),
+    /// This text as it is.
+    Plain(&'a str),
+    /// This text, in which a space is spelled `▁`.
+    Spelled(&'a str),
 }
 
 /// How pieces name bytes that are not characters by themselves.
@@ -202,13 +204,31 @@ impl PieceTable {
     }
 
     /// A table of a SentencePiece model's ids, in order.
-    pub(super) fn of_texts(rules: Rules, texts: impl Iterator<Item = PieceText>) -> PieceTable {
+    pub(super) fn of_texts<'a>(rules: Rules, texts: impl Iterator<Item = PieceText<'a>>) -> PieceTable {
         let mut table = PieceTable { bytes: Vec::new(), ends: vec![0], own_space: HashSet::new(), rules };
         for (id, text) in texts.enumerate() {
-            if text.bytes.first() == Some(&b' ') && !text.is_spelled_space {
+            let has_own_space = match text {
+                PieceText::Byte(byte) => {
+                    table.bytes.push(byte);
+                    byte == b' '
+                }
+                PieceText::Plain(text) => {
+                    table.bytes.extend_from_slice(text.as_bytes());
+                    text.starts_with(' ')
+                }
+                PieceText::Spelled(text) => {
+                    for (number, part) in text.split('▁').enumerate() {
+                        if number > 0 {
+                            table.bytes.push(b' ');
+                        }
+                        table.bytes.extend_from_slice(part.as_bytes());
+                    }
+                    text.starts_with(' ')
+                }
+            };
+            if has_own_space {
                 table.own_space.insert(id as u32);
             }
-            table.bytes.extend_from_slice(&text.bytes);
             table.ends.push(table.bytes.len());
         }
         table
@@ -268,19 +288,29 @@ impl Decoding {
             };
             let takes_more = space == 0 || table.rules.start == StartRule::SpacesBeforeText;
             self.at_first_piece &= bytes.len() == space && takes_more;
-            self.pending.extend_from_slice(&bytes[space..]);
-            self.drain(table, false, out);
+            self.add(table, &bytes[space..], out);
             return Ok(());
         }
         let drops = table.rules.drops_in_first && !table.own_space.contains(&id);
         if std::mem::take(&mut self.at_first_piece) && drops {
             // Metaspace's `▁` is a space by now.
             self.pending.extend(bytes.iter().filter(|byte| **byte != b' '));
+            self.drain(table, false, out);
         } else {
-            self.pending.extend_from_slice(bytes);
+            self.add(table, bytes, out);
         }
-        self.drain(table, false, out);
         Ok(())
+    }
+
+    /// Appends what is certain after these bytes: most pieces are whole characters.
+    fn add(&mut self, table: &PieceTable, bytes: &[u8], out: &mut String) {
+        match std::str::from_utf8(bytes) {
+            Ok(text) if self.pending.is_empty() => self.emit(table, text, out),
+            _ => {
+                self.pending.extend_from_slice(bytes);
+                self.drain(table, false, out);
+            }
+        }
     }
 
     /// Appends what is left: bytes that will never become a character, as U+FFFD.

@@ -133,6 +133,56 @@ fn what_is_not_a_usable_tokenizer_says_why() {
     assert!(load(&empty.to_string()).unwrap_err().to_string().contains("empty"));
 }
 
+#[test]
+fn a_package_keeps_both_kinds_in_one_form() {
+    let json = tokenizer_json(&sentencepiece_decoder()).to_string();
+    let model = std::fs::read("tests/data/tokenizers/nmt_bpe.model").unwrap();
+    for source in [json.as_bytes(), &model] {
+        let tokenizer = Tokenizer::from_bytes(Path::new("t"), source).unwrap();
+        let kept = tokenizer.to_package(Path::new("t"), source).unwrap();
+        let again = Tokenizer::from_package(Path::new("t"), &kept).unwrap();
+        for text in ["Hello world", " <extra_id_1> é日🙂 ﬁ\u{300}\n", ""] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert_eq!(again.encode(text).unwrap(), ids);
+            assert_eq!(again.decode(&ids).unwrap(), tokenizer.decode(&ids).unwrap());
+        }
+        assert_eq!((again.vocab_size(), again.file_name()), (tokenizer.vocab_size(), tokenizer.file_name()));
+        assert_eq!(again.sentencepiece(), tokenizer.sentencepiece());
+        for len in 0..kept.len().min(300) {
+            assert!(Tokenizer::from_package(Path::new("t"), &kept[..len]).is_err(), "{len}");
+        }
+    }
+    // Where a model was trained is not kept: field 1 of trainer_spec, which is field 2.
+    let trained = [model.as_slice(), b"\x12\x06\x0a\x04/tmp"].concat();
+    let tokenizer = Tokenizer::from_bytes(Path::new("t"), &trained).unwrap();
+    let kept = tokenizer.to_package(Path::new("t"), &trained).unwrap();
+    assert_eq!(kept, tokenizer.to_package(Path::new("t"), &model).unwrap());
+}
+
+#[test]
+fn what_is_no_packages_tokenizer_says_why() {
+    let json = tokenizer_json(&json!(null)).to_string();
+    let kept = shared().to_package(Path::new("t"), json.as_bytes()).unwrap();
+    let header = r#"{"format":"aotron-tokenizer","version":1,"rules":"tokenizer-json","bytes":"#;
+    assert!(kept.starts_with(format!("{header}{}}}\n{json}", json.len()).as_bytes()));
+    let refused = |bytes: &[u8], words: &str| {
+        let error = Tokenizer::from_package(Path::new("dir/tokenizer.aotron"), bytes).unwrap_err().to_string();
+        assert!(error.starts_with("dir/tokenizer.aotron: ") && error.contains(words), "{error}");
+    };
+    refused(b"", "no line ends within its first 0 bytes");
+    refused(&b" ".repeat(5000), "no line ends within its first 1024 bytes");
+    refused(json.as_bytes(), "no line ends");
+    refused(b"{}\n", "its first line: missing field `format`");
+    refused(&kept[..kept.len() - 1], "bytes should follow its first line");
+    refused(&[kept.as_slice(), b" "].concat(), "bytes should follow its first line");
+    let with = |from: &str, to: &str| String::from_utf8(kept.clone()).unwrap().replacen(from, to, 1).into_bytes();
+    refused(&with("aotron-tokenizer", "other"), "its format is \"other\"");
+    refused(&with("\"version\":1", "\"version\":2"), "unsupported: tokenizer version 2; version 1 is read");
+    refused(&with("tokenizer-json", "word-piece"), "unknown variant `word-piece`");
+    refused(&with("tokenizer-json", "sentencepiece"), "not a SentencePiece model");
+    refused(&with("\"bytes\"", "\"pad\":0,\"bytes\""), "unknown field `pad`");
+}
+
 proptest! {
     #[test]
     fn a_stream_is_the_text_for_every_sequence(ids in prop::collection::vec(0u32..420, 0..40)) {

@@ -4,13 +4,14 @@
 //! control pieces written in a text become their ids, which here are plain characters; the space added in front comes
 //! after a leading user-defined piece or not at all, which here comes before it; merges are a list, where here equal
 //! scores are merged from the left; unused pieces are not cut again; and rules for characters apply to grapheme
-//! clusters, which here apply to the longest sequence of bytes. So a package keeps the model's file as it is.
+//! clusters, which here apply to the longest sequence of bytes. So a package keeps what the model's file says.
 //!
 //! Encoding takes three steps: [`normalizer`] makes the text one sequence of bytes, [`bpe`] or [`unigram`] cuts it into
 //! parts, and [`Model::encode`] writes parts that are no pieces as bytes or as the unknown piece. Decoding is a table
 //! like that of a tokenizer.json, which [`Model::piece_table`] makes.
 
 mod bpe;
+mod index;
 mod normalizer;
 mod proto;
 mod trie;
@@ -22,10 +23,12 @@ mod tests;
 
 use std::path::Path;
 
+use prost::Message;
 use serde::Serialize;
 
 use super::pieces::{PieceTable, PieceText, Rules};
 use crate::error::{Error, Result, clip};
+use bpe::Bpe;
 use normalizer::Normalizer;
 use unigram::Unigram;
 use vocabulary::{Kind, Vocabulary};
@@ -51,13 +54,14 @@ pub(super) struct Model {
 
 #[derive(Debug)]
 enum Algorithm {
-    Bpe,
+    Bpe(Bpe),
     Unigram(Unigram),
 }
 
 /// A part of a normalized text: so many bytes, and the id of the piece they are, or of the unknown one.
+#[derive(Clone, Copy)]
 struct Part {
-    len: usize,
+    len: u32,
     id: u32,
 }
 
@@ -104,6 +108,14 @@ pub(super) fn is_model(bytes: &[u8]) -> bool {
     bytes.first() == Some(&b'\n') && !matches!(bytes.trim_ascii_start().first(), None | Some(b'{' | b'['))
 }
 
+/// A model's file without what is not read, which decides about no id and no text: where it was trained, and how.
+///
+/// # Errors
+/// As [`Model::from_bytes`], of a file that is none.
+pub(super) fn essential(name: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
+    Ok(proto::read(name, bytes)?.encode_to_vec())
+}
+
 impl Model {
     /// Reads a model. `name` is the file named in errors.
     pub(super) fn from_bytes(name: &Path, bytes: &[u8]) -> Result<Model> {
@@ -127,10 +139,11 @@ impl Model {
         }
         let byte_fallback = trainer.byte_fallback.unwrap_or(false);
         let vocabulary = Vocabulary::new(name, proto.pieces, byte_fallback)?;
-        let normalizer = Normalizer::new(&spec, &trainer).map_err(|detail| Error::format(name, detail))?;
+        let normalizer = Normalizer::new(&spec, &trainer, &vocabulary.user_defined);
+        let normalizer = normalizer.map_err(|detail| Error::format(name, detail))?;
         let (algorithm, model_type) = match trainer.model_type.unwrap_or(proto::model_type::UNIGRAM) {
             proto::model_type::UNIGRAM => (Algorithm::Unigram(Unigram::new(&vocabulary)), "unigram"),
-            proto::model_type::BPE => (Algorithm::Bpe, "bpe"),
+            proto::model_type::BPE => (Algorithm::Bpe(Bpe::new(&vocabulary)), "bpe"),
             other => {
                 let detail = format!(
                     "trainer_spec.model_type is {other} (3 is word, 4 is char); supported: 1 (unigram) and 2 (bpe)"
@@ -178,14 +191,14 @@ impl Model {
             return Err(Error::Tokenizer(format!("a text of {} bytes is too long to encode at once", text.len())));
         }
         let parts = match &self.algorithm {
-            Algorithm::Bpe => bpe::encode(&self.vocabulary, &normalized),
+            Algorithm::Bpe(bpe) => bpe.encode(&self.vocabulary, &normalized),
             Algorithm::Unigram(unigram) => unigram.encode(&self.vocabulary, &normalized),
         };
         let mut ids = Vec::with_capacity(parts.len());
         let mut rest = normalized.as_slice();
         let mut after_unknown = false;
         for Part { len, id } in parts {
-            let (part, after) = rest.split_at(len);
+            let (part, after) = rest.split_at(len as usize);
             rest = after;
             let is_unknown = id == self.vocabulary.unknown;
             match &self.vocabulary.bytes {
@@ -210,16 +223,11 @@ impl Model {
     pub(super) fn piece_table(&self) -> PieceTable {
         let takes_space = self.facts.add_dummy_prefix || self.facts.remove_extra_whitespaces;
         let rules = Rules::sentencepiece(takes_space, self.facts.remove_extra_whitespaces);
-        let texts = self.vocabulary.kinds().enumerate().map(|(id, kind)| {
-            let piece = self.vocabulary.text(id as u32);
-            match kind {
-                Kind::Control => PieceText { bytes: Vec::new(), is_spelled_space: false },
-                Kind::Unknown => PieceText { bytes: self.unknown_surface.clone().into(), is_spelled_space: false },
-                Kind::Byte(byte) => PieceText { bytes: vec![byte], is_spelled_space: false },
-                Kind::Normal | Kind::UserDefined | Kind::Unused => {
-                    PieceText { bytes: piece.replace(SPACE, " ").into(), is_spelled_space: piece.starts_with(SPACE) }
-                }
-            }
+        let texts = self.vocabulary.kinds().enumerate().map(|(id, kind)| match kind {
+            Kind::Control => PieceText::Plain(""),
+            Kind::Unknown => PieceText::Plain(&self.unknown_surface),
+            Kind::Byte(byte) => PieceText::Byte(byte),
+            Kind::Normal | Kind::UserDefined | Kind::Unused => PieceText::Spelled(self.vocabulary.text(id as u32)),
         });
         PieceTable::of_texts(rules, texts)
     }

@@ -19,20 +19,29 @@ pub(super) struct Normalizer {
     remove_extra_whitespaces: bool,
     escape_whitespaces: bool,
     treat_whitespace_as_suffix: bool,
+    unchanged: Unchanged,
 }
 
 impl Normalizer {
     /// # Errors
     /// What is wrong with the rules for characters.
-    pub(super) fn new(spec: &NormalizerSpec, trainer: &TrainerSpec) -> Result<Normalizer, String> {
+    pub(super) fn new(spec: &NormalizerSpec, trainer: &TrainerSpec, user_defined: &Trie) -> Result<Normalizer, String> {
         let charsmap = spec.precompiled_charsmap.as_deref().unwrap_or_default();
+        let rules = (!charsmap.is_empty()).then(|| CharacterRules::new(charsmap)).transpose()?;
         Ok(Normalizer {
-            rules: (!charsmap.is_empty()).then(|| CharacterRules::new(charsmap)).transpose()?,
+            unchanged: Unchanged::new(rules.as_ref(), user_defined),
+            rules,
             add_dummy_prefix: spec.add_dummy_prefix.unwrap_or(true),
             remove_extra_whitespaces: spec.remove_extra_whitespaces.unwrap_or(true),
             escape_whitespaces: spec.escape_whitespaces.unwrap_or(true),
             treat_whitespace_as_suffix: trainer.treat_whitespace_as_suffix.unwrap_or(false),
         })
+    }
+
+    /// Every character is looked up from now on.
+    #[cfg(test)]
+    pub(super) fn look_everything_up(&mut self) {
+        self.unchanged.by_first.fill(Stays::Unknown);
     }
 
     /// The normalized text. Pieces of `user_defined` stay as they are, but for their spaces.
@@ -53,6 +62,21 @@ impl Normalizer {
         }
         let mut after_space = self.remove_extra_whitespaces;
         while !rest.is_empty() {
+            let (unchanged, more) = rest.split_at(self.unchanged.len_without_spaces(rest, self.rules.as_ref()));
+            if !unchanged.is_empty() {
+                normalized.extend_from_slice(unchanged);
+                after_space = false;
+                rest = more;
+                continue;
+            }
+            if rest[0] == b' ' && self.unchanged.has_space(rest) {
+                if !after_space {
+                    normalized.extend_from_slice(space);
+                }
+                after_space = self.remove_extra_whitespaces;
+                rest = &rest[1..];
+                continue;
+            }
             let (mut part, consumed) = self.prefix(rest, user_defined);
             while after_space && let [b' ', more @ ..] = part {
                 part = more;
@@ -139,16 +163,12 @@ impl CharacterRules {
     /// The replacement of the longest sequence `text` starts with that has one, and its length.
     fn longest(&self, text: &[u8]) -> Option<(&[u8], usize)> {
         let mut found = None;
-        let mut at = offset(*self.units.first()?);
+        let mut node = self.root()?;
         for (index, byte) in text.iter().enumerate().take(MAX_SEQUENCE_BYTES) {
-            at ^= usize::from(*byte);
-            let Some(unit) = self.units.get(at).copied() else { break };
-            if unit & (IS_VALUE | 0xFF) != u32::from(*byte) {
-                break;
-            }
-            at ^= offset(unit);
-            if has_value(unit) {
-                found = self.units.get(at).map(|value| ((value & !IS_VALUE) as usize, index + 1));
+            let Some(next) = self.child(node, *byte) else { break };
+            node = next;
+            if node.has_value {
+                found = self.units.get(node.at).map(|value| ((value & !IS_VALUE) as usize, index + 1));
             }
         }
         let (start, len) = found?;
@@ -161,6 +181,25 @@ impl CharacterRules {
         let tail = &tail[..tail.len().min(MAX_REPLACEMENT_BYTES + 1)];
         Some(tail.split(|byte| *byte == 0).next().unwrap_or_default())
     }
+
+    fn root(&self) -> Option<RuleNode> {
+        Some(RuleNode { at: offset(*self.units.first()?), has_value: false })
+    }
+
+    fn child(&self, node: RuleNode, byte: u8) -> Option<RuleNode> {
+        let at = node.at ^ usize::from(byte);
+        let unit = self.units.get(at).copied()?;
+        let is_child = unit & (IS_VALUE | 0xFF) == u32::from(byte);
+        is_child.then(|| RuleNode { at: at ^ offset(unit), has_value: has_value(unit) })
+    }
+}
+
+/// Where a sequence of bytes leads in the trie.
+#[derive(Clone, Copy)]
+struct RuleNode {
+    /// Of its value if it has one; its children are at a distance of their bytes.
+    at: usize,
+    has_value: bool,
 }
 
 fn has_value(unit: u32) -> bool {
@@ -169,4 +208,111 @@ fn has_value(unit: u32) -> bool {
 
 fn offset(unit: u32) -> usize {
     ((unit >> 10) << ((unit & 1 << 9) >> 6)) as usize
+}
+
+/// Which characters stay as they are, told by their first byte or by themselves: nearly all, without a look at the rules.
+#[derive(Debug)]
+struct Unchanged {
+    /// `[256]`: of the character that starts with this byte.
+    by_first: Vec<Stays>,
+    /// `[0x10000 / 64]`, for [`Stays::IfNotListed`]: a bit for each character with which a rule starts.
+    listed: Vec<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Stays {
+    /// It has so many bytes.
+    Always(u8),
+    /// ASCII with which rules start, but none without a mark that follows it.
+    BeforeAsciiOrNothing,
+    /// Of two or three bytes; where it is listed, if no rule applies.
+    IfNotListed,
+    IfNoRule,
+    /// A user-defined piece may start here, or this is no start of a character.
+    Unknown,
+}
+
+impl Unchanged {
+    fn new(rules: Option<&CharacterRules>, user_defined: &Trie) -> Unchanged {
+        let mut listed = vec![0; 0x10000 / 64];
+        let by_first = (0..=255u8).map(|first| {
+            if user_defined.has_first(first) || matches!(first, 0x80..=0xBF) {
+                return Stays::Unknown;
+            }
+            let stays = Stays::Always(character_len(&[first; 4]) as u8);
+            let Some(rules) = rules else { return stays };
+            let Some(node) = rules.root().and_then(|root| rules.child(root, first)) else { return stays };
+            let next = |node: RuleNode| (0x80..=0xBF).map(move |byte| rules.child(node, byte));
+            match first {
+                // A rule of a damaged file may end within a character.
+                _ if node.has_value => Stays::IfNoRule,
+                0..=0x7F if (0..=0x7F).any(|byte| rules.child(node, byte).is_some()) => Stays::IfNoRule,
+                0..=0x7F => Stays::BeforeAsciiOrNothing,
+                0xC0..=0xDF => {
+                    let word = usize::from(first & 0x1F);
+                    listed[word] = bits(next(node).map(|node| node.is_some()));
+                    Stays::IfNotListed
+                }
+                0xE0..=0xEF => {
+                    for (second, node) in next(node).enumerate() {
+                        let Some(node) = node else { continue };
+                        let word = usize::from(first & 0x0F) << 6 | second;
+                        listed[word] = bits(next(node).map(|third| node.has_value || third.is_some()));
+                    }
+                    Stays::IfNotListed
+                }
+                _ => Stays::IfNoRule,
+            }
+        });
+        Unchanged { by_first: by_first.collect(), listed }
+    }
+
+    /// How many bytes of the start of `text`, whole characters and no spaces, stay for certain.
+    fn len_without_spaces(&self, text: &[u8], rules: Option<&CharacterRules>) -> usize {
+        let mut len = 0;
+        while let Some(first) = text.get(len)
+            && *first != b' '
+        {
+            let stays = match self.by_first[usize::from(*first)] {
+                Stays::Always(bytes) => {
+                    len += usize::from(bytes);
+                    continue;
+                }
+                Stays::BeforeAsciiOrNothing => text.get(len + 1).is_none_or(u8::is_ascii),
+                Stays::IfNotListed => !self.is_listed(&text[len..]),
+                Stays::IfNoRule => false,
+                Stays::Unknown => break,
+            };
+            let rest = &text[len..];
+            if !stays && rules.is_none_or(|rules| rules.longest(rest).is_some()) {
+                break;
+            }
+            len += character_len(rest);
+        }
+        len.min(text.len())
+    }
+
+    /// Whether a space at the start of `text` stays one for certain.
+    fn has_space(&self, text: &[u8]) -> bool {
+        match self.by_first[usize::from(b' ')] {
+            Stays::Always(_) => true,
+            Stays::BeforeAsciiOrNothing => text.get(1).is_none_or(u8::is_ascii),
+            _ => false,
+        }
+    }
+
+    #[inline]
+    fn is_listed(&self, text: &[u8]) -> bool {
+        let (word, bit) = match text {
+            [first @ 0xC0..=0xDF, last, ..] => (usize::from(first & 0x1F), last),
+            [first, second, last, ..] => (usize::from(first & 0x0F) << 6 | usize::from(second & 0x3F), last),
+            _ => return true,
+        };
+        self.listed[word] >> (bit & 0x3F) & 1 == 1
+    }
+}
+
+/// A number whose lowest bit is the first of these.
+fn bits(flags: impl Iterator<Item = bool>) -> u64 {
+    flags.enumerate().fold(0, |bits, (index, flag)| bits | u64::from(flag) << index)
 }

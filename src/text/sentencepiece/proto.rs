@@ -116,17 +116,23 @@ pub(super) fn read(name: &Path, bytes: &[u8]) -> Result<ModelProto> {
             |what: String| Error::format(name, format!("not a SentencePiece model: at byte {offset}, {what}"));
         let (field, wire_type) = decode_key(&mut rest).map_err(|source| refused(format!("a field: {source}")))?;
         let what = match field {
-            1 => format!("piece {}", model.pieces.len()),
-            2 => "trainer_spec".into(),
-            3 => "normalizer_spec".into(),
-            5 => "denormalizer_spec".into(),
+            1 => "piece",
+            2 => "trainer_spec",
+            3 => "normalizer_spec",
+            5 => "denormalizer_spec",
             _ => {
                 skip_field(wire_type, field, &mut rest, DecodeContext::default())
                     .map_err(|source| refused(format!("field {field}: {source}")))?;
                 continue;
             }
         };
-        let refused = |source: String| refused(format!("{what}: {source}"));
+        let number = if field == 1 { Some(model.pieces.len()) } else { None };
+        let refused = |source: String| {
+            refused(match number {
+                Some(number) => format!("{what} {number}: {source}"),
+                None => format!("{what}: {source}"),
+            })
+        };
         if wire_type != WireType::LengthDelimited {
             return Err(refused(format!("a message was expected, not a value of wire type {wire_type:?}")));
         }

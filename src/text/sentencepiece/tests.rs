@@ -7,8 +7,10 @@ use prost::Message as _;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::normalizer::Normalizer;
 use super::proto::{ModelProto, NormalizerSpec, SentencePiece, TrainerSpec, kind, model_type};
 use super::trie::Trie;
+use super::vocabulary::Vocabulary;
 use crate::text::{Message, StreamDecoder, Tokenizer, template};
 
 const MODELS: [&str; 3] = ["byte_bpe", "nmt_bpe", "unigram"];
@@ -58,8 +60,10 @@ fn ids_and_texts_are_sentencepieces_own() {
     assert_eq!(lines.len(), 3000);
     for model in MODELS {
         let bytes = std::fs::read(data(&format!("{model}.model"))).unwrap();
-        // The content says what it is.
-        let tokenizer = Arc::new(Tokenizer::from_bytes(Path::new("t"), &bytes).unwrap());
+        // The content says what it is, and what a package keeps is as good.
+        let tokenizer = Tokenizer::from_bytes(Path::new("t"), &bytes).unwrap();
+        let kept = tokenizer.to_package(Path::new("t"), &bytes).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_package(Path::new("t"), &kept).unwrap());
         for (index, golden) in rows::<Golden>(&format!("{model}.jsonl")).iter().enumerate() {
             let line = lines.get(index);
             if let Some(line) = line {
@@ -235,6 +239,71 @@ proptest! {
         }
     }
 
+    /// Characters that are known to stay as they are stay so where they are looked up; with damaged rules too.
+    #[test]
+    fn what_is_not_looked_up_would_not_change(
+        edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        text in prop::collection::vec(prop_oneof![
+            any::<String>(), "[a-z \n]{0,9}", "[A-Za-z \u{300}\u{301}\u{308}ﬁＡｶﾞがàά각]{0,9}", "[𝔘🙂한か\u{3099}]{0,4}",
+            Just("<sep>".into()), Just("  ".into()),
+        ], 0..8),
+    ) {
+        let mut proto = proto("nmt_bpe");
+        let mut spec = proto.normalizer_spec.take().unwrap();
+        let rules = spec.precompiled_charsmap.as_mut().unwrap();
+        for (at, byte) in edits {
+            let at = at.index(rules.len());
+            rules[at] = byte;
+        }
+        let vocabulary = Vocabulary::new(Path::new("m"), proto.pieces, false).unwrap();
+        let trainer = proto.trainer_spec.unwrap();
+        if let Ok(mut normalizer) = Normalizer::new(&spec, &trainer, &vocabulary.user_defined) {
+            let text = text.concat();
+            let normalized = normalizer.normalize(&text, &vocabulary.user_defined);
+            normalizer.look_everything_up();
+            prop_assert_eq!(normalizer.normalize(&text, &vocabulary.user_defined), normalized);
+        }
+    }
+
+    /// Cutting the text and keeping pairs in order changes nothing: beside it is the rule itself, written plainly.
+    #[test]
+    fn merging_is_what_the_rule_says(
+        pieces in prop::collection::btree_map("[abé▁]{1,5}", (0i32..6, 0usize..8), 0..40), text in "[abcé▁]{0,90}",
+    ) {
+        let mut proto = small(vec![piece("<unk>", kind::UNKNOWN)]);
+        for (text, (score, kind)) in &pieces {
+            let kind = if *kind == 0 { kind::USER_DEFINED } else { kind::NORMAL };
+            proto.pieces.push(SentencePiece { score: Some(*score as f32 - 3.0), ..piece(text, kind) });
+        }
+        let id = |text: &str| proto.pieces.iter().position(|piece| piece.piece == text);
+        let is_user_defined = |text: &str| pieces.get(text).is_some_and(|(_, kind)| *kind == 0);
+        let mut symbols: Vec<&str> = Vec::new();
+        let mut rest = text.as_str();
+        while let Some(first) = rest.chars().next() {
+            let ends = (1..=rest.len()).rev().filter(|end| rest.is_char_boundary(*end));
+            let len = ends.map(|end| &rest[..end]).find(|start| is_user_defined(start)).map_or(first.len_utf8(), str::len);
+            symbols.push(&rest[..len]);
+            rest = &rest[len..];
+        }
+        let start = |symbol: &str| symbol.as_ptr() as usize - text.as_ptr() as usize;
+        loop {
+            let mut best: Option<(f32, usize, &str)> = None;
+            for (index, both) in symbols.windows(2).enumerate() {
+                let merged = &text[start(both[0])..start(both[1]) + both[1].len()];
+                let frozen = [both[0], both[1]].map(&is_user_defined);
+                let score = id(merged).and_then(|id| proto.pieces[id].score);
+                if let Some(score) = score && frozen == [false, false] && best.is_none_or(|(least, ..)| score > least) {
+                    best = Some((score, index, merged));
+                }
+            }
+            let Some((_, index, merged)) = best else { break };
+            symbols.splice(index..index + 2, [merged]);
+        }
+        let mut expected: Vec<u32> = symbols.iter().map(|symbol| id(symbol).unwrap_or(0) as u32).collect();
+        expected.dedup_by(|a, b| (*a, *b) == (0, 0));
+        prop_assert_eq!(load(&proto).encode(&text).unwrap(), expected);
+    }
+
     #[test]
     fn a_trie_finds_every_prefix(keys in prop::collection::btree_set("[abc]{1,4}", 0..20), text in "[abcd]{0,8}") {
         let keys: Vec<String> = keys.into_iter().collect();
@@ -243,7 +312,10 @@ proptest! {
             .filter(|(_, key)| text.starts_with(key.as_str()))
             .map(|(id, key)| (key.len(), id as u32)).collect();
         expected.sort_unstable();
-        prop_assert_eq!(trie.prefixes(text.as_bytes()).collect::<Vec<_>>(), expected);
+        let mut found = Vec::new();
+        trie.prefixes(text.as_bytes(), |len, id| found.push((len, id)));
+        prop_assert_eq!(trie.longest(text.as_bytes()), expected.last().map(|(len, _)| *len));
+        prop_assert_eq!(found, expected);
     }
 }
 
@@ -389,8 +461,9 @@ fn long_texts_take_time_in_proportion() {
         for text in ["a".repeat(1 << 20), " ".repeat(1 << 20), letters.clone(), "é".repeat(1 << 19)] {
             let short = time_to_encode(&tokenizer, &text[..1 << 16]).min(time_to_encode(&tokenizer, &text[..1 << 16]));
             let long = time_to_encode(&tokenizer, &text);
-            // 16 times as long: a quadratic encoder would take 256 times the time.
-            assert!(long < short * 100 + Duration::from_millis(50), "{index} {:?}: {short:?}, {long:?}", &text[..4]);
+            // 16 times as long: a quadratic encoder would take 256 times the time, which is minutes. Half a second is for
+            // a machine that does other things meanwhile.
+            assert!(long < short * 100 + Duration::from_millis(500), "{index} {:?}: {short:?}, {long:?}", &text[..4]);
         }
     }
 }

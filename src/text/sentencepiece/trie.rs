@@ -7,76 +7,112 @@ use std::ops::Range;
 #[derive(Debug)]
 pub(super) struct Trie {
     nodes: Vec<Node>,
-    /// The child of the root by its byte, or 0, which is the root itself.
-    first: Box<[u32; 256]>,
+    /// The byte that leads to each node: apart from the nodes, so that few lines of memory hold those of all children.
+    bytes: Vec<u8>,
+    /// Of the nodes with most children, by byte: the number of the child, from 1 on, or 0.
+    tables: Vec<[u16; 256]>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Node {
-    byte: u8,
-    id: Option<u32>,
-    /// In [`Trie::nodes`].
-    children: Range<u32>,
+    /// [`NO_ID`] where no key ends.
+    id: u32,
+    children_start: u32,
+    /// At most 256.
+    children_len: u16,
+    /// Of [`Trie::tables`]; [`NO_TABLE`] where it has none.
+    table: u16,
 }
+
+/// Up to so many children are looked at one by one: most nodes have one or none.
+const FEW_CHILDREN: usize = 6;
+/// So many tables are made at most, 2 MB; past them children are searched.
+const MAX_TABLES: usize = 1 << 12;
+const NO_TABLE: u16 = u16::MAX;
+const NO_ID: u32 = u32::MAX;
 
 impl Trie {
     /// A trie of keys that are not empty; of equal keys one is kept. At most 2^32 - 2 bytes in all, which a file of the
-    /// size that is read cannot exceed.
+    /// size that is read cannot exceed, and no id of 2^32 - 1.
     pub(super) fn new<'a>(keys: impl Iterator<Item = (&'a [u8], u32)>) -> Trie {
         let mut keys: Vec<(&[u8], u32)> = keys.filter(|(key, _)| !key.is_empty()).collect();
         keys.sort_unstable();
         keys.dedup_by_key(|(key, _)| *key);
-        let mut trie = Trie { nodes: vec![Node { byte: 0, id: None, children: 0..0 }], first: Box::new([0; 256]) };
+        let empty = Node { id: NO_ID, children_start: 0, children_len: 0, table: NO_TABLE };
+        let mut trie = Trie { bytes: vec![0], nodes: vec![empty.clone()], tables: Vec::new() };
         // Nodes whose children are to be made: which keys pass through them, and how many bytes lead to them.
-        let mut open = VecDeque::from([(0, 0..keys.len(), 0)]);
+        let mut open: VecDeque<(usize, Range<usize>, usize)> = VecDeque::from([(0, 0..keys.len(), 0)]);
         while let Some((node, through, depth)) = open.pop_front() {
-            let start = trie.nodes.len() as u32;
+            let start = trie.nodes.len();
             let mut from = through.start;
             while from < through.end {
                 // A key that ends here comes first and is not among the children's.
                 let Some(byte) = keys[from].0.get(depth).copied() else {
-                    trie.nodes[node].id = Some(keys[from].1);
+                    trie.nodes[node].id = keys[from].1;
                     from += 1;
                     continue;
                 };
                 let same = keys[from..through.end].partition_point(|(key, _)| key.get(depth) == Some(&byte));
-                if node == 0 {
-                    trie.first[usize::from(byte)] = trie.nodes.len() as u32;
-                }
                 open.push_back((trie.nodes.len(), from..from + same, depth + 1));
-                trie.nodes.push(Node { byte, id: None, children: 0..0 });
+                trie.bytes.push(byte);
+                trie.nodes.push(empty.clone());
                 from += same;
             }
-            trie.nodes[node].children = start..trie.nodes.len() as u32;
+            let children = &trie.bytes[start..];
+            trie.nodes[node].children_start = start as u32;
+            trie.nodes[node].children_len = children.len() as u16;
+            // The root is asked about every byte of a text.
+            if (node == 0 || children.len() > FEW_CHILDREN) && trie.tables.len() < MAX_TABLES {
+                let mut table = [0; 256];
+                for (index, byte) in children.iter().enumerate() {
+                    table[usize::from(*byte)] = index as u16 + 1;
+                }
+                trie.nodes[node].table = trie.tables.len() as u16;
+                trie.tables.push(table);
+            }
         }
         trie
     }
 
-    /// All keys `text` starts with, short ones first: their length and id.
-    pub(super) fn prefixes<'a>(&'a self, text: &'a [u8]) -> impl Iterator<Item = (usize, u32)> + 'a {
-        let first = text.first().map_or(0, |byte| self.first[usize::from(*byte)]);
-        let mut node = (first != 0).then(|| &self.nodes[first as usize]);
-        let mut len = 0;
-        std::iter::from_fn(move || {
-            while let Some(here) = node {
-                len += 1;
-                node = text.get(len).and_then(|byte| self.child(here, *byte));
-                if let Some(id) = here.id {
-                    return Some((len, id));
-                }
+    /// Calls `found` with all keys `text` starts with, short ones first: their length and id.
+    #[inline(always)]
+    pub(super) fn prefixes(&self, text: &[u8], mut found: impl FnMut(usize, u32)) {
+        let mut node = &self.nodes[0];
+        for (index, byte) in text.iter().enumerate() {
+            let Some(child) = self.child(node, *byte) else { return };
+            node = child;
+            if node.id != NO_ID {
+                found(index + 1, node.id);
             }
-            None
-        })
+        }
     }
 
     /// The length of the longest key `text` starts with.
+    #[inline]
     pub(super) fn longest(&self, text: &[u8]) -> Option<usize> {
-        self.prefixes(text).last().map(|(len, _)| len)
+        let mut longest = None;
+        self.prefixes(text, |len, _| longest = Some(len));
+        longest
     }
 
+    /// Whether a key starts with this byte.
+    pub(super) fn has_first(&self, byte: u8) -> bool {
+        self.child(&self.nodes[0], byte).is_some()
+    }
+
+    #[inline(always)]
     fn child(&self, node: &Node, byte: u8) -> Option<&Node> {
-        let children = &self.nodes[node.children.start as usize..node.children.end as usize];
-        let index = children.binary_search_by_key(&byte, |child| child.byte).ok()?;
-        children.get(index)
+        let start = node.children_start as usize;
+        let index = if let Some(table) = self.tables.get(usize::from(node.table)) {
+            usize::from(table[usize::from(byte)]).checked_sub(1)?
+        } else {
+            match &self.bytes[start..start + usize::from(node.children_len)] {
+                [] => return None,
+                [only] => (*only == byte).then_some(0)?,
+                bytes if bytes.len() <= FEW_CHILDREN => bytes.iter().position(|child| *child == byte)?,
+                bytes => bytes.binary_search(&byte).ok()?,
+            }
+        };
+        self.nodes.get(start + index)
     }
 }

@@ -12,7 +12,10 @@ const RESET_THRESHOLD: f32 = 100_000.0;
 /// What a search needs beside the vocabulary.
 #[derive(Debug)]
 pub(super) struct Unigram {
+    /// All that are ever chosen.
     pieces: Trie,
+    /// Of every id.
+    scores: Vec<f32>,
     unknown_score: f32,
 }
 
@@ -21,29 +24,36 @@ pub(super) struct Unigram {
 struct Best {
     id: u32,
     score: f32,
-    /// Where its last part starts; `None` where no way is known.
-    start: Option<u32>,
+    /// Where its last part starts; [`NOWHERE`] where no way is known.
+    start: u32,
 }
+
+const NOWHERE: u32 = u32::MAX;
 
 impl Unigram {
     pub(super) fn new(vocabulary: &Vocabulary) -> Unigram {
-        let scores = vocabulary.ids_of(Kind::Normal).map(|id| vocabulary.score(id));
-        Unigram {
-            pieces: Trie::new(vocabulary.plain_pieces()),
-            unknown_score: scores.fold(f32::MAX, f32::min) - UNKNOWN_PENALTY,
-        }
+        let normal = vocabulary.ids_of(Kind::Normal).map(|id| vocabulary.score(id));
+        let unknown_score = normal.fold(f32::MAX, f32::min) - UNKNOWN_PENALTY;
+        let scores = vocabulary.kinds().enumerate().map(|(id, kind)| match kind {
+            // So much that it is chosen before pieces, whose scores are negative.
+            Kind::UserDefined => (0.1 * (vocabulary.text(id as u32).len() - 1) as f64) as f32,
+            _ => vocabulary.score(id as u32),
+        });
+        let chosen = vocabulary.plain_ids().filter(|id| vocabulary.kind(*id) != Kind::Unused);
+        let pieces = Trie::new(chosen.map(|id| (vocabulary.text(id).as_bytes(), id)));
+        Unigram { pieces, scores: scores.collect(), unknown_score }
     }
 
     /// The parts of a normalized text, which has at most 2^32 - 2 bytes.
     pub(super) fn encode(&self, vocabulary: &Vocabulary, text: &[u8]) -> Vec<Part> {
-        let mut best = vec![Best { id: 0, score: 0.0, start: None }; text.len() + 1];
+        let mut best = vec![Best { id: 0, score: 0.0, start: NOWHERE }; text.len() + 1];
         let (mut start, mut farthest) = (0, 0);
         while start < text.len() {
             let rest = &text[start..];
             if best[start].score.abs() > RESET_THRESHOLD {
                 let offset = best[start].score;
                 for end in &mut best[start..=farthest] {
-                    if end.start.is_some() {
+                    if end.start != NOWHERE {
                         end.score -= offset;
                     }
                 }
@@ -51,40 +61,40 @@ impl Unigram {
             let score_here = best[start].score;
             let character = character_len(rest);
             let mut has_character = false;
-            for (len, id) in self.pieces.prefixes(rest) {
-                let score = match vocabulary.kind(id) {
-                    Kind::Unused => continue,
-                    // So much that it is chosen before pieces, whose scores are negative.
-                    Kind::UserDefined => (0.1 * (len - 1) as f64) as f32,
-                    _ => vocabulary.score(id),
-                };
-                best[start + len].improve(score + score_here, start, id);
-                farthest = farthest.max(start + len);
+            // By length of the part that starts here and ends there.
+            let ends = &mut best[start..=start + rest.len()];
+            let mut longest = 0;
+            self.pieces.prefixes(rest, |len, id| {
+                ends[len].improve(self.scores[id as usize] + score_here, start, id);
+                longest = len;
                 has_character |= len == character;
-            }
+            });
             if !has_character {
-                best[start + character].improve(self.unknown_score + score_here, start, vocabulary.unknown);
-                farthest = farthest.max(start + character);
+                ends[character].improve(self.unknown_score + score_here, start, vocabulary.unknown);
+                longest = longest.max(character);
             }
+            farthest = farthest.max(start + longest);
             start += character;
         }
-        let mut parts = Vec::new();
-        let mut end = text.len();
-        while end > 0 {
-            // Every end a way leads to has a start before it; were there none, what is left would be one unknown part.
-            let from = best[end].start.map_or(0, |start| start as usize).min(end - 1);
-            parts.push(Part { len: end - from, id: best[end].id });
-            end = from;
+        // Every end a way leads to has a start before it; were there none, what is left would be one unknown part.
+        let start_of =
+            |end: usize| if best[end].start == NOWHERE { 0 } else { (best[end].start as usize).min(end - 1) };
+        let ends = std::iter::successors(Some(text.len()), |end| (*end > 0).then(|| start_of(*end)))
+            .take_while(|end| *end > 0);
+        // Counted first: a long text's parts take much memory, and from the last one on they would have to be turned.
+        let mut parts = vec![Part { len: 0, id: 0 }; ends.clone().count()];
+        for (part, end) in parts.iter_mut().rev().zip(ends) {
+            *part = Part { len: (end - start_of(end)) as u32, id: best[end].id };
         }
-        parts.reverse();
         parts
     }
 }
 
 impl Best {
+    #[inline]
     fn improve(&mut self, score: f32, start: usize, id: u32) {
-        if self.start.is_none() || score > self.score {
-            *self = Best { id, score, start: Some(start as u32) };
+        if self.start == NOWHERE || score > self.score {
+            *self = Best { id, score, start: start as u32 };
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The pieces: SentencePiece's `ModelInterface::InitializePieces`.
 
-use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
+use super::index::Index;
 use super::proto::{SentencePiece, kind};
 use super::trie::Trie;
 use crate::error::{Error, Result, clip};
@@ -24,14 +25,23 @@ pub(super) enum Kind {
     Byte(u8),
 }
 
+impl Kind {
+    /// Whether a text can contain it.
+    fn is_plain(self) -> bool {
+        matches!(self, Kind::Normal | Kind::UserDefined | Kind::Unused)
+    }
+}
+
 /// The pieces by id, and the ids by piece.
 #[derive(Debug)]
 pub(super) struct Vocabulary {
     pieces: Vec<Piece>,
+    /// The pieces, one after the other.
+    texts: String,
     /// Normal, user-defined and unused pieces: those a text can contain.
-    plain: HashMap<Box<[u8]>, u32>,
+    plain: Index,
     /// All others.
-    reserved: HashMap<Box<[u8]>, u32>,
+    reserved: Index,
     /// Whether a piece is among both.
     has_shadowed: bool,
     longest_plain_bytes: usize,
@@ -43,17 +53,20 @@ pub(super) struct Vocabulary {
 
 #[derive(Debug)]
 struct Piece {
-    text: Box<str>,
-    score: f32,
+    /// In [`Vocabulary::texts`].
+    start: u32,
+    len: u16,
     kind: Kind,
+    score: f32,
 }
 
 impl Vocabulary {
     pub(super) fn new(name: &Path, pieces: Vec<SentencePiece>, byte_fallback: bool) -> Result<Vocabulary> {
         let mut vocabulary = Vocabulary {
             pieces: Vec::with_capacity(pieces.len()),
-            plain: HashMap::with_capacity(pieces.len()),
-            reserved: HashMap::new(),
+            texts: String::with_capacity(pieces.iter().map(|piece| piece.piece.len()).sum()),
+            plain: Index::with_capacity(0),
+            reserved: Index::with_capacity(0),
             has_shadowed: false,
             longest_plain_bytes: 0,
             unknown: 0,
@@ -61,7 +74,6 @@ impl Vocabulary {
             bytes: None,
         };
         let mut unknown = None;
-        let mut text_bytes = 0;
         let mut bytes = [None; 256];
         for (index, piece) in pieces.into_iter().enumerate() {
             let id = index as u32;
@@ -74,7 +86,7 @@ impl Vocabulary {
             if text.len() > MAX_PIECE_BYTES {
                 return refused(format!("{} bytes; a piece has at most {MAX_PIECE_BYTES}", text.len()));
             }
-            text_bytes += text.len();
+            let text_bytes = vocabulary.texts.len() + text.len();
             if text_bytes > MAX_TEXT_BYTES {
                 return refused(format!(
                     "with it the pieces have {text_bytes} bytes; at most {MAX_TEXT_BYTES} are read"
@@ -102,15 +114,8 @@ impl Vocabulary {
                 },
                 other => return refused(format!("`{}` has type {other}; types are 1 to 6", clip(&text))),
             };
-            let map = match kind {
-                Kind::Normal | Kind::UserDefined | Kind::Unused => {
-                    vocabulary.longest_plain_bytes = vocabulary.longest_plain_bytes.max(text.len());
-                    &mut vocabulary.plain
-                }
-                Kind::Unknown | Kind::Control | Kind::Byte(_) => &mut vocabulary.reserved,
-            };
-            if let Some(earlier) = map.insert(text.as_bytes().into(), id) {
-                return refused(format!("`{}` is piece {earlier} already", clip(&text)));
+            if kind.is_plain() {
+                vocabulary.longest_plain_bytes = vocabulary.longest_plain_bytes.max(text.len());
             }
             match kind {
                 Kind::Unknown => {
@@ -121,15 +126,18 @@ impl Vocabulary {
                 Kind::Byte(byte) => bytes[usize::from(byte)] = Some(id),
                 _ => {}
             }
-            // Adding 0 makes a negative zero positive, so that both are equal in order too.
-            vocabulary.pieces.push(Piece { text: text.into(), score: score + 0.0, kind });
+            // The limits above keep both in range. Adding 0 makes a negative zero positive, so that both are equal in
+            // order too.
+            let (start, len) = (vocabulary.texts.len() as u32, text.len() as u16);
+            vocabulary.pieces.push(Piece { start, len, kind, score: score + 0.0 });
+            vocabulary.texts.push_str(&text);
         }
+        vocabulary.fill(name)?;
         let Some(unknown) = unknown else {
             let detail = format!("none of its {} pieces has the type unknown, which a model needs", vocabulary.len());
             return Err(Error::format(name, detail));
         };
         vocabulary.unknown = unknown;
-        vocabulary.has_shadowed = vocabulary.reserved.keys().any(|piece| vocabulary.plain.contains_key(piece));
         let user_defined = vocabulary.ids_of(Kind::UserDefined);
         vocabulary.user_defined = Trie::new(user_defined.map(|id| (vocabulary.text(id).as_bytes(), id)));
         if byte_fallback {
@@ -142,18 +150,37 @@ impl Vocabulary {
         Ok(vocabulary)
     }
 
+    /// Fills the indices: in a loop that does nothing else, whose waits for memory then overlap.
+    fn fill(&mut self, name: &Path) -> Result<()> {
+        let Vocabulary { pieces, texts, .. } = self;
+        let bytes_of = |id: u32| pieces[id as usize].bytes(texts);
+        let plain = pieces.iter().filter(|piece| piece.kind.is_plain()).count();
+        self.plain = Index::with_capacity(plain);
+        self.reserved = Index::with_capacity(pieces.len() - plain);
+        for (id, piece) in pieces.iter().enumerate() {
+            let index = if piece.kind.is_plain() { &mut self.plain } else { &mut self.reserved };
+            if let Some(earlier) = index.insert(piece.bytes(texts), id as u32, bytes_of) {
+                let text = clip(&texts[piece.range()]);
+                return Err(Error::format(name, format!("piece {id}: `{text}` is piece {earlier} already")));
+            }
+        }
+        let mut reserved = pieces.iter().filter(|piece| !piece.kind.is_plain());
+        self.has_shadowed = reserved.any(|piece| self.plain.get(piece.bytes(texts), bytes_of).is_some());
+        Ok(())
+    }
+
     pub(super) fn len(&self) -> usize {
         self.pieces.len()
     }
 
     /// The piece of an id there is.
     pub(super) fn text(&self, id: u32) -> &str {
-        &self.pieces[id as usize].text
+        &self.texts[self.pieces[id as usize].range()]
     }
 
     /// The piece of an id, if there is one.
     pub(super) fn piece(&self, id: u32) -> Option<&str> {
-        self.pieces.get(id as usize).map(|piece| &*piece.text)
+        self.pieces.get(id as usize).map(|piece| &self.texts[piece.range()])
     }
 
     pub(super) fn kind(&self, id: u32) -> Kind {
@@ -165,13 +192,18 @@ impl Vocabulary {
     }
 
     /// The id of a piece a text can contain.
+    #[inline]
     pub(super) fn plain(&self, piece: &[u8]) -> Option<u32> {
-        if piece.len() > self.longest_plain_bytes { None } else { self.plain.get(piece).copied() }
+        if piece.len() > self.longest_plain_bytes { None } else { self.plain.get(piece, |id| self.bytes_of(id)) }
     }
 
     /// The id of any piece; of one that is among both, the reserved one's.
     pub(super) fn lookup(&self, piece: &[u8]) -> Option<u32> {
-        self.reserved.get(piece).copied().or_else(|| self.plain(piece))
+        self.reserved.get(piece, |id| self.bytes_of(id)).or_else(|| self.plain(piece))
+    }
+
+    fn bytes_of(&self, id: u32) -> &[u8] {
+        self.pieces[id as usize].bytes(&self.texts)
     }
 
     pub(super) fn has_shadowed(&self) -> bool {
@@ -187,8 +219,21 @@ impl Vocabulary {
         self.pieces.iter().map(|piece| piece.kind)
     }
 
-    pub(super) fn plain_pieces(&self) -> impl Iterator<Item = (&[u8], u32)> {
-        self.plain.iter().map(|(piece, id)| (&**piece, *id))
+    /// The ids of pieces a text can contain.
+    pub(super) fn plain_ids(&self) -> impl Iterator<Item = u32> {
+        self.kinds().enumerate().filter(|(_, kind)| kind.is_plain()).map(|(id, _)| id as u32)
+    }
+}
+
+impl Piece {
+    fn range(&self) -> Range<usize> {
+        let start = self.start as usize;
+        start..start + usize::from(self.len)
+    }
+
+    #[inline]
+    fn bytes<'a>(&self, texts: &'a str) -> &'a [u8] {
+        &texts.as_bytes()[self.range()]
     }
 }
 
