@@ -1,17 +1,21 @@
 //! Hostile and broken inputs, through the real program: each gives a clear error that names the thing, a non-zero
 //! exit code, no panic, and little memory. (A process of its own: Linux counts the parent's peak memory as the child's.)
 
+mod archives;
 mod packages;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use aotron::checkpoint::tar::{Archive, MemberKind};
 use aotron::compile::Precision;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use wait4::Wait4;
 
+use crate::archives::Tar;
 use crate::packages::build_package;
 
 /// No refusal may take more memory than this.
@@ -203,6 +207,184 @@ config_cases! {
     config_zero_layers: "num_hidden_layers" = 0, says ["num_layers is 0"];
     config_heads_do_not_divide: "num_key_value_heads" = 7, says ["config.json", "7"];
     config_eps_negative: "norm_eps" = (-1.0), says ["eps"];
+}
+
+/// Name and content of the files of a good `.nemo`.
+type Members = Vec<(String, Vec<u8>)>;
+
+fn members(name: &str) -> Members {
+    let path = Path::new("tests/data/nemo").join(name);
+    let bytes = fs::read(&path).unwrap();
+    let archive = Archive::read(&path, &bytes).unwrap();
+    let files = archive.members().iter().filter(|member| member.kind == MemberKind::File);
+    files.map(|member| (member.name.clone(), bytes[member.bytes.clone()].to_vec())).collect()
+}
+
+fn member<'m>(members: &'m mut Members, name: &str) -> &'m mut Vec<u8> {
+    &mut members.iter_mut().find(|(other, _)| other == name).unwrap_or_else(|| panic!("{name}")).1
+}
+
+/// A `.nemo` of changed members must be refused.
+fn nemo_refused(scene: &Scene, name: &str, edit: impl FnOnce(&mut Members), expected: &[&str]) {
+    let mut members = members(name);
+    edit(&mut members);
+    let mut tar = Tar::default();
+    for (name, data) in &members {
+        tar.file(&format!("./{name}"), data);
+    }
+    archive_refused(scene, &tar.finish(), expected);
+}
+
+fn archive_refused(scene: &Scene, bytes: &[u8], expected: &[&str]) {
+    let path = scene.path("model.nemo");
+    fs::write(&path, bytes).unwrap();
+    build_refused(scene, &path, &[&["model.nemo"], expected].concat());
+    refused(&["inspect", text(&path)], expected);
+}
+
+fn replace_text(bytes: &mut Vec<u8>, from: &str, to: &str) {
+    let text = String::from_utf8(bytes.clone()).unwrap();
+    assert!(text.contains(from), "{text}");
+    *bytes = text.replacen(from, to, 1).into_bytes();
+}
+
+/// A `.nemo` whose config has one line changed.
+macro_rules! yaml_cases {
+    ($($name:ident: $from:literal to $to:literal, says $expected:expr;)*) => { cases! { $(
+        $name: |scene| {
+            let edit = |members: &mut Members| replace_text(member(members, "model_config.yaml"), $from, $to);
+            nemo_refused(scene, "zarr.nemo", edit, &$expected);
+        }
+    )* } };
+}
+
+yaml_cases! {
+    nemo_gelu: "activation: squared-relu" to "activation: gelu", says ["model_config.yaml", "activation", "gelu"];
+    nemo_bias: "bias: false" to "bias: true", says ["bias", "true"];
+    nemo_norm: "normalization: layernorm1p" to "normalization: rmsnorm", says ["normalization", "rmsnorm"];
+    nemo_positions: "position_embedding_type: rope" to "position_embedding_type: alibi", says ["alibi"];
+    nemo_alias: "bias: false" to "bias: &a false\ndata: *a", says ["model_config.yaml"];
+    nemo_layers: "num_layers: 4" to "num_layers: 4000000000", says ["num_layers"];
+}
+
+const CHUNK: &str = "model_weights/model.decoder.layers.mlp.linear_fc1.weight/1.0.0";
+const ARRAY: &str = "model_weights/model.decoder.layers.mlp.linear_fc1.weight/.zarray";
+
+cases! {
+    nemo_name_leads_out: |scene| {
+        archive_refused(scene, &Tar::default().file("../../etc/x", b"x").finish(), &["leads out of the archive"]);
+    }
+    nemo_name_is_absolute: |scene| {
+        archive_refused(scene, &Tar::default().file("/etc/x", b"x").finish(), &["absolute path"]);
+    }
+    nemo_config_is_a_link: |scene| {
+        let bytes = Tar::default().entry("./model_config.yaml", b'2', "/etc/passwd", 0, b"").finish();
+        archive_refused(scene, &bytes, &["model_config.yaml", "a symbolic link"]);
+    }
+    nemo_weights_are_a_link: |scene| {
+        let mut tar = Tar::default();
+        tar.file("model_config.yaml", member(&mut members("ckpt-mcore.nemo"), "model_config.yaml"));
+        tar.entry("model_weights.ckpt", b'1', "model_config.yaml", 0, b"");
+        archive_refused(scene, &tar.finish(), &["no weights"]);
+    }
+    nemo_is_sparse: |scene| {
+        let bytes = Tar::default().entry("./model_weights.ckpt", b'S', "", 1 << 30, &[0; 512]).finish();
+        archive_refused(scene, &bytes, &["model_weights.ckpt"]);
+        let bytes = Tar::default().entry("./model_weights.ckpt", b'S', "", 512, &[0; 512]).finish();
+        archive_refused(scene, &bytes, &["sparse"]);
+    }
+    nemo_size_is_a_lie: |scene| {
+        let bytes = Tar::default().entry("./model_weights.ckpt", b'0', "", 1 << 32, &[0; 512]).finish();
+        archive_refused(scene, &bytes, &["4294967296 bytes", "truncated"]);
+    }
+    nemo_is_truncated: |scene| {
+        let bytes = fs::read("tests/data/nemo/zarr.nemo").unwrap();
+        archive_refused(scene, &bytes[..bytes.len() / 2], &["truncated"]);
+    }
+    nemo_is_no_archive: |scene| {
+        archive_refused(scene, &[b'x'; 5000], &["tar"]);
+        archive_refused(scene, b"", &["tar"]);
+    }
+    nemo_member_twice: |scene| {
+        nemo_refused(scene, "zarr.nemo", |m| { let again = m[0].clone(); m.push(again); }, &["is there twice"]);
+    }
+    nemo_gzip_bomb: |scene| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+        let tar = Tar::default().entry("./model_weights.ckpt", b'0', "", 1 << 32, b"").finish();
+        encoder.write_all(&tar[..512]).unwrap();
+        for _ in 0..300 {
+            encoder.write_all(&[0; 1 << 20]).unwrap();
+        }
+        archive_refused(scene, &encoder.finish().unwrap(), &["which no weights do"]);
+    }
+    nemo_gzip_is_truncated: |scene| {
+        let bytes = fs::read("tests/data/nemo/ckpt-gzip.nemo").unwrap();
+        archive_refused(scene, &bytes[..bytes.len() - 5], &["gzip"]);
+        archive_refused(scene, &bytes[..3], &["gzip"]);
+    }
+    nemo_pickle_runs_a_program: |scene| {
+        for (file, name) in [("hostile-system.pt", "system"), ("hostile-eval.pt", "eval")] {
+            let hostile = fs::read(Path::new("tests/data/torch").join(file)).unwrap();
+            let edit = |members: &mut Members| *member(members, "model_weights.ckpt") = hostile;
+            nemo_refused(scene, "ckpt-mcore.nemo", edit, &["model_weights.ckpt", name, "nothing was executed"]);
+        }
+    }
+    nemo_metadata_runs_a_program: |scene| {
+        let hostile = fs::read("tests/data/torch_dist/hostile.metadata").unwrap();
+        let edit = |members: &mut Members| *member(members, "model_weights/.metadata") = hostile;
+        nemo_refused(scene, "torch-dist.nemo", edit, &[".metadata", "nothing was executed"]);
+    }
+    nemo_chunk_is_missing: |scene| {
+        nemo_refused(scene, "zarr.nemo", |m| m.retain(|(name, _)| name != CHUNK), &["linear_fc1.weight", "1.0.0"]);
+    }
+    nemo_chunk_is_short: |scene| {
+        nemo_refused(scene, "zarr.nemo", |m| { member(m, CHUNK).pop(); }, &["1.0.0", "bytes"]);
+    }
+    nemo_chunks_overlap: |scene| {
+        let edit = |members: &mut Members| {
+            let chunk = member(members, CHUNK).clone();
+            members.push((CHUNK.replace("1.0.0", "01.0.0"), chunk));
+        };
+        nemo_refused(scene, "zarr.nemo", edit, &["01.0.0"]);
+    }
+    nemo_chunks_are_of_no_size: |scene| {
+        let edit = |members: &mut Members| {
+            let mut array: Value = serde_json::from_slice(member(members, ARRAY)).unwrap();
+            array["chunks"] = json!([0, 1, 1]);
+            *member(members, ARRAY) = array.to_string().into_bytes();
+        };
+        nemo_refused(scene, "zarr.nemo", edit, &[".zarray", "chunks"]);
+    }
+    nemo_array_is_compressed: |scene| {
+        let edit = |members: &mut Members| {
+            let mut array: Value = serde_json::from_slice(member(members, ARRAY)).unwrap();
+            array["compressor"] = json!({"id": "blosc"});
+            *member(members, ARRAY) = array.to_string().into_bytes();
+        };
+        nemo_refused(scene, "zarr.nemo", edit, &[".zarray", "compressor", "blosc"]);
+    }
+    nemo_weight_is_not_finite: |scene| {
+        let mut members = members("zarr.nemo");
+        member(&mut members, CHUNK)[..2].copy_from_slice(&half::bf16::NAN.to_le_bytes());
+        let mut tar = Tar::default();
+        members.iter().for_each(|(name, data)| { tar.file(name, data); });
+        fs::write(scene.path("model.nemo"), tar.finish()).unwrap();
+        build_refused(scene, &scene.path("model.nemo"), &["model.layers.1.mlp.up_proj.weight", "NaN", "row 0, column 0"]);
+    }
+    nemo_has_more_than_the_model: |scene| {
+        let edit = |members: &mut Members| {
+            for name in [".zarray", "0", "0.0"] {
+                let from = format!("model_weights/model.decoder.final_layernorm.weight/{name}");
+                if let Some((_, data)) = members.iter().find(|(other, _)| *other == from).cloned() {
+                    members.push((format!("model_weights/model.rm_head.weight/{name}"), data));
+                }
+            }
+        };
+        nemo_refused(scene, "zarr.nemo", edit, &["model.rm_head.weight", "no part of this model"]);
+    }
+    nemo_tokenizer_is_missing: |scene| {
+        nemo_refused(scene, "zarr.nemo", |m| m.retain(|(name, _)| !name.ends_with(".model")), &["it has no", "_tokenizer.model"]);
+    }
 }
 
 cases! {

@@ -1,5 +1,7 @@
 //! The integration tests, but for those that need a process of their own: `hostile`, `allocation`, `tensorrt_memory`.
 
+/// Tar archives for the tests below.
+mod archives;
 /// The program, as its users run it.
 mod cli;
 /// Networks for TensorRT, computed on the CPU.
@@ -12,6 +14,8 @@ mod invariance;
 mod kill;
 /// Lowering to the CPU.
 mod lowering;
+/// Packages from `.nemo` files.
+mod nemo;
 /// Logits against transformers in FP32.
 mod numerics;
 /// Packages for the tests below.

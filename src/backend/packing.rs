@@ -379,6 +379,12 @@ fn make_piece<'c>(
         Const::Codes(matrix, scheme) => {
             (item.store)(find(matrix, *scheme).map_or(&[][..], |(_, _, codes, _)| codes.as_slice()))
         }
+        // Numbers of a type are not changed by being rounded to it.
+        Const::Cast(inner, dtype)
+            if **inner == *of && raw.iter().all(|(view, _)| view.dtype == *dtype) && !raw.is_empty() =>
+        {
+            (item.store)(&values)
+        }
         expr => (item.store)(&evaluate(expr, of, &values)),
     });
     let bytes = bytes.collect::<Result<_>>()?;
