@@ -10,7 +10,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorInfo};
-use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
@@ -134,10 +135,7 @@ fn parse(bytes: &[u8]) -> Result<(Vec<StoredTensor>, BTreeMap<String, String>), 
     if header.first() != Some(&b'{') {
         return Err("the header does not start with '{': this is not a safetensors file".to_owned());
     }
-    // What serde_json skips it does not look at.
-    let header = std::str::from_utf8(header)
-        .map_err(|error| format!("bad header: not UTF-8 behind its first {} bytes", error.valid_up_to()))?;
-    let header: Header = serde_json::from_str(header).map_err(|error| format!("bad header: {}", clip(error)))?;
+    let header: Header = serde_json::from_slice(header).map_err(|error| format!("bad header: {}", clip(error)))?;
     let data_start = file_bytes - data.len();
     let tensors = place(header.tensors, data_start, data.len())?;
     Ok((tensors, header.metadata))
@@ -193,6 +191,15 @@ fn stored_bytes(info: &TensorInfo) -> Option<usize> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
+/// A tensor in the header: the three keys that the format has.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
+}
+
 /// The header as written: in file order, with any duplicates.
 struct Header {
     tensors: Vec<(String, TensorInfo)>,
@@ -218,10 +225,10 @@ impl<'de> Deserialize<'de> for Header {
                         }
                         continue;
                     }
-                    let info = map
-                        .next_value::<TensorInfo>()
+                    let Entry { dtype, shape, data_offsets } = map
+                        .next_value()
                         .map_err(|error| A::Error::custom(format_args!("tensor `{}`: {error}", clip(&name))))?;
-                    tensors.push((name, info));
+                    tensors.push((name, TensorInfo { dtype, shape, data_offsets }));
                 }
                 Ok(Header { tensors, metadata: metadata.flatten().unwrap_or_default() })
             }

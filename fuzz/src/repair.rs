@@ -11,9 +11,8 @@ pub fn tar(bytes: &mut [u8]) {
     for (index, block) in bytes.chunks_exact_mut(BLOCK_BYTES).enumerate() {
         let is_next = index == header;
         if is_next {
-            let octal = |size: usize, byte: &u8| size.saturating_mul(8) + usize::from(byte.wrapping_sub(b'0') & 7);
-            let digits = block[124..136].iter().take_while(|byte| byte.is_ascii_digit());
-            let size = digits.fold(0, |size, byte| octal(size, byte));
+            let octal = |size: usize, byte: &u8| size.saturating_mul(8) + usize::from(byte & 7);
+            let size = block[124..136].iter().take_while(|byte| byte.is_ascii_digit()).fold(0, octal);
             header += 1 + size.div_ceil(BLOCK_BYTES);
         }
         if block.iter().any(|byte| *byte != 0) && (is_next || block[257..262] == *b"ustar") {

@@ -83,6 +83,7 @@ fn refuses_a_bad_header() {
         (r#"{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}"#, "tensor `a`: invalid type"),
         (r#"{"a":{"dtype":"F32","shape":[18446744073709551616],"data_offsets":[0,0]}}"#, "tensor `a`: invalid"),
         (r#"{"a":{"dtype":"F32","dtype":"F32","shape":[],"data_offsets":[0,4]}}"#, "duplicate field `dtype`"),
+        (r#"{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4],"order":"F"}}"#, "tensor `a`: unknown field `order`"),
         (r#"{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4,8]}}"#, "tensor `a`: "),
         (r#"{"__metadata__":{},"__metadata__":{}}"#, "`__metadata__` is there twice"),
         (r#"{"__metadata__":{"a":1}}"#, "bad header: invalid type"),
