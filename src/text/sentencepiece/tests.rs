@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::normalizer::Normalizer;
 use super::proto::{ModelProto, NormalizerSpec, SentencePiece, TrainerSpec, kind, model_type};
 use super::trie::Trie;
+use super::unigram::Unigram;
 use super::vocabulary::Vocabulary;
 use crate::text::{Message, StreamDecoder, Tokenizer, template};
 
@@ -430,6 +431,24 @@ fn a_file_that_is_no_model_says_where() {
     {
         let error = Tokenizer::from_bytes(Path::new("m"), bytes).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn what_is_settled_early_is_what_the_whole_text_would_say() {
+    let vocabulary = Vocabulary::new(Path::new("m"), proto("unigram").pieces, false).unwrap();
+    let mut unigram = Unigram::new(&vocabulary);
+    // Long enough for scores to start from 0 again; with unknown characters and user-defined pieces.
+    let text = rows::<String>("lines.jsonl").concat().replace(' ', "▁");
+    let parts = |unigram: &Unigram| -> Vec<(u32, u32)> {
+        unigram.encode(&vocabulary, text.as_bytes()).iter().map(|part| (part.len, part.id)).collect()
+    };
+    unigram.settled_bytes = usize::MAX;
+    let whole = parts(&unigram);
+    assert!(whole.len() > 20_000 && whole.iter().map(|(len, _)| *len as usize).sum::<usize>() == text.len());
+    for settled_bytes in [0, 1, 100, 1 << 10] {
+        unigram.settled_bytes = settled_bytes;
+        assert!(parts(&unigram) == whole, "{settled_bytes}");
     }
 }
 

@@ -215,12 +215,12 @@ impl Vocabulary {
     }
 
     /// What the pieces are, in order of their ids.
-    pub(super) fn kinds(&self) -> impl Iterator<Item = Kind> {
+    pub(super) fn kinds(&self) -> impl Iterator<Item = Kind> + Clone {
         self.pieces.iter().map(|piece| piece.kind)
     }
 
     /// The ids of pieces a text can contain.
-    pub(super) fn plain_ids(&self) -> impl Iterator<Item = u32> {
+    pub(super) fn plain_ids(&self) -> impl Iterator<Item = u32> + Clone {
         self.kinds().enumerate().filter(|(_, kind)| kind.is_plain()).map(|(id, _)| id as u32)
     }
 }
