@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   checkpoint ──► graph ──► passes ──► lowering ──► engine package        build time
-//!   (HF folder)   (typed IR) (reports)  (kernels,    (a folder: manifest,
+//!   (.nemo, HF)   (typed IR) (reports)  (kernels,    (a folder: manifest,
 //!                                        arena,       plans, packed weights,
 //!                                        weights)     tokenizer)
 //!                                                         │
@@ -20,13 +20,13 @@
 //! | room | what lives there |
 //! | --- | --- |
 //! | [`error`], [`tensor`], [`mmap`], [`tensor_file`] | the error type, element types and borrowed tensors, mapped files, safetensors |
-//! | [`checkpoint`] | readers: a folder becomes a config and named, validated, mapped tensors |
+//! | [`checkpoint`] | readers: a `.nemo` or a Hugging Face folder becomes a config and named, validated, mapped tensors |
 //! | [`quantize`] | how a row of weights becomes small codes and scales |
 //! | [`graph`] | the typed intermediate representation of one forward step |
 //! | [`text`] | tokenizer, streaming decoder, chat template |
 //! | [`model`] | the architecture: a config becomes a graph |
 //! | [`engine`] | the package: manifest, limits, opening and writing |
-//! | [`backend`] | [`Step`](backend::Step), the [`Executor`](backend::Executor) trait, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering, running on a GPU) |
+//! | [`backend`] | [`Step`](backend::Step), the [`Executor`](backend::Executor) trait, the files of weights written in one pass, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering, running on a GPU) |
 //! | [`compile`] | recipes, passes, and [`compile::build`], which runs the upper half of the picture |
 //! | [`runtime`] | sampling, stops, [`Session`](runtime::Session) (one conversation), [`Batcher`](runtime::Batcher) (many); it sees neither graphs nor checkpoints |
 //!

@@ -26,11 +26,11 @@ HEAD = """# Building for a GPU, on a machine without one
 Made by `tools/measure_builds.py`, {date}, with `{checkpoint}` ({gigabytes:.1f} GB of weights, {parameters}), on {cores} cores
 of a shared machine ({memory:.0f} GB, no GPU). Private memory leaves out mapped files: the checkpoint and the package's own
 weights. *compiling* is TensorRT's part: the plan for decoding and later chunks, and the one for first chunks if it is
-built; *reading* hashes the checkpoint; *packing* converts, quantizes and writes the weights. *disk alone* is
+built; *packing* reads, hashes, converts, quantizes and writes the weights. *disk alone* is
 `sha256sum` of the checkpoint and a flushed copy of the package, one after the other.
 
-| build | total | compiling | reading | packing | disk alone | private memory, at most | package | plans |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+| build | total | compiling | packing | disk alone | private memory, at most | package | plans |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def timed(command: list[str]) -> float:
@@ -51,7 +51,7 @@ def build(checkpoint: Path, recipe: str, output: Path) -> dict:
     with Sampler(process) as peak:
         for line in process.stderr:
             # A stage says its name once, then how far it is.
-            if found := re.match(r"(compiling|checking|reading|packing|calibrating)\b(?!.*( of |step))", line):
+            if found := re.match(r"(compiling|checking|packing|calibrating)\b(?!.*( of |step))", line):
                 begun.append((time.perf_counter(), found[1]))
             elif line.startswith("error"):
                 sys.exit(line)
@@ -93,7 +93,7 @@ def main() -> None:
         plans = sum(file.stat().st_size for file in (output / "plans").iterdir())
         stage = lambda name: " + ".join(f"{seconds:.0f}" for seconds in found["stages"].get(name, [0.0])) + " s"
         print(
-            f"| `{recipe}` | {found['total']:.0f} s | {stage('compiling')} | {stage('reading')} | {stage('packing')} "
+            f"| `{recipe}` | {found['total']:.0f} s | {stage('compiling')} | {stage('packing')} "
             f"| {alone:.0f} s | {found['peak'] / 1e9:.2f} GB | {folder_bytes(output) / 1e9:.1f} GB | {plans / 1e6:.0f} MB |",
             flush=True,
         )
