@@ -141,6 +141,7 @@ impl PlannedBuild {
         check_recipes(recipes)?;
         // What cannot be built here is refused before anything is read.
         let means = recipes.iter().map(|recipe| means_for(recipe, request.prepare)).collect::<Result<Vec<_>>>()?;
+        PackageWriter::check_target(&request.output, request.replace)?;
         let checkpoint = open_checkpoint(&request.checkpoint, progress)?;
         let mut config = checkpoint.config().clone();
         let limits = recipes.iter().map(|recipe| recipe.limits(&config)).collect::<Result<Vec<_>>>()?;
@@ -169,14 +170,7 @@ impl PlannedBuild {
             generation,
             plans,
             calibration,
-            prediction: Prediction {
-                read_bytes: 0,
-                files: Vec::new(),
-                scratch_bytes: 0,
-                memory_bytes: 0,
-                free_disk_bytes: None,
-                available_memory_bytes: None,
-            },
+            prediction: Prediction::default(),
         };
         planned.prediction = planned.predict()?;
         Ok(planned)

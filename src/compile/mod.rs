@@ -184,8 +184,27 @@ pub fn checkpoint_tokenizer(checkpoint: &Checkpoint) -> Result<Option<(Vec<u8>, 
     Ok(Some((bytes, tokenizer)))
 }
 
-/// Where a package goes if the user does not say: `engines/<checkpoint's name>`.
+/// Where a package goes if the user does not say: `engines/<checkpoint's name>`, a `.nemo`'s without its extension.
 pub fn default_output(checkpoint: &Path) -> PathBuf {
     let absolute = checkpoint.canonicalize().unwrap_or_else(|_| checkpoint.to_path_buf());
-    Path::new("engines").join(absolute.file_name().unwrap_or("engine".as_ref()))
+    let is_nemo = absolute.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("nemo"));
+    let name = if is_nemo { absolute.file_stem() } else { absolute.file_name() };
+    Path::new("engines").join(name.unwrap_or("engine".as_ref()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packages_are_called_as_their_checkpoints() {
+        for (checkpoint, package) in [
+            ("models/chat", "engines/chat"),
+            ("models/Nemotron-3-8B.v1.nemo", "engines/Nemotron-3-8B.v1"),
+            ("models/X.NEMO", "engines/X"),
+            ("/", "engines/engine"),
+        ] {
+            assert_eq!(default_output(Path::new(checkpoint)), Path::new(package), "{checkpoint}");
+        }
+    }
 }

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 
 /// What a build will take. Sizes of weights are exact to their headers; those of TensorRT's plans and what TensorRT itself
 /// takes are estimates from builds that were measured (docs/gpu-builds.md).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prediction {
     /// Bytes of weights that are read.
     pub read_bytes: u64,

@@ -26,6 +26,14 @@ pub struct PackageWriter {
 }
 
 impl PackageWriter {
+    /// Whether a package may be written to `target`, without beginning one.
+    ///
+    /// # Errors
+    /// [`Error::Package`] as for [`PackageWriter::create`].
+    pub fn check_target(target: &Path, replace: bool) -> Result<()> {
+        refuse_existing(target, replace)
+    }
+
     /// Starts a package at `target`. Missing parent folders are made.
     ///
     /// # Errors
