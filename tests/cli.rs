@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use aotron::backend::tensorrt::{Kind, Library};
 use aotron::compile::Precision;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::packages::build_package;
@@ -86,6 +86,44 @@ fn text(path: &Path) -> &str {
 
 fn ids(value: &Value) -> Vec<u64> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect()
+}
+
+#[test]
+fn a_dry_run_says_what_a_build_takes_and_writes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let dry = ["build", CHAT, "--recipe", "cpu:int8", "--dry-run", "-o", text(&output)];
+    let ran = aotron(&dry).ok();
+    for line in ["reads 6.3 MiB of weights", "weights/cpu-int8.safetensors", "disk ", "memory "] {
+        assert!(ran.err.contains(line), "{line}: {}", ran.err);
+    }
+    assert_eq!(ran.out, "");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    // What is there is refused before anything is read.
+    aotron(&["build", CHAT, "-o", text(&output)]).ok();
+    aotron(&dry).fails(1, &["--force"]);
+}
+
+#[test]
+fn inspect_describes_a_nemo() {
+    let ran = aotron(&["inspect", "tests/data/nemo/zarr-tp2.nemo"]).ok();
+    for line in [
+        "a nemo checkpoint",
+        "a distributed checkpoint, zarr",
+        "tensor parallel 2",
+        "<extra_id_1> 5",
+        "ends at      id 3, id 5",
+    ] {
+        assert!(ran.out.contains(line), "{line}: {}", ran.out);
+    }
+    assert!(ran.err.contains("not as on the model card: hidden_size is 16, the card's model has 4096"), "{}", ran.err);
+    let json = aotron(&["inspect", "tests/data/nemo/zarr-tp2.nemo", "--format", "json"]).ok().json();
+    assert_eq!((&json["format"], &json["ends"]), (&json!("nemo"), &json!([3, 5])));
+    assert_eq!(json["tokenizer"]["special_ids"]["<extra_id_1>"], 5);
+    assert!(json["differences_from_model_card"].as_array().unwrap().len() > 5, "{json}");
+    // A tokenizer can be looked at too.
+    let ids = aotron(&["tokenize", "tests/data/nemo/zarr-tp2.nemo", "--text", "Hi"]).ok();
+    assert!(ids.out.contains("<extra_id_1>"), "{}", ids.out);
 }
 
 #[test]

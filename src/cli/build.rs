@@ -18,7 +18,7 @@ use super::term::{self, Stages};
 /// What to build, from what, to where.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
-    /// Checkpoint: the folder that was downloaded; with --finish, an engine package
+    /// Checkpoint: the .nemo or the folder that was downloaded; with --finish, an engine package
     #[arg(value_name = "CHECKPOINT|ENGINE")]
     source: PathBuf,
     /// What to build for: names of recipes (cpu, a100, h100) or files with one, with commas between them; a precision may
