@@ -217,8 +217,10 @@ fn next_base<'p>(queues: &[Queue<'p>]) -> Option<&'p Const> {
     let fronts = || queues.iter().filter_map(|queue| queue.items.front()).map(|item| base(item.expr));
     let is_behind = |of: &Const| {
         queues.iter().any(|queue| {
-            let mut bases = queue.items.iter().map(|item| base(item.expr)).skip_while(|other| *other == of);
-            bases.any(|other| other == of && !matches!(other, Const::RotaryTable { .. }))
+            // Scales are kept for when their turn comes.
+            let items = queue.items.iter().filter(|item| !matches!(item.expr, Const::Scales { .. }));
+            let mut bases = items.map(|item| base(item.expr)).skip_while(|other| *other == of);
+            bases.any(|other| other == of)
         })
     };
     fronts().find(|of| !is_behind(of)).or_else(|| fronts().next())

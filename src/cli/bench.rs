@@ -7,13 +7,13 @@ use anyhow::bail;
 use aotron::backend::cpu::kernels::isa::Isa;
 use aotron::backend::cpu::program::{Kernel, Program};
 use aotron::backend::{Chunk, Executor, Limits, NextToken, Rows, Step, cpu_program};
+use aotron::compile::available_memory_bytes;
 use aotron::engine::{Package, PlanInfo};
 use aotron::tensor_file::TensorFile;
 use rayon::prelude::*;
 use serde::Serialize;
 
 use super::args::{EngineFlags, Format, count, usage};
-use super::doctor::available_memory;
 use super::term;
 
 /// Read by the bandwidth probe: far more than any cache holds, if there is that much memory.
@@ -256,7 +256,7 @@ fn gpu_weight_bytes(package: &Package, plan: &PlanInfo) -> anyhow::Result<u64> {
 
 /// Bytes per second that `threads` threads read from memory: a sum over a large buffer.
 fn memory_bandwidth(threads: usize) -> anyhow::Result<f64> {
-    let bytes = PROBE_BYTES.min(available_memory().unwrap_or(PROBE_BYTES) / 4).max(1 << 20);
+    let bytes = PROBE_BYTES.min(available_memory_bytes().unwrap_or(PROBE_BYTES) / 4).max(1 << 20);
     let elements = (bytes / 8) as usize;
     let mut buffer: Vec<u64> = Vec::new();
     if buffer.try_reserve_exact(elements).is_err() {

@@ -8,7 +8,7 @@ use aotron::backend::cpu::kernels::isa::Isa;
 use aotron::backend::tensorrt::device::{DeviceInfo, devices};
 use aotron::backend::tensorrt::{Kind, Library};
 use aotron::compile::gpu::{Means, sm};
-use aotron::compile::{Precision, Target};
+use aotron::compile::{Precision, Target, available_memory_bytes, free_bytes, total_memory_bytes};
 use serde::Serialize;
 
 use super::args::Format;
@@ -174,9 +174,9 @@ impl Findings {
             cpu: cpu_name(),
             instruction_sets: Isa::available().iter().map(ToString::to_string).collect(),
             cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
-            memory_bytes: meminfo("MemTotal:"),
-            memory_available_bytes: available_memory(),
-            disk_free_bytes: disk_free(Path::new(".")),
+            memory_bytes: total_memory_bytes(),
+            memory_available_bytes: available_memory_bytes(),
+            disk_free_bytes: free_bytes(Path::new(".")),
             tensorrt: Kind::ALL.into_iter().map(TensorRtFinding::gather).collect(),
             targets: Target::ALL.into_iter().map(|target| TargetFinding::gather(target, &gpus)).collect(),
             gpus: gpus.iter().map(gpu_words).collect(),
@@ -250,26 +250,4 @@ fn cpu_name() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     Some(term::harmless(line.split_once(':')?.1.trim()))
-}
-
-/// A line of /proc/meminfo, which counts in KiB.
-fn meminfo(key: &str) -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with(key))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
-}
-
-/// Bytes this process can still use: the machine's, or what its control group has left.
-pub fn available_memory() -> Option<u64> {
-    let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let machine = meminfo("MemAvailable:");
-    let group = number("/sys/fs/cgroup/memory.max")
-        .zip(number("/sys/fs/cgroup/memory.current"))
-        .map(|(most, current)| most.saturating_sub(current));
-    machine.into_iter().chain(group).min()
-}
-
-fn disk_free(folder: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(folder).ok()?;
-    stat.f_bavail.checked_mul(stat.f_frsize)
 }

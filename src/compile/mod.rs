@@ -16,7 +16,7 @@ pub use calibration::Calibration;
 pub use finish::{FinishRequest, finish};
 use gpu::{Engines, GpuPlan, Means};
 pub use passes::{Precision, Report};
-pub use prediction::{Prediction, free_bytes};
+pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
 pub use recipe::{Recipe, Target, TensorRtOptions};
 
 use crate::backend::Limits;

@@ -61,11 +61,27 @@ pub fn free_bytes(path: &Path) -> Option<u64> {
     stat.f_bavail.checked_mul(stat.f_frsize)
 }
 
-/// Bytes of memory that are free or can be freed, as the system estimates it.
-pub(super) fn available_memory_bytes() -> Option<u64> {
-    let facts = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = facts.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+/// Bytes of memory that this process can still use: the machine's, or what its control group has left; `None` if the
+/// system does not say.
+pub fn available_memory_bytes() -> Option<u64> {
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let machine = meminfo("MemAvailable:");
+    let group = number("/sys/fs/cgroup/memory.max")
+        .zip(number("/sys/fs/cgroup/memory.current"))
+        .map(|(most, current)| most.saturating_sub(current));
+    machine.into_iter().chain(group).min()
+}
+
+/// Bytes of memory that the machine has; `None` if the system does not say.
+pub fn total_memory_bytes() -> Option<u64> {
+    meminfo("MemTotal:")
+}
+
+/// A line of /proc/meminfo, which counts in KiB.
+fn meminfo(key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]
