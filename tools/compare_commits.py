@@ -16,6 +16,7 @@ Needs Python alone; built programs are kept in --target (default: a temporary fo
 """
 
 import argparse
+import hashlib
 import json
 import mmap
 import os
@@ -60,6 +61,8 @@ def build_commit(commit: str | None, work: Path, target: Path, name: str) -> Pat
             if DETECT in source and "AOTRON_CPU" not in source:
                 isa.write_text(source.replace(DETECT, DETECT_BY_NAME))
         print(f"building {commit or 'this working tree'} …", file=sys.stderr, flush=True)
+        # Both trees are the same package to cargo, which would take one's program for the other's if its files are older.
+        run(["cargo", "clean", "--quiet", "--release", "--package", "aotron", "--target-dir", target], cwd=tree)
         run(["cargo", "build", "--release", "--locked", "--bin", "aotron", "--target-dir", target], cwd=tree)
         program = work / f"aotron-{name}"
         shutil.copy2(target / "release" / "aotron", program)
@@ -174,6 +177,9 @@ def main() -> None:
         target = (arguments.target or work / "target").resolve()
         base = arguments.base_binary or build_commit(arguments.base, work, target, "base")
         new = arguments.new_binary or build_commit(arguments.new, work, target, "new")
+
+        for name, program in (("base", base), ("new", new)):
+            print(f"{name}: {program}, sha256 {hashlib.sha256(program.read_bytes()).hexdigest()[:16]}", flush=True)
 
         models = [(data / "tiny-chat", conversations(arguments.conversations))]
         for seed, config in enumerate(sorted(data.glob("shapes/*/config.json"))):
