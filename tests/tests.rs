@@ -20,6 +20,8 @@ mod nemo;
 mod numerics;
 /// Packages for the tests below.
 mod packages;
+/// Graphs computed in FP64.
+mod reference;
 /// TensorRT, where its library is.
 mod tensorrt;
 /// Running plans of TensorRT, on a stand-in for a GPU and with the real library.
