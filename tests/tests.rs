@@ -1,4 +1,4 @@
-//! The integration tests, but for those that need a process of their own: `hostile`, `allocation`, `tensorrt_memory`.
+//! The integration tests, but for those that need a process of their own: `hostile` and `memory`.
 
 /// Tar archives for the tests below.
 mod archives;
@@ -22,6 +22,8 @@ mod numerics;
 mod packages;
 /// Graphs computed in FP64.
 mod reference;
+/// Tests that this machine cannot run.
+mod skips;
 /// TensorRT, where its library is.
 mod tensorrt;
 /// Running plans of TensorRT, on a stand-in for a GPU and with the real library.
@@ -30,3 +32,31 @@ mod tensorrt_runtime;
 mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;
+
+use aotron::backend::cpu::kernels::isa::Isa;
+
+/// A word that nothing may do without would require nothing, in silence.
+#[test]
+fn what_is_required_is_known() {
+    for kind in skips::required() {
+        assert!(skips::KINDS.contains(&kind.as_str()), "AOTRON_REQUIRE names {kind}; it knows {:?}", skips::KINDS);
+    }
+}
+
+/// Most tests run on every set that a machine has: here the others are named.
+#[test]
+fn every_instruction_set_is_tested() {
+    for set in ["avx2", "avx512", "avx512-bf16"] {
+        if Isa::by_name(set).is_none() {
+            skips::skip(set, "every_instruction_set_is_tested", format!("this machine has no {set}"));
+        }
+    }
+}
+
+/// What AOTRON_CPU names is what a test runs on that names no set itself.
+#[test]
+fn the_named_set_is_the_default() {
+    if let Ok(name) = std::env::var("AOTRON_CPU") {
+        assert_eq!(Isa::detect().to_string(), name);
+    }
+}
