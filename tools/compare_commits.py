@@ -203,7 +203,8 @@ def main() -> None:
         base = arguments.base_binary or build_commit(arguments.base, work, target, "base")
         new = arguments.new_binary or build_commit(arguments.new, work, target, "new")
 
-        for name, program in (("base", base), ("new", new)):
+        programs = {"base": base, "new": new}
+        for name, program in programs.items():
             print(f"{name}: {program}, sha256 {hashlib.sha256(program.read_bytes()).hexdigest()[:16]}", flush=True)
 
         models = [(data / "tiny-chat", conversations(arguments.conversations))]
