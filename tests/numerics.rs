@@ -129,7 +129,7 @@ fn kernels_compute_the_graph() {
             let reference = Reference::new(&shape, &package, precision);
             for (ids, _) in golden(&shape) {
                 let expected = reference.logits(&ids);
-                for isa in aotron::backend::cpu::kernels::isa::Isa::available() {
+                for isa in aotron::isa::Isa::available() {
                     let options = CpuOptions { threads: Some(2), isa: Some(isa), slots: None };
                     let mut executor = open_cpu(&package, &options).unwrap();
                     let distance = distance(&score(&mut executor, 1, &ids, 7), &expected);

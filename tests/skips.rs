@@ -5,17 +5,8 @@ use std::fs::OpenOptions;
 use std::io::Write;
 
 /// Everything that a test may do without. tools/deny.sh knows the last two.
-pub const KINDS: [&str; 9] = [
-    "tensorrt",
-    "no-driver",
-    "tar",
-    "python3",
-    "avx2",
-    "avx512",
-    "avx512-bf16",
-    "deny",
-    "advisories",
-];
+pub const KINDS: [&str; 10] =
+    ["tensorrt", "no-driver", "tar", "python3", "avx2", "avx512", "avx512-vnni", "avx512-bf16", "deny", "advisories"];
 
 /// Skips `test`, which needs `kind`. The caller returns after it.
 ///

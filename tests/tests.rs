@@ -33,7 +33,7 @@ mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;
 
-use aotron::backend::cpu::kernels::isa::Isa;
+use aotron::isa::{CPU_VARIABLE, CpuFeatures, Isa};
 
 /// A word that nothing may do without would require nothing, in silence.
 #[test]
@@ -46,17 +46,17 @@ fn what_is_required_is_known() {
 /// Most tests run on every set that a machine has: here the others are named.
 #[test]
 fn every_instruction_set_is_tested() {
-    for set in ["avx2", "avx512", "avx512-bf16"] {
+    for set in CpuFeatures::names() {
         if Isa::by_name(set).is_none() {
             skips::skip(set, "every_instruction_set_is_tested", format!("this machine has no {set}"));
         }
     }
 }
 
-/// What AOTRON_CPU names is what a test runs on that names no set itself.
+/// A test that names no set itself runs on the one that the environment names.
 #[test]
 fn the_named_set_is_the_default() {
-    if let Ok(name) = std::env::var("AOTRON_CPU") {
-        assert_eq!(Isa::detect().to_string(), name);
+    if let Ok(name) = std::env::var(CPU_VARIABLE) {
+        assert_eq!(Isa::from_environment().unwrap().to_string(), name);
     }
 }
