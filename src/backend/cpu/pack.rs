@@ -7,9 +7,10 @@ use super::kernels::matmul::{PANEL, Weight, pack_panel};
 use super::kernels::quantized::pack_codes;
 use super::lower::Lowered;
 use super::program::{Layout, WeightSpec};
-use crate::backend::constants::stored_dtype;
-use crate::backend::packing::Item;
-use crate::graph::Const;
+use crate::backend::constants::{RowForm, stored_dtype};
+use crate::backend::packing::{Item, StoreRows};
+use crate::error::Error;
+use crate::quantize::Scheme;
 use crate::tensor::DType;
 
 /// Order of the weights in their file: panels in the order of use (whole cache lines, so all of them stay aligned), then
@@ -26,20 +27,22 @@ pub fn file_order(weights: &[WeightSpec]) -> Vec<usize> {
 /// The safetensors file of a plan's weights, for [`packing`](crate::backend::packing) to write.
 pub fn items(lowered: &Lowered) -> Vec<Item<'_>> {
     let item = |index: usize| {
-        let (spec, expr) = (&lowered.program.weights[index], &lowered.constants[index]);
-        let store: fn(&WeightSpec, &Const, &[f32]) -> Vec<u8> = match spec.dtype {
-            DType::BF16 => store_floats::<bf16>,
-            dtype if dtype.is_code() => store_codes,
-            _ => store_floats::<f32>,
+        let (spec, content) = (&lowered.program.weights[index], &lowered.constants[index]);
+        let store: StoreRows<'_> = match (content.form(), spec.dtype) {
+            (RowForm::Codes(scheme), _) => Box::new(move |rows| Ok(store_codes(spec, scheme, rows))),
+            (_, DType::BF16) => Box::new(move |rows| Ok(store_floats::<bf16>(spec, rows))),
+            (_, DType::F32) => Box::new(move |rows| Ok(store_floats::<f32>(spec, rows))),
+            (form, dtype) => Box::new(move |_| {
+                let found = format!("weight `{}` is {dtype} and holds {form:?}", spec.name);
+                Err(Error::internal(found, "codes, or values or scales of f32 or bf16"))
+            }),
         };
         Item {
             name: &spec.name,
             stored: (stored_dtype(spec.dtype), spec.stored_shape()),
-            expr,
-            rows: spec.rows,
-            columns: spec.columns,
+            content,
             unit: if spec.layout == Layout::Panels { PANEL } else { 1 },
-            store: Box::new(move |rows| Ok(store(spec, expr, rows))),
+            store,
             finish: None,
         }
     };
@@ -53,7 +56,7 @@ pub fn packed_bytes(weights: &[WeightSpec]) -> u64 {
 }
 
 /// Rows of a weight as stored: row-major or in panels.
-fn store_floats<T: Weight + Element>(spec: &WeightSpec, _: &Const, rows: &[f32]) -> Vec<u8> {
+fn store_floats<T: Weight + Element>(spec: &WeightSpec, rows: &[f32]) -> Vec<u8> {
     let stored: Vec<T> = match spec.layout {
         Layout::Table => rows.iter().map(|value| T::from_f32(*value)).collect(),
         Layout::Panels => {
@@ -68,11 +71,8 @@ fn store_floats<T: Weight + Element>(spec: &WeightSpec, _: &Const, rows: &[f32])
 }
 
 /// Rows of codes as stored, in panels.
-fn store_codes(spec: &WeightSpec, expr: &Const, rows: &[f32]) -> Vec<u8> {
-    let codes: Vec<u8> = match expr {
-        Const::Codes(_, scheme) => rows.iter().map(|code| scheme.bits(*code)).collect(),
-        _ => Vec::new(), // no other constant has codes
-    };
+fn store_codes(spec: &WeightSpec, scheme: Scheme, rows: &[f32]) -> Vec<u8> {
+    let codes: Vec<u8> = rows.iter().map(|code| scheme.bits(*code)).collect();
     let mut packed = vec![0; (codes.len() / spec.columns).div_ceil(PANEL) * spec.panel_elements()];
     for (rows, panel) in codes.chunks(PANEL * spec.columns).zip(packed.chunks_mut(spec.panel_elements())) {
         pack_codes(spec.dtype, rows, spec.columns, panel);

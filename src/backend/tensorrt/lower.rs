@@ -12,10 +12,11 @@ use std::sync::Arc;
 
 pub use super::weights::{Constants, Layout, Weight};
 use super::{ConstantBytes, Layers, Network, Profile, Range, Tensor};
+use crate::backend::constants::ConstRows;
 pub use crate::engine::tensorrt::Sizes;
 use crate::engine::tensorrt::{Binding, Extent, Role, StepSize};
 use crate::error::{Error, Result};
-use crate::graph::{Const, Graph, Input, Node, Op, Value};
+use crate::graph::{Const, Graph, Input, Node, Op, Type, Value};
 use crate::tensor::DType;
 
 /// Name of the input with each sequence's tokens after the step, `i32[B]`: what attention reads.
@@ -132,10 +133,12 @@ impl<N: Layers> Lowering<'_, N> {
             (Op::Input(input), _) => self.input(node, *input),
             (Op::Const(Const::Codes(..) | Const::Scales { .. }), _) => Ok(Place::Weight),
             (Op::Const(expr), _) => {
-                let shape: Option<Vec<usize>> = node.ty.shape.iter().map(|d| d.as_fixed()).collect();
-                let shape =
-                    shape.ok_or_else(|| fail(node, &format!("a constant's sizes are known, not {}", node.ty)))?;
-                Ok(Place::Plain(self.weight(Weight::rows(&node.name, dtype, shape, expr))?))
+                let content = plain_form(node, expr, &node.ty)?;
+                let shape: Vec<usize> = match node.ty.shape.len() {
+                    1 => vec![content.width()],
+                    _ => vec![content.rows(), content.width()],
+                };
+                Ok(Place::Plain(self.weight(Weight::rows(&node.name, dtype, shape, content))?))
             }
             (Op::AddScalar(scalar), &[x]) => {
                 let x = self.plain(x)?;
@@ -192,7 +195,9 @@ impl<N: Layers> Lowering<'_, N> {
                 let rows = self.sizes.max_sequence_tokens;
                 let expr = Const::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim, positions: rows };
                 let name = format!("{}.table", node.name);
-                let table = self.weight(Weight::rows(&name, dtype, vec![rows, rotary_dim / 2], &expr))?;
+                let ty = Type::new(dtype, [rows.into(), (rotary_dim / 2).into()]);
+                let content = plain_form(node, &expr, &ty)?;
+                let table = self.weight(Weight::rows(&name, dtype, vec![rows, rotary_dim / 2], content))?;
                 let positions = self.plain(positions)?;
                 Ok(Place::Plain(self.network.gather(table, positions)?))
             }
@@ -353,9 +358,11 @@ impl<N: Layers> Lowering<'_, N> {
                 self.typed(x, from, QUANTIZED_PRODUCTS)?
             }
         };
-        let codes = Weight::rows(&codes.name, codes.ty.dtype, vec![rows, columns], codes_expr);
-        let scales = Weight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_expr);
-        let codes = Weight { shape: vec![columns, rows], layout: Layout::Transposed, ..codes };
+        let codes_content = plain_form(codes, codes_expr, &codes.ty)?;
+        let scales_content = plain_form(scales, scales_expr, &scales.ty)?;
+        let codes = Weight::rows(&codes.name, codes.ty.dtype, vec![columns, rows], codes_content);
+        let codes = Weight { layout: Layout::Transposed, ..codes };
+        let scales = Weight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_content);
         let weight = if let Some(block) = block {
             let unit = common_divisor(block, columns);
             let codes = self.weight(Weight { in_plan: true, ..codes })?;
@@ -563,6 +570,10 @@ fn rank(node: &Node) -> Result<u32> {
 
 fn size(n: Option<usize>, node: &Node) -> Result<i64> {
     n.and_then(|n| i64::try_from(n).ok()).ok_or_else(|| fail(node, "a size that must be known is not, or too large"))
+}
+
+fn plain_form(node: &Node, expr: &Const, ty: &Type) -> Result<ConstRows> {
+    ConstRows::new(expr, ty).map_err(|detail| fail(node, &detail))
 }
 
 fn fail(node: &Node, detail: &str) -> Error {
