@@ -34,7 +34,7 @@ mod yaml;
 
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;
-pub use schema::EMBEDDING;
+pub use schema::{EMBEDDING, TensorRole};
 pub use weight::TensorView;
 use weight::Weight;
 

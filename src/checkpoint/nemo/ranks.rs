@@ -96,13 +96,13 @@ impl Ranks {
                     return Err(missing_in(container, &ranks[of_ranks.len()], &name, &ranks[0]));
                 }
                 let (name, axis) = match meaning(&name) {
-                    Meaning::Weight { part, layer } => {
+                    Meaning::Weight { tensor, layer } => {
                         let in_model = layer.map(|layer| layer + stage * layers_per_stage);
                         if layer.is_some_and(|layer| layer >= layers_per_stage) {
                             let detail = format!("`{}` is past the {layers_per_stage} layers of a stage", clip(&name));
                             return Err(Error::format(container.member_path(&ranks[0]), detail));
                         }
-                        (renumbered(&name, layer, in_model), part.tensor_parallel_axis())
+                        (renumbered(&name, layer, in_model), tensor.split_axis())
                     }
                     // The last stage's copy of shared weights.
                     Meaning::TiedCopy if stage > 0 => continue,
