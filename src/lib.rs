@@ -19,7 +19,7 @@
 //!
 //! | room | what lives there |
 //! | --- | --- |
-//! | [`error`], [`tensor`], [`mmap`], [`tensor_file`] | the error type, element types and borrowed tensors, mapped files, safetensors |
+//! | [`error`], [`tensor`], [`isa`], [`mmap`], [`tensor_file`] | the error type, element types and borrowed tensors, CPU features, mapped files, safetensors |
 //! | [`checkpoint`] | readers: a `.nemo` or a Hugging Face folder becomes a config and named, validated, mapped tensors |
 //! | [`quantize`] | how a row of weights becomes small codes and scales |
 //! | [`graph`] | the typed intermediate representation of one forward step |
@@ -72,6 +72,7 @@ pub mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod graph;
+pub mod isa;
 pub mod mmap;
 pub mod model;
 pub mod quantize;

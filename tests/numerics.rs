@@ -66,7 +66,7 @@ fn logits_are_transformers() {
             let tolerance = tolerance(precision);
             let folder = tempfile::tempdir().unwrap();
             let package = build_package(&shape, precision, &folder.path().join("engine"));
-            for isa in aotron::backend::cpu::kernels::isa::Isa::available() {
+            for isa in aotron::isa::Isa::available() {
                 let options = CpuOptions { threads: Some(2), isa: Some(isa), slots: None };
                 let mut executor = open_cpu(&package, &options).unwrap();
                 for (ids, expected) in golden(&shape) {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use aotron::backend::cpu::kernels::isa::Isa;
+use aotron::isa::Isa;
 use aotron::runtime::SamplingParams;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};

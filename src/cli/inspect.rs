@@ -10,7 +10,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use aotron::backend::cpu::lower::lower;
+use aotron::backend::cpu::lower::{CpuTarget, lower};
 use aotron::backend::cpu::program::Program;
 use aotron::backend::{Limits, cpu_program};
 use aotron::checkpoint::{Checkpoint, ModelConfig, is_checkpoint, read_config};
@@ -105,7 +105,7 @@ impl Dumps {
             let (graph, reports) = optimized_graph(config, precision, limits.max_sequence_tokens, Some(&calibration))?;
             dumps.passes = flags.passes.then_some(reports);
             if flags.program {
-                dumps.program = Some(lower(&graph, &limits)?.program);
+                dumps.program = Some(lower(&graph, &limits, CpuTarget::native())?.program);
             }
             dumps.graph = flags.graph.then_some(graph);
         }

@@ -63,7 +63,7 @@ impl Lowered {
             None => {
                 let (graph, reports) =
                     optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
-                Ok(Lowered::Cpu { lowered: Box::new(cpu::lower::lower(&graph, limits)?), reports })
+                Ok(Lowered::Cpu { lowered: Box::new(cpu::lower::lower(&graph, limits, recipe.cpu_target())?), reports })
             }
             Some(means) => Ok(Lowered::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration)?))),
         }
@@ -418,7 +418,7 @@ fn plan_calibration(
     let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
     let prompts = calibration::prompts(request.calibration.as_ref(), tokenizer, &limits, progress)?;
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
-    let lowered = cpu::lower::lower(&graph, &limits)?;
+    let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target())?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
     Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none() }))
 }

@@ -66,8 +66,8 @@ impl Calibration {
                 Kernel::RoundToF8 { scale, out, .. } => {
                     rounded.insert(out, scale);
                 }
-                Kernel::QuantizedLinear { x, codes, .. } => {
-                    if let (Some(scale), Some(weight)) = (rounded.get(&x.buffer), program.weights.get(codes)) {
+                Kernel::Linear { x, weight, .. } => {
+                    if let (Some(scale), Some(weight)) = (rounded.get(&x.buffer), program.weights.get(weight)) {
                         calibration.scales.insert(base_name(&weight.name).into(), *scale);
                     }
                 }
