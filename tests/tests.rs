@@ -4,6 +4,8 @@
 mod archives;
 /// The program, as its users run it.
 mod cli;
+/// CPU plans for one CPU and another.
+mod cpu_packing;
 /// Networks for TensorRT, computed on the CPU.
 mod evaluator;
 /// Packages with plans for GPUs.
