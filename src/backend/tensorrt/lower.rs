@@ -317,7 +317,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let (stored, _) = file.tensor(&weight.name).ok_or_else(|| {
                     Error::format(file.path(), format!("there is no tensor {}: build the package again", weight.name))
                 })?;
-                Ok(ConstantBytes::of_file(file.clone(), stored.bytes.clone()))
+                ConstantBytes::of_file(file.clone(), stored.bytes.clone())
             }
             Constants::Arbitrary => {
                 let length = usize::try_from(weight.bytes())
@@ -326,7 +326,7 @@ impl<N: Layers> Lowering<'_, N> {
                     // 0.0115 as FP32, since TensorRT refuses scales of zero.
                     self.arbitrary = vec![0x3c; length].into();
                 }
-                Ok(ConstantBytes::of_memory(self.arbitrary.clone(), 0..length))
+                ConstantBytes::of_memory(self.arbitrary.clone(), 0..length)
             }
         }
     }
