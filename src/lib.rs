@@ -77,6 +77,9 @@ pub mod mmap;
 pub mod model;
 pub mod quantize;
 pub mod runtime;
+#[cfg(test)]
+#[path = "../tests/skips.rs"]
+mod skips;
 pub mod tensor;
 pub mod tensor_file;
 pub mod text;

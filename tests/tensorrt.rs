@@ -1,7 +1,6 @@
 //! TensorRT against the real library where it is found (`make tensorrt` gets it), and what happens where it is not.
 
 use std::ffi::OsStr;
-use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,18 +17,14 @@ use aotron::compile::{Calibration, Precision, optimized_graph};
 use aotron::engine::tensorrt::{Binding, Extent, Role};
 use aotron::tensor::DType;
 
+use crate::skips::skip;
+
 const TINY_CHAT: &str = "tests/data/tiny-chat";
 const SM_80: Option<u16> = Some(80);
 
-/// TensorRT for RTX, or `None` and a line on standard error, past the capture of tests' output, that says so.
+/// TensorRT for RTX, or `None`, and `test` is skipped.
 pub fn rtx(test: &str) -> Option<Library> {
-    match Library::find(Kind::Rtx) {
-        Ok(library) => Some(library),
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {error}");
-            None
-        }
-    }
+    Library::find(Kind::Rtx).map_err(|error| skip("tensorrt", test, error)).ok()
 }
 
 /// Counts steps, and breaks off after so many.

@@ -8,6 +8,7 @@ pub mod passes;
 mod prediction;
 mod quantize;
 mod recipe;
+mod repack;
 
 use std::path::{Path, PathBuf};
 

@@ -11,6 +11,10 @@ use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::tensor_file::TensorFile;
 
+/// The environment variable that, set to 1, has each step start with an arena of NaN, as builds with debug assertions do:
+/// a kernel that reads what none wrote is then seen in the logits. `make test` sets it, since tests run optimized.
+const POISON_VARIABLE: &str = "AOTRON_CPU_POISON";
+
 /// How to run a program on this machine.
 #[derive(Debug, Clone, Default)]
 pub struct CpuOptions {
@@ -33,6 +37,7 @@ pub struct CpuExecutor {
     slots: Vec<u32>,     // [tokens of the step]
     pool: rayon::ThreadPool,
     isa: Isa,
+    poison: bool,
 }
 
 /// Zeroed memory that starts at a cache line and that the operating system hands out as it is touched. (An allocation
@@ -123,6 +128,7 @@ impl CpuExecutor {
             positions: reserve_tokens(&limits)?,
             slots: reserve_tokens(&limits)?,
             isa: options.isa.map_or_else(Isa::from_environment, Ok)?,
+            poison: cfg!(debug_assertions) || std::env::var_os(POISON_VARIABLE).is_some_and(|value| value == "1"),
             program,
             limits,
             weights,
@@ -212,7 +218,7 @@ impl CpuExecutor {
         if out_of_range {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
-        if cfg!(debug_assertions) {
+        if self.poison {
             self.arena.bytes_mut().fill(0xff); // NaN: nothing may read what was not written
         }
         let mut run = Run {

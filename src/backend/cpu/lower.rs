@@ -8,7 +8,7 @@ use crate::backend::Limits;
 use crate::backend::constants::ConstRows;
 use crate::error::{Error, Result};
 use crate::graph::{Const, Dim, Graph, Input, Node, Op, Sym, Type, Value};
-use crate::isa::CpuFeatures;
+use crate::isa::{CpuFeatures, Isa};
 use crate::tensor::DType;
 
 /// The CPU that a program is lowered for.
@@ -23,7 +23,7 @@ pub struct CpuTarget {
 impl CpuTarget {
     /// This machine, with activations as the graph has them.
     pub fn native() -> CpuTarget {
-        CpuTarget { features: CpuFeatures::detect(), quantize_activations: false }
+        CpuTarget { features: Isa::detect().features(), quantize_activations: false }
     }
 }
 
