@@ -155,7 +155,7 @@ pub fn open_selected(package: &Package, selection: &Selection, options: &Executo
 pub fn open_cpu(package: &Package, options: &CpuOptions) -> Result<CpuExecutor> {
     let (plan, program) = cpu_program(package)?;
     let weights = TensorFile::open(&package.file_path(&plan.weights))?;
-    let path = package.file_path(plan.plan.as_deref().unwrap_or_default());
+    let path = package.file_path(program_file(package, plan)?);
     CpuExecutor::new(program, &path, weights, options)
 }
 
@@ -173,13 +173,21 @@ pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
         );
         return Err(Error::package(package.path(), detail));
     };
-    let file = plan.plan.as_deref().unwrap_or_default(); // an empty name is not listed, and refused as that
+    let file = program_file(package, plan)?;
     let refuse = |detail: String| Error::package(package.path(), format!("{file}: {detail}; build the package again"));
     let program = parse_program(&package.read(file)?).map_err(refuse)?;
     if program.limits != plan.limits {
         return Err(refuse("its limits are not those of the manifest".into()));
     }
     Ok((plan, program))
+}
+
+/// The file of a CPU plan's program.
+fn program_file<'p>(package: &Package, plan: &'p PlanInfo) -> Result<&'p str> {
+    plan.plan.as_deref().ok_or_else(|| {
+        let detail = "its plan for the CPU names no program; build the package again";
+        Error::package(package.path(), detail)
+    })
 }
 
 /// The program that is the content of a CPU plan.

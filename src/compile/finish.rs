@@ -54,7 +54,10 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
     let mut plans = Vec::with_capacity(work.len());
     let mut added: Vec<String> = Vec::new();
     for ((recipe, old), means) in work.into_iter().zip(means) {
-        let scales = old.tensorrt.as_ref().map(|tensorrt| tensorrt.activation_scales.clone()).unwrap_or_default();
+        let tensorrt = old.tensorrt.as_ref().ok_or_else(|| {
+            Error::internal(format!("the {} plan to compile is not TensorRT's", old.target), "one of those that are")
+        })?;
+        let scales = tensorrt.activation_scales.clone();
         let calibration = Calibration::from_scales(scales);
         let mut plan = GpuPlan::new(&manifest.model, &recipe, &old.limits, means, Some(&calibration))?;
         let file = Arc::new(TensorFile::open(&package.file_path(&old.weights))?);

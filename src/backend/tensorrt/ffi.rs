@@ -12,6 +12,7 @@ use cxx::UniquePtr;
 
 use super::device::{ALIGN, Buffer, Stream};
 use super::{Monitor, Severity};
+use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 
 #[cxx::bridge(namespace = "aotron")]
@@ -265,22 +266,38 @@ enum Owner {
 
 impl ConstantBytes {
     /// Bytes of a mapped file; none if the range is outside.
-    pub fn of_file(file: Arc<TensorFile>, range: Range<usize>) -> ConstantBytes {
-        ConstantBytes { owner: Owner::File(file), range }
+    pub fn of_file(file: Arc<TensorFile>, range: Range<usize>) -> Result<ConstantBytes> {
+        ConstantBytes { owner: Owner::File(file), range }.checked()
     }
 
-    /// Bytes in memory; none if the range is outside.
-    pub fn of_memory(bytes: Arc<[u8]>, range: Range<usize>) -> ConstantBytes {
-        ConstantBytes { owner: Owner::Memory(bytes), range }
+    /// Bytes in memory.
+    ///
+    /// # Errors
+    /// As [`ConstantBytes::of_file`].
+    pub fn of_memory(bytes: Arc<[u8]>, range: Range<usize>) -> Result<ConstantBytes> {
+        ConstantBytes { owner: Owner::Memory(bytes), range }.checked()
     }
 
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        let all = match &self.owner {
+        &self.all()[self.range.clone()]
+    }
+
+    fn all(&self) -> &[u8] {
+        match &self.owner {
             Owner::File(file) => file.mapped(),
             Owner::Memory(bytes) => bytes,
-        };
-        all.get(self.range.clone()).unwrap_or_default()
+        }
+    }
+
+    fn checked(self) -> Result<ConstantBytes> {
+        match self.all().get(self.range.clone()) {
+            Some(_) => Ok(self),
+            None => {
+                let found = format!("a constant is bytes {:?} of {}", self.range, self.all().len());
+                Err(Error::internal(found, "a range inside its file"))
+            }
+        }
     }
 }
 
@@ -305,5 +322,18 @@ impl Observer {
     fn step(&self, phase: &[u8], step: i32) -> bool {
         let step = usize::try_from(step).unwrap_or(0);
         self.0.step(&String::from_utf8_lossy(phase), step).is_continue()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_constant_outside_its_memory_is_an_internal_error() {
+        let memory: Arc<[u8]> = [1, 2, 3].into();
+        assert_eq!(ConstantBytes::of_memory(memory.clone(), 1..3).unwrap().as_slice(), [2, 3]);
+        let error = ConstantBytes::of_memory(memory, 1..4).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::Internal { .. }), "{error}");
     }
 }

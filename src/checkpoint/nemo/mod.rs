@@ -56,7 +56,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Checkpoint>
 fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     let yaml = container.get(CONFIG)?;
     let config_path = container.member_path(CONFIG);
-    let config = config::read(&config_path, container.bytes(yaml))?;
+    let config = config::read(&config_path, container.bytes(yaml)?)?;
 
     let layout = Layout::find(&container)?;
     if let (Layout::Ranks(_), Some(2..)) = (&layout, config.virtual_pipeline) {
@@ -84,7 +84,9 @@ fn open_container(path: &Path, options: &OpenOptions<'_>) -> Result<Container> {
     if std::fs::metadata(path).map_err(Error::io("open", path))?.is_dir() {
         return Container::of_folder(path);
     }
-    let file = MappedFile::open(path)?;
+    // SAFETY: `Checkpoint` hands the duty to leave its files alone on to whoever opens it.
+    #[allow(unsafe_code)]
+    let file = unsafe { MappedFile::open(path)? };
     let file = if gzip::is_gzip(file.bytes()) { gzip::unpack(path, options)? } else { file };
     Container::of_archive(path, file)
 }
@@ -147,7 +149,7 @@ fn distributed(container: &Container) -> Result<Option<Layout>> {
     }
     if let Some(place) = container.find(METADATA) {
         let path = container.member_path(METADATA);
-        let bytes = container.bytes(place);
+        let bytes = container.bytes(place)?;
         if bytes.len() as u64 > MAX_CONFIG_BYTES {
             return Err(Error::format(
                 &path,
