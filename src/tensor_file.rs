@@ -3,6 +3,10 @@
 //! Layout: 8 bytes of little-endian header length, that many bytes of JSON (`{"name": {"dtype", "shape",
 //! "data_offsets"}, …, "__metadata__": {…}}`, padded with spaces), then the data. Offsets count from the end of the
 //! header. The tensors must cover the data exactly: no overlap, no hole, nothing behind the last.
+//!
+//! The header is not parsed by `safetensors::SafeTensors::read_metadata`, whose types are used: it collects the tensors in a
+//! map, so of two with one name the last silently wins, reads up to 100 MB of JSON, ignores unknown keys of a tensor, and
+//! its errors say neither how large a file should be nor, most of them, which tensor is wrong.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -173,10 +173,10 @@ fn print_prediction(prediction: &Prediction) {
     };
     line("reads", format!("{} of weights", term::bytes(prediction.read_bytes)));
     for (file, bytes) in &prediction.files {
-        line("writes", format!("{:>9}  {file}", term::bytes(*bytes)));
+        line("writes", format!("{:>10}  {file}", term::bytes(*bytes)));
     }
     if prediction.scratch_bytes > 0 {
-        line("writes", format!("{:>9}  while it is built", term::bytes(prediction.scratch_bytes)));
+        line("writes", format!("{:>10}  while it is built", term::bytes(prediction.scratch_bytes)));
     }
     line("disk", format!("{}{}", term::bytes(prediction.disk_bytes()), of(prediction.free_disk_bytes, "free")));
     let available = of(prediction.available_memory_bytes, "available");

@@ -280,7 +280,7 @@ impl Lines {
             );
         }
         for file in &manifest.files {
-            self.fact("file", format!("{:>9}  {}  {}", term::bytes(file.bytes), file.path, short(&file.sha256)));
+            self.fact("file", format!("{:>10}  {}  {}", term::bytes(file.bytes), file.path, short(&file.sha256)));
         }
     }
 
@@ -306,7 +306,7 @@ impl Lines {
         for TensorGroup { name, count, dtype, shape, bytes } in groups {
             let times = if count == 1 { String::new() } else { format!("{count} × ") };
             let line = format!("{name:<width$} {times:>6}{dtype} {shape:?}");
-            self.fact("tensor", format!("{line:<70} {:>9}", term::bytes(bytes)));
+            self.fact("tensor", format!("{line:<70} {:>10}", term::bytes(bytes)));
         }
         for difference in facts.differences {
             term::warn(term::harmless(&format!("not as on the model card: {difference}")));

@@ -6,6 +6,10 @@
 //! scores are merged from the left; unused pieces are not cut again; and rules for characters apply to grapheme
 //! clusters, which here apply to the longest sequence of bytes. So a package keeps what the model's file says.
 //!
+//! Nor is it a binding to SentencePiece, which would need a C++ compiler and its library: ids and decoded text are equal on
+//! every line of docs/tokenizer.md's comparison (20,000 lines in twelve scripts, eight models), encoding is 1.4 to 2.6 times
+//! and decoding 1.2 to 3.2 times as fast, and a model's file, which is not trusted, is read in safe Rust.
+//!
 //! Encoding takes three steps: [`normalizer`] makes the text one sequence of bytes, [`bpe`] or [`unigram`] cuts it into
 //! parts, and [`Model::encode`] writes parts that are no pieces as bytes or as the unknown piece. Decoding is a table
 //! like that of a tokenizer.json, which [`Model::piece_table`] makes.

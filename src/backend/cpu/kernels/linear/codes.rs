@@ -14,7 +14,8 @@
 //! has one load. With few rows that is hidden behind memory; with many, codes are decoded once for all rows of a task.
 
 use super::{
-    Activations, Element, LinearKernel, LinearShape, Operand, PackedWeight, Rows, TileSize, pack_scales, unpack_scales,
+    Activations, Element, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, Rows, TileSize, pack_scales,
+    unpack_scales,
 };
 use crate::backend::cpu::kernels::mul_add;
 use crate::error::Result;
@@ -74,10 +75,10 @@ impl<C: Coding> LinearKernel for Codes<C> {
         }
     }
 
-    fn stored(&self, operand: Operand, columns: usize) -> (DType, Vec<usize>) {
+    fn stored(&self, operand: Operand, columns: usize) -> (DType, PanelShape) {
         match operand {
-            Operand::Weight => (C::DTYPE, vec![columns.div_ceil(C::PER_BYTE), NR]),
-            Operand::Scales => (DType::F32, vec![columns, NR]),
+            Operand::Weight => (C::DTYPE, PanelShape::from([columns.div_ceil(C::PER_BYTE), NR])),
+            Operand::Scales => (DType::F32, PanelShape::from([columns, NR])),
         }
     }
 

@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 
 use half::bf16;
 
-use super::{Activations, Element, LinearKernel, LinearShape, Operand, PackedWeight, Rows, TileSize};
+use super::{Activations, Element, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, Rows, TileSize};
 use crate::error::Result;
 use crate::isa::{Isa, dispatch};
 use crate::tensor::DType;
@@ -107,10 +107,10 @@ impl<T: Weight> LinearKernel for Float<T> {
         Ok(())
     }
 
-    fn stored(&self, _: Operand, columns: usize) -> (DType, Vec<usize>) {
+    fn stored(&self, _: Operand, columns: usize) -> (DType, PanelShape) {
         let shape = match T::GROUP {
-            1 => vec![columns, NR],
-            group => vec![columns.div_ceil(group), NR, group],
+            1 => PanelShape::from([columns, NR]),
+            group => PanelShape::from([columns.div_ceil(group), NR, group]),
         };
         (T::DTYPE, shape)
     }

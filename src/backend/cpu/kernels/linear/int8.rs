@@ -15,7 +15,8 @@
 #![allow(unsafe_code)]
 
 use super::{
-    Activations, LinearKernel, LinearShape, Operand, PackedWeight, Rows, TileSize, pack_scales, unpack_scales,
+    Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, Rows, TileSize, pack_scales,
+    unpack_scales,
 };
 use crate::error::Result;
 use crate::isa::{CpuFeatures, Isa, dispatch};
@@ -84,10 +85,12 @@ impl LinearKernel for Int8 {
         }
     }
 
-    fn stored(&self, operand: Operand, columns: usize) -> (DType, Vec<usize>) {
+    fn stored(&self, operand: Operand, columns: usize) -> (DType, PanelShape) {
         match operand {
-            Operand::Weight => (DType::I8, vec![columns.div_ceil(QUAD) + usize::from(self.has_offsets), NR, QUAD]),
-            Operand::Scales => (DType::F32, vec![columns, NR]),
+            Operand::Weight => {
+                (DType::I8, PanelShape::from([columns.div_ceil(QUAD) + usize::from(self.has_offsets), NR, QUAD]))
+            }
+            Operand::Scales => (DType::F32, PanelShape::from([columns, NR])),
         }
     }
 

@@ -99,9 +99,8 @@ pub trait LinearKernel: Sync {
     /// What it cannot.
     fn check(&self, shape: LinearShape) -> Result<(), String>;
 
-    /// Element type and shape of an operand of `[rows, columns]` in the weights file; the first dimension counts panels
-    /// of NR rows. `None` if a dimension overflows.
-    fn stored(&self, operand: Operand, columns: usize) -> (DType, Vec<usize>);
+    /// Element type and shape of one panel of an operand, NR rows of `columns` values.
+    fn stored(&self, operand: Operand, columns: usize) -> (DType, PanelShape);
 
     /// Packs one panel: `rows` are NR rows of `columns` values or fewer, codes as numbers; `panel` is zeroed and as long
     /// as [`LinearKernel::stored`] says.
@@ -123,6 +122,33 @@ pub trait LinearKernel: Sync {
         x: Activations<'_>,
         sums: &mut [f32],
     ) -> Result<()>;
+}
+
+/// The shape of a panel: two or three dimensions, kept in place since steps, which allocate nothing, ask for it.
+#[derive(Debug, Clone, Copy)]
+pub struct PanelShape {
+    dims: [usize; 3],
+    rank: usize,
+}
+
+impl From<[usize; 2]> for PanelShape {
+    fn from([a, b]: [usize; 2]) -> PanelShape {
+        PanelShape { dims: [a, b, 1], rank: 2 }
+    }
+}
+
+impl From<[usize; 3]> for PanelShape {
+    fn from(dims: [usize; 3]) -> PanelShape {
+        PanelShape { dims, rank: 3 }
+    }
+}
+
+impl std::ops::Deref for PanelShape {
+    type Target = [usize];
+
+    fn deref(&self) -> &[usize] {
+        &self.dims[..self.rank]
+    }
 }
 
 /// A linear kernel, by its name in a plan.
@@ -152,9 +178,8 @@ impl Packing {
 
     /// Shape in the weights file of an operand of `[rows, columns]`, with its element type.
     pub fn stored(self, operand: Operand, rows: usize, columns: usize) -> (DType, Vec<usize>) {
-        let (dtype, mut shape) = self.0.stored(operand, columns);
-        shape.insert(0, rows.div_ceil(self.tile_size().nr));
-        (dtype, shape)
+        let (dtype, panel) = self.0.stored(operand, columns);
+        (dtype, [&[rows.div_ceil(self.tile_size().nr)], &*panel].concat())
     }
 
     /// Packs whole rows, `[rows, columns]`, from a multiple of NR on, as they are stored; codes come as numbers.
@@ -253,8 +278,9 @@ impl<'a> PackedWeight<'a> {
     pub fn new(packing: Packing, weight: &'a [u8], scales: &'a [u8], shape: LinearShape) -> Result<PackedWeight<'a>> {
         packing.check(shape).map_err(|detail| Error::internal(detail, "a checked plan"))?;
         let bytes = |operand, columns| {
-            let (dtype, shape) = packing.stored(operand, shape.outputs, columns);
-            shape.iter().try_fold(dtype.bytes(), |bytes, n| bytes.checked_mul(*n))
+            let (dtype, panel) = packing.0.stored(operand, columns);
+            let panels = shape.outputs.div_ceil(packing.tile_size().nr);
+            panel.iter().try_fold(dtype.bytes(), |bytes, n| bytes.checked_mul(*n))?.checked_mul(panels)
         };
         let scale_bytes = match packing.has_scales() {
             true => bytes(Operand::Scales, shape.inputs.div_ceil(shape.group)),
