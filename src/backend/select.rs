@@ -3,8 +3,7 @@
 use super::Executor;
 use super::cpu::executor::{CpuExecutor, CpuOptions};
 use super::cpu::program::{PROGRAM_VERSION, Program};
-use super::tensorrt::executor::check::gpu_words;
-use super::tensorrt::{DeviceInfo, GpuOptions, Kind, Library, TensorRtExecutor, devices};
+use super::tensorrt::{DeviceInfo, GpuOptions, Kind, Library, TensorRtExecutor, devices, gpu_words};
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, Result, clip};
 use crate::tensor_file::TensorFile;
