@@ -81,3 +81,4 @@ pub mod tensor_file;
 pub mod text;
 
 pub use error::{Error, Result};
+pub use runtime::SamplingParams;

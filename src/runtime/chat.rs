@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::request::{Completion, GenerationRequest};
-use super::sampler::SamplingParams;
+use super::sampling::SamplingParams;
 use super::session::Session;
 use crate::error::{Error, Result};
 use crate::text::{Message, Role, Tokenizer};

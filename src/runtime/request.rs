@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::sampler::SamplingParams;
+use super::sampling::SamplingParams;
 use crate::error::Result;
 use crate::text::{Message, Tokenizer, template};
 

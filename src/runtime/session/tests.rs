@@ -189,10 +189,10 @@ fn after_an_error_the_session_starts_from_nothing() {
 
 #[test]
 fn rows_are_fetched_only_where_their_largest_logits_do_not_decide() {
-    let base = SamplingParams { seed: Some(5), ..SamplingParams::default() };
-    let top_k_and_p = SamplingParams { top_k: 40, top_p: 0.9, temperature: 0.7, ..base.clone() };
-    let repeated = SamplingParams { repetition_penalty: 1.2, presence_penalty: 0.5, ..top_k_and_p.clone() };
-    let top_p = SamplingParams { top_k: 0, top_p: 0.9, ..base.clone() };
+    let base = SamplingParams::greedy().seed(5);
+    let top_k_and_p = base.clone().top_k(40).top_p(0.9).temperature(0.7);
+    let repeated = top_k_and_p.clone().repetition_penalty(1.2).presence_penalty(0.5);
+    let top_p = base.clone().top_p(0.9);
     for (sampling, expected) in [(base, 0), (top_k_and_p, 0), (repeated, 0), (top_p, 20)] {
         let request = GenerationRequest { sampling, ..request(&[5, 6, 7], 20) };
         let mut whole = Session::new(Box::new(Scripted::hashing(&limits(60, 4))), Some(tokenizer()));
@@ -220,7 +220,7 @@ fn an_error_of_deferred_logits_empties_the_slot() {
     };
     let executor = Scripted::new(&limits(60, 8), script).deferred(Some(8));
     let mut session = Session::new(Box::new(executor), None);
-    let sampling = SamplingParams { top_k: 20, seed: Some(3), ..SamplingParams::default() };
+    let sampling = SamplingParams::greedy().top_k(20).top_p(0.0).seed(3);
     let request = GenerationRequest { sampling, ..request(&[1, 2], 9) };
     let error = session.generate(&request, &mut quiet).unwrap_err();
     assert!(matches!(&error, Error::Numerics(detail) if detail.contains("index 42 is NaN")), "{error}");
@@ -293,7 +293,7 @@ proptest! {
     ) {
         let mut session = Session::new(Box::new(Scripted::hashing(&limits(24, step_tokens))), None);
         for (prompt, max_tokens, seed) in prompts {
-            let sampling = SamplingParams { top_k: 5, temperature: 1.5, seed: Some(seed), ..SamplingParams::default() };
+            let sampling = SamplingParams::sampled(1.5).top_k(5).seed(seed);
             let request = GenerationRequest { sampling, ..request(&prompt, max_tokens) };
             let mut fresh = Session::new(Box::new(Scripted::hashing(&limits(24, 24))), None);
             let expected = fresh.generate(&request, &mut quiet).unwrap();
