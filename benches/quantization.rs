@@ -159,7 +159,7 @@ fn weight_bytes(package: &Package) -> u64 {
 fn hold_conversations(package: &Package, asked: &[Value], answered: &[Value], measured: &mut Measured) -> Outcome<()> {
     let executor = open(package, &ExecutorOptions::default())?;
     let session = Session::new(executor, package.tokenizer()?.map(Arc::new));
-    let mut chat = Chat::new(session, &package.manifest().generation.stop_token_ids)?;
+    let mut chat = Chat::new(session, package.chat_format())?;
     for (asked, answered) in asked.iter().zip(answered) {
         chat.reset();
         chat.set_system(asked["system"].as_str().unwrap_or_default());

@@ -70,8 +70,8 @@ fn executor(package: &Package) -> Box<dyn Executor> {
 /// Holds every conversation, turn after turn. `check` gets each turn with what was answered and says whether to go on
 /// with the conversation.
 fn converse(package: &Package, mut check: impl FnMut(&Turn, &Completion, String) -> bool) {
-    let stops = &package.manifest().generation.stop_token_ids;
-    let mut chat = Chat::new(Session::new(executor(package), Some(tokenizer(package))), stops).unwrap();
+    let session = Session::new(executor(package), Some(tokenizer(package)));
+    let mut chat = Chat::new(session, package.chat_format()).unwrap();
     for conversation in conversations() {
         chat.reset();
         chat.set_system(&conversation.system);
@@ -168,12 +168,12 @@ fn batched_answers_are_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let package = build_package(Path::new(CHECKPOINT), Precision::F32, &folder.path().join("engine"));
     let tokenizer = tokenizer(&package);
-    let stops = &package.manifest().generation.stop_token_ids;
+    let format = package.chat_format();
     let mut batcher = Batcher::new(executor(&package), Some(tokenizer.clone()), 500);
     let mut expected = std::collections::HashMap::new();
     for conversation in conversations() {
         let messages = [Message::system(conversation.system), Message::user(conversation.turns[0].user.clone())];
-        let request = GenerationRequest::chat(&tokenizer, &messages, stops).unwrap();
+        let request = GenerationRequest::chat(&tokenizer, &format, &messages).unwrap();
         assert_eq!(request.prompt, conversation.turns[0].prompt_ids);
         let id = batcher.submit(GenerationRequest { max_tokens: MAX_TOKENS, ..request }).unwrap();
         expected.insert(id, conversation.turns.into_iter().next().unwrap());

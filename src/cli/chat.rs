@@ -52,12 +52,13 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }
     let engine = flags.engine.open()?;
     let (plan, settings) = (engine.plan()?, engine.package.manifest().generation.clone());
+    let format = engine.package.chat_format();
     if engine.tokenizer.is_none() {
         let path = engine.package.path().display();
         bail!("{path} has no tokenizer, so it cannot chat; `aotron run` takes --token-ids");
     }
     let name = engine.package.path().display().to_string();
-    let mut chat = Chat::new(engine.into_session(), &settings.stop_token_ids)?;
+    let mut chat = Chat::new(engine.into_session(), format)?;
     chat.set_system(flags.system.as_deref().unwrap_or_default());
     let mut conversation = Conversation {
         chat,

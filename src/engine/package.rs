@@ -3,13 +3,14 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
 use super::manifest::{FileInfo, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, hex};
 use crate::error::{Error, Result};
 use crate::mmap::{MappedFile, open_regular};
-use crate::text::Tokenizer;
+use crate::text::{ChatFormat, Tokenizer};
 
 /// Whether `path` looks like an engine package.
 pub fn is_package(path: &Path) -> bool {
@@ -101,6 +102,11 @@ impl Package {
         let Some(info) = &self.manifest.tokenizer else { return Ok(None) };
         let bytes = self.read(&info.file)?;
         Tokenizer::from_package(&self.file_path(&info.file), &bytes).map(Some)
+    }
+
+    /// The package's chat format, to share between conversations.
+    pub fn chat_format(&self) -> Arc<ChatFormat> {
+        Arc::new(self.manifest.chat_format.clone())
     }
 
     /// Checks one file against its digest; `progress` gets numbers of bytes.

@@ -7,27 +7,27 @@ use super::request::{Completion, GenerationRequest};
 use super::sampling::SamplingParams;
 use super::session::Session;
 use crate::error::{Error, Result};
-use crate::text::{Message, Role, Tokenizer};
+use crate::text::{ChatFormat, Message, Role, Tokenizer};
 
 /// Keeps the messages of a conversation and asks the session for each answer. The whole conversation is the prompt
 /// each time; the session computes only what is new in it.
 pub struct Chat {
     session: Session,
     tokenizer: Arc<Tokenizer>,
-    eos_ids: Vec<u32>,
+    format: Arc<ChatFormat>,
     messages: Vec<Message>,
 }
 
 impl Chat {
-    /// An empty conversation. `eos_ids` end every answer, beside the template's marker of the next turn.
+    /// An empty conversation, in the format of the package.
     ///
     /// # Errors
     /// [`Error::Request`] where the session has no tokenizer.
-    pub fn new(session: Session, eos_ids: &[u32]) -> Result<Chat> {
+    pub fn new(session: Session, format: Arc<ChatFormat>) -> Result<Chat> {
         let Some(tokenizer) = session.tokenizer().cloned() else {
             return Err(Error::Request("a chat needs a tokenizer, and this session has none".into()));
         };
-        Ok(Chat { session, tokenizer, eos_ids: eos_ids.to_vec(), messages: Vec::new() })
+        Ok(Chat { session, tokenizer, format, messages: Vec::new() })
     }
 
     /// The conversation so far: an optional system message, then user and assistant in turn.
@@ -68,7 +68,7 @@ impl Chat {
     /// [`Session::generate`]. The answer of a cancelled generation joins it as far as it was shown.
     ///
     /// # Errors
-    /// As [`Session::generate`] and [`template::render`](crate::text::template::render); the conversation is then
+    /// As [`Session::generate`] and [`ChatFormat::prompt`]; the conversation is then
     /// what it was before. On [`Error::PromptTooLong`] it has outgrown the engine: nothing is dropped in silence, so
     /// the way on is [`Chat::reset`].
     pub fn send(
@@ -100,7 +100,7 @@ impl Chat {
         let request = GenerationRequest {
             sampling: sampling.clone(),
             max_tokens,
-            ..GenerationRequest::chat(&self.tokenizer, &self.messages, &self.eos_ids)?
+            ..GenerationRequest::chat(&self.tokenizer, &self.format, &self.messages)?
         };
         self.session.generate(&request, on_text)
     }

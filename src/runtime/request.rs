@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::sampling::SamplingParams;
 use crate::error::Result;
-use crate::text::{Message, Tokenizer, template};
+use crate::text::{ChatFormat, Message, Tokenizer};
 
 /// One generation.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,20 +38,16 @@ impl GenerationRequest {
         }
     }
 
-    /// The assistant's next turn in a conversation: rendered with the model card's template, encoded whole, trimmed,
-    /// and ended by `eos_ids` or the marker of the next turn, as an id and as a text.
+    /// The assistant's next turn in a conversation: rendered, encoded, ended and trimmed as `format` says.
     ///
     /// # Errors
-    /// As [`template::render`] and [`Tokenizer::encode`].
-    pub fn chat(tokenizer: &Tokenizer, messages: &[Message], eos_ids: &[u32]) -> Result<GenerationRequest> {
-        let prompt = tokenizer.encode(&template::render(messages)?)?;
-        let mut stop_ids = eos_ids.to_vec();
-        stop_ids.extend(tokenizer.id(template::TURN_MARKER));
+    /// As [`ChatFormat::prompt`].
+    pub fn chat(tokenizer: &Tokenizer, format: &ChatFormat, messages: &[Message]) -> Result<GenerationRequest> {
         Ok(GenerationRequest {
-            stop_strings: vec![template::TURN_MARKER.into()],
-            stop_ids,
-            trim: true,
-            ..GenerationRequest::new(prompt)
+            stop_strings: format.chat_stop_strings(),
+            stop_ids: format.stop_ids(),
+            trim: format.trims(),
+            ..GenerationRequest::new(format.prompt(tokenizer, messages)?)
         })
     }
 }

@@ -263,7 +263,8 @@ fn a_chat_keeps_its_messages_and_reuses_the_cache() {
         Answer::Id([hello, newline, marker][said - assistant.len()])
     };
     let executor = Scripted::new(&limits(120, 64), script);
-    let mut chat = Chat::new(Session::new(Box::new(executor), Some(t)), &[EOS]).unwrap();
+    let format = Arc::new(ChatFormat::nemotron(NemotronMarkers::default(), &[EOS], &t));
+    let mut chat = Chat::new(Session::new(Box::new(executor), Some(t)), format.clone()).unwrap();
     let params = SamplingParams::default();
     chat.set_system("System");
     let first = chat.send("User", &params, 20, &mut quiet).unwrap();
@@ -280,10 +281,10 @@ fn a_chat_keeps_its_messages_and_reuses_the_cache() {
     assert_eq!(chat.messages(), [Message::system("System")]);
     chat.set_system("");
     assert!(chat.messages().is_empty());
-    assert!(Chat::new(Session::new(Box::new(Scripted::hashing(&limits(8, 8))), None), &[]).is_err());
+    assert!(Chat::new(Session::new(Box::new(Scripted::hashing(&limits(8, 8))), None), format).is_err());
 }
 
-use crate::text::Message;
+use crate::text::{ChatFormat, Message, NemotronMarkers};
 
 proptest! {
     #[test]
