@@ -76,6 +76,18 @@ pub enum Error {
         /// The engine's limit.
         max_sequence_tokens: usize,
     },
+    /// A conversation has outgrown the engine: its turns leave no room for an answer.
+    #[error(
+        "the conversation is full: with the new message it has {conversation_tokens} tokens, but this engine holds \
+         {max_sequence_tokens} tokens per sequence, prompt and answer together; start a new conversation, or take \
+         earlier turns out of it"
+    )]
+    ConversationFull {
+        /// Tokens of the conversation, the new message and the template included.
+        conversation_tokens: usize,
+        /// The engine's limit.
+        max_sequence_tokens: usize,
+    },
     /// The model produced numbers that are not numbers.
     #[error("numerics: {0}")]
     Numerics(String),

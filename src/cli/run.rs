@@ -55,27 +55,23 @@ impl Flags {
     ) -> anyhow::Result<GenerationRequest> {
         let (format, settings) = (&manifest.chat_format, &manifest.generation);
         let request = match (prompt, tokenizer) {
-            (Prompt::TokenIds(ids), _) => GenerationRequest::new(ids),
+            (Prompt::TokenIds(ids), _) => GenerationRequest::new(ids).stop_ids(format.stop_ids()),
             (Prompt::Text(_), None) => bail!(
                 "{} has no tokenizer, so it takes no text: pass --token-ids, or build it from a checkpoint with a \
                  tokenizer.json or a tokenizer.model",
                 self.engine.engine.display()
             ),
-            (Prompt::Text(text), Some(tokenizer)) if self.raw => GenerationRequest::new(tokenizer.encode(&text)?),
+            (Prompt::Text(text), Some(tokenizer)) if self.raw => {
+                GenerationRequest::new(tokenizer.encode(&text)?).stop_ids(format.stop_ids())
+            }
             (Prompt::Text(text), Some(tokenizer)) => {
                 let system = self.system.iter().map(Message::system);
                 let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
                 GenerationRequest::chat(tokenizer, format, &messages)?
             }
         };
-        let stop_strings = request.stop_strings.iter().chain(&self.stop).cloned().collect();
-        Ok(GenerationRequest {
-            sampling: self.sampling.params(),
-            max_tokens: self.max_tokens.unwrap_or(settings.max_tokens),
-            stop_strings,
-            stop_ids: format.stop_ids(),
-            ..request
-        })
+        let max_tokens = self.max_tokens.unwrap_or(settings.max_tokens);
+        Ok(request.sampling(self.sampling.params()).max_tokens(max_tokens).stop_strings(&self.stop))
     }
 }
 

@@ -19,14 +19,16 @@ mod sampling;
 mod session;
 mod slots;
 mod stop;
+mod stream;
 
 #[cfg(test)]
 mod scripted;
 
 pub use batcher::{Batcher, Event, RequestId};
-pub use chat::Chat;
+pub use chat::{Answer, Chat, Turn};
 pub use request::{Completion, FinishReason, GenerationRequest, Timings};
 pub use sampler::{Sampler, log_probability};
 pub use sampling::SamplingParams;
 pub use session::Session;
 pub use stop::StopFilter;
+pub use stream::TextStream;
