@@ -7,4 +7,4 @@ pub mod lower;
 pub mod pack;
 pub mod program;
 
-pub use executor::{CpuExecutor, CpuOptions};
+pub use executor::{CpuExecutor, CpuModel, CpuOptions};
