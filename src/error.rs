@@ -114,6 +114,14 @@ pub enum Error {
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
+    /// The code reached a state that it rules out. No file and no request can cause it: it is a bug in this crate.
+    #[error("internal error: {found}, expected {expected}; this is a bug in aotron, please report it")]
+    Internal {
+        /// The state found, with the name of the thing concerned.
+        found: String,
+        /// The state that earlier code guarantees.
+        expected: String,
+    },
 }
 
 impl Error {
@@ -137,6 +145,11 @@ impl Error {
     pub fn package(path: impl AsRef<Path>, detail: impl Into<String>) -> Error {
         Error::Package { path: path.as_ref().to_path_buf(), detail: detail.into() }
     }
+
+    /// An [`Error::Internal`], in place of a quiet default where an earlier check rules a state out.
+    pub(crate) fn internal(found: impl Into<String>, expected: impl Into<String>) -> Error {
+        Error::Internal { found: found.into(), expected: expected.into() }
+    }
 }
 
 /// Text that came from a file, made fit for one line of a message: control characters escaped, cut at 200 characters.
@@ -156,4 +169,17 @@ pub(crate) fn clip(text: impl std::fmt::Display) -> String {
         }
     }
     clipped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_internal_error_asks_for_a_report() {
+        let error = Error::internal("op `layers.0.mlp.up` is a relu2", "a linear op");
+        let expected = "internal error: op `layers.0.mlp.up` is a relu2, expected a linear op; \
+                        this is a bug in aotron, please report it";
+        assert_eq!(error.to_string(), expected);
+    }
 }

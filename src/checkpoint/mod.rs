@@ -184,7 +184,8 @@ impl Checkpoint {
             Some((_, range)) if range.len() as u64 > limit_bytes => return too_long(range.len() as u64),
             Some((file, range)) => {
                 let bytes = self.files.get(*file).and_then(|file| file.bytes().get(range.clone()));
-                bytes.unwrap_or_default().to_vec()
+                let outside = || format!("the tokenizer {} is at {range:?} of file {file}", path.display());
+                bytes.ok_or_else(|| Error::internal(outside(), "a place inside a mapped file"))?.to_vec()
             }
             None => {
                 let bytes = std::fs::metadata(path).map_err(Error::io("look at", path))?.len();
