@@ -28,17 +28,15 @@ impl Package {
     /// Opens the package at `path` and checks its manifest and the size of every file. Weights are not read.
     ///
     /// # Errors
-    /// [`Error::Package`] naming the file that is missing, truncated, or of another format version.
+    /// [`Error::NoSuchPackage`] or [`Error::NotAPackage`]; [`Error::Package`] naming the file that is missing, truncated, or
+    /// of another format version.
     pub fn open(path: &Path) -> Result<Package> {
         if !path.exists() {
-            return Err(Error::package(path, "there is no such folder; `aotron build` makes one"));
+            return Err(Error::NoSuchPackage { path: path.to_path_buf() });
         }
         let file = path.join(MANIFEST_NAME);
         if !file.exists() {
-            return Err(Error::package(
-                path,
-                format!("no {MANIFEST_NAME} in it, so it is not an engine package; `aotron build` makes one"),
-            ));
+            return Err(Error::NotAPackage { path: path.to_path_buf() });
         }
         let mut text = Vec::new();
         let reader = open_regular(&file)?;

@@ -12,8 +12,11 @@
 
 mod batcher;
 mod chat;
+mod engine;
 mod generation;
+mod model;
 mod request;
+mod response;
 mod sampler;
 mod sampling;
 mod session;
@@ -26,7 +29,10 @@ mod scripted;
 
 pub use batcher::{Batcher, Event, RequestId};
 pub use chat::{Answer, Chat, Turn};
+pub use engine::{DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Ticket};
+pub use model::{Model, ModelOptions};
 pub use request::{Completion, FinishReason, GenerationRequest, Timings};
+pub use response::ResponseStream;
 pub use sampler::{Sampler, log_probability};
 pub use sampling::SamplingParams;
 pub use session::Session;
