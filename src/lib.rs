@@ -45,7 +45,7 @@
 //! let package = Package::open(Path::new("engines/tiny-chat"))?; // made by `aotron build`
 //! let executor = backend::open(&package, &ExecutorOptions::default())?;
 //! let session = Session::new(executor, package.tokenizer()?.map(Arc::new));
-//! let mut chat = Chat::new(session, &package.manifest().generation.stop_token_ids)?;
+//! let mut chat = Chat::new(session, package.chat_format())?;
 //! let answer = chat.send("What is the capital of France?", &SamplingParams::default(), 200, &mut |text| {
 //!     print!("{text}");
 //!     ControlFlow::Continue(())
@@ -85,3 +85,4 @@ pub mod tensor_file;
 pub mod text;
 
 pub use error::{Error, Result};
+pub use runtime::SamplingParams;

@@ -396,7 +396,7 @@ fn what_is_not_the_library_is_refused() {
         let error = refused(&foreign);
         assert!(error.contains("no function getInferLibVersion, so it is another library"), "{error}");
 
-        let headers = kind.header_version();
+        let headers = kind.header_version().unwrap();
         for (version, serves) in [
             (Version { major: headers.major - 1, ..headers }, false),
             (Version { major: headers.major + 1, ..headers }, false),

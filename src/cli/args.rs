@@ -104,40 +104,30 @@ pub struct SamplingFlags {
 }
 
 impl SamplingFlags {
-    /// The library's settings. They are greedy unless a flag asks for a choice: then those left out are off, so that
-    /// each flag has an effect by itself.
+    /// The library's settings, without those that have no effect.
     pub fn params(&self) -> SamplingParams {
-        let default = SamplingParams::default();
-        let chooses =
-            self.temperature.is_some() || self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some();
-        let (top_k, top_p) = if chooses { (0, 1.0) } else { (default.top_k, default.top_p) };
-        SamplingParams {
-            temperature: self.temperature.unwrap_or(default.temperature),
-            top_k: self.top_k.unwrap_or(top_k),
-            top_p: self.top_p.unwrap_or(top_p),
-            min_p: self.min_p.unwrap_or(default.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
-            presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
-            frequency_penalty: self.frequency_penalty.unwrap_or(default.frequency_penalty),
-            logit_bias: self.logit_bias.clone(),
-            min_tokens: self.min_tokens.unwrap_or(default.min_tokens),
-            seed: self.seed,
-        }
+        self.given().effective()
+    }
+
+    fn given(&self) -> SamplingParams {
+        let mut params = SamplingParams::greedy();
+        params.temperature = self.temperature;
+        params.top_k = self.top_k;
+        params.top_p = self.top_p;
+        params.min_p = self.min_p;
+        params.repetition_penalty = self.repetition_penalty;
+        params.presence_penalty = self.presence_penalty;
+        params.frequency_penalty = self.frequency_penalty;
+        params.logit_bias = self.logit_bias.clone();
+        params.min_tokens = self.min_tokens;
+        params.seed = self.seed;
+        params
     }
 
     /// Flags that were given and do nothing, in a sentence.
     pub fn without_effect(&self) -> Option<String> {
-        if !self.params().is_greedy() {
-            return None;
-        }
-        let given = [
-            ("--temperature", self.temperature.is_some_and(|t| t != 0.0)),
-            ("--top-k", self.top_k.is_some_and(|k| k > 1)),
-            ("--top-p", self.top_p.is_some_and(|p| p > 0.0)),
-            ("--min-p", self.min_p.is_some()),
-            ("--seed", self.seed.is_some()),
-        ];
-        let idle: Vec<&str> = given.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+        let idle: Vec<String> =
+            self.given().without_effect().iter().map(|name| format!("--{}", name.replace('_', "-"))).collect();
         (!idle.is_empty()).then(|| {
             let verb = if idle.len() == 1 { "has" } else { "have" };
             format!("{} {verb} no effect: the most likely token is always taken", idle.join(", "))

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use anyhow::bail;
 use aotron::Error;
 use aotron::engine::PlanInfo;
-use aotron::runtime::{Chat, Completion, FinishReason, SamplingParams};
+use aotron::runtime::{Chat, Completion, FinishReason};
 
 use super::args::{EngineFlags, SamplingFlags};
 use super::editor::{LineEditor, Typed};
@@ -52,22 +52,19 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }
     let engine = flags.engine.open()?;
     let (plan, settings) = (engine.plan()?, engine.package.manifest().generation.clone());
+    let format = engine.package.chat_format();
     if engine.tokenizer.is_none() {
         let path = engine.package.path().display();
         bail!("{path} has no tokenizer, so it cannot chat; `aotron run` takes --token-ids");
     }
     let name = engine.package.path().display().to_string();
-    let mut chat = Chat::new(engine.into_session(), &settings.stop_token_ids)?;
+    let mut chat = Chat::new(engine.into_session(), format)?;
+    let max_tokens = flags.max_tokens.unwrap_or(settings.max_tokens);
+    chat.set_sampling(flags.sampling.params());
+    chat.set_max_tokens(max_tokens);
     chat.set_system(flags.system.as_deref().unwrap_or_default());
-    let mut conversation = Conversation {
-        chat,
-        plan,
-        sampling: flags.sampling.params(),
-        max_tokens: flags.max_tokens.unwrap_or(settings.max_tokens),
-        totals: Totals::default(),
-        last: None,
-        style: term::on_stdout(),
-    };
+    let mut conversation =
+        Conversation { chat, plan, max_tokens, totals: Totals::default(), last: None, style: term::on_stdout() };
     if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() {
         conversation.typed(&name)
     } else {
@@ -111,7 +108,6 @@ impl Line<'_> {
 struct Conversation {
     chat: Chat,
     plan: PlanInfo,
-    sampling: SamplingParams,
     max_tokens: usize,
     totals: Totals,
     last: Option<Completion>,
@@ -191,7 +187,7 @@ impl Conversation {
             return Err(error);
         }
         let way_out = match error.downcast_ref() {
-            Some(Error::PromptTooLong { .. }) => " (/reset starts a new conversation)",
+            Some(Error::PromptTooLong { .. } | Error::ConversationFull { .. }) => " (/reset starts a new conversation)",
             _ => "",
         };
         self.say(&format!("{} {error}{way_out}", self.style.bold_red("error:")))
@@ -204,7 +200,7 @@ impl Conversation {
         if let Some(interrupt) = interrupt {
             interrupt.begin();
         }
-        let sent = self.chat.send(text, &self.sampling, self.max_tokens, &mut |text| {
+        let sent = self.chat.send_with(text, &mut |text| {
             if !text.is_empty() {
                 waiting.end();
             }
@@ -223,7 +219,7 @@ impl Conversation {
             (FinishReason::Cancelled, _) => self.aside("(stopped)")?,
             (FinishReason::Length, _) => self.aside(&format!("({})", why_cut(&completion, self.max_tokens)))?,
             (FinishReason::Stop, _) if completion.text.is_empty() => self.aside("(an empty answer)")?,
-            (FinishReason::Stop, _) => {}
+            _ => {}
         }
         self.totals.answers += 1;
         self.totals.completion_tokens += completion.completion_tokens;

@@ -246,9 +246,9 @@ impl Lines {
             }
             None => self.fact("tokenizer", "none: takes and gives token ids only"),
         }
-        let settings = &manifest.generation;
-        let stops = settings.stop_token_ids.iter().map(|id| format!("id {id}"));
-        let stops: Vec<String> = stops.chain(settings.stop_strings.iter().map(|s| format!("{s:?}"))).collect();
+        let (format, settings) = (&manifest.chat_format, &manifest.generation);
+        let stops = format.stop_ids().into_iter().map(|id| format!("id {id}"));
+        let stops: Vec<String> = stops.chain(format.chat_stop_strings().iter().map(|s| format!("{s:?}"))).collect();
         let stops = if stops.is_empty() { "nothing".into() } else { stops.join(", ") };
         self.fact("generation", format!("ended by {stops}, or after {} tokens unless told", settings.max_tokens));
         for plan in &manifest.plans {

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 
 use anyhow::bail;
-use aotron::engine::GenerationSettings;
+use aotron::engine::Manifest;
 use aotron::runtime::{Completion, FinishReason, GenerationRequest};
 use aotron::text::{Message, Tokenizer};
 use serde_json::{Value, json};
@@ -51,31 +51,27 @@ impl Flags {
         &self,
         prompt: Prompt,
         tokenizer: Option<&Tokenizer>,
-        settings: &GenerationSettings,
+        manifest: &Manifest,
     ) -> anyhow::Result<GenerationRequest> {
+        let (format, settings) = (&manifest.chat_format, &manifest.generation);
         let request = match (prompt, tokenizer) {
-            (Prompt::TokenIds(ids), _) => GenerationRequest::new(ids),
+            (Prompt::TokenIds(ids), _) => GenerationRequest::new(ids).stop_ids(format.stop_ids()),
             (Prompt::Text(_), None) => bail!(
                 "{} has no tokenizer, so it takes no text: pass --token-ids, or build it from a checkpoint with a \
                  tokenizer.json or a tokenizer.model",
                 self.engine.engine.display()
             ),
-            (Prompt::Text(text), Some(tokenizer)) if self.raw => GenerationRequest::new(tokenizer.encode(&text)?),
+            (Prompt::Text(text), Some(tokenizer)) if self.raw => {
+                GenerationRequest::new(tokenizer.encode(&text)?).stop_ids(format.stop_ids())
+            }
             (Prompt::Text(text), Some(tokenizer)) => {
                 let system = self.system.iter().map(Message::system);
                 let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
-                GenerationRequest::chat(tokenizer, &messages, &[])?
+                GenerationRequest::chat(tokenizer, format, &messages)?
             }
         };
-        let stop_ids = request.stop_ids.iter().chain(&settings.stop_token_ids).copied().collect();
-        let stop_strings = request.stop_strings.iter().chain(&self.stop).cloned().collect();
-        Ok(GenerationRequest {
-            sampling: self.sampling.params(),
-            max_tokens: self.max_tokens.unwrap_or(settings.max_tokens),
-            stop_strings,
-            stop_ids,
-            ..request
-        })
+        let max_tokens = self.max_tokens.unwrap_or(settings.max_tokens);
+        Ok(request.sampling(self.sampling.params()).max_tokens(max_tokens).stop_strings(&self.stop))
     }
 }
 
@@ -89,7 +85,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }
     let engine = flags.engine.open()?;
     let load_seconds = engine.load_seconds;
-    let request = flags.request(prompt, engine.tokenizer.as_deref(), &engine.package.manifest().generation)?;
+    let request = flags.request(prompt, engine.tokenizer.as_deref(), engine.package.manifest())?;
     let (max_tokens, has_text) = (request.max_tokens, engine.tokenizer.is_some());
     if !has_text {
         note_ids_only(&engine.package);

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use aotron::compile::{checkpoint_tokenizer, open_checkpoint};
 use aotron::engine::{Package, is_package};
-use aotron::text::{Message, template};
+use aotron::text::{Message, NemotronMarkers};
 
 use super::term::Stages;
 
@@ -33,7 +33,11 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let Some(tokenizer) = tokenizer else {
         bail!("{} has no tokenizer", flags.path.display());
     };
-    let text = if flags.raw { flags.text.clone() } else { template::render(&[Message::user(&flags.text)])? };
+    let text = if flags.raw {
+        flags.text.clone()
+    } else {
+        NemotronMarkers::default().render(&[Message::user(&flags.text)])?
+    };
     let ids = tokenizer.encode(&text)?;
     let pieces: Vec<Option<String>> = ids.iter().map(|id| tokenizer.piece(*id)).collect();
     let json = serde_json::json!({"ids": ids, "pieces": pieces});

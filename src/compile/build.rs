@@ -22,8 +22,7 @@ use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
-use crate::text::Tokenizer;
-use crate::text::template::TURN_MARKER;
+use crate::text::{ChatFormat, NemotronMarkers, Tokenizer};
 
 /// New tokens of a generation whose request does not say: the model card's example.
 const DEFAULT_MAX_TOKENS: usize = 200;
@@ -115,6 +114,7 @@ pub struct PlannedBuild {
     /// The checkpoint's, with the ids that its tokenizer knows.
     config: ModelConfig,
     tokenizer: Option<(Vec<u8>, Tokenizer)>,
+    chat_format: ChatFormat,
     generation: GenerationSettings,
     plans: Vec<Planned>,
     calibration: Option<CalibrationRun>,
@@ -151,7 +151,8 @@ impl PlannedBuild {
             Some((_, tokenizer)) => add_special_ids(&mut config, tokenizer),
         }
         let tokenizer_of = tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
-        let generation = generation_settings(&checkpoint, &config, tokenizer_of, progress)?;
+        let chat_format = chat_format(&checkpoint, &config, tokenizer_of, progress)?;
+        let generation = GenerationSettings { max_tokens: DEFAULT_MAX_TOKENS };
 
         // Weights do not depend on what a calibration will find, and no scale but this one is needed to lower the graph.
         let uncalibrated = Calibration::uniform(0.5);
@@ -167,6 +168,7 @@ impl PlannedBuild {
             checkpoint,
             config,
             tokenizer,
+            chat_format,
             generation,
             plans,
             calibration,
@@ -261,7 +263,7 @@ impl PlannedBuild {
         self.calibrate(&writer, &**progress)?;
 
         let checkpoint_info = CheckpointInfo { format: self.checkpoint.format().into(), digest };
-        let mut manifest = Manifest::new(self.config, checkpoint_info, self.generation);
+        let mut manifest = Manifest::new(self.config, checkpoint_info, self.chat_format, self.generation);
         if let Some((bytes, tokenizer)) = &self.tokenizer {
             let (file, source) = (Tokenizer::PACKAGE_FILE, tokenizer.file_name());
             let kept = tokenizer.to_package(Path::new(source), bytes)?;
@@ -457,29 +459,26 @@ fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {
     ));
 }
 
-/// What ends a generation: the checkpoint's end-of-sequence ids, and the marker of the next turn.
-fn generation_settings(
+/// The template, and what ends a generation: the checkpoint's end-of-sequence ids, and the marker of the next turn.
+fn chat_format(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
     tokenizer: Option<&Tokenizer>,
     progress: &dyn Progress,
-) -> Result<GenerationSettings> {
-    let mut stop_token_ids = config.eos_token_ids.clone();
-    stop_token_ids.extend(checkpoint.generation_config()?.eos_token_ids);
-    let mut stop_strings = Vec::new();
-    if let Some(tokenizer) = tokenizer {
-        stop_strings.push(TURN_MARKER.to_string());
-        match tokenizer.id(TURN_MARKER) {
-            Some(id) => stop_token_ids.push(id),
-            None => progress.warn(&format!(
-                "the tokenizer has no piece {TURN_MARKER}: this may not be a chat model of this family"
-            )),
-        }
+) -> Result<ChatFormat> {
+    let mut eos_token_ids = config.eos_token_ids.clone();
+    eos_token_ids.extend(checkpoint.generation_config()?.eos_token_ids);
+    eos_token_ids.sort_unstable();
+    eos_token_ids.dedup();
+    let format = match tokenizer {
+        Some(tokenizer) => ChatFormat::nemotron(NemotronMarkers::default(), &eos_token_ids, tokenizer),
+        None => ChatFormat::raw(&eos_token_ids),
+    };
+    if let Some(end) = format.end_of_turn.as_ref().filter(|end| end.id.is_none()) {
+        progress.warn(&format!("the tokenizer has no piece {}: this may not be a chat model of this family", end.text));
     }
-    stop_token_ids.sort_unstable();
-    stop_token_ids.dedup();
-    if stop_token_ids.is_empty() {
+    if format.stop_ids().is_empty() {
         progress.warn("the checkpoint names no end-of-sequence id: generations end at their token limit");
     }
-    Ok(GenerationSettings { stop_token_ids, stop_strings, max_tokens: DEFAULT_MAX_TOKENS })
+    Ok(format)
 }

@@ -15,8 +15,7 @@ use crate::backend::{Chunk, Limits, Rows, Step};
 use crate::error::{Error, Result, clip};
 use crate::quantize::F8_MAX;
 use crate::tensor_file::TensorFile;
-use crate::text::Tokenizer;
-use crate::text::template::{Message, render};
+use crate::text::{Message, NemotronMarkers, Tokenizer};
 
 /// Conversations of many kinds, for a user who names none.
 const BUILT_IN: &str = include_str!("calibration.jsonl");
@@ -139,7 +138,7 @@ fn parse(path: &Path, text: &str, tokenizer: Option<&Tokenizer>, limits: &Limits
         let line: Line = serde_json::from_str(line).map_err(|e| refuse(clip(e)))?;
         let ids = match (line.messages, line.token_ids, tokenizer) {
             (Some(messages), None, Some(tokenizer)) => {
-                tokenizer.encode(&render(&messages).map_err(|e| refuse(e.to_string()))?)?
+                tokenizer.encode(&NemotronMarkers::default().render(&messages).map_err(|e| refuse(e.to_string()))?)?
             }
             (Some(_), None, None) => return Err(refuse("the checkpoint has no tokenizer: give token_ids".into())),
             (None, Some(ids), _) => ids,
@@ -229,7 +228,7 @@ mod tests {
         for line in BUILT_IN.lines() {
             let line: serde_json::Value = serde_json::from_str(line).unwrap();
             let messages: Vec<Message> = serde_json::from_value(line["messages"].clone()).unwrap();
-            render(&messages).unwrap();
+            NemotronMarkers::default().render(&messages).unwrap();
         }
     }
 

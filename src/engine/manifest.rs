@@ -10,11 +10,12 @@ use super::Limits;
 use super::tensorrt::TensorRtInfo;
 use crate::checkpoint::ModelConfig;
 use crate::error::{Error, Result, clip};
+use crate::text::ChatFormat;
 
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "engine.json";
 /// Version of the package's layout and manifest. A package of another version is refused by name.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// A manifest is refused unread past this size.
 pub(super) const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 const FORMAT: &str = "aotron-engine";
@@ -35,6 +36,8 @@ pub struct Manifest {
     pub checkpoint: CheckpointInfo,
     /// The tokenizer; a package without one takes and gives token ids only.
     pub tokenizer: Option<TokenizerInfo>,
+    /// How a conversation becomes a prompt, and what ends an answer.
+    pub chat_format: ChatFormat,
     /// How a generation goes when the request does not say.
     pub generation: GenerationSettings,
     /// What can run, one per target and precision.
@@ -67,14 +70,10 @@ pub struct TokenizerInfo {
     pub vocab_size: usize,
 }
 
-/// Defaults of a generation, and what ends it.
+/// Defaults of a generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerationSettings {
-    /// Ids that always end a generation and are never shown.
-    pub stop_token_ids: Vec<u32>,
-    /// Texts that end a chat answer and are never shown.
-    pub stop_strings: Vec<String>,
     /// New tokens, if the request does not say.
     pub max_tokens: usize,
 }
@@ -125,7 +124,12 @@ pub struct FileInfo {
 
 impl Manifest {
     /// A manifest of this format and tool; `files` and `sha256` are filled in by [`super::PackageWriter`].
-    pub fn new(model: ModelConfig, checkpoint: CheckpointInfo, generation: GenerationSettings) -> Manifest {
+    pub fn new(
+        model: ModelConfig,
+        checkpoint: CheckpointInfo,
+        chat_format: ChatFormat,
+        generation: GenerationSettings,
+    ) -> Manifest {
         Manifest {
             format: FORMAT.into(),
             format_version: FORMAT_VERSION,
@@ -133,6 +137,7 @@ impl Manifest {
             model,
             checkpoint,
             tokenizer: None,
+            chat_format,
             generation,
             plans: Vec::new(),
             files: Vec::new(),

@@ -3,13 +3,14 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
 use super::manifest::{FileInfo, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, hex};
 use crate::error::{Error, Result};
 use crate::mmap::{MappedFile, open_regular};
-use crate::text::Tokenizer;
+use crate::text::{ChatFormat, Tokenizer};
 
 /// Whether `path` looks like an engine package.
 pub fn is_package(path: &Path) -> bool {
@@ -28,17 +29,15 @@ impl Package {
     /// Opens the package at `path` and checks its manifest and the size of every file. Weights are not read.
     ///
     /// # Errors
-    /// [`Error::Package`] naming the file that is missing, truncated, or of another format version.
+    /// [`Error::NoSuchPackage`] or [`Error::NotAPackage`]; [`Error::Package`] naming the file that is missing, truncated, or
+    /// of another format version.
     pub fn open(path: &Path) -> Result<Package> {
         if !path.exists() {
-            return Err(Error::package(path, "there is no such folder; `aotron build` makes one"));
+            return Err(Error::NoSuchPackage { path: path.to_path_buf() });
         }
         let file = path.join(MANIFEST_NAME);
         if !file.exists() {
-            return Err(Error::package(
-                path,
-                format!("no {MANIFEST_NAME} in it, so it is not an engine package; `aotron build` makes one"),
-            ));
+            return Err(Error::NotAPackage { path: path.to_path_buf() });
         }
         let mut text = Vec::new();
         let reader = open_regular(&file)?;
@@ -108,6 +107,11 @@ impl Package {
         let Some(info) = &self.manifest.tokenizer else { return Ok(None) };
         let bytes = self.read(&info.file)?;
         Tokenizer::from_package(&self.file_path(&info.file), &bytes).map(Some)
+    }
+
+    /// The package's chat format, to share between conversations.
+    pub fn chat_format(&self) -> Arc<ChatFormat> {
+        Arc::new(self.manifest.chat_format.clone())
     }
 
     /// Checks one file against its digest; `progress` gets numbers of bytes.

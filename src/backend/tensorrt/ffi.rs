@@ -4,16 +4,13 @@
 // The bridge's generated code has no documentation.
 #![allow(missing_docs)]
 
-use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use cxx::UniquePtr;
 
 use super::device::{ALIGN, Buffer, Stream};
-use super::{Monitor, Severity};
-use crate::error::{Error, Result};
-use crate::tensor_file::TensorFile;
+use super::{ConstantBytes, Monitor, Severity};
 
 #[cxx::bridge(namespace = "aotron")]
 pub(super) mod bridge {
@@ -253,54 +250,6 @@ pub(super) fn enqueue(context: Pin<&mut bridge::Context>, stream: &Stream) -> Re
     unsafe { context.enqueue(stream.number()) }
 }
 
-/// Bytes of a constant, which TensorRT reads where they lie: their owner lives until the network is gone.
-pub struct ConstantBytes {
-    owner: Owner,
-    range: Range<usize>,
-}
-
-enum Owner {
-    File(Arc<TensorFile>),
-    Memory(Arc<[u8]>),
-}
-
-impl ConstantBytes {
-    /// Bytes of a mapped file; none if the range is outside.
-    pub fn of_file(file: Arc<TensorFile>, range: Range<usize>) -> Result<ConstantBytes> {
-        ConstantBytes { owner: Owner::File(file), range }.checked()
-    }
-
-    /// Bytes in memory.
-    ///
-    /// # Errors
-    /// As [`ConstantBytes::of_file`].
-    pub fn of_memory(bytes: Arc<[u8]>, range: Range<usize>) -> Result<ConstantBytes> {
-        ConstantBytes { owner: Owner::Memory(bytes), range }.checked()
-    }
-
-    /// The bytes.
-    pub fn as_slice(&self) -> &[u8] {
-        &self.all()[self.range.clone()]
-    }
-
-    fn all(&self) -> &[u8] {
-        match &self.owner {
-            Owner::File(file) => file.mapped(),
-            Owner::Memory(bytes) => bytes,
-        }
-    }
-
-    fn checked(self) -> Result<ConstantBytes> {
-        match self.all().get(self.range.clone()) {
-            Some(_) => Ok(self),
-            None => {
-                let found = format!("a constant is bytes {:?} of {}", self.range, self.all().len());
-                Err(Error::internal(found, "a range inside its file"))
-            }
-        }
-    }
-}
-
 /// What a network's events reach in Rust. Called from TensorRT's threads.
 pub(super) struct Observer(pub Arc<dyn Monitor>);
 
@@ -328,6 +277,7 @@ impl Observer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     #[test]
     fn a_constant_outside_its_memory_is_an_internal_error() {

@@ -8,29 +8,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ffi::{Observer, bridge};
-use super::{BuildOptions, Layers, Monitor, Network};
-pub use crate::engine::tensorrt::LibraryKind as Kind;
+use super::{BuildOptions, Kind, Layers, Monitor, Network, Version};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
+/// The version whose headers this program was compiled against.
+fn header_version(kind: Kind) -> Version {
+    Version::from_number(bridge::header_version(kind == Kind::Rtx))
+}
+
 impl Kind {
-    /// Both.
-    pub const ALL: [Kind; 2] = [Kind::Rtx, Kind::TensorRt];
-
-    /// What NVIDIA calls it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::TensorRt => "TensorRT",
-            Kind::Rtx => "TensorRT for RTX",
-        }
-    }
-
-    /// The library's file.
-    pub fn file_name(self) -> &'static str {
-        match self {
-            Kind::TensorRt => "libnvinfer.so.11",
-            Kind::Rtx => "libtensorrt_rtx.so.1",
-        }
+    /// The version whose headers this program was compiled against; none without the feature `tensorrt`.
+    pub fn header_version(self) -> Option<Version> {
+        Some(header_version(self))
     }
 
     /// The folder of its Python package, under site-packages.
@@ -40,37 +30,6 @@ impl Kind {
             Kind::Rtx => "tensorrt_rtx_libs",
         }
     }
-
-    /// How to get it.
-    pub fn remedy(self) -> &'static str {
-        match self {
-            Kind::TensorRt => {
-                "`pip install tensorrt-cu13` gets it from NVIDIA's package index; run aotron in the same Python \
-                 environment, or set AOTRON_TENSORRT_DIR to the folder of the library"
-            }
-            Kind::Rtx => {
-                "`make tensorrt` in aotron's source folder downloads it (95 MB) to .tensorrt/; or `pip install \
-                 tensorrt-rtx` and run aotron in the same Python environment; or set AOTRON_TENSORRT_DIR to the folder \
-                 of the library"
-            }
-        }
-    }
-
-    /// The version whose headers this program was compiled against.
-    pub fn header_version(self) -> Version {
-        Version::from_number(bridge::header_version(self == Kind::Rtx))
-    }
-}
-
-/// A version of a library.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    /// Programs compiled against another major version do not fit.
-    pub major: u32,
-    /// Functions are added from one to the next.
-    pub minor: u32,
-    /// Nothing is added.
-    pub patch: u32,
 }
 
 impl Version {
@@ -84,12 +43,6 @@ impl Version {
     /// and only within a major version.
     fn serves(self, headers: Version) -> bool {
         self.major == headers.major && self.minor >= headers.minor
-    }
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
     }
 }
 
@@ -140,7 +93,7 @@ impl Library {
         let inner = bridge::open_library(kind == Kind::Rtx, path.as_os_str().as_bytes())
             .map_err(|error| refuse(error.what().into()))?;
         let version = Version::from_number(inner.version());
-        let headers = kind.header_version();
+        let headers = header_version(kind);
         if !version.serves(headers) {
             return Err(refuse(format!(
                 "it is version {version}, and this aotron needs {}.{} or a later {}.x; {}",
@@ -328,8 +281,8 @@ mod tests {
         let version = |major, minor, patch| Version { major, minor, patch };
         assert_eq!(Version::from_number(110406), version(11, 4, 6));
         assert_eq!(Version::from_number(-1), version(0, 0, 0));
-        assert_eq!(Kind::TensorRt.header_version().major, 11);
-        assert_eq!(Kind::Rtx.header_version().major, 1);
+        assert_eq!(header_version(Kind::TensorRt).major, 11);
+        assert_eq!(header_version(Kind::Rtx).major, 1);
         assert!(version(11, 5, 0).serves(version(11, 4, 2)));
         assert!(version(11, 4, 0).serves(version(11, 4, 2)));
         assert!(!version(11, 3, 9).serves(version(11, 4, 0)));

@@ -1,9 +1,9 @@
 //! What is known of a checkpoint besides its model: its file, its tokenizer, and where it is not the model card's.
 
+use aotron::checkpoint::card::{SYSTEM_MARK as SYSTEM_MARKER, TURN_MARK as TURN_MARKER};
 use aotron::checkpoint::{Checkpoint, card};
 use aotron::compile::checkpoint_tokenizer;
-use aotron::text::template::{Message, Role, SYSTEM_MARKER, TURN_MARKER, render};
-use aotron::text::{SentencePieceFacts, Tokenizer};
+use aotron::text::{Message, NemotronMarkers, SentencePieceFacts, Tokenizer};
 use serde_json::{Value, json};
 
 /// A message whose prompt shows what the template becomes.
@@ -30,8 +30,7 @@ impl Facts {
                 ends.extend(facts.eos_id);
             }
             ends.extend(tokenizer.id(TURN_MARKER).filter(|id| !ends.contains(id)));
-            let message = Message { role: Role::User, content: EXAMPLE.to_owned() };
-            let ids = tokenizer.encode(&render(&[message])?)?;
+            let ids = tokenizer.encode(&NemotronMarkers::default().render(&[Message::user(EXAMPLE)])?)?;
             let piece = |id: &u32| tokenizer.piece(*id).unwrap_or_else(|| format!("#{id}"));
             let pieces = ids.iter().map(piece).collect();
             template = Some((ids, pieces));
