@@ -12,6 +12,7 @@
 
 mod batcher;
 mod chat;
+mod defaults;
 mod generation;
 mod request;
 mod sampler;

@@ -45,6 +45,8 @@ enum RuleKind {
     TokenizerJson,
     /// SentencePiece's: a model's file.
     Sentencepiece,
+    /// SentencePiece's, between tokens added to its model: a line of JSON with these, and the model's file.
+    SentencepieceWithAddedTokens,
 }
 
 impl Tokenizer {
@@ -56,13 +58,19 @@ impl Tokenizer {
     /// # Errors
     /// Those of [`Tokenizer::from_bytes`], where it was not read from that.
     pub fn to_package(&self, name: &Path, source: &[u8]) -> Result<Vec<u8>> {
-        let (rules, content) = match self.sentencepiece() {
-            Some(_) => (RuleKind::Sentencepiece, sentencepiece::essential(name, source)?.into()),
-            None => (RuleKind::TokenizerJson, std::borrow::Cow::Borrowed(source)),
+        let unwritten = |source| Error::format(name, format!("the tokenizer cannot be kept: {source}"));
+        let (rules, content) = match (self.sentencepiece(), self.added_tokens()) {
+            (Some(_), []) => (RuleKind::Sentencepiece, sentencepiece::essential(name, source)?.into()),
+            (Some(_), added) => {
+                let mut content = serde_json::to_vec(added).map_err(unwritten)?;
+                content.push(b'\n');
+                content.extend_from_slice(&sentencepiece::essential(name, source)?);
+                (RuleKind::SentencepieceWithAddedTokens, content.into())
+            }
+            (None, _) => (RuleKind::TokenizerJson, std::borrow::Cow::Borrowed(source)),
         };
         let header = Header { format: FORMAT.into(), version: VERSION, rules, bytes: content.len() };
-        let mut bytes = serde_json::to_vec(&header)
-            .map_err(|source| Error::format(name, format!("the tokenizer cannot be kept: {source}")))?;
+        let mut bytes = serde_json::to_vec(&header).map_err(unwritten)?;
         bytes.push(b'\n');
         bytes.extend_from_slice(&content);
         Ok(bytes)
@@ -104,6 +112,13 @@ impl Tokenizer {
         match header.rules {
             RuleKind::TokenizerJson => Tokenizer::from_json(name, content),
             RuleKind::Sentencepiece => Tokenizer::from_sentencepiece(name, content),
+            RuleKind::SentencepieceWithAddedTokens => {
+                let end = content.iter().position(|byte| *byte == b'\n').unwrap_or(content.len());
+                let (line, model) = content.split_at(end);
+                let added =
+                    serde_json::from_slice(line).map_err(|source| refused(format!("added tokens: {source}")))?;
+                Tokenizer::from_sentencepiece_and(name, model.get(1..).unwrap_or_default(), added)
+            }
         }
     }
 }

@@ -1,0 +1,42 @@
+//! A package's defaults as settings of the sampler.
+
+use super::sampler::SamplingParams;
+use crate::engine::GenerationSettings;
+
+impl From<&GenerationSettings> for SamplingParams {
+    /// Greedy unless the checkpoint asks for sampling; then settings it does not name are off.
+    fn from(settings: &GenerationSettings) -> SamplingParams {
+        let greedy = SamplingParams {
+            repetition_penalty: settings.repetition_penalty.unwrap_or(1.0),
+            ..SamplingParams::default()
+        };
+        match settings.do_sample {
+            false => greedy,
+            true => SamplingParams {
+                temperature: settings.temperature.unwrap_or(1.0),
+                top_k: settings.top_k.unwrap_or(0),
+                top_p: settings.top_p.unwrap_or(1.0),
+                min_p: settings.min_p.unwrap_or(0.0),
+                ..greedy
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_checkpoint_names_is_taken_and_the_rest_is_off() {
+        let silent = GenerationSettings::default();
+        assert_eq!(SamplingParams::from(&silent), SamplingParams::default());
+        let settings = GenerationSettings { temperature: Some(0.6), repetition_penalty: Some(1.1), ..silent };
+        let greedy = SamplingParams::from(&settings);
+        assert!(greedy.is_greedy() && greedy.repetition_penalty == 1.1, "{greedy:?}");
+        let sampled = SamplingParams::from(&GenerationSettings { do_sample: true, ..settings });
+        assert!(!sampled.is_greedy());
+        assert_eq!((sampled.temperature, sampled.top_k, sampled.top_p, sampled.min_p), (0.6, 0, 1.0, 0.0));
+        sampled.validate(10).unwrap();
+    }
+}
