@@ -136,45 +136,51 @@ impl CheckpointText {
     ) -> Result<(Tokenizer, BTreeMap<String, String>)> {
         let TokenizerFile { path, bytes, is_json } = file;
         let mut special_tokens = files.special_tokens.clone();
-        if *is_json {
-            return Ok((Tokenizer::from_json(path, bytes)?, special_tokens));
-        }
-        let tokenizer = Tokenizer::from_sentencepiece(path, bytes)?;
-        let mut added = files.added_tokens.clone();
+        let tokenizer = match is_json {
+            true => Tokenizer::from_json(path, bytes)?,
+            false => Tokenizer::from_sentencepiece(path, bytes)?,
+        };
+        let mut added = if *is_json { Vec::new() } else { files.added_tokens.clone() };
         if let Some(facts) = tokenizer.sentencepiece() {
             let named = [("bos_token", facts.bos_id), ("eos_token", facts.eos_id), ("pad_token", facts.pad_id)];
             for (name, piece) in named.into_iter().filter_map(|(name, id)| Some((name, tokenizer.piece(id?)?))) {
                 special_tokens.entry(name.to_owned()).or_insert(piece);
             }
         }
-        // A control piece is letters in a text; but what the template writes is meant.
+        // Special tokens are letters in a text unless they are told; but what the template writes is meant, and to
+        // transformers every special token is one.
         let written: Vec<String> = match template {
+            ChatTemplate::Nemotron(_) if *is_json => Vec::new(),
             ChatTemplate::Nemotron(NemotronMarkers { system_turn_start, turn_start, .. }) => {
                 vec![system_turn_start.clone(), turn_start.clone()]
             }
             ChatTemplate::Jinja(jinja) => {
                 let pieces = tokenizer.control_pieces().filter(|piece| jinja.source.contains(*piece));
-                let named = special_tokens.iter().filter(|(name, _)| jinja.source.contains(name.as_str()));
-                pieces.map(str::to_owned).chain(named.map(|(_, token)| token.clone())).collect()
+                pieces.map(str::to_owned).chain(special_tokens.values().cloned()).collect()
             }
             ChatTemplate::Raw => Vec::new(),
         };
-        let mut control: Vec<String> = Vec::new();
+        let known = tokenizer.markers();
+        let mut whole: Vec<String> = Vec::new();
         for content in written {
-            let id = tokenizer.id(&content).filter(|id| tokenizer.is_control(*id));
+            let is_letters = known.iter().all(|(marker, _)| *marker != content);
+            let id = tokenizer.id(&content).filter(|id| is_letters && (*is_json || tokenizer.is_control(*id)));
             if let Some(id) = id.filter(|id| added.iter().all(|token| token.id != *id)) {
-                control.push(format!("`{}`", clip(&content)));
+                whole.push(format!("`{}`", clip(&content)));
                 added.push(AddedToken { id, content, lstrip: false, rstrip: false });
             }
         }
-        if !control.is_empty() {
-            self.notes
-                .push(format!("{}: control pieces, encoded whole as the template means them", control.join(", ")));
+        if !whole.is_empty() {
+            self.notes.push(format!("{}: tokens of their own wherever a text has them", whole.join(", ")));
         }
         if added.is_empty() {
             return Ok((tokenizer, special_tokens));
         }
-        Ok((Tokenizer::from_sentencepiece_and(path, bytes, added)?, special_tokens))
+        let tokenizer = match is_json {
+            true => Tokenizer::from_json_and(path, bytes, added)?,
+            false => Tokenizer::from_sentencepiece_and(path, bytes, added)?,
+        };
+        Ok((tokenizer, special_tokens))
     }
 
     /// Adds the tokenizer's own end of a text to the ids that end a generation.

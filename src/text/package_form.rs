@@ -45,6 +45,8 @@ enum RuleKind {
     TokenizerJson,
     /// SentencePiece's: a model's file.
     Sentencepiece,
+    /// Those of a tokenizer.json, with more special tokens than it lists: a line of JSON with these, and the file.
+    TokenizerJsonWithAddedTokens,
     /// SentencePiece's, between tokens added to its model: a line of JSON with these, and the model's file.
     SentencepieceWithAddedTokens,
 }
@@ -59,15 +61,22 @@ impl Tokenizer {
     /// Those of [`Tokenizer::from_bytes`], where it was not read from that.
     pub fn to_package(&self, name: &Path, source: &[u8]) -> Result<Vec<u8>> {
         let unwritten = |source| Error::format(name, format!("the tokenizer cannot be kept: {source}"));
-        let (rules, content) = match (self.sentencepiece(), self.added_tokens()) {
-            (Some(_), []) => (RuleKind::Sentencepiece, sentencepiece::essential(name, source)?.into()),
-            (Some(_), added) => {
+        let source = match self.sentencepiece() {
+            Some(_) => sentencepiece::essential(name, source)?.into(),
+            None => std::borrow::Cow::Borrowed(source),
+        };
+        let (rules, content) = match (self.sentencepiece().is_some(), self.added_tokens()) {
+            (true, []) => (RuleKind::Sentencepiece, source),
+            (false, []) => (RuleKind::TokenizerJson, source),
+            (is_sentencepiece, added) => {
                 let mut content = serde_json::to_vec(added).map_err(unwritten)?;
                 content.push(b'\n');
-                content.extend_from_slice(&sentencepiece::essential(name, source)?);
-                (RuleKind::SentencepieceWithAddedTokens, content.into())
+                content.extend_from_slice(&source);
+                match is_sentencepiece {
+                    true => (RuleKind::SentencepieceWithAddedTokens, content.into()),
+                    false => (RuleKind::TokenizerJsonWithAddedTokens, content.into()),
+                }
             }
-            (None, _) => (RuleKind::TokenizerJson, std::borrow::Cow::Borrowed(source)),
         };
         let header = Header { format: FORMAT.into(), version: VERSION, rules, bytes: content.len() };
         let mut bytes = serde_json::to_vec(&header).map_err(unwritten)?;
@@ -112,12 +121,16 @@ impl Tokenizer {
         match header.rules {
             RuleKind::TokenizerJson => Tokenizer::from_json(name, content),
             RuleKind::Sentencepiece => Tokenizer::from_sentencepiece(name, content),
-            RuleKind::SentencepieceWithAddedTokens => {
+            with_added => {
                 let end = content.iter().position(|byte| *byte == b'\n').unwrap_or(content.len());
-                let (line, model) = content.split_at(end);
+                let (line, file) = content.split_at(end);
                 let added =
                     serde_json::from_slice(line).map_err(|source| refused(format!("added tokens: {source}")))?;
-                Tokenizer::from_sentencepiece_and(name, model.get(1..).unwrap_or_default(), added)
+                let file = file.get(1..).unwrap_or_default();
+                match with_added {
+                    RuleKind::TokenizerJsonWithAddedTokens => Tokenizer::from_json_and(name, file, added),
+                    _ => Tokenizer::from_sentencepiece_and(name, file, added),
+                }
             }
         }
     }

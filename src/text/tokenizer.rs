@@ -29,7 +29,7 @@ pub struct Tokenizer {
 /// What encodes, by the kind of the file.
 #[derive(Debug)]
 enum Encoder {
-    HuggingFace(Box<tokenizers::Tokenizer>),
+    HuggingFace { inner: Box<tokenizers::Tokenizer>, added: Vec<AddedToken> },
     SentencePiece { model: Box<sentencepiece::Model>, added: AddedTokens },
 }
 
@@ -75,6 +75,15 @@ impl Tokenizer {
     /// [`Error::Format`] where the file is not one; [`Error::Unsupported`] where its decoder is one this version does
     /// not compute.
     pub fn from_json(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
+        Self::from_json_and(name, bytes, Vec::new())
+    }
+
+    /// As [`Tokenizer::from_json`], with pieces of its vocabulary that are special tokens though the file does not list
+    /// them so: wherever a text has one it is that token.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_json`], and [`Error::Format`] for a token that is no piece of that id.
+    pub fn from_json_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
         let refused = |source: &dyn Display| Error::format(name, format!("not a tokenizer.json: {source}"));
         // A truncated file is found here, with its line and column.
         serde_json::from_slice::<IgnoredAny>(bytes).map_err(|source| refused(&source))?;
@@ -83,6 +92,14 @@ impl Tokenizer {
             .with_padding(None)
             .with_truncation(None)
             .map_err(|source| Error::format(name, format!("truncation cannot be turned off: {source}")))?;
+        for AddedToken { id, content, lstrip, rstrip } in &added {
+            if inner.token_to_id(content) != Some(*id) {
+                let detail = format!("added token {id}: the vocabulary's piece of that id is not `{}`", clip(content));
+                return Err(Error::format(name, detail));
+            }
+            let token = tokenizers::AddedToken::from(content.clone(), true).lstrip(*lstrip).rstrip(*rstrip);
+            contained(|| inner.add_special_tokens([token])).map_err(|source| refused(&source))?;
+        }
         let Some(largest) = inner.get_vocab(true).into_values().max() else {
             return Err(Error::format(name, "the vocabulary is empty"));
         };
@@ -97,7 +114,7 @@ impl Tokenizer {
             .map_err(|source| Error::format(name, format!("decoder: {source}")))?;
         let rules = Rules::read(decoder.as_ref()).map_err(|error| Error::unsupported(name, error.to_string()))?;
         let pieces = PieceTable::new(vocab_size, rules, |id| inner.id_to_token(id));
-        Ok(Tokenizer { encoder: Encoder::HuggingFace(Box::new(inner)), pieces })
+        Ok(Tokenizer { encoder: Encoder::HuggingFace { inner: Box::new(inner), added }, pieces })
     }
 
     /// The ids of `text`, encoded in one call; no special tokens are added. Special pieces written in the text become
@@ -108,7 +125,7 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] where the tokenizer has no way to write the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let inner = match &self.encoder {
-            Encoder::HuggingFace(inner) => inner,
+            Encoder::HuggingFace { inner, .. } => inner,
             Encoder::SentencePiece { model, added } => return added.encode(model, text),
         };
         let encoding = contained(|| inner.encode_fast(text, false))
@@ -150,7 +167,7 @@ impl Tokenizer {
     /// The piece of an id as the vocabulary spells it: `▁the`, `<0x0A>`, `</s>`.
     pub fn piece(&self, id: u32) -> Option<String> {
         match &self.encoder {
-            Encoder::HuggingFace(inner) => inner.id_to_token(id),
+            Encoder::HuggingFace { inner, .. } => inner.id_to_token(id),
             Encoder::SentencePiece { model, added } => model.piece(id).or_else(|| added.piece(id)).map(str::to_string),
         }
     }
@@ -158,7 +175,7 @@ impl Tokenizer {
     /// The id of a piece as the vocabulary spells it.
     pub fn id(&self, piece: &str) -> Option<u32> {
         match &self.encoder {
-            Encoder::HuggingFace(inner) => inner.token_to_id(piece),
+            Encoder::HuggingFace { inner, .. } => inner.token_to_id(piece),
             Encoder::SentencePiece { model, added } => added.id(piece).or_else(|| model.id(piece)),
         }
     }
@@ -171,7 +188,7 @@ impl Tokenizer {
     /// What the SentencePiece model says about itself, where this is one.
     pub fn sentencepiece(&self) -> Option<&SentencePieceFacts> {
         match &self.encoder {
-            Encoder::HuggingFace(_) => None,
+            Encoder::HuggingFace { .. } => None,
             Encoder::SentencePiece { model, .. } => Some(model.facts()),
         }
     }
@@ -179,15 +196,15 @@ impl Tokenizer {
     /// The usual name of the file it is read from: `tokenizer.json` or `tokenizer.model`.
     pub fn file_name(&self) -> &'static str {
         match &self.encoder {
-            Encoder::HuggingFace(_) => "tokenizer.json",
+            Encoder::HuggingFace { .. } => "tokenizer.json",
             Encoder::SentencePiece { .. } => "tokenizer.model",
         }
     }
 
-    /// Tokens that were added to a SentencePiece model.
+    /// Tokens that were added to those of the tokenizer's file.
     pub fn added_tokens(&self) -> &[AddedToken] {
         match &self.encoder {
-            Encoder::HuggingFace(_) => &[],
+            Encoder::HuggingFace { added, .. } => added,
             Encoder::SentencePiece { added, .. } => added.tokens(),
         }
     }
@@ -201,7 +218,7 @@ impl Tokenizer {
             text.len() > 2 && sign(text.chars().next()) && sign(text.chars().next_back())
         };
         let mut markers: Vec<(String, u32)> = match &self.encoder {
-            Encoder::HuggingFace(inner) => {
+            Encoder::HuggingFace { inner, .. } => {
                 let added = inner.get_added_vocabulary().get_added_tokens_decoder().iter();
                 let of_marker = added.filter(|(_, token)| token.special || looks_like_one(&token.content));
                 of_marker.map(|(id, token)| (token.content.clone(), *id)).collect()
@@ -219,7 +236,7 @@ impl Tokenizer {
     /// Whether `id` is a piece of a SentencePiece model that no text contains, unless it was added as a token.
     pub fn is_control(&self, id: u32) -> bool {
         match &self.encoder {
-            Encoder::HuggingFace(_) => false,
+            Encoder::HuggingFace { .. } => false,
             Encoder::SentencePiece { model, .. } => model.is_control(id),
         }
     }
@@ -227,7 +244,7 @@ impl Tokenizer {
     /// The control pieces of a SentencePiece model.
     pub fn control_pieces(&self) -> impl Iterator<Item = &str> {
         let model = match &self.encoder {
-            Encoder::HuggingFace(_) => None,
+            Encoder::HuggingFace { .. } => None,
             Encoder::SentencePiece { model, .. } => Some(model.control()),
         };
         model.into_iter().flatten()
@@ -239,7 +256,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] where it cannot encode.
     pub fn prefix(&self) -> Result<Vec<u32>> {
-        let Encoder::HuggingFace(inner) = &self.encoder else { return Ok(Vec::new()) };
+        let Encoder::HuggingFace { inner, .. } = &self.encoder else { return Ok(Vec::new()) };
         let encoded = contained(|| inner.encode("", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
         let with = contained(|| inner.encode("a", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
         let alone = contained(|| inner.encode("a", false)).map_err(|source| Error::Tokenizer(source.to_string()))?;
@@ -284,7 +301,7 @@ impl Tokenizer {
     /// The ids of a marker's letters.
     fn encode_spelled(&self, text: &str) -> Result<Vec<u32>> {
         match &self.encoder {
-            Encoder::HuggingFace(inner) => behind_a_line_break(text, &|text| {
+            Encoder::HuggingFace { inner, .. } => behind_a_line_break(text, &|text| {
                 contained(|| encode_without_added_tokens(inner, text)).map_err(|source| {
                     Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len()))
                 })

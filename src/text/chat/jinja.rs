@@ -21,8 +21,15 @@ use super::tojson::dumps;
 use crate::checkpoint::MAX_TEMPLATE_BYTES;
 use crate::error::{Error, Result, clip};
 
-/// One unit is about an instruction, or 64 bytes of text made: so a template makes 128 MB at most.
-const FUEL: u64 = 2 << 20;
+/// One unit is about an instruction, or 64 bytes of text made.
+const FUEL: u64 = 256 << 10;
+/// A unit more for so many bytes of messages: room for eight copies of them.
+const BYTES_PER_FUEL: usize = 8;
+/// More is refused: a million tokens have about so many bytes.
+const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// Values within values are dropped one within the other, which takes stack, and each level costs a template a unit at
+/// least. The stack is reserved, and is memory only as far as it is used.
+const STACK_BYTES_PER_FUEL: usize = 640;
 /// A template within templates, a macro that calls itself: each takes a few of these.
 const RECURSION: usize = 200;
 
@@ -72,27 +79,52 @@ impl JinjaTemplate {
         special_tokens: &BTreeMap<String, String>,
         now: NaiveDateTime,
     ) -> Result<String> {
-        let failed = |error: &minijinja::Error| match raised(error) {
-            Some(words) => Error::Request(format!("the chat template says: {}", clip(words))),
-            None => Error::Request(format!("the chat template `{}` failed: {}", clip(&self.name), reason(error))),
+        let message_bytes: usize = messages.iter().map(text_bytes).sum();
+        if message_bytes > MAX_MESSAGE_BYTES {
+            let detail = format!("the messages have {message_bytes} bytes; a chat template takes {MAX_MESSAGE_BYTES}");
+            return Err(Error::Request(detail));
+        }
+        let fuel = FUEL + (message_bytes / BYTES_PER_FUEL) as u64;
+        let stack_bytes = usize::try_from(fuel).unwrap_or(usize::MAX).saturating_mul(STACK_BYTES_PER_FUEL);
+        let outcome = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("chat template".into()).stack_size(stack_bytes);
+            let thread = thread
+                .spawn_scoped(scope, || self.render_here(messages, special_tokens, now, fuel))
+                .map_err(|error| format!("there is no thread to run it on: {error}"))?;
+            thread.join().unwrap_or_else(|_| Err("its engine gave up on it".to_owned()))
+        });
+        outcome.map_err(|detail| Error::Request(format!("the chat template `{}` {detail}", clip(&self.name))))
+    }
+
+    fn render_here(
+        &self,
+        messages: &[serde_json::Value],
+        special_tokens: &BTreeMap<String, String>,
+        now: NaiveDateTime,
+        fuel: u64,
+    ) -> Result<String, String> {
+        let failed = |error: minijinja::Error| match raised(&error) {
+            Some(words) => format!("says: {}", clip(words)),
+            None => format!("failed: {}", reason(&error)),
         };
         let source = without_generation_tags(&self.source);
-        let environment = environment(now);
-        let template = environment.template_from_named_str("chat_template", &source).map_err(|error| failed(&error))?;
-        let mut context: BTreeMap<&str, Value> =
-            special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str()))).collect();
-        context.insert("messages", messages.iter().map(value_of).collect::<Vec<Value>>().into());
-        context.insert("tools", Value::from(()));
-        context.insert("documents", Value::from(()));
-        context.insert("add_generation_prompt", Value::from(true));
-        template.render(Value::from_iter(context)).map_err(|error| failed(&error))
+        let mut environment = environment(now);
+        environment.set_fuel(Some(fuel));
+        let template = environment.template_from_named_str("chat_template", &source).map_err(failed)?;
+        let tokens = special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str())));
+        let input = [
+            ("messages", messages.iter().map(value_of).collect::<Vec<Value>>().into()),
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(true)),
+        ];
+        template.render(Value::from_pairs(tokens.chain(input))).map_err(failed)
     }
 }
 
 fn environment(now: NaiveDateTime) -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default());
-    environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(RECURSION);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     environment.set_unknown_method_callback(methods);
@@ -146,7 +178,18 @@ fn value_of(json: &serde_json::Value) -> Value {
         },
         Json::String(text) => Value::from(text.as_str()),
         Json::Array(items) => items.iter().map(value_of).collect::<Vec<Value>>().into(),
-        Json::Object(object) => object.iter().map(|(key, value)| (key.clone(), value_of(value))).collect(),
+        Json::Object(object) => Value::from_pairs(object.iter().map(|(key, value)| (key.as_str(), value_of(value)))),
+    }
+}
+
+/// Bytes of all texts in a value.
+fn text_bytes(json: &serde_json::Value) -> usize {
+    use serde_json::Value as Json;
+    match json {
+        Json::String(text) => text.len(),
+        Json::Array(items) => items.iter().map(text_bytes).sum(),
+        Json::Object(object) => object.iter().map(|(key, value)| key.len() + text_bytes(value)).sum(),
+        _ => 1,
     }
 }
 

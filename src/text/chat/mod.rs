@@ -177,6 +177,9 @@ impl ChatFormat {
         match &self.template {
             ChatTemplate::Nemotron(markers) => markers.render(&typed(messages)?),
             ChatTemplate::Raw => Ok(typed(messages)?.into_iter().map(|message| message.content).collect()),
+            ChatTemplate::Jinja(_) if messages.is_empty() => {
+                Err(Error::Request("the conversation has no message".into()))
+            }
             ChatTemplate::Jinja(template) => template.render(messages, &self.special_tokens, now),
         }
     }
