@@ -26,6 +26,7 @@ fn package(recipe: Recipe, output: &Path) -> Package {
         replace: false,
         prepare: false,
         calibration: None,
+        chat_format: None,
     };
     build(&request, &quiet()).unwrap();
     Package::open(output).unwrap()

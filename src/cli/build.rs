@@ -15,6 +15,7 @@ use aotron::engine::Package;
 use aotron::isa::{CpuFeatures, Isa};
 
 use super::args::{count, usage};
+use super::inspect::text_facts;
 use super::term::{self, Stages};
 
 /// What to build, from what, to where.
@@ -44,12 +45,16 @@ pub struct Flags {
     /// {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,
+    /// Chat format instead of the checkpoint's own: nemotron, raw (no template), chatml, the name of one of its templates,
+    /// or a file with one
+    #[arg(long, value_name = "NAME|FILE.jinja")]
+    chat_format: Option<String>,
     /// Where a plan cannot be compiled on this machine, do everything else; --finish does the rest on its GPU
     #[arg(long)]
     prepare: bool,
     /// Compile the plans of an engine package that were only prepared, or else all that are for GPUs, from its own
     /// weights; with --recipe, one more for that GPU, or with --recipe cpu, pack the CPU plan again for this CPU or --cpu
-    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "prepare", "output", "force"])]
+    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "prepare", "output", "force"])]
     finish: bool,
     /// Where the engine package goes [default: engines/ and the checkpoint's name]
     #[arg(short, long, value_name = "DIR")]
@@ -117,6 +122,7 @@ impl Flags {
             replace: self.force,
             prepare: self.prepare,
             calibration: self.calibration.clone(),
+            chat_format: self.chat_format.clone(),
         })
     }
 
@@ -216,6 +222,9 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
                 limits.slots
             ),
         )?;
+    }
+    for (name, text) in text_facts(package.manifest()) {
+        line(name, text)?;
     }
     let engine = shell_word(path);
     let runs_here = package.manifest().plans.iter().any(|plan| plan.target == "cpu");

@@ -70,6 +70,7 @@ fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     let (vocab_size, element_type) = parts.embedding().map_err(in_file)?;
     let tokenizer = tokenizer(&container, &config)?;
     let details = details(&config, &layout);
+    let prompt_tokens = config.chat_prompt_tokens.clone();
     let mut model = config.with_vocabulary(vocab_size, None, Vec::new())?;
     // What is stored decides; the config says what the training computed in.
     if let Some(dtype) = element_type.weight() {
@@ -77,7 +78,9 @@ fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     }
     let files = container.into_files();
     let weights = parts.into_weights(&model, &files).map_err(in_file)?;
-    Ok(Checkpoint::new(path, "nemo", model, files, weights, tokenizer, details))
+    let mut checkpoint = Checkpoint::new(path, "nemo", model, files, weights, tokenizer, details);
+    checkpoint.nemo_prompt_tokens = prompt_tokens;
+    Ok(checkpoint)
 }
 
 fn open_container(path: &Path, options: &OpenOptions<'_>) -> Result<Container> {

@@ -517,6 +517,7 @@ mod tests {
                 replace: false,
                 prepare: true,
                 calibration: None,
+                chat_format: None,
             };
             build(&request, &(Arc::new(Quiet) as Arc<dyn Progress>)).unwrap();
             let package = Package::open(Path::new(&output)).unwrap();
