@@ -138,7 +138,11 @@ pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Exec
 /// As [`open`].
 pub fn open_selected(package: &Package, selection: &Selection, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let (Some(device), Some(plan)) = (selection.device, package.manifest().plans.get(selection.plan)) else {
-        return Ok(Box::new(open_cpu(package, &options.cpu)?));
+        let model = open_cpu_model(package, &options.cpu)?;
+        if let Some(note) = model.repacking_note() {
+            options.gpu.report.fact(&note);
+        }
+        return Ok(Box::new(model.executor(options.cpu.slots)?));
     };
     let gpu = GpuOptions { device: Some(device), ..options.gpu.clone() };
     Ok(Box::new(TensorRtExecutor::open(package, plan, &gpu)?))

@@ -96,6 +96,9 @@ impl ModelOptions {
             None => Some(open_cpu_model(&package, &self.executor.cpu)?),
             Some(_) => None,
         };
+        if let Some(note) = cpu.as_ref().and_then(CpuModel::repacking_note) {
+            self.executor.gpu.report.fact(&note);
+        }
         let plan = package.manifest().plans.get(selection.plan).cloned().ok_or_else(|| {
             Error::internal(format!("plan {} was selected", selection.plan), "the index of a plan in the manifest")
         })?;

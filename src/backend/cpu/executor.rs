@@ -161,6 +161,11 @@ impl CpuModel {
         &self.program.limits
     }
 
+    /// A sentence for a user whose CPU has better packings than those that the plan was built with.
+    pub fn repacking_note(&self) -> Option<String> {
+        self.program.repacking_note(self.isa.features())
+    }
+
     /// Threads in use.
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
