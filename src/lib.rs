@@ -142,7 +142,8 @@ mod error;
 pub mod fuzzing;
 #[doc(hidden)]
 pub mod graph;
-mod mmap;
+#[doc(hidden)]
+pub mod mmap;
 mod model;
 #[doc(hidden)]
 pub mod quantize;
