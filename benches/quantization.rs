@@ -1,7 +1,7 @@
 //! What each precision costs in quality and saves in bytes, measured on tiny-chat. Writes docs/quantization.md:
 //!
 //! ```sh
-//! cargo run --release --example quantization
+//! cargo bench --bench quantization
 //! ```
 
 use std::collections::HashMap;
@@ -30,7 +30,7 @@ const HEAD: &str = "\
 # Quantization
 
 What `aotron build --precision` keeps of a weight, and what it costs, measured on tiny-chat with the CPU executor.
-`cargo run --release --example quantization` measures again and writes this page.
+`cargo bench --bench quantization` measures again and writes this page.
 
 | precision | weights of linear layers | their inputs | embedding, head, KV cache |
 | --- | --- | --- | --- |

@@ -8,7 +8,7 @@ use aotron::text::{ChatFormat, Tokenizer};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
-use super::{bench, build, chat, doctor, inspect, run, score, tokenize};
+use super::{bench, build, chat, doctor, inspect, run, score, shell, tokenize};
 
 /// Compiles Nemotron chat models ahead of time and runs them.
 #[derive(Debug, Parser)]
@@ -36,6 +36,10 @@ pub enum Command {
     Bench(bench::Flags),
     /// Say what this machine can build and run
     Doctor(doctor::Flags),
+    /// Print the completions of a shell
+    Completions(shell::CompletionFlags),
+    /// Print the manual page
+    Man(shell::ManFlags),
 }
 
 /// How results are printed.
