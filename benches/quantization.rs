@@ -1,7 +1,7 @@
 //! What each precision costs in quality and saves in bytes, measured on tiny-chat. Writes docs/quantization.md:
 //!
 //! ```sh
-//! cargo run --release --example quantization
+//! cargo bench --bench quantization
 //! ```
 
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use aotron::backend::{ExecutorOptions, open};
 use aotron::compile::{BuildRequest, Precision, Progress, Recipe, build};
 use aotron::engine::Package;
-use aotron::runtime::{Chat, SamplingParams, Session};
+use aotron::runtime::{Chat, Session, Turn};
 use serde_json::Value;
 
 const CHECKPOINT: &str = "tests/data/tiny-chat";
@@ -30,7 +30,7 @@ const HEAD: &str = "\
 # Quantization
 
 What `aotron build --precision` keeps of a weight, and what it costs, measured on tiny-chat with the CPU executor.
-`cargo run --release --example quantization` measures again and writes this page.
+`cargo bench --bench quantization` measures again and writes this page.
 
 | precision | weights of linear layers | their inputs | embedding, head, KV cache |
 | --- | --- | --- | --- |
@@ -94,6 +94,7 @@ fn main() -> Outcome<()> {
             replace: false,
             prepare: false,
             calibration: None,
+            chat_format: None,
         };
         build(&request, &quiet)?;
         packages.insert(precision.to_string(), Package::open(&output)?);
@@ -159,15 +160,14 @@ fn weight_bytes(package: &Package) -> u64 {
 fn hold_conversations(package: &Package, asked: &[Value], answered: &[Value], measured: &mut Measured) -> Outcome<()> {
     let executor = open(package, &ExecutorOptions::default())?;
     let session = Session::new(executor, package.tokenizer()?.map(Arc::new));
-    let mut chat = Chat::new(session, &package.manifest().generation.stop_token_ids)?;
+    let mut chat = Chat::new(session, package.chat_format())?;
     for (asked, answered) in asked.iter().zip(answered) {
         chat.reset();
         chat.set_system(asked["system"].as_str().unwrap_or_default());
         let (mut exact, mut same) = (true, true);
         for (turn, golden) in turns(asked).iter().zip(turns(answered)) {
             let user = turn["user"].as_str().unwrap_or_default();
-            let params = SamplingParams::default();
-            let answer = chat.send(user, &params, MAX_TOKENS, &mut |_| ControlFlow::Continue(()))?;
+            let answer = chat.send_with(Turn::new(user).max_tokens(MAX_TOKENS), &mut |_| ControlFlow::Continue(()))?;
             exact &= turn["expected"].as_str() == Some(answer.text.as_str());
             same &= answer.token_ids == ids(&golden["token_ids"])?;
         }

@@ -2,7 +2,7 @@
 //! tools/compare_tokenizer.py puts beside SentencePiece.
 //!
 //! ```text
-//! cargo run --release --example tokenizer -- TOKENIZER LINES.jsonl RUNS
+//! cargo bench --bench tokenizer -- TOKENIZER LINES.jsonl RUNS
 //! ```
 //!
 //! LINES.jsonl has one JSON string a line. Standard output is JSON: ids and decoded text of every line, seconds of
@@ -16,7 +16,8 @@ use aotron::text::Tokenizer;
 use serde_json::json;
 
 fn main() -> anyhow::Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // Cargo adds `--bench`.
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let [tokenizer, lines, runs] = arguments.as_slice() else {
         bail!("usage: tokenizer TOKENIZER LINES.jsonl RUNS");
     };

@@ -1,6 +1,11 @@
 //! The library's error: one closed enum whose messages name the thing that is wrong and what to do about it.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+mod refusal;
+
+pub use refusal::{PlanRefusal, PlanRefusals, RefusalReason};
 
 /// What every fallible function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -46,6 +51,26 @@ pub enum Error {
         /// Shapes and dtypes found and expected.
         detail: String,
     },
+    /// There is no folder where an engine package was to be.
+    #[error("engine package {}: there is no such folder; `aotron build` makes one", path.display())]
+    NoSuchPackage {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A folder is not an engine package: it has no manifest.
+    #[error("engine package {}: no engine.json in it, so it is not an engine package; `aotron build` makes one", path.display())]
+    NotAPackage {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// None of an engine package's plans runs on this machine.
+    #[error("engine package {}: {refusals}", path.display())]
+    NoPlan {
+        /// The package folder.
+        path: PathBuf,
+        /// Every plan that was considered, and what it lacks.
+        refusals: PlanRefusals,
+    },
     /// An engine package cannot be used as it is.
     #[error("engine package {}: {detail}", path.display())]
     Package {
@@ -76,6 +101,18 @@ pub enum Error {
         /// The engine's limit.
         max_sequence_tokens: usize,
     },
+    /// A conversation has outgrown the engine: its turns leave no room for an answer.
+    #[error(
+        "the conversation is full: with the new message it has {conversation_tokens} tokens, but this engine holds \
+         {max_sequence_tokens} tokens per sequence, prompt and answer together; start a new conversation, or take \
+         earlier turns out of it"
+    )]
+    ConversationFull {
+        /// Tokens of the conversation, the new message and the template included.
+        conversation_tokens: usize,
+        /// The engine's limit.
+        max_sequence_tokens: usize,
+    },
     /// The model produced numbers that are not numbers.
     #[error("numerics: {0}")]
     Numerics(String),
@@ -90,6 +127,15 @@ pub enum Error {
         /// Requests that wait.
         queued: usize,
     },
+    /// The engine that was to serve a request has stopped, or is about to.
+    #[error("the engine has stopped{reason}")]
+    EngineStopped {
+        /// Empty if it was told to; else why it did, after a colon.
+        reason: String,
+    },
+    /// One failure of several requests: a step that all of them were in.
+    #[error("{0}")]
+    Shared(Arc<Error>),
     /// The tokenizer refused its file or a text.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
@@ -127,6 +173,14 @@ impl Error {
     /// An [`Error::Unsupported`].
     pub fn unsupported(path: impl AsRef<Path>, detail: impl Into<String>) -> Error {
         Error::Unsupported { path: path.as_ref().to_path_buf(), detail: detail.into() }
+    }
+
+    /// The error itself, where it is one that several requests [share](Error::Shared).
+    pub fn root(&self) -> &Error {
+        match self {
+            Error::Shared(error) => error.root(),
+            error => error,
+        }
     }
 
     /// An [`Error::Package`].

@@ -48,13 +48,16 @@ pub struct StoredTensor {
 }
 
 impl TensorFile {
-    /// Maps `path` and validates its header. No tensor data is read.
+    /// Maps `path` and validates its header. No tensor data is read. The file must not be changed in place while the
+    /// value lives: see [`MappedFile`].
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be mapped, [`Error::Format`] if the header is too long, not JSON of the expected
     /// form, names a tensor twice, or does not describe the data behind it exactly.
+    #[allow(unsafe_code)]
     pub fn open(path: &Path) -> Result<TensorFile> {
-        let file = MappedFile::open(path)?;
+        // SAFETY: the documentation hands the duty to leave the file alone on to the caller.
+        let file = unsafe { MappedFile::open(path)? };
         let (tensors, metadata) = parse(file.bytes()).map_err(|detail| Error::format(path, detail))?;
         Ok(TensorFile { file, tensors, metadata })
     }

@@ -552,13 +552,13 @@ cases! {
     }
     package_of_a_newer_format: |scene| {
         let package = scene.package();
-        edit_manifest(&package, |m| m["format_version"] = json!(3));
-        run_refused(&package, &[], &["format version 3", "reads version 2", "newer aotron"]);
+        edit_manifest(&package, |m| m["format_version"] = json!(4));
+        run_refused(&package, &[], &["format version 4", "reads version 3", "newer aotron"]);
     }
     package_of_an_older_format: |scene| {
         let package = scene.package();
-        edit_manifest(&package, |m| m["format_version"] = json!(1));
-        run_refused(&package, &[], &["format version 1", "reads version 2; build the package again"]);
+        edit_manifest(&package, |m| m["format_version"] = json!(2));
+        run_refused(&package, &[], &["format version 2", "reads version 3; build the package again"]);
     }
     manifest_truncated: |scene| {
         let package = scene.package();

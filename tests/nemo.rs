@@ -5,7 +5,7 @@ use std::path::Path;
 use aotron::compile::Precision;
 use aotron::engine::Package;
 use aotron::tensor_file::TensorFile;
-use aotron::text::{Message, template};
+use aotron::text::Message;
 use serde_json::{Value, json};
 
 use crate::archives::Tar;
@@ -83,9 +83,8 @@ fn tiny_chat_as_a_nemo_is_tiny_chat() {
         std::fs::write(&path, tiny_chat_nemo(ranks)).unwrap();
         let package = build_package(&path, Precision::Bf16, &folder.path().join(format!("engine-{ranks}")));
         assert_eq!(digests(&package), digests(&reference), "{ranks} ranks");
-        let generation = &package.manifest().generation;
-        assert_eq!(generation.stop_token_ids, reference.manifest().generation.stop_token_ids);
-        assert_eq!(generation.stop_strings, reference.manifest().generation.stop_strings);
+        let format = package.chat_format();
+        assert_eq!(format, reference.chat_format());
         let tokenizer = package.tokenizer().unwrap().unwrap();
         let lines = |file: &str| -> Vec<Value> {
             let text = std::fs::read_to_string(Path::new("tests/data/tiny-chat").join(file)).unwrap();
@@ -98,7 +97,7 @@ fn tiny_chat_as_a_nemo_is_tiny_chat() {
                 asked["turns"].as_array().unwrap().iter().zip(answered["turns"].as_array().unwrap())
             {
                 messages.push(Message::user(asked["user"].as_str().unwrap()));
-                let ids = tokenizer.encode(&template::render(&messages).unwrap()).unwrap();
+                let ids = format.prompt(&tokenizer, &messages).unwrap();
                 assert_eq!(json!(ids), answered["prompt_ids"], "{messages:?}");
                 messages.push(Message::assistant(answered["text"].as_str().unwrap()));
                 prompts += 1;

@@ -383,7 +383,9 @@ fn stub(folder: &Path, kind: Kind, code: &str) -> PathBuf {
 fn what_is_not_the_library_is_refused() {
     for kind in Kind::ALL {
         let folder = tempfile::tempdir().unwrap();
-        let refused = |path: &Path| Library::open(kind, path).unwrap_err().to_string();
+        // SAFETY: what is opened is TensorRT, or no library at all.
+        #[allow(unsafe_code)]
+        let refused = |path: &Path| unsafe { Library::open(kind, path) }.unwrap_err().to_string();
 
         let text = folder.path().join("text.so");
         std::fs::write(&text, "not a library").unwrap();
@@ -394,7 +396,7 @@ fn what_is_not_the_library_is_refused() {
         let error = refused(&foreign);
         assert!(error.contains("no function getInferLibVersion, so it is another library"), "{error}");
 
-        let headers = kind.header_version();
+        let headers = kind.header_version().unwrap();
         for (version, serves) in [
             (Version { major: headers.major - 1, ..headers }, false),
             (Version { major: headers.major + 1, ..headers }, false),
@@ -409,7 +411,9 @@ fn what_is_not_the_library_is_refused() {
             );
             let path = stub(folder.path(), kind, &code);
             if serves {
-                let library = Library::open(kind, &path).unwrap();
+                // SAFETY: what is opened is TensorRT, or no library at all.
+                #[allow(unsafe_code)]
+                let library = unsafe { Library::open(kind, &path) }.unwrap();
                 assert_eq!((library.version(), library.path()), (version, path));
                 let error = library.network(Arc::new(())).unwrap_err().to_string();
                 assert_eq!(error, "TensorRT: cannot create a builder: TensorRT gives no reason");

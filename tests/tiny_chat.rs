@@ -8,7 +8,7 @@ use aotron::backend::cpu::CpuOptions;
 use aotron::backend::{Executor, open_cpu};
 use aotron::compile::Precision;
 use aotron::engine::Package;
-use aotron::runtime::{Batcher, Chat, Completion, Event, FinishReason, GenerationRequest, SamplingParams, Session};
+use aotron::runtime::{Batcher, Chat, Completion, Event, FinishReason, GenerationRequest, Session};
 use aotron::text::{Message, Tokenizer};
 use serde_json::Value;
 
@@ -70,8 +70,9 @@ fn executor(package: &Package) -> Box<dyn Executor> {
 /// Holds every conversation, turn after turn. `check` gets each turn with what was answered and says whether to go on
 /// with the conversation.
 fn converse(package: &Package, mut check: impl FnMut(&Turn, &Completion, String) -> bool) {
-    let stops = &package.manifest().generation.stop_token_ids;
-    let mut chat = Chat::new(Session::new(executor(package), Some(tokenizer(package))), stops).unwrap();
+    let session = Session::new(executor(package), Some(tokenizer(package)));
+    let mut chat = Chat::new(session, package.chat_format()).unwrap();
+    chat.set_max_tokens(MAX_TOKENS);
     for conversation in conversations() {
         chat.reset();
         chat.set_system(&conversation.system);
@@ -81,7 +82,7 @@ fn converse(package: &Package, mut check: impl FnMut(&Turn, &Completion, String)
                 streamed.push_str(text);
                 ControlFlow::Continue(())
             };
-            let answer = chat.send(&turn.user, &SamplingParams::default(), MAX_TOKENS, &mut on_text).unwrap();
+            let answer = chat.send_with(&turn.user, &mut on_text).unwrap();
             assert_eq!(answer.prompt_tokens, turn.prompt_ids.len(), "{}", turn.user);
             assert!(index == 0 || answer.reused_tokens > 0, "earlier turns were computed again: {}", turn.user);
             if !check(turn, &answer, streamed) {
@@ -168,14 +169,14 @@ fn batched_answers_are_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let package = build_package(Path::new(CHECKPOINT), Precision::F32, &folder.path().join("engine"));
     let tokenizer = tokenizer(&package);
-    let stops = &package.manifest().generation.stop_token_ids;
+    let format = package.chat_format();
     let mut batcher = Batcher::new(executor(&package), Some(tokenizer.clone()), 500);
     let mut expected = std::collections::HashMap::new();
     for conversation in conversations() {
         let messages = [Message::system(conversation.system), Message::user(conversation.turns[0].user.clone())];
-        let request = GenerationRequest::chat(&tokenizer, &messages, stops).unwrap();
+        let request = GenerationRequest::chat(&tokenizer, &format, &messages).unwrap();
         assert_eq!(request.prompt, conversation.turns[0].prompt_ids);
-        let id = batcher.submit(GenerationRequest { max_tokens: MAX_TOKENS, ..request }).unwrap();
+        let id = batcher.submit(request.max_tokens(MAX_TOKENS)).unwrap();
         expected.insert(id, conversation.turns.into_iter().next().unwrap());
     }
     let mut streamed = std::collections::HashMap::new();
@@ -188,7 +189,7 @@ fn batched_answers_are_the_same() {
                     assert_eq!(answer.token_ids, turn.token_ids, "{}", turn.user);
                     assert_eq!(streamed.remove(&id).unwrap_or_default(), turn.text);
                 }
-                Event::Failed(error) => panic!("{error}"),
+                other => panic!("{other:?}"),
             }
         }
     }

@@ -1,6 +1,5 @@
 """Equality with SentencePiece on 20,000 lines, and speed beside it; writes docs/tokenizer.md.
 
-    cargo build --release --locked --example tokenizer
     python tools/compare_tokenizer.py
 
 Rounds alternate between the program and SentencePiece on the same lines, one thread each, so that both see the same
@@ -8,6 +7,7 @@ minutes of a shared machine.
 """
 
 import datetime
+import functools
 import io
 import json
 import random
@@ -23,7 +23,6 @@ from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 import make_tokenizers
 
-PROGRAM = "target/release/examples/tokenizer"
 LINES = 20_000
 ROUNDS = 5
 LONG_BYTES = 1 << 20
@@ -60,6 +59,15 @@ Long texts, {long_bytes:,} bytes each, encoded at once, times SentencePiece's sp
 | --- | --- | --- | --- |
 {long}
 """
+
+
+@functools.cache
+def program():
+    """The path of benches/tokenizer.rs, compiled."""
+    command = "cargo bench --no-run --locked --bench tokenizer --message-format json".split()
+    messages = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    artifacts = [message for message in map(json.loads, messages) if message["reason"] == "compiler-artifact"]
+    return next(a["executable"] for a in artifacts if a["target"]["name"] == "tokenizer" and a["executable"])
 
 
 def large_model(**options):
@@ -104,7 +112,7 @@ def ours(model, lines):
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
-        done = subprocess.run([PROGRAM, str(model), file.name, "1"], check=True, capture_output=True, text=True)
+        done = subprocess.run([program(), str(model), file.name, "1"], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
 

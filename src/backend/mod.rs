@@ -11,7 +11,9 @@ mod step;
 pub mod tensorrt;
 
 pub use logits::{DeferredLogits, Logits, Top};
-pub use select::{ExecutorOptions, Machine, Selection, choose, cpu_program, open, open_cpu, open_selected, select};
+pub use select::{
+    ExecutorOptions, Machine, Selection, choose, cpu_program, open, open_cpu, open_cpu_model, open_selected, select,
+};
 pub use step::{Chunk, NextToken, Rows, Span, Step};
 
 pub use crate::engine::Limits;

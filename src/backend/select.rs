@@ -1,12 +1,11 @@
 //! Picks the plan for the machine at hand and opens its executor.
 
 use super::Executor;
-use super::cpu::executor::{CpuExecutor, CpuOptions};
+use super::cpu::executor::{CpuExecutor, CpuModel, CpuOptions};
 use super::cpu::program::{PROGRAM_VERSION, Program};
-use super::tensorrt::executor::check::gpu_words;
-use super::tensorrt::{DeviceInfo, GpuOptions, Kind, Library, TensorRtExecutor, devices};
+use super::tensorrt::{DeviceInfo, GpuOptions, Kind, Library, TensorRtExecutor, devices, gpu_words};
 use crate::engine::{Package, PlanInfo};
-use crate::error::{Error, Result, clip};
+use crate::error::{Error, PlanRefusal, PlanRefusals, RefusalReason, Result, clip};
 use crate::tensor_file::TensorFile;
 
 /// How to run an engine.
@@ -49,44 +48,40 @@ pub fn choose(
     machine: &Machine<'_>,
     target: Option<&str>,
     device: Option<usize>,
-) -> Result<Selection, String> {
+) -> Result<Selection, PlanRefusals> {
     let considered = |plan: &&PlanInfo| target.is_none_or(|target| plan.target == target);
-    if !plans.iter().any(|plan| considered(&plan)) {
-        let targets: Vec<&str> = plans.iter().map(|plan| plan.target.as_str()).collect();
-        let targets = if targets.is_empty() { "nothing".into() } else { targets.join(", ") };
-        let wanted = target.unwrap_or("any target");
-        return Err(format!("it has no plan for {wanted}, only for: {targets}; build one with --recipe"));
-    }
-    let mut lacks = Vec::new();
+    let mut refusals = PlanRefusals {
+        target: target.map(str::to_owned),
+        targets: plans.iter().map(|plan| plan.target.clone()).collect(),
+        plans: Vec::new(),
+    };
     let (gpu, cpu): (Vec<_>, Vec<_>) =
         plans.iter().enumerate().filter(|(_, plan)| considered(plan)).partition(|(_, plan)| plan.tensorrt.is_some());
     for (index, plan) in gpu.into_iter().chain(cpu) {
-        let name = format!("{} ({})", plan.target, plan.precision);
         match place(plan, machine, device) {
             Ok(found) => {
                 let device = found.as_ref().map(|gpu| gpu.index);
                 let place = found.map_or("the CPU".into(), |gpu| format!("GPU {} ({})", gpu.index, gpu.name));
-                let others = if lacks.is_empty() { String::new() } else { format!("; {}", lacks.join("; ")) };
-                return Ok(Selection { plan: index, device, reason: format!("plan {name} runs on {place}{others}") });
+                let others: String = refusals.plans.iter().map(|refusal| format!("; {refusal}")).collect();
+                let reason = format!("plan {} ({}) runs on {place}{others}", plan.target, plan.precision);
+                return Ok(Selection { plan: index, device, reason });
             }
-            Err(lack) => lacks.push(format!("plan {name} does not: {lack}")),
+            Err(reason) => {
+                let (target, precision) = (plan.target.clone(), plan.precision.clone());
+                refusals.plans.push(PlanRefusal { target, precision, reason });
+            }
         }
     }
-    let has_cpu = plans.iter().any(|plan| plan.tensorrt.is_none());
-    let way_out = if has_cpu { "" } else { "; with --recipe cpu a plan is built that runs on any machine" };
-    Err(format!("none of its plans runs here; {}{way_out}", lacks.join("; ")))
+    Err(refusals)
 }
 
 /// The GPU that a plan runs on, or none for the CPU; or what is missing.
-fn place(plan: &PlanInfo, machine: &Machine<'_>, device: Option<usize>) -> Result<Option<DeviceInfo>, String> {
+fn place(plan: &PlanInfo, machine: &Machine<'_>, device: Option<usize>) -> Result<Option<DeviceInfo>, RefusalReason> {
     let Some(info) = &plan.tensorrt else {
-        return if plan.target == "cpu" { Ok(None) } else { Err("this aotron does not know its target".into()) };
+        return if plan.target == "cpu" { Ok(None) } else { Err(RefusalReason::UnknownTarget) };
     };
-    let Some(compiled) = &info.compiled else {
-        return Err("it was prepared only; `aotron build PACKAGE --finish` on its GPU compiles it".into());
-    };
-    let devices = (machine.devices)()?;
-    let wanted = gpu_words(info.compute_capability);
+    let Some(compiled) = &info.compiled else { return Err(RefusalReason::PreparedOnly) };
+    let devices = (machine.devices)().map_err(RefusalReason::NoDriver)?;
     let fits = |gpu: &&DeviceInfo| {
         gpu.compute_capability == info.compute_capability && device.is_none_or(|index| gpu.index == index)
     };
@@ -96,17 +91,17 @@ fn place(plan: &PlanInfo, machine: &Machine<'_>, device: Option<usize>) -> Resul
             .filter(|gpu| device.is_none_or(|index| gpu.index == index))
             .map(|gpu| format!("GPU {} is {}, {}", gpu.index, gpu.name, gpu_words(gpu.compute_capability)))
             .collect();
-        let here = if here.is_empty() { "there is no such GPU".into() } else { here.join(", ") };
-        return Err(format!("it wants {wanted}, and {here}"));
+        let found = if here.is_empty() { "there is no such GPU".into() } else { here.join(", ") };
+        return Err(RefusalReason::OtherGpu { wanted: gpu_words(info.compute_capability), found });
     };
-    (machine.library)(compiled.library)?;
+    (machine.library)(compiled.library).map_err(RefusalReason::NoLibrary)?;
     Ok(Some(gpu.clone()))
 }
 
 /// Chooses the package's plan for this machine.
 ///
 /// # Errors
-/// [`Error::Package`] naming every plan and what it lacks, if none runs here.
+/// [`Error::NoPlan`] naming every plan and what it lacks, if none runs here.
 pub fn select(package: &Package, options: &ExecutorOptions) -> Result<Selection> {
     let machine = Machine {
         devices: &|| devices().map_err(words),
@@ -114,7 +109,7 @@ pub fn select(package: &Package, options: &ExecutorOptions) -> Result<Selection>
     };
     let plans = &package.manifest().plans;
     choose(plans, &machine, options.target.as_deref(), options.gpu.device)
-        .map_err(|detail| Error::package(package.path(), detail))
+        .map_err(|refusals| Error::NoPlan { path: package.path().to_path_buf(), refusals })
 }
 
 /// An error without the name of who reports it.
@@ -129,7 +124,8 @@ fn words(error: Error) -> String {
 /// they are copied to it.
 ///
 /// # Errors
-/// [`Error::Package`] if no plan runs here or a plan does not hold together; what its executor reports of opening it.
+/// [`Error::NoPlan`] if no plan runs here; [`Error::Package`] if a plan does not hold together; what its executor reports
+/// of opening it.
 pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let selection = select(package, options)?;
     options.gpu.report.fact(&selection.reason);
@@ -142,7 +138,11 @@ pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Exec
 /// As [`open`].
 pub fn open_selected(package: &Package, selection: &Selection, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let (Some(device), Some(plan)) = (selection.device, package.manifest().plans.get(selection.plan)) else {
-        return Ok(Box::new(open_cpu(package, &options.cpu)?));
+        let model = open_cpu_model(package, &options.cpu)?;
+        if let Some(note) = model.repacking_note() {
+            options.gpu.report.fact(&note);
+        }
+        return Ok(Box::new(model.executor(options.cpu.slots)?));
     };
     let gpu = GpuOptions { device: Some(device), ..options.gpu.clone() };
     Ok(Box::new(TensorRtExecutor::open(package, plan, &gpu)?))
@@ -153,10 +153,18 @@ pub fn open_selected(package: &Package, selection: &Selection, options: &Executo
 /// # Errors
 /// As [`open`].
 pub fn open_cpu(package: &Package, options: &CpuOptions) -> Result<CpuExecutor> {
+    open_cpu_model(package, options)?.executor(options.slots)
+}
+
+/// Opens the package's CPU plan for any number of executors.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_cpu_model(package: &Package, options: &CpuOptions) -> Result<CpuModel> {
     let (plan, program) = cpu_program(package)?;
     let weights = TensorFile::open(&package.file_path(&plan.weights))?;
-    let path = package.file_path(plan.plan.as_deref().unwrap_or_default());
-    CpuExecutor::new(program, &path, weights, options)
+    let path = package.file_path(program_file(package, plan)?);
+    CpuModel::new(program, &path, weights, options)
 }
 
 /// The package's CPU plan and its program. Whether the program holds together is checked when it is opened.
@@ -173,13 +181,21 @@ pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
         );
         return Err(Error::package(package.path(), detail));
     };
-    let file = plan.plan.as_deref().unwrap_or_default(); // an empty name is not listed, and refused as that
+    let file = program_file(package, plan)?;
     let refuse = |detail: String| Error::package(package.path(), format!("{file}: {detail}; build the package again"));
     let program = parse_program(&package.read(file)?).map_err(refuse)?;
     if program.limits != plan.limits {
         return Err(refuse("its limits are not those of the manifest".into()));
     }
     Ok((plan, program))
+}
+
+/// The file of a CPU plan's program.
+fn program_file<'p>(package: &Package, plan: &'p PlanInfo) -> Result<&'p str> {
+    plan.plan.as_deref().ok_or_else(|| {
+        let detail = "its plan for the CPU names no program; build the package again";
+        Error::package(package.path(), detail)
+    })
 }
 
 /// The program that is the content of a CPU plan.
@@ -247,7 +263,8 @@ mod tests {
             devices: &|| gpus.map(<[DeviceInfo]>::to_vec).ok_or("no NVIDIA driver is loaded".into()),
             library: &|kind| if kind == Kind::Rtx { Ok(()) } else { Err("TensorRT is not installed".into()) },
         };
-        choose(plans, &machine, target, device).map(|found| (found.plan, found.device, found.reason))
+        let chosen = choose(plans, &machine, target, device).map_err(|refusals| refusals.to_string());
+        chosen.map(|found| (found.plan, found.device, found.reason))
     }
 
     fn plans() -> Vec<PlanInfo> {
@@ -297,5 +314,24 @@ mod tests {
         assert_eq!(error, "it has no plan for tpu, only for: cpu, a100, h100; build one with --recipe");
         assert!(choice(&[], None, None, None).unwrap_err().contains("only for: nothing"));
         assert!(choice(&plans(), Some(&[]), Some("a100"), None).unwrap_err().contains("there is no such GPU"));
+    }
+
+    #[test]
+    fn a_caller_can_tell_what_a_plan_lacks() {
+        let no_driver = || Err("no NVIDIA driver is loaded".to_owned());
+        let one_gpu = || Ok(vec![gpu(0, "H100", 90)]);
+        let no_library = |_| Err("TensorRT is not installed".to_owned());
+        let lacks = |plan: PlanInfo, machine: &Machine<'_>| {
+            choose(&[plan], machine, None, None).unwrap_err().plans.remove(0).reason
+        };
+        let without_driver = Machine { devices: &no_driver, library: &no_library };
+        let with_gpu = Machine { devices: &one_gpu, library: &no_library };
+        assert_eq!(lacks(plan("h100", Some(90), None), &without_driver), RefusalReason::PreparedOnly);
+        let h100 = || plan("h100", Some(90), Some(Kind::TensorRt));
+        assert!(matches!(lacks(h100(), &without_driver), RefusalReason::NoDriver(_)));
+        assert!(matches!(lacks(h100(), &with_gpu), RefusalReason::NoLibrary(_)));
+        let a100 = plan("a100", Some(80), Some(Kind::Rtx));
+        assert!(matches!(lacks(a100, &with_gpu), RefusalReason::OtherGpu { .. }));
+        assert_eq!(lacks(plan("tpu", None, None), &with_gpu), RefusalReason::UnknownTarget);
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::bail;
 use aotron::backend::cpu::program::{Program, WeightRule};
 use aotron::backend::{Chunk, Executor, Limits, NextToken, Rows, Step, cpu_program};
+use aotron::checkpoint::EMBEDDING;
 use aotron::compile::available_memory_bytes;
 use aotron::engine::{Package, PlanInfo};
 use aotron::isa::Isa;
@@ -242,7 +243,7 @@ fn decode_weight_bytes(program: &Program) -> u64 {
 fn gpu_weight_bytes(package: &Package, plan: &PlanInfo) -> anyhow::Result<u64> {
     let file = TensorFile::open(&package.file_path(&plan.weights))?;
     let is_tied = package.manifest().model.tie_word_embeddings;
-    let is_table = |name: &str| name.ends_with(".table") || (name.starts_with("model.embed_tokens") && !is_tied);
+    let is_table = |name: &str| name.ends_with(".table") || (name.starts_with(EMBEDDING) && !is_tied);
     let read = file.tensors().iter().filter(|tensor| !is_table(&tensor.name));
     Ok(read.map(|tensor| tensor.bytes.len() as u64).sum())
 }

@@ -11,9 +11,9 @@ use aotron::Error;
 use aotron::engine::PlanInfo;
 use aotron::runtime::{Chat, Completion, FinishReason, SamplingParams};
 
-use super::args::{EngineFlags, SamplingFlags};
+use super::args::{ChatFlags, EngineFlags, SamplingFlags};
 use super::editor::{LineEditor, Typed};
-use super::prompt::next_line;
+use super::prompt::{next_line, without_byte_order_mark};
 use super::run::{Answer, per_second, why_cut};
 use super::term::{self, Style};
 use super::whole_file::WholeFile;
@@ -39,7 +39,9 @@ pub struct Flags {
     /// The system message
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Most tokens of an answer [default: the engine's, 200]
+    #[command(flatten)]
+    chat: ChatFlags,
+    /// Most tokens of an answer [default: the engine's, mostly 200]
     #[arg(short = 'n', long, value_name = "N")]
     max_tokens: Option<usize>,
     #[command(flatten)]
@@ -47,27 +49,25 @@ pub struct Flags {
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
-    if let Some(idle) = flags.sampling.without_effect() {
-        term::warn(idle);
-    }
     let engine = flags.engine.open()?;
     let (plan, settings) = (engine.plan()?, engine.package.manifest().generation.clone());
-    if engine.tokenizer.is_none() {
+    let defaults = SamplingParams::from(&settings);
+    if let Some(idle) = flags.sampling.without_effect(&defaults) {
+        term::warn(idle);
+    }
+    let Some(tokenizer) = &engine.tokenizer else {
         let path = engine.package.path().display();
         bail!("{path} has no tokenizer, so it cannot chat; `aotron run` takes --token-ids");
-    }
-    let name = engine.package.path().display().to_string();
-    let mut chat = Chat::new(engine.into_session(), &settings.stop_token_ids)?;
-    chat.set_system(flags.system.as_deref().unwrap_or_default());
-    let mut conversation = Conversation {
-        chat,
-        plan,
-        sampling: flags.sampling.params(),
-        max_tokens: flags.max_tokens.unwrap_or(settings.max_tokens),
-        totals: Totals::default(),
-        last: None,
-        style: term::on_stdout(),
     };
+    let format = Arc::new(flags.chat.apply(&engine.package.manifest().chat_format, tokenizer)?);
+    let name = engine.package.path().display().to_string();
+    let mut chat = Chat::new(engine.into_session(), format)?;
+    let max_tokens = flags.max_tokens.unwrap_or(settings.max_tokens);
+    chat.set_sampling(flags.sampling.params(&defaults));
+    chat.set_max_tokens(max_tokens);
+    chat.set_system(flags.system.as_deref().unwrap_or_default());
+    let mut conversation =
+        Conversation { chat, plan, max_tokens, totals: Totals::default(), last: None, style: term::on_stdout() };
     if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() {
         conversation.typed(&name)
     } else {
@@ -111,7 +111,6 @@ impl Line<'_> {
 struct Conversation {
     chat: Chat,
     plan: PlanInfo,
-    sampling: SamplingParams,
     max_tokens: usize,
     totals: Totals,
     last: Option<Completion>,
@@ -162,8 +161,10 @@ impl Conversation {
     /// With lines from a file or a program: an error ends the conversation.
     fn piped(&mut self) -> anyhow::Result<()> {
         let mut input = std::io::stdin().lock();
+        let mut is_first = true;
         while let Some(line) = next_line(&mut input, "standard input")? {
-            match Line::parse(&line) {
+            let line = if std::mem::take(&mut is_first) { without_byte_order_mark(&line) } else { &line };
+            match Line::parse(line) {
                 Line::Quit => break,
                 Line::Message(text) => {
                     self.say(&format!("> {text}"))?;
@@ -191,7 +192,7 @@ impl Conversation {
             return Err(error);
         }
         let way_out = match error.downcast_ref() {
-            Some(Error::PromptTooLong { .. }) => " (/reset starts a new conversation)",
+            Some(Error::PromptTooLong { .. } | Error::ConversationFull { .. }) => " (/reset starts a new conversation)",
             _ => "",
         };
         self.say(&format!("{} {error}{way_out}", self.style.bold_red("error:")))
@@ -204,7 +205,7 @@ impl Conversation {
         if let Some(interrupt) = interrupt {
             interrupt.begin();
         }
-        let sent = self.chat.send(text, &self.sampling, self.max_tokens, &mut |text| {
+        let sent = self.chat.send_with(text, &mut |text| {
             if !text.is_empty() {
                 waiting.end();
             }
@@ -223,7 +224,7 @@ impl Conversation {
             (FinishReason::Cancelled, _) => self.aside("(stopped)")?,
             (FinishReason::Length, _) => self.aside(&format!("({})", why_cut(&completion, self.max_tokens)))?,
             (FinishReason::Stop, _) if completion.text.is_empty() => self.aside("(an empty answer)")?,
-            (FinishReason::Stop, _) => {}
+            _ => {}
         }
         self.totals.answers += 1;
         self.totals.completion_tokens += completion.completion_tokens;

@@ -4,8 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use aotron::backend::tensorrt::device::{DeviceInfo, devices};
-use aotron::backend::tensorrt::{Kind, Library};
+use aotron::backend::tensorrt::{DeviceInfo, Kind, Library, devices};
 use aotron::compile::gpu::{Means, sm};
 use aotron::compile::{Precision, Target, available_memory_bytes, free_bytes, total_memory_bytes};
 use aotron::isa::Isa;
@@ -60,7 +59,7 @@ struct TensorRtFinding {
     name: &'static str,
     file: &'static str,
     /// This program was compiled against.
-    header_version: String,
+    header_version: Option<String>,
     version: Option<String>,
     path: Option<PathBuf>,
     /// What a product was compiled for, just now.
@@ -74,7 +73,7 @@ impl TensorRtFinding {
         let mut finding = TensorRtFinding {
             name: kind.name(),
             file: kind.file_name(),
-            header_version: kind.header_version().to_string(),
+            header_version: kind.header_version().map(|version| version.to_string()),
             version: None,
             path: None,
             compiles_for: Vec::new(),

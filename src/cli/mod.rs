@@ -13,6 +13,7 @@ mod inspect;
 mod prompt;
 mod run;
 mod score;
+mod shell;
 mod term;
 mod tokenize;
 mod whole_file;
@@ -51,6 +52,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Inspect(flags) => inspect::run(&flags),
         Command::Bench(flags) => bench::run(&flags),
         Command::Doctor(flags) => doctor::run(&flags),
+        Command::Completions(flags) => shell::completions(&flags),
+        Command::Man(flags) => shell::man(&flags),
     }
 }
 

@@ -155,6 +155,17 @@ impl Stages {
         Stages { stage: Mutex::new(None), cancelled: AtomicBool::new(false) }
     }
 
+    /// Prints a line without tearing the bar.
+    fn aside(&self, print: &dyn Fn()) {
+        match self.stage.lock() {
+            Ok(stage) => match stage.as_ref() {
+                Some(stage) => stage.bar.suspend(print),
+                None => print(),
+            },
+            Err(_) => print(),
+        }
+    }
+
     /// Asks whoever reports here to end.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
@@ -239,14 +250,12 @@ impl Progress for Stages {
         }
     }
 
+    fn note(&self, message: &str) {
+        self.aside(&|| note(harmless(message)));
+    }
+
     fn warn(&self, message: &str) {
-        match self.stage.lock() {
-            Ok(stage) => match stage.as_ref() {
-                Some(stage) => stage.bar.suspend(|| warn(message)),
-                None => warn(message),
-            },
-            Err(_) => warn(message),
-        }
+        self.aside(&|| warn(message));
     }
 }
 

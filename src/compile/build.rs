@@ -10,7 +10,7 @@ use super::calibration::{self, Calibration};
 use super::gpu::{Engines, GpuPlan, Means};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
 use super::{
-    BuildRequest, BuildSummary, PlanSummary, Precision, Progress, Recipe, Report, add_engines, checkpoint_tokenizer,
+    BuildRequest, BuildSummary, CheckpointText, PlanSummary, Precision, Progress, Recipe, Report, add_engines,
     optimized_graph, plan_info,
 };
 use crate::backend::Limits;
@@ -22,11 +22,8 @@ use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
-use crate::text::Tokenizer;
-use crate::text::template::TURN_MARKER;
+use crate::text::{ChatFormat, Tokenizer};
 
-/// New tokens of a generation whose request does not say: the model card's example.
-const DEFAULT_MAX_TOKENS: usize = 200;
 /// The program itself, its tables and its threads.
 const PROGRAM_BYTES: u64 = 64 << 20;
 /// What TensorRT takes to compile a plan of the 8B's size without weights in it.
@@ -115,6 +112,7 @@ pub struct PlannedBuild {
     /// The checkpoint's, with the ids that its tokenizer knows.
     config: ModelConfig,
     tokenizer: Option<(Vec<u8>, Tokenizer)>,
+    chat_format: ChatFormat,
     generation: GenerationSettings,
     plans: Vec<Planned>,
     calibration: Option<CalibrationRun>,
@@ -145,13 +143,15 @@ impl PlannedBuild {
         let checkpoint = open_checkpoint(&request.checkpoint, progress)?;
         let mut config = checkpoint.config().clone();
         let limits = recipes.iter().map(|recipe| recipe.limits(&config)).collect::<Result<Vec<_>>>()?;
-        let tokenizer = checkpoint_tokenizer(&checkpoint)?;
-        match &tokenizer {
-            None => warn_without_tokenizer(&checkpoint, progress),
-            Some((_, tokenizer)) => add_special_ids(&mut config, tokenizer),
+        let text = CheckpointText::of(&checkpoint, request.chat_format.as_deref())?;
+        check_text(&checkpoint, &text, progress)?;
+        let CheckpointText { tokenizer, format: chat_format, generation, .. } = text;
+        if config.eos_token_ids.is_empty() {
+            // Where the config says nothing of the ids that begin and end a text, the tokenizer does.
+            config.bos_token_id = config.bos_token_id.or(text.bos_token_id);
+            config.eos_token_ids.clone_from(&chat_format.eos_token_ids);
         }
         let tokenizer_of = tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
-        let generation = generation_settings(&checkpoint, &config, tokenizer_of, progress)?;
 
         // Weights do not depend on what a calibration will find, and no scale but this one is needed to lower the graph.
         let uncalibrated = Calibration::uniform(0.5);
@@ -161,12 +161,19 @@ impl PlannedBuild {
             let weights = weights_file(&plans, recipe, &lowered);
             plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
         }
-        let calibration = plan_calibration(request, &config, &plans, tokenizer_of, progress)?;
+        let calibration = plan_calibration(
+            request,
+            &config,
+            &plans,
+            tokenizer_of.map(|tokenizer| (tokenizer, &chat_format)),
+            progress,
+        )?;
         let mut planned = PlannedBuild {
             request: request.clone(),
             checkpoint,
             config,
             tokenizer,
+            chat_format,
             generation,
             plans,
             calibration,
@@ -261,7 +268,7 @@ impl PlannedBuild {
         self.calibrate(&writer, &**progress)?;
 
         let checkpoint_info = CheckpointInfo { format: self.checkpoint.format().into(), digest };
-        let mut manifest = Manifest::new(self.config, checkpoint_info, self.generation);
+        let mut manifest = Manifest::new(self.config, checkpoint_info, self.chat_format, self.generation);
         if let Some((bytes, tokenizer)) = &self.tokenizer {
             let (file, source) = (Tokenizer::PACKAGE_FILE, tokenizer.file_name());
             let kept = tokenizer.to_package(Path::new(source), bytes)?;
@@ -371,15 +378,6 @@ pub fn open_checkpoint(path: &Path, progress: &dyn Progress) -> Result<Checkpoin
     Checkpoint::open_with(path, &OpenOptions { unpacking: &unpacking, ..OpenOptions::default() })
 }
 
-/// Where a checkpoint's config says nothing of the ids that begin and end a text, its SentencePiece model does.
-fn add_special_ids(config: &mut ModelConfig, tokenizer: &Tokenizer) {
-    if let (Some(facts), true) = (tokenizer.sentencepiece(), config.eos_token_ids.is_empty()) {
-        let known = |id: &u32| (*id as usize) < config.vocab_size;
-        config.bos_token_id = config.bos_token_id.or(facts.bos_id.filter(known));
-        config.eos_token_ids.extend(facts.eos_id.filter(|id| (*id as usize) < config.vocab_size));
-    }
-}
-
 /// The file for a plan's weights: another plan's if they are stored alike.
 fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &Lowered) -> String {
     let (target, precision) = (recipe.target.name(), recipe.precision);
@@ -403,7 +401,7 @@ fn plan_calibration(
     request: &BuildRequest,
     config: &ModelConfig,
     plans: &[Planned],
-    tokenizer: Option<&Tokenizer>,
+    text: Option<(&Tokenizer, &ChatFormat)>,
     progress: &dyn Progress,
 ) -> Result<Option<CalibrationRun>> {
     let Some(calibrated) = plans.iter().find(|plan| plan.recipe.precision.needs_calibration()) else {
@@ -416,7 +414,7 @@ fn plan_calibration(
     // The CPU's own plan in BF16 serves, if there is one: its weights are in the package anyway.
     let own = plans.iter().find(|plan| plan.lowered.means().is_none() && plan.recipe.precision == Precision::Bf16);
     let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
-    let prompts = calibration::prompts(request.calibration.as_ref(), tokenizer, &limits, progress)?;
+    let prompts = calibration::prompts(request.calibration.as_ref(), text, &limits, progress)?;
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
     let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target())?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
@@ -450,36 +448,28 @@ fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<Means>> {
     capability.map(|capability| Means::find(recipe.target.name(), capability, prepare)).transpose()
 }
 
+/// Says what was decided about tokenizer, template and stops, and refuses what would never end or never be understood.
+fn check_text(checkpoint: &Checkpoint, text: &CheckpointText, progress: &dyn Progress) -> Result<()> {
+    text.notes.iter().for_each(|note| progress.note(note));
+    text.warnings.iter().for_each(|warning| progress.warn(warning));
+    if text.tokenizer.is_none() {
+        warn_without_tokenizer(checkpoint, progress);
+    }
+    match &text.refusals[..] {
+        [] => Ok(()),
+        reasons => {
+            let detail = format!(
+                "{}; name another chat format with --chat-format: nemotron, raw, or a .jinja",
+                reasons.join("; ")
+            );
+            Err(Error::unsupported(checkpoint.path(), detail))
+        }
+    }
+}
+
 fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {
     progress.warn(&format!(
         "{} has neither tokenizer.json nor tokenizer.model: the package will take and give token ids only",
         checkpoint.path().display()
     ));
-}
-
-/// What ends a generation: the checkpoint's end-of-sequence ids, and the marker of the next turn.
-fn generation_settings(
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    tokenizer: Option<&Tokenizer>,
-    progress: &dyn Progress,
-) -> Result<GenerationSettings> {
-    let mut stop_token_ids = config.eos_token_ids.clone();
-    stop_token_ids.extend(checkpoint.generation_config()?.eos_token_ids);
-    let mut stop_strings = Vec::new();
-    if let Some(tokenizer) = tokenizer {
-        stop_strings.push(TURN_MARKER.to_string());
-        match tokenizer.id(TURN_MARKER) {
-            Some(id) => stop_token_ids.push(id),
-            None => progress.warn(&format!(
-                "the tokenizer has no piece {TURN_MARKER}: this may not be a chat model of this family"
-            )),
-        }
-    }
-    stop_token_ids.sort_unstable();
-    stop_token_ids.dedup();
-    if stop_token_ids.is_empty() {
-        progress.warn("the checkpoint names no end-of-sequence id: generations end at their token limit");
-    }
-    Ok(GenerationSettings { stop_token_ids, stop_strings, max_tokens: DEFAULT_MAX_TOKENS })
 }

@@ -6,9 +6,8 @@ use std::sync::Arc;
 
 use super::{Calibration, Precision, Progress, Recipe, Report, optimized_graph};
 use crate::backend::Limits;
-use crate::backend::tensorrt::device::devices;
 use crate::backend::tensorrt::lower::{Attends, Constants, Lowered, Weight, lower};
-use crate::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, Traced};
+use crate::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, Traced, devices};
 use crate::checkpoint::ModelConfig;
 use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo};
 use crate::error::{Error, Result};

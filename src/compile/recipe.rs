@@ -41,8 +41,9 @@ pub struct Recipe {
     pub logits_rows: usize,
     /// The CPU that a CPU's plan is packed for; `None` takes this machine's.
     pub cpu: Option<CpuFeatures>,
-    /// Whether a CPU's plan in [`Precision::Int8`] computes with activations in 8 bits too, each row by its own scale.
-    pub quantize_activations: bool,
+    /// Whether a CPU's plan in [`Precision::Int8`] computes with activations in 8 bits too, each row by its own scale;
+    /// `None`: no, or as the plan that is packed again.
+    pub quantize_activations: Option<bool>,
     /// Of a GPU's plan: what TensorRT is told.
     pub tensorrt: Option<TensorRtOptions>,
     /// The text it was read from.
@@ -205,7 +206,7 @@ impl Recipe {
             prefill_chunk_tokens: within("prefill_chunk_tokens", raw.prefill_chunk_tokens, 1 << 16)?,
             logits_rows: within("logits_rows", raw.logits_rows, 1 << 16)?,
             cpu: None,
-            quantize_activations: matches!(raw.activations, Some(RawActivations::Int8)),
+            quantize_activations: raw.activations.map(|activations| matches!(activations, RawActivations::Int8)),
             tensorrt: raw.tensorrt,
             text: text.into(),
         };
@@ -221,7 +222,7 @@ impl Recipe {
     /// # Errors
     /// [`Error::Recipe`] naming both, and the precisions it does compute in.
     pub fn check(&self) -> Result<()> {
-        if self.quantize_activations && (self.target, self.precision) != (Target::Cpu, Precision::Int8) {
+        if self.quantize_activations == Some(true) && (self.target, self.precision) != (Target::Cpu, Precision::Int8) {
             let detail = format!(
                 "activations = \"int8\" is for the target cpu in precision int8, not for {} in {}",
                 self.target.name(),
@@ -237,8 +238,11 @@ impl Recipe {
 
     /// The CPU that a CPU's plan is lowered for.
     pub fn cpu_target(&self) -> CpuTarget {
-        let features = self.cpu.unwrap_or_else(CpuFeatures::detect);
-        CpuTarget { features, quantize_activations: self.quantize_activations }
+        let CpuTarget { features, .. } = CpuTarget::native();
+        CpuTarget {
+            features: self.cpu.unwrap_or(features),
+            quantize_activations: self.quantize_activations.unwrap_or(false),
+        }
     }
 
     fn unsupported(&self) -> String {

@@ -10,11 +10,12 @@ use super::Limits;
 use super::tensorrt::TensorRtInfo;
 use crate::checkpoint::ModelConfig;
 use crate::error::{Error, Result, clip};
+use crate::text::ChatFormat;
 
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "engine.json";
 /// Version of the package's layout and manifest. A package of another version is refused by name.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 /// A manifest is refused unread past this size.
 pub(super) const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 const FORMAT: &str = "aotron-engine";
@@ -35,6 +36,8 @@ pub struct Manifest {
     pub checkpoint: CheckpointInfo,
     /// The tokenizer; a package without one takes and gives token ids only.
     pub tokenizer: Option<TokenizerInfo>,
+    /// How a conversation becomes a prompt, and what ends an answer.
+    pub chat_format: ChatFormat,
     /// How a generation goes when the request does not say.
     pub generation: GenerationSettings,
     /// What can run, one per target and precision.
@@ -67,16 +70,42 @@ pub struct TokenizerInfo {
     pub vocab_size: usize,
 }
 
-/// Defaults of a generation, and what ends it.
+/// Defaults of a generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerationSettings {
-    /// Ids that always end a generation and are never shown.
-    pub stop_token_ids: Vec<u32>,
-    /// Texts that end a chat answer and are never shown.
-    pub stop_strings: Vec<String>,
     /// New tokens, if the request does not say.
     pub max_tokens: usize,
+    /// Draw tokens at random by the settings below; else the likeliest one is taken.
+    pub do_sample: bool,
+    /// Divides the logits.
+    pub temperature: Option<f32>,
+    /// Choose among this many of the likeliest tokens; 0 is off.
+    pub top_k: Option<u32>,
+    /// Choose among the likeliest tokens that together reach this probability.
+    pub top_p: Option<f32>,
+    /// Choose among tokens at least this fraction as likely as the likeliest one.
+    pub min_p: Option<f32>,
+    /// Weakens tokens already seen.
+    pub repetition_penalty: Option<f32>,
+    /// The checkpoint's settings that are not obeyed, by their names.
+    pub unused: Vec<String>,
+}
+
+impl Default for GenerationSettings {
+    /// The model card's example: 200 tokens, always the likeliest one.
+    fn default() -> GenerationSettings {
+        GenerationSettings {
+            max_tokens: 200,
+            do_sample: false,
+            temperature: None,
+            top_k: None,
+            top_p: None,
+            min_p: None,
+            repetition_penalty: None,
+            unused: Vec::new(),
+        }
+    }
 }
 
 /// A plan and what it needs.
@@ -125,7 +154,12 @@ pub struct FileInfo {
 
 impl Manifest {
     /// A manifest of this format and tool; `files` and `sha256` are filled in by [`super::PackageWriter`].
-    pub fn new(model: ModelConfig, checkpoint: CheckpointInfo, generation: GenerationSettings) -> Manifest {
+    pub fn new(
+        model: ModelConfig,
+        checkpoint: CheckpointInfo,
+        chat_format: ChatFormat,
+        generation: GenerationSettings,
+    ) -> Manifest {
         Manifest {
             format: FORMAT.into(),
             format_version: FORMAT_VERSION,
@@ -133,6 +167,7 @@ impl Manifest {
             model,
             checkpoint,
             tokenizer: None,
+            chat_format,
             generation,
             plans: Vec::new(),
             files: Vec::new(),

@@ -3,20 +3,22 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
 use super::manifest::{FileInfo, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, hex};
 use crate::error::{Error, Result};
 use crate::mmap::{MappedFile, open_regular};
-use crate::text::Tokenizer;
+use crate::text::{ChatFormat, Tokenizer};
 
 /// Whether `path` looks like an engine package.
 pub fn is_package(path: &Path) -> bool {
     path.join(MANIFEST_NAME).is_file()
 }
 
-/// An opened engine package.
+/// An opened engine package. Its files are mapped when they are read and must not be changed in place while they are in
+/// use, see [`MappedFile`]; replacing the whole folder is safe.
 #[derive(Debug, Clone)]
 pub struct Package {
     path: PathBuf,
@@ -27,17 +29,15 @@ impl Package {
     /// Opens the package at `path` and checks its manifest and the size of every file. Weights are not read.
     ///
     /// # Errors
-    /// [`Error::Package`] naming the file that is missing, truncated, or of another format version.
+    /// [`Error::NoSuchPackage`] or [`Error::NotAPackage`]; [`Error::Package`] naming the file that is missing, truncated, or
+    /// of another format version.
     pub fn open(path: &Path) -> Result<Package> {
         if !path.exists() {
-            return Err(Error::package(path, "there is no such folder; `aotron build` makes one"));
+            return Err(Error::NoSuchPackage { path: path.to_path_buf() });
         }
         let file = path.join(MANIFEST_NAME);
         if !file.exists() {
-            return Err(Error::package(
-                path,
-                format!("no {MANIFEST_NAME} in it, so it is not an engine package; `aotron build` makes one"),
-            ));
+            return Err(Error::NotAPackage { path: path.to_path_buf() });
         }
         let mut text = Vec::new();
         let reader = open_regular(&file)?;
@@ -82,13 +82,19 @@ impl Package {
         self.path.join(file)
     }
 
+    #[allow(unsafe_code)]
+    fn map(&self, file: &str) -> Result<MappedFile> {
+        // SAFETY: [`Package`]'s documentation hands the duty to leave its files alone on to whoever opens it.
+        unsafe { MappedFile::open(&self.file_path(file)) }
+    }
+
     /// A small file's content, checked against its digest.
     ///
     /// # Errors
     /// [`Error::Package`] if it is not listed or not what was written.
     pub fn read(&self, file: &str) -> Result<Vec<u8>> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
-        let mapped = MappedFile::open(&self.file_path(file))?;
+        let mapped = self.map(file)?;
         self.check(info, mapped.bytes(), &|_| {})?;
         Ok(mapped.bytes().to_vec())
     }
@@ -103,13 +109,18 @@ impl Package {
         Tokenizer::from_package(&self.file_path(&info.file), &bytes).map(Some)
     }
 
+    /// The package's chat format, to share between conversations.
+    pub fn chat_format(&self) -> Arc<ChatFormat> {
+        Arc::new(self.manifest.chat_format.clone())
+    }
+
     /// Checks one file against its digest; `progress` gets numbers of bytes.
     ///
     /// # Errors
     /// [`Error::Package`] if it is not listed or not what was written.
     pub fn verify_file(&self, file: &str, progress: &dyn Fn(u64)) -> Result<()> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
-        self.check(info, MappedFile::open(&self.file_path(file))?.bytes(), progress)
+        self.check(info, self.map(file)?.bytes(), progress)
     }
 
     /// Checks every file against its digest; `progress` gets numbers of bytes.

@@ -26,6 +26,7 @@ impl fmt::Display for RequestId {
 
 /// What happened to a request. [`Event::Done`] or [`Event::Failed`] is its last.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub enum Event {
     /// More of its text, never empty.
     Text(String),
@@ -127,11 +128,16 @@ impl Batcher {
         if self.queue.len() >= self.max_queued && !(self.queue.is_empty() && self.slots.has_free()) {
             return Err(Error::QueueFull { slots: self.slots.count(), queued: self.queue.len() });
         }
+        Ok(self.enqueue(generation))
+    }
+
+    /// Accepts a request that was checked, however many wait.
+    pub(super) fn enqueue(&mut self, generation: Generation) -> RequestId {
         let id = RequestId(self.next_id);
         self.next_id += 1;
         self.queue.push_back((id, generation));
         self.admit();
-        Ok(id)
+        id
     }
 
     /// Ends a request and frees its slot at once; no event follows. Returns what it has, with finish reason

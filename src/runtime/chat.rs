@@ -4,30 +4,132 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use super::request::{Completion, GenerationRequest};
-use super::sampler::SamplingParams;
+use super::sampling::SamplingParams;
 use super::session::Session;
+use super::stream::TextStream;
 use crate::error::{Error, Result};
-use crate::text::{Message, Role, Tokenizer};
+use crate::text::{ChatFormat, Message, Role, Tokenizer};
+
+/// A user's message, and how it is to be answered where that differs from the conversation's settings.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Turn {
+    /// The message.
+    pub content: String,
+    /// Overrides [`Chat::set_sampling`].
+    pub sampling: Option<SamplingParams>,
+    /// Overrides [`Chat::set_max_tokens`].
+    pub max_tokens: Option<usize>,
+    /// Texts that end this answer, beside those of the chat format; neither they nor anything after them is shown.
+    pub stop_strings: Vec<String>,
+}
+
+impl Turn {
+    /// A message, answered by the conversation's settings.
+    pub fn new(content: impl Into<String>) -> Turn {
+        Turn { content: content.into(), sampling: None, max_tokens: None, stop_strings: Vec::new() }
+    }
+
+    /// Sets the sampling settings of this answer.
+    #[must_use]
+    pub fn sampling(mut self, sampling: SamplingParams) -> Turn {
+        self.sampling = Some(sampling);
+        self
+    }
+
+    /// Sets the most tokens of this answer.
+    #[must_use]
+    pub fn max_tokens(mut self, max_tokens: usize) -> Turn {
+        self.max_tokens = Some(max_tokens);
+        self
+    }
+
+    /// Adds a text that ends this answer.
+    #[must_use]
+    pub fn stop_string(mut self, text: impl Into<String>) -> Turn {
+        self.stop_strings.push(text.into());
+        self
+    }
+}
+
+impl From<&str> for Turn {
+    fn from(content: &str) -> Turn {
+        Turn::new(content)
+    }
+}
+
+impl From<&String> for Turn {
+    fn from(content: &String) -> Turn {
+        Turn::new(content)
+    }
+}
+
+impl From<String> for Turn {
+    fn from(content: String) -> Turn {
+        Turn::new(content)
+    }
+}
 
 /// Keeps the messages of a conversation and asks the session for each answer. The whole conversation is the prompt
 /// each time; the session computes only what is new in it.
+///
+/// ```no_run
+/// use std::io::Write;
+///
+/// use aotron::{Model, SamplingParams, Turn};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let mut chat = Model::open("engines/tiny-chat")?.chat()?;
+/// for piece in chat.send("My name is Felix.")? {
+///     print!("{}", piece?);
+///     std::io::stdout().flush()?;
+/// }
+/// let mut answer = chat.send(Turn::new("What is my name?").max_tokens(20).sampling(SamplingParams::sampled(0.5)))?;
+/// for piece in answer.by_ref() {
+///     print!("{}", piece?);
+/// }
+/// println!("{:?}", answer.finish()?.finish_reason);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Chat {
     session: Session,
     tokenizer: Arc<Tokenizer>,
-    eos_ids: Vec<u32>,
+    format: Arc<ChatFormat>,
     messages: Vec<Message>,
+    sampling: SamplingParams,
+    max_tokens: usize,
+    last: Option<Completion>,
 }
 
 impl Chat {
-    /// An empty conversation. `eos_ids` end every answer, beside the template's marker of the next turn.
+    /// An empty conversation, in the format of the package: greedy, and with answers as long as there is room for.
     ///
     /// # Errors
     /// [`Error::Request`] where the session has no tokenizer.
-    pub fn new(session: Session, eos_ids: &[u32]) -> Result<Chat> {
+    pub fn new(session: Session, format: Arc<ChatFormat>) -> Result<Chat> {
         let Some(tokenizer) = session.tokenizer().cloned() else {
             return Err(Error::Request("a chat needs a tokenizer, and this session has none".into()));
         };
-        Ok(Chat { session, tokenizer, eos_ids: eos_ids.to_vec(), messages: Vec::new() })
+        Ok(Chat {
+            session,
+            tokenizer,
+            format,
+            messages: Vec::new(),
+            sampling: SamplingParams::greedy(),
+            max_tokens: usize::MAX,
+            last: None,
+        })
+    }
+
+    /// Sets the sampling settings of answers whose turn does not say.
+    pub fn set_sampling(&mut self, sampling: SamplingParams) {
+        self.sampling = sampling;
+    }
+
+    /// Sets the most tokens of answers whose turn does not say.
+    pub fn set_max_tokens(&mut self, max_tokens: usize) {
+        self.max_tokens = max_tokens;
     }
 
     /// The conversation so far: an optional system message, then user and assistant in turn.
@@ -64,44 +166,128 @@ impl Chat {
         &mut self.session
     }
 
-    /// Says `content` as the user and returns the answer, which joins the conversation; `on_text` as in
-    /// [`Session::generate`]. The answer of a cancelled generation joins it as far as it was shown.
+    /// The last answer, however it ended; none before the first.
+    pub fn last_completion(&self) -> Option<&Completion> {
+        self.last.as_ref()
+    }
+
+    /// Sends a message and returns its answer as an iterator over text, which computes it as it is asked for. A string
+    /// is sent with the conversation's settings; a [`Turn`] can have its own.
+    ///
+    /// The answer joins the conversation when the iterator is dropped or [finished](Answer::finish), as far as it has
+    /// come. After an error the conversation is what it was before.
     ///
     /// # Errors
-    /// As [`Session::generate`] and [`template::render`](crate::text::template::render); the conversation is then
-    /// what it was before. On [`Error::PromptTooLong`] it has outgrown the engine: nothing is dropped in silence, so
-    /// the way on is [`Chat::reset`].
-    pub fn send(
-        &mut self,
-        content: &str,
-        sampling: &SamplingParams,
-        max_tokens: usize,
-        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Completion> {
+    /// As [`Session::stream`] and [`ChatFormat::prompt`]; the conversation is then what it was before. On
+    /// [`Error::ConversationFull`] it has outgrown the engine: nothing is dropped in silence, so the way on is
+    /// [`Chat::reset`], or [`Chat::set_messages`] with fewer.
+    pub fn send(&mut self, turn: impl Into<Turn>) -> Result<Answer<'_>> {
+        let Turn { content, sampling, max_tokens, stop_strings } = turn.into();
         self.messages.push(Message::user(content));
-        match self.answer(sampling, max_tokens, on_text) {
-            Ok(completion) => {
-                self.messages.push(Message::assistant(completion.text.clone()));
-                Ok(completion)
-            }
+        let request = match GenerationRequest::chat(&self.tokenizer, &self.format, &self.messages) {
+            Ok(request) => request
+                .sampling(sampling.unwrap_or_else(|| self.sampling.clone()))
+                .max_tokens(max_tokens.unwrap_or(self.max_tokens))
+                .stop_strings(stop_strings),
             Err(error) => {
                 self.messages.pop();
-                Err(error)
+                return Err(error);
+            }
+        };
+        let has_earlier = self.messages.iter().filter(|message| message.role != Role::System).count() > 1;
+        match self.session.stream(request) {
+            Ok(stream) => Ok(Answer { stream: Some(stream), messages: &mut self.messages, last: &mut self.last }),
+            Err(error) => {
+                self.messages.pop();
+                Err(match error {
+                    Error::PromptTooLong { prompt_tokens, max_sequence_tokens } if has_earlier => {
+                        Error::ConversationFull { conversation_tokens: prompt_tokens, max_sequence_tokens }
+                    }
+                    error => error,
+                })
             }
         }
     }
 
-    fn answer(
+    /// Sends a message and computes its answer to the end, or until `on_text` breaks it; `on_text` as in
+    /// [`Session::generate`].
+    ///
+    /// # Errors
+    /// As [`Chat::send`] and [`Session::generate`].
+    pub fn send_with(
         &mut self,
-        sampling: &SamplingParams,
-        max_tokens: usize,
+        turn: impl Into<Turn>,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Completion> {
-        let request = GenerationRequest {
-            sampling: sampling.clone(),
-            max_tokens,
-            ..GenerationRequest::chat(&self.tokenizer, &self.messages, &self.eos_ids)?
-        };
-        self.session.generate(&request, on_text)
+        let mut answer = self.send(turn)?;
+        while let Some(text) = answer.step()? {
+            if on_text(text).is_break() {
+                break;
+            }
+        }
+        answer.finish()
+    }
+}
+
+/// An answer as it is computed: an iterator over pieces of its text, as [`TextStream`].
+#[derive(Debug)]
+pub struct Answer<'a> {
+    /// None once it has joined the conversation.
+    stream: Option<TextStream<'a>>,
+    messages: &'a mut Vec<Message>,
+    last: &'a mut Option<Completion>,
+}
+
+impl Answer<'_> {
+    /// Runs one forward step, as [`TextStream::step`].
+    ///
+    /// # Errors
+    /// As [`TextStream::step`].
+    pub fn step(&mut self) -> Result<Option<&str>> {
+        match &mut self.stream {
+            Some(stream) => stream.step(),
+            None => Ok(None),
+        }
+    }
+
+    /// Ends the answer, which joins the conversation as far as it has come, and returns it.
+    ///
+    /// # Errors
+    /// [`Error::Request`] if it has failed, with an error that was returned before.
+    pub fn finish(mut self) -> Result<Completion> {
+        match self.stream.take() {
+            Some(stream) => self.join(stream),
+            None => Err(Error::Request("the answer is finished".into())),
+        }
+    }
+
+    fn join(&mut self, stream: TextStream<'_>) -> Result<Completion> {
+        let finished = stream.finish();
+        match &finished {
+            Ok(completion) => {
+                self.messages.push(Message::assistant(completion.text.clone()));
+                *self.last = Some(completion.clone());
+            }
+            // The question that has no answer goes too.
+            Err(_) => drop(self.messages.pop()),
+        }
+        finished
+    }
+}
+
+impl Iterator for Answer<'_> {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Result<String>> {
+        self.stream.as_mut().and_then(TextStream::next)
+    }
+}
+
+impl Drop for Answer<'_> {
+    fn drop(&mut self) {
+        if let Some(stream) = self.stream.take() {
+            // An error was returned when it came.
+            let _ = self.join(stream);
+        }
     }
 }

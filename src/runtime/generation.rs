@@ -1,11 +1,12 @@
 //! One generation from its first row of logits to its completion: the one piece of code that chooses ids, makes text
 //! of them and decides when it is over.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::request::{Completion, FinishReason, GenerationRequest, Timings};
-use super::sampler::Sampler;
+use super::sampler::{Sampler, check_row};
 use super::stop::StopFilter;
 use crate::backend::{Limits, Logits};
 use crate::error::{Error, Result};
@@ -30,6 +31,23 @@ impl Vocabulary {
     }
 }
 
+/// The caller's own choice of the next id.
+pub(super) struct ChooseToken(Box<ChooseFn>);
+
+type ChooseFn = dyn FnMut(&[f32], &[u32]) -> Result<u32> + Send;
+
+impl ChooseToken {
+    pub(super) fn new(choose: impl FnMut(&[f32], &[u32]) -> Result<u32> + Send + 'static) -> ChooseToken {
+        ChooseToken(Box::new(choose))
+    }
+}
+
+impl fmt::Debug for ChooseToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ChooseToken")
+    }
+}
+
 /// A checked request and how far it has come.
 #[derive(Debug)]
 pub(super) struct Generation {
@@ -38,6 +56,10 @@ pub(super) struct Generation {
     /// Most ids to sample, at most what the sequence has room for.
     budget: usize,
     sampler: Sampler,
+    /// Chooses in place of the sampler.
+    choose: Option<ChooseToken>,
+    /// Ids that can be chosen: 0 to this - 1.
+    sampled_ids: usize,
     decoder: Option<StreamDecoder>,
     filter: StopFilter,
     ids: Vec<u32>,
@@ -73,6 +95,8 @@ impl Generation {
         let budget = max_tokens.min(room);
         Ok(Generation {
             sampler: Sampler::new(&sampling, vocabulary.sampled_ids, &stop_ids, &prompt)?,
+            choose: None,
+            sampled_ids: vocabulary.sampled_ids,
             decoder,
             filter: StopFilter::new(&stop_strings, trim)?,
             prompt,
@@ -88,6 +112,11 @@ impl Generation {
         })
     }
 
+    /// Has ids chosen by the caller from here on.
+    pub(super) fn choose_by(&mut self, choose: ChooseToken) {
+        self.choose = Some(choose);
+    }
+
     /// The clock starts; `reused_tokens` of the prompt are in the KV cache.
     pub(super) fn start(&mut self, reused_tokens: usize) {
         self.reused_tokens = reused_tokens;
@@ -101,12 +130,31 @@ impl Generation {
     /// The outer one is the executor's, for a row that is missing or cannot be fetched; the inner one is this
     /// generation's own.
     pub(super) fn accept(&mut self, logits: &mut Logits<'_>, row: usize, delta: &mut String) -> Result<Result<()>> {
+        if self.choose.is_some() {
+            let chosen = self.chosen(logits.row(row)?);
+            return Ok(chosen.and_then(|id| self.push(id, delta)));
+        }
         let id = match logits.top(row).map(|top| self.sampler.sample_top(top)) {
             None | Some(Ok(None)) => self.sampler.sample(logits.row(row)?),
             Some(Ok(Some(id))) => Ok(id),
             Some(Err(error)) => Err(error),
         };
         Ok(id.and_then(|id| self.push(id, delta)))
+    }
+
+    /// The id that the caller chooses from a row.
+    fn chosen(&mut self, row: &[f32]) -> Result<u32> {
+        check_row(row)?;
+        let allowed = row.get(..self.sampled_ids).unwrap_or(row);
+        let Some(ChooseToken(choose)) = &mut self.choose else {
+            return Err(Error::Request("no choice of tokens was given".into()));
+        };
+        let id = choose(allowed, &self.ids)?;
+        if id as usize >= allowed.len() {
+            let most = allowed.len().saturating_sub(1);
+            return Err(Error::Request(format!("id {id} was chosen as the next token; accepted are 0 to {most}")));
+        }
+        Ok(id)
     }
 
     /// Takes `id` as the next one of the output.
@@ -155,6 +203,11 @@ impl Generation {
 
     pub(super) fn prompt(&self) -> &[u32] {
         &self.prompt
+    }
+
+    /// The ids sampled so far.
+    pub(super) fn ids(&self) -> &[u32] {
+        &self.ids
     }
 
     /// The id sampled last.

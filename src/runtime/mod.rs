@@ -12,19 +12,30 @@
 
 mod batcher;
 mod chat;
+mod defaults;
+mod engine;
 mod generation;
+mod model;
 mod request;
+mod response;
 mod sampler;
+mod sampling;
 mod session;
 mod slots;
 mod stop;
+mod stream;
 
 #[cfg(test)]
 mod scripted;
 
 pub use batcher::{Batcher, Event, RequestId};
-pub use chat::Chat;
+pub use chat::{Answer, Chat, Turn};
+pub use engine::{DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Ticket};
+pub use model::{Model, ModelOptions};
 pub use request::{Completion, FinishReason, GenerationRequest, Timings};
-pub use sampler::{Sampler, SamplingParams, log_probability};
+pub use response::ResponseStream;
+pub use sampler::{Sampler, log_probability};
+pub use sampling::SamplingParams;
 pub use session::Session;
 pub use stop::StopFilter;
+pub use stream::TextStream;

@@ -2,12 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::sampler::SamplingParams;
+use super::sampling::SamplingParams;
 use crate::error::Result;
-use crate::text::{Message, Tokenizer, template};
+use crate::text::{ChatFormat, Message, Tokenizer};
 
-/// One generation.
+/// One generation: a prompt, and settings that builder methods change.
+///
+/// ```
+/// use aotron::{GenerationRequest, SamplingParams};
+///
+/// let request = GenerationRequest::new(vec![1, 2, 3])
+///     .max_tokens(200)
+///     .sampling(SamplingParams::sampled(0.7).seed(1))
+///     .stop_string("\n\n");
+/// ```
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct GenerationRequest {
     /// The prompt's ids, at least one.
     pub prompt: Vec<u32>,
@@ -38,20 +48,58 @@ impl GenerationRequest {
         }
     }
 
-    /// The assistant's next turn in a conversation: rendered with the model card's template, encoded whole, trimmed,
-    /// and ended by `eos_ids` or the marker of the next turn, as an id and as a text.
+    /// Sets the sampling settings.
+    #[must_use]
+    pub fn sampling(mut self, sampling: SamplingParams) -> GenerationRequest {
+        self.sampling = sampling;
+        self
+    }
+
+    /// Sets the most ids to sample.
+    #[must_use]
+    pub fn max_tokens(mut self, max_tokens: usize) -> GenerationRequest {
+        self.max_tokens = max_tokens;
+        self
+    }
+
+    /// Adds a text that ends the generation.
+    #[must_use]
+    pub fn stop_string(mut self, text: impl Into<String>) -> GenerationRequest {
+        self.stop_strings.push(text.into());
+        self
+    }
+
+    /// Adds texts that end the generation.
+    #[must_use]
+    pub fn stop_strings(mut self, texts: impl IntoIterator<Item = impl Into<String>>) -> GenerationRequest {
+        self.stop_strings.extend(texts.into_iter().map(Into::into));
+        self
+    }
+
+    /// Adds ids that end the generation.
+    #[must_use]
+    pub fn stop_ids(mut self, ids: impl IntoIterator<Item = u32>) -> GenerationRequest {
+        self.stop_ids.extend(ids);
+        self
+    }
+
+    /// Sets whether whitespace around the answer is removed.
+    #[must_use]
+    pub fn trim(mut self, trim: bool) -> GenerationRequest {
+        self.trim = trim;
+        self
+    }
+
+    /// The assistant's next turn in a conversation: rendered, encoded, ended and trimmed as `format` says.
     ///
     /// # Errors
-    /// As [`template::render`] and [`Tokenizer::encode`].
-    pub fn chat(tokenizer: &Tokenizer, messages: &[Message], eos_ids: &[u32]) -> Result<GenerationRequest> {
-        let prompt = tokenizer.encode(&template::render(messages)?)?;
-        let mut stop_ids = eos_ids.to_vec();
-        stop_ids.extend(tokenizer.id(template::TURN_MARKER));
+    /// As [`ChatFormat::prompt`].
+    pub fn chat(tokenizer: &Tokenizer, format: &ChatFormat, messages: &[Message]) -> Result<GenerationRequest> {
         Ok(GenerationRequest {
-            stop_strings: vec![template::TURN_MARKER.into()],
-            stop_ids,
-            trim: true,
-            ..GenerationRequest::new(prompt)
+            stop_strings: format.chat_stop_strings(),
+            stop_ids: format.stop_ids(),
+            trim: format.trims(),
+            ..GenerationRequest::new(format.prompt(tokenizer, messages)?)
         })
     }
 }
@@ -59,6 +107,7 @@ impl GenerationRequest {
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum FinishReason {
     /// A stop id or a stop string.
     Stop,
@@ -70,6 +119,7 @@ pub enum FinishReason {
 
 /// Where the time of a generation went.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Timings {
     /// Wall time from the start of the generation to its first id, in seconds.
     pub prefill_seconds: f64,
@@ -83,6 +133,7 @@ pub struct Timings {
 
 /// What a generation gave.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Completion {
     /// The text shown, equal to all the pieces that were streamed; empty without a tokenizer.
     pub text: String,

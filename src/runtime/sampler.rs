@@ -6,8 +6,8 @@ use std::hash::{BuildHasher, RandomState};
 
 use rand_chacha::ChaCha20Rng;
 use rand_core::{Rng, SeedableRng};
-use serde::{Deserialize, Serialize};
 
+use super::sampling::SamplingParams;
 use crate::backend::Top;
 use crate::error::{Error, Result};
 
@@ -17,16 +17,11 @@ mod tests;
 mod top_tests;
 
 /// Temperatures below this are greedy: dividing logits by less would leave the range of f32.
-const MIN_TEMPERATURE: f32 = 1e-3;
+pub(super) const MIN_TEMPERATURE: f32 = 1e-3;
 
-/// How the next id is chosen. The default is greedy, as the model card's `top_k=1, top_p=0.0`.
-///
-/// The settings apply in this order: logit bias, temperature, repetition penalty, presence and frequency penalty,
-/// the ban of stop ids before `min_tokens`, top-k, top-p, min-p. Ids the tokenizer does not have are never chosen.
-/// Of equal logits the lowest id comes first.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct SamplingParams {
+/// The settings of [`SamplingParams`] as numbers. The default is greedy.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Settings {
     /// Logits are divided by it; 0 to 100. Below 0.001 the choice is greedy.
     pub temperature: f32,
     /// Choose among this many of the largest logits; 1 is greedy whatever the temperature, 0 is off.
@@ -51,9 +46,9 @@ pub struct SamplingParams {
     pub seed: Option<u64>,
 }
 
-impl Default for SamplingParams {
-    fn default() -> SamplingParams {
-        SamplingParams {
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
             temperature: 1.0,
             top_k: 1,
             top_p: 0.0,
@@ -68,12 +63,12 @@ impl Default for SamplingParams {
     }
 }
 
-impl SamplingParams {
+impl Settings {
     /// Checks every field; `vocab_size` is the number of ids that can be chosen.
     ///
     /// # Errors
     /// [`Error::Request`] with the field, its value and what is accepted.
-    pub fn validate(&self, vocab_size: usize) -> Result<()> {
+    pub(super) fn validate(&self, vocab_size: usize) -> Result<()> {
         let ranges = [
             ("temperature", self.temperature, 0.0, 100.0),
             ("top_p", self.top_p, 0.0, 1.0),
@@ -103,7 +98,7 @@ impl SamplingParams {
     }
 
     /// Whether the largest logit is always chosen, so that temperature, top-p, min-p and seed have no effect.
-    pub fn is_greedy(&self) -> bool {
+    pub(super) fn is_greedy(&self) -> bool {
         self.top_k == 1 || self.temperature < MIN_TEMPERATURE || (self.top_k == 0 && self.top_p == 0.0)
     }
 }
@@ -129,7 +124,7 @@ fn numbered(logits: &[f32]) -> impl Iterator<Item = Candidate> + '_ {
 #[derive(Debug)]
 pub struct Sampler {
     /// As requested, but `logit_bias` in the order of ids.
-    params: SamplingParams,
+    params: Settings,
     is_greedy: bool,
     /// What logits are divided by.
     temperature: f32,
@@ -156,6 +151,11 @@ impl Sampler {
     /// # Errors
     /// As [`SamplingParams::validate`].
     pub fn new(params: &SamplingParams, vocab_size: usize, stop_ids: &[u32], prompt: &[u32]) -> Result<Sampler> {
+        params.validate(vocab_size)?;
+        Sampler::with_settings(&params.settings(), vocab_size, stop_ids, prompt)
+    }
+
+    fn with_settings(params: &Settings, vocab_size: usize, stop_ids: &[u32], prompt: &[u32]) -> Result<Sampler> {
         params.validate(vocab_size)?;
         let mut params = params.clone();
         // Stable, so that the entries of an id named twice are added in their order.

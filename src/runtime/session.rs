@@ -7,6 +7,7 @@ use super::generation::{Generation, Vocabulary, check_ids};
 use super::request::{Completion, GenerationRequest};
 use super::sampler::log_probability;
 use super::slots::reusable;
+use super::stream::TextStream;
 use crate::backend::{Chunk, Executor, Limits, NextToken, Rows, Step};
 use crate::error::{Error, Result};
 use crate::text::Tokenizer;
@@ -52,74 +53,75 @@ impl Session {
         self.cached.clear();
     }
 
-    /// Generates until a stop, `max_tokens` or the engine's limit:
+    /// Starts a generation, whose text comes from the returned iterator. It runs until a stop, `max_tokens` or the
+    /// engine's limit:
     ///
     /// 1. find how much of the prompt is in the slot;
     /// 2. prefill the rest, at most `max_step_tokens` at a time;
     /// 3. choose an id, show its text, and unless it ends the generation
     /// 4. decode it and go to 3.
     ///
-    /// `on_text` is called after every step with the text that became certain in it, empty while a prompt is prefilled
-    /// or text is held back, so that `Break` ends a long prefill too. A generation ended that way returns what it has,
-    /// with [`FinishReason::Cancelled`](super::FinishReason::Cancelled); one whose last step was done is finished,
-    /// whatever `on_text` says.
+    /// # Errors
+    /// [`Error::Request`] or [`Error::PromptTooLong`]; nothing was computed then.
+    pub fn stream(&mut self, request: GenerationRequest) -> Result<TextStream<'_>> {
+        let mut generation = Generation::new(request, self.executor.limits(), &self.vocabulary)?;
+        if !generation.is_finished() {
+            let reused = reusable(&self.cached, generation.prompt());
+            self.cached.truncate(reused);
+            generation.start(reused);
+        }
+        Ok(TextStream::new(self, generation))
+    }
+
+    /// Runs a generation to its end, or until `on_text` breaks it. `on_text` is called after every step with the text
+    /// that became certain in it, empty while a prompt is prefilled or text is held back, so that `Break` ends a long
+    /// prefill too. A generation ended that way returns what it has, with
+    /// [`FinishReason::Cancelled`](super::FinishReason::Cancelled); one whose last step was done is finished, whatever
+    /// `on_text` says.
     ///
     /// # Errors
-    /// [`Error::Request`] or [`Error::PromptTooLong`] before anything is computed; [`Error::Numerics`] for logits that
-    /// are not numbers; whatever the executor reports.
+    /// As [`Session::stream`] and [`TextStream::step`].
     pub fn generate(
         &mut self,
         request: &GenerationRequest,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Completion> {
-        let mut generation = Generation::new(request.clone(), self.executor.limits(), &self.vocabulary)?;
-        match self.run(&mut generation, on_text) {
-            Ok(()) => Ok(generation.complete()),
-            Err(error) => {
-                // Keys and values that led to NaN, or that a failed step left behind, are not to be reused.
-                self.cached.clear();
-                Err(error)
+        let mut stream = self.stream(request.clone())?;
+        while let Some(text) = stream.step()? {
+            if on_text(text).is_break() {
+                break;
             }
         }
+        stream.finish()
     }
 
-    fn run(&mut self, generation: &mut Generation, on_text: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Result<()> {
-        if generation.is_finished() {
-            return Ok(());
+    /// Runs one step of a generation that is not finished.
+    pub(super) fn advance(&mut self, generation: &mut Generation, delta: &mut String) -> Result<()> {
+        let advanced = match generation.last() {
+            None => self.prefill(generation, delta),
+            Some(token) => self.decode(token, generation, delta),
+        };
+        if advanced.is_err() {
+            // Keys and values that led to NaN, or that a failed step left behind, are not to be reused.
+            self.cached.clear();
         }
-        let prompt = generation.prompt().to_vec();
-        let reused = reusable(&self.cached, &prompt);
-        self.cached.truncate(reused);
-        generation.start(reused);
-        let mut delta = String::new();
-        while self.cached.len() < prompt.len() {
-            self.prefill(&prompt, generation, &mut delta)?;
-            let flow = on_text(&delta);
-            delta.clear();
-            if flow.is_break() {
-                return Ok(());
-            }
-        }
-        while let (false, Some(token)) = (generation.is_finished(), generation.last()) {
-            let next = NextToken { slot: SLOT, past_tokens: self.cached.len(), token };
-            let step = Step::decode(self.executor.limits(), &[next])?;
-            let mut logits = self.executor.forward(&step)?;
-            self.cached.push(token);
-            generation.accept(&mut logits, 0, &mut delta)??;
-            let flow = on_text(&delta);
-            delta.clear();
-            if flow.is_break() {
-                return Ok(());
-            }
-        }
-        Ok(())
+        advanced
+    }
+
+    /// Computes the id sampled last; chooses the next.
+    fn decode(&mut self, token: u32, generation: &mut Generation, delta: &mut String) -> Result<()> {
+        let next = NextToken { slot: SLOT, past_tokens: self.cached.len(), token };
+        let step = Step::decode(self.executor.limits(), &[next])?;
+        let mut logits = self.executor.forward(&step)?;
+        self.cached.push(token);
+        generation.accept(&mut logits, 0, delta)?
     }
 
     /// Computes the next chunk of the prompt; the last one gives the first id.
-    fn prefill(&mut self, prompt: &[u32], generation: &mut Generation, delta: &mut String) -> Result<()> {
+    fn prefill(&mut self, generation: &mut Generation, delta: &mut String) -> Result<()> {
         let past_tokens = self.cached.len();
         let limits = self.executor.limits();
-        let rest = prompt.get(past_tokens..).unwrap_or_default();
+        let rest = generation.prompt().get(past_tokens..).unwrap_or_default();
         let tokens = rest.get(..limits.max_step_tokens).unwrap_or(rest);
         let is_last = tokens.len() == rest.len();
         let rows = if is_last { Rows::Last } else { Rows::None };

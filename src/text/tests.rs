@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::fixture::{byte_id, sentencepiece_decoder, tokenizer, tokenizer_json, tokenizer_with};
-use super::template::{self, Message};
+use super::{Message, NemotronMarkers};
 use super::{StreamDecoder, Tokenizer};
 
 fn shared() -> Arc<Tokenizer> {
@@ -48,10 +48,10 @@ fn text_survives_the_round_trip_whole() {
 #[test]
 fn special_pieces_are_one_id_each_and_none_are_added() {
     let tokenizer = shared();
-    let text = template::render(&[Message::user("Hello")]).unwrap();
+    let text = NemotronMarkers::default().render(&[Message::user("Hello")]).unwrap();
     let ids = tokenizer.encode(&text).unwrap();
-    let marker = tokenizer.id(template::TURN_MARKER).unwrap();
-    assert_eq!(ids[0], tokenizer.id(template::SYSTEM_MARKER).unwrap());
+    let marker = tokenizer.id(&NemotronMarkers::default().turn_start).unwrap();
+    assert_eq!(ids[0], tokenizer.id(&NemotronMarkers::default().system_turn_start).unwrap());
     assert_eq!(ids.iter().filter(|id| **id == marker).count(), 2);
     assert_eq!(tokenizer.decode(&ids).unwrap(), text);
     assert_eq!(tokenizer.vocab_size() as u32, marker + 1);
@@ -207,11 +207,11 @@ proptest! {
 #[test]
 fn the_template_is_the_cards() {
     let card = "<extra_id_0>System\n\n<extra_id_1>User\nWrite a poem\n<extra_id_1>Assistant\n";
-    assert_eq!(template::render(&[Message::user("Write a poem")]).unwrap(), card);
-    assert_eq!(template::render(&[Message::system(""), Message::user("Write a poem")]).unwrap(), card);
+    assert_eq!(NemotronMarkers::default().render(&[Message::user("Write a poem")]).unwrap(), card);
+    assert_eq!(NemotronMarkers::default().render(&[Message::system(""), Message::user("Write a poem")]).unwrap(), card);
     let turns = [Message::system("Be brief."), Message::user(" a "), Message::assistant("b\n"), Message::user("c")];
     assert_eq!(
-        template::render(&turns).unwrap(),
+        NemotronMarkers::default().render(&turns).unwrap(),
         "<extra_id_0>System\nBe brief.\n<extra_id_1>User\n a \n<extra_id_1>Assistant\nb\n\n<extra_id_1>User\nc\n\
          <extra_id_1>Assistant\n"
     );
@@ -219,7 +219,7 @@ fn the_template_is_the_cards() {
 
 #[test]
 fn a_conversation_out_of_order_is_refused() {
-    let refused = |messages: &[Message]| template::render(messages).unwrap_err().to_string();
+    let refused = |messages: &[Message]| NemotronMarkers::default().render(messages).unwrap_err().to_string();
     let (system, user, assistant) = (Message::system("s"), Message::user("u"), Message::assistant("a"));
     assert!(refused(&[]).contains("of 0 messages none is the user's"));
     assert!(refused(std::slice::from_ref(&system)).contains("of 1 messages none"));

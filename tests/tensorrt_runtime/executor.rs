@@ -13,6 +13,7 @@ use aotron::engine::tensorrt::{Binding, Compiled, Extent, LibraryKind, Role, Siz
 use aotron::engine::{CheckpointInfo, GenerationSettings, Limits, Manifest, Package, PackageWriter, PlanInfo};
 use aotron::tensor::DType;
 use aotron::tensor_file::encode_header;
+use aotron::text::ChatFormat;
 use safetensors::tensor::Dtype;
 
 const VOCAB: usize = 200;
@@ -152,8 +153,8 @@ fn package(name: &str, plan: &str) -> Package {
     }
     let model = Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap().config().clone();
     let checkpoint = CheckpointInfo { format: "hugging-face".into(), digest: "sha256:0".into() };
-    let generation = GenerationSettings { stop_token_ids: Vec::new(), stop_strings: Vec::new(), max_tokens: 8 };
-    let mut manifest = Manifest::new(model, checkpoint, generation);
+    let generation = GenerationSettings { max_tokens: 8, ..GenerationSettings::default() };
+    let mut manifest = Manifest::new(model, checkpoint, ChatFormat::raw(&[]), generation);
     manifest.plans.push(PlanInfo {
         target: "a100".into(),
         precision: "bf16".into(),

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::program::{ALIGN, Kernel, Program};
 use super::run::Run;
@@ -26,16 +27,25 @@ pub struct CpuOptions {
     pub slots: Option<usize>,
 }
 
-/// The CPU executor.
+/// A CPU plan that is open: its program, mapped weights and threads, which all its executors share.
+#[derive(Clone)]
+pub struct CpuModel {
+    program: Arc<Program>,
+    weights: Arc<Weights>,
+    pool: Arc<rayon::ThreadPool>,
+    isa: Isa,
+}
+
+/// The CPU executor: KV memory and activations of its own over a [`CpuModel`].
 pub struct CpuExecutor {
-    program: Program,
+    program: Arc<Program>,
     limits: Limits,
-    weights: Weights,
+    weights: Arc<Weights>,
     arena: Memory,
     cache: Memory,
     positions: Vec<u32>, // [tokens of the step]
     slots: Vec<u32>,     // [tokens of the step]
-    pool: rayon::ThreadPool,
+    pool: Arc<rayon::ThreadPool>,
     isa: Isa,
     poison: bool,
 }
@@ -88,26 +98,15 @@ pub(super) struct Weights {
     ranges: Vec<Range<usize>>, // per weight of the program, in bytes of the file
 }
 
-impl CpuExecutor {
-    /// Maps weights and reserves memory. `weights` are those the program names, as the packer wrote them.
+impl CpuModel {
+    /// Maps weights and starts threads. `weights` are those the program names, as the packer wrote them; of `options`,
+    /// the slots are the executors' business.
     ///
     /// # Errors
     /// [`Error::Package`] if the program does not hold together or a weight is missing or has another shape;
-    /// [`Error::Request`] if an option is out of range or the memory cannot be reserved.
-    pub fn new(
-        mut program: Program,
-        plan_path: &Path,
-        weights: TensorFile,
-        options: &CpuOptions,
-    ) -> Result<CpuExecutor> {
+    /// [`Error::Request`] if an option is out of range.
+    pub fn new(program: Program, plan_path: &Path, weights: TensorFile, options: &CpuOptions) -> Result<CpuModel> {
         program.validate().map_err(|e| Error::package(plan_path, format!("{e}; build the package again")))?;
-        if let Some(slots) = options.slots {
-            if slots == 0 || slots > program.limits.slots {
-                let most = program.limits.slots;
-                return Err(Error::Request(format!("{slots} slots, but this engine was built for 1 to {most}")));
-            }
-            program.limits.slots = slots;
-        }
         let weights = Weights::new(&program, weights)?;
         let threads = match options.threads {
             Some(0) => return Err(Error::Request("0 threads; at least one is needed".into())),
@@ -120,20 +119,66 @@ impl CpuExecutor {
             .thread_name(|i| format!("aotron-cpu-{i}"))
             .build()
             .map_err(|e| Error::Request(format!("cannot start {threads} threads: {e}")))?;
-        let limits = program.limits.clone();
-        let cache_bytes = program.cache.total_bytes(&limits).unwrap_or(usize::MAX);
+        Ok(CpuModel {
+            program: Arc::new(program),
+            weights: Arc::new(weights),
+            pool: Arc::new(pool),
+            isa: options.isa.map_or_else(Isa::from_environment, Ok)?,
+        })
+    }
+
+    /// Reserves memory for an executor. `slots` are the sequences to reserve KV memory for, at most and by default
+    /// those of the plan.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for more slots than the plan's or none, or if the memory cannot be reserved.
+    pub fn executor(&self, slots: Option<usize>) -> Result<CpuExecutor> {
+        let mut limits = self.program.limits.clone();
+        if let Some(slots) = slots {
+            if slots == 0 || slots > limits.slots {
+                let most = limits.slots;
+                return Err(Error::Request(format!("{slots} slots, but this engine was built for 1 to {most}")));
+            }
+            limits.slots = slots;
+        }
+        let cache_bytes = self.program.cache.total_bytes(&limits).unwrap_or(usize::MAX);
         Ok(CpuExecutor {
-            arena: Memory::reserve(program.arena_bytes, "activations", &limits)?,
+            arena: Memory::reserve(self.program.arena_bytes, "activations", &limits)?,
             cache: Memory::reserve(cache_bytes, "KV cache", &limits)?,
             positions: reserve_tokens(&limits)?,
             slots: reserve_tokens(&limits)?,
-            isa: options.isa.map_or_else(Isa::from_environment, Ok)?,
+            isa: self.isa,
             poison: cfg!(debug_assertions) || std::env::var_os(POISON_VARIABLE).is_some_and(|value| value == "1"),
-            program,
+            program: self.program.clone(),
             limits,
-            weights,
-            pool,
+            weights: self.weights.clone(),
+            pool: self.pool.clone(),
         })
+    }
+
+    /// Limits of the plan.
+    pub fn limits(&self) -> &Limits {
+        &self.program.limits
+    }
+
+    /// A sentence for a user whose CPU has better packings than those that the plan was built with.
+    pub fn repacking_note(&self) -> Option<String> {
+        self.program.repacking_note(self.isa.features())
+    }
+
+    /// Threads in use.
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+}
+
+impl CpuExecutor {
+    /// An executor with weights and threads of its own: [`CpuModel::new`] and [`CpuModel::executor`].
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn new(program: Program, plan_path: &Path, weights: TensorFile, options: &CpuOptions) -> Result<CpuExecutor> {
+        CpuModel::new(program, plan_path, weights, options)?.executor(options.slots)
     }
 
     /// Runs a step and keeps the largest magnitude of what products read: entry `w` of `largest`, `[weights of the

@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use super::kernels::linear::{self, Operand};
 use super::program::*;
 use crate::backend::Limits;
+use crate::backend::constants::ConstRows;
 use crate::error::{Error, Result};
-use crate::graph::{Const, Dim, Graph, Input, Node, Op, Sym, Value};
-use crate::isa::CpuFeatures;
+use crate::graph::{Const, Dim, Graph, Input, Node, Op, Sym, Type, Value};
+use crate::isa::{CpuFeatures, Isa};
 use crate::tensor::DType;
 
 /// The CPU that a program is lowered for.
@@ -22,17 +23,17 @@ pub struct CpuTarget {
 impl CpuTarget {
     /// This machine, with activations as the graph has them.
     pub fn native() -> CpuTarget {
-        CpuTarget { features: CpuFeatures::detect(), quantize_activations: false }
+        CpuTarget { features: Isa::detect().features(), quantize_activations: false }
     }
 }
 
-/// A program and, for each of its weights, the expression to pack.
+/// A program and, for each of its weights, the content to pack.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Lowered {
     /// The plan.
     pub program: Program,
     /// One per [`Program::weights`].
-    pub constants: Vec<Const>,
+    pub constants: Vec<ConstRows>,
 }
 
 /// Lowers a graph to the CPU.
@@ -85,7 +86,7 @@ struct Lowering<'g> {
     places: Vec<Option<Place>>,
     weight_indices: HashMap<(Value, Storage), usize>,
     weights: Vec<WeightSpec>,
-    constants: Vec<Const>,
+    constants: Vec<ConstRows>,
     buffers: Vec<BufferSpec>,
     kernels: Vec<Kernel>,
     cache: Option<CacheSpec>,
@@ -112,6 +113,8 @@ impl Lowering<'_> {
                 let indices = self.indices(node, x)?;
                 let positions = self.limits.max_sequence_tokens;
                 let expr = Const::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim, positions };
+                let ty = Type::new(DType::F32, [positions.into(), (rotary_dim / 2).into()]);
+                let content = ConstRows::new(&expr, &ty).map_err(|detail| fail(node, &detail))?;
                 let table = Table::Weight(self.add_weight(
                     WeightSpec {
                         name: format!("{}.table", node.name),
@@ -120,7 +123,7 @@ impl Lowering<'_> {
                         rows: positions,
                         columns: rotary_dim / 2,
                     },
-                    expr,
+                    content,
                 ));
                 let out = self.buffer(node, DType::F32)?;
                 self.emit(Kernel::Gather { indices, table, out }, out)
@@ -327,24 +330,20 @@ impl Lowering<'_> {
         if let Some(index) = self.weight_indices.get(&(value, storage)) {
             return Ok(*index);
         }
-        let dims: Option<Vec<usize>> = node.ty.shape.iter().map(|d| d.as_fixed()).collect();
-        let (rows, columns) = match dims.as_deref() {
-            Some([columns]) => (1, *columns),
-            Some([rows, columns]) => (*rows, *columns),
-            _ => return Err(fail(node, &format!("weights have one or two known dimensions, this is {}", node.ty))),
-        };
+        let content = ConstRows::new(expr, &node.ty).map_err(|detail| fail(node, &detail))?;
+        let (rows, columns) = (content.rows(), content.width());
         let name = match storage {
             Storage::RowMajor => node.name.clone(),
             Storage::Packed { .. } => format!("{}.panels", node.name),
         };
-        let index = self.add_weight(WeightSpec { name, storage, dtype: node.ty.dtype, rows, columns }, expr.clone());
+        let index = self.add_weight(WeightSpec { name, storage, dtype: node.ty.dtype, rows, columns }, content);
         self.weight_indices.insert((value, storage), index);
         Ok(index)
     }
 
-    fn add_weight(&mut self, spec: WeightSpec, expr: Const) -> usize {
+    fn add_weight(&mut self, spec: WeightSpec, content: ConstRows) -> usize {
         self.weights.push(spec);
-        self.constants.push(expr);
+        self.constants.push(content);
         self.weights.len() - 1
     }
 

@@ -8,4 +8,4 @@ pub mod pack;
 pub mod program;
 mod run;
 
-pub use executor::{CpuExecutor, CpuOptions};
+pub use executor::{CpuExecutor, CpuModel, CpuOptions};

@@ -23,13 +23,11 @@ pub fn file_order(weights: &[WeightSpec]) -> Vec<usize> {
 /// The safetensors file of a plan's weights, for [`packing`](crate::backend::packing) to write.
 pub fn items(lowered: &Lowered) -> Vec<Item<'_>> {
     let item = |index: usize| {
-        let (spec, expr) = (&lowered.program.weights[index], &lowered.constants[index]);
+        let (spec, content) = (&lowered.program.weights[index], &lowered.constants[index]);
         Item {
             name: &spec.name,
             stored: (stored_dtype(spec.dtype), spec.stored_shape()),
-            expr,
-            rows: spec.rows,
-            columns: spec.columns,
+            content,
             unit: spec.unit_rows(),
             store: Box::new(move |rows| store(spec, rows)),
             finish: None,

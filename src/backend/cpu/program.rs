@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub use self::kernel::{CacheKind, CacheUse, Indices, Kernel, Operands, Table, View, WeightRule};
 use super::kernels::attention::{LANES, MAX_HEAD_DIM};
 pub use super::kernels::linear::Epilogue;
-use super::kernels::linear::{Operand, Packing};
+use super::kernels::linear::{self, Operand, Packing};
 use crate::backend::Limits;
 use crate::error::clip;
 use crate::isa::CpuFeatures;
@@ -231,6 +231,23 @@ impl fmt::Display for Program {
 }
 
 impl Program {
+    /// A sentence for a user whose CPU has better packings than those that the program was built with.
+    pub fn repacking_note(&self, features: CpuFeatures) -> Option<String> {
+        let is_better = |kernel: &Kernel| {
+            let Kernel::Linear { x, weight, .. } = kernel else { return false };
+            let (Some(x), Some(weight)) = (self.buffers.get(x.buffer), self.weights.get(*weight)) else { return false };
+            let Storage::Packed { packing, .. } = weight.storage else { return false };
+            linear::choose(weight.dtype, x.dtype, features).is_some_and(|best| best != packing)
+        };
+        self.kernels.iter().any(is_better).then(|| {
+            format!(
+                "the CPU plan was packed for {}, and this CPU is {features}; `aotron build PACKAGE --finish --recipe cpu` \
+                 packs it for this one, which is faster and changes no answer",
+                self.cpu
+            )
+        })
+    }
+
     /// Checks everything that running the program relies on; the error says what does not fit.
     pub fn validate(&self) -> Result<(), String> {
         // Names in the message are the file's.

@@ -13,8 +13,9 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-pub use self::driver::{DeviceInfo, devices};
+pub use self::driver::devices;
 use self::driver::{is_lasting, words};
+use super::DeviceInfo;
 use crate::error::{Error, Result};
 
 mod driver;

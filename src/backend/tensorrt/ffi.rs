@@ -4,15 +4,13 @@
 // The bridge's generated code has no documentation.
 #![allow(missing_docs)]
 
-use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use cxx::UniquePtr;
 
 use super::device::{ALIGN, Buffer, Stream};
-use super::{Monitor, Severity};
-use crate::tensor_file::TensorFile;
+use super::{ConstantBytes, Monitor, Severity};
 
 #[cxx::bridge(namespace = "aotron")]
 pub(super) mod bridge {
@@ -252,38 +250,6 @@ pub(super) fn enqueue(context: Pin<&mut bridge::Context>, stream: &Stream) -> Re
     unsafe { context.enqueue(stream.number()) }
 }
 
-/// Bytes of a constant, which TensorRT reads where they lie: their owner lives until the network is gone.
-pub struct ConstantBytes {
-    owner: Owner,
-    range: Range<usize>,
-}
-
-enum Owner {
-    File(Arc<TensorFile>),
-    Memory(Arc<[u8]>),
-}
-
-impl ConstantBytes {
-    /// Bytes of a mapped file; none if the range is outside.
-    pub fn of_file(file: Arc<TensorFile>, range: Range<usize>) -> ConstantBytes {
-        ConstantBytes { owner: Owner::File(file), range }
-    }
-
-    /// Bytes in memory; none if the range is outside.
-    pub fn of_memory(bytes: Arc<[u8]>, range: Range<usize>) -> ConstantBytes {
-        ConstantBytes { owner: Owner::Memory(bytes), range }
-    }
-
-    /// The bytes.
-    pub fn as_slice(&self) -> &[u8] {
-        let all = match &self.owner {
-            Owner::File(file) => file.mapped(),
-            Owner::Memory(bytes) => bytes,
-        };
-        all.get(self.range.clone()).unwrap_or_default()
-    }
-}
-
 /// What a network's events reach in Rust. Called from TensorRT's threads.
 pub(super) struct Observer(pub Arc<dyn Monitor>);
 
@@ -305,5 +271,19 @@ impl Observer {
     fn step(&self, phase: &[u8], step: i32) -> bool {
         let step = usize::try_from(step).unwrap_or(0);
         self.0.step(&String::from_utf8_lossy(phase), step).is_continue()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn a_constant_outside_its_memory_is_an_internal_error() {
+        let memory: Arc<[u8]> = [1, 2, 3].into();
+        assert_eq!(ConstantBytes::of_memory(memory.clone(), 1..3).unwrap().as_slice(), [2, 3]);
+        let error = ConstantBytes::of_memory(memory, 1..4).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::Internal { .. }), "{error}");
     }
 }

@@ -1,17 +1,76 @@
 //! What a network is made of.
 
-use super::{ConstantBytes, Tensor};
-use crate::error::Result;
-use crate::tensor::DType;
+use std::fmt;
+use std::ops;
+use std::sync::Arc;
 
-/// A network under construction, as the lowering sees it: [`Network`](super::Network), or whatever else takes the same
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+use crate::tensor_file::TensorFile;
+
+/// A value of a network, by its number; only meaningful with the network that made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tensor(pub u32);
+
+/// Bytes of a constant, which TensorRT reads where they lie: their owner lives until the network is gone.
+pub struct ConstantBytes {
+    owner: Owner,
+    range: ops::Range<usize>,
+}
+
+enum Owner {
+    File(Arc<TensorFile>),
+    Memory(Arc<[u8]>),
+}
+
+impl ConstantBytes {
+    /// Bytes of a mapped file.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the range is outside.
+    pub fn of_file(file: Arc<TensorFile>, range: ops::Range<usize>) -> Result<ConstantBytes> {
+        ConstantBytes { owner: Owner::File(file), range }.checked()
+    }
+
+    /// Bytes in memory.
+    ///
+    /// # Errors
+    /// As [`ConstantBytes::of_file`].
+    pub fn of_memory(bytes: Arc<[u8]>, range: ops::Range<usize>) -> Result<ConstantBytes> {
+        ConstantBytes { owner: Owner::Memory(bytes), range }.checked()
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.all()[self.range.clone()]
+    }
+
+    fn all(&self) -> &[u8] {
+        match &self.owner {
+            Owner::File(file) => file.mapped(),
+            Owner::Memory(bytes) => bytes,
+        }
+    }
+
+    fn checked(self) -> Result<ConstantBytes> {
+        match self.all().get(self.range.clone()) {
+            Some(_) => Ok(self),
+            None => {
+                let found = format!("a constant is bytes {:?} of {}", self.range, self.all().len());
+                Err(Error::internal(found, "a range inside its file"))
+            }
+        }
+    }
+}
+
+/// A network under construction, as the lowering sees it: a network of TensorRT, or whatever else takes the same
 /// layers, such as an evaluator that computes each of them when it is added. Every value has the type that its operands
 /// give it. Every method that adds a layer gives its value, or an error that names the place ([`Layers::scope`]).
 pub trait Layers {
     /// Names the layers that are added from here on: `name/0.cast`, `name/1.sum`.
     fn scope(&mut self, name: &str);
 
-    /// A value supplied at run time; -1 is a dimension that a [`Profile`](super::Profile) bounds.
+    /// A value supplied at run time; -1 is a dimension that a [`Profile`] bounds.
     ///
     /// # Errors
     /// Here and in all that follow, [`crate::Error::TensorRt`] with the place and the reason.
@@ -91,4 +150,57 @@ pub trait Layers {
 
     /// The `k` largest of each row of `x [n, width]`, largest first, and their columns: `[n, k]` and `i32[n, k]`.
     fn top_k(&mut self, x: Tensor, k: u32) -> Result<(Tensor, Tensor)>;
+}
+
+/// A layer as TensorRT reads it back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// [`Layers::scope`], a number and an operation.
+    pub name: String,
+    /// TensorRT's kind of layer.
+    pub kind: String,
+    /// `name: dtype[sizes]`; -1 where a profile decides.
+    pub inputs: Vec<String>,
+    /// Likewise.
+    pub outputs: Vec<String>,
+}
+
+impl fmt::Display for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} ({}) -> {}", self.name, self.kind, self.inputs.join(", "), self.outputs.join(", "))
+    }
+}
+
+/// The sizes one input may have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Range {
+    /// The input's name.
+    pub input: String,
+    /// The smallest.
+    pub min: Vec<i64>,
+    /// Those that kernels are chosen for.
+    pub opt: Vec<i64>,
+    /// The largest.
+    pub max: Vec<i64>,
+}
+
+/// The sizes of one kind of step: a range for every input that has a -1.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Profile {
+    /// In any order.
+    pub ranges: Vec<Range>,
+}
+
+/// How to compile a network.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BuildOptions {
+    /// 80 for SM 8.0; `None` is the GPU at hand. TensorRT for RTX alone takes another.
+    pub compute_capability: Option<u16>,
+    /// How long TensorRT 11 looks for the fastest kernels, 0 to 5; `None` is its own default. TensorRT for RTX has no
+    /// such choice: it looks when a plan first runs.
+    pub optimization_level: Option<u8>,
+    /// Log the plan's kernels, at [`super::Severity::Verbose`].
+    pub list_kernels: bool,
+    /// At least one if any input has a -1; a step runs in one of them.
+    pub profiles: Vec<Profile>,
 }

@@ -8,29 +8,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ffi::{Observer, bridge};
-use super::{BuildOptions, Layers, Monitor, Network};
-pub use crate::engine::tensorrt::LibraryKind as Kind;
+use super::{BuildOptions, Kind, Layers, Monitor, Network, Version};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
+/// The version whose headers this program was compiled against.
+fn header_version(kind: Kind) -> Version {
+    Version::from_number(bridge::header_version(kind == Kind::Rtx))
+}
+
 impl Kind {
-    /// Both.
-    pub const ALL: [Kind; 2] = [Kind::Rtx, Kind::TensorRt];
-
-    /// What NVIDIA calls it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::TensorRt => "TensorRT",
-            Kind::Rtx => "TensorRT for RTX",
-        }
-    }
-
-    /// The library's file.
-    pub fn file_name(self) -> &'static str {
-        match self {
-            Kind::TensorRt => "libnvinfer.so.11",
-            Kind::Rtx => "libtensorrt_rtx.so.1",
-        }
+    /// The version whose headers this program was compiled against; none without the feature `tensorrt`.
+    pub fn header_version(self) -> Option<Version> {
+        Some(header_version(self))
     }
 
     /// The folder of its Python package, under site-packages.
@@ -40,37 +30,6 @@ impl Kind {
             Kind::Rtx => "tensorrt_rtx_libs",
         }
     }
-
-    /// How to get it.
-    pub fn remedy(self) -> &'static str {
-        match self {
-            Kind::TensorRt => {
-                "`pip install tensorrt-cu13` gets it from NVIDIA's package index; run aotron in the same Python \
-                 environment, or set AOTRON_TENSORRT_DIR to the folder of the library"
-            }
-            Kind::Rtx => {
-                "`make tensorrt` in aotron's source folder downloads it (95 MB) to .tensorrt/; or `pip install \
-                 tensorrt-rtx` and run aotron in the same Python environment; or set AOTRON_TENSORRT_DIR to the folder \
-                 of the library"
-            }
-        }
-    }
-
-    /// The version whose headers this program was compiled against.
-    pub fn header_version(self) -> Version {
-        Version::from_number(bridge::header_version(self == Kind::Rtx))
-    }
-}
-
-/// A version of a library.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    /// Programs compiled against another major version do not fit.
-    pub major: u32,
-    /// Functions are added from one to the next.
-    pub minor: u32,
-    /// Nothing is added.
-    pub patch: u32,
 }
 
 impl Version {
@@ -84,12 +43,6 @@ impl Version {
     /// and only within a major version.
     fn serves(self, headers: Version) -> bool {
         self.major == headers.major && self.minor >= headers.minor
-    }
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
     }
 }
 
@@ -126,16 +79,21 @@ impl Library {
 
     /// Opens a library by its path.
     ///
+    /// # Safety
+    /// Opening runs the library's own code, and everything that is called later runs inside it: the file must be the
+    /// TensorRT library that its name says.
+    ///
     /// # Errors
     /// [`Error::TensorRt`] if the file is no library, another library, or a version that this program was not compiled
     /// for.
-    pub fn open(kind: Kind, path: &Path) -> Result<Library> {
+    #[allow(unsafe_code)]
+    pub unsafe fn open(kind: Kind, path: &Path) -> Result<Library> {
         let refuse =
             |detail: String| Error::TensorRt(format!("cannot use {} as {}: {detail}", path.display(), kind.name()));
         let inner = bridge::open_library(kind == Kind::Rtx, path.as_os_str().as_bytes())
             .map_err(|error| refuse(error.what().into()))?;
         let version = Version::from_number(inner.version());
-        let headers = kind.header_version();
+        let headers = header_version(kind);
         if !version.serves(headers) {
             return Err(refuse(format!(
                 "it is version {version}, and this aotron needs {}.{} or a later {}.x; {}",
@@ -217,20 +175,24 @@ impl Surroundings {
     }
 
     fn find(&self, kind: Kind) -> Result<Library> {
+        // SAFETY: these are the places that the user, the system or the Python environment keep TensorRT in; as with any
+        // program that is linked with a library, whoever can replace it there decides what runs.
+        #[allow(unsafe_code)]
+        let open = |path: &Path| unsafe { Library::open(kind, path) };
         let of_chosen = self.chosen.iter().cloned();
         let local = of_chosen.chain(self.folders.iter().map(|folder| folder.join(".tensorrt")));
         let local: Vec<PathBuf> = local.map(|folder| folder.join(kind.file_name())).collect();
         if let Some(path) = local.iter().find(|path| path.exists()) {
-            return Library::open(kind, path);
+            return open(path);
         }
         // A name without a slash is looked for by the system. Only if it finds nothing is there a next place; what it
         // says then ("cannot open shared object file") tells no more than that.
         let name = Path::new(kind.file_name());
         if self.system && bridge::open_library(kind == Kind::Rtx, name.as_os_str().as_bytes()).is_ok() {
-            return Library::open(kind, name);
+            return open(name);
         }
         if let Some(path) = self.python.iter().flat_map(|root| python_libraries(root, kind)).next() {
-            return Library::open(kind, &path);
+            return open(&path);
         }
         let mut places: Vec<String> =
             local.iter().filter_map(|p| p.parent()).map(|p| p.display().to_string()).collect();
@@ -319,8 +281,8 @@ mod tests {
         let version = |major, minor, patch| Version { major, minor, patch };
         assert_eq!(Version::from_number(110406), version(11, 4, 6));
         assert_eq!(Version::from_number(-1), version(0, 0, 0));
-        assert_eq!(Kind::TensorRt.header_version().major, 11);
-        assert_eq!(Kind::Rtx.header_version().major, 1);
+        assert_eq!(header_version(Kind::TensorRt).major, 11);
+        assert_eq!(header_version(Kind::Rtx).major, 1);
         assert!(version(11, 5, 0).serves(version(11, 4, 2)));
         assert!(version(11, 4, 0).serves(version(11, 4, 2)));
         assert!(!version(11, 3, 9).serves(version(11, 4, 0)));

@@ -7,30 +7,54 @@
 //!
 //! Both are opened when they are first asked for ([`Library::find`]), so the program runs where neither is. Their C++
 //! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it for building,
-//! [`Runtime`], [`Engine`] and [`Context`] for running. The GPU itself is behind [`device`], and [`TensorRtExecutor`] puts
+//! `Runtime`, `Engine` and `Context` for running. The GPU itself is behind `device`, and [`TensorRtExecutor`] puts
 //! the two together.
+//!
+//! Without the feature `tensorrt` none of the shim is compiled: a library is never found and no GPU is listed, each with
+//! an error that says so (`absent`). Lowering, packing and the manifest are the same with and without it.
 
+#[cfg(not(feature = "tensorrt"))]
+mod absent;
 pub mod analysis;
+#[cfg(feature = "tensorrt")]
 pub mod device;
-pub(crate) mod executor;
+#[cfg(feature = "tensorrt")]
+mod executor;
+#[cfg(feature = "tensorrt")]
 mod ffi;
+mod gpu;
 pub mod kernels;
+mod kind;
 mod layers;
+#[cfg(feature = "tensorrt")]
 mod library;
 pub mod lower;
+#[cfg(feature = "tensorrt")]
 mod network;
+mod options;
 pub mod pack;
+#[cfg(feature = "tensorrt")]
 mod runtime;
 mod weights;
 
 use std::ops::ControlFlow;
 
-pub use device::{DeviceInfo, devices};
-pub use executor::{Event, GpuOptions, Report, TensorRtExecutor};
-pub use ffi::ConstantBytes;
-pub use layers::Layers;
-pub use library::{Kind, Library, Version};
-pub use network::{BuildOptions, Layer, Network, Plan, Profile, Range, Tensor};
+#[cfg(not(feature = "tensorrt"))]
+pub use absent::{Library, Network, Plan, TensorRtExecutor, devices};
+#[cfg(feature = "tensorrt")]
+pub use device::devices;
+#[cfg(feature = "tensorrt")]
+pub use executor::TensorRtExecutor;
+pub use gpu::DeviceInfo;
+pub(crate) use gpu::gpu_words;
+pub use kind::{Kind, Version};
+pub use layers::{BuildOptions, ConstantBytes, Layer, Layers, Profile, Range, Tensor};
+#[cfg(feature = "tensorrt")]
+pub use library::Library;
+#[cfg(feature = "tensorrt")]
+pub use network::{Network, Plan};
+pub use options::{Event, GpuOptions, Report};
+#[cfg(feature = "tensorrt")]
 pub use runtime::{Context, Engine, EngineTensor, Runtime, Validity};
 
 /// How serious TensorRT takes a line of its log.

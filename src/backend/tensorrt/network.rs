@@ -5,15 +5,10 @@ use std::pin::Pin;
 
 use cxx::UniquePtr;
 
-use super::Layers;
-use super::ffi::ConstantBytes;
 use super::ffi::bridge::{self, Element};
+use super::{BuildOptions, ConstantBytes, Layer, Layers, Profile, Range, Tensor};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
-
-/// A value of a network, by its number; only meaningful with the network that made it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Tensor(pub u32);
 
 /// A network, its layers added one by one through [`Layers`]. What cannot be added is an [`Error::TensorRt`] with
 /// TensorRT's own words.
@@ -195,59 +190,6 @@ impl Layers for Network {
         let top = self.pin().top_k(x.0, k).map_err(refused)?;
         Ok((Tensor(top.values), Tensor(top.indices)))
     }
-}
-
-/// A layer as TensorRT reads it back.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layer {
-    /// [`Layers::scope`], a number and an operation.
-    pub name: String,
-    /// TensorRT's kind of layer.
-    pub kind: String,
-    /// `name: dtype[sizes]`; -1 where a profile decides.
-    pub inputs: Vec<String>,
-    /// Likewise.
-    pub outputs: Vec<String>,
-}
-
-impl fmt::Display for Layer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} ({}) -> {}", self.name, self.kind, self.inputs.join(", "), self.outputs.join(", "))
-    }
-}
-
-/// The sizes one input may have.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Range {
-    /// The input's name.
-    pub input: String,
-    /// The smallest.
-    pub min: Vec<i64>,
-    /// Those that kernels are chosen for.
-    pub opt: Vec<i64>,
-    /// The largest.
-    pub max: Vec<i64>,
-}
-
-/// The sizes of one kind of step: a range for every input that has a -1.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Profile {
-    /// In any order.
-    pub ranges: Vec<Range>,
-}
-
-/// How to compile a network.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct BuildOptions {
-    /// 80 for SM 8.0; `None` is the GPU at hand. TensorRT for RTX alone takes another.
-    pub compute_capability: Option<u16>,
-    /// How long TensorRT 11 looks for the fastest kernels, 0 to 5; `None` is its own default. TensorRT for RTX has no
-    /// such choice: it looks when a plan first runs.
-    pub optimization_level: Option<u8>,
-    /// Log the plan's kernels, at [`super::Severity::Verbose`].
-    pub list_kernels: bool,
-    /// At least one if any input has a -1; a step runs in one of them.
-    pub profiles: Vec<Profile>,
 }
 
 /// A compiled network, serialized.

@@ -152,7 +152,7 @@ fn a_row_that_cannot_be_fetched_fails_who_needs_it_and_who_comes_after() {
     let script = |step: usize, _: &[u32]| if step == 1 { Answer::Lost } else { Answer::Hash };
     let executor = Scripted::new(&limits(3, 8), script).deferred(Some(8));
     let mut batcher = Batcher::new(Box::new(executor), None, 4);
-    let needs_the_row = SamplingParams { top_k: 0, top_p: 1.0, seed: Some(1), ..SamplingParams::default() };
+    let needs_the_row = SamplingParams::sampled(1.0).seed(1);
     let ends = batcher.submit(request(&[1, 7], 2)).unwrap();
     let fails = batcher.submit(GenerationRequest { sampling: needs_the_row.clone(), ..request(&[2, 7], 5) }).unwrap();
     let follows = batcher.submit(request(&[3, 7], 5)).unwrap();
@@ -229,15 +229,8 @@ fn sessions_and_batchers_can_move_to_a_thread() {
 fn any_request() -> impl Strategy<Value = GenerationRequest> {
     let sampling = (0u32..4, any::<u64>(), any::<bool>(), 0usize..4).prop_map(|(top_k, seed, penalty, min_tokens)| {
         let repetition_penalty = if penalty { 1.3 } else { 1.0 };
-        SamplingParams {
-            top_k,
-            seed: Some(seed),
-            temperature: 3.0,
-            top_p: 0.9,
-            repetition_penalty,
-            min_tokens,
-            ..SamplingParams::default()
-        }
+        let params = SamplingParams::sampled(3.0).top_k(top_k).top_p(0.9).repetition_penalty(repetition_penalty);
+        params.min_tokens(min_tokens).seed(seed).effective()
     });
     let prompt = prop::collection::vec(0u32..4, 1..30);
     (prompt, sampling, 0usize..25, any::<bool>(), "[a-zA-Z]{1,2}").prop_map(

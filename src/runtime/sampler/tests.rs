@@ -3,17 +3,17 @@ use proptest::prelude::*;
 use super::*;
 
 /// Settings that sample from everything.
-fn sampling() -> SamplingParams {
-    SamplingParams { top_k: 0, top_p: 1.0, seed: Some(7), ..SamplingParams::default() }
+fn sampling() -> Settings {
+    Settings { top_k: 0, top_p: 1.0, seed: Some(7), ..Settings::default() }
 }
 
-fn draws(params: &SamplingParams, row: &[f32], count: usize) -> Vec<u32> {
-    let mut sampler = Sampler::new(params, row.len(), &[], &[]).unwrap();
+fn draws(params: &Settings, row: &[f32], count: usize) -> Vec<u32> {
+    let mut sampler = Sampler::with_settings(params, row.len(), &[], &[]).unwrap();
     (0..count).map(|_| sampler.sample(row).unwrap()).collect()
 }
 
 /// How often each id is drawn, against these probabilities: within 5 standard deviations each.
-fn check_distribution(params: &SamplingParams, row: &[f32], expected: &[f64]) {
+fn check_distribution(params: &Settings, row: &[f32], expected: &[f64]) {
     let count = 20_000;
     let drawn = draws(params, row, count);
     for (id, p) in expected.iter().enumerate() {
@@ -31,14 +31,14 @@ fn ln(p: f32) -> f32 {
 #[test]
 fn the_greedy_settings_choose_the_largest_and_lowest() {
     let row = [0.5, 2.0, -1.0, 2.0];
-    let base = SamplingParams::default();
+    let base = Settings::default();
     for params in [
         base.clone(),
-        SamplingParams { temperature: 100.0, ..base.clone() },
-        SamplingParams { temperature: 0.1, top_p: 0.0, ..base.clone() },
-        SamplingParams { top_k: 0, top_p: 0.0, temperature: 2.0, ..base.clone() },
-        SamplingParams { temperature: 0.0, top_k: 3, top_p: 0.9, ..base.clone() },
-        SamplingParams { temperature: 0.0005, ..sampling() },
+        Settings { temperature: 100.0, ..base.clone() },
+        Settings { temperature: 0.1, top_p: 0.0, ..base.clone() },
+        Settings { top_k: 0, top_p: 0.0, temperature: 2.0, ..base.clone() },
+        Settings { temperature: 0.0, top_k: 3, top_p: 0.9, ..base.clone() },
+        Settings { temperature: 0.0005, ..sampling() },
     ] {
         assert!(params.is_greedy());
         assert_eq!(draws(&params, &row, 20), [1; 20], "{params:?}");
@@ -49,7 +49,7 @@ fn the_greedy_settings_choose_the_largest_and_lowest() {
 
 #[test]
 fn the_adjustments_come_in_their_order() {
-    let params = SamplingParams {
+    let params = Settings {
         temperature: 0.5,
         repetition_penalty: 2.0,
         presence_penalty: 0.25,
@@ -59,7 +59,7 @@ fn the_adjustments_come_in_their_order() {
     };
     let row = [1.0, -1.0, 3.0, 1.0, 0.5];
     // The prompt has 0 and 3; the output is 1, 1.
-    let mut sampler = Sampler::new(&params, 5, &[], &[0, 3]).unwrap();
+    let mut sampler = Sampler::with_settings(&params, 5, &[], &[0, 3]).unwrap();
     sampler.seen.insert(1, 2);
     sampler.adjust(&row);
     // 0: (1 + 1) / 0.5 / 2; 1: -1 / 0.5 · 2 - 0.25 - 2 · 0.5; 2: 3 / 0.5; 3: (1 - 2) / 0.5 · 2; 4: 0.5 / 0.5.
@@ -69,31 +69,31 @@ fn the_adjustments_come_in_their_order() {
 #[test]
 fn penalties_see_what_was_sampled_and_greedy_ignores_temperature() {
     let row = [1.0, 0.9, 0.2];
-    let presence = SamplingParams { presence_penalty: 0.5, temperature: 50.0, ..SamplingParams::default() };
+    let presence = Settings { presence_penalty: 0.5, temperature: 50.0, ..Settings::default() };
     assert_eq!(draws(&presence, &row, 5), [0, 1, 0, 0, 0]);
-    let frequency = SamplingParams { frequency_penalty: 0.5, ..SamplingParams::default() };
+    let frequency = Settings { frequency_penalty: 0.5, ..Settings::default() };
     assert_eq!(draws(&frequency, &row, 5), [0, 1, 0, 1, 2]);
-    let repetition = SamplingParams { repetition_penalty: 2.0, ..SamplingParams::default() };
-    let mut sampler = Sampler::new(&repetition, 3, &[], &[0]).unwrap();
+    let repetition = Settings { repetition_penalty: 2.0, ..Settings::default() };
+    let mut sampler = Sampler::with_settings(&repetition, 3, &[], &[0]).unwrap();
     assert_eq!(sampler.sample(&row).unwrap(), 1, "the prompt counts");
-    let mut sampler = Sampler::new(&presence, 3, &[], &[0]).unwrap();
+    let mut sampler = Sampler::with_settings(&presence, 3, &[], &[0]).unwrap();
     assert_eq!(sampler.sample(&row).unwrap(), 0, "the prompt does not count");
 }
 
 #[test]
 fn stop_ids_wait_for_min_tokens_and_padding_is_never_chosen() {
-    let params = SamplingParams { min_tokens: 2, ..SamplingParams::default() };
-    let mut sampler = Sampler::new(&params, 3, &[2], &[]).unwrap();
+    let params = Settings { min_tokens: 2, ..Settings::default() };
+    let mut sampler = Sampler::with_settings(&params, 3, &[2], &[]).unwrap();
     let row = [0.0, 1.0, 5.0, 9.0];
     let ids: Vec<u32> = (0..3).map(|_| sampler.sample(&row).unwrap()).collect();
     assert_eq!(ids, [1, 1, 2]);
-    let mut sampler = Sampler::new(&sampling(), 2, &[], &[]).unwrap();
+    let mut sampler = Sampler::with_settings(&sampling(), 2, &[], &[]).unwrap();
     assert!((0..200).all(|_| sampler.sample(&row).unwrap() < 2));
 }
 
 #[test]
 fn logits_that_are_not_numbers_are_named() {
-    let mut sampler = Sampler::new(&SamplingParams::default(), 3, &[], &[]).unwrap();
+    let mut sampler = Sampler::with_settings(&Settings::default(), 3, &[], &[]).unwrap();
     let mut error = |row: &[f32]| match sampler.sample(row).unwrap_err() {
         Error::Numerics(detail) => detail,
         other => panic!("{other}"),
@@ -102,46 +102,42 @@ fn logits_that_are_not_numbers_are_named() {
     assert!(error(&[0.0, 0.0, 1.0, f32::INFINITY]).contains("index 3 of 4 is inf"), "padding is looked at too");
     assert!(error(&[f32::NEG_INFINITY; 3]).contains("index 0"));
     assert!(error(&[1.0]).contains("1 logits for 3 ids"));
-    let hot = SamplingParams { temperature: 0.001, ..sampling() };
-    let mut sampler = Sampler::new(&hot, 2, &[], &[]).unwrap();
+    let hot = Settings { temperature: 0.001, ..sampling() };
+    let mut sampler = Sampler::with_settings(&hot, 2, &[], &[]).unwrap();
     assert!(sampler.sample(&[1.0, 3e38]).unwrap_err().to_string().contains("index 1 overflows"));
     assert_eq!(sampler.generated, 0);
 }
 
 #[test]
 fn values_out_of_range_are_named() {
-    let refused = |params: SamplingParams| params.validate(10).unwrap_err().to_string();
-    let base = SamplingParams::default();
-    assert!(refused(SamplingParams { temperature: f32::NAN, ..base.clone() }).contains("temperature is NaN"));
-    assert!(refused(SamplingParams { temperature: -1.0, ..base.clone() }).contains("0 to 100"));
-    assert!(refused(SamplingParams { top_p: 1.5, ..base.clone() }).contains("top_p is 1.5; accepted are 0 to 1"));
-    assert!(refused(SamplingParams { min_p: -0.1, ..base.clone() }).contains("min_p"));
-    assert!(refused(SamplingParams { repetition_penalty: 0.0, ..base.clone() }).contains("0.01 to 100"));
-    assert!(refused(SamplingParams { presence_penalty: f32::INFINITY, ..base.clone() }).contains("presence"));
-    assert!(refused(SamplingParams { frequency_penalty: 101.0, ..base.clone() }).contains("frequency"));
-    assert!(
-        refused(SamplingParams { logit_bias: vec![(10, 1.0)], ..base.clone() }).contains("id 10; accepted are 0 to 9")
-    );
-    assert!(refused(SamplingParams { logit_bias: vec![(1, f32::NAN)], ..base }).contains("id 1 is NaN"));
-    assert!(serde_json::from_str::<SamplingParams>(r#"{"temprature": 1}"#).is_err(), "no setting is ignored");
-    assert_eq!(serde_json::from_str::<SamplingParams>("{}").unwrap(), SamplingParams::default());
+    let refused = |params: Settings| params.validate(10).unwrap_err().to_string();
+    let base = Settings::default();
+    assert!(refused(Settings { temperature: f32::NAN, ..base.clone() }).contains("temperature is NaN"));
+    assert!(refused(Settings { temperature: -1.0, ..base.clone() }).contains("0 to 100"));
+    assert!(refused(Settings { top_p: 1.5, ..base.clone() }).contains("top_p is 1.5; accepted are 0 to 1"));
+    assert!(refused(Settings { min_p: -0.1, ..base.clone() }).contains("min_p"));
+    assert!(refused(Settings { repetition_penalty: 0.0, ..base.clone() }).contains("0.01 to 100"));
+    assert!(refused(Settings { presence_penalty: f32::INFINITY, ..base.clone() }).contains("presence"));
+    assert!(refused(Settings { frequency_penalty: 101.0, ..base.clone() }).contains("frequency"));
+    assert!(refused(Settings { logit_bias: vec![(10, 1.0)], ..base.clone() }).contains("id 10; accepted are 0 to 9"));
+    assert!(refused(Settings { logit_bias: vec![(1, f32::NAN)], ..base }).contains("id 1 is NaN"));
 }
 
 #[test]
 fn draws_follow_the_softmax() {
     let row = [ln(0.1), ln(0.4), ln(0.2), ln(0.3)];
     check_distribution(&sampling(), &row, &[0.1, 0.4, 0.2, 0.3]);
-    let cold = SamplingParams { temperature: 0.5, ..sampling() };
+    let cold = Settings { temperature: 0.5, ..sampling() };
     check_distribution(&cold, &row, &[0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]);
-    let top_k = SamplingParams { top_k: 2, top_p: 0.0, ..sampling() };
+    let top_k = Settings { top_k: 2, top_p: 0.0, ..sampling() };
     check_distribution(&top_k, &row, &[0.0, 0.4 / 0.7, 0.0, 0.3 / 0.7]);
-    let top_p = SamplingParams { top_p: 0.65, ..sampling() };
+    let top_p = Settings { top_p: 0.65, ..sampling() };
     check_distribution(&top_p, &row, &[0.0, 0.4 / 0.7, 0.0, 0.3 / 0.7]);
-    let top_p = SamplingParams { top_p: 0.75, ..sampling() };
+    let top_p = Settings { top_p: 0.75, ..sampling() };
     check_distribution(&top_p, &row, &[0.0, 0.4 / 0.9, 0.2 / 0.9, 0.3 / 0.9]);
-    let min_p = SamplingParams { min_p: 0.7, ..sampling() };
+    let min_p = Settings { min_p: 0.7, ..sampling() };
     check_distribution(&min_p, &row, &[0.0, 0.4 / 0.7, 0.0, 0.3 / 0.7]);
-    let both = SamplingParams { top_k: 3, top_p: 0.6, ..sampling() };
+    let both = Settings { top_k: 3, top_p: 0.6, ..sampling() };
     check_distribution(&both, &row, &[0.0, 0.4 / 0.7, 0.0, 0.3 / 0.7]);
 }
 
@@ -150,9 +146,9 @@ fn a_draw_depends_on_the_seed_and_its_number_alone() {
     let row = [0.0f32; 100];
     let first = draws(&sampling(), &row, 50);
     assert_eq!(first, draws(&sampling(), &row, 50));
-    assert_ne!(first, draws(&SamplingParams { seed: Some(8), ..sampling() }, &row, 50));
+    assert_ne!(first, draws(&Settings { seed: Some(8), ..sampling() }, &row, 50));
     // A different row at draw 0 changes draw 0 only.
-    let mut sampler = Sampler::new(&sampling(), 100, &[], &[]).unwrap();
+    let mut sampler = Sampler::with_settings(&sampling(), 100, &[], &[]).unwrap();
     let mut other = row;
     other[3] = 50.0;
     assert_eq!(sampler.sample(&other).unwrap(), 3);
@@ -160,7 +156,7 @@ fn a_draw_depends_on_the_seed_and_its_number_alone() {
     assert_eq!(rest, first[1..]);
     // The stream is ChaCha20's, keyed with the seed: these ids hold on every machine and version.
     assert_eq!(first[..6], [26, 5, 17, 16, 93, 41]);
-    let unseeded = || Sampler::new(&SamplingParams { seed: None, ..sampling() }, 1, &[], &[]).unwrap().seed();
+    let unseeded = || Sampler::with_settings(&Settings { seed: None, ..sampling() }, 1, &[], &[]).unwrap().seed();
     assert_ne!(unseeded(), unseeded());
     assert!(unseeded() < 1 << 53);
 }
@@ -185,9 +181,9 @@ proptest! {
     ) {
         // Quarters have many ties.
         let row: Vec<f32> = quarters.iter().map(|q| *q as f32 / 4.0).collect();
-        let params = SamplingParams { top_k, top_p, ..sampling() };
+        let params = Settings { top_k, top_p, ..sampling() };
         prop_assume!(!params.is_greedy());
-        let mut sampler = Sampler::new(&params, row.len(), &[], &[]).unwrap();
+        let mut sampler = Sampler::with_settings(&params, row.len(), &[], &[]).unwrap();
         let chosen = sampler.sample(&row).unwrap();
 
         let mut all: Vec<u32> = (0..row.len() as u32).collect();

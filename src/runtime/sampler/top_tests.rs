@@ -6,15 +6,15 @@ use super::super::scripted::largest;
 use super::*;
 
 /// Settings that sample from everything.
-fn sampling() -> SamplingParams {
-    SamplingParams { top_k: 0, top_p: 1.0, seed: Some(7), ..SamplingParams::default() }
+fn sampling() -> Settings {
+    Settings { top_k: 0, top_p: 1.0, seed: Some(7), ..Settings::default() }
 }
 
 /// Draws several times over `rows` in turn, first from the `k` largest; `stop_ids` are `[1, 3]`. Returns how often
 /// these decided.
-fn decided(params: &SamplingParams, vocab_size: usize, prompt: &[u32], rows: &[Vec<f32>], k: usize) -> usize {
-    let mut of_top = Sampler::new(params, vocab_size, &[1, 3], prompt).unwrap();
-    let mut of_row = Sampler::new(params, vocab_size, &[1, 3], prompt).unwrap();
+fn decided(params: &Settings, vocab_size: usize, prompt: &[u32], rows: &[Vec<f32>], k: usize) -> usize {
+    let mut of_top = Sampler::with_settings(params, vocab_size, &[1, 3], prompt).unwrap();
+    let mut of_row = Sampler::with_settings(params, vocab_size, &[1, 3], prompt).unwrap();
     let mut decided = 0;
     for row in rows {
         let expected = of_row.sample(row);
@@ -43,7 +43,7 @@ fn decided(params: &SamplingParams, vocab_size: usize, prompt: &[u32], rows: &[V
 }
 
 /// Whether the `k` largest decide one row.
-fn decides(params: &SamplingParams, row: &[f32], k: usize) -> bool {
+fn decides(params: &Settings, row: &[f32], k: usize) -> bool {
     decided(params, row.len(), &[], &[row.to_vec()], k) == 1
 }
 
@@ -59,32 +59,32 @@ fn sloping(vocab_size: usize, rows: usize) -> Vec<Vec<f32>> {
 #[test]
 fn the_common_settings_are_decided_by_64() {
     let rows = sloping(5000, 40);
-    let k_and_p = SamplingParams { top_k: 40, top_p: 0.9, ..sampling() };
+    let k_and_p = Settings { top_k: 40, top_p: 0.9, ..sampling() };
     for params in [
-        SamplingParams::default(),
-        SamplingParams { temperature: 0.0, ..sampling() },
-        SamplingParams { top_k: 40, ..sampling() },
-        SamplingParams { top_k: 50, temperature: 0.7, ..sampling() },
+        Settings::default(),
+        Settings { temperature: 0.0, ..sampling() },
+        Settings { top_k: 40, ..sampling() },
+        Settings { top_k: 50, temperature: 0.7, ..sampling() },
         k_and_p.clone(),
-        SamplingParams { temperature: 0.7, ..k_and_p.clone() },
-        SamplingParams { min_p: 0.05, ..k_and_p.clone() },
-        SamplingParams { min_p: 0.05, ..sampling() },
-        SamplingParams { min_p: 0.05, top_k: 1000, temperature: 1.5, ..sampling() },
-        SamplingParams { repetition_penalty: 1.1, ..SamplingParams::default() },
-        SamplingParams { repetition_penalty: 1.1, presence_penalty: 0.5, frequency_penalty: 0.2, ..k_and_p.clone() },
-        SamplingParams { logit_bias: vec![(7, -100.0), (9, 0.5)], ..k_and_p.clone() },
-        SamplingParams { min_tokens: 20, ..k_and_p },
+        Settings { temperature: 0.7, ..k_and_p.clone() },
+        Settings { min_p: 0.05, ..k_and_p.clone() },
+        Settings { min_p: 0.05, ..sampling() },
+        Settings { min_p: 0.05, top_k: 1000, temperature: 1.5, ..sampling() },
+        Settings { repetition_penalty: 1.1, ..Settings::default() },
+        Settings { repetition_penalty: 1.1, presence_penalty: 0.5, frequency_penalty: 0.2, ..k_and_p.clone() },
+        Settings { logit_bias: vec![(7, -100.0), (9, 0.5)], ..k_and_p.clone() },
+        Settings { min_tokens: 20, ..k_and_p },
     ] {
         assert_eq!(decided(&params, 4900, &[1, 2, 3, 4, 5], &rows, 64), 40, "{params:?}");
     }
     // The total needs all of the row.
     for params in [
         sampling(),
-        SamplingParams { top_p: 0.5, ..sampling() },
-        SamplingParams { top_p: 0.5, min_p: 0.2, ..sampling() },
-        SamplingParams { top_k: 65, ..sampling() },
-        SamplingParams { top_k: 65, top_p: 0.5, min_p: 0.2, ..sampling() },
-        SamplingParams { min_p: 1e-6, ..sampling() },
+        Settings { top_p: 0.5, ..sampling() },
+        Settings { top_p: 0.5, min_p: 0.2, ..sampling() },
+        Settings { top_k: 65, ..sampling() },
+        Settings { top_k: 65, top_p: 0.5, min_p: 0.2, ..sampling() },
+        Settings { min_p: 1e-6, ..sampling() },
     ] {
         assert_eq!(decided(&params, 4900, &[], &rows, 64), 0, "{params:?}");
         assert_eq!(decided(&params, 4900, &[], &rows, 5000), 40, "{params:?}");
@@ -93,43 +93,44 @@ fn the_common_settings_are_decided_by_64() {
 
 #[test]
 fn ties_at_the_edge_are_not_decided() {
-    let greedy = SamplingParams::default();
+    let greedy = Settings::default();
     let row = [1.0, 5.0, 5.0, 5.0, 0.0];
     // `largest` gives the highest of equal ids first.
     assert!(!decides(&greedy, &row, 1) && !decides(&greedy, &row, 3), "an equal one may be missing");
     assert!(decides(&greedy, &row, 4));
-    let two = SamplingParams { top_k: 2, ..sampling() };
+    let two = Settings { top_k: 2, ..sampling() };
     let row = [1.0, 5.0, 4.0, 4.0, 0.0];
     assert!(!decides(&two, &row, 2) && !decides(&two, &row, 3));
     assert!(decides(&two, &row, 4), "the lower of the equal ids is chosen from");
-    assert!(decides(&SamplingParams { top_k: 1, ..two.clone() }, &row, 2));
+    assert!(decides(&Settings { top_k: 1, ..two.clone() }, &row, 2));
     // The division can make equal what was not.
     let near: Vec<f32> = (0..9).map(|step| f32::from_bits(1.9f32.to_bits() + step)).collect();
     let low = near.into_iter().find(|logit| logit / 1.8 == logit.next_up() / 1.8).unwrap();
     let row = [low, 3.0, low.next_up(), -1.0];
     assert!(decides(&two, &row, 3));
-    assert!(!decides(&SamplingParams { temperature: 1.8, ..two }, &row, 3));
+    assert!(!decides(&Settings { temperature: 1.8, ..two }, &row, 3));
 }
 
 #[test]
 fn adjustments_count_for_ids_on_either_side() {
-    let greedy = SamplingParams::default();
+    let greedy = Settings::default();
     let row = [1.0, 3.0, 2.0, 0.5, -1.0];
-    let biased = |id, bias| SamplingParams { logit_bias: vec![(id, bias)], ..greedy.clone() };
+    let biased = |id, bias| Settings { logit_bias: vec![(id, bias)], ..greedy.clone() };
     assert!(decides(&biased(1, -0.5), &row, 2));
     assert!(!decides(&biased(1, -2.5), &row, 2), "both are then at most as large as the rest may be");
     assert!(decides(&biased(4, 0.5), &row, 2));
     assert!(!decides(&biased(4, 1.5), &row, 2), "its logit is not known, and may be 2");
     assert!(decides(&biased(4, 1.5), &row, 3), "its logit is at most 1");
     assert!(decides(&biased(1, 50.0), &row, 2) && decides(&biased(2, 50.0), &row, 2));
-    let twice = SamplingParams { logit_bias: vec![(4, 90.0), (3, 0.1), (4, -90.0)], ..greedy.clone() };
+    let twice = Settings { logit_bias: vec![(4, 90.0), (3, 0.1), (4, -90.0)], ..greedy.clone() };
     assert!(decides(&twice, &row, 2));
 
     let rows = [vec![1.0, 3.0, 2.0, 0.5, -1.0]];
-    let repeats = SamplingParams { repetition_penalty: 0.5, ..greedy.clone() };
+    let repeats = Settings { repetition_penalty: 0.5, ..greedy.clone() };
     assert_eq!(decided(&repeats, 5, &[4], &rows, 2), 0, "the prompt's id 4 may be raised to 4");
     assert_eq!(decided(&repeats, 5, &[1], &rows, 2), 1);
-    let mut sampler = Sampler::new(&SamplingParams { presence_penalty: -3.0, ..greedy.clone() }, 5, &[], &[]).unwrap();
+    let mut sampler =
+        Sampler::with_settings(&Settings { presence_penalty: -3.0, ..greedy.clone() }, 5, &[], &[]).unwrap();
     let mut draw = |values: &[f32], ids: &[u32]| sampler.sample_top(Top { values, ids }).unwrap();
     assert_eq!(draw(&[3.0, 2.0], &[1, 2]), Some(1));
     assert_eq!(draw(&[9.0, 8.0], &[3, 2]), None, "id 1 may have 8 + 3");
@@ -140,7 +141,7 @@ fn adjustments_count_for_ids_on_either_side() {
 
 #[test]
 fn banned_and_padding_ids_are_passed_over() {
-    let params = SamplingParams { min_tokens: 1, ..SamplingParams::default() };
+    let params = Settings { min_tokens: 1, ..Settings::default() };
     let row = vec![0.0, 7.0, 5.0, 6.0, 1.0, 9.0, 8.0];
     // 5 and 6 are padding, 1 and 3 are stop ids.
     assert_eq!(decided(&params, 5, &[], &[row.clone(), row.clone()], 6), 2);
@@ -152,19 +153,19 @@ fn banned_and_padding_ids_are_passed_over() {
 fn a_rest_of_negative_infinity_is_no_rest() {
     let low = f32::NEG_INFINITY;
     let row = [low, 1.0, low, 2.0, low, low];
-    for params in [sampling(), SamplingParams { top_p: 0.9, ..sampling() }, SamplingParams { top_k: 5, ..sampling() }] {
+    for params in [sampling(), Settings { top_p: 0.9, ..sampling() }, Settings { top_k: 5, ..sampling() }] {
         assert!(decides(&params, &row, 3) && !decides(&params, &row, 2), "{params:?}");
     }
-    let raised = SamplingParams { logit_bias: vec![(0, 100.0)], presence_penalty: -5.0, ..sampling() };
+    let raised = Settings { logit_bias: vec![(0, 100.0)], presence_penalty: -5.0, ..sampling() };
     assert!(decides(&raised, &row, 3));
-    let mut sampler = Sampler::new(&sampling(), 6, &[], &[]).unwrap();
+    let mut sampler = Sampler::with_settings(&sampling(), 6, &[], &[]).unwrap();
     let error = sampler.sample_top(Top { values: &[low; 2], ids: &[0, 1] }).unwrap_err();
     assert_eq!(error.to_string(), sampler.sample(&[low; 6]).unwrap_err().to_string());
 }
 
 #[test]
 fn what_is_wrong_with_the_largest_logits_is_named() {
-    let mut sampler = Sampler::new(&SamplingParams { top_k: 2, ..sampling() }, 10, &[], &[]).unwrap();
+    let mut sampler = Sampler::with_settings(&Settings { top_k: 2, ..sampling() }, 10, &[], &[]).unwrap();
     let mut error = |values: &[f32], ids: &[u32]| sampler.sample_top(Top { values, ids }).unwrap_err();
     let wrong = error(&[f32::NAN, f32::NAN, 1.0], &[8, 4, 2]);
     assert!(matches!(&wrong, Error::Numerics(detail) if detail.contains("index 4 is NaN")), "{wrong}");
@@ -174,17 +175,17 @@ fn what_is_wrong_with_the_largest_logits_is_named() {
     assert!(matches!(error(&[2.0, 1.0, 0.0], &[3, 5, 3]), Error::Step(detail) if detail.contains("id 3 is twice")));
     assert_eq!(sampler.sample_top(Top { values: &[], ids: &[] }).unwrap(), None);
     assert_eq!(sampler.generated, 0);
-    let hot = SamplingParams { temperature: 0.001, ..sampling() };
-    let mut sampler = Sampler::new(&hot, 3, &[], &[]).unwrap();
+    let hot = Settings { temperature: 0.001, ..sampling() };
+    let mut sampler = Sampler::with_settings(&hot, 3, &[], &[]).unwrap();
     let wrong = sampler.sample_top(Top { values: &[3e38, 1.0], ids: &[1, 0] }).unwrap_err();
     assert!(wrong.to_string().contains("index 1 overflows"), "{wrong}");
 }
 
 #[test]
 fn the_order_of_the_largest_plays_no_part() {
-    let params = SamplingParams { top_k: 3, ..sampling() };
+    let params = Settings { top_k: 3, ..sampling() };
     let draws = |values: &[f32], ids: &[u32]| -> Vec<Option<u32>> {
-        let mut sampler = Sampler::new(&params, 9, &[], &[]).unwrap();
+        let mut sampler = Sampler::with_settings(&params, 9, &[], &[]).unwrap();
         (0..20).map(|_| sampler.sample_top(Top { values, ids }).unwrap()).collect()
     };
     let first = draws(&[4.0, 4.0, 3.0, 3.0, 1.0], &[2, 5, 0, 8, 1]);
@@ -203,7 +204,7 @@ fn any_logit() -> impl Strategy<Value = f32> {
     ]
 }
 
-fn any_params() -> impl Strategy<Value = SamplingParams> {
+fn any_params() -> impl Strategy<Value = Settings> {
     let top_k = prop_oneof![2 => Just(0u32), 1 => Just(1), 3 => 2u32..10, 2 => 10u32..80, 1 => 80u32..2000];
     let top_p = prop_oneof![3 => Just(1.0f32), 1 => Just(0.0), 3 => 0.01f32..1.0];
     let min_p = prop_oneof![2 => Just(0.0f32), 2 => 0.0f32..1.0, 1 => 1e-7f32..1e-2, 1 => Just(1.0)];
@@ -227,7 +228,7 @@ fn any_params() -> impl Strategy<Value = SamplingParams> {
             min_tokens,
             seed,
         )| {
-            SamplingParams {
+            Settings {
                 temperature,
                 top_k,
                 top_p,

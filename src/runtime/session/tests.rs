@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::super::scripted::{Answer, Scripted, hashed};
-use super::super::{Chat, FinishReason, SamplingParams};
+use super::super::{Chat, FinishReason, SamplingParams, Turn};
 use super::*;
 use crate::text::fixture::{EOS, byte_id, tokenizer};
 
@@ -189,10 +189,10 @@ fn after_an_error_the_session_starts_from_nothing() {
 
 #[test]
 fn rows_are_fetched_only_where_their_largest_logits_do_not_decide() {
-    let base = SamplingParams { seed: Some(5), ..SamplingParams::default() };
-    let top_k_and_p = SamplingParams { top_k: 40, top_p: 0.9, temperature: 0.7, ..base.clone() };
-    let repeated = SamplingParams { repetition_penalty: 1.2, presence_penalty: 0.5, ..top_k_and_p.clone() };
-    let top_p = SamplingParams { top_k: 0, top_p: 0.9, ..base.clone() };
+    let base = SamplingParams::greedy().seed(5);
+    let top_k_and_p = base.clone().top_k(40).top_p(0.9).temperature(0.7);
+    let repeated = top_k_and_p.clone().repetition_penalty(1.2).presence_penalty(0.5);
+    let top_p = base.clone().top_p(0.9);
     for (sampling, expected) in [(base, 0), (top_k_and_p, 0), (repeated, 0), (top_p, 20)] {
         let request = GenerationRequest { sampling, ..request(&[5, 6, 7], 20) };
         let mut whole = Session::new(Box::new(Scripted::hashing(&limits(60, 4))), Some(tokenizer()));
@@ -220,7 +220,7 @@ fn an_error_of_deferred_logits_empties_the_slot() {
     };
     let executor = Scripted::new(&limits(60, 8), script).deferred(Some(8));
     let mut session = Session::new(Box::new(executor), None);
-    let sampling = SamplingParams { top_k: 20, seed: Some(3), ..SamplingParams::default() };
+    let sampling = SamplingParams::greedy().top_k(20).top_p(0.0).seed(3);
     let request = GenerationRequest { sampling, ..request(&[1, 2], 9) };
     let error = session.generate(&request, &mut quiet).unwrap_err();
     assert!(matches!(&error, Error::Numerics(detail) if detail.contains("index 42 is NaN")), "{error}");
@@ -263,27 +263,30 @@ fn a_chat_keeps_its_messages_and_reuses_the_cache() {
         Answer::Id([hello, newline, marker][said - assistant.len()])
     };
     let executor = Scripted::new(&limits(120, 64), script);
-    let mut chat = Chat::new(Session::new(Box::new(executor), Some(t)), &[EOS]).unwrap();
-    let params = SamplingParams::default();
+    let format = Arc::new(ChatFormat::nemotron(NemotronMarkers::default(), &[EOS], &t));
+    let mut chat = Chat::new(Session::new(Box::new(executor), Some(t)), format.clone()).unwrap();
+    chat.set_max_tokens(20);
     chat.set_system("System");
-    let first = chat.send("User", &params, 20, &mut quiet).unwrap();
+    let first = chat.send_with("User", &mut quiet).unwrap();
     assert_eq!((first.text.as_str(), first.finish_reason), ("Hello", FinishReason::Stop));
-    let second = chat.send("Hello", &params, 20, &mut quiet).unwrap();
+    let second = chat.send_with("Hello", &mut quiet).unwrap();
     assert_eq!(second.reused_tokens, first.prompt_tokens + 2, "prompt, Hello and the newline");
     let roles: Vec<String> = chat.messages().iter().map(|m| format!("{}:{}", m.role, m.content)).collect();
     assert_eq!(roles, ["system:System", "user:User", "assistant:Hello", "user:Hello", "assistant:Hello"]);
     let before = chat.messages().to_vec();
-    let error = chat.send(&"x".repeat(200), &params, 20, &mut quiet).unwrap_err();
-    assert!(matches!(error, Error::PromptTooLong { max_sequence_tokens: 120, .. }), "{error}");
+    let error = chat.send("x".repeat(200)).unwrap_err();
+    assert!(matches!(error, Error::ConversationFull { max_sequence_tokens: 120, .. }), "{error}");
     assert_eq!(chat.messages(), before);
     chat.reset();
     assert_eq!(chat.messages(), [Message::system("System")]);
+    let error = chat.send("x".repeat(200)).unwrap_err();
+    assert!(matches!(error, Error::PromptTooLong { .. }), "a first message that is too long is no full conversation");
     chat.set_system("");
     assert!(chat.messages().is_empty());
-    assert!(Chat::new(Session::new(Box::new(Scripted::hashing(&limits(8, 8))), None), &[]).is_err());
+    assert!(Chat::new(Session::new(Box::new(Scripted::hashing(&limits(8, 8))), None), format).is_err());
 }
 
-use crate::text::Message;
+use crate::text::{ChatFormat, Message, NemotronMarkers};
 
 proptest! {
     #[test]
@@ -293,7 +296,7 @@ proptest! {
     ) {
         let mut session = Session::new(Box::new(Scripted::hashing(&limits(24, step_tokens))), None);
         for (prompt, max_tokens, seed) in prompts {
-            let sampling = SamplingParams { top_k: 5, temperature: 1.5, seed: Some(seed), ..SamplingParams::default() };
+            let sampling = SamplingParams::sampled(1.5).top_k(5).seed(seed);
             let request = GenerationRequest { sampling, ..request(&prompt, max_tokens) };
             let mut fresh = Session::new(Box::new(Scripted::hashing(&limits(24, 24))), None);
             let expected = fresh.generate(&request, &mut quiet).unwrap();
@@ -302,4 +305,93 @@ proptest! {
             prop_assert_eq!(found.seed, seed);
         }
     }
+}
+
+/// A conversation whose answers are "Hello, Hello" and so on until they are cut.
+fn endless_chat() -> Chat {
+    let t = tokenizer();
+    let (hello, comma) = (t.id("Hello").unwrap(), byte_id(b','));
+    let script = move |_: usize, sequence: &[u32]| match sequence.last() == Some(&hello) {
+        true => Answer::Id(comma),
+        false => Answer::Id(hello),
+    };
+    let format = Arc::new(ChatFormat::nemotron(NemotronMarkers::default(), &[EOS], &t));
+    let executor = Scripted::new(&limits(200, 64), script);
+    let mut chat = Chat::new(Session::new(Box::new(executor), Some(t)), format).unwrap();
+    chat.set_max_tokens(5);
+    chat
+}
+
+#[test]
+fn an_answer_is_an_iterator_and_joins_the_conversation_as_far_as_it_has_come() {
+    let mut chat = endless_chat();
+    let pieces: Vec<String> = chat.send("Say it").unwrap().map(Result::unwrap).collect();
+    assert_eq!(pieces.concat(), "Hello,Hello,Hello");
+    assert!(pieces.len() > 1 && pieces.iter().all(|piece| !piece.is_empty()));
+    assert_eq!(chat.last_completion().unwrap().text, "Hello,Hello,Hello");
+    assert_eq!(chat.messages()[1], Message::assistant("Hello,Hello,Hello"));
+
+    let mut answer = chat.send("Again").unwrap();
+    assert_eq!(answer.next().unwrap().unwrap(), "Hello");
+    drop(answer);
+    assert_eq!(chat.last_completion().unwrap().finish_reason, FinishReason::Cancelled);
+    assert_eq!(chat.messages()[3], Message::assistant("Hello"));
+
+    let mut answer = chat.send("Once more").unwrap();
+    assert_eq!(answer.by_ref().count(), 5);
+    let completion = answer.finish().unwrap();
+    assert_eq!((completion.finish_reason, completion.completion_tokens), (FinishReason::Length, 5));
+}
+
+#[test]
+fn a_turn_has_settings_of_its_own() {
+    let mut chat = endless_chat();
+    let stopped = chat.send_with(Turn::new("a").stop_string(",H"), &mut quiet).unwrap();
+    assert_eq!((stopped.text.as_str(), stopped.finish_reason), ("Hello", FinishReason::Stop));
+    assert_eq!(chat.send_with(Turn::new("b").max_tokens(2), &mut quiet).unwrap().text, "Hello,");
+    let sampled = chat.send_with(Turn::new("c").sampling(SamplingParams::sampled(0.5).seed(9)), &mut quiet).unwrap();
+    assert_eq!((sampled.seed, sampled.text.as_str()), (9, "Hello,Hello,Hello"));
+    assert_eq!(chat.send_with("d", &mut quiet).unwrap().completion_tokens, 5);
+    assert!(chat.send(Turn::new("e").sampling(SamplingParams::sampled(0.7).top_k(1))).is_err());
+    assert_eq!(chat.messages().len(), 8);
+}
+
+#[test]
+fn an_answer_that_fails_leaves_the_conversation_as_it_was() {
+    let script = |step: usize, _: &[u32]| if step == 2 { Answer::Fail } else { Answer::Hash };
+    let t = tokenizer();
+    let format = Arc::new(ChatFormat::nemotron(NemotronMarkers::default(), &[EOS], &t));
+    let executor = Scripted::new(&limits(200, 64), script);
+    let mut chat = Chat::new(Session::new(Box::new(executor), Some(t)), format).unwrap();
+    let mut answer = chat.send("a").unwrap();
+    let last = answer.by_ref().last().unwrap();
+    assert!(last.unwrap_err().to_string().contains("the device is gone"));
+    assert!(answer.next().is_none());
+    assert!(answer.finish().unwrap_err().to_string().contains("has failed"));
+    assert!(chat.messages().is_empty());
+    assert!(chat.send_with(Turn::new("b").max_tokens(3), &mut quiet).is_ok());
+}
+
+#[test]
+fn the_caller_can_choose_the_tokens() {
+    let mut session = Session::new(Box::new(Scripted::hashing(&limits(60, 8))), None);
+    let mut stream = session.stream(request(&[1, 2, 3], 6)).unwrap().choosing(|row, so_far| {
+        assert_eq!(row.len(), 420);
+        let mut ids: Vec<u32> = (0..row.len() as u32).collect();
+        ids.sort_by(|a, b| row[*b as usize].total_cmp(&row[*a as usize]));
+        Ok(ids[so_far.len() % 2])
+    });
+    assert!(stream.next().is_none(), "there is no tokenizer, so there is no text");
+    let chosen = stream.finish().unwrap().token_ids;
+    let mut sequence = vec![1, 2, 3];
+    for (index, id) in chosen.iter().enumerate() {
+        let row = hashed(&sequence, 420);
+        let larger = row.iter().filter(|logit| **logit > row[*id as usize]).count();
+        assert_eq!(larger, index % 2);
+        sequence.push(*id);
+    }
+    assert_eq!(chosen.len(), 6);
+    let mut stream = session.stream(request(&[1], 6)).unwrap().choosing(|_, _| Ok(420));
+    let error = stream.next().unwrap().unwrap_err().to_string();
+    assert!(error.contains("id 420 was chosen as the next token; accepted are 0 to 419"), "{error}");
 }

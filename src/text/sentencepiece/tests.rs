@@ -12,7 +12,7 @@ use super::proto::{ModelProto, NormalizerSpec, SentencePiece, TrainerSpec, kind,
 use super::trie::Trie;
 use super::unigram::Unigram;
 use super::vocabulary::Vocabulary;
-use crate::text::{Message, StreamDecoder, Tokenizer, template};
+use crate::text::{Message, NemotronMarkers, StreamDecoder, Tokenizer};
 
 const MODELS: [&str; 3] = ["byte_bpe", "nmt_bpe", "unigram"];
 
@@ -144,10 +144,10 @@ fn every_flag_means_what_it_means_to_sentencepiece() {
 #[test]
 fn a_conversation_is_encoded_with_its_markers_whole() {
     let tokenizer = load(&proto("byte_bpe"));
-    let text = template::render(&[Message::user("Hello </s> 🙂")]).unwrap();
+    let text = NemotronMarkers::default().render(&[Message::user("Hello </s> 🙂")]).unwrap();
     let ids = tokenizer.encode(&text).unwrap();
-    let marker = tokenizer.id(template::TURN_MARKER).unwrap();
-    assert_eq!(Some(ids[0]), tokenizer.id(template::SYSTEM_MARKER));
+    let marker = tokenizer.id(&NemotronMarkers::default().turn_start).unwrap();
+    assert_eq!(Some(ids[0]), tokenizer.id(&NemotronMarkers::default().system_turn_start));
     assert_eq!(ids.iter().filter(|id| **id == marker).count(), 2);
     assert!(!ids.contains(&tokenizer.id("</s>").unwrap()), "a control piece in a text is plain characters");
     assert_eq!(tokenizer.decode(&ids).unwrap(), text);

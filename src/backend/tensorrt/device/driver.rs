@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
 
+use crate::backend::tensorrt::DeviceInfo;
 use crate::error::{Error, Result};
 
 /// Every function of the driver that this module calls. The bindings end the process for one that is missing, so all
@@ -44,19 +45,6 @@ const FUNCTIONS: [&str; 33] = [
     "cuGraphLaunch",
     "cuGraphExecDestroy",
 ];
-
-/// A GPU of this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceInfo {
-    /// Its number among those this process may use (`CUDA_VISIBLE_DEVICES` decides which).
-    pub index: usize,
-    /// What NVIDIA calls it: "NVIDIA A100-SXM4-80GB".
-    pub name: String,
-    /// 80 is SM 8.0.
-    pub compute_capability: u16,
-    /// Its memory.
-    pub memory_bytes: u64,
-}
 
 /// The GPUs that this process may use; none if a driver is loaded that finds none.
 ///

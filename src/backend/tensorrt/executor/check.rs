@@ -1,22 +1,8 @@
 //! Whether a plan and this machine belong together, looked at before anything is allocated.
 
-use crate::backend::tensorrt::{DeviceInfo, EngineTensor, Kind, Version};
+use crate::backend::tensorrt::{DeviceInfo, EngineTensor, Kind, Version, gpu_words};
 use crate::engine::tensorrt::{Binding, Compiled, Extent, Role, Sizes};
 use crate::tensor::DType;
-
-/// GPUs by their compute capability, to name them.
-pub(crate) fn gpu_words(compute_capability: u16) -> String {
-    let known = match compute_capability {
-        80 => " (A100)",
-        86 => " (A40, RTX A6000)",
-        89 => " (L4, L40)",
-        90 => " (H100, H200)",
-        100 => " (B200)",
-        120 => " (RTX PRO 6000)",
-        _ => "",
-    };
-    format!("SM {}.{}{known}", compute_capability / 10, compute_capability % 10)
-}
 
 /// A plan of one compute capability runs on GPUs of exactly this.
 pub(super) fn device(plan: u16, device: &DeviceInfo) -> Result<(), String> {

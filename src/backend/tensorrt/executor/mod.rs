@@ -13,10 +13,9 @@
 //! what else is in the batch.
 
 mod bind;
-pub(crate) mod check;
+mod check;
 mod kernels;
 mod memory;
-mod report;
 mod schedule;
 mod weights;
 
@@ -26,28 +25,16 @@ use std::sync::Arc;
 use self::bind::{Binder, Buffers};
 use self::kernels::Shelf;
 use self::memory::{Layout, Machine, Part};
-pub use self::report::{Event, Report};
 use self::schedule::{Kind as RunKind, Rules, Run, schedule};
-use super::device::{Buffer, Device, DeviceInfo, Graph, Pinned, Stream, devices};
-use super::{Context, Engine, Kind, Library, Runtime, Traced, Validity};
+use super::device::{Buffer, Device, Graph, Pinned, Stream, devices};
+use super::{
+    Context, DeviceInfo, Engine, Event, GpuOptions, Kind, Library, Report, Runtime, Traced, Validity, gpu_words,
+};
 use crate::backend::{DeferredLogits, Executor, Logits, Step, Top};
 use crate::engine::tensorrt::{Binding, Extent, Role, TensorRtInfo};
 use crate::engine::{Limits, Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
-
-/// How to run a TensorRT plan on this machine.
-#[derive(Debug, Clone, Default)]
-pub struct GpuOptions {
-    /// The GPU's number; `None` takes the first that the plan was built for.
-    pub device: Option<usize>,
-    /// Sequences to reserve KV memory for; `None` takes as many as plan, recipe and memory allow.
-    pub slots: Option<usize>,
-    /// Do not record decoding as CUDA graphs.
-    pub no_graphs: bool,
-    /// Hears of what is going on.
-    pub report: Report,
-}
 
 /// The TensorRT executor.
 // Fields are dropped in this order: graphs and contexts before engines, these before the memory they run in.
@@ -180,8 +167,7 @@ impl TensorRtExecutor {
             return Err(refuse(package, plan, "it is not a TensorRT plan", Remedy::Nothing));
         };
         let (Some(compiled), Some(file)) = (&info.compiled, &plan.plan) else {
-            let detail =
-                format!("it was prepared only, not compiled for {}", check::gpu_words(info.compute_capability));
+            let detail = format!("it was prepared only, not compiled for {}", gpu_words(info.compute_capability));
             return Err(refuse(package, plan, &detail, Remedy::Compile));
         };
         let library = Library::find(compiled.library)?;
@@ -531,6 +517,7 @@ mod tests {
                 replace: false,
                 prepare: true,
                 calibration: None,
+                chat_format: None,
             };
             build(&request, &(Arc::new(Quiet) as Arc<dyn Progress>)).unwrap();
             let package = Package::open(Path::new(&output)).unwrap();

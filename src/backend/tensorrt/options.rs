@@ -1,7 +1,20 @@
-//! What an executor says while it opens and runs.
+//! Options of a TensorRT executor, and the events it reports while it opens and runs.
 
 use std::fmt;
 use std::sync::Arc;
+
+/// How to run a TensorRT plan on this machine.
+#[derive(Debug, Clone, Default)]
+pub struct GpuOptions {
+    /// The GPU's number; `None` takes the first that the plan was built for.
+    pub device: Option<usize>,
+    /// Sequences to reserve KV memory for; `None` takes as many as plan, recipe and memory allow.
+    pub slots: Option<usize>,
+    /// Do not record decoding as CUDA graphs.
+    pub no_graphs: bool,
+    /// Hears of what is going on.
+    pub report: Report,
+}
 
 /// Who hears what opening and running a plan has to say.
 #[derive(Clone, Default)]

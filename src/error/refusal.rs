@@ -1,0 +1,85 @@
+//! Reasons why none of a package's plans runs on this machine.
+
+use std::fmt;
+
+/// Why none of a package's plans runs here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PlanRefusals {
+    /// The target that was asked for, if one was.
+    pub target: Option<String>,
+    /// Targets the package has plans for.
+    pub targets: Vec<String>,
+    /// The plans that were considered; none where the package has no plan for the target.
+    pub plans: Vec<PlanRefusal>,
+}
+
+/// A plan that does not run here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PlanRefusal {
+    /// The plan's target: `"cpu"`, `"a100"`, `"h100"`.
+    pub target: String,
+    /// The plan's precision.
+    pub precision: String,
+    /// What it lacks.
+    pub reason: RefusalReason,
+}
+
+/// What a plan lacks to run on a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RefusalReason {
+    /// It is for a target of another version of aotron.
+    UnknownTarget,
+    /// Its weights are packed, but it was not compiled.
+    PreparedOnly,
+    /// The GPU's driver is missing or does not start; its words.
+    NoDriver(String),
+    /// There is a driver, but no GPU that the plan was compiled for.
+    OtherGpu {
+        /// The GPU it was compiled for.
+        wanted: String,
+        /// The GPUs that may be used.
+        found: String,
+    },
+    /// The library that compiled it is missing or does not fit; what to do.
+    NoLibrary(String),
+}
+
+impl fmt::Display for RefusalReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RefusalReason::UnknownTarget => f.write_str("this aotron does not know its target"),
+            RefusalReason::PreparedOnly => {
+                f.write_str("it was prepared only; `aotron build PACKAGE --finish` on its GPU compiles it")
+            }
+            RefusalReason::OtherGpu { wanted, found } => write!(f, "it wants {wanted}, and {found}"),
+            RefusalReason::NoDriver(words) | RefusalReason::NoLibrary(words) => f.write_str(words),
+        }
+    }
+}
+
+impl fmt::Display for PlanRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "plan {} ({}) does not: {}", self.target, self.precision, self.reason)
+    }
+}
+
+impl fmt::Display for PlanRefusals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.plans.is_empty() {
+            let targets = if self.targets.is_empty() { "nothing".into() } else { self.targets.join(", ") };
+            let wanted = self.target.as_deref().unwrap_or("any target");
+            return write!(f, "it has no plan for {wanted}, only for: {targets}; build one with --recipe");
+        }
+        f.write_str("none of its plans runs here")?;
+        for plan in &self.plans {
+            write!(f, "; {plan}")?;
+        }
+        if !self.targets.iter().any(|target| target == "cpu") {
+            f.write_str("; with --recipe cpu a plan is built that runs on any machine")?;
+        }
+        Ok(())
+    }
+}

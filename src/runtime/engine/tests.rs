@@ -1,0 +1,229 @@
+use std::ops::ControlFlow;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use super::super::scripted::{Answer, Log, Scripted};
+use super::super::{Completion, FinishReason, SamplingParams, Session};
+use super::*;
+use crate::text::fixture::{EOS, tokenizer};
+
+/// Long enough for a busy machine; a test that waits so long has failed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn limits(slots: usize) -> Limits {
+    Limits { slots, max_sequence_tokens: 200, max_step_tokens: 16, max_logits_rows: 8, vocab_size: 420 }
+}
+
+fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
+    GenerationRequest::new(prompt.to_vec()).max_tokens(max_tokens)
+}
+
+fn options(max_queued: usize) -> EngineOptions {
+    EngineOptions::default().max_queued(max_queued)
+}
+
+fn start(executor: Scripted, max_queued: usize) -> Engine {
+    Engine::start(Box::new(executor), Some(tokenizer()), options(max_queued)).unwrap()
+}
+
+/// An engine whose every row waits for a word, and the way to give it.
+fn gated(slots: usize, max_queued: usize) -> (Engine, Sender<()>, Log) {
+    let (open, gate): (Sender<()>, Receiver<()>) = channel();
+    let executor = Scripted::new(&limits(slots), move |_, _| {
+        // Once nobody holds the other end, all steps run.
+        let _ = gate.recv();
+        Answer::Hash
+    });
+    let log = executor.log();
+    (start(executor, max_queued), open, log)
+}
+
+/// The answer of a session that serves nothing else.
+fn alone(request: &GenerationRequest) -> Completion {
+    let mut session = Session::new(Box::new(Scripted::hashing(&limits(1))), Some(tokenizer()));
+    session.generate(request, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+fn same(found: &Completion, expected: &Completion) {
+    assert_eq!((&found.token_ids, &found.text), (&expected.token_ids, &expected.text));
+    assert_eq!(found.finish_reason, expected.finish_reason);
+}
+
+fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+    let started = std::time::Instant::now();
+    while !is_so() {
+        assert!(started.elapsed() < PATIENCE, "still not: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn under_load_each_request_gets_what_it_gets_alone() {
+    let engine = start(Scripted::hashing(&limits(3)), 2);
+    std::thread::scope(|scope| {
+        for thread in 0..6u32 {
+            let handle = engine.handle();
+            scope.spawn(move || {
+                for round in 0..8u32 {
+                    let prompt: Vec<u32> = (0..1 + (thread * 7 + round * 5) % 40).map(|n| n % 5).collect();
+                    let sampling = match round % 3 {
+                        0 => SamplingParams::greedy(),
+                        _ => SamplingParams::sampled(2.0).top_k(20).seed(u64::from(thread * 100 + round)),
+                    };
+                    let request = request(&prompt, 20).sampling(sampling).stop_ids(EOS..40);
+                    let mut stream = handle.submit_wait(request.clone()).unwrap();
+                    let expected = alone(&request);
+                    let text: String = stream.by_ref().map(Result::unwrap).collect();
+                    assert_eq!(text, expected.text);
+                    same(&stream.wait().unwrap(), &expected);
+                }
+            });
+        }
+    });
+    assert_eq!(engine.handle().status(), EngineStatus { running: 0, queued: 0, is_open: true });
+    engine.shutdown(DrainMode::Accepted).unwrap();
+}
+
+#[test]
+fn a_full_queue_refuses_and_whoever_waits_gets_in() {
+    let (engine, open, _) = gated(1, 1);
+    let handle = engine.handle();
+    let first = handle.submit(request(&[1], 2)).unwrap();
+    let second = handle.submit(request(&[2], 2)).unwrap();
+    let error = handle.submit(request(&[3], 2)).unwrap_err();
+    assert!(matches!(error, Error::QueueFull { slots: 1, queued: 1 }), "{error}");
+    assert_eq!(handle.status(), EngineStatus { running: 1, queued: 1, is_open: true });
+    let waiting = {
+        let handle = handle.clone();
+        std::thread::spawn(move || handle.submit_wait(request(&[4], 2)).unwrap().wait().unwrap())
+    };
+    drop(open);
+    for (stream, prompt) in [(first, 1), (second, 2)] {
+        same(&stream.wait().unwrap(), &alone(&request(&[prompt], 2)));
+    }
+    same(&waiting.join().unwrap(), &alone(&request(&[4], 2)));
+    assert!(matches!(handle.submit(request(&[], 2)), Err(Error::Request(_))), "a bad request is refused by name");
+}
+
+#[test]
+fn a_dropped_stream_frees_its_place() {
+    let (engine, open, log) = gated(1, 8);
+    let handle = engine.handle();
+    let mut long = handle.submit(request(&[1], 150)).unwrap();
+    let queued = handle.submit(request(&[2], 150)).unwrap();
+    let last = handle.submit(request(&[3], 2)).unwrap();
+    drop(queued);
+    assert_eq!(handle.status().queued, 1, "one that waits is gone at once");
+    (0..20).for_each(|_| open.send(()).unwrap());
+    assert!(!long.next().unwrap().unwrap().is_empty());
+    drop(long);
+    drop(open);
+    same(&last.wait().unwrap(), &alone(&request(&[3], 2)));
+    wait_for("empty", || handle.status().running == 0);
+    assert!(log.lock().unwrap().len() < 100, "the long request ran on: {} steps", log.lock().unwrap().len());
+}
+
+#[test]
+fn a_drain_serves_what_it_says() {
+    for (mode, served) in [(DrainMode::Accepted, 2), (DrainMode::Running, 1), (DrainMode::Nothing, 0)] {
+        let (engine, open, log) = gated(1, 8);
+        let handle = engine.handle();
+        let streams = [handle.submit(request(&[1], 3)).unwrap(), handle.submit(request(&[2], 3)).unwrap()];
+        // The first one is in the executor's hands.
+        wait_for("a step", || !log.lock().unwrap().is_empty());
+        handle.close(mode);
+        let refused = handle.submit(request(&[3], 1)).unwrap_err();
+        assert!(matches!(refused, Error::EngineStopped { .. }), "{refused}");
+        drop(open);
+        for (index, stream) in streams.into_iter().enumerate() {
+            match stream.wait() {
+                Ok(completion) => {
+                    assert!(index < served, "{mode:?}");
+                    same(&completion, &alone(&request(&[index as u32 + 1], 3)));
+                }
+                Err(error) => {
+                    assert!(index >= served, "{mode:?}: {error}");
+                    assert!(matches!(error.root(), Error::EngineStopped { .. }), "{error}");
+                }
+            }
+        }
+        engine.shutdown(DrainMode::Accepted).unwrap();
+        assert!(matches!(handle.submit_wait(request(&[3], 1)), Err(Error::EngineStopped { .. })));
+    }
+}
+
+#[test]
+fn a_failed_step_fails_those_in_it_and_the_engine_goes_on() {
+    let executor = Scripted::new(&limits(2), |step, _| if step == 1 { Answer::Fail } else { Answer::Hash });
+    let engine = start(executor, 8);
+    let handle = engine.handle();
+    let error = handle.submit(request(&[1], 9)).unwrap().wait().unwrap_err();
+    assert!(error.to_string().contains("the device is gone"), "{error}");
+    same(&handle.submit(request(&[1], 9)).unwrap().wait().unwrap(), &alone(&request(&[1], 9)));
+}
+
+#[test]
+fn a_panic_is_told_to_all() {
+    let executor = Scripted::new(&limits(1), |step, _| {
+        assert!(step < 2, "a bug in a kernel");
+        Answer::Hash
+    });
+    let engine = start(executor, 8);
+    let handle = engine.handle();
+    let streams: Vec<_> = (0..3).map(|n| handle.submit(request(&[n], 9))).collect();
+    for stream in streams {
+        // One that comes after the panic is refused with the same words.
+        let error = stream.and_then(ResponseStream::wait).unwrap_err();
+        assert!(matches!(error.root(), Error::EngineStopped { .. }), "{error}");
+        assert!(error.to_string().ends_with("its thread panicked: a bug in a kernel"), "{error}");
+    }
+    let error = engine.shutdown(DrainMode::Accepted).unwrap_err();
+    assert!(error.to_string().contains("a bug in a kernel"), "{error}");
+}
+
+#[test]
+fn a_slow_reader_slows_nobody_down() {
+    let engine = start(Scripted::hashing(&limits(2)), 8);
+    let handle = engine.handle();
+    let slow = handle.submit(request(&[1], 150)).unwrap();
+    for prompt in 2..6 {
+        same(&handle.submit(request(&[prompt], 20)).unwrap().wait().unwrap(), &alone(&request(&[prompt], 20)));
+    }
+    wait_for("the unread answer is computed", || handle.status().running == 0);
+    let expected = alone(&request(&[1], 150));
+    assert_eq!(slow.map(Result::unwrap).collect::<String>(), expected.text);
+}
+
+#[test]
+fn events_can_be_waited_for_or_sent_elsewhere() {
+    let (engine, open, _) = gated(1, 8);
+    let handle = engine.handle();
+    let mut stream = handle.submit(request(&[1], 3)).unwrap();
+    assert!(stream.try_recv().is_none() && stream.recv_timeout(Duration::from_millis(5)).is_none());
+    assert!(!stream.is_over() && stream.completion().is_none());
+    let (sender, events) = channel();
+    let ticket = handle.submit_to(request(&[2], 3), move |event| sender.send(event).is_ok()).unwrap();
+    drop(open);
+    while stream.recv_timeout(PATIENCE).is_some() {}
+    assert!(stream.is_over());
+    assert_eq!(stream.completion().unwrap().finish_reason, FinishReason::Length);
+    let Some(Event::Done(completion)) = events.iter().last() else { panic!("no end") };
+    same(&completion, &alone(&request(&[2], 3)));
+    drop(ticket);
+    // A sink that wants no more ends its request.
+    let _kept = handle.submit_to(request(&[1], 150), |_| false).unwrap();
+    wait_for("ended", || handle.status().running == 0);
+}
+
+#[test]
+fn dropping_the_engine_ends_its_requests() {
+    let (engine, open, log) = gated(1, 8);
+    let stream = engine.handle().submit(request(&[1], 150)).unwrap();
+    wait_for("a step", || !log.lock().unwrap().is_empty());
+    drop(open);
+    drop(engine);
+    match stream.wait() {
+        Ok(completion) => assert_eq!(completion.completion_tokens, 150, "it was over already"),
+        Err(error) => assert_eq!(error.to_string(), "the engine has stopped"),
+    }
+}
