@@ -2,6 +2,8 @@
 
 /// Tar archives for the tests below.
 mod archives;
+/// Chat formats of checkpoints, from the build to the answer.
+mod chat_formats;
 /// The program, as its users run it.
 mod cli;
 /// Networks for TensorRT, computed on the CPU.
