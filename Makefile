@@ -1,6 +1,8 @@
 # demo: build the program, build tiny-chat into an engine package, and talk to it
-# test: everything that can be tested without a GPU
-# check: formatting, lints, tests, documentation, half a minute of fuzzing for each reader
+# test: everything that can be tested without a GPU; the last line says what was skipped
+# test-cpus: the same, once for each instruction set this machine has
+# check: formatting, lints, tests, documentation, dependencies, half a minute of fuzzing for each reader
+# dist: the program to hand out, dist/aotron, with its symbols and line numbers beside it
 # tensorrt: the library of TensorRT for RTX, into .tensorrt/ (95 MB from PyPI; no GPU needed)
 # bench: tokens per second of an engine (ENGINE=folder), tiny-chat if none is named
 # fuzz: one fuzz target (TARGET=tar) for SECONDS=1200; fuzz-all: all of them, two at a time; fuzz-smoke: 30 seconds each
@@ -12,7 +14,7 @@ FUZZ_TARGETS := $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 TARGET ?= tar
 SECONDS ?= 1200
 
-.PHONY: demo test check tensorrt bench fuzz fuzz-all fuzz-smoke fuzz-build
+.PHONY: demo test test-cpus check deny dist tensorrt bench fuzz fuzz-all fuzz-smoke fuzz-build
 
 $(AOTRON): FORCE
 	cargo build --release --locked
@@ -24,15 +26,29 @@ demo: $(TINY_CHAT)
 	$(AOTRON) chat $(TINY_CHAT) < tools/demo.txt
 
 test:
-	cargo test --locked
+	tools/test.sh
 
+test-cpus:
+	tools/test.sh cpus
+
+# The quickest to fail first. All of it is the release profile's, so that nothing is compiled twice.
 check:
 	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
-	cargo test --locked
-	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --document-private-items
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
+	tools/deny.sh
+	cargo clippy --release --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
+	tools/test.sh
 	$(MAKE) fuzz-smoke
+
+deny:
+	tools/deny.sh
+
+dist:
+	cargo build --profile dist --locked --bin aotron
+	mkdir -p dist
+	objcopy --only-keep-debug target/dist/aotron dist/aotron.debug
+	objcopy --strip-all --add-gnu-debuglink=dist/aotron.debug target/dist/aotron dist/aotron
 
 fuzz-build:
 	fuzz/run.sh build

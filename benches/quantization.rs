@@ -94,6 +94,7 @@ fn main() -> Outcome<()> {
             replace: false,
             prepare: false,
             calibration: None,
+            chat_format: None,
         };
         build(&request, &quiet)?;
         packages.insert(precision.to_string(), Package::open(&output)?);

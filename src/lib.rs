@@ -105,7 +105,7 @@
 //!
 //! | room | what lives there |
 //! | --- | --- |
-//! | `error`, `tensor`, `mmap`, `tensor_file` | the error type, element types and borrowed tensors, mapped files, safetensors |
+//! | `error`, `tensor`, `isa`, `mmap`, `tensor_file` | the error type, element types and borrowed tensors, CPU features, mapped files, safetensors |
 //! | `checkpoint` | readers: a `.nemo` or a Hugging Face folder becomes a config and named, validated, mapped tensors |
 //! | `quantize` | how a row of weights becomes small codes and scales |
 //! | `graph` | the typed intermediate representation of one forward step |
@@ -143,12 +143,17 @@ pub mod fuzzing;
 #[doc(hidden)]
 pub mod graph;
 #[doc(hidden)]
+pub mod isa;
+#[doc(hidden)]
 pub mod mmap;
 mod model;
 #[doc(hidden)]
 pub mod quantize;
 #[doc(hidden)]
 pub mod runtime;
+#[cfg(test)]
+#[path = "../tests/skips.rs"]
+mod skips;
 #[doc(hidden)]
 pub mod tensor;
 #[doc(hidden)]

@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 /// A regular file mapped read-only.
 ///
 /// The file must not be truncated or rewritten in place while it is mapped: replacing it by a rename is safe,
-/// shortening it makes the operating system kill whoever reads the lost pages.
+/// shortening it makes the operating system kill whoever reads the lost pages. No process can see to that alone, so
+/// mapping is `unsafe`, and every safe function that maps hands the duty on in its documentation.
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
@@ -21,19 +22,34 @@ pub struct MappedFile {
 impl MappedFile {
     /// Maps the whole of `path`, following symbolic links. Folders, pipes, sockets and devices are refused.
     ///
+    /// # Safety
+    /// Nothing may truncate the file or write to it in place for as long as the value lives.
+    ///
     /// # Errors
     /// [`Error::Io`] if the file cannot be opened or mapped, [`Error::Format`] if it is not a regular file.
-    pub fn open(path: &Path) -> Result<MappedFile> {
-        MappedFile::of_file(path, &open_regular(path)?)
+    #[allow(unsafe_code)]
+    pub unsafe fn open(path: &Path) -> Result<MappedFile> {
+        let file = open_regular(path)?;
+        // SAFETY: the caller has taken on the same duty.
+        unsafe { MappedFile::of_file(path, &file) }
     }
 
     /// Maps the whole of an open regular file, which messages call `path`.
     ///
+    /// # Safety
+    /// As [`MappedFile::open`].
+    ///
     /// # Errors
     /// [`Error::Io`] if it cannot be mapped.
-    pub(crate) fn of_file(path: &Path, file: &File) -> Result<MappedFile> {
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn of_file(path: &Path, file: &File) -> Result<MappedFile> {
         let bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
-        let map = if bytes == 0 { None } else { Some(map_read_only(file).map_err(Error::io("map", path))?) };
+        let map = match bytes {
+            0 => None,
+            // SAFETY: the mapping is read-only, so nothing here writes through it, and the caller keeps others from it.
+            // Values read from a map are validated as untrusted input all the same.
+            _ => Some(unsafe { Mmap::map(file) }.map_err(Error::io("map", path))?),
+        };
         Ok(MappedFile { path: path.to_path_buf(), map })
     }
 
@@ -74,42 +90,40 @@ pub(crate) fn open_regular(path: &Path) -> Result<File> {
     }
 }
 
-#[allow(unsafe_code)]
-fn map_read_only(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the mapping is private to this process and read-only, so nothing here writes through it. What no
-    // process can rule out is another one truncating or rewriting the file: the type's documentation makes leaving
-    // a mapped file alone the user's duty, and this project itself only ever publishes files by renaming them.
-    // Every value read from a map is validated as untrusted input, so changed bytes are at worst wrong numbers.
-    unsafe { Mmap::map(file) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Maps a file of a test's own folder.
+    #[allow(unsafe_code)]
+    fn open(path: &Path) -> Result<MappedFile> {
+        // SAFETY: the tests leave what they have mapped alone.
+        unsafe { MappedFile::open(path) }
+    }
 
     #[test]
     fn maps_content_and_the_empty_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         std::fs::write(&path, b"content").unwrap();
-        assert_eq!(MappedFile::open(&path).unwrap().bytes(), b"content");
+        assert_eq!(open(&path).unwrap().bytes(), b"content");
         std::fs::write(folder.path().join("empty"), b"").unwrap();
-        assert_eq!(MappedFile::open(&folder.path().join("empty")).unwrap().bytes(), b"");
+        assert_eq!(open(&folder.path().join("empty")).unwrap().bytes(), b"");
     }
 
     #[test]
     fn refuses_what_is_not_a_regular_file() {
         let folder = tempfile::tempdir().unwrap();
-        let error = MappedFile::open(folder.path()).unwrap_err().to_string();
+        let error = open(folder.path()).unwrap_err().to_string();
         assert!(error.contains("not a regular file"), "{error}");
-        let error = MappedFile::open(Path::new("/dev/zero")).unwrap_err().to_string();
+        let error = open(Path::new("/dev/zero")).unwrap_err().to_string();
         assert!(error.contains("/dev/zero: not a regular file"), "{error}");
         // Opening a pipe would wait for a writer.
         let pipe = folder.path().join("pipe");
         rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        let error = MappedFile::open(&pipe).unwrap_err().to_string();
+        let error = open(&pipe).unwrap_err().to_string();
         assert!(error.contains("pipe: not a regular file"), "{error}");
-        let error = MappedFile::open(&folder.path().join("absent")).unwrap_err().to_string();
+        let error = open(&folder.path().join("absent")).unwrap_err().to_string();
         assert!(error.contains("cannot open") && error.contains("absent"), "{error}");
     }
 }

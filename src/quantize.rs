@@ -8,10 +8,9 @@
 
 use std::fmt;
 
-use half::bf16;
-use multiversion::multiversion;
-
+use crate::isa::{Isa, dispatch};
 use crate::tensor::DType;
+use half::bf16;
 
 /// Largest magnitude of an E4M3 float.
 pub const F8_MAX: f32 = 448.0;
@@ -73,17 +72,18 @@ impl Scheme {
     pub fn scales(self, row: &[f32], scales: &mut [f32]) {
         let block = self.block.unwrap_or(row.len()).max(1);
         let mut scratch = Vec::with_capacity(block.min(row.len()));
+        let isa = Isa::detect();
         for (scale, weights) in scales.iter_mut().zip(row.chunks(block)) {
-            *scale = best_scale(self.code, weights, &mut scratch);
+            *scale = best_scale(isa, self.code, weights, &mut scratch);
         }
     }
 
     /// Replaces each weight of one row by its code, as a number.
     pub fn codes(self, row: &mut [f32], scales: &[f32]) {
         let block = self.block.unwrap_or(row.len()).max(1);
+        let isa = Isa::detect();
         for (weights, scale) in row.chunks_mut(block).zip(scales) {
-            // The scale may be too small to have a finite inverse.
-            nearest_codes(self.code, weights, *scale);
+            nearest_codes(isa, self.code, weights, *scale);
         }
     }
 
@@ -98,11 +98,18 @@ impl Scheme {
 
     /// The code's bits: of a number that [`Scheme::codes`] gave. An I4 is in the low half, the high half zero.
     pub fn bits(self, code: f32) -> u8 {
-        match self.code {
-            Code::I8 => code as i8 as u8,
-            Code::I4 => code as i8 as u8 & 0x0f,
-            Code::F8 => f8_bits(code),
-        }
+        code_bits(self.dtype(), code)
+    }
+}
+
+/// The bits of a code of type `dtype`, given as a number: an I4 is in the low half, the high half zero. A type that has
+/// no codes has no bits either.
+pub fn code_bits(dtype: DType, code: f32) -> u8 {
+    match dtype {
+        DType::I8 => code as i8 as u8,
+        DType::I4 => code as i8 as u8 & 0x0f,
+        DType::F8 => f8_bits(code),
+        DType::F32 | DType::F16 | DType::BF16 | DType::I32 => 0,
     }
 }
 
@@ -139,11 +146,28 @@ impl fmt::Display for Scheme {
     }
 }
 
-/// The best scale of a block. `scratch` is room for the block, to spare an allocation.
-///
-/// Each weight is rounded some 25 times, so this is compiled for wide vectors too; results do not depend on which.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2", "aarch64+neon"))]
-fn best_scale(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
+dispatch! {
+    /// The best scale of a block. `scratch` is room for the block, to spare an allocation.
+    ///
+    /// Each weight is rounded some 25 times, so this is compiled for wide vectors too; results do not depend on which.
+    fn best_scale[](code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
+        avx512 => best_scale_body,
+        avx2 => best_scale_body,
+        portable => best_scale_body,
+    }
+}
+
+dispatch! {
+    /// Replaces each weight of a block by its code, as a number.
+    fn nearest_codes[](code: Code, weights: &mut [f32], scale: f32) {
+        avx512 => nearest_codes_body,
+        avx2 => nearest_codes_body,
+        portable => nearest_codes_body,
+    }
+}
+
+#[inline(always)]
+fn best_scale_body(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
     let largest = weights.iter().fold(0f32, |most, w| most.max(w.abs()));
     let whole = largest / code.largest();
     if whole < f32::MIN_POSITIVE {
@@ -158,13 +182,13 @@ fn best_scale(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
     let kept = |scale: f32| code.kept_scale(scale * largest) / largest;
     let unclipped = kept(1.0 / code.largest());
     let error = |scale: f32| match code {
-        Code::I8 => error_of(groups, scale, |v| round(v.clamp(-127.0, 127.0))),
-        Code::I4 => error_of(groups, scale, |v| round(v.clamp(-8.0, 7.0))),
+        Code::I8 => error_of(groups, scale, |v| round_integer(v.clamp(-127.0, 127.0))),
+        Code::I4 => error_of(groups, scale, |v| round_integer(v.clamp(-8.0, 7.0))),
         Code::F8 => error_of(groups, scale, round_f8),
     };
     let refined = |scale: f32| match code {
-        Code::I8 => refined_scale(groups, scale, |v| round(v.clamp(-127.0, 127.0))),
-        Code::I4 => refined_scale(groups, scale, |v| round(v.clamp(-8.0, 7.0))),
+        Code::I8 => refined_scale(groups, scale, |v| round_integer(v.clamp(-127.0, 127.0))),
+        Code::I4 => refined_scale(groups, scale, |v| round_integer(v.clamp(-8.0, 7.0))),
         Code::F8 => refined_scale(groups, scale, round_f8),
     };
     let mut best = (unclipped, error(unclipped));
@@ -240,20 +264,19 @@ fn total(lanes: &[f32; LANES]) -> f64 {
     sums[0]
 }
 
-/// Replaces each weight of a block by its code, as a number.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl", "x86_64+avx2", "aarch64+neon"))]
-fn nearest_codes(code: Code, weights: &mut [f32], scale: f32) {
+#[inline(always)]
+fn nearest_codes_body(code: Code, weights: &mut [f32], scale: f32) {
     // The scale may be too small to have a finite inverse.
     match code {
-        Code::I8 => weights.iter_mut().for_each(|w| *w = round((*w / scale).clamp(-127.0, 127.0))),
-        Code::I4 => weights.iter_mut().for_each(|w| *w = round((*w / scale).clamp(-8.0, 7.0))),
+        Code::I8 => weights.iter_mut().for_each(|w| *w = round_integer((*w / scale).clamp(-127.0, 127.0))),
+        Code::I4 => weights.iter_mut().for_each(|w| *w = round_integer((*w / scale).clamp(-8.0, 7.0))),
         Code::F8 => weights.iter_mut().for_each(|w| *w = round_f8(*w / scale)),
     }
 }
 
 /// To the nearest integer, ties to even, for magnitudes below 2²²: adding 1.5 · 2²³ leaves no bit for a fraction.
 #[inline(always)]
-fn round(value: f32) -> f32 {
+pub fn round_integer(value: f32) -> f32 {
     const SHIFT: f32 = 12_582_912.0;
     (value + SHIFT) - SHIFT
 }
@@ -351,7 +374,7 @@ mod tests {
                 for block in plain.chunks_mut(block) {
                     let scale = block.iter().fold(0f32, |m, w| m.max(w.abs())) / scheme.code.largest();
                     let scale = scheme.code.kept_scale(scale);
-                    nearest_codes(scheme.code, block, scale);
+                    nearest_codes(Isa::detect(), scheme.code, block, scale);
                     block.iter_mut().for_each(|code| *code *= scale);
                 }
                 assert!(error(&values, &row) <= error(&plain, &row) * 1.0001 + 1e-10, "{scheme}, {columns} columns");

@@ -3,6 +3,10 @@
 //! Layout: 8 bytes of little-endian header length, that many bytes of JSON (`{"name": {"dtype", "shape",
 //! "data_offsets"}, …, "__metadata__": {…}}`, padded with spaces), then the data. Offsets count from the end of the
 //! header. The tensors must cover the data exactly: no overlap, no hole, nothing behind the last.
+//!
+//! The header is not parsed by `safetensors::SafeTensors::read_metadata`, whose types are used: it collects the tensors in a
+//! map, so of two with one name the last silently wins, reads up to 100 MB of JSON, ignores unknown keys of a tensor, and
+//! its errors say neither how large a file should be nor, most of them, which tensor is wrong.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -44,13 +48,16 @@ pub struct StoredTensor {
 }
 
 impl TensorFile {
-    /// Maps `path` and validates its header. No tensor data is read.
+    /// Maps `path` and validates its header. No tensor data is read. The file must not be changed in place while the
+    /// value lives: see [`MappedFile`].
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be mapped, [`Error::Format`] if the header is too long, not JSON of the expected
     /// form, names a tensor twice, or does not describe the data behind it exactly.
+    #[allow(unsafe_code)]
     pub fn open(path: &Path) -> Result<TensorFile> {
-        let file = MappedFile::open(path)?;
+        // SAFETY: the documentation hands the duty to leave the file alone on to the caller.
+        let file = unsafe { MappedFile::open(path)? };
         let (tensors, metadata) = parse(file.bytes()).map_err(|detail| Error::format(path, detail))?;
         Ok(TensorFile { file, tensors, metadata })
     }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::packages::build_package;
+use crate::skips::skip;
 
 const CHAT: &str = "tests/data/tiny-chat";
 const ODD: &str = "tests/data/shapes/odd";
@@ -493,7 +494,7 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
     aotron(&["inspect", CHAT, "--kernels", "--recipe", "cpu"]).fails(2, &["recipe cpu is not for a GPU"]);
     aotron(&["inspect", CHAT, "--network", "--precision", "fp8"]).fails(1, &["fp8 is not for a100"]);
     if let Err(error) = Library::find(Kind::Rtx) {
-        let _ = writeln!(std::io::stderr(), "SKIPPED inspect_shows_what_tensorrt_makes_of_a_model: {error}");
+        skip("tensorrt", "inspect_shows_what_tensorrt_makes_of_a_model", error);
         aotron(&["inspect", CHAT, "--network"]).fails(1, &["TensorRT for RTX (libtensorrt_rtx.so.1) is not installed"]);
         return;
     }

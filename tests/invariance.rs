@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use aotron::backend::cpu::kernels::isa::Isa;
 use aotron::backend::cpu::{CpuExecutor, CpuOptions};
 use aotron::backend::{Chunk, Executor, NextToken, Rows, Step, open_cpu};
 use aotron::compile::Precision;
 use aotron::engine::Package;
+use aotron::isa::Isa;
 use proptest::prelude::*;
 
 use crate::packages::build_package;

@@ -37,6 +37,7 @@ pub fn build_recipes(
         replace: false,
         prepare,
         calibration: None,
+        chat_format: None,
     };
     build(&request, &quiet())
 }

@@ -1,7 +1,6 @@
 //! TensorRT against the real library where it is found (`make tensorrt` gets it), and what happens where it is not.
 
 use std::ffi::OsStr;
-use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -18,18 +17,14 @@ use aotron::compile::{Calibration, Precision, optimized_graph};
 use aotron::engine::tensorrt::{Binding, Extent, Role};
 use aotron::tensor::DType;
 
+use crate::skips::skip;
+
 const TINY_CHAT: &str = "tests/data/tiny-chat";
 const SM_80: Option<u16> = Some(80);
 
-/// TensorRT for RTX, or `None` and a line on standard error, past the capture of tests' output, that says so.
+/// TensorRT for RTX, or `None`, and `test` is skipped.
 pub fn rtx(test: &str) -> Option<Library> {
-    match Library::find(Kind::Rtx) {
-        Ok(library) => Some(library),
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {error}");
-            None
-        }
-    }
+    Library::find(Kind::Rtx).map_err(|error| skip("tensorrt", test, error)).ok()
 }
 
 /// Counts steps, and breaks off after so many.
@@ -388,7 +383,9 @@ fn stub(folder: &Path, kind: Kind, code: &str) -> PathBuf {
 fn what_is_not_the_library_is_refused() {
     for kind in Kind::ALL {
         let folder = tempfile::tempdir().unwrap();
-        let refused = |path: &Path| Library::open(kind, path).unwrap_err().to_string();
+        // SAFETY: what is opened is TensorRT, or no library at all.
+        #[allow(unsafe_code)]
+        let refused = |path: &Path| unsafe { Library::open(kind, path) }.unwrap_err().to_string();
 
         let text = folder.path().join("text.so");
         std::fs::write(&text, "not a library").unwrap();
@@ -414,7 +411,9 @@ fn what_is_not_the_library_is_refused() {
             );
             let path = stub(folder.path(), kind, &code);
             if serves {
-                let library = Library::open(kind, &path).unwrap();
+                // SAFETY: what is opened is TensorRT, or no library at all.
+                #[allow(unsafe_code)]
+                let library = unsafe { Library::open(kind, &path) }.unwrap();
                 assert_eq!((library.version(), library.path()), (version, path));
                 let error = library.network(Arc::new(())).unwrap_err().to_string();
                 assert_eq!(error, "TensorRT: cannot create a builder: TensorRT gives no reason");

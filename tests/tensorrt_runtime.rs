@@ -1,30 +1,20 @@
 //! Running TensorRT plans: what the real library says without a GPU, and the executor on a stand-in for driver and
 //! library (`fakes/`), which keeps the GPU's memory in the host's and does what is put into a stream as late as it may.
 
-use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
-use aotron::backend::tensorrt::{GpuOptions, Kind, Library, TensorRtExecutor, Validity, devices};
+use aotron::backend::tensorrt::{GpuOptions, TensorRtExecutor, Validity, devices};
 use aotron::backend::{self, ExecutorOptions};
 use aotron::compile::Precision;
 use aotron::engine::Package;
 
 use crate::packages::build_recipes;
+use crate::skips::skip;
+use crate::tensorrt::rtx;
 
 #[path = "tensorrt_runtime/executor.rs"]
 mod executor;
-
-/// TensorRT for RTX, or `None` and a line on standard error, past the capture of tests' output, that says so.
-fn rtx(test: &str) -> Option<Library> {
-    match Library::find(Kind::Rtx) {
-        Ok(library) => Some(library),
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {error}");
-            None
-        }
-    }
-}
 
 /// A package with tiny-chat's plan for an A100, and the plan.
 fn tiny_chat(folder: &Path) -> (Package, Vec<u8>) {
@@ -65,7 +55,7 @@ fn plans_that_are_not_whole_are_refused_in_words() {
 #[test]
 fn without_a_driver_opening_says_so() {
     if devices().is_ok() {
-        let _ = writeln!(std::io::stderr(), "SKIPPED without_a_driver_opening_says_so: there is a driver");
+        skip("no-driver", "without_a_driver_opening_says_so", "there is a driver");
         return;
     }
     let error = devices().unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! The integration tests, but for those that need a process of their own: `hostile`, `allocation`, `tensorrt_memory`.
+//! The integration tests, but for those that need a process of their own: `hostile` and `memory`.
 
 /// Tar archives for the tests below.
 #[cfg(feature = "cli")]
@@ -6,6 +6,8 @@ mod archives;
 /// The program, as its users run it.
 #[cfg(feature = "cli")]
 mod cli;
+/// CPU plans for one CPU and another.
+mod cpu_packing;
 /// Networks for TensorRT, computed on the CPU.
 #[cfg(feature = "cli")]
 mod evaluator;
@@ -29,6 +31,10 @@ mod nemo;
 mod numerics;
 /// Packages for the tests below.
 mod packages;
+/// Graphs computed in FP64.
+mod reference;
+/// Tests that this machine cannot run.
+mod skips;
 /// TensorRT, where its library is.
 #[cfg(all(feature = "cli", feature = "tensorrt"))]
 mod tensorrt;
@@ -40,3 +46,31 @@ mod tensorrt_runtime;
 mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;
+
+use aotron::isa::{CPU_VARIABLE, CpuFeatures, Isa};
+
+/// A word that nothing may do without would require nothing, in silence.
+#[test]
+fn what_is_required_is_known() {
+    for kind in skips::required() {
+        assert!(skips::KINDS.contains(&kind.as_str()), "AOTRON_REQUIRE names {kind}; it knows {:?}", skips::KINDS);
+    }
+}
+
+/// Most tests run on every set that a machine has: here the others are named.
+#[test]
+fn every_instruction_set_is_tested() {
+    for set in CpuFeatures::names() {
+        if Isa::by_name(set).is_none() {
+            skips::skip(set, "every_instruction_set_is_tested", format!("this machine has no {set}"));
+        }
+    }
+}
+
+/// A test that names no set itself runs on the one that the environment names.
+#[test]
+fn the_named_set_is_the_default() {
+    if let Ok(name) = std::env::var(CPU_VARIABLE) {
+        assert_eq!(Isa::from_environment().unwrap().to_string(), name);
+    }
+}

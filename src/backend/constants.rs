@@ -1,76 +1,316 @@
-//! What a graph's constants are: expressions over a checkpoint, evaluated a few rows at a time so that no weight is ever
-//! whole in memory. Every backend packs what is read here.
+//! The constants of a graph in plain form, and their one evaluator.
+//!
+//! A lowering turns each [`Const`] it keeps into [`ConstRows`]: the rows to read, what is done to each element of them,
+//! and what is stored of the result. [`SourceRows`] reads a few rows of a source and evaluates whatever is made of them,
+//! so no weight is ever whole in memory and what several files share is computed once. Every backend packs what is
+//! evaluated here.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use half::bf16;
+use half::{bf16, f16};
 use safetensors::tensor::Dtype;
 
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, Result};
-use crate::graph::{Const, Trig};
+use crate::graph::{Const, Trig, Type};
+use crate::quantize::Scheme;
 use crate::tensor::DType;
 
-/// Evaluates rows of a constant from row `first` until `out`, `[rows, columns]`, is full. Codes come as numbers, not as
-/// their bits: see [`Scheme::bits`](crate::quantize::Scheme::bits).
-///
-/// # Errors
-/// [`Error::Format`] naming tensor and position if a weight is NaN or infinite.
-pub fn read_rows(expr: &Const, checkpoint: &Checkpoint, first: usize, columns: usize, out: &mut [f32]) -> Result<()> {
-    match expr {
-        Const::Tensor(name) => {
-            let view = checkpoint.tensor(name)?;
-            view.read_f32(first * columns, out);
-            check_finite(&view, checkpoint, first, columns, out)?;
-        }
-        Const::AddScalar(inner, scalar) => {
-            read_rows(inner, checkpoint, first, columns, out)?;
-            out.iter_mut().for_each(|v| *v += scalar);
-        }
-        Const::Cast(inner, dtype) => {
-            read_rows(inner, checkpoint, first, columns, out)?;
-            round(out, *dtype);
-        }
-        Const::Codes(matrix, scheme) => {
-            read_rows(matrix, checkpoint, first, columns, out)?;
-            let mut scales = vec![0f32; out.len() / columns * scheme.blocks(columns)];
-            scheme.quantize(columns, out, &mut scales);
-        }
-        Const::Scales { matrix, scheme, columns: matrix_columns } => {
-            let mut row = vec![0f32; *matrix_columns];
-            for (i, scales) in out.chunks_exact_mut(columns).enumerate() {
-                read_rows(matrix, checkpoint, first + i, *matrix_columns, &mut row)?;
-                scheme.scales(&row, scales);
-            }
-        }
-        Const::ConcatRows(parts) => {
-            let mut part_first = 0;
-            let mut done = 0;
-            for part in parts {
-                let part_rows = rows_of(part, checkpoint, columns)?;
-                let from = first + done / columns;
-                if from < part_first + part_rows && done < out.len() {
-                    let end = out.len().min(done + (part_first + part_rows - from) * columns);
-                    read_rows(part, checkpoint, from - part_first, columns, &mut out[done..end])?;
-                    done = end;
-                }
-                part_first += part_rows;
-            }
-        }
-        Const::RotaryTable { trig, theta, rotary_dim, .. } => {
-            for (i, row) in out.chunks_exact_mut(columns).enumerate() {
-                rotary_row(*trig, *theta, *rotary_dim, first + i, row);
-            }
-        }
-    }
-    Ok(())
+/// A constant in plain form: a matrix (a vector is one row) and what is stored of it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ConstRows {
+    source: RowSource,
+    /// In the order they are applied.
+    transforms: Vec<RowTransform>,
+    form: RowForm,
+    rows: usize,
+    columns: usize,
 }
 
-fn round(values: &mut [f32], dtype: DType) {
-    match dtype {
-        DType::BF16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
-        DType::F16 => values.iter_mut().for_each(|v| *v = half::f16::from_f32(*v).to_f32()),
-        DType::F32 | DType::I32 | DType::I8 | DType::I4 | DType::F8 => {}
+/// Where the rows of a constant come from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RowSource {
+    /// Tensors of the checkpoint, one above the other, all of one width.
+    Tensors(Vec<String>),
+    /// Computed: a row for each position, see [`Const::RotaryTable`].
+    RotaryTable {
+        /// Cosine or sine.
+        trig: Trig,
+        /// Base of the frequencies.
+        theta: f64,
+        /// Rotating dimensions of a head.
+        rotary_dim: usize,
+    },
+}
+
+/// An operation on each element, in FP32.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RowTransform {
+    /// Adds the number.
+    Add(f32),
+    /// Rounds to BF16, ties to even.
+    RoundToBf16,
+    /// Rounds to F16, ties to even.
+    RoundToF16,
+}
+
+/// What is stored of a constant's rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowForm {
+    /// The numbers themselves.
+    Values,
+    /// The codes of each row.
+    Codes(Scheme),
+    /// The scales of each row's codes.
+    Scales(Scheme),
+}
+
+impl ConstRows {
+    /// The plain form of `expr`, a constant of type `ty`.
+    ///
+    /// # Errors
+    /// The part of the expression that has no plain form, or does not fit `ty`, for the caller to put the constant's name
+    /// before.
+    pub fn new(expr: &Const, ty: &Type) -> Result<ConstRows, String> {
+        let dims: Option<Vec<usize>> = ty.shape.iter().map(|dim| dim.as_fixed()).collect();
+        let (rows, width) = match dims.as_deref() {
+            Some([width]) => (1, *width),
+            Some([rows, width]) => (*rows, *width),
+            _ => return Err(format!("weights have one or two known dimensions, this is {ty}")),
+        };
+        let (matrix, form, columns) = match expr {
+            Const::Codes(matrix, scheme) => (&**matrix, RowForm::Codes(*scheme), width),
+            Const::Scales { matrix, scheme, columns } => {
+                if width != scheme.blocks(*columns) {
+                    return Err(format!(
+                        "{columns} columns have {} scales, not the {width} of {ty}",
+                        scheme.blocks(*columns)
+                    ));
+                }
+                (&**matrix, RowForm::Scales(*scheme), *columns)
+            }
+            values => (values, RowForm::Values, width),
+        };
+        let (source, transforms) = flattened(matrix)?;
+        if let RowSource::RotaryTable { rotary_dim, .. } = &source
+            && columns != rotary_dim / 2
+        {
+            return Err(format!(
+                "a table of {rotary_dim} rotary dims has rows of {}, not of {columns}",
+                rotary_dim / 2
+            ));
+        }
+        if columns == 0 {
+            return Err("its rows are empty".into());
+        }
+        Ok(ConstRows { source, transforms, form, rows, columns })
+    }
+
+    /// What its rows are made of.
+    pub fn source(&self) -> &RowSource {
+        &self.source
+    }
+
+    /// What is stored of its rows.
+    pub fn form(&self) -> RowForm {
+        self.form
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of the matrix that is read.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Numbers that evaluating a row gives: its columns, or its scales.
+    pub fn width(&self) -> usize {
+        match self.form {
+            RowForm::Values | RowForm::Codes(_) => self.columns,
+            RowForm::Scales(scheme) => scheme.blocks(self.columns),
+        }
+    }
+
+    /// Numbers that evaluating all rows gives, at most `usize::MAX`.
+    pub fn elements(&self) -> usize {
+        self.rows.saturating_mul(self.width())
+    }
+
+    /// Evaluates rows from `first` on until `out`, `[rows, width]`, is full.
+    ///
+    /// # Errors
+    /// As [`SourceRows::read`].
+    pub fn evaluate(&self, checkpoint: &Checkpoint, first: usize, out: &mut [f32]) -> Result<()> {
+        let rows = first..first + out.len() / self.width();
+        let mut source = SourceRows::read(&self.source, checkpoint, rows, self.columns)?;
+        out.copy_from_slice(&source.evaluate(self));
+        Ok(())
+    }
+}
+
+/// The source of a matrix and the transforms of its elements.
+fn flattened(expr: &Const) -> Result<(RowSource, Vec<RowTransform>), String> {
+    let then = |inner: &Const, transform: RowTransform| {
+        let (source, mut transforms) = flattened(inner)?;
+        transforms.push(transform);
+        Ok((source, transforms))
+    };
+    match expr {
+        Const::Tensor(name) => Ok((RowSource::Tensors(vec![name.clone()]), Vec::new())),
+        Const::AddScalar(inner, scalar) => then(inner, RowTransform::Add(*scalar)),
+        Const::Cast(inner, DType::F32) => flattened(inner),
+        Const::Cast(inner, DType::BF16) => then(inner, RowTransform::RoundToBf16),
+        Const::Cast(inner, DType::F16) => then(inner, RowTransform::RoundToF16),
+        Const::Cast(_, dtype @ (DType::I32 | DType::I8 | DType::I4 | DType::F8)) => {
+            Err(format!("`{expr}` rounds to {dtype}, which is not a float"))
+        }
+        Const::ConcatRows(parts) => {
+            let mut parts = parts.iter().map(flattened);
+            let (first, transforms) = parts.next().ok_or("a stack of no matrices")??;
+            let not_stacked = || format!("`{expr}` does not stack tensors that are transformed alike");
+            let RowSource::Tensors(mut names) = first else { return Err(not_stacked()) };
+            for part in parts {
+                match part? {
+                    (RowSource::Tensors(more), same) if same == transforms => names.extend(more),
+                    _ => return Err(not_stacked()),
+                }
+            }
+            Ok((RowSource::Tensors(names), transforms))
+        }
+        Const::RotaryTable { trig, theta, rotary_dim, .. } => {
+            Ok((RowSource::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim }, Vec::new()))
+        }
+        Const::Codes(..) | Const::Scales { .. } => Err(format!("`{expr}` is a part of another constant")),
+    }
+}
+
+/// Some rows of a source, and what was made of them so far.
+pub(super) struct SourceRows<'c> {
+    columns: usize,
+    /// `[rows, columns]`
+    values: Vec<f32>,
+    /// The rows as they are stored in the checkpoint, tensor by tensor; empty where they were computed.
+    stored: Vec<(TensorView<'c>, Cow<'c, [u8]>)>,
+    quantized: Vec<Quantized>,
+}
+
+/// Codes and scales of transformed rows.
+struct Quantized {
+    transforms: Vec<RowTransform>,
+    scheme: Scheme,
+    /// `[rows, columns]`, as numbers.
+    codes: Vec<f32>,
+    /// `[rows, blocks]`
+    scales: Vec<f32>,
+}
+
+impl<'c> SourceRows<'c> {
+    /// Reads rows of a source that has `columns` columns.
+    ///
+    /// # Errors
+    /// [`Error::Format`] naming tensor and position if a weight is NaN or infinite.
+    pub fn read(
+        source: &RowSource,
+        checkpoint: &'c Checkpoint,
+        rows: Range<usize>,
+        columns: usize,
+    ) -> Result<SourceRows<'c>> {
+        let mut values = vec![0f32; rows.len() * columns];
+        let mut stored = Vec::new();
+        match source {
+            RowSource::Tensors(names) => {
+                let mut above = 0;
+                for name in names {
+                    let view = checkpoint.tensor(name)?;
+                    if !view.elements().is_multiple_of(columns) {
+                        let (shape, wanted) = (view.shape, format!("rows of {columns} elements"));
+                        return Err(Error::internal(format!("tensor `{name}` has shape {shape:?}"), wanted));
+                    }
+                    let below = above + view.elements() / columns;
+                    let (first, end) = (rows.start.max(above), rows.end.min(below));
+                    if first < end {
+                        let bytes = view.raw((first - above) * columns..(end - above) * columns);
+                        let out = &mut values[(first - rows.start) * columns..(end - rows.start) * columns];
+                        view.dtype.decode(&bytes, out);
+                        check_finite(&view, checkpoint, first - above, columns, out)?;
+                        stored.push((view, bytes));
+                    }
+                    above = below;
+                }
+                if rows.end > above {
+                    return Err(Error::internal(
+                        format!("row {} of {names:?} is read", rows.end),
+                        format!("{above} rows"),
+                    ));
+                }
+            }
+            RowSource::RotaryTable { trig, theta, rotary_dim } => {
+                for (position, row) in rows.zip(values.chunks_exact_mut(columns)) {
+                    rotary_row(*trig, *theta, *rotary_dim, position, row);
+                }
+            }
+        }
+        Ok(SourceRows { columns, values, stored, quantized: Vec::new() })
+    }
+
+    /// The numbers of a constant of this source, `[rows, width]`. Codes come as numbers, not as their bits: see
+    /// [`Scheme::bits`].
+    pub fn evaluate(&mut self, constant: &ConstRows) -> Cow<'_, [f32]> {
+        match constant.form {
+            RowForm::Values => self.transformed(&constant.transforms),
+            RowForm::Codes(scheme) => Cow::Borrowed(&self.quantized(&constant.transforms, scheme).codes),
+            RowForm::Scales(scheme) => Cow::Borrowed(&self.quantized(&constant.transforms, scheme).scales),
+        }
+    }
+
+    /// The rows as the checkpoint stores them, tensor by tensor; none of a table that is computed.
+    pub fn into_stored(self) -> Vec<(TensorView<'c>, Cow<'c, [u8]>)> {
+        self.stored
+    }
+
+    fn transformed(&self, transforms: &[RowTransform]) -> Cow<'_, [f32]> {
+        let transforms = match transforms {
+            // Numbers of a type are not changed by being rounded to it.
+            [RowTransform::RoundToBf16, rest @ ..] if self.is_stored_as(DType::BF16) => rest,
+            [RowTransform::RoundToF16, rest @ ..] if self.is_stored_as(DType::F16) => rest,
+            all => all,
+        };
+        let mut values = Cow::Borrowed(self.values.as_slice());
+        for transform in transforms {
+            transform.apply(values.to_mut());
+        }
+        values
+    }
+
+    fn is_stored_as(&self, dtype: DType) -> bool {
+        !self.stored.is_empty() && self.stored.iter().all(|(view, _)| view.dtype == dtype)
+    }
+
+    /// Codes and scales, computed at the first call for them.
+    fn quantized(&mut self, transforms: &[RowTransform], scheme: Scheme) -> &Quantized {
+        let known = self.quantized.iter().position(|known| known.transforms == transforms && known.scheme == scheme);
+        let index = known.unwrap_or_else(|| {
+            let mut codes = self.transformed(transforms).into_owned();
+            let mut scales = vec![0f32; codes.len() / self.columns * scheme.blocks(self.columns)];
+            scheme.quantize(self.columns, &mut codes, &mut scales);
+            self.quantized.push(Quantized { transforms: transforms.to_vec(), scheme, codes, scales });
+            self.quantized.len() - 1
+        });
+        &self.quantized[index]
+    }
+}
+
+impl RowTransform {
+    fn apply(self, values: &mut [f32]) {
+        match self {
+            RowTransform::Add(scalar) => values.iter_mut().for_each(|value| *value += scalar),
+            RowTransform::RoundToBf16 => values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
+            RowTransform::RoundToF16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+        }
     }
 }
 
@@ -78,7 +318,7 @@ fn round(values: &mut [f32], dtype: DType) {
 ///
 /// # Errors
 /// [`Error::Format`] naming tensor and position.
-pub(super) fn check_finite(
+fn check_finite(
     view: &TensorView<'_>,
     checkpoint: &Checkpoint,
     first: usize,
@@ -97,39 +337,6 @@ pub(super) fn check_finite(
     Err(Error::format(checkpoint.path(), detail))
 }
 
-/// The tensors that make up a matrix, one above the other; `None` if it is not made of tensors alone.
-pub(super) fn leaves<'c>(matrix: &Const, checkpoint: &'c Checkpoint) -> Result<Option<Vec<TensorView<'c>>>> {
-    match matrix {
-        Const::Tensor(name) => Ok(Some(vec![checkpoint.tensor(name)?])),
-        Const::ConcatRows(parts) => {
-            let of_part = |part: &Const| match part {
-                Const::Tensor(name) => checkpoint.tensor(name).map(Some),
-                _ => Ok(None),
-            };
-            parts.iter().map(of_part).collect()
-        }
-        _ => Ok(None),
-    }
-}
-
-/// What `expr` makes of rows of `inner`, a part of it. Codes and scales are not made here.
-pub(super) fn evaluate<'v>(expr: &Const, inner: &Const, rows: &'v [f32]) -> Cow<'v, [f32]> {
-    match expr {
-        _ if expr == inner => Cow::Borrowed(rows),
-        Const::AddScalar(of, scalar) => {
-            let mut values = evaluate(of, inner, rows).into_owned();
-            values.iter_mut().for_each(|value| *value += scalar);
-            Cow::Owned(values)
-        }
-        Const::Cast(of, dtype) => {
-            let mut values = evaluate(of, inner, rows).into_owned();
-            round(&mut values, *dtype);
-            Cow::Owned(values)
-        }
-        _ => Cow::Borrowed(rows),
-    }
-}
-
 /// How a file of tensors calls elements of a type: it has no 4-bit integers, so pairs of them are bytes there.
 pub fn stored_dtype(dtype: DType) -> Dtype {
     match dtype {
@@ -141,18 +348,6 @@ pub fn stored_dtype(dtype: DType) -> Dtype {
         DType::I4 => Dtype::U8,
         DType::F8 => Dtype::F8_E4M3,
     }
-}
-
-fn rows_of(expr: &Const, checkpoint: &Checkpoint, columns: usize) -> Result<usize> {
-    Ok(match expr {
-        Const::Tensor(name) => checkpoint.tensor(name)?.elements() / columns,
-        Const::AddScalar(inner, _) | Const::Cast(inner, _) | Const::Codes(inner, _) => {
-            rows_of(inner, checkpoint, columns)?
-        }
-        Const::Scales { matrix, columns, .. } => rows_of(matrix, checkpoint, *columns)?,
-        Const::ConcatRows(parts) => parts.iter().map(|p| rows_of(p, checkpoint, columns)).sum::<Result<usize>>()?,
-        Const::RotaryTable { positions, .. } => *positions,
-    })
 }
 
 /// Cosine or sine of `position · theta^(−2i / rotary_dim)`: frequency and angle rounded to FP32 as transformers does,
@@ -171,7 +366,34 @@ fn rotary_row(trig: Trig, theta: f64, rotary_dim: usize, position: usize, out: &
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::graph::Dim;
+
+    const COLUMNS: usize = 192;
+
+    fn checkpoint() -> Checkpoint {
+        Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap()
+    }
+
+    fn projection(name: &str) -> Const {
+        Const::Tensor(format!("model.layers.0.self_attn.{name}_proj.weight"))
+    }
+
+    fn matrix(rows: usize, columns: usize) -> Type {
+        Type::new(DType::F32, [Dim::fixed(rows), Dim::fixed(columns)])
+    }
+
+    fn plain(expr: &Const, rows: usize, columns: usize) -> ConstRows {
+        ConstRows::new(expr, &matrix(rows, columns)).unwrap()
+    }
+
+    fn evaluated(constant: &ConstRows, first: usize, rows: usize) -> Vec<f32> {
+        let mut out = vec![0f32; rows * constant.width()];
+        constant.evaluate(&checkpoint(), first, &mut out).unwrap();
+        out
+    }
 
     #[test]
     fn rotary_angles_follow_the_formula() {
@@ -181,5 +403,72 @@ mod tests {
         assert_eq!(cos, [3f64.cos() as f32, 0.03f32.cos()]);
         assert_eq!(sin[0], 3f64.sin() as f32);
         assert!((sin[1] - 0.029_995_5).abs() < 1e-7);
+    }
+
+    #[test]
+    fn transforms_apply_in_order_and_codes_are_of_what_they_give() {
+        let narrow = Const::Cast(Box::new(Const::AddScalar(Box::new(projection("q")), 1.0)), DType::BF16);
+        let values = evaluated(&plain(&projection("q"), COLUMNS, COLUMNS), 5, 3);
+        let expected: Vec<f32> = values.iter().map(|value| bf16::from_f32(value + 1.0).to_f32()).collect();
+        assert_ne!(expected, values);
+        assert_eq!(evaluated(&plain(&narrow, COLUMNS, COLUMNS), 5, 3), expected);
+        let scheme = Scheme::INT4;
+        let (mut codes, mut scales) = (expected, vec![0f32; 3 * scheme.blocks(COLUMNS)]);
+        scheme.quantize(COLUMNS, &mut codes, &mut scales);
+        let of_codes = Const::Codes(Box::new(narrow.clone()), scheme);
+        assert_eq!(evaluated(&plain(&of_codes, COLUMNS, COLUMNS), 5, 3), codes);
+        let of_scales = Const::Scales { matrix: Box::new(narrow), scheme, columns: COLUMNS };
+        assert_eq!(evaluated(&plain(&of_scales, COLUMNS, scheme.blocks(COLUMNS)), 5, 3), scales);
+    }
+
+    #[test]
+    fn a_stack_is_read_across_its_seams() {
+        let stack = |names: &[&str]| Const::ConcatRows(names.iter().map(|name| projection(name)).collect());
+        let nested = Const::ConcatRows(vec![projection("q"), stack(&["k", "v"])]);
+        let flat = plain(&stack(&["q", "k", "v"]), 3 * COLUMNS, COLUMNS);
+        assert_eq!(plain(&nested, 3 * COLUMNS, COLUMNS), flat);
+        let all = evaluated(&flat, 0, 3 * COLUMNS);
+        let parts = ["q", "k", "v"].map(|name| evaluated(&plain(&projection(name), COLUMNS, COLUMNS), 0, COLUMNS));
+        assert_eq!(all, parts.concat());
+        assert_eq!(
+            evaluated(&flat, COLUMNS - 1, COLUMNS + 2),
+            all[(COLUMNS - 1) * COLUMNS..(2 * COLUMNS + 1) * COLUMNS]
+        );
+    }
+
+    #[test]
+    fn what_has_no_plain_form_is_refused() {
+        let codes = Const::Codes(Box::new(projection("q")), Scheme::INT8);
+        let scales = |columns| Const::Scales { matrix: Box::new(projection("q")), scheme: Scheme::INT4, columns };
+        let table = || Const::RotaryTable { trig: Trig::Cos, theta: 1e4, rotary_dim: 8, positions: 4 };
+        for (expr, ty, expected) in [
+            (Const::AddScalar(Box::new(codes.clone()), 1.0), matrix(4, 4), "is a part of another constant"),
+            (Const::Cast(Box::new(projection("q")), DType::I8), matrix(4, 4), "rounds to i8"),
+            (
+                Const::ConcatRows(vec![projection("q"), Const::AddScalar(Box::new(projection("k")), 1.0)]),
+                matrix(4, 4),
+                "does not stack",
+            ),
+            (Const::ConcatRows(vec![table(), table()]), matrix(8, 4), "does not stack"),
+            (Const::ConcatRows(vec![]), matrix(8, 4), "a stack of no matrices"),
+            (scales(300), matrix(4, 4), "300 columns have 3 scales, not the 4"),
+            (table(), matrix(4, 3), "rows of 4, not of 3"),
+            (projection("q"), matrix(4, 0), "empty"),
+            (projection("q"), Type::new(DType::F32, [Dim::tokens(), 4.into()]), "known dimensions"),
+        ] {
+            let error = ConstRows::new(&expr, &ty).unwrap_err();
+            assert!(error.contains(expected), "{expr}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_shape_that_is_not_the_checkpoints_is_an_internal_error() {
+        let checkpoint = checkpoint();
+        for (rows, columns) in [(COLUMNS + 1, COLUMNS), (COLUMNS, COLUMNS - 1)] {
+            let mut out = vec![0f32; rows * columns];
+            let error = plain(&projection("q"), rows, columns).evaluate(&checkpoint, 0, &mut out).unwrap_err();
+            assert!(matches!(error, Error::Internal { .. }), "{error}");
+            assert!(error.to_string().contains("q_proj"), "{error}");
+        }
     }
 }

@@ -17,7 +17,7 @@ pub fn plan(bytes: &[u8]) {
 
     let ends = program.buffers.iter().map(|b| b.offset as u128 + b.max_bytes(&program.limits).unwrap() as u128);
     assert!(ends.max().unwrap_or(0) <= program.arena_bytes as u128);
-    assert!(program.weights.iter().all(|weight| weight.stored_bytes().is_some() && weight.panel_elements() > 0));
+    assert!(program.weights.iter().all(|weight| weight.stored_bytes().is_some() && weight.unit_rows() > 0));
     assert!(program.cache.total_bytes(&program.limits).is_some());
     assert_eq!(program.to_string().lines().count(), program.kernels.len());
 }

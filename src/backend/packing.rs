@@ -14,12 +14,10 @@ use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
 
-use super::constants::{evaluate, leaves, read_rows};
+use super::constants::{ConstRows, RowForm, RowSource, SourceRows};
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::engine::PackageFile;
-use crate::error::Result;
-use crate::graph::Const;
-use crate::quantize::Scheme;
+use crate::error::{Error, Result};
 use crate::tensor_file;
 
 /// Elements of a piece, or one unit's rows if they have more. Small enough to stay in a core's cache as FP32.
@@ -30,9 +28,9 @@ const PIECES_PER_THREAD: usize = 4;
 const SMALL_ELEMENTS: usize = 1 << 16;
 
 /// Makes stored bytes of evaluated rows.
-type StoreRows<'p> = Box<dyn Fn(&[f32]) -> Result<Vec<u8>> + Send + Sync + 'p>;
+pub type StoreRows<'p> = Box<dyn Fn(&[f32]) -> Result<Vec<u8>> + Send + Sync + 'p>;
 /// Writes what is stored, given the bytes of all rows.
-type StoreAll = Box<dyn Fn(&[u8], &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> + Send + Sync>;
+pub type StoreAll = Box<dyn Fn(&[u8], &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> + Send + Sync>;
 
 /// One tensor of a file.
 pub struct Item<'p> {
@@ -40,15 +38,11 @@ pub struct Item<'p> {
     pub name: &'p str,
     /// Its type and shape in the file.
     pub stored: (Dtype, Vec<usize>),
-    /// What it holds, `[rows, columns]`.
-    pub expr: &'p Const,
-    /// Rows of `expr`.
-    pub rows: usize,
-    /// Columns of `expr`.
-    pub columns: usize,
+    /// Its content, `[rows, width]`.
+    pub content: &'p ConstRows,
     /// `store` gets multiples of this many rows, but for the last. Scales come whole.
     pub unit: usize,
-    /// The bytes of some rows of `expr`, codes as numbers: see [`Scheme::bits`](crate::quantize::Scheme::bits).
+    /// The bytes of some rows of `content`, codes as numbers: see [`Scheme::bits`](crate::quantize::Scheme::bits).
     pub store: StoreRows<'p>,
     /// For what is not stored row by row: gets what `store` made of all rows.
     pub finish: Option<StoreAll>,
@@ -106,8 +100,8 @@ pub fn pack(files: Vec<File<'_>>, checkpoint: &Checkpoint, digest: bool, follow:
         for queue in &mut queues {
             queue.write_small(checkpoint, &mut scales, follow)?;
         }
-        let Some(base) = next_base(&queues) else { break };
-        pass_over(base, &mut queues, checkpoint, &mut digests, &mut scales, follow)?;
+        let Some(source) = next_source(&queues) else { break };
+        pass_over(source, &mut queues, checkpoint, &mut digests, &mut scales, follow)?;
     }
     digests.of_all(checkpoint, follow)
 }
@@ -117,11 +111,11 @@ pub fn memory_bytes<'i, 'p: 'i>(files: impl Iterator<Item = &'i [Item<'p>]>) -> 
     let (mut held, mut scales, mut in_flight) = (0u64, 0u64, 0u64);
     let mut pieces = 0u64;
     for items in files {
-        let elements = |item: &Item<'_>| item.rows as u64 * item.columns as u64;
+        let elements = |item: &Item<'_>| item.content.elements() as u64;
         // A matrix is held as codes, and with it what is gathered of it at a time.
         held += items.iter().filter(|item| item.finish.is_some()).map(elements).max().unwrap_or(0) * 9 / 8;
-        scales += 4 * items.iter().filter(|item| matches!(item.expr, Const::Scales { .. })).map(elements).sum::<u64>();
-        let piece = |item: &Item<'_>| (PIECE_ELEMENTS as u64).max(item.unit as u64 * read_columns(item) as u64);
+        scales += 4 * items.iter().filter(|item| item.is_scales()).map(elements).sum::<u64>();
+        let piece = |item: &Item<'_>| (PIECE_ELEMENTS as u64).max(item.unit as u64 * item.content.columns() as u64);
         let piece = items.iter().filter(|item| elements(item) > SMALL_ELEMENTS as u64).map(piece).max().unwrap_or(0);
         // As numbers, evaluated, quantized and stored.
         in_flight += 8 * piece;
@@ -139,8 +133,7 @@ struct Queue<'p> {
 
 /// The scales of a matrix's codes, found with them for an item behind.
 struct Scales<'p> {
-    matrix: &'p Const,
-    scheme: Scheme,
+    content: &'p ConstRows,
     /// `[rows, blocks]`
     values: Vec<f32>,
     /// How many items will want them.
@@ -153,20 +146,25 @@ struct KeptScales<'p> {
     found: Vec<Scales<'p>>,
 }
 
+impl Item<'_> {
+    fn is_scales(&self) -> bool {
+        matches!(self.content.form(), RowForm::Scales(_))
+    }
+}
+
 impl<'p> Queue<'p> {
     /// Writes the items at the front that need no pass over a matrix.
     fn write_small(&mut self, checkpoint: &Checkpoint, scales: &mut KeptScales<'_>, follow: &Follow<'_>) -> Result<()> {
         while let Some(item) = self.items.front() {
-            let elements = item.rows.saturating_mul(item.columns);
-            let values = match item.expr {
-                Const::Scales { matrix, scheme, .. } => match scales.take(matrix, *scheme) {
+            let is_small = item.content.elements() <= SMALL_ELEMENTS && item.finish.is_none();
+            let values = match (item.content.form(), item.content.source()) {
+                (RowForm::Scales(_), _) => match scales.take(item.content) {
                     Some(found) => found,
-                    None => evaluated(item, checkpoint)?,
+                    None => evaluated(item.content, checkpoint)?,
                 },
-                Const::RotaryTable { .. } => evaluated(item, checkpoint)?,
-                Const::Codes(..) => return Ok(()),
-                _ if elements <= SMALL_ELEMENTS && item.finish.is_none() => evaluated(item, checkpoint)?,
-                _ => return Ok(()),
+                (RowForm::Values, RowSource::RotaryTable { .. }) => evaluated(item.content, checkpoint)?,
+                (RowForm::Values, RowSource::Tensors(_)) if is_small => evaluated(item.content, checkpoint)?,
+                (RowForm::Values | RowForm::Codes(_), _) => return Ok(()),
             };
             follow(0)?;
             self.sink.write(&(item.store)(&values)?)?;
@@ -176,51 +174,35 @@ impl<'p> Queue<'p> {
     }
 }
 
-fn evaluated(item: &Item<'_>, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
-    let mut values = vec![0f32; item.rows * item.columns];
-    let rows_at_once = (PIECE_ELEMENTS / read_columns(item)).max(1);
+/// All rows of a constant.
+fn evaluated(content: &ConstRows, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
+    let mut values = vec![0f32; content.rows() * content.width()];
+    let rows_at_once = (PIECE_ELEMENTS / content.columns()).max(1);
     values
-        .par_chunks_mut(rows_at_once * item.columns.max(1))
+        .par_chunks_mut(rows_at_once * content.width())
         .enumerate()
-        .try_for_each(|(index, values)| read_rows(item.expr, checkpoint, index * rows_at_once, item.columns, values))?;
+        .try_for_each(|(index, values)| content.evaluate(checkpoint, index * rows_at_once, values))?;
     Ok(values)
 }
 
-/// Columns of the matrix that an item is made of.
-fn read_columns(item: &Item<'_>) -> usize {
-    match item.expr {
-        Const::Scales { columns, .. } => (*columns).max(1),
-        _ => item.columns.max(1),
-    }
-}
-
 impl KeptScales<'_> {
-    fn take(&mut self, matrix: &Const, scheme: Scheme) -> Option<Vec<f32>> {
-        let index = self.found.iter().position(|scales| scales.matrix == matrix && scales.scheme == scheme)?;
+    fn take(&mut self, content: &ConstRows) -> Option<Vec<f32>> {
+        let index = self.found.iter().position(|scales| scales.content == content)?;
         let scales = &mut self.found[index];
         scales.wanted -= 1;
         if scales.wanted > 0 { Some(scales.values.clone()) } else { Some(self.found.swap_remove(index).values) }
     }
 }
 
-/// What an expression's rows are made of: a tensor, or matrices one above the other.
-fn base(expr: &Const) -> &Const {
-    match expr {
-        Const::AddScalar(inner, _) | Const::Cast(inner, _) | Const::Codes(inner, _) => base(inner),
-        Const::Scales { matrix, .. } => base(matrix),
-        Const::Tensor(_) | Const::ConcatRows(_) | Const::RotaryTable { .. } => expr,
-    }
-}
-
 /// The matrix to read next: one at the front of a file that no other file has farther back, if there is one.
-fn next_base<'p>(queues: &[Queue<'p>]) -> Option<&'p Const> {
-    let fronts = || queues.iter().filter_map(|queue| queue.items.front()).map(|item| base(item.expr));
-    let is_behind = |of: &Const| {
+fn next_source<'p>(queues: &[Queue<'p>]) -> Option<&'p RowSource> {
+    let fronts = || queues.iter().filter_map(|queue| queue.items.front()).map(|item| item.content.source());
+    let is_behind = |of: &RowSource| {
         queues.iter().any(|queue| {
             // Scales are kept for when their turn comes.
-            let items = queue.items.iter().filter(|item| !matches!(item.expr, Const::Scales { .. }));
-            let mut bases = items.map(|item| base(item.expr)).skip_while(|other| *other == of);
-            bases.any(|other| other == of)
+            let items = queue.items.iter().filter(|item| !item.is_scales());
+            let mut sources = items.map(|item| item.content.source()).skip_while(|other| *other == of);
+            sources.any(|other| other == of)
         })
     };
     fronts().find(|of| !is_behind(of)).or_else(|| fronts().next())
@@ -234,19 +216,19 @@ struct Part<'q, 'p> {
     held: Vec<u8>,
 }
 
-/// What became of some rows of the base.
+/// What became of some rows of the source.
 struct Piece<'c> {
     /// The rows as they are stored in the checkpoint, tensor by tensor.
     raw: Vec<(TensorView<'c>, Cow<'c, [u8]>)>,
     /// For each part.
     bytes: Vec<Vec<u8>>,
-    /// For each matrix and scheme whose scales are kept.
+    /// For each of the scales that are kept.
     scales: Vec<Vec<f32>>,
 }
 
 /// Reads a matrix once and gives it to all files at whose front it is.
 fn pass_over<'p>(
-    of: &'p Const,
+    source: &'p RowSource,
     queues: &mut [Queue<'p>],
     checkpoint: &Checkpoint,
     digests: &mut Digests,
@@ -255,34 +237,47 @@ fn pass_over<'p>(
 ) -> Result<()> {
     let mut kept: Vec<Scales<'p>> = Vec::new();
     for item in queues.iter().flat_map(|queue| &queue.items) {
-        let Const::Scales { matrix, scheme, .. } = item.expr else { continue };
-        if base(matrix) != of {
+        if !item.is_scales() || item.content.source() != source {
             continue;
         }
-        match kept.iter_mut().find(|scales| *scales.matrix == **matrix && scales.scheme == *scheme) {
+        match kept.iter_mut().find(|scales| scales.content == item.content) {
             Some(scales) => scales.wanted += 1,
-            None => kept.push(Scales { matrix, scheme: *scheme, values: Vec::new(), wanted: 1 }),
+            None => kept.push(Scales { content: item.content, values: Vec::new(), wanted: 1 }),
         }
     }
-    let keys: Vec<(&Const, Scheme)> = kept.iter().map(|scales| (scales.matrix, scales.scheme)).collect();
+    let wanted: Vec<&ConstRows> = kept.iter().map(|scales| scales.content).collect();
     let mut parts: Vec<Part<'_, 'p>> = Vec::new();
     for Queue { items, sink } in queues.iter_mut() {
-        if items.front().is_some_and(|item| base(item.expr) == of)
+        if items.front().is_some_and(|item| item.content.source() == source)
             && let Some(item) = items.pop_front()
         {
             parts.push(Part { item, sink, held: Vec::new() });
         }
     }
-    let Some((rows, columns)) = parts.first().map(|part| (part.item.rows, part.item.columns)) else { return Ok(()) };
+    let mut shapes = parts.iter().map(|part| (part.item.content.rows(), part.item.content.columns()));
+    let (rows, columns) = match shapes.next() {
+        Some(shape) if shapes.all(|other| other == shape) => shape,
+        Some((rows, columns)) => {
+            let found = format!("{source:?} is read as {rows} rows of {columns} and in another shape");
+            return Err(Error::internal(found, "one shape for a matrix"));
+        }
+        None => return Err(Error::internal(format!("no file reads {source:?} next"), "one of them to")),
+    };
     let unit = parts.iter().map(|part| part.item.unit).max().unwrap_or(1);
-    let rows_per_piece = (PIECE_ELEMENTS / columns.max(1)).next_multiple_of(unit).max(unit);
+    let rows_per_piece = (PIECE_ELEMENTS / columns).next_multiple_of(unit).max(unit);
     let rows_per_batch = rows_per_piece * rayon::current_num_threads() * PIECES_PER_THREAD;
     let make = |parts: &[&Item<'p>], first: usize| -> Result<Vec<Piece<'_>>> {
         let end = rows.min(first + rows_per_batch);
         (first..end)
             .into_par_iter()
             .step_by(rows_per_piece)
-            .map(|first| make_piece(of, parts, &keys, checkpoint, first..end.min(first + rows_per_piece), columns))
+            .map(|first| {
+                let mut block = SourceRows::read(source, checkpoint, first..end.min(first + rows_per_piece), columns)?;
+                let bytes =
+                    parts.iter().map(|item| (item.store)(&block.evaluate(item.content))).collect::<Result<_>>()?;
+                let scales = wanted.iter().map(|content| block.evaluate(content).into_owned()).collect();
+                Ok(Piece { raw: block.into_stored(), bytes, scales })
+            })
             .collect()
     };
     let mut ready: Vec<Piece<'_>> = Vec::new();
@@ -326,75 +321,6 @@ fn pass_over<'p>(
     }
     scales.found.append(&mut kept);
     Ok(())
-}
-
-/// Reads rows of a matrix and makes of them what each item stores.
-fn make_piece<'c>(
-    of: &Const,
-    items: &[&Item<'_>],
-    keys: &[(&Const, Scheme)],
-    checkpoint: &'c Checkpoint,
-    rows: std::ops::Range<usize>,
-    columns: usize,
-) -> Result<Piece<'c>> {
-    let mut values = vec![0f32; rows.len() * columns];
-    let mut raw = Vec::new();
-    match leaves(of, checkpoint)? {
-        Some(leaves) => {
-            let mut above = 0;
-            for view in leaves {
-                let own = view.elements() / columns.max(1);
-                let (first, end) = (rows.start.max(above), rows.end.min(above + own));
-                if first < end {
-                    let bytes = view.raw((first - above) * columns..(end - above) * columns);
-                    let out = &mut values[(first - rows.start) * columns..(end - rows.start) * columns];
-                    view.dtype.decode(&bytes, out);
-                    super::constants::check_finite(&view, checkpoint, first - above, columns, out)?;
-                    raw.push((view, bytes));
-                }
-                above += own;
-            }
-        }
-        None => read_rows(of, checkpoint, rows.start, columns, &mut values)?,
-    }
-    // Codes and scales by matrix and scheme: the same for every file.
-    let mut quantized: Vec<(&Const, Scheme, Vec<f32>, Vec<f32>)> = Vec::new();
-    let needed = items
-        .iter()
-        .filter_map(|item| match item.expr {
-            Const::Codes(matrix, scheme) => Some((&**matrix, *scheme)),
-            _ => None,
-        })
-        .chain(keys.iter().copied());
-    for (matrix, scheme) in needed {
-        if quantized.iter().any(|(of, by, ..)| *of == matrix && *by == scheme) {
-            continue;
-        }
-        let mut codes = evaluate(matrix, of, &values).into_owned();
-        let mut scales = vec![0f32; rows.len() * scheme.blocks(columns)];
-        scheme.quantize(columns, &mut codes, &mut scales);
-        quantized.push((matrix, scheme, codes, scales));
-    }
-    let find =
-        |matrix: &Const, scheme: Scheme| quantized.iter().find(move |(of, by, ..)| *of == matrix && *by == scheme);
-    let bytes = items.iter().map(|item| match item.expr {
-        Const::Codes(matrix, scheme) => {
-            (item.store)(find(matrix, *scheme).map_or(&[][..], |(_, _, codes, _)| codes.as_slice()))
-        }
-        // Numbers of a type are not changed by being rounded to it.
-        Const::Cast(inner, dtype)
-            if **inner == *of && raw.iter().all(|(view, _)| view.dtype == *dtype) && !raw.is_empty() =>
-        {
-            (item.store)(&values)
-        }
-        expr => (item.store)(&evaluate(expr, of, &values)),
-    });
-    let bytes = bytes.collect::<Result<_>>()?;
-    let scales = keys
-        .iter()
-        .map(|(matrix, scheme)| find(matrix, *scheme).map_or_else(Vec::new, |(.., scales)| scales.clone()))
-        .collect();
-    Ok(Piece { raw, bytes, scales })
 }
 
 /// The digests of tensors, each read in order.

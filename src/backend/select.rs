@@ -138,7 +138,11 @@ pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Exec
 /// As [`open`].
 pub fn open_selected(package: &Package, selection: &Selection, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let (Some(device), Some(plan)) = (selection.device, package.manifest().plans.get(selection.plan)) else {
-        return Ok(Box::new(open_cpu(package, &options.cpu)?));
+        let model = open_cpu_model(package, &options.cpu)?;
+        if let Some(note) = model.repacking_note() {
+            options.gpu.report.fact(&note);
+        }
+        return Ok(Box::new(model.executor(options.cpu.slots)?));
     };
     let gpu = GpuOptions { device: Some(device), ..options.gpu.clone() };
     Ok(Box::new(TensorRtExecutor::open(package, plan, &gpu)?))
@@ -159,7 +163,7 @@ pub fn open_cpu(package: &Package, options: &CpuOptions) -> Result<CpuExecutor> 
 pub fn open_cpu_model(package: &Package, options: &CpuOptions) -> Result<CpuModel> {
     let (plan, program) = cpu_program(package)?;
     let weights = TensorFile::open(&package.file_path(&plan.weights))?;
-    let path = package.file_path(plan.plan.as_deref().unwrap_or_default());
+    let path = package.file_path(program_file(package, plan)?);
     CpuModel::new(program, &path, weights, options)
 }
 
@@ -177,13 +181,21 @@ pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
         );
         return Err(Error::package(package.path(), detail));
     };
-    let file = plan.plan.as_deref().unwrap_or_default(); // an empty name is not listed, and refused as that
+    let file = program_file(package, plan)?;
     let refuse = |detail: String| Error::package(package.path(), format!("{file}: {detail}; build the package again"));
     let program = parse_program(&package.read(file)?).map_err(refuse)?;
     if program.limits != plan.limits {
         return Err(refuse("its limits are not those of the manifest".into()));
     }
     Ok((plan, program))
+}
+
+/// The file of a CPU plan's program.
+fn program_file<'p>(package: &Package, plan: &'p PlanInfo) -> Result<&'p str> {
+    plan.plan.as_deref().ok_or_else(|| {
+        let detail = "its plan for the CPU names no program; build the package again";
+        Error::package(package.path(), detail)
+    })
 }
 
 /// The program that is the content of a CPU plan.

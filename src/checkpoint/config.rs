@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::schema;
 use crate::tensor::DType;
 
 /// Everything about the model that its weights do not say. All values come from the checkpoint's own config.
@@ -94,15 +95,7 @@ impl ModelConfig {
 
     /// Number of weights, norms included; `None` if it does not fit a `usize`.
     pub fn parameters(&self) -> Option<usize> {
-        let hidden = self.hidden_size;
-        let heads = self.num_kv_heads.checked_mul(2)?.checked_add(self.num_heads.checked_mul(2)?)?;
-        let attention = heads.checked_mul(self.head_dim)?.checked_mul(hidden)?;
-        let mlp = self.intermediate_size.checked_mul(2)?.checked_mul(hidden)?;
-        let norm = hidden.checked_mul(2)?;
-        let layer = attention.checked_add(mlp)?.checked_add(norm.checked_mul(2)?)?;
-        let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        let table = self.vocab_size.checked_mul(hidden)?.checked_mul(tables)?;
-        layer.checked_mul(self.num_layers)?.checked_add(table)?.checked_add(norm)
+        schema::parameters(self)
     }
 }
 

@@ -58,7 +58,8 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
             let dtype = schema::weight_dtype(tensor.dtype)?;
             Some((dtype, *file, tensor.bytes.start))
         });
-        let (dtype, file, start) = placed.ok_or_else(|| not_fitting(format!("no tensor `{name}`")))?;
+        let (dtype, file, start) = placed
+            .ok_or_else(|| Error::internal(format!("tensor `{name}` was not found"), "one that the check has found"))?;
         weights.push(Weight::contiguous(name, dtype, shape, file, start));
     }
     if !config.declares_dtype

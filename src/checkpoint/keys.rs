@@ -146,9 +146,14 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The keys left that carry a value, `neutral` ones aside.
-    pub(super) fn rest(self, neutral: &[&str]) -> Vec<String> {
-        let carries = |(key, value): &(String, Value)| !value.is_null() && !neutral.contains(&key.as_str());
+    /// The key's value, which stays to be read.
+    pub(super) fn peek(&self, key: &str) -> Option<&Value> {
+        self.object.get(key)
+    }
+
+    /// The keys left that ask for something: `neutral` ones aside, and values that are `off`.
+    pub(super) fn rest(self, neutral: &[&str], off: impl Fn(&Value) -> bool) -> Vec<String> {
+        let carries = |(key, value): &(String, Value)| !off(value) && !neutral.contains(&key.as_str());
         self.object.into_iter().filter(carries).map(|(key, _)| clip(key)).collect()
     }
 

@@ -14,6 +14,7 @@ use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 
 pub mod card;
+mod chat_files;
 mod config;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -32,9 +33,11 @@ pub mod torch;
 mod weight;
 mod yaml;
 
+pub use chat_files::{AddedToken, ChatFiles, NemoPromptTokens, TemplateFile};
+pub(crate) use chat_files::{MAX_TEMPLATE_BYTES, read_template};
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;
-pub use schema::EMBEDDING;
+pub use schema::{EMBEDDING, TensorRole};
 pub use weight::TensorView;
 use weight::Weight;
 
@@ -51,6 +54,8 @@ pub struct Checkpoint {
     by_name: HashMap<String, usize>,
     tokenizer: Option<TokenizerSource>,
     details: Vec<(&'static str, String)>,
+    /// Of a `.nemo`.
+    nemo_prompt_tokens: Option<NemoPromptTokens>,
 }
 
 /// Where a checkpoint's tokenizer is.
@@ -124,7 +129,17 @@ impl Checkpoint {
         details: Vec<(&'static str, String)>,
     ) -> Checkpoint {
         let by_name = weights.iter().enumerate().map(|(index, weight)| (weight.name.clone(), index)).collect();
-        Checkpoint { path: path.to_path_buf(), format, config, files, weights, by_name, tokenizer, details }
+        Checkpoint {
+            path: path.to_path_buf(),
+            format,
+            config,
+            files,
+            weights,
+            by_name,
+            tokenizer,
+            details,
+            nemo_prompt_tokens: None,
+        }
     }
 
     /// The path it was opened by.
@@ -210,6 +225,17 @@ impl Checkpoint {
             }
             _ => Ok(GenerationConfig::default()),
         }
+    }
+
+    /// The chat templates, special tokens and added tokens beside the tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] naming the file that is there but cannot be read.
+    pub fn chat_files(&self) -> Result<ChatFiles> {
+        if self.format == hugging_face::FORMAT {
+            return chat_files::read(&self.path);
+        }
+        Ok(ChatFiles { nemo_prompt_tokens: self.nemo_prompt_tokens.clone(), ..ChatFiles::default() })
     }
 
     fn view<'a>(&'a self, weight: &'a Weight) -> TensorView<'a> {

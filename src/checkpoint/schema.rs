@@ -1,4 +1,5 @@
-//! Which tensors a checkpoint must hold, by name and shape, and the check that it holds exactly those.
+//! The tensors of the architecture, stated once: each one's shape, its name in every kind of checkpoint, and the value of
+//! the graph that reads it. Readers, graph and parameter count derive from this list.
 
 use std::collections::BTreeMap;
 
@@ -16,6 +17,314 @@ pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The head's name, `[vocab_size, hidden_size]`; absent when tied to the embedding.
 pub(super) const HEAD: &str = "lm_head.weight";
 
+/// A tensor of the architecture by its part in it; most are there once in each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TensorRole {
+    /// Token embedding.
+    Embedding,
+    /// Scales of the norm before attention, less one (LayerNorm1P).
+    InputNormWeight,
+    /// Offsets of the norm before attention.
+    InputNormBias,
+    /// Projection to queries.
+    Query,
+    /// Projection to keys.
+    Key,
+    /// Projection to values.
+    Value,
+    /// Projection of what attention gives.
+    AttentionOutput,
+    /// Scales of the norm before the MLP, less one.
+    PostNormWeight,
+    /// Offsets of the norm before the MLP.
+    PostNormBias,
+    /// First projection of the MLP.
+    Up,
+    /// Second projection of the MLP.
+    Down,
+    /// Scales of the last norm, less one.
+    FinalNormWeight,
+    /// Offsets of the last norm.
+    FinalNormBias,
+    /// Projection to logits; the embedding serves where the two are tied.
+    Head,
+}
+
+/// Tensors that are there once, or once in each layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TensorScope {
+    Model,
+    Layer,
+}
+
+/// One dimension of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TensorSize {
+    Vocab,
+    Hidden,
+    /// Width inside the MLP.
+    Intermediate,
+    /// All query heads.
+    Queries,
+    /// All key heads, or all value heads.
+    KeyValues,
+}
+
+/// The name of a tensor in a `.nemo`, and its place among the ranks of tensor parallelism. Tensors of the same names are
+/// fused in one: for each group of heads the rows of the first, then of the next.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct NemoNames {
+    /// In NeMo's own GPT, behind `language_model.`, or `language_model.encoder.layers.3.` in a layer.
+    pub legacy: &'static [&'static str],
+    /// In Megatron-Core, behind `decoder.layers.3.` in a layer; the first as Transformer Engine's fused modules have it.
+    pub core: &'static [&'static str],
+    /// The axis along which tensor parallelism splits it; `None` if every rank has all of it.
+    pub split_axis: Option<usize>,
+}
+
+/// One row of [`SCHEMA`].
+#[derive(Debug)]
+pub(super) struct TensorSpec {
+    pub role: TensorRole,
+    pub scope: TensorScope,
+    /// Row-major; matrices are `[out features, in features]`.
+    shape: &'static [TensorSize],
+    /// Hugging Face's name; in a layer, behind `model.layers.3.`.
+    hugging_face: &'static str,
+    /// The value of the graph that is computed with it; in a layer, behind `layers.3.`.
+    module: &'static str,
+    pub nemo: NemoNames,
+}
+
+const QKV: NemoNames = NemoNames {
+    legacy: &["self_attention.query_key_value.weight"],
+    core: &["self_attention.linear_qkv.weight"],
+    split_axis: Some(0),
+};
+
+/// Every tensor of the architecture in the order of use, each at the index of its role.
+pub(super) static SCHEMA: [TensorSpec; 14] = {
+    use TensorRole as Role;
+    use TensorScope::{Layer, Model};
+    use TensorSize::{Hidden, Intermediate, KeyValues, Queries, Vocab};
+    [
+        TensorSpec {
+            role: Role::Embedding,
+            scope: Model,
+            shape: &[Vocab, Hidden],
+            hugging_face: EMBEDDING,
+            module: "embedding",
+            nemo: NemoNames {
+                legacy: &["embedding.word_embeddings.weight"],
+                core: &["embedding.word_embeddings.weight"],
+                split_axis: Some(0),
+            },
+        },
+        TensorSpec {
+            role: Role::InputNormWeight,
+            scope: Layer,
+            shape: &[Hidden],
+            hugging_face: "input_layernorm.weight",
+            module: "attention.norm",
+            nemo: NemoNames {
+                legacy: &["input_layernorm.weight"],
+                core: &["self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"],
+                split_axis: None,
+            },
+        },
+        TensorSpec {
+            role: Role::InputNormBias,
+            scope: Layer,
+            shape: &[Hidden],
+            hugging_face: "input_layernorm.bias",
+            module: "attention.norm",
+            nemo: NemoNames {
+                legacy: &["input_layernorm.bias"],
+                core: &["self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias"],
+                split_axis: None,
+            },
+        },
+        TensorSpec {
+            role: Role::Query,
+            scope: Layer,
+            shape: &[Queries, Hidden],
+            hugging_face: "self_attn.q_proj.weight",
+            module: "attention.q",
+            nemo: QKV,
+        },
+        TensorSpec {
+            role: Role::Key,
+            scope: Layer,
+            shape: &[KeyValues, Hidden],
+            hugging_face: "self_attn.k_proj.weight",
+            module: "attention.k",
+            nemo: QKV,
+        },
+        TensorSpec {
+            role: Role::Value,
+            scope: Layer,
+            shape: &[KeyValues, Hidden],
+            hugging_face: "self_attn.v_proj.weight",
+            module: "attention.v",
+            nemo: QKV,
+        },
+        TensorSpec {
+            role: Role::AttentionOutput,
+            scope: Layer,
+            shape: &[Hidden, Queries],
+            hugging_face: "self_attn.o_proj.weight",
+            module: "attention.o",
+            nemo: NemoNames {
+                legacy: &["self_attention.dense.weight"],
+                core: &["self_attention.linear_proj.weight"],
+                split_axis: Some(1),
+            },
+        },
+        TensorSpec {
+            role: Role::PostNormWeight,
+            scope: Layer,
+            shape: &[Hidden],
+            hugging_face: "post_attention_layernorm.weight",
+            module: "mlp.norm",
+            nemo: NemoNames {
+                legacy: &["post_attention_layernorm.weight"],
+                core: &[
+                    "mlp.linear_fc1.layer_norm_weight",
+                    "pre_mlp_layernorm.weight",
+                    "post_self_attn_layernorm.weight",
+                ],
+                split_axis: None,
+            },
+        },
+        TensorSpec {
+            role: Role::PostNormBias,
+            scope: Layer,
+            shape: &[Hidden],
+            hugging_face: "post_attention_layernorm.bias",
+            module: "mlp.norm",
+            nemo: NemoNames {
+                legacy: &["post_attention_layernorm.bias"],
+                core: &["mlp.linear_fc1.layer_norm_bias", "pre_mlp_layernorm.bias", "post_self_attn_layernorm.bias"],
+                split_axis: None,
+            },
+        },
+        TensorSpec {
+            role: Role::Up,
+            scope: Layer,
+            shape: &[Intermediate, Hidden],
+            hugging_face: "mlp.up_proj.weight",
+            module: "mlp.up",
+            nemo: NemoNames {
+                legacy: &["mlp.dense_h_to_4h.weight"],
+                core: &["mlp.linear_fc1.weight"],
+                split_axis: Some(0),
+            },
+        },
+        TensorSpec {
+            role: Role::Down,
+            scope: Layer,
+            shape: &[Hidden, Intermediate],
+            hugging_face: "mlp.down_proj.weight",
+            module: "mlp.down",
+            nemo: NemoNames {
+                legacy: &["mlp.dense_4h_to_h.weight"],
+                core: &["mlp.linear_fc2.weight"],
+                split_axis: Some(1),
+            },
+        },
+        TensorSpec {
+            role: Role::FinalNormWeight,
+            scope: Model,
+            shape: &[Hidden],
+            hugging_face: "model.norm.weight",
+            module: "norm",
+            nemo: NemoNames {
+                legacy: &["encoder.final_layernorm.weight"],
+                core: &["decoder.final_layernorm.weight"],
+                split_axis: None,
+            },
+        },
+        TensorSpec {
+            role: Role::FinalNormBias,
+            scope: Model,
+            shape: &[Hidden],
+            hugging_face: "model.norm.bias",
+            module: "norm",
+            nemo: NemoNames {
+                legacy: &["encoder.final_layernorm.bias"],
+                core: &["decoder.final_layernorm.bias"],
+                split_axis: None,
+            },
+        },
+        TensorSpec {
+            role: Role::Head,
+            scope: Model,
+            shape: &[Vocab, Hidden],
+            hugging_face: HEAD,
+            module: "logits",
+            nemo: NemoNames { legacy: &["output_layer.weight"], core: &["output_layer.weight"], split_axis: Some(0) },
+        },
+    ]
+};
+
+impl TensorRole {
+    /// Hugging Face's name. `layer` is the number of its layer, for those that are in one.
+    pub fn name(self, layer: usize) -> String {
+        match self.spec() {
+            TensorSpec { scope: TensorScope::Model, hugging_face, .. } => (*hugging_face).to_owned(),
+            TensorSpec { scope: TensorScope::Layer, hugging_face, .. } => {
+                format!("model.layers.{layer}.{hugging_face}")
+            }
+        }
+    }
+
+    /// The value of the graph that is computed with it.
+    pub fn module(self, layer: usize) -> String {
+        match self.spec() {
+            TensorSpec { scope: TensorScope::Model, module, .. } => (*module).to_owned(),
+            TensorSpec { scope: TensorScope::Layer, module, .. } => format!("layers.{layer}.{module}"),
+        }
+    }
+
+    /// Row-major shape; matrices are `[out features, in features]`. `None` if `config`'s sizes overflow, which
+    /// [`ModelConfig::validate`] rules out.
+    pub fn shape(self, config: &ModelConfig) -> Option<Vec<usize>> {
+        self.spec().shape.iter().map(|size| size.of(config)).collect()
+    }
+
+    pub(super) fn spec(self) -> &'static TensorSpec {
+        &SCHEMA[self as usize]
+    }
+}
+
+impl TensorSize {
+    fn of(self, config: &ModelConfig) -> Option<usize> {
+        match self {
+            TensorSize::Vocab => Some(config.vocab_size),
+            TensorSize::Hidden => Some(config.hidden_size),
+            TensorSize::Intermediate => Some(config.intermediate_size),
+            TensorSize::Queries => config.num_heads.checked_mul(config.head_dim),
+            TensorSize::KeyValues => config.num_kv_heads.checked_mul(config.head_dim),
+        }
+    }
+}
+
+impl TensorSpec {
+    /// A tied head is the embedding.
+    pub fn is_in(&self, config: &ModelConfig) -> bool {
+        self.role != TensorRole::Head || !config.tie_word_embeddings
+    }
+}
+
+/// Number of elements of all tensors; `None` if it does not fit a `usize`.
+pub(super) fn parameters(config: &ModelConfig) -> Option<usize> {
+    SCHEMA.iter().filter(|spec| spec.is_in(config)).try_fold(0usize, |sum, spec| {
+        let once = spec.role.shape(config)?.into_iter().try_fold(1usize, usize::checked_mul)?;
+        let times = if spec.scope == TensorScope::Layer { config.num_layers } else { 1 };
+        sum.checked_add(once.checked_mul(times)?)
+    })
+}
+
 /// How many problems a message lists before it counts the rest.
 const LISTED: usize = 5;
 
@@ -31,31 +340,17 @@ pub(super) struct Expected {
 /// Every tensor of the model in the order they are used: embedding, layers, final norm, head unless tied.
 /// `None` if `config`'s sizes overflow, which [`ModelConfig::validate`] rules out.
 pub(super) fn expected(config: &ModelConfig) -> Option<Vec<Expected>> {
-    let hidden = config.hidden_size;
-    let ffn = config.intermediate_size;
-    let query = config.num_heads.checked_mul(config.head_dim)?;
-    let kv = config.num_kv_heads.checked_mul(config.head_dim)?;
-
     let mut tensors = Vec::new();
-    let mut add = |name: String, shape: &[usize]| tensors.push(Expected { name, shape: shape.to_vec() });
-    add(EMBEDDING.to_owned(), &[config.vocab_size, hidden]);
-    for layer in 0..config.num_layers {
-        let mut add = |part: &str, shape: &[usize]| add(format!("model.layers.{layer}.{part}"), shape);
-        add("input_layernorm.weight", &[hidden]);
-        add("input_layernorm.bias", &[hidden]);
-        add("self_attn.q_proj.weight", &[query, hidden]);
-        add("self_attn.k_proj.weight", &[kv, hidden]);
-        add("self_attn.v_proj.weight", &[kv, hidden]);
-        add("self_attn.o_proj.weight", &[hidden, query]);
-        add("post_attention_layernorm.weight", &[hidden]);
-        add("post_attention_layernorm.bias", &[hidden]);
-        add("mlp.up_proj.weight", &[ffn, hidden]);
-        add("mlp.down_proj.weight", &[hidden, ffn]);
-    }
-    add("model.norm.weight".to_owned(), &[hidden]);
-    add("model.norm.bias".to_owned(), &[hidden]);
-    if !config.tie_word_embeddings {
-        add(HEAD.to_owned(), &[config.vocab_size, hidden]);
+    for specs in SCHEMA.chunk_by(|one, next| one.scope == next.scope) {
+        let times = match specs[0].scope {
+            TensorScope::Model => 1,
+            TensorScope::Layer => config.num_layers,
+        };
+        for layer in 0..times {
+            for TensorSpec { role, .. } in specs.iter().filter(|spec| spec.is_in(config)) {
+                tensors.push(Expected { name: role.name(layer), shape: role.shape(config)? });
+            }
+        }
     }
     Some(tensors)
 }
@@ -136,5 +431,34 @@ impl Problems {
             more => format!("; and {more} more"),
         };
         Err(format!("the weights do not fit {config}: {}{rest}", self.listed.join("; ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::testing::{model_config, tiny_config};
+
+    #[test]
+    fn each_role_has_the_row_of_its_number() {
+        for (index, spec) in SCHEMA.iter().enumerate() {
+            assert_eq!(spec.role as usize, index, "{:?}", spec.role);
+            assert!(std::ptr::eq(spec.role.spec(), spec));
+        }
+    }
+
+    #[test]
+    fn parameters_are_the_elements_of_the_expected_tensors() {
+        for is_tied in [false, true] {
+            let mut config = model_config(&tiny_config());
+            config.tie_word_embeddings = is_tied;
+            let expected = expected(&config).unwrap();
+            let elements = expected.iter().map(|tensor| tensor.shape.iter().product::<usize>()).sum();
+            assert_eq!(parameters(&config), Some(elements));
+            assert_eq!(expected.iter().filter(|tensor| tensor.name == HEAD).count(), usize::from(!is_tied));
+            assert_eq!(expected[0].name, EMBEDDING);
+            let names: std::collections::HashSet<&String> = expected.iter().map(|tensor| &tensor.name).collect();
+            assert_eq!(names.len(), expected.len(), "no name is given twice");
+        }
     }
 }

@@ -118,7 +118,7 @@ pub(super) fn stored_elements(container: &Container, tensor: &ShardedTensor) -> 
                 row *= tensor.shape[axis];
             }
             let start = shard.start + stored * width;
-            let bytes = container.bytes(&Place { file: shard.file, bytes: start..start + width });
+            let bytes = container.bytes(&Place { file: shard.file, bytes: start..start + width }).unwrap();
             assert_eq!(bytes.len(), width, "outside its file");
             assert!(found[at].replace(bytes).is_none(), "element {at} is in two shards");
         }

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use aotron::backend::cpu::kernels::isa::Isa;
+use aotron::isa::Isa;
 use aotron::runtime::SamplingParams;
+use aotron::text::{ChatFormat, Tokenizer};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -71,9 +72,33 @@ pub struct EngineFlags {
     pub no_cuda_graphs: bool,
 }
 
-/// How tokens are chosen. Nothing set means greedy.
+/// How a conversation becomes a prompt.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Sampling (greedy if none is given)")]
+pub struct ChatFlags {
+    /// Chat format instead of the package's: nemotron, raw, chatml, the name of one of the checkpoint's templates, or a
+    /// file with one
+    #[arg(long, value_name = "NAME|FILE.jinja")]
+    pub chat_format: Option<String>,
+    /// Encode markers and special tokens that a message spells as plain text
+    #[arg(long)]
+    pub escape_markers: bool,
+}
+
+impl ChatFlags {
+    /// The format to use where a package or a checkpoint has this one.
+    pub fn apply(&self, format: &ChatFormat, tokenizer: &Tokenizer) -> aotron::Result<ChatFormat> {
+        let mut format = match &self.chat_format {
+            Some(choice) => format.with_choice(choice, tokenizer)?,
+            None => format.clone(),
+        };
+        format.escape_markers = self.escape_markers;
+        Ok(format)
+    }
+}
+
+/// How tokens are chosen. Nothing set means as the package says, which is greedy unless its checkpoint samples.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Sampling (the package's defaults, mostly greedy, if none is given)")]
 pub struct SamplingFlags {
     /// Divide the logits by this; below 1 is more predictable, 0 is greedy
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -108,30 +133,38 @@ pub struct SamplingFlags {
 }
 
 impl SamplingFlags {
-    /// The library's settings, without those that have no effect.
-    pub fn params(&self) -> SamplingParams {
-        self.given().effective()
+    /// The library's settings, without those that have no effect. Those left out are the package's, `default`.
+    pub fn params(&self, default: &SamplingParams) -> SamplingParams {
+        self.over(default).effective()
     }
 
-    fn given(&self) -> SamplingParams {
-        let mut params = SamplingParams::greedy();
-        params.temperature = self.temperature;
-        params.top_k = self.top_k;
-        params.top_p = self.top_p;
-        params.min_p = self.min_p;
-        params.repetition_penalty = self.repetition_penalty;
-        params.presence_penalty = self.presence_penalty;
-        params.frequency_penalty = self.frequency_penalty;
+    fn over(&self, default: &SamplingParams) -> SamplingParams {
+        let mut params = default.clone();
+        params.temperature = self.temperature.or(default.temperature);
+        params.top_k = self.top_k.or(default.top_k);
+        params.top_p = self.top_p.or(default.top_p);
+        params.min_p = self.min_p.or(default.min_p);
+        params.repetition_penalty = self.repetition_penalty.or(default.repetition_penalty);
+        params.presence_penalty = self.presence_penalty.or(default.presence_penalty);
+        params.frequency_penalty = self.frequency_penalty.or(default.frequency_penalty);
         params.logit_bias = self.logit_bias.clone();
-        params.min_tokens = self.min_tokens;
+        params.min_tokens = self.min_tokens.or(default.min_tokens);
         params.seed = self.seed;
         params
     }
 
     /// Flags that were given and do nothing, in a sentence.
-    pub fn without_effect(&self) -> Option<String> {
-        let idle: Vec<String> =
-            self.given().without_effect().iter().map(|name| format!("--{}", name.replace('_', "-"))).collect();
+    pub fn without_effect(&self, default: &SamplingParams) -> Option<String> {
+        let given = [
+            ("temperature", self.temperature.is_some()),
+            ("top_k", self.top_k.is_some()),
+            ("top_p", self.top_p.is_some()),
+            ("min_p", self.min_p.is_some()),
+            ("seed", self.seed.is_some()),
+        ];
+        let idle = self.over(default).without_effect();
+        let idle = given.iter().filter(|(name, given)| *given && idle.contains(name));
+        let idle: Vec<String> = idle.map(|(name, _)| format!("--{}", name.replace('_', "-"))).collect();
         (!idle.is_empty()).then(|| {
             let verb = if idle.len() == 1 { "has" } else { "have" };
             format!("{} {verb} no effect: the most likely token is always taken", idle.join(", "))
@@ -173,6 +206,20 @@ mod tests {
         sampling: SamplingFlags,
     }
 
+    fn greedy() -> SamplingParams {
+        SamplingParams::default()
+    }
+
+    #[test]
+    fn flags_change_the_packages_settings_one_by_one() {
+        let package = SamplingParams::sampled(0.6).top_p(0.9);
+        assert_eq!(flags("").params(&package), package);
+        let warmer = flags("--temperature 0.8").params(&package);
+        assert_eq!((warmer.temperature, warmer.top_p), (Some(0.8), Some(0.9)));
+        assert!(flags("--temperature 0").params(&package).is_greedy());
+        assert_eq!(flags("--top-p 0.5").without_effect(&package), None);
+    }
+
     fn flags(text: &str) -> SamplingFlags {
         Only::try_parse_from(format!("x {text}").split_whitespace()).unwrap().sampling
     }
@@ -184,21 +231,21 @@ mod tests {
 
     #[test]
     fn nothing_set_is_greedy_and_each_flag_alone_is_not() {
-        assert_eq!(flags("").params(), SamplingParams::default());
-        assert!(flags("").params().is_greedy());
+        assert_eq!(flags("").params(&greedy()), SamplingParams::default());
+        assert!(flags("").params(&greedy()).is_greedy());
         for text in ["--temperature 0.7", "--top-k 40", "--top-p 0.9", "--min-p 0.1"] {
-            assert!(!flags(text).params().is_greedy(), "{text}");
-            assert_eq!(flags(text).without_effect(), None, "{text}");
+            assert!(!flags(text).params(&greedy()).is_greedy(), "{text}");
+            assert_eq!(flags(text).without_effect(&greedy()), None, "{text}");
         }
         for text in ["--temperature 0", "--top-k 1", "--top-p 0", "--repetition-penalty 1.1 --logit-bias 3=-1"] {
-            assert!(flags(text).params().is_greedy(), "{text}");
-            assert_eq!(flags(text).without_effect(), None, "{text}");
+            assert!(flags(text).params(&greedy()).is_greedy(), "{text}");
+            assert_eq!(flags(text).without_effect(&greedy()), None, "{text}");
         }
     }
 
     #[test]
     fn flags_without_effect_are_named() {
-        let idle = |text: &str| flags(text).without_effect().unwrap();
+        let idle = |text: &str| flags(text).without_effect(&greedy()).unwrap();
         assert!(idle("--seed 1").starts_with("--seed has no effect"));
         assert!(idle("--top-k 1 --temperature 0.7").starts_with("--temperature has"));
         assert!(idle("--temperature 0 --top-p 0.9 --seed 3").starts_with("--top-p, --seed have"));

@@ -4,11 +4,12 @@ use std::io::Write;
 use std::time::Instant;
 
 use anyhow::bail;
-use aotron::backend::cpu::kernels::isa::Isa;
-use aotron::backend::cpu::program::{Kernel, Program};
+use aotron::backend::cpu::program::{Program, WeightRule};
 use aotron::backend::{Chunk, Executor, Limits, NextToken, Rows, Step, cpu_program};
+use aotron::checkpoint::EMBEDDING;
 use aotron::compile::available_memory_bytes;
 use aotron::engine::{Package, PlanInfo};
+use aotron::isa::Isa;
 use aotron::tensor_file::TensorFile;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -228,17 +229,10 @@ impl Ids {
 /// Bytes of weights that every decode step reads whole: all but the tables it looks single rows up in.
 fn decode_weight_bytes(program: &Program) -> u64 {
     let mut read = vec![false; program.weights.len()];
-    for kernel in &program.kernels {
-        let weights = match kernel {
-            Kernel::Linear { weight, .. } => [Some(*weight), None],
-            Kernel::QuantizedLinear { codes, scales, .. } => [Some(*codes), Some(*scales)],
-            Kernel::LayerNorm { gamma, beta, .. } => [Some(*gamma), Some(*beta)],
-            _ => [None, None],
-        };
-        for index in weights.into_iter().flatten() {
-            if let Some(read) = read.get_mut(index) {
-                *read = true;
-            }
+    let used = program.kernels.iter().flat_map(|kernel| kernel.operands().weights);
+    for weight in used.filter(|weight| !matches!(weight.rule, WeightRule::Table(_))) {
+        if let Some(read) = read.get_mut(weight.index) {
+            *read = true;
         }
     }
     let bytes = program.weights.iter().zip(read).filter(|(_, read)| *read).filter_map(|(w, _)| w.stored_bytes());
@@ -249,7 +243,7 @@ fn decode_weight_bytes(program: &Program) -> u64 {
 fn gpu_weight_bytes(package: &Package, plan: &PlanInfo) -> anyhow::Result<u64> {
     let file = TensorFile::open(&package.file_path(&plan.weights))?;
     let is_tied = package.manifest().model.tie_word_embeddings;
-    let is_table = |name: &str| name.ends_with(".table") || (name.starts_with("model.embed_tokens") && !is_tied);
+    let is_table = |name: &str| name.ends_with(".table") || (name.starts_with(EMBEDDING) && !is_tied);
     let read = file.tensors().iter().filter(|tensor| !is_table(&tensor.name));
     Ok(read.map(|tensor| tensor.bytes.len() as u64).sum())
 }

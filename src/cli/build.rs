@@ -8,11 +8,14 @@ use std::time::Instant;
 use anyhow::bail;
 use aotron::compile::gpu::precision_of;
 use aotron::compile::{
-    self, BuildRequest, BuildSummary, FinishRequest, PlanSummary, PlannedBuild, Precision, Prediction, Progress, Recipe,
+    self, BuildRequest, BuildSummary, FinishRequest, PlanSummary, PlannedBuild, Precision, Prediction, Progress,
+    Recipe, Target,
 };
 use aotron::engine::Package;
+use aotron::isa::{CpuFeatures, Isa};
 
-use super::args::count;
+use super::args::{count, usage};
+use super::inspect::text_facts;
 use super::term::{self, Stages};
 
 /// What to build, from what, to where.
@@ -28,6 +31,10 @@ pub struct Flags {
     /// Number format of weights; of the KV cache too, which the 8- and 4-bit ones keep in bf16 [default: the recipe's]
     #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8")]
     precision: Option<Precision>,
+    /// CPU to pack the CPU plan's weights for: native (this machine's), avx512-bf16, avx512-vnni, avx512, avx2, portable.
+    /// The plan runs on others too, only not as fast
+    #[arg(long, value_name = "NAME", value_parser = cpu)]
+    cpu: Option<CpuFeatures>,
     /// Longest sequence, prompt and answer together [default: the model's]
     #[arg(long, value_name = "N", value_parser = count(1 << 20))]
     max_sequence_tokens: Option<usize>,
@@ -38,12 +45,16 @@ pub struct Flags {
     /// {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,
+    /// Chat format instead of the checkpoint's own: nemotron, raw (no template), chatml, the name of one of its templates,
+    /// or a file with one
+    #[arg(long, value_name = "NAME|FILE.jinja")]
+    chat_format: Option<String>,
     /// Where a plan cannot be compiled on this machine, do everything else; --finish does the rest on its GPU
     #[arg(long)]
     prepare: bool,
     /// Compile the plans of an engine package that were only prepared, or else all that are for GPUs, from its own
-    /// weights; with --recipe, one more for that GPU
-    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "prepare", "output", "force"])]
+    /// weights; with --recipe, one more for that GPU, or with --recipe cpu, pack the CPU plan again for this CPU or --cpu
+    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "prepare", "output", "force"])]
     finish: bool,
     /// Where the engine package goes [default: engines/ and the checkpoint's name]
     #[arg(short, long, value_name = "DIR")]
@@ -60,10 +71,14 @@ pub struct Flags {
 }
 
 impl Flags {
-    fn recipes(&self) -> aotron::Result<Vec<Recipe>> {
+    fn recipes(&self) -> anyhow::Result<Vec<Recipe>> {
         let cpu = ["cpu".to_owned()];
         let names = if self.recipe.is_empty() { &cpu } else { &self.recipe[..] };
-        names.iter().map(|name| self.one_recipe(name)).collect()
+        let recipes = names.iter().map(|name| self.one_recipe(name)).collect::<aotron::Result<Vec<_>>>()?;
+        if self.cpu.is_some() && recipes.iter().all(|recipe| recipe.target != Target::Cpu) {
+            return Err(usage("--cpu is for a CPU plan, and no --recipe is for the target cpu"));
+        }
+        Ok(recipes)
     }
 
     fn one_recipe(&self, name: &str) -> aotron::Result<Recipe> {
@@ -84,6 +99,10 @@ impl Flags {
             recipe.slots = slots;
             overridden.push(format!("slots = {slots}"));
         }
+        if let (Some(features), Target::Cpu) = (self.cpu, recipe.target) {
+            recipe.cpu = Some(features);
+            overridden.push(format!("--cpu {features}"));
+        }
         // The package keeps the recipe's text, so it has to say what was not taken from there.
         for line in overridden {
             recipe.text.push_str(&format!("\n# On the command line: {line}\n"));
@@ -95,7 +114,7 @@ impl Flags {
         self.output.clone().unwrap_or_else(|| compile::default_output(&self.source))
     }
 
-    fn request(&self) -> aotron::Result<BuildRequest> {
+    fn request(&self) -> anyhow::Result<BuildRequest> {
         Ok(BuildRequest {
             checkpoint: self.source.clone(),
             recipes: self.recipes()?,
@@ -103,13 +122,15 @@ impl Flags {
             replace: self.force,
             prepare: self.prepare,
             calibration: self.calibration.clone(),
+            chat_format: self.chat_format.clone(),
         })
     }
 
     fn finish_request(&self) -> anyhow::Result<FinishRequest> {
         let recipe = match &self.recipe[..] {
+            [] if self.cpu.is_some() => return Err(usage("--finish packs weights for a --cpu with --recipe cpu")),
             [] => None,
-            [name] => Some(Recipe::load(name)?),
+            [_] => self.recipes()?.pop(),
             _ => bail!("--finish adds a plan for one --recipe at a time"),
         };
         Ok(FinishRequest { package: self.source.clone(), recipe })
@@ -158,10 +179,10 @@ fn print_prediction(prediction: &Prediction) {
     };
     line("reads", format!("{} of weights", term::bytes(prediction.read_bytes)));
     for (file, bytes) in &prediction.files {
-        line("writes", format!("{:>9}  {file}", term::bytes(*bytes)));
+        line("writes", format!("{:>10}  {file}", term::bytes(*bytes)));
     }
     if prediction.scratch_bytes > 0 {
-        line("writes", format!("{:>9}  while it is built", term::bytes(prediction.scratch_bytes)));
+        line("writes", format!("{:>10}  while it is built", term::bytes(prediction.scratch_bytes)));
     }
     line("disk", format!("{}{}", term::bytes(prediction.disk_bytes()), of(prediction.free_disk_bytes, "free")));
     let available = of(prediction.available_memory_bytes, "available");
@@ -202,6 +223,9 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
             ),
         )?;
     }
+    for (name, text) in text_facts(package.manifest()) {
+        line(name, text)?;
+    }
     let engine = shell_word(path);
     let runs_here = package.manifest().plans.iter().any(|plan| plan.target == "cpu");
     let chat = match package.manifest().tokenizer {
@@ -224,6 +248,17 @@ fn shell_word(path: &Path) -> String {
         return text;
     }
     format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+/// A CPU by its name, or `native`.
+fn cpu(name: &str) -> Result<CpuFeatures, String> {
+    match name {
+        "native" => Ok(Isa::detect().features()),
+        name => CpuFeatures::by_name(name).ok_or_else(|| {
+            let names: Vec<&str> = CpuFeatures::names().collect();
+            format!("expected native or one of {}", names.join(", "))
+        }),
+    }
 }
 
 /// A precision by its name.

@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use anyhow::bail;
 use aotron::Error;
 use aotron::engine::PlanInfo;
-use aotron::runtime::{Chat, Completion, FinishReason};
+use aotron::runtime::{Chat, Completion, FinishReason, SamplingParams};
 
-use super::args::{EngineFlags, SamplingFlags};
+use super::args::{ChatFlags, EngineFlags, SamplingFlags};
 use super::editor::{LineEditor, Typed};
-use super::prompt::next_line;
+use super::prompt::{next_line, without_byte_order_mark};
 use super::run::{Answer, per_second, why_cut};
 use super::term::{self, Style};
 use super::whole_file::WholeFile;
@@ -39,7 +39,9 @@ pub struct Flags {
     /// The system message
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Most tokens of an answer [default: the engine's, 200]
+    #[command(flatten)]
+    chat: ChatFlags,
+    /// Most tokens of an answer [default: the engine's, mostly 200]
     #[arg(short = 'n', long, value_name = "N")]
     max_tokens: Option<usize>,
     #[command(flatten)]
@@ -47,20 +49,21 @@ pub struct Flags {
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
-    if let Some(idle) = flags.sampling.without_effect() {
-        term::warn(idle);
-    }
     let engine = flags.engine.open()?;
     let (plan, settings) = (engine.plan()?, engine.package.manifest().generation.clone());
-    let format = engine.package.chat_format();
-    if engine.tokenizer.is_none() {
+    let defaults = SamplingParams::from(&settings);
+    if let Some(idle) = flags.sampling.without_effect(&defaults) {
+        term::warn(idle);
+    }
+    let Some(tokenizer) = &engine.tokenizer else {
         let path = engine.package.path().display();
         bail!("{path} has no tokenizer, so it cannot chat; `aotron run` takes --token-ids");
-    }
+    };
+    let format = Arc::new(flags.chat.apply(&engine.package.manifest().chat_format, tokenizer)?);
     let name = engine.package.path().display().to_string();
     let mut chat = Chat::new(engine.into_session(), format)?;
     let max_tokens = flags.max_tokens.unwrap_or(settings.max_tokens);
-    chat.set_sampling(flags.sampling.params());
+    chat.set_sampling(flags.sampling.params(&defaults));
     chat.set_max_tokens(max_tokens);
     chat.set_system(flags.system.as_deref().unwrap_or_default());
     let mut conversation =
@@ -158,8 +161,10 @@ impl Conversation {
     /// With lines from a file or a program: an error ends the conversation.
     fn piped(&mut self) -> anyhow::Result<()> {
         let mut input = std::io::stdin().lock();
+        let mut is_first = true;
         while let Some(line) = next_line(&mut input, "standard input")? {
-            match Line::parse(&line) {
+            let line = if std::mem::take(&mut is_first) { without_byte_order_mark(&line) } else { &line };
+            match Line::parse(line) {
                 Line::Quit => break,
                 Line::Message(text) => {
                     self.say(&format!("> {text}"))?;

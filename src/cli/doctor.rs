@@ -4,10 +4,10 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use aotron::backend::cpu::kernels::isa::Isa;
 use aotron::backend::tensorrt::{DeviceInfo, Kind, Library, devices};
 use aotron::compile::gpu::{Means, sm};
 use aotron::compile::{Precision, Target, available_memory_bytes, free_bytes, total_memory_bytes};
+use aotron::isa::Isa;
 use serde::Serialize;
 
 use super::args::Format;

@@ -10,13 +10,15 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use aotron::backend::cpu::lower::lower;
+use aotron::backend::cpu::lower::{CpuTarget, lower};
 use aotron::backend::cpu::program::Program;
 use aotron::backend::{Limits, cpu_program};
 use aotron::checkpoint::{Checkpoint, ModelConfig, is_checkpoint, read_config};
 use aotron::compile::{Calibration, Precision, Recipe, Report, open_checkpoint, optimized_graph};
-use aotron::engine::{Package, is_package};
+use aotron::engine::{GenerationSettings, Manifest, Package, is_package};
 use aotron::graph::Graph;
+use aotron::runtime::SamplingParams;
+use aotron::text::ChatFormat;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -105,7 +107,7 @@ impl Dumps {
             let (graph, reports) = optimized_graph(config, precision, limits.max_sequence_tokens, Some(&calibration))?;
             dumps.passes = flags.passes.then_some(reports);
             if flags.program {
-                dumps.program = Some(lower(&graph, &limits)?.program);
+                dumps.program = Some(lower(&graph, &limits, CpuTarget::native())?.program);
             }
             dumps.graph = flags.graph.then_some(graph);
         }
@@ -195,7 +197,12 @@ impl Subject {
                     "weight_bytes": checkpoint.weight_bytes(),
                     "details": details.collect::<serde_json::Map<String, Value>>(),
                     "tokenizer": facts.tokenizer_json(),
-                    "ends": facts.ends,
+                    "ends": facts.text.format.stop_ids(),
+                    "chat_format": facts.text.format,
+                    "generation": facts.text.generation,
+                    "notes": facts.text.notes,
+                    "warnings": facts.text.warnings,
+                    "refusals": facts.text.refusals,
                     "differences_from_model_card": facts.differences,
                     "tensors": tensor_groups(checkpoint),
                 }))
@@ -223,6 +230,34 @@ impl Subject {
     }
 }
 
+/// The chat format and the defaults of a package: names and texts.
+pub fn text_facts(manifest: &Manifest) -> Vec<(&'static str, String)> {
+    let (format, settings) = (&manifest.chat_format, &manifest.generation);
+    let mut facts = vec![("chat", format.template.describe()), ("generation", generation(format, settings))];
+    if !settings.unused.is_empty() {
+        facts.push(("not used", format!("{}, of generation_config.json", settings.unused.join(", "))));
+    }
+    facts
+}
+
+/// Ends and defaults of a generation, for people.
+fn generation(format: &ChatFormat, settings: &GenerationSettings) -> String {
+    let stops = format.stop_ids().into_iter().map(|id| format!("id {id}"));
+    let stops: Vec<String> = stops.chain(format.chat_stop_strings().iter().map(|s| format!("{s:?}"))).collect();
+    let stops = if stops.is_empty() { "nothing".into() } else { stops.join(", ") };
+    let mut how = Vec::new();
+    let params = SamplingParams::from(settings);
+    if params.is_greedy() {
+        how.push("greedy".to_owned());
+    }
+    how.extend(params.temperature.map(|temperature| format!("temperature {temperature}")));
+    how.extend(params.top_k.filter(|k| *k > 0).map(|top_k| format!("top-k {top_k}")));
+    how.extend(params.top_p.filter(|p| *p < 1.0).map(|top_p| format!("top-p {top_p}")));
+    how.extend(params.min_p.filter(|p| *p > 0.0).map(|min_p| format!("min-p {min_p}")));
+    how.extend(params.repetition_penalty.filter(|p| *p != 1.0).map(|p| format!("repetition penalty {p}")));
+    format!("ended by {stops}, or after {} tokens unless told; {}", settings.max_tokens, how.join(", "))
+}
+
 struct Lines {
     style: Style,
     lines: Vec<String>,
@@ -246,11 +281,9 @@ impl Lines {
             }
             None => self.fact("tokenizer", "none: takes and gives token ids only"),
         }
-        let (format, settings) = (&manifest.chat_format, &manifest.generation);
-        let stops = format.stop_ids().into_iter().map(|id| format!("id {id}"));
-        let stops: Vec<String> = stops.chain(format.chat_stop_strings().iter().map(|s| format!("{s:?}"))).collect();
-        let stops = if stops.is_empty() { "nothing".into() } else { stops.join(", ") };
-        self.fact("generation", format!("ended by {stops}, or after {} tokens unless told", settings.max_tokens));
+        for (name, text) in text_facts(manifest) {
+            self.fact(name, text);
+        }
         for plan in &manifest.plans {
             let limits = &plan.limits;
             self.fact(
@@ -280,7 +313,7 @@ impl Lines {
             );
         }
         for file in &manifest.files {
-            self.fact("file", format!("{:>9}  {}  {}", term::bytes(file.bytes), file.path, short(&file.sha256)));
+            self.fact("file", format!("{:>10}  {}  {}", term::bytes(file.bytes), file.path, short(&file.sha256)));
         }
     }
 
@@ -299,14 +332,20 @@ impl Lines {
         }
         let kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim;
         self.fact("KV memory", format!("{} bytes a token in bf16, {} in f32", 2 * kv_values, 4 * kv_values));
-        let ends: Vec<String> = facts.ends.iter().map(|id| format!("id {id}")).collect();
-        self.fact("ends at", if ends.is_empty() { "nothing that it names".to_owned() } else { ends.join(", ") });
+        self.fact("chat", facts.text.format.template.describe());
+        self.fact("generation", generation(&facts.text.format, &facts.text.generation));
+        for note in &facts.text.notes {
+            self.fact("", note);
+        }
         let groups = tensor_groups(checkpoint);
         let width = groups.iter().map(|group| group.name.chars().count()).max().unwrap_or(0);
         for TensorGroup { name, count, dtype, shape, bytes } in groups {
             let times = if count == 1 { String::new() } else { format!("{count} × ") };
             let line = format!("{name:<width$} {times:>6}{dtype} {shape:?}");
-            self.fact("tensor", format!("{line:<70} {:>9}", term::bytes(bytes)));
+            self.fact("tensor", format!("{line:<70} {:>10}", term::bytes(bytes)));
+        }
+        for warning in facts.text.warnings.iter().chain(&facts.text.refusals) {
+            term::warn(term::harmless(warning));
         }
         for difference in facts.differences {
             term::warn(term::harmless(&format!("not as on the model card: {difference}")));

@@ -10,6 +10,9 @@ use super::args::usage;
 /// A longer prompt is refused unread: it would not fit any model.
 const MAX_PROMPT_BYTES: u64 = 16 << 20;
 
+/// How messages call standard input.
+const STDIN: &str = "standard input";
+
 /// The prompt's flags: one of them, or piped standard input.
 #[derive(Debug, clap::Args)]
 #[group(multiple = false)]
@@ -37,7 +40,8 @@ pub enum Prompt {
 }
 
 impl PromptFlags {
-    /// Reads the prompt. With `as_message`, the line break at the end of a file is not part of it.
+    /// Reads the prompt. With `as_message`, the line break at the end of a file is not part of it. A byte order mark at the
+    /// start of a file is not part of the text.
     pub fn read(&self, as_message: bool) -> anyhow::Result<Prompt> {
         if let Some(text) = &self.prompt {
             return Ok(Prompt::Text(text.clone()));
@@ -46,20 +50,16 @@ impl PromptFlags {
             return Ok(Prompt::TokenIds(ids.0.clone()));
         }
         let mut text = match &self.prompt_file {
-            Some(path) if path != Path::new("-") => {
-                let file = std::fs::File::open(path).map_err(aotron::Error::io("open", path))?;
-                text_of(file, &path.display().to_string())?
-            }
+            Some(path) => read_file(path)?,
             None => {
                 let stdin = std::io::stdin().lock();
-                let text = if stdin.is_terminal() { String::new() } else { text_of(stdin, "standard input")? };
+                let text = if stdin.is_terminal() { String::new() } else { text_of(stdin, STDIN)? };
                 if text.is_empty() {
                     let message = "there is no prompt: pass --prompt, --prompt-file or --token-ids, or pipe one in";
                     return Err(usage(message));
                 }
                 text
             }
-            Some(_) => text_of(std::io::stdin().lock(), "standard input")?,
         };
         if as_message && text.ends_with('\n') {
             text.pop();
@@ -69,6 +69,20 @@ impl PromptFlags {
         }
         Ok(Prompt::Text(text))
     }
+}
+
+/// The text of a file, `-` for standard input.
+pub fn read_file(path: &Path) -> anyhow::Result<String> {
+    if path == Path::new("-") {
+        return text_of(std::io::stdin().lock(), STDIN);
+    }
+    let file = std::fs::File::open(path).map_err(aotron::Error::io("open", path))?;
+    text_of(file, &path.display().to_string())
+}
+
+/// A text without the byte order mark that some editors put at the start of a file.
+pub fn without_byte_order_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
 /// `1,2,3`, spaces and brackets allowed.
@@ -93,7 +107,7 @@ pub fn next_line(reader: &mut impl BufRead, name: &str) -> anyhow::Result<Option
 fn text_of(reader: impl Read, name: &str) -> anyhow::Result<String> {
     let mut bytes = Vec::new();
     reader.take(MAX_PROMPT_BYTES + 1).read_to_end(&mut bytes).with_context(|| format!("cannot read {name}"))?;
-    as_text(bytes, name)
+    as_text(bytes, name).map(|text| without_byte_order_mark(&text).to_owned())
 }
 
 fn as_text(bytes: Vec<u8>, name: &str) -> anyhow::Result<String> {
@@ -130,6 +144,11 @@ mod tests {
     #[test]
     fn what_is_not_text_is_refused() {
         assert_eq!(text_of(&b"a\xc3\xa9"[..], "f").unwrap(), "aé");
+        assert_eq!(
+            text_of(&b"\xef\xbb\xbfa\r\nb\xef\xbb\xbf"[..], "f").unwrap(),
+            "a\r\nb\u{feff}",
+            "a byte order mark"
+        );
         let error = text_of(&b"ab\xff"[..], "f").unwrap_err().to_string();
         assert_eq!(error, "f is not UTF-8 text: byte 2 is wrong");
         let error = text_of(std::io::repeat(b'a'), "f").unwrap_err().to_string();

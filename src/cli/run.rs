@@ -9,7 +9,7 @@ use aotron::runtime::{Completion, FinishReason, GenerationRequest};
 use aotron::text::{Message, Tokenizer};
 use serde_json::{Value, json};
 
-use super::args::{EngineFlags, Format, SamplingFlags};
+use super::args::{ChatFlags, EngineFlags, Format, SamplingFlags, usage};
 use super::engine::note_ids_only;
 use super::prompt::{Prompt, PromptFlags};
 use super::term;
@@ -22,12 +22,17 @@ pub struct Flags {
     #[command(flatten)]
     prompt: PromptFlags,
     /// Continue the text as it is, without the chat template
-    #[arg(long, conflicts_with = "system")]
+    #[arg(long, conflicts_with_all = ["system", "chat_format", "escape_markers"])]
     raw: bool,
+    /// With --raw: put the id that begins a text in front, as the tokenizer would
+    #[arg(long, requires = "raw")]
+    bos: bool,
+    #[command(flatten)]
+    chat: ChatFlags,
     /// The system message of the chat template
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Most tokens of the answer [default: the engine's, 200]
+    /// Most tokens of the answer [default: the engine's, mostly 200]
     #[arg(short = 'n', long, value_name = "N")]
     max_tokens: Option<usize>,
     /// Also end the answer before this text; can be repeated
@@ -53,38 +58,67 @@ impl Flags {
         tokenizer: Option<&Tokenizer>,
         manifest: &Manifest,
     ) -> anyhow::Result<GenerationRequest> {
-        let (format, settings) = (&manifest.chat_format, &manifest.generation);
+        let settings = &manifest.generation;
+        let without_template = |ids: Vec<u32>| {
+            let stop_strings = tokenizer.map_or(&[][..], |_| &manifest.chat_format.stop_strings);
+            GenerationRequest::new(ids).stop_ids(manifest.chat_format.stop_ids()).stop_strings(stop_strings)
+        };
         let request = match (prompt, tokenizer) {
-            (Prompt::TokenIds(ids), _) => GenerationRequest::new(ids).stop_ids(format.stop_ids()),
+            (Prompt::TokenIds(ids), _) => without_template(ids),
             (Prompt::Text(_), None) => bail!(
                 "{} has no tokenizer, so it takes no text: pass --token-ids, or build it from a checkpoint with a \
                  tokenizer.json or a tokenizer.model",
                 self.engine.engine.display()
             ),
+            (Prompt::Text(text), _) if text.is_empty() && !self.bos => {
+                return Err(usage("the prompt is empty; there is nothing to answer"));
+            }
             (Prompt::Text(text), Some(tokenizer)) if self.raw => {
-                GenerationRequest::new(tokenizer.encode(&text)?).stop_ids(format.stop_ids())
+                without_template(self.raw_ids(&text, tokenizer, manifest)?)
             }
             (Prompt::Text(text), Some(tokenizer)) => {
                 let system = self.system.iter().map(Message::system);
                 let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
-                GenerationRequest::chat(tokenizer, format, &messages)?
+                GenerationRequest::chat(tokenizer, &self.chat.apply(&manifest.chat_format, tokenizer)?, &messages)?
             }
         };
         let max_tokens = self.max_tokens.unwrap_or(settings.max_tokens);
-        Ok(request.sampling(self.sampling.params()).max_tokens(max_tokens).stop_strings(&self.stop))
+        let sampling = self.sampling.params(&settings.into());
+        Ok(request.sampling(sampling).max_tokens(max_tokens).stop_strings(&self.stop))
+    }
+
+    /// The ids of a text by itself. The id that begins a text is in front if it is asked for; a tokenizer that would put
+    /// it there is named.
+    fn raw_ids(&self, text: &str, tokenizer: &Tokenizer, manifest: &Manifest) -> anyhow::Result<Vec<u32>> {
+        let usual = tokenizer.prefix()?;
+        let pieces = |ids: &[u32]| -> String {
+            ids.iter().map(|id| format!("{} ({id})", tokenizer.piece(*id).unwrap_or_default())).collect()
+        };
+        let mut ids = match (self.bos, &usual[..], manifest.model.bos_token_id) {
+            (true, [], None) => bail!("--bos: the package names no id that begins a text"),
+            (true, [], Some(bos)) => vec![bos],
+            (true, usual, _) => usual.to_vec(),
+            (false, [], _) => Vec::new(),
+            (false, usual, _) => {
+                term::note(format!("the tokenizer would put {} in front; --bos does", term::harmless(&pieces(usual))));
+                Vec::new()
+            }
+        };
+        ids.extend(tokenizer.encode(text)?);
+        Ok(ids)
     }
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
-    if let Some(idle) = flags.sampling.without_effect() {
-        term::warn(idle);
-    }
     let prompt = flags.prompt.read(!flags.raw)?;
     if flags.verify {
         flags.engine.verify()?;
     }
     let engine = flags.engine.open()?;
     let load_seconds = engine.load_seconds;
+    if let Some(idle) = flags.sampling.without_effect(&(&engine.package.manifest().generation).into()) {
+        term::warn(idle);
+    }
     let request = flags.request(prompt, engine.tokenizer.as_deref(), engine.package.manifest())?;
     let (max_tokens, has_text) = (request.max_tokens, engine.tokenizer.is_some());
     if !has_text {

@@ -6,12 +6,21 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use anstream::stream::RawStream;
+use anstream::{AutoStream, ColorChoice};
+use anstyle::AnsiColor;
 use aotron::compile::Progress;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 /// How often a long stage says how far it is where there is no terminal to draw a bar on.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+const DIM: anstyle::Style = anstyle::Style::new().dimmed();
+const BOLD: anstyle::Style = anstyle::Style::new().bold();
+const BOLD_CYAN: anstyle::Style = AnsiColor::Cyan.on_default().bold();
+const BOLD_RED: anstyle::Style = AnsiColor::Red.on_default().bold();
+const YELLOW: anstyle::Style = AnsiColor::Yellow.on_default();
 
 /// Colours, if whoever reads the stream sees them.
 #[derive(Debug, Clone, Copy)]
@@ -21,47 +30,48 @@ pub struct Style {
 
 /// The style of standard output.
 pub fn on_stdout() -> Style {
-    Style { colours: std::io::stdout().is_terminal() && colours_wanted() }
+    Style::on(&std::io::stdout())
 }
 
 /// The style of standard error.
 pub fn on_stderr() -> Style {
-    Style { colours: std::io::stderr().is_terminal() && colours_wanted() }
-}
-
-fn colours_wanted() -> bool {
-    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-        && std::env::var_os("TERM").is_none_or(|value| value != "dumb")
+    Style::on(&std::io::stderr())
 }
 
 impl Style {
+    /// Colours on a terminal that has them, unless NO_COLOR or CLICOLOR=0 asks for none.
+    fn on(stream: &impl RawStream) -> Style {
+        // Only a terminal: what is painted here also says whether to draw, which CLICOLOR_FORCE does not ask for.
+        Style { colours: stream.is_terminal() && AutoStream::choice(stream) != ColorChoice::Never }
+    }
+
     /// Whether colours are seen.
     pub fn has_colours(self) -> bool {
         self.colours
     }
 
-    fn paint(self, code: &str, text: impl Display) -> String {
-        if self.colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_string() }
+    fn paint(self, style: anstyle::Style, text: impl Display) -> String {
+        if self.colours { format!("{style}{text}{style:#}") } else { text.to_string() }
     }
 
     pub fn dim(self, text: impl Display) -> String {
-        self.paint("2", text)
+        self.paint(DIM, text)
     }
 
     pub fn bold(self, text: impl Display) -> String {
-        self.paint("1", text)
+        self.paint(BOLD, text)
     }
 
     pub fn bold_cyan(self, text: impl Display) -> String {
-        self.paint("1;36", text)
+        self.paint(BOLD_CYAN, text)
     }
 
     pub fn bold_red(self, text: impl Display) -> String {
-        self.paint("1;31", text)
+        self.paint(BOLD_RED, text)
     }
 
     fn yellow(self, text: impl Display) -> String {
-        self.paint("33", text)
+        self.paint(YELLOW, text)
     }
 }
 
@@ -81,19 +91,9 @@ pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout().lock(), "{text}")?)
 }
 
-/// A size for people: `7.9 MiB`.
+/// A size for people, as the bars show it: `7.86 MiB`.
 pub fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if bytes < 1024 {
-        return format!("{bytes} bytes");
-    }
-    let mut size = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    while size >= 1023.95 && unit + 1 < UNITS.len() {
-        size /= 1024.0;
-        unit += 1;
-    }
-    if size < 99.95 { format!("{size:.1} {}", UNITS[unit]) } else { format!("{size:.0} {}", UNITS[unit]) }
+    HumanBytes(bytes).to_string()
 }
 
 /// A duration for people: `85 ms`, `3.2 s`, `2 min 5 s`.
@@ -153,6 +153,17 @@ struct Stage {
 impl Stages {
     pub fn new() -> Stages {
         Stages { stage: Mutex::new(None), cancelled: AtomicBool::new(false) }
+    }
+
+    /// Prints a line without tearing the bar.
+    fn aside(&self, print: &dyn Fn()) {
+        match self.stage.lock() {
+            Ok(stage) => match stage.as_ref() {
+                Some(stage) => stage.bar.suspend(print),
+                None => print(),
+            },
+            Err(_) => print(),
+        }
     }
 
     /// Asks whoever reports here to end.
@@ -239,14 +250,12 @@ impl Progress for Stages {
         }
     }
 
+    fn note(&self, message: &str) {
+        self.aside(&|| note(harmless(message)));
+    }
+
     fn warn(&self, message: &str) {
-        match self.stage.lock() {
-            Ok(stage) => match stage.as_ref() {
-                Some(stage) => stage.bar.suspend(|| warn(message)),
-                None => warn(message),
-            },
-            Err(_) => warn(message),
-        }
+        self.aside(&|| warn(message));
     }
 }
 
@@ -256,12 +265,16 @@ mod tests {
 
     #[test]
     fn sizes_read_well() {
-        let sizes = [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (7_487_928, "7.1 MiB")];
-        for (size, text) in sizes.into_iter().chain([(2 << 30, "2.0 GiB"), ((1 << 20) - 1, "1.0 MiB")]) {
+        for (size, text) in [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (7_487_928, "7.14 MiB")] {
             assert_eq!(bytes(size), text);
         }
-        assert_eq!(bytes(512 << 20), "512 MiB");
-        assert_eq!(bytes(u64::MAX), "16384 PiB");
+        assert_eq!(bytes(u64::MAX), "16.00 EiB");
+    }
+
+    #[test]
+    fn only_colours_that_are_seen_are_written() {
+        assert_eq!(Style { colours: false }.bold_red("error:"), "error:");
+        assert_eq!(Style { colours: true }.dim("note:"), "\u{1b}[2mnote:\u{1b}[0m");
     }
 
     #[test]

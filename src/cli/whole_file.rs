@@ -1,17 +1,17 @@
 //! A file that appears whole or not at all: written beside its place and renamed when it is complete.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs::Permissions;
 use std::io::{BufWriter, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use aotron::{Error, Result};
+use tempfile::NamedTempFile;
 
 /// A file being written. Dropped before [`WholeFile::finish`], it leaves nothing.
 pub struct WholeFile {
     target: PathBuf,
-    written_to: PathBuf,
-    out: BufWriter<File>,
+    out: BufWriter<NamedTempFile>,
 }
 
 impl WholeFile {
@@ -24,14 +24,17 @@ impl WholeFile {
         let Some(name) = target.file_name().filter(|_| target.is_file() || !target.exists()) else {
             return Err(Error::Request(format!("cannot write {}: it is not a file", target.display())));
         };
-        let mut hidden = OsString::from(".");
+        let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
-        hidden.push(format!(".part-{}", std::process::id()));
-        let written_to = target.with_file_name(hidden);
-        // Only a process of the same number that died can have left one.
-        let _ = fs::remove_file(&written_to);
-        let file = File::create_new(&written_to).map_err(Error::io("create", &written_to))?;
-        Ok(WholeFile { target: target.into(), written_to, out: BufWriter::with_capacity(1 << 20, file) })
+        hidden.push(".part-");
+        // A temporary file is its owner's alone; this one becomes a file like any other, as the umask says.
+        let file = tempfile::Builder::new()
+            .prefix(&hidden)
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(folder)
+            .map_err(Error::io("create", target))?;
+        Ok(WholeFile { target: target.into(), out: BufWriter::with_capacity(1 << 20, file) })
     }
 
     /// Appends to the file.
@@ -46,22 +49,18 @@ impl WholeFile {
     ///
     /// # Errors
     /// [`Error::Io`]; what was at its place is still there then.
-    pub fn finish(mut self) -> Result<()> {
-        self.out.flush().map_err(Error::io("write", &self.target))?;
-        self.out.get_ref().sync_all().map_err(Error::io("flush to disk", &self.target))?;
-        fs::rename(&self.written_to, &self.target).map_err(Error::io("rename to", &self.target))
-    }
-}
-
-impl Drop for WholeFile {
-    fn drop(&mut self) {
-        // After a rename there is nothing to remove.
-        let _ = fs::remove_file(&self.written_to);
+    pub fn finish(self) -> Result<()> {
+        let file = self.out.into_inner().map_err(|error| Error::io("write", &self.target)(error.into_error()))?;
+        file.as_file().sync_all().map_err(Error::io("flush to disk", &self.target))?;
+        file.persist(&self.target).map_err(|error| Error::io("rename to", &self.target)(error.error))?;
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -79,6 +78,11 @@ mod tests {
             file.write(text.as_bytes()).unwrap();
             file.finish().unwrap();
             assert_eq!(fs::read_to_string(&target).unwrap(), text);
+            let other = folder.path().join("other");
+            fs::write(&other, "").unwrap();
+            let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(mode(&target), mode(&other), "as any file that this process makes");
+            fs::remove_file(other).unwrap();
         }
         assert_eq!(count(), 1);
     }

@@ -10,7 +10,7 @@ use super::calibration::{self, Calibration};
 use super::gpu::{Engines, GpuPlan, Means};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
 use super::{
-    BuildRequest, BuildSummary, PlanSummary, Precision, Progress, Recipe, Report, add_engines, checkpoint_tokenizer,
+    BuildRequest, BuildSummary, CheckpointText, PlanSummary, Precision, Progress, Recipe, Report, add_engines,
     optimized_graph, plan_info,
 };
 use crate::backend::Limits;
@@ -22,10 +22,8 @@ use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
-use crate::text::{ChatFormat, NemotronMarkers, Tokenizer};
+use crate::text::{ChatFormat, Tokenizer};
 
-/// New tokens of a generation whose request does not say: the model card's example.
-const DEFAULT_MAX_TOKENS: usize = 200;
 /// The program itself, its tables and its threads.
 const PROGRAM_BYTES: u64 = 64 << 20;
 /// What TensorRT takes to compile a plan of the 8B's size without weights in it.
@@ -62,7 +60,7 @@ impl Lowered {
             None => {
                 let (graph, reports) =
                     optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
-                Ok(Lowered::Cpu { lowered: Box::new(cpu::lower::lower(&graph, limits)?), reports })
+                Ok(Lowered::Cpu { lowered: Box::new(cpu::lower::lower(&graph, limits, recipe.cpu_target())?), reports })
             }
             Some(means) => Ok(Lowered::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration)?))),
         }
@@ -145,14 +143,15 @@ impl PlannedBuild {
         let checkpoint = open_checkpoint(&request.checkpoint, progress)?;
         let mut config = checkpoint.config().clone();
         let limits = recipes.iter().map(|recipe| recipe.limits(&config)).collect::<Result<Vec<_>>>()?;
-        let tokenizer = checkpoint_tokenizer(&checkpoint)?;
-        match &tokenizer {
-            None => warn_without_tokenizer(&checkpoint, progress),
-            Some((_, tokenizer)) => add_special_ids(&mut config, tokenizer),
+        let text = CheckpointText::of(&checkpoint, request.chat_format.as_deref())?;
+        check_text(&checkpoint, &text, progress)?;
+        let CheckpointText { tokenizer, format: chat_format, generation, .. } = text;
+        if config.eos_token_ids.is_empty() {
+            // Where the config says nothing of the ids that begin and end a text, the tokenizer does.
+            config.bos_token_id = config.bos_token_id.or(text.bos_token_id);
+            config.eos_token_ids.clone_from(&chat_format.eos_token_ids);
         }
         let tokenizer_of = tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
-        let chat_format = chat_format(&checkpoint, &config, tokenizer_of, progress)?;
-        let generation = GenerationSettings { max_tokens: DEFAULT_MAX_TOKENS };
 
         // Weights do not depend on what a calibration will find, and no scale but this one is needed to lower the graph.
         let uncalibrated = Calibration::uniform(0.5);
@@ -162,7 +161,13 @@ impl PlannedBuild {
             let weights = weights_file(&plans, recipe, &lowered);
             plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
         }
-        let calibration = plan_calibration(request, &config, &plans, tokenizer_of, progress)?;
+        let calibration = plan_calibration(
+            request,
+            &config,
+            &plans,
+            tokenizer_of.map(|tokenizer| (tokenizer, &chat_format)),
+            progress,
+        )?;
         let mut planned = PlannedBuild {
             request: request.clone(),
             checkpoint,
@@ -373,15 +378,6 @@ pub fn open_checkpoint(path: &Path, progress: &dyn Progress) -> Result<Checkpoin
     Checkpoint::open_with(path, &OpenOptions { unpacking: &unpacking, ..OpenOptions::default() })
 }
 
-/// Where a checkpoint's config says nothing of the ids that begin and end a text, its SentencePiece model does.
-fn add_special_ids(config: &mut ModelConfig, tokenizer: &Tokenizer) {
-    if let (Some(facts), true) = (tokenizer.sentencepiece(), config.eos_token_ids.is_empty()) {
-        let known = |id: &u32| (*id as usize) < config.vocab_size;
-        config.bos_token_id = config.bos_token_id.or(facts.bos_id.filter(known));
-        config.eos_token_ids.extend(facts.eos_id.filter(|id| (*id as usize) < config.vocab_size));
-    }
-}
-
 /// The file for a plan's weights: another plan's if they are stored alike.
 fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &Lowered) -> String {
     let (target, precision) = (recipe.target.name(), recipe.precision);
@@ -405,7 +401,7 @@ fn plan_calibration(
     request: &BuildRequest,
     config: &ModelConfig,
     plans: &[Planned],
-    tokenizer: Option<&Tokenizer>,
+    text: Option<(&Tokenizer, &ChatFormat)>,
     progress: &dyn Progress,
 ) -> Result<Option<CalibrationRun>> {
     let Some(calibrated) = plans.iter().find(|plan| plan.recipe.precision.needs_calibration()) else {
@@ -418,9 +414,9 @@ fn plan_calibration(
     // The CPU's own plan in BF16 serves, if there is one: its weights are in the package anyway.
     let own = plans.iter().find(|plan| plan.lowered.means().is_none() && plan.recipe.precision == Precision::Bf16);
     let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
-    let prompts = calibration::prompts(request.calibration.as_ref(), tokenizer, &limits, progress)?;
+    let prompts = calibration::prompts(request.calibration.as_ref(), text, &limits, progress)?;
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
-    let lowered = cpu::lower::lower(&graph, &limits)?;
+    let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target())?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
     Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none() }))
 }
@@ -452,33 +448,28 @@ fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<Means>> {
     capability.map(|capability| Means::find(recipe.target.name(), capability, prepare)).transpose()
 }
 
+/// Says what was decided about tokenizer, template and stops, and refuses what would never end or never be understood.
+fn check_text(checkpoint: &Checkpoint, text: &CheckpointText, progress: &dyn Progress) -> Result<()> {
+    text.notes.iter().for_each(|note| progress.note(note));
+    text.warnings.iter().for_each(|warning| progress.warn(warning));
+    if text.tokenizer.is_none() {
+        warn_without_tokenizer(checkpoint, progress);
+    }
+    match &text.refusals[..] {
+        [] => Ok(()),
+        reasons => {
+            let detail = format!(
+                "{}; name another chat format with --chat-format: nemotron, raw, or a .jinja",
+                reasons.join("; ")
+            );
+            Err(Error::unsupported(checkpoint.path(), detail))
+        }
+    }
+}
+
 fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {
     progress.warn(&format!(
         "{} has neither tokenizer.json nor tokenizer.model: the package will take and give token ids only",
         checkpoint.path().display()
     ));
-}
-
-/// The template, and what ends a generation: the checkpoint's end-of-sequence ids, and the marker of the next turn.
-fn chat_format(
-    checkpoint: &Checkpoint,
-    config: &ModelConfig,
-    tokenizer: Option<&Tokenizer>,
-    progress: &dyn Progress,
-) -> Result<ChatFormat> {
-    let mut eos_token_ids = config.eos_token_ids.clone();
-    eos_token_ids.extend(checkpoint.generation_config()?.eos_token_ids);
-    eos_token_ids.sort_unstable();
-    eos_token_ids.dedup();
-    let format = match tokenizer {
-        Some(tokenizer) => ChatFormat::nemotron(NemotronMarkers::default(), &eos_token_ids, tokenizer),
-        None => ChatFormat::raw(&eos_token_ids),
-    };
-    if let Some(end) = format.end_of_turn.as_ref().filter(|end| end.id.is_none()) {
-        progress.warn(&format!("the tokenizer has no piece {}: this may not be a chat model of this family", end.text));
-    }
-    if format.stop_ids().is_empty() {
-        progress.warn("the checkpoint names no end-of-sequence id: generations end at their token limit");
-    }
-    Ok(format)
 }

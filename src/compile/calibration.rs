@@ -15,7 +15,7 @@ use crate::backend::{Chunk, Limits, Rows, Step};
 use crate::error::{Error, Result, clip};
 use crate::quantize::F8_MAX;
 use crate::tensor_file::TensorFile;
-use crate::text::{Message, NemotronMarkers, Tokenizer};
+use crate::text::{ChatFormat, Message, Tokenizer};
 
 /// Conversations of many kinds, for a user who names none.
 const BUILT_IN: &str = include_str!("calibration.jsonl");
@@ -65,8 +65,8 @@ impl Calibration {
                 Kernel::RoundToF8 { scale, out, .. } => {
                     rounded.insert(out, scale);
                 }
-                Kernel::QuantizedLinear { x, codes, .. } => {
-                    if let (Some(scale), Some(weight)) = (rounded.get(&x.buffer), program.weights.get(codes)) {
+                Kernel::Linear { x, weight, .. } => {
+                    if let (Some(scale), Some(weight)) = (rounded.get(&x.buffer), program.weights.get(weight)) {
                         calibration.scales.insert(base_name(&weight.name).into(), *scale);
                     }
                 }
@@ -89,23 +89,33 @@ fn base_name(weight: &str) -> &str {
 /// [`Error::Format`] naming the line of `file` that is no prompt, [`Error::Io`] if it cannot be read.
 pub(super) fn prompts(
     file: Option<&PathBuf>,
-    tokenizer: Option<&Tokenizer>,
+    text: Option<(&Tokenizer, &ChatFormat)>,
     limits: &Limits,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<u32>>> {
-    match (file, tokenizer) {
-        (Some(path), tokenizer) => {
+    match (file, text) {
+        (Some(path), of_text) => {
             let mut text = String::new();
             let reader = File::open(path).map_err(Error::io("open", path))?;
             reader.take(MAX_PROMPTS_BYTES + 1).read_to_string(&mut text).map_err(Error::io("read", path))?;
             if text.len() as u64 > MAX_PROMPTS_BYTES {
                 return Err(Error::format(path, format!("it has more than {MAX_PROMPTS_BYTES} bytes")));
             }
-            parse(path, &text, tokenizer, limits)
+            parse(path, &text, of_text, limits)
         }
-        (None, Some(tokenizer)) => {
+        (None, Some(of_text)) => {
             let all = Limits { max_sequence_tokens: usize::MAX, ..limits.clone() };
-            let mut prompts = parse(Path::new("the built-in prompts"), BUILT_IN, Some(tokenizer), &all)?;
+            let (mut prompts, mut refusal) = (Vec::new(), None);
+            // A checkpoint's own template may take no system message, for one: the others are enough.
+            for line in BUILT_IN.lines().filter(|line| !line.trim().is_empty()) {
+                match parse(Path::new("the built-in prompts"), line, Some(of_text), &all) {
+                    Ok(prompt) => prompts.extend(prompt),
+                    Err(error) => refusal = Some(error),
+                }
+            }
+            if let (true, Some(error)) = (prompts.is_empty(), refusal) {
+                return Err(error);
+            }
             // Their beginnings serve an engine of short sequences as well.
             prompts.iter_mut().for_each(|ids| ids.truncate(limits.max_sequence_tokens));
             Ok(prompts)
@@ -125,7 +135,12 @@ pub(super) fn prompts(
 }
 
 /// Lines of JSON: `{"messages": [{"role", "content"}, …]}` that end with a user's, or `{"token_ids": […]}`.
-fn parse(path: &Path, text: &str, tokenizer: Option<&Tokenizer>, limits: &Limits) -> Result<Vec<Vec<u32>>> {
+fn parse(
+    path: &Path,
+    text: &str,
+    of_text: Option<(&Tokenizer, &ChatFormat)>,
+    limits: &Limits,
+) -> Result<Vec<Vec<u32>>> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Line {
@@ -136,9 +151,9 @@ fn parse(path: &Path, text: &str, tokenizer: Option<&Tokenizer>, limits: &Limits
     for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let refuse = |detail: String| Error::format(path, format!("line {}: {detail}", index + 1));
         let line: Line = serde_json::from_str(line).map_err(|e| refuse(clip(e)))?;
-        let ids = match (line.messages, line.token_ids, tokenizer) {
-            (Some(messages), None, Some(tokenizer)) => {
-                tokenizer.encode(&NemotronMarkers::default().render(&messages).map_err(|e| refuse(e.to_string()))?)?
+        let ids = match (line.messages, line.token_ids, of_text) {
+            (Some(messages), None, Some((tokenizer, format))) => {
+                format.prompt(tokenizer, &messages).map_err(|e| refuse(e.to_string()))?
             }
             (Some(_), None, None) => return Err(refuse("the checkpoint has no tokenizer: give token_ids".into())),
             (None, Some(ids), _) => ids,
@@ -228,7 +243,7 @@ mod tests {
         for line in BUILT_IN.lines() {
             let line: serde_json::Value = serde_json::from_str(line).unwrap();
             let messages: Vec<Message> = serde_json::from_value(line["messages"].clone()).unwrap();
-            NemotronMarkers::default().render(&messages).unwrap();
+            crate::text::NemotronMarkers::default().render(&messages).unwrap();
         }
     }
 

@@ -1,14 +1,15 @@
-//! Compiling the TensorRT plans of a package that is there, from its own weights: on the GPU that a prepared package is
-//! for, for another version of TensorRT, or for another GPU.
+//! Compiling the plans of a package that is there, from its own weights: on the GPU that a prepared package is for, for
+//! another version of TensorRT, for another GPU, or for another CPU.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gpu::{GpuPlan, Means, precision_of};
-use super::{BuildSummary, Calibration, PlanSummary, Progress, Recipe, add_engines, plan_info};
+use super::repack::repack;
+use super::{BuildSummary, Calibration, PlanSummary, Progress, Recipe, Target, add_engines, plan_info};
 use crate::backend::tensorrt::lower::Constants;
 use crate::backend::tensorrt::pack;
-use crate::engine::{Package, PackageWriter, PlanInfo};
+use crate::engine::{Manifest, Package, PackageWriter, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 
@@ -17,8 +18,9 @@ use crate::tensor_file::TensorFile;
 pub struct FinishRequest {
     /// The package, which is replaced by the finished one.
     pub package: PathBuf,
-    /// Add a plan by this recipe, from the TensorRT weights that are there, instead of compiling the package's own. Its
-    /// precision and sequence length are those of the weights.
+    /// For a GPU: add a plan by this recipe, from the TensorRT weights that are there, instead of compiling the package's
+    /// own. For a CPU: pack the CPU plan's weights again for the recipe's CPU. Precision and sequence length are those of
+    /// the weights.
     pub recipe: Option<Recipe>,
 }
 
@@ -31,6 +33,13 @@ pub struct FinishRequest {
 pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
     let package = Package::open(&request.package)?;
     let mut manifest = package.manifest().clone();
+    if let Some(recipe) = request.recipe.as_ref().filter(|recipe| recipe.target == Target::Cpu) {
+        let mut writer = PackageWriter::create(&request.package, true)?;
+        let (info, summary) = repack(&package, recipe, &mut writer, &**progress)?;
+        let written: Vec<String> = info.files().cloned().collect();
+        replace_plan(&mut manifest, info);
+        return publish(&package, writer, manifest, &written, vec![summary]);
+    }
     let work = plans_to_compile(&package, request.recipe.as_ref())?;
     // What cannot be compiled here is refused before anything is done.
     let means: Vec<Means> = work
@@ -45,7 +54,10 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
     let mut plans = Vec::with_capacity(work.len());
     let mut added: Vec<String> = Vec::new();
     for ((recipe, old), means) in work.into_iter().zip(means) {
-        let scales = old.tensorrt.as_ref().map(|tensorrt| tensorrt.activation_scales.clone()).unwrap_or_default();
+        let tensorrt = old.tensorrt.as_ref().ok_or_else(|| {
+            Error::internal(format!("the {} plan to compile is not TensorRT's", old.target), "one of those that are")
+        })?;
+        let scales = tensorrt.activation_scales.clone();
         let calibration = Calibration::from_scales(scales);
         let mut plan = GpuPlan::new(&manifest.model, &recipe, &old.limits, means, Some(&calibration))?;
         let file = Arc::new(TensorFile::open(&package.file_path(&old.weights))?);
@@ -63,12 +75,27 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
         let info = plan_info(&recipe, file, old.weights, old.limits, kv_bytes_per_token, Some(tensorrt));
         plans.push(PlanSummary::of(&info, Some(means), reports));
         added.extend(info.files().filter(|file| **file != info.weights).cloned());
-        match manifest.plans.iter_mut().find(|plan| plan.target == info.target) {
-            Some(plan) => *plan = info,
-            None => manifest.plans.push(info),
-        }
+        replace_plan(&mut manifest, info);
     }
-    // Everything else that the new manifest uses stays as it is.
+    publish(&package, writer, manifest, &added, plans)
+}
+
+/// Puts a plan into the manifest, in the place of the one for its target.
+fn replace_plan(manifest: &mut Manifest, info: PlanInfo) {
+    match manifest.plans.iter_mut().find(|plan| plan.target == info.target) {
+        Some(plan) => *plan = info,
+        None => manifest.plans.push(info),
+    }
+}
+
+/// Makes the package appear with what was `added`; everything else that the new manifest uses stays as it is.
+fn publish(
+    package: &Package,
+    mut writer: PackageWriter,
+    mut manifest: Manifest,
+    added: &[String],
+    plans: Vec<PlanSummary>,
+) -> Result<BuildSummary> {
     let kept = manifest.plans.iter().flat_map(PlanInfo::files).chain(manifest.tokenizer.iter().map(|t| &t.file));
     let mut kept: Vec<&String> = kept.collect();
     kept.sort_unstable();
@@ -80,7 +107,7 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
     }
     writer.finish(&mut manifest)?;
     let bytes = manifest.files.iter().map(|f| f.bytes).sum();
-    Ok(BuildSummary { package: request.package.clone(), bytes, plans })
+    Ok(BuildSummary { package: package.path().to_path_buf(), bytes, plans })
 }
 
 /// The recipes to compile by, each with the plan whose weights it takes.

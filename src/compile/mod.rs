@@ -8,6 +8,8 @@ pub mod passes;
 mod prediction;
 mod quantize;
 mod recipe;
+mod repack;
+mod text;
 
 use std::path::{Path, PathBuf};
 
@@ -18,18 +20,14 @@ use gpu::{Engines, GpuPlan, Means};
 pub use passes::{Precision, Report};
 pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
 pub use recipe::{Recipe, Target, TensorRtOptions};
+pub use text::CheckpointText;
 
 use crate::backend::Limits;
-use crate::checkpoint::{Checkpoint, TokenizerFile};
 use crate::engine::tensorrt::TensorRtInfo;
 use crate::engine::{PackageWriter, PlanInfo};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::graph::Graph;
 use crate::model;
-use crate::text::Tokenizer;
-
-/// A tokenizer file is refused unread past this size; the 8B model's has about 20 MB.
-const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 
 /// Follows a build.
 pub trait Progress: Send + Sync {
@@ -46,9 +44,13 @@ pub trait Progress: Send + Sync {
     }
     /// That many bytes, or steps, of the stage are done.
     fn advance(&self, amount: u64);
+    /// A choice that was made for the user.
+    fn note(&self, message: &str) {
+        let _ = message;
+    }
     /// Something the user should know.
     fn warn(&self, message: &str);
-    /// Whether the build is to end, with [`Error::Cancelled`] and nothing left behind.
+    /// Whether the build is to end, with [`Error::Cancelled`](crate::Error::Cancelled) and nothing left behind.
     fn is_cancelled(&self) -> bool {
         false
     }
@@ -71,6 +73,9 @@ pub struct BuildRequest {
     /// `{"messages": [{"role", "content"}, …]}` that end with a user's, or `{"token_ids": […]}`. `None` takes built-in
     /// ones.
     pub calibration: Option<PathBuf>,
+    /// The chat format, as [`ChatTemplate::choose`](crate::text::ChatTemplate::choose) has it. `None` takes the
+    /// checkpoint's own.
+    pub chat_format: Option<String>,
 }
 
 /// What was built.
@@ -107,7 +112,7 @@ pub struct PlanSummary {
 /// needs one.
 ///
 /// # Errors
-/// [`Error::Graph`] if the config's sizes do not fit together.
+/// [`Error::Graph`](crate::Error::Graph) if the config's sizes do not fit together.
 pub fn optimized_graph(
     config: &crate::checkpoint::ModelConfig,
     precision: Precision,
@@ -163,25 +168,6 @@ fn add_engines(
         None => None,
     };
     Ok((Some(file), plan.info(first_chunk)))
-}
-
-/// The checkpoint's tokenizer, with its file's content, if it has one: its tokenizer.json, else its SentencePiece
-/// model.
-///
-/// # Errors
-/// [`Error::Io`], [`Error::Format`] or [`Error::Unsupported`] naming the file, also where it does not fit the model.
-pub fn checkpoint_tokenizer(checkpoint: &Checkpoint) -> Result<Option<(Vec<u8>, Tokenizer)>> {
-    let Some(TokenizerFile { path, bytes, is_json }) = checkpoint.tokenizer_file(MAX_TOKENIZER_BYTES)? else {
-        return Ok(None);
-    };
-    let read = if is_json { Tokenizer::from_json } else { Tokenizer::from_sentencepiece };
-    let tokenizer = read(&path, &bytes)?;
-    let rows = checkpoint.config().vocab_size;
-    if tokenizer.vocab_size() > rows {
-        let ids = tokenizer.vocab_size();
-        return Err(Error::format(&path, format!("it has {ids} ids, but the model's vocab_size is {rows}")));
-    }
-    Ok(Some((bytes, tokenizer)))
 }
 
 /// Where a package goes if the user does not say: `engines/<checkpoint's name>`, a `.nemo`'s without its extension.

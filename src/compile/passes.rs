@@ -7,7 +7,7 @@ use std::fmt;
 use super::calibration::Calibration;
 use super::quantize::{quantize_weights, round_inputs};
 use crate::error::Result;
-use crate::graph::{Const, Dim, Graph, Node, Op, Type, Value};
+use crate::graph::{Const, Dim, Graph, Narrowing, Node, Op, Type, Value};
 use crate::quantize::Scheme;
 use crate::tensor::DType;
 
@@ -185,23 +185,21 @@ pub(super) fn const_of(graph: &Graph, value: Value) -> Option<&Const> {
     }
 }
 
-/// `constant + scalar` becomes a constant: LayerNorm1P's `1 + w` costs nothing at run time.
+/// What is made of a constant alone becomes a constant: LayerNorm1P's `1 + w` costs nothing at run time.
 fn fold_constants(graph: &Graph) -> Result<(Graph, Report)> {
     let mut report = Report::new("fold-constants");
     let mut r = Rewrite::new(graph);
     for (value, node) in graph.iter() {
-        let Op::AddScalar(scalar) = node.op else {
-            r.copy(value)?;
-            continue;
-        };
-        if let Some(inner) = const_of(graph, node.operands[0]) {
-            let folded = Const::AddScalar(Box::new(inner.clone()), scalar);
+        let operand = node.operands.first().and_then(|operand| const_of(graph, *operand));
+        if let Some(folded) = operand.and_then(|inner| node.op.folded(inner)) {
             r.moved[value.index()] = Some(r.new.constant(&node.name, folded, node.ty.clone()));
             report.applied.push(node.name.clone());
-        } else {
-            report.left.push((node.name.clone(), "its operand is computed by the step".into()));
-            r.copy(value)?;
+            continue;
         }
+        if node.op.folds() {
+            report.left.push((node.name.clone(), "its operand is computed by the step".into()));
+        }
+        r.copy(value)?;
     }
     Ok((r.finish()?, report))
 }
@@ -284,45 +282,46 @@ fn rotary_tables(graph: &Graph, positions: usize) -> Result<(Graph, Report)> {
     Ok((r.finish()?, report))
 }
 
-/// Narrows linear layers (inputs and weights), the embedding and the KV cache to BF16.
+/// Narrows the KV cache to BF16, and the operands that their ops take in BF16: inputs and weights of linear layers, the
+/// embedding, what is written to the cache.
 fn narrow_to_bf16(graph: &Graph) -> Result<(Graph, Report)> {
     let mut report = Report::new("bf16");
     let mut r = Rewrite::new(graph);
     let mut casts: HashMap<Value, Value> = HashMap::new();
     for (value, node) in graph.iter() {
-        match &node.op {
-            Op::Input(input @ (crate::graph::Input::KeyCache(_) | crate::graph::Input::ValueCache(_))) => {
-                let ty = Type { dtype: DType::BF16, shape: node.ty.shape.clone() };
-                r.moved[value.index()] = Some(r.new.input(&node.name, *input, ty));
-            }
-            Op::Linear => {
-                let x = narrowed(&mut r, &mut casts, node.operands[0])?;
-                let weight = narrowed(&mut r, &mut casts, node.operands[1])?;
-                r.moved[value.index()] = Some(r.new.add(&node.name, Op::Linear, &[x, weight])?);
-                report.applied.push(node.name.clone());
-            }
-            Op::CacheUpdate => {
-                let cache = r.operand(node.operands[0])?;
-                let new = narrowed(&mut r, &mut casts, node.operands[1])?;
-                let past = r.operand(node.operands[2])?;
-                r.moved[value.index()] = Some(r.new.add(&node.name, Op::CacheUpdate, &[cache, new, past])?);
-            }
-            Op::Gather if is_checkpoint_tensor(graph, node.operands[1]) => {
-                let indices = r.operand(node.operands[0])?;
-                let table = narrowed(&mut r, &mut casts, node.operands[1])?;
-                r.moved[value.index()] = Some(r.new.add(&node.name, Op::Gather, &[indices, table])?);
-                report.applied.push(node.name.clone());
-            }
-            _ => {
-                r.copy(value)?;
-            }
+        if let Op::Input(input) = node.op
+            && input.is_cache()
+        {
+            let ty = Type { dtype: DType::BF16, shape: node.ty.shape.clone() };
+            r.moved[value.index()] = Some(r.new.input(&node.name, input, ty));
+            continue;
+        }
+        let is_narrowed: Vec<bool> = node
+            .op
+            .operands()
+            .iter()
+            .zip(&node.operands)
+            .map(|(spec, operand)| match spec.narrowing {
+                Narrowing::Never => false,
+                Narrowing::Always => true,
+                Narrowing::CheckpointTensors => matches!(const_of(graph, *operand), Some(Const::Tensor(_))),
+            })
+            .collect();
+        if !is_narrowed.contains(&true) {
+            r.copy(value)?;
+            continue;
+        }
+        let mut operands = Vec::with_capacity(node.operands.len());
+        for (operand, is_narrowed) in node.operands.iter().zip(&is_narrowed) {
+            operands.push(if *is_narrowed { narrowed(&mut r, &mut casts, *operand)? } else { r.operand(*operand)? });
+        }
+        r.moved[value.index()] = Some(r.new.add(&node.name, node.op.clone(), &operands)?);
+        let weights = node.operands.iter().zip(&is_narrowed);
+        if weights.into_iter().any(|(operand, is_narrowed)| *is_narrowed && const_of(graph, *operand).is_some()) {
+            report.applied.push(node.name.clone());
         }
     }
     Ok((r.finish()?, report))
-}
-
-fn is_checkpoint_tensor(graph: &Graph, value: Value) -> bool {
-    matches!(const_of(graph, value), Some(Const::Tensor(_)))
 }
 
 fn narrowed(r: &mut Rewrite<'_>, casts: &mut HashMap<Value, Value>, value: Value) -> Result<Value> {

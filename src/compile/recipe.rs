@@ -7,9 +7,11 @@ use serde::Deserialize;
 
 use super::passes::Precision;
 use crate::backend::Limits;
+use crate::backend::cpu::lower::CpuTarget;
 use crate::checkpoint::ModelConfig;
 use crate::engine::tensorrt::Sizes;
 use crate::error::{Error, Result};
+use crate::isa::CpuFeatures;
 
 /// A recipe is refused past this size.
 const MAX_RECIPE_BYTES: u64 = 1 << 20;
@@ -37,6 +39,11 @@ pub struct Recipe {
     pub prefill_chunk_tokens: usize,
     /// Rows of logits per step.
     pub logits_rows: usize,
+    /// The CPU that a CPU's plan is packed for; `None` takes this machine's.
+    pub cpu: Option<CpuFeatures>,
+    /// Whether a CPU's plan in [`Precision::Int8`] computes with activations in 8 bits too, each row by its own scale;
+    /// `None`: no, or as the plan that is packed again.
+    pub quantize_activations: Option<bool>,
     /// Of a GPU's plan: what TensorRT is told.
     pub tensorrt: Option<TensorRtOptions>,
     /// The text it was read from.
@@ -157,7 +164,14 @@ impl Recipe {
             max_sequence_tokens: Option<usize>,
             prefill_chunk_tokens: usize,
             logits_rows: usize,
+            activations: Option<RawActivations>,
             tensorrt: Option<TensorRtOptions>,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "lowercase")]
+        enum RawActivations {
+            Float,
+            Int8,
         }
         let refuse = |detail: String| Error::Recipe { name: name.into(), detail };
         let raw: Raw = toml::from_str(text).map_err(|e| refuse(e.to_string().trim_end().into()))?;
@@ -191,10 +205,15 @@ impl Recipe {
             },
             prefill_chunk_tokens: within("prefill_chunk_tokens", raw.prefill_chunk_tokens, 1 << 16)?,
             logits_rows: within("logits_rows", raw.logits_rows, 1 << 16)?,
+            cpu: None,
+            quantize_activations: raw.activations.map(|activations| matches!(activations, RawActivations::Int8)),
             tensorrt: raw.tensorrt,
             text: text.into(),
         };
-        recipe.check().map_err(|_| refuse(recipe.unsupported()))?;
+        recipe.check().map_err(|error| match error {
+            Error::Recipe { detail, .. } => refuse(detail),
+            other => other,
+        })?;
         Ok(recipe)
     }
 
@@ -203,9 +222,26 @@ impl Recipe {
     /// # Errors
     /// [`Error::Recipe`] naming both, and the precisions it does compute in.
     pub fn check(&self) -> Result<()> {
+        if self.quantize_activations == Some(true) && (self.target, self.precision) != (Target::Cpu, Precision::Int8) {
+            let detail = format!(
+                "activations = \"int8\" is for the target cpu in precision int8, not for {} in {}",
+                self.target.name(),
+                self.precision
+            );
+            return Err(Error::Recipe { name: self.target.name().into(), detail });
+        }
         match self.target.precisions().contains(&self.precision) {
             true => Ok(()),
             false => Err(Error::Recipe { name: self.target.name().into(), detail: self.unsupported() }),
+        }
+    }
+
+    /// The CPU that a CPU's plan is lowered for.
+    pub fn cpu_target(&self) -> CpuTarget {
+        let CpuTarget { features, .. } = CpuTarget::native();
+        CpuTarget {
+            features: self.cpu.unwrap_or(features),
+            quantize_activations: self.quantize_activations.unwrap_or(false),
         }
     }
 

@@ -76,6 +76,36 @@ pub struct TokenizerInfo {
 pub struct GenerationSettings {
     /// New tokens, if the request does not say.
     pub max_tokens: usize,
+    /// Draw tokens at random by the settings below; else the likeliest one is taken.
+    pub do_sample: bool,
+    /// Divides the logits.
+    pub temperature: Option<f32>,
+    /// Choose among this many of the likeliest tokens; 0 is off.
+    pub top_k: Option<u32>,
+    /// Choose among the likeliest tokens that together reach this probability.
+    pub top_p: Option<f32>,
+    /// Choose among tokens at least this fraction as likely as the likeliest one.
+    pub min_p: Option<f32>,
+    /// Weakens tokens already seen.
+    pub repetition_penalty: Option<f32>,
+    /// The checkpoint's settings that are not obeyed, by their names.
+    pub unused: Vec<String>,
+}
+
+impl Default for GenerationSettings {
+    /// The model card's example: 200 tokens, always the likeliest one.
+    fn default() -> GenerationSettings {
+        GenerationSettings {
+            max_tokens: 200,
+            do_sample: false,
+            temperature: None,
+            top_k: None,
+            top_p: None,
+            min_p: None,
+            repetition_penalty: None,
+            unused: Vec::new(),
+        }
+    }
 }
 
 /// A plan and what it needs.

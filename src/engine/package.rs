@@ -17,7 +17,8 @@ pub fn is_package(path: &Path) -> bool {
     path.join(MANIFEST_NAME).is_file()
 }
 
-/// An opened engine package.
+/// An opened engine package. Its files are mapped when they are read and must not be changed in place while they are in
+/// use, see [`MappedFile`]; replacing the whole folder is safe.
 #[derive(Debug, Clone)]
 pub struct Package {
     path: PathBuf,
@@ -81,13 +82,19 @@ impl Package {
         self.path.join(file)
     }
 
+    #[allow(unsafe_code)]
+    fn map(&self, file: &str) -> Result<MappedFile> {
+        // SAFETY: [`Package`]'s documentation hands the duty to leave its files alone on to whoever opens it.
+        unsafe { MappedFile::open(&self.file_path(file)) }
+    }
+
     /// A small file's content, checked against its digest.
     ///
     /// # Errors
     /// [`Error::Package`] if it is not listed or not what was written.
     pub fn read(&self, file: &str) -> Result<Vec<u8>> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
-        let mapped = MappedFile::open(&self.file_path(file))?;
+        let mapped = self.map(file)?;
         self.check(info, mapped.bytes(), &|_| {})?;
         Ok(mapped.bytes().to_vec())
     }
@@ -113,7 +120,7 @@ impl Package {
     /// [`Error::Package`] if it is not listed or not what was written.
     pub fn verify_file(&self, file: &str, progress: &dyn Fn(u64)) -> Result<()> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
-        self.check(info, MappedFile::open(&self.file_path(file))?.bytes(), progress)
+        self.check(info, self.map(file)?.bytes(), progress)
     }
 
     /// Checks every file against its digest; `progress` gets numbers of bytes.

@@ -2,13 +2,19 @@
 //! defines one value from earlier ones, and its type is inferred when it is added, so a graph that exists
 //! type-checks.
 
+mod constant;
+mod descriptor;
 mod dim;
 mod op;
+mod value_type;
 
 use std::fmt;
 
+pub use constant::{Const, Trig};
+pub use descriptor::{Accepts, Narrowing, OperandSpec};
 pub use dim::{Dim, Sym};
-pub use op::{Const, Input, Op, Trig, Type};
+pub use op::Op;
+pub use value_type::{Input, Type};
 
 use crate::error::{Error, Result};
 
@@ -154,12 +160,9 @@ mod tests {
         assert_eq!(error, "graph: op linear (layers.0.up): weight is f32[4, 9]: found 9, expected 8");
     }
 
-    #[test]
-    fn every_op_refuses_wrong_operands() {
-        let mut g = Graph::new();
-        let ids = g.input("ids", Input::TokenIds, Type::new(DType::I32, [Dim::tokens()]));
-        let x = g.input("x", Input::TokenIds, Type::new(DType::F32, [Dim::tokens(), 8.into()]));
-        let ops = [
+    /// Every op that has operands; `RoundToF8`, `Columns`, `RotaryAngle` and `Rotary` with attributes that no operand fits.
+    fn ops() -> Vec<Op> {
+        vec![
             Op::AddScalar(1.0),
             Op::Cast(DType::BF16),
             Op::Gather,
@@ -175,12 +178,57 @@ mod tests {
             Op::Attention { scale: 1.0 },
             Op::Relu2,
             Op::Add,
-        ];
-        for op in ops {
+        ]
+    }
+
+    #[test]
+    fn every_op_refuses_wrong_operands() {
+        let mut g = Graph::new();
+        let ids = g.input("ids", Input::TokenIds, Type::new(DType::I32, [Dim::tokens()]));
+        let x = g.input("x", Input::TokenIds, Type::new(DType::F32, [Dim::tokens(), 8.into()]));
+        for op in ops() {
             for operands in [&[][..], &[ids], &[x, ids], &[x, ids, ids], &[ids, ids, ids, ids]] {
                 assert!(g.add("v", op.clone(), operands).is_err(), "{op:?} took {operands:?}");
             }
         }
+    }
+
+    #[test]
+    fn descriptors_refer_to_operands_before_and_have_kinds_of_their_own() {
+        let mut kinds = std::collections::HashSet::from(["input", "const"]);
+        for op in ops() {
+            let operands = op.operands();
+            assert!(!operands.is_empty() && (kinds.insert(op.kind()) || op.kind() == "quantized_linear"), "{op:?}");
+            for (index, operand) in operands.iter().enumerate() {
+                assert!(!matches!(operand.accepts, Accepts::SameAs(other) if other >= index), "{op:?}");
+            }
+            assert!(!op.folds() || operands.len() == 1, "{op:?} folds one operand");
+        }
+        assert_eq!(kinds.len(), 16, "the list above has every op");
+    }
+
+    #[test]
+    fn equal_names_are_equal_dimensions() {
+        let mut g = Graph::new();
+        let f32 = |dims: &[Dim]| Type::new(DType::F32, dims.iter().copied());
+        let (b, s, four) = (Dim::sym(Sym::B), Dim::sym(Sym::S), Dim::fixed(4));
+        let past = g.input("past", Input::PastTokens, Type::new(DType::I32, [b]));
+        let new = g.input("new", Input::TokenIds, f32(&[Dim::tokens(), 8.into()]));
+        let cache = g.input("cache", Input::KeyCache(0), f32(&[b, 2.into(), s, four]));
+        let other = g.input("other", Input::KeyCache(0), f32(&[s, 2.into(), s, four]));
+        let wide = g.input("wide", Input::KeyCache(0), f32(&[b, 3.into(), s, four]));
+        let updated = g.add("updated", Op::CacheUpdate, &[cache, new, past]).unwrap();
+        assert_eq!(g.node(updated).ty, g.node(cache).ty);
+        for (operands, expected) in [
+            ([other, new, past], "cache is f32[S, 2, S, 4]: found S, expected B"),
+            ([wide, new, past], "new is f32[B·T, 8], which does not fill a position of f32[B, 3, S, 4]"),
+            ([new, new, past], "cache is f32[B·T, 8], expected 4 dimensions: [B, heads, S, head_dim]"),
+        ] {
+            let error = g.add("v", Op::CacheUpdate, &operands).unwrap_err().to_string();
+            assert!(error.ends_with(expected), "{error}");
+        }
+        let error = g.add("v", Op::Attention { scale: 1.0 }, &[new, cache, wide, past]).unwrap_err().to_string();
+        assert!(error.ends_with("values is f32[B, 3, S, 4]: found 3, expected 2"), "{error}");
     }
 
     #[test]

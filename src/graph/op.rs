@@ -1,145 +1,15 @@
-//! The closed set of operations, and the rule that gives each its result type.
+//! The closed set of operations, each with the one descriptor that everything else about it derives from.
 
-use std::fmt;
-
-use super::dim::{Dim, Sym};
-use crate::quantize::Scheme;
-use crate::tensor::DType;
-
-/// An element type and a symbolic shape.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Type {
-    /// Element type.
-    pub dtype: DType,
-    /// Row-major shape.
-    pub shape: Vec<Dim>,
-}
-
-impl Type {
-    /// A type from anything that converts to dimensions.
-    pub fn new(dtype: DType, shape: impl IntoIterator<Item = Dim>) -> Type {
-        Type { dtype, shape: shape.into_iter().collect() }
-    }
-
-    /// The last dimension if it is known: the width of a row.
-    pub fn width(&self) -> Option<usize> {
-        self.shape.last().and_then(|d| d.as_fixed())
-    }
-}
-
-impl fmt::Display for Type {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dims: Vec<String> = self.shape.iter().map(Dim::to_string).collect();
-        write!(f, "{}[{}]", self.dtype, dims.join(", "))
-    }
-}
-
-/// What a step supplies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Input {
-    /// Token ids, `i32[B·T]`.
-    TokenIds,
-    /// Each token's position in its sequence, `i32[B·T]`.
-    Positions,
-    /// Tokens each sequence had in the cache before the step, `i32[B]`.
-    PastTokens,
-    /// Indices into the step's tokens whose logits are wanted, `i32[R]`.
-    LogitsRows,
-    /// A layer's keys, `[B, kv_heads, S, head_dim]`.
-    KeyCache(usize),
-    /// A layer's values, `[B, kv_heads, S, head_dim]`.
-    ValueCache(usize),
-}
-
-/// A value that is known before any step: an expression over the checkpoint's tensors, evaluated by the packer.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Const {
-    /// A tensor of the checkpoint, by its Hugging Face name.
-    Tensor(String),
-    /// `inner + scalar`, added in FP32.
-    AddScalar(Box<Const>, f32),
-    /// Matrices of equal width, one above the other.
-    ConcatRows(Vec<Const>),
-    /// `f32[positions, rotary_dim / 2]`: see [`Trig`].
-    RotaryTable {
-        /// Cosine or sine.
-        trig: Trig,
-        /// Base of the frequencies.
-        theta: f64,
-        /// Rotating dimensions of a head.
-        rotary_dim: usize,
-        /// Rows: positions 0 .. positions.
-        positions: usize,
-    },
-    /// `inner` rounded to another element type, ties to even.
-    Cast(Box<Const>, DType),
-    /// The codes of a matrix, `[rows, columns]` of the scheme's dtype: see [`crate::quantize`].
-    Codes(Box<Const>, Scheme),
-    /// The scales of a matrix's codes, `f32[rows, blocks]`.
-    Scales {
-        /// The matrix.
-        matrix: Box<Const>,
-        /// How its rows are quantized.
-        scheme: Scheme,
-        /// Its columns.
-        columns: usize,
-    },
-}
-
-impl Const {
-    /// The checkpoint tensors the expression reads.
-    pub fn tensors<'a>(&'a self, names: &mut Vec<&'a str>) {
-        match self {
-            Const::Tensor(name) => names.push(name),
-            Const::AddScalar(inner, _) | Const::Cast(inner, _) | Const::Codes(inner, _) => inner.tensors(names),
-            Const::Scales { matrix, .. } => matrix.tensors(names),
-            Const::ConcatRows(parts) => parts.iter().for_each(|p| p.tensors(names)),
-            Const::RotaryTable { .. } => {}
-        }
-    }
-}
-
-impl fmt::Display for Const {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Const::Tensor(name) => f.write_str(name),
-            Const::AddScalar(inner, scalar) => write!(f, "({inner} + {scalar})"),
-            Const::ConcatRows(parts) => {
-                let parts: Vec<String> = parts.iter().map(Const::to_string).collect();
-                write!(f, "rows({})", parts.join("; "))
-            }
-            Const::RotaryTable { trig, theta, rotary_dim, positions } => {
-                write!(f, "rotary_{trig}(theta {theta}, dims {rotary_dim}, positions {positions})")
-            }
-            Const::Cast(inner, dtype) => write!(f, "{dtype}({inner})"),
-            Const::Codes(inner, scheme) => write!(f, "codes({inner}; {scheme})"),
-            Const::Scales { matrix, scheme, .. } => write!(f, "scales({matrix}; {scheme})"),
-        }
-    }
-}
-
-/// Which function of the rotary angle `position · theta^(−2i / rotary_dim)`, `i < rotary_dim / 2`
-/// (Su et al., "RoFormer"; frequencies and angles are rounded to FP32 as transformers does).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Trig {
-    /// Cosine.
-    Cos,
-    /// Sine.
-    Sin,
-}
-
-impl fmt::Display for Trig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Trig::Cos => "cos",
-            Trig::Sin => "sin",
-        })
-    }
-}
+use super::constant::{Const, Trig};
+use super::descriptor::{Accepts, Narrowing, OpDescriptor, operand};
+use super::value_type::{Input, Type};
+use crate::tensor::DType::{self, F32, I32};
 
 /// One operation. Each defines one value; operands are listed in the order given here.
-/// A new op needs its type rule below, a CPU kernel (`backend/cpu/lower.rs`) and a lowering to TensorRT
-/// (`backend/tensorrt/lower.rs`): each is an exhaustive `match`, so a missing one does not compile.
+///
+/// To add an op, give it a variant and a descriptor in this file, and lower it in `backend/cpu/lower.rs` and
+/// `backend/tensorrt/lower.rs`: all three are exhaustive `match`es, so a missing one does not compile. The dump, the type
+/// rule, and the passes that fold constants and narrow to BF16 read the descriptor.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Op {
     /// Supplied by the step.
@@ -212,230 +82,169 @@ pub enum Op {
 }
 
 impl Op {
-    /// The op's kind, for messages and dumps.
-    pub fn kind(&self) -> &'static str {
+    /// The op's descriptor.
+    pub(super) fn descriptor(&self) -> OpDescriptor<'_> {
+        use Accepts::{Any, Codes, Exactly, Floats, SameAs};
+        const CACHE: &[&str] = &["B", "heads", "S", "head_dim"];
         match self {
-            Op::Input(_) => "input",
-            Op::Const(_) => "const",
-            Op::AddScalar(_) => "add_scalar",
-            Op::Cast(_) => "cast",
-            Op::Gather => "gather",
-            Op::LayerNorm { .. } => "layer_norm",
-            Op::Linear => "linear",
-            Op::QuantizedLinear { .. } => "quantized_linear",
-            Op::RoundToF8 { .. } => "round_to_f8",
-            Op::Columns { .. } => "columns",
-            Op::RotaryAngle { .. } => "rotary_angle",
-            Op::Rotary { .. } => "rotary",
-            Op::CacheUpdate => "cache_update",
-            Op::Attention { .. } => "attention",
-            Op::Relu2 => "relu2",
-            Op::Add => "add",
-        }
-    }
-
-    /// Attributes for the text dump, with a leading space where there are any.
-    pub(super) fn attributes(&self) -> String {
-        match self {
-            Op::Input(input) => format!(" {input:?}"),
-            Op::Const(expr) => format!(" {expr}"),
-            Op::AddScalar(scalar) => format!(" {scalar}"),
-            Op::Cast(dtype) => format!(" {dtype}"),
-            Op::LayerNorm { eps } => format!(" eps {eps:e}"),
-            Op::QuantizedLinear { block: Some(block) } => format!(" blocks of {block}"),
-            Op::QuantizedLinear { block: None } => " blocks of a row".into(),
-            Op::Columns { start, width } => format!(" {start}..{}", start + width),
-            Op::RotaryAngle { trig, theta, rotary_dim } => format!(" {trig} theta {theta} dims {rotary_dim}"),
-            Op::Rotary { head_dim } => format!(" head_dim {head_dim}"),
-            Op::Attention { scale } | Op::RoundToF8 { scale } => format!(" scale {scale}"),
-            Op::Gather | Op::Linear | Op::CacheUpdate | Op::Relu2 | Op::Add => String::new(),
-        }
-    }
-
-    /// The type of the op's value. `Input` and `Const` state theirs, so they are not asked.
-    /// The error says which operand is wrong, what it is and what was expected.
-    pub(super) fn infer(&self, operands: &[&Type]) -> Result<Type, String> {
-        use DType::{F32, I32};
-        let count = |n: usize| {
-            (operands.len() == n).then_some(()).ok_or_else(|| format!("takes {n} operands, got {}", operands.len()))
-        };
-        let rank = |what: &str, t: &Type, n: usize| {
-            (t.shape.len() == n).then_some(()).ok_or_else(|| format!("{what} is {t}, expected {n} dimensions"))
-        };
-        let float = |what: &str, t: &Type| {
-            t.dtype.is_float().then_some(()).ok_or_else(|| format!("{what} is {t}, expected floats"))
-        };
-        let is = |what: &str, t: &Type, dtype: DType| {
-            (t.dtype == dtype).then_some(()).ok_or_else(|| format!("{what} is {t}, expected {dtype}"))
-        };
-        let equal = |what: &str, t: &Type, dim: Dim, expected: Dim| {
-            (dim == expected).then_some(()).ok_or_else(|| format!("{what} is {t}: found {dim}, expected {expected}"))
-        };
-        match self {
-            Op::Input(_) | Op::Const(_) => Err("has no operands to infer a type from".into()),
-            Op::AddScalar(_) | Op::Relu2 => {
-                count(1)?;
-                float("x", operands[0])?;
-                Ok(operands[0].clone())
-            }
-            Op::Cast(dtype) => {
-                count(1)?;
-                float("x", operands[0])?;
-                if !dtype.is_float() {
-                    return Err("casts between floats only".into());
-                }
-                Ok(Type { dtype: *dtype, shape: operands[0].shape.clone() })
-            }
-            Op::Gather => {
-                count(2)?;
-                let [indices, table] = [operands[0], operands[1]];
-                is("indices", indices, I32)?;
-                rank("indices", indices, 1)?;
-                rank("table", table, 2)?;
-                float("table", table)?;
-                Ok(Type::new(F32, [indices.shape[0], table.shape[1]]))
-            }
-            Op::LayerNorm { .. } => {
-                count(3)?;
-                let x = operands[0];
-                rank("x", x, 2)?;
-                is("x", x, F32)?;
-                for (what, t) in [("gamma", operands[1]), ("beta", operands[2])] {
-                    rank(what, t, 1)?;
-                    float(what, t)?;
-                    equal(what, t, t.shape[0], x.shape[1])?;
-                }
-                Ok(x.clone())
-            }
-            Op::Linear => {
-                count(2)?;
-                let [x, weight] = [operands[0], operands[1]];
-                rank("x", x, 2)?;
-                rank("weight", weight, 2)?;
-                float("x", x)?;
-                is("weight", weight, x.dtype)?;
-                equal("weight", weight, weight.shape[1], x.shape[1])?;
-                Ok(Type::new(F32, [x.shape[0], weight.shape[0]]))
-            }
-            Op::QuantizedLinear { block } => {
-                count(3)?;
-                let [x, codes, scales] = [operands[0], operands[1], operands[2]];
-                rank("x", x, 2)?;
-                float("x", x)?;
-                rank("codes", codes, 2)?;
-                if !codes.dtype.is_code() {
-                    return Err(format!("codes is {codes}, expected i8, i4 or f8"));
-                }
-                equal("codes", codes, codes.shape[1], x.shape[1])?;
-                rank("scales", scales, 2)?;
-                is("scales", scales, F32)?;
-                equal("scales", scales, scales.shape[0], codes.shape[0])?;
-                let columns = codes.width().ok_or_else(|| format!("codes is {codes}: width must be known"))?;
+            Op::Input(input) => OpDescriptor::stated("input", format!("{input:?}")),
+            Op::Const(expr) => OpDescriptor::stated("const", expr.to_string()),
+            Op::AddScalar(scalar) => OpDescriptor::new("add_scalar", const { &[operand("x", Floats).of_any_shape()] })
+                .attributes(scalar.to_string())
+                .folding(move |inner| Const::AddScalar(Box::new(inner), *scalar))
+                .result(move |x| Ok(x.operand(0).clone())),
+            Op::Cast(dtype) => OpDescriptor::new("cast", const { &[operand("x", Floats).of_any_shape()] })
+                .attributes(dtype.to_string())
+                .folding(move |inner| Const::Cast(Box::new(inner), *dtype))
+                .result(move |x| match dtype.is_float() {
+                    true => Ok(Type { dtype: *dtype, shape: x.operand(0).shape.clone() }),
+                    false => Err("casts between floats only".into()),
+                }),
+            Op::Gather => OpDescriptor::new(
+                "gather",
+                const {
+                    &[
+                        operand("indices", Exactly(I32)).of(&["n"]),
+                        // An activation is gathered in the type it has.
+                        operand("table", Floats).of(&["rows", "width"]).narrowed(Narrowing::CheckpointTensors),
+                    ]
+                },
+            )
+            .result(move |x| x.typed(F32, ["n", "width"])),
+            Op::LayerNorm { eps } => OpDescriptor::new(
+                "layer_norm",
+                const {
+                    &[
+                        operand("x", Exactly(F32)).of(&["n", "width"]),
+                        operand("gamma", Floats).of(&["width"]),
+                        operand("beta", Floats).of(&["width"]),
+                    ]
+                },
+            )
+            .attributes(format!("eps {eps:e}"))
+            .result(move |x| Ok(x.operand(0).clone())),
+            Op::Linear => OpDescriptor::new(
+                "linear",
+                const {
+                    &[
+                        operand("x", Floats).of(&["n", "in"]).narrowed(Narrowing::Always),
+                        operand("weight", SameAs(0)).of(&["out", "in"]).narrowed(Narrowing::Always),
+                    ]
+                },
+            )
+            .result(move |x| x.typed(F32, ["n", "out"])),
+            Op::QuantizedLinear { block } => OpDescriptor::new(
+                "quantized_linear",
+                const {
+                    &[
+                        operand("x", Floats).of(&["n", "in"]),
+                        operand("codes", Codes).of(&["out", "in"]),
+                        operand("scales", Exactly(F32)).of(&["out", "blocks"]),
+                    ]
+                },
+            )
+            .attributes(block.map_or("blocks of a row".into(), |block| format!("blocks of {block}")))
+            .result(move |x| {
                 let blocks = match block {
                     Some(0) => return Err("blocks have at least one input".into()),
-                    Some(block) => columns.div_ceil(*block),
+                    Some(block) => x.known("in")?.div_ceil(*block),
                     None => 1,
                 };
-                equal("scales", scales, scales.shape[1], blocks.into())?;
-                Ok(Type::new(F32, [x.shape[0], codes.shape[0]]))
-            }
+                x.expect("blocks", blocks.into())?;
+                x.typed(F32, ["n", "out"])
+            }),
             Op::RoundToF8 { scale } => {
-                count(1)?;
-                float("x", operands[0])?;
-                if !(scale.is_finite() && *scale > 0.0) {
-                    return Err(format!("the scale is {scale}, expected a positive number"));
-                }
-                Ok(Type { dtype: F32, shape: operands[0].shape.clone() })
+                OpDescriptor::new("round_to_f8", const { &[operand("x", Floats).of_any_shape()] })
+                    .attributes(format!("scale {scale}"))
+                    .result(move |x| match scale.is_finite() && *scale > 0.0 {
+                        true => Ok(Type { dtype: F32, shape: x.operand(0).shape.clone() }),
+                        false => Err(format!("the scale is {scale}, expected a positive number")),
+                    })
             }
             Op::Columns { start, width } => {
-                count(1)?;
-                rank("x", operands[0], 2)?;
-                let have = operands[0].width().ok_or_else(|| format!("x is {}: width must be known", operands[0]))?;
-                match start.checked_add(*width) {
-                    Some(end) if end <= have && *width > 0 => {
-                        Ok(Type::new(operands[0].dtype, [operands[0].shape[0], (*width).into()]))
+                OpDescriptor::new("columns", const { &[operand("x", Any).of(&["n", "width"])] })
+                    .attributes(format!("{start}..{}", start.saturating_add(*width)))
+                    .result(move |x| match start.checked_add(*width) {
+                        Some(end) if *width > 0 && end <= x.known("width")? => {
+                            Ok(Type::new(x.operand(0).dtype, [x.dim("n")?, (*width).into()]))
+                        }
+                        _ => Err(format!("columns {start}.. of {width} are outside x, which is {}", x.operand(0))),
+                    })
+            }
+            Op::RotaryAngle { trig, theta, rotary_dim } => {
+                OpDescriptor::new("rotary_angle", const { &[operand("positions", Exactly(I32)).of(&["n"])] })
+                    .attributes(format!("{trig} theta {theta} dims {rotary_dim}"))
+                    .result(move |x| match rotary_dim.is_multiple_of(2) && *rotary_dim > 0 {
+                        true => Ok(Type::new(F32, [x.dim("n")?, (rotary_dim / 2).into()])),
+                        false => Err(format!("rotary_dim {rotary_dim} is not a positive even number")),
+                    })
+            }
+            Op::Rotary { head_dim } => OpDescriptor::new(
+                "rotary",
+                const {
+                    &[
+                        operand("x", Exactly(F32)).of(&["n", "width"]),
+                        operand("cos", Exactly(F32)).of(&["n", "half"]),
+                        operand("sin", Exactly(F32)).of(&["n", "half"]),
+                    ]
+                },
+            )
+            .attributes(format!("head_dim {head_dim}"))
+            .result(move |x| {
+                let (width, half) = (x.known("width")?, x.known("half")?);
+                if *head_dim > 0 && width.is_multiple_of(*head_dim) && half > 0 && half <= head_dim / 2 {
+                    return Ok(x.operand(0).clone());
+                }
+                Err(format!("heads of {head_dim} do not fit x {} with angles {}", x.operand(0), x.operand(1)))
+            }),
+            Op::CacheUpdate => OpDescriptor::new(
+                "cache_update",
+                const {
+                    &[
+                        operand("cache", Floats).of(CACHE),
+                        operand("new", SameAs(0)).of(&["n", "width"]).narrowed(Narrowing::Always),
+                        operand("past_tokens", Exactly(I32)).of(&["B"]),
+                    ]
+                },
+            )
+            .result(move |x| {
+                match x.known("heads")?.checked_mul(x.known("head_dim")?) == Some(x.known("width")?) {
+                    true => Ok(x.operand(0).clone()),
+                    false => {
+                        Err(format!("new is {}, which does not fill a position of {}", x.operand(1), x.operand(0)))
                     }
-                    _ => Err(format!("columns {start}.. of {width} are outside x, which is {}", operands[0])),
                 }
-            }
-            Op::RotaryAngle { rotary_dim, .. } => {
-                count(1)?;
-                is("positions", operands[0], I32)?;
-                rank("positions", operands[0], 1)?;
-                if rotary_dim % 2 != 0 || *rotary_dim == 0 {
-                    return Err(format!("rotary_dim {rotary_dim} is not a positive even number"));
+            }),
+            Op::Attention { scale } => OpDescriptor::new(
+                "attention",
+                const {
+                    &[
+                        operand("q", Exactly(F32)).of(&["n", "width"]),
+                        operand("keys", Floats).of(CACHE),
+                        operand("values", SameAs(1)).of(CACHE),
+                        operand("past_tokens", Exactly(I32)).of(&["B"]),
+                    ]
+                },
+            )
+            .attributes(format!("scale {scale}"))
+            .result(move |x| {
+                let position = x.known("heads")?.checked_mul(x.known("head_dim")?);
+                let width = x.known("width")?;
+                match position.is_some_and(|position| position > 0 && width > 0 && width.is_multiple_of(position)) {
+                    true => Ok(x.operand(0).clone()),
+                    false => Err(format!("q is {}, not a multiple of the kv heads of {}", x.operand(0), x.operand(1))),
                 }
-                Ok(Type::new(F32, [operands[0].shape[0], (rotary_dim / 2).into()]))
-            }
-            Op::Rotary { head_dim } => {
-                count(3)?;
-                let [x, cos, sin] = [operands[0], operands[1], operands[2]];
-                rank("x", x, 2)?;
-                is("x", x, F32)?;
-                for (what, t) in [("cos", cos), ("sin", sin)] {
-                    rank(what, t, 2)?;
-                    is(what, t, F32)?;
-                    equal(what, t, t.shape[0], x.shape[0])?;
-                    equal(what, t, t.shape[1], cos.shape[1])?;
-                }
-                match (x.width(), cos.width()) {
-                    (Some(width), Some(half))
-                        if *head_dim > 0 && width % head_dim == 0 && half > 0 && 2 * half <= *head_dim =>
-                    {
-                        Ok(x.clone())
-                    }
-                    _ => Err(format!("heads of {head_dim} do not fit x {x} with angles {cos}")),
-                }
-            }
-            Op::CacheUpdate => {
-                count(3)?;
-                let [cache, new, past] = [operands[0], operands[1], operands[2]];
-                cache_type("cache", cache)?;
-                rank("new", new, 2)?;
-                is("new", new, cache.dtype)?;
-                is("past_tokens", past, I32)?;
-                let width = cache_width(cache);
-                if new.width() != width || width.is_none() {
-                    return Err(format!("new is {new}, which does not fill a position of {cache}"));
-                }
-                Ok(cache.clone())
-            }
-            Op::Attention { .. } => {
-                count(4)?;
-                let [q, keys, values, past] = [operands[0], operands[1], operands[2], operands[3]];
-                rank("q", q, 2)?;
-                is("q", q, F32)?;
-                cache_type("keys", keys)?;
-                is("past_tokens", past, I32)?;
-                if keys != values {
-                    return Err(format!("keys are {keys} but values are {values}"));
-                }
-                match (q.width(), keys.shape[1].as_fixed(), keys.shape[3].as_fixed()) {
-                    (Some(width), Some(kv_heads), Some(head_dim))
-                        if kv_heads > 0 && head_dim > 0 && width % (kv_heads * head_dim) == 0 && width > 0 =>
-                    {
-                        Ok(q.clone())
-                    }
-                    _ => Err(format!("q is {q}, not a multiple of the kv heads of {keys}")),
-                }
-            }
-            Op::Add => {
-                count(2)?;
-                if operands[0] != operands[1] {
-                    return Err(format!("x is {} but y is {}", operands[0], operands[1]));
-                }
-                float("x", operands[0])?;
-                Ok(operands[0].clone())
-            }
+            }),
+            Op::Relu2 => OpDescriptor::new("relu2", const { &[operand("x", Floats).of_any_shape()] })
+                .result(move |x| Ok(x.operand(0).clone())),
+            Op::Add => OpDescriptor::new(
+                "add",
+                const { &[operand("x", Floats).of_any_shape(), operand("y", SameAs(0)).of_any_shape()] },
+            )
+            .result(move |x| match x.operand(0).shape == x.operand(1).shape {
+                true => Ok(x.operand(0).clone()),
+                false => Err(format!("x is {} but y is {}", x.operand(0), x.operand(1))),
+            }),
         }
     }
-}
-
-fn cache_type(what: &str, t: &Type) -> Result<(), String> {
-    let fits = t.shape.len() == 4 && t.shape[0] == Dim::sym(Sym::B) && t.shape[2] == Dim::sym(Sym::S);
-    (fits && t.dtype.is_float()).then_some(()).ok_or_else(|| format!("{what} is {t}, expected [B, heads, S, width]"))
-}
-
-fn cache_width(t: &Type) -> Option<usize> {
-    t.shape[1].as_fixed()?.checked_mul(t.shape[3].as_fixed()?)
 }

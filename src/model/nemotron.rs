@@ -4,8 +4,8 @@
 //! when it runs a model in FP32 (the reference for every precision here); it rounds the sum to BF16 when it runs
 //! in BF16.
 
-use crate::checkpoint::{EMBEDDING, ModelConfig};
-use crate::error::Result;
+use crate::checkpoint::{ModelConfig, TensorRole};
+use crate::error::{Error, Result};
 use crate::graph::{Const, Dim, Graph, Input, Op, Sym, Trig, Type, Value};
 use crate::tensor::DType::{F32, I32};
 
@@ -45,21 +45,18 @@ impl Builder<'_> {
         let sin = self.graph.add("rotary.sin", angle(Trig::Sin), &[positions])?;
         let step = StepInputs { cos, sin, past_tokens };
 
-        let embedding = self.weight(EMBEDDING, &[c.vocab_size, c.hidden_size]);
-        let mut h = self.graph.add("embedding", Op::Gather, &[token_ids, embedding])?; // f32[B·T, hidden]
+        let embedding = self.weight(TensorRole::Embedding, 0)?;
+        let name = TensorRole::Embedding.module(0);
+        let mut h = self.graph.add(name, Op::Gather, &[token_ids, embedding])?; // f32[B·T, hidden]
         for layer in 0..c.num_layers {
             h = self.attention_block(layer, h, step)?;
             h = self.mlp_block(layer, h)?;
         }
 
         let last = self.graph.add("wanted", Op::Gather, &[logits_rows, h])?; // f32[R, hidden]
-        let last = self.layer_norm("norm", "model.norm", last)?;
-        let head = if c.tie_word_embeddings {
-            embedding
-        } else {
-            self.weight("lm_head.weight", &[c.vocab_size, c.hidden_size])
-        };
-        let logits = self.graph.add("logits", Op::Linear, &[last, head])?; // f32[R, vocab]
+        let last = self.layer_norm([TensorRole::FinalNormWeight, TensorRole::FinalNormBias], 0, last)?;
+        let head = if c.tie_word_embeddings { embedding } else { self.weight(TensorRole::Head, 0)? };
+        let logits = self.graph.add(TensorRole::Head.module(0), Op::Linear, &[last, head])?; // f32[R, vocab]
         self.graph.output(logits);
         Ok(self.graph)
     }
@@ -68,13 +65,11 @@ impl Builder<'_> {
     fn attention_block(&mut self, layer: usize, h: Value, step: StepInputs) -> Result<Value> {
         let c = self.config;
         let name = |part: &str| format!("layers.{layer}.attention.{part}");
-        let hf = |part: &str| format!("model.layers.{layer}.self_attn.{part}_proj");
-        let [q_width, kv_width] = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim];
 
-        let x = self.layer_norm(&name("norm"), &format!("model.layers.{layer}.input_layernorm"), h)?;
-        let q = self.linear(&name("q"), &hf("q"), x, [q_width, c.hidden_size])?;
-        let k = self.linear(&name("k"), &hf("k"), x, [kv_width, c.hidden_size])?;
-        let v = self.linear(&name("v"), &hf("v"), x, [kv_width, c.hidden_size])?;
+        let x = self.layer_norm([TensorRole::InputNormWeight, TensorRole::InputNormBias], layer, h)?;
+        let q = self.linear(TensorRole::Query, layer, x)?;
+        let k = self.linear(TensorRole::Key, layer, x)?;
+        let v = self.linear(TensorRole::Value, layer, x)?;
 
         let rotary = Op::Rotary { head_dim: c.head_dim };
         let q = self.graph.add(name("q_rotary"), rotary.clone(), &[q, step.cos, step.sin])?;
@@ -90,39 +85,67 @@ impl Builder<'_> {
 
         let scale = 1.0 / (c.head_dim as f32).sqrt();
         let mixed = self.graph.add(name("mixed"), Op::Attention { scale }, &[q, keys, values, step.past_tokens])?;
-        let out = self.linear(&name("o"), &hf("o"), mixed, [c.hidden_size, q_width])?;
+        let out = self.linear(TensorRole::AttentionOutput, layer, mixed)?;
         self.graph.add(format!("layers.{layer}.attention"), Op::Add, &[h, out])
     }
 
     /// `h + down_proj(relu(up_proj(ln2(h)))²)`
     fn mlp_block(&mut self, layer: usize, h: Value) -> Result<Value> {
-        let c = self.config;
-        let name = |part: &str| format!("layers.{layer}.mlp.{part}");
-        let hf = |part: &str| format!("model.layers.{layer}.mlp.{part}_proj");
-
-        let x = self.layer_norm(&name("norm"), &format!("model.layers.{layer}.post_attention_layernorm"), h)?;
-        let up = self.linear(&name("up"), &hf("up"), x, [c.intermediate_size, c.hidden_size])?;
-        let active = self.graph.add(name("relu2"), Op::Relu2, &[up])?;
-        let down = self.linear(&name("down"), &hf("down"), active, [c.hidden_size, c.intermediate_size])?;
+        let x = self.layer_norm([TensorRole::PostNormWeight, TensorRole::PostNormBias], layer, h)?;
+        let up = self.linear(TensorRole::Up, layer, x)?;
+        let active = self.graph.add(format!("layers.{layer}.mlp.relu2"), Op::Relu2, &[up])?;
+        let down = self.linear(TensorRole::Down, layer, active)?;
         self.graph.add(format!("layers.{layer}.mlp"), Op::Add, &[h, down])
     }
 
     /// LayerNorm1P: gamma is the stored weight plus one.
-    fn layer_norm(&mut self, name: &str, hf: &str, x: Value) -> Result<Value> {
-        let width = [self.config.hidden_size];
-        let weight = self.weight(&format!("{hf}.weight"), &width);
+    fn layer_norm(&mut self, [weight, bias]: [TensorRole; 2], layer: usize, x: Value) -> Result<Value> {
+        let name = weight.module(layer);
+        let weight = self.weight(weight, layer)?;
         let gamma = self.graph.add(format!("{name}.gamma"), Op::AddScalar(1.0), &[weight])?;
-        let beta = self.weight(&format!("{hf}.bias"), &width);
+        let beta = self.weight(bias, layer)?;
         self.graph.add(name, Op::LayerNorm { eps: self.config.norm_eps }, &[x, gamma, beta])
     }
 
-    fn linear(&mut self, name: &str, hf: &str, x: Value, shape: [usize; 2]) -> Result<Value> {
-        let weight = self.weight(&format!("{hf}.weight"), &shape);
-        self.graph.add(name, Op::Linear, &[x, weight])
+    fn linear(&mut self, role: TensorRole, layer: usize, x: Value) -> Result<Value> {
+        let weight = self.weight(role, layer)?;
+        self.graph.add(role.module(layer), Op::Linear, &[x, weight])
     }
 
-    fn weight(&mut self, hf: &str, shape: &[usize]) -> Value {
-        let ty = Type::new(F32, shape.iter().map(|n| Dim::fixed(*n)));
-        self.graph.constant(hf, Const::Tensor(hf.into()), ty)
+    fn weight(&mut self, role: TensorRole, layer: usize) -> Result<Value> {
+        let name = role.name(layer);
+        let Some(shape) = role.shape(self.config) else {
+            return Err(Error::Graph { op: "const".into(), name, detail: "its sizes overflow".into() });
+        };
+        let ty = Type::new(F32, shape.into_iter().map(Dim::fixed));
+        Ok(self.graph.constant(name.clone(), Const::Tensor(name), ty))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    /// The checkpoint's readers go by the same list, so a tensor that is read and not used shows here.
+    #[test]
+    fn the_graph_reads_every_tensor_of_the_checkpoint_in_its_shape() {
+        for folder in ["tests/data/tiny-chat", "tests/data/shapes/gqa", "tests/data/shapes/theta"] {
+            let checkpoint = Checkpoint::open(Path::new(folder)).unwrap();
+            let graph = build_graph(checkpoint.config()).unwrap();
+            let mut read: Vec<(&str, Vec<usize>)> = Vec::new();
+            for node in graph.nodes() {
+                if let Op::Const(Const::Tensor(name)) = &node.op {
+                    read.push((name, node.ty.shape.iter().map(|dim| dim.as_fixed().unwrap()).collect()));
+                }
+            }
+            read.sort();
+            let mut stored: Vec<(&str, Vec<usize>)> =
+                checkpoint.tensors().map(|view| (view.name, view.shape.to_vec())).collect();
+            stored.sort();
+            assert_eq!(read, stored, "{folder}");
+        }
     }
 }

@@ -12,6 +12,7 @@
 
 mod batcher;
 mod chat;
+mod defaults;
 mod engine;
 mod generation;
 mod model;

@@ -96,6 +96,9 @@ impl ModelOptions {
             None => Some(open_cpu_model(&package, &self.executor.cpu)?),
             Some(_) => None,
         };
+        if let Some(note) = cpu.as_ref().and_then(CpuModel::repacking_note) {
+            self.executor.gpu.report.fact(&note);
+        }
         let plan = package.manifest().plans.get(selection.plan).cloned().ok_or_else(|| {
             Error::internal(format!("plan {} was selected", selection.plan), "the index of a plan in the manifest")
         })?;
@@ -153,7 +156,7 @@ impl Model {
         ModelOptions::default()
     }
 
-    /// A conversation, in the package's chat format and with its defaults: greedy, and answers of the package's length.
+    /// A conversation, in the package's chat format and with its defaults for sampling and the length of answers.
     ///
     /// # Errors
     /// [`Error::Request`] where the package has no tokenizer; as [`Model::session`].
@@ -197,13 +200,14 @@ impl Model {
     }
 
     /// A request that continues a text: its ids are encoded as they are, without the chat template, and the package's
-    /// stop ids and defaults hold.
+    /// stops and defaults hold.
     ///
     /// # Errors
     /// [`Error::Request`] where the package has no tokenizer; [`Error::Tokenizer`] for a text it refuses.
     pub fn text_request(&self, text: &str) -> Result<GenerationRequest> {
         let ids = self.needed_tokenizer()?.encode(text)?;
-        Ok(self.with_defaults(GenerationRequest::new(ids).stop_ids(self.shared.format.stop_ids())))
+        let request = GenerationRequest::new(ids).stop_ids(self.shared.format.stop_ids());
+        Ok(self.with_defaults(request.stop_strings(&self.shared.format.stop_strings)))
     }
 
     /// A request for the assistant's next turn, in the package's chat format and with its defaults. This renders and
@@ -221,7 +225,7 @@ impl Model {
     }
 
     fn default_sampling(&self) -> SamplingParams {
-        SamplingParams::greedy()
+        SamplingParams::from(&self.shared.package.manifest().generation)
     }
 
     fn default_max_tokens(&self) -> usize {

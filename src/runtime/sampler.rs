@@ -506,8 +506,8 @@ pub fn log_probability(row: &[f32], id: u32) -> Result<f64> {
     Ok(f64::from(*logit) - f64::from(max) - sum.ln())
 }
 
-/// A seed from the operating system's randomness, which keys every new hasher. It has 53 bits, so that it survives JSON
-/// readers that hold numbers as f64.
+/// A seed from the operating system. It has 53 bits, so that it survives JSON readers that hold numbers as f64.
 fn random_seed() -> u64 {
-    RandomState::new().hash_one("sampler seed") >> 11
+    // A kernel that hands out no randomness has still seeded the standard library's hashers as well as it can.
+    getrandom::u64().unwrap_or_else(|_| RandomState::new().hash_one("sampler seed")) >> 11
 }

@@ -17,7 +17,7 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod tests;
 
-pub use chat::{ChatFormat, ChatTemplate, EndOfTurn, Message, NemotronMarkers, Role};
+pub use chat::{ChatFormat, ChatTemplate, EndOfTurn, JinjaTemplate, Message, NemotronMarkers, Role};
 pub use sentencepiece::SentencePieceFacts;
 pub use stream::StreamDecoder;
 pub use tokenizer::Tokenizer;

@@ -45,6 +45,10 @@ enum RuleKind {
     TokenizerJson,
     /// SentencePiece's: a model's file.
     Sentencepiece,
+    /// Those of a tokenizer.json, with more special tokens than it lists: a line of JSON with these, and the file.
+    TokenizerJsonWithAddedTokens,
+    /// SentencePiece's, between tokens added to its model: a line of JSON with these, and the model's file.
+    SentencepieceWithAddedTokens,
 }
 
 impl Tokenizer {
@@ -56,13 +60,26 @@ impl Tokenizer {
     /// # Errors
     /// Those of [`Tokenizer::from_bytes`], where it was not read from that.
     pub fn to_package(&self, name: &Path, source: &[u8]) -> Result<Vec<u8>> {
-        let (rules, content) = match self.sentencepiece() {
-            Some(_) => (RuleKind::Sentencepiece, sentencepiece::essential(name, source)?.into()),
-            None => (RuleKind::TokenizerJson, std::borrow::Cow::Borrowed(source)),
+        let unwritten = |source| Error::format(name, format!("the tokenizer cannot be kept: {source}"));
+        let source = match self.sentencepiece() {
+            Some(_) => sentencepiece::essential(name, source)?.into(),
+            None => std::borrow::Cow::Borrowed(source),
+        };
+        let (rules, content) = match (self.sentencepiece().is_some(), self.added_tokens()) {
+            (true, []) => (RuleKind::Sentencepiece, source),
+            (false, []) => (RuleKind::TokenizerJson, source),
+            (is_sentencepiece, added) => {
+                let mut content = serde_json::to_vec(added).map_err(unwritten)?;
+                content.push(b'\n');
+                content.extend_from_slice(&source);
+                match is_sentencepiece {
+                    true => (RuleKind::SentencepieceWithAddedTokens, content.into()),
+                    false => (RuleKind::TokenizerJsonWithAddedTokens, content.into()),
+                }
+            }
         };
         let header = Header { format: FORMAT.into(), version: VERSION, rules, bytes: content.len() };
-        let mut bytes = serde_json::to_vec(&header)
-            .map_err(|source| Error::format(name, format!("the tokenizer cannot be kept: {source}")))?;
+        let mut bytes = serde_json::to_vec(&header).map_err(unwritten)?;
         bytes.push(b'\n');
         bytes.extend_from_slice(&content);
         Ok(bytes)
@@ -104,6 +121,17 @@ impl Tokenizer {
         match header.rules {
             RuleKind::TokenizerJson => Tokenizer::from_json(name, content),
             RuleKind::Sentencepiece => Tokenizer::from_sentencepiece(name, content),
+            with_added => {
+                let end = content.iter().position(|byte| *byte == b'\n').unwrap_or(content.len());
+                let (line, file) = content.split_at(end);
+                let added =
+                    serde_json::from_slice(line).map_err(|source| refused(format!("added tokens: {source}")))?;
+                let file = file.get(1..).unwrap_or_default();
+                match with_added {
+                    RuleKind::TokenizerJsonWithAddedTokens => Tokenizer::from_json_and(name, file, added),
+                    _ => Tokenizer::from_sentencepiece_and(name, file, added),
+                }
+            }
         }
     }
 }

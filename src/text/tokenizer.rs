@@ -8,10 +8,13 @@ use std::path::Path;
 use std::sync::Once;
 
 use serde::de::IgnoredAny;
+use tokenizers::{Model as _, Normalizer as _, OffsetType, PreTokenizedString, PreTokenizer as _};
 
+use super::chat::PromptPart;
 use super::pieces::{Decoding, PieceTable, Rules};
-use super::sentencepiece::{self, SentencePieceFacts};
-use crate::error::{Error, Result};
+use super::sentencepiece::{self, AddedTokens, SentencePieceFacts};
+use crate::checkpoint::AddedToken;
+use crate::error::{Error, Result, clip};
 
 /// Vocabularies past this are taken for damaged files; the largest known ones have under 300,000 pieces.
 const MAX_VOCAB_SIZE: usize = 1 << 24;
@@ -26,8 +29,8 @@ pub struct Tokenizer {
 /// What encodes, by the kind of the file.
 #[derive(Debug)]
 enum Encoder {
-    HuggingFace(Box<tokenizers::Tokenizer>),
-    SentencePiece(Box<sentencepiece::Model>),
+    HuggingFace { inner: Box<tokenizers::Tokenizer>, added: Vec<AddedToken> },
+    SentencePiece { model: Box<sentencepiece::Model>, added: AddedTokens },
 }
 
 impl Tokenizer {
@@ -51,9 +54,19 @@ impl Tokenizer {
     /// [`Error::Format`] where the file is not one, or contradicts itself; [`Error::Unsupported`] where it is of a type
     /// other than BPE and unigram, or changes decoded text.
     pub fn from_sentencepiece(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
+        Self::from_sentencepiece_and(name, bytes, Vec::new())
+    }
+
+    /// As [`Tokenizer::from_sentencepiece`], with tokens that were added to the model: wherever a text has one it is that
+    /// token, whatever the model makes of the rest. They may be control pieces of the model, or follow its pieces.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_sentencepiece`], and [`Error::Format`] for a token that contradicts the model.
+    pub fn from_sentencepiece_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
         let model = sentencepiece::Model::from_bytes(name, bytes)?;
-        let pieces = model.piece_table();
-        Ok(Tokenizer { encoder: Encoder::SentencePiece(Box::new(model)), pieces })
+        let added = AddedTokens::new(name, &model, added)?;
+        let pieces = model.piece_table(&added);
+        Ok(Tokenizer { encoder: Encoder::SentencePiece { model: Box::new(model), added }, pieces })
     }
 
     /// Reads a tokenizer.json. `name` is the file named in errors.
@@ -62,6 +75,15 @@ impl Tokenizer {
     /// [`Error::Format`] where the file is not one; [`Error::Unsupported`] where its decoder is one this version does
     /// not compute.
     pub fn from_json(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
+        Self::from_json_and(name, bytes, Vec::new())
+    }
+
+    /// As [`Tokenizer::from_json`], with pieces of its vocabulary that are special tokens though the file does not list
+    /// them so: wherever a text has one it is that token.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_json`], and [`Error::Format`] for a token that is no piece of that id.
+    pub fn from_json_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
         let refused = |source: &dyn Display| Error::format(name, format!("not a tokenizer.json: {source}"));
         // A truncated file is found here, with its line and column.
         serde_json::from_slice::<IgnoredAny>(bytes).map_err(|source| refused(&source))?;
@@ -70,6 +92,14 @@ impl Tokenizer {
             .with_padding(None)
             .with_truncation(None)
             .map_err(|source| Error::format(name, format!("truncation cannot be turned off: {source}")))?;
+        for AddedToken { id, content, lstrip, rstrip } in &added {
+            if inner.token_to_id(content) != Some(*id) {
+                let detail = format!("added token {id}: the vocabulary's piece of that id is not `{}`", clip(content));
+                return Err(Error::format(name, detail));
+            }
+            let token = tokenizers::AddedToken::from(content.clone(), true).lstrip(*lstrip).rstrip(*rstrip);
+            contained(|| inner.add_special_tokens([token])).map_err(|source| refused(&source))?;
+        }
         let Some(largest) = inner.get_vocab(true).into_values().max() else {
             return Err(Error::format(name, "the vocabulary is empty"));
         };
@@ -84,7 +114,7 @@ impl Tokenizer {
             .map_err(|source| Error::format(name, format!("decoder: {source}")))?;
         let rules = Rules::read(decoder.as_ref()).map_err(|error| Error::unsupported(name, error.to_string()))?;
         let pieces = PieceTable::new(vocab_size, rules, |id| inner.id_to_token(id));
-        Ok(Tokenizer { encoder: Encoder::HuggingFace(Box::new(inner)), pieces })
+        Ok(Tokenizer { encoder: Encoder::HuggingFace { inner: Box::new(inner), added }, pieces })
     }
 
     /// The ids of `text`, encoded in one call; no special tokens are added. Special pieces written in the text become
@@ -95,8 +125,8 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] where the tokenizer has no way to write the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let inner = match &self.encoder {
-            Encoder::HuggingFace(inner) => inner,
-            Encoder::SentencePiece(model) => return model.encode(text),
+            Encoder::HuggingFace { inner, .. } => inner,
+            Encoder::SentencePiece { model, added } => return added.encode(model, text),
         };
         let encoding = contained(|| inner.encode_fast(text, false))
             .map_err(|source| Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len())))?;
@@ -137,16 +167,16 @@ impl Tokenizer {
     /// The piece of an id as the vocabulary spells it: `▁the`, `<0x0A>`, `</s>`.
     pub fn piece(&self, id: u32) -> Option<String> {
         match &self.encoder {
-            Encoder::HuggingFace(inner) => inner.id_to_token(id),
-            Encoder::SentencePiece(model) => model.piece(id).map(str::to_string),
+            Encoder::HuggingFace { inner, .. } => inner.id_to_token(id),
+            Encoder::SentencePiece { model, added } => model.piece(id).or_else(|| added.piece(id)).map(str::to_string),
         }
     }
 
     /// The id of a piece as the vocabulary spells it.
     pub fn id(&self, piece: &str) -> Option<u32> {
         match &self.encoder {
-            Encoder::HuggingFace(inner) => inner.token_to_id(piece),
-            Encoder::SentencePiece(model) => model.id(piece),
+            Encoder::HuggingFace { inner, .. } => inner.token_to_id(piece),
+            Encoder::SentencePiece { model, added } => added.id(piece).or_else(|| model.id(piece)),
         }
     }
 
@@ -158,22 +188,164 @@ impl Tokenizer {
     /// What the SentencePiece model says about itself, where this is one.
     pub fn sentencepiece(&self) -> Option<&SentencePieceFacts> {
         match &self.encoder {
-            Encoder::HuggingFace(_) => None,
-            Encoder::SentencePiece(model) => Some(model.facts()),
+            Encoder::HuggingFace { .. } => None,
+            Encoder::SentencePiece { model, .. } => Some(model.facts()),
         }
     }
 
     /// The usual name of the file it is read from: `tokenizer.json` or `tokenizer.model`.
     pub fn file_name(&self) -> &'static str {
         match &self.encoder {
-            Encoder::HuggingFace(_) => "tokenizer.json",
-            Encoder::SentencePiece(_) => "tokenizer.model",
+            Encoder::HuggingFace { .. } => "tokenizer.json",
+            Encoder::SentencePiece { .. } => "tokenizer.model",
+        }
+    }
+
+    /// Tokens that were added to those of the tokenizer's file.
+    pub fn added_tokens(&self) -> &[AddedToken] {
+        match &self.encoder {
+            Encoder::HuggingFace { added, .. } => added,
+            Encoder::SentencePiece { added, .. } => added.tokens(),
+        }
+    }
+
+    /// Texts that are one token wherever they stand, with their ids: the added tokens of a tokenizer.json; of a
+    /// SentencePiece model those too, and the user-defined pieces that look like markers: between two signs, for others
+    /// are plain words, digits or runs of spaces.
+    pub fn markers(&self) -> Vec<(String, u32)> {
+        let looks_like_one = |text: &str| {
+            let sign = |c: Option<char>| c.is_some_and(|c| c.is_ascii_punctuation());
+            text.len() > 2 && sign(text.chars().next()) && sign(text.chars().next_back())
+        };
+        let mut markers: Vec<(String, u32)> = match &self.encoder {
+            Encoder::HuggingFace { inner, .. } => {
+                let added = inner.get_added_vocabulary().get_added_tokens_decoder().iter();
+                let of_marker = added.filter(|(_, token)| token.special || looks_like_one(&token.content));
+                of_marker.map(|(id, token)| (token.content.clone(), *id)).collect()
+            }
+            Encoder::SentencePiece { model, added } => {
+                let user_defined = model.user_defined().filter(|(text, _)| looks_like_one(text));
+                let added = added.tokens().iter().map(|token| (token.content.as_str(), token.id));
+                user_defined.chain(added).map(|(text, id)| (text.to_owned(), id)).collect()
+            }
+        };
+        markers.sort();
+        markers
+    }
+
+    /// Whether `id` is a piece of a SentencePiece model that no text contains, unless it was added as a token.
+    pub fn is_control(&self, id: u32) -> bool {
+        match &self.encoder {
+            Encoder::HuggingFace { .. } => false,
+            Encoder::SentencePiece { model, .. } => model.is_control(id),
+        }
+    }
+
+    /// The control pieces of a SentencePiece model.
+    pub fn control_pieces(&self) -> impl Iterator<Item = &str> {
+        let model = match &self.encoder {
+            Encoder::HuggingFace { .. } => None,
+            Encoder::SentencePiece { model, .. } => Some(model.control()),
+        };
+        model.into_iter().flatten()
+    }
+
+    /// The ids that a tokenizer.json puts in front of a text when special tokens are asked for, which
+    /// [`Tokenizer::encode`] never does.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] where it cannot encode.
+    pub fn prefix(&self) -> Result<Vec<u32>> {
+        let Encoder::HuggingFace { inner, .. } = &self.encoder else { return Ok(Vec::new()) };
+        let encoded = contained(|| inner.encode("", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
+        let with = contained(|| inner.encode("a", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
+        let alone = contained(|| inner.encode("a", false)).map_err(|source| Error::Tokenizer(source.to_string()))?;
+        let (with, alone) = (with.get_ids(), alone.get_ids());
+        let start = with.windows(alone.len().max(1)).position(|window| window == alone);
+        Ok(start.map_or_else(|| encoded.get_ids().to_vec(), |start| with[..start].to_vec()))
+    }
+
+    /// The id of a template's marker: its piece, or for a single byte the piece of that byte.
+    pub fn marker_id(&self, marker: &str) -> Option<u32> {
+        let of_byte = || match marker.as_bytes() {
+            [byte] => self.id(&format!("<0x{byte:02X}>")),
+            _ => None,
+        };
+        self.id(marker).or_else(of_byte)
+    }
+
+    /// The ids of a prompt whose parts are encoded as they are or, where a content spells a marker, as plain text. As
+    /// transformers does it: each part for itself, and behind a line break that is taken off again, so that none but the
+    /// first gets the space that a tokenizer puts in front of a text.
+    pub(crate) fn encode_parts(&self, parts: &[PromptPart<'_>]) -> Result<Vec<u32>> {
+        let mut ids = Vec::new();
+        for (index, part) in parts.iter().enumerate() {
+            match part {
+                PromptPart::Text(text) if index == 0 => ids.extend(self.encode(text)?),
+                PromptPart::Text(text) => ids.extend(behind_a_line_break(text, &|text| self.encode(text))?),
+                PromptPart::Spelled(text) => {
+                    let spelled = self.encode_spelled(text)?;
+                    if self.id(text).is_some_and(|id| spelled.contains(&id)) {
+                        let text = clip(text);
+                        return Err(Error::Tokenizer(format!(
+                            "`{text}` cannot be escaped: the tokenizer makes that token of its letters too"
+                        )));
+                    }
+                    ids.extend(spelled);
+                }
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The ids of a marker's letters.
+    fn encode_spelled(&self, text: &str) -> Result<Vec<u32>> {
+        match &self.encoder {
+            Encoder::HuggingFace { inner, .. } => behind_a_line_break(text, &|text| {
+                contained(|| encode_without_added_tokens(inner, text)).map_err(|source| {
+                    Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len()))
+                })
+            }),
+            // Pieces are found by their text, so the text is cut where every marker is.
+            Encoder::SentencePiece { model, .. } => {
+                let first = text.chars().next().map_or(0, char::len_utf8);
+                let (first, rest) = text.split_at(first);
+                let mut ids = behind_a_line_break(first, &|text| model.encode(text))?;
+                ids.extend(behind_a_line_break(rest, &|text| model.encode(text))?);
+                Ok(ids)
+            }
         }
     }
 
     pub(super) fn pieces(&self) -> &PieceTable {
         &self.pieces
     }
+}
+
+/// The ids of a text that follows another.
+fn behind_a_line_break(text: &str, encode: &dyn Fn(&str) -> Result<Vec<u32>>) -> Result<Vec<u32>> {
+    if text.is_empty() {
+        return Ok(Vec::new());
+    }
+    let line_break = encode("\n")?;
+    let mut ids = encode(&format!("\n{text}"))?;
+    match ids.starts_with(&line_break) {
+        true => Ok(ids.split_off(line_break.len())),
+        false => encode(text),
+    }
+}
+
+/// The reference implementation's steps but for the first, which finds added tokens.
+fn encode_without_added_tokens(inner: &tokenizers::Tokenizer, text: &str) -> tokenizers::Result<Vec<u32>> {
+    let mut pieces = PreTokenizedString::from(text);
+    if let Some(normalizer) = inner.get_normalizer() {
+        pieces.normalize(|piece| normalizer.normalize(piece))?;
+    }
+    if let Some(pre_tokenizer) = inner.get_pre_tokenizer() {
+        pre_tokenizer.pre_tokenize(&mut pieces)?;
+    }
+    pieces.tokenize(|piece| inner.get_model().tokenize(piece.get()))?;
+    Ok(pieces.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
 }
 
 /// Runs the reference implementation, which panics on some damaged files (a merge shorter than the model's prefix,

@@ -153,7 +153,7 @@ fn package(name: &str, plan: &str) -> Package {
     }
     let model = Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap().config().clone();
     let checkpoint = CheckpointInfo { format: "hugging-face".into(), digest: "sha256:0".into() };
-    let generation = GenerationSettings { max_tokens: 8 };
+    let generation = GenerationSettings { max_tokens: 8, ..GenerationSettings::default() };
     let mut manifest = Manifest::new(model, checkpoint, ChatFormat::raw(&[]), generation);
     manifest.plans.push(PlanInfo {
         target: "a100".into(),

@@ -4,33 +4,24 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use half::bf16;
-use rayon::prelude::*;
-
-use super::kernels::attention::QUERY_GROUP;
-use super::kernels::isa::Isa;
-use super::kernels::matmul::{self, Packed};
-use super::kernels::quantized::{self, Quantized};
-use super::kernels::rowwise::{self, RowsMut, Unary};
-use super::kernels::{Element, Rows, attention};
-use super::program::{
-    ALIGN, BufferSpec, CacheKind, CacheSpec, Epilogue, Indices, Kernel, Program, RowCount, Table, View,
-};
+use super::program::{ALIGN, Kernel, Program};
+use super::run::Run;
 use crate::backend::constants::stored_dtype;
 use crate::backend::{Executor, Limits, Logits, Step};
 use crate::error::{Error, Result};
-use crate::tensor::DType;
+use crate::isa::Isa;
 use crate::tensor_file::TensorFile;
 
-/// Query rows times heads times positions below which attention is not worth waking other threads.
-const SERIAL_ATTENTION: usize = 1 << 10;
+/// The environment variable that, set to 1, has each step start with an arena of NaN, as builds with debug assertions do:
+/// a kernel that reads what none wrote is then seen in the logits. `make test` sets it, since tests run optimized.
+const POISON_VARIABLE: &str = "AOTRON_CPU_POISON";
 
 /// How to run a program on this machine.
 #[derive(Debug, Clone, Default)]
 pub struct CpuOptions {
     /// Threads; `None` takes one per core that this process may use.
     pub threads: Option<usize>,
-    /// Instruction set; `None` takes the best there is.
+    /// Instruction set; `None` takes the one that [`CPU_VARIABLE`](crate::isa::CPU_VARIABLE) names, or the best there is.
     pub isa: Option<Isa>,
     /// Sequences to reserve KV memory for, at most and by default those of the plan.
     pub slots: Option<usize>,
@@ -56,6 +47,7 @@ pub struct CpuExecutor {
     slots: Vec<u32>,     // [tokens of the step]
     pool: Arc<rayon::ThreadPool>,
     isa: Isa,
+    poison: bool,
 }
 
 /// Zeroed memory that starts at a cache line and that the operating system hands out as it is touched. (An allocation
@@ -101,7 +93,7 @@ fn reserve_tokens(limits: &Limits) -> Result<Vec<u32>> {
     Ok(numbers)
 }
 
-struct Weights {
+pub(super) struct Weights {
     file: TensorFile,
     ranges: Vec<Range<usize>>, // per weight of the program, in bytes of the file
 }
@@ -131,7 +123,7 @@ impl CpuModel {
             program: Arc::new(program),
             weights: Arc::new(weights),
             pool: Arc::new(pool),
-            isa: options.isa.unwrap_or_else(Isa::detect),
+            isa: options.isa.map_or_else(Isa::from_environment, Ok)?,
         })
     }
 
@@ -156,6 +148,7 @@ impl CpuModel {
             positions: reserve_tokens(&limits)?,
             slots: reserve_tokens(&limits)?,
             isa: self.isa,
+            poison: cfg!(debug_assertions) || std::env::var_os(POISON_VARIABLE).is_some_and(|value| value == "1"),
             program: self.program.clone(),
             limits,
             weights: self.weights.clone(),
@@ -166,6 +159,11 @@ impl CpuModel {
     /// Limits of the plan.
     pub fn limits(&self) -> &Limits {
         &self.program.limits
+    }
+
+    /// A sentence for a user whose CPU has better packings than those that the plan was built with.
+    pub fn repacking_note(&self) -> Option<String> {
+        self.program.repacking_note(self.isa.features())
     }
 
     /// Threads in use.
@@ -229,7 +227,8 @@ impl Weights {
         Ok(Weights { file, ranges })
     }
 
-    fn data<T: bytemuck::Pod>(&self, index: usize) -> &[T] {
+    /// The stored elements of a weight.
+    pub(super) fn data<T: bytemuck::Pod>(&self, index: usize) -> &[T] {
         bytemuck::cast_slice(&self.file.mapped()[self.ranges[index].clone()])
     }
 }
@@ -264,7 +263,7 @@ impl CpuExecutor {
         if out_of_range {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
-        if cfg!(debug_assertions) {
+        if self.poison {
             self.arena.bytes_mut().fill(0xff); // NaN: nothing may read what was not written
         }
         let mut run = Run {
@@ -283,310 +282,11 @@ impl CpuExecutor {
                 if let (Some(largest), Kernel::Linear { x, weight, .. }) = (&mut largest, kernel)
                     && let Some(largest) = largest.get_mut(*weight)
                 {
-                    *largest = largest.max(run.magnitude(*x));
+                    *largest = largest.max(run.magnitude(*x)?);
                 }
-                run.kernel(kernel);
+                run.kernel(kernel)?;
             }
-        });
-        Ok(())
-    }
-}
-
-/// One step on its way. Every index and shape below was checked by [`Program::validate`] and against the step.
-struct Run<'a> {
-    step: &'a Step,
-    positions: &'a [u32], // [tokens]
-    slots: &'a [u32],     // [tokens]
-    program: &'a Program,
-    limits: &'a Limits,
-    weights: &'a Weights,
-    arena: &'a mut [u8],
-    cache: &'a mut [u8], // [layers, keys and values, slots, kv_heads, head_elements]
-    isa: Isa,
-}
-
-impl From<Epilogue> for matmul::Epilogue {
-    fn from(epilogue: Epilogue) -> matmul::Epilogue {
-        match epilogue {
-            Epilogue::Store => matmul::Epilogue::Store,
-            Epilogue::Relu2 => matmul::Epilogue::Relu2,
-            Epilogue::Accumulate => matmul::Epilogue::Accumulate,
-        }
-    }
-}
-
-/// Runs an expression with `$t` bound to the Rust type of a dtype.
-macro_rules! with_type {
-    ($dtype:expr, $t:ident => $body:expr) => {
-        match $dtype {
-            DType::BF16 => {
-                type $t = bf16;
-                $body
-            }
-            _ => {
-                type $t = f32;
-                $body
-            }
-        }
-    };
-}
-
-impl Run<'_> {
-    fn kernel(&mut self, kernel: &Kernel) {
-        let isa = self.isa;
-        let program = self.program;
-        let weights = self.weights;
-        match *kernel {
-            Kernel::Gather { indices, table, out } => {
-                let indices = match indices {
-                    Indices::TokenIds => self.step.tokens(),
-                    Indices::Positions => self.positions,
-                    Indices::LogitsRows => self.step.logits_rows(),
-                };
-                match table {
-                    Table::Weight(w) => {
-                        let width = program.weights[w].columns;
-                        with_type!(program.weights[w].dtype, T => {
-                            let table = Rows::new(weights.data::<T>(w), width, width);
-                            rowwise::gather(table, indices, self.rows_mut(out));
-                        });
-                    }
-                    Table::View(x) => {
-                        let ([x], out) = self.buffers([x], out);
-                        rowwise::gather(x.rows::<f32>(), indices, out.rows_mut());
-                    }
-                }
-            }
-            Kernel::LayerNorm { x, gamma, beta, eps, out } => {
-                let (gamma, beta) = (weights.data::<f32>(gamma), weights.data::<f32>(beta));
-                let ([x], out) = self.buffers([x], out);
-                with_type!(out.spec.dtype, O => {
-                    rowwise::layer_norm::<O>(isa, x.rows(), gamma, beta, eps, out.rows_mut());
-                });
-            }
-            Kernel::Linear { x, weight, epilogue, out } => {
-                let spec = &program.weights[weight];
-                let ([x], out) = self.buffers([x], out);
-                with_type!(spec.dtype, T => {
-                    if let Some(packed) = Packed::new(weights.data::<T>(weight), spec.rows, spec.columns) {
-                        with_type!(out.spec.dtype, O => {
-                            let out = out.rows_mut::<O>();
-                            let epilogue = epilogue.into();
-                            matmul::linear(isa, x.rows::<T>(), out.rows, packed, epilogue, out.data, out.stride);
-                        });
-                    }
-                });
-            }
-            Kernel::QuantizedLinear { x, codes, scales, block, epilogue, out } => {
-                let spec = &program.weights[codes];
-                let ([x], out) = self.buffers([x], out);
-                let (codes, scales) = (weights.data::<u8>(codes), weights.data::<f32>(scales));
-                if let Some(weight) = Quantized::new(codes, scales, spec.dtype, [spec.rows, spec.columns], block) {
-                    with_type!(x.spec.dtype, T => with_type!(out.spec.dtype, O => {
-                        let (out, epilogue) = (out.rows_mut::<O>(), epilogue.into());
-                        quantized::linear(isa, x.rows::<T>(), out.rows, weight, epilogue, out.data, out.stride);
-                    }));
-                }
-            }
-            Kernel::Rotary { x, cos, sin, head_dim, out } => {
-                let ([x, cos, sin], out) = self.buffers([x, cos, sin], out);
-                rowwise::rotary::<f32>(isa, x.rows(), cos.rows(), sin.rows(), head_dim, out.rows_mut());
-            }
-            Kernel::Store { x, layer, kind } => self.store(x, layer, kind),
-            Kernel::Attention { q, layer, scale, out } => {
-                with_type!(program.cache.dtype, C => self.attention::<C>(q, layer, scale, out))
-            }
-            Kernel::Convert { x, out } => self.unary(Unary::Convert, x, out),
-            Kernel::Relu2 { x, out } => self.unary(Unary::Relu2, x, out),
-            Kernel::RoundToF8 { x, scale, out } => self.unary(Unary::RoundToF8(scale), x, out),
-            Kernel::AddScalar { x, scalar, out } => self.unary(Unary::AddScalar(scalar), x, out),
-            Kernel::Add { x, y, out } => {
-                let ([x, y], out) = self.buffers([x, y], out);
-                rowwise::add(x.rows(), y.rows(), out.rows_mut());
-            }
-        }
-    }
-
-    fn unary(&mut self, op: Unary, x: View, out: usize) {
-        let ([x], out) = self.buffers([x], out);
-        with_type!(x.spec.dtype, T => with_type!(out.spec.dtype, O => {
-            rowwise::unary::<T, O>(op, x.rows(), out.rows_mut());
-        }));
-    }
-
-    /// The largest magnitude in the columns of a buffer; infinite if there is a NaN.
-    fn magnitude(&self, x: View) -> f32 {
-        let rows = self.row_count(&self.program.buffers[x.buffer]);
-        let x = source(self.arena, self.program, self.limits, x, 0);
-        with_type!(x.spec.dtype, T => {
-            let x = x.rows::<T>();
-            let values = (0..rows).flat_map(|row| x.row(row)).map(|value| value.to_f32().abs());
-            values.fold(0.0, |most, v| if v.is_nan() { f32::INFINITY } else { most.max(v) })
+            Ok(())
         })
     }
-
-    fn store(&mut self, x: View, layer: usize, kind: CacheKind) {
-        let cache = &self.program.cache;
-        let (head_dim, padded_dim, kv_heads) = (cache.head_dim, cache.padded_dim(), cache.kv_heads);
-        let head_elements = cache.head_elements(self.limits).unwrap_or(0);
-        let bytes = cache_range(cache, self.limits, layer, kind);
-        let x = source(self.arena, self.program, self.limits, x, 0);
-        with_type!(cache.dtype, C => with_type!(x.spec.dtype, T => {
-            let heads: &mut [C] = bytemuck::cast_slice_mut(&mut self.cache[bytes]);
-            let x = x.rows::<T>();
-            for (row, (slot, position)) in self.slots.iter().zip(self.positions).enumerate() {
-                let (slot, position) = (*slot as usize, *position as usize);
-                for (head, x) in x.row(row).chunks_exact(head_dim).enumerate() {
-                    let head = &mut heads[(slot * kv_heads + head) * head_elements..][..head_elements];
-                    match kind {
-                        CacheKind::Keys => attention::store_keys(x, padded_dim, position, head),
-                        CacheKind::Values => attention::store_values(x, padded_dim, position, head),
-                    }
-                }
-            }
-        }));
-    }
-
-    fn attention<C: Element>(&mut self, q: View, layer: usize, scale: f32, out: usize) {
-        let cache = &self.program.cache;
-        let keys: &[C] = bytemuck::cast_slice(&self.cache[cache_range(cache, self.limits, layer, CacheKind::Keys)]);
-        let values: &[C] = bytemuck::cast_slice(&self.cache[cache_range(cache, self.limits, layer, CacheKind::Values)]);
-        let (slots, positions, isa) = (self.slots, self.positions, self.isa);
-        let (head_dim, padded_dim) = (cache.head_dim, cache.padded_dim());
-        let head_elements = cache.head_elements(self.limits).unwrap_or(0);
-        let kv_heads = cache.kv_heads;
-        let heads = q.width / head_dim;
-        let rows = positions.len();
-        let ([q], out) = split(self.arena, self.program, self.limits, [q], out, rows);
-        let q = q.rows::<f32>();
-        // What one head of the rows from `first` on is computed from.
-        let operands = |first: usize, head: usize| {
-            let kv_head = slots[first] as usize * kv_heads + head / (heads / kv_heads);
-            let block = kv_head * head_elements..(kv_head + 1) * head_elements;
-            let head_cache =
-                attention::Head { keys: &keys[block.clone()], values: &values[block], head_dim, padded_dim };
-            let (from_first, q_stride) = q.from_row(first);
-            (&from_first[head * head_dim..], q_stride, head_cache, positions[first] as usize + 1)
-        };
-        with_type!(out.spec.dtype, O => {
-            let RowsMut { data, stride, rows } = out.rows_mut::<O>();
-            let data = &mut data[..rows * stride];
-            // Many rows: a task takes a few whole rows, so that neighbours share what they load.
-            let group_rows = |group: usize, out: &mut [O]| {
-                let (mut row, end) = (group * QUERY_GROUP, rows.min((group + 1) * QUERY_GROUP));
-                while row < end {
-                    let same = |next: &usize| slots[*next] == slots[row];
-                    let count = (row..end).take_while(same).count();
-                    for head in 0..heads {
-                        let (q, q_stride, cache, len) = operands(row, head);
-                        let out = &mut out[(row - group * QUERY_GROUP) * stride + head * head_dim..];
-                        attention::attend(isa, count, q, q_stride, cache, len, scale, out, stride);
-                    }
-                    row += count;
-                }
-            };
-            // Few rows: a task takes one head of one row.
-            let one_head = |index: usize, out: &mut [O]| {
-                let (q, q_stride, cache, len) = operands(index / heads, index % heads);
-                attention::attend(isa, 1, q, q_stride, cache, len, scale, out, head_dim);
-            };
-            let threads = rayon::current_num_threads();
-            let work: usize = positions.iter().map(|p| *p as usize + 1).sum::<usize>() * heads;
-            if threads == 1 || work < SERIAL_ATTENTION {
-                data.chunks_mut(QUERY_GROUP * stride).enumerate().for_each(|(i, out)| group_rows(i, out));
-            } else if rows >= 2 * threads * QUERY_GROUP {
-                data.par_chunks_mut(QUERY_GROUP * stride).enumerate().for_each(|(i, out)| group_rows(i, out));
-            } else {
-                data.par_chunks_exact_mut(head_dim).enumerate().for_each(|(i, out)| one_head(i, out));
-            }
-        });
-    }
-}
-
-impl<'a> Run<'a> {
-    fn row_count(&self, spec: &BufferSpec) -> usize {
-        match spec.rows {
-            RowCount::Tokens => self.step.tokens().len(),
-            RowCount::LogitsRows => self.step.logits_rows().len(),
-        }
-    }
-
-    fn rows_mut<T: Element>(&mut self, out: usize) -> RowsMut<'_, T> {
-        let ([], out) = self.buffers([], out);
-        out.rows_mut()
-    }
-
-    /// Some buffers to read and one, apart from them, to write.
-    fn buffers<const N: usize>(&mut self, reads: [View; N], out: usize) -> ([Source<'_>; N], Target<'_>) {
-        let rows = self.row_count(&self.program.buffers[out]);
-        split(self.arena, self.program, self.limits, reads, out, rows)
-    }
-}
-
-/// Columns of a buffer to read.
-struct Source<'a> {
-    bytes: &'a [u8], // from the first row's first element
-    spec: &'a BufferSpec,
-    view: View,
-}
-
-/// A buffer to write.
-struct Target<'a> {
-    bytes: &'a mut [u8],
-    spec: &'a BufferSpec,
-    rows: usize,
-}
-
-impl<'a> Source<'a> {
-    fn rows<T: Element>(&self) -> Rows<'a, T> {
-        let elements: &'a [T] = bytemuck::cast_slice(self.bytes);
-        Rows::new(&elements[self.view.column..], self.spec.width, self.view.width)
-    }
-}
-
-impl<'a> Target<'a> {
-    fn rows_mut<T: Element>(self) -> RowsMut<'a, T> {
-        RowsMut { data: bytemuck::cast_slice_mut(self.bytes), stride: self.spec.width, rows: self.rows }
-    }
-}
-
-fn byte_range(spec: &BufferSpec, limits: &Limits) -> Range<usize> {
-    spec.offset..spec.offset + spec.rows.max(limits) * spec.width * spec.dtype.bytes()
-}
-
-fn source<'a>(arena: &'a [u8], program: &'a Program, limits: &Limits, view: View, arena_start: usize) -> Source<'a> {
-    let spec = &program.buffers[view.buffer];
-    let range = byte_range(spec, limits);
-    Source { bytes: &arena[range.start - arena_start..range.end - arena_start], spec, view }
-}
-
-/// Splits the arena around `out`; a valid program's reads lie on either side of it.
-fn split<'a, const N: usize>(
-    arena: &'a mut [u8],
-    program: &'a Program,
-    limits: &Limits,
-    reads: [View; N],
-    out: usize,
-    rows: usize,
-) -> ([Source<'a>; N], Target<'a>) {
-    let spec = &program.buffers[out];
-    let range = byte_range(spec, limits);
-    let (before, rest) = arena.split_at_mut(range.start);
-    let (bytes, after) = rest.split_at_mut(range.len());
-    let (before, after) = (&*before, &*after);
-    let sources = reads.map(|view| {
-        if program.buffers[view.buffer].offset < range.start {
-            source(before, program, limits, view, 0)
-        } else {
-            source(after, program, limits, view, range.end)
-        }
-    });
-    (sources, Target { bytes, spec, rows })
-}
-
-/// Bytes of one layer's keys or values, all slots, in the cache.
-fn cache_range(cache: &CacheSpec, limits: &Limits, layer: usize, kind: CacheKind) -> Range<usize> {
-    let bytes = cache.slot_elements(limits).unwrap_or(0) * limits.slots * cache.dtype.bytes();
-    let index = 2 * layer + usize::from(kind == CacheKind::Values);
-    index * bytes..(index + 1) * bytes
 }

@@ -2,32 +2,53 @@
 
 use std::collections::HashMap;
 
+use super::kernels::linear::{self, Operand};
 use super::program::*;
 use crate::backend::Limits;
+use crate::backend::constants::ConstRows;
 use crate::error::{Error, Result};
-use crate::graph::{Const, Dim, Graph, Input, Node, Op, Sym, Value};
+use crate::graph::{Const, Dim, Graph, Input, Node, Op, Sym, Type, Value};
+use crate::isa::{CpuFeatures, Isa};
 use crate::tensor::DType;
 
-/// A program and, for each of its weights, the expression to pack.
+/// The CPU that a program is lowered for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuTarget {
+    /// What it has: packings are chosen for it.
+    pub features: CpuFeatures,
+    /// Whether linear layers with 8-bit integer weights get their inputs in 8 bits too, each row by its own scale.
+    pub quantize_activations: bool,
+}
+
+impl CpuTarget {
+    /// This machine, with activations as the graph has them.
+    pub fn native() -> CpuTarget {
+        CpuTarget { features: Isa::detect().features(), quantize_activations: false }
+    }
+}
+
+/// A program and, for each of its weights, the content to pack.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Lowered {
     /// The plan.
     pub program: Program,
     /// One per [`Program::weights`].
-    pub constants: Vec<Const>,
+    pub constants: Vec<ConstRows>,
 }
 
 /// Lowers a graph to the CPU.
 ///
-/// Fused: a product with the squared ReLU or the residual addition behind it; any kernel with the conversion of its
+/// Fused: a linear layer with the squared ReLU or the residual addition behind it; any kernel with the conversion of its
 /// result; column slices and conversions into the cache cost nothing.
 ///
 /// # Errors
 /// [`Error::Graph`] naming the op that has no lowering in the place it stands.
-pub fn lower(graph: &Graph, limits: &Limits) -> Result<Lowered> {
+pub fn lower(graph: &Graph, limits: &Limits, target: CpuTarget) -> Result<Lowered> {
     let mut lowering = Lowering {
         graph,
         limits,
+        target,
+        quantized: HashMap::new(),
         users: graph.users(),
         places: vec![None; graph.nodes().len()],
         weight_indices: HashMap::new(),
@@ -58,11 +79,14 @@ enum Place {
 struct Lowering<'g> {
     graph: &'g Graph,
     limits: &'g Limits,
+    target: CpuTarget,
+    /// Columns that are also there as 8-bit integers, and those with their scales.
+    quantized: HashMap<View, (View, View)>,
     users: Vec<Vec<Value>>,
     places: Vec<Option<Place>>,
-    weight_indices: HashMap<(Value, u8), usize>,
+    weight_indices: HashMap<(Value, Storage), usize>,
     weights: Vec<WeightSpec>,
-    constants: Vec<Const>,
+    constants: Vec<ConstRows>,
     buffers: Vec<BufferSpec>,
     kernels: Vec<Kernel>,
     cache: Option<CacheSpec>,
@@ -79,7 +103,7 @@ impl Lowering<'_> {
             (Op::Gather, Some(x)) => {
                 let indices = self.indices(node, x)?;
                 let table = match self.place(node.operands[1]) {
-                    Some(Place::Const) => Table::Weight(self.weight(node.operands[1], Layout::Table)?),
+                    Some(Place::Const) => Table::Weight(self.weight(node.operands[1], Storage::RowMajor)?),
                     _ => Table::View(self.view(node, node.operands[1])?),
                 };
                 let out = self.buffer(node, DType::F32)?;
@@ -89,44 +113,35 @@ impl Lowering<'_> {
                 let indices = self.indices(node, x)?;
                 let positions = self.limits.max_sequence_tokens;
                 let expr = Const::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim, positions };
+                let ty = Type::new(DType::F32, [positions.into(), (rotary_dim / 2).into()]);
+                let content = ConstRows::new(&expr, &ty).map_err(|detail| fail(node, &detail))?;
                 let table = Table::Weight(self.add_weight(
                     WeightSpec {
                         name: format!("{}.table", node.name),
-                        layout: Layout::Table,
+                        storage: Storage::RowMajor,
                         dtype: DType::F32,
                         rows: positions,
                         columns: rotary_dim / 2,
                     },
-                    expr,
+                    content,
                 ));
                 let out = self.buffer(node, DType::F32)?;
                 self.emit(Kernel::Gather { indices, table, out }, out)
             }
             (Op::LayerNorm { eps }, Some(x)) => {
                 let x = self.view(node, x)?;
-                let gamma = self.weight(node.operands[1], Layout::Table)?;
-                let beta = self.weight(node.operands[2], Layout::Table)?;
+                let gamma = self.weight(node.operands[1], Storage::RowMajor)?;
+                let beta = self.weight(node.operands[2], Storage::RowMajor)?;
                 let out = self.buffer(node, self.stored_dtype(value))?;
                 self.emit(Kernel::LayerNorm { x, gamma, beta, eps: *eps as f32, out }, out)
             }
             (Op::Linear, Some(x)) => {
                 let x = self.view(node, x)?;
-                let weight = self.weight(node.operands[1], Layout::Panels)?;
-                self.product(value, node, |epilogue, out| Kernel::Linear { x, weight, epilogue, out })
+                self.linear(value, node, x, None)
             }
             (Op::QuantizedLinear { block }, Some(x)) => {
                 let x = self.view(node, x)?;
-                let codes = self.weight(node.operands[1], Layout::Panels)?;
-                let scales = self.weight(node.operands[2], Layout::Panels)?;
-                let block = block.unwrap_or(x.width);
-                self.product(value, node, |epilogue, out| Kernel::QuantizedLinear {
-                    x,
-                    codes,
-                    scales,
-                    block,
-                    epilogue,
-                    out,
-                })
+                self.linear(value, node, x, Some(block.unwrap_or(x.width)))
             }
             (Op::Columns { start, width }, Some(x)) => {
                 let x = self.view(node, x)?;
@@ -197,8 +212,28 @@ impl Lowering<'_> {
         }
     }
 
-    /// A product, with what follows it where that is its only use.
-    fn product(&mut self, value: Value, node: &Node, kernel: impl Fn(Epilogue, usize) -> Kernel) -> Result<Place> {
+    /// A linear layer, with what follows it where that is its only use; `group` inputs share a scale, if it has scales.
+    fn linear(&mut self, value: Value, node: &Node, x: View, group: Option<usize>) -> Result<Place> {
+        let dtype = self.graph.node(node.operands[1]).ty.dtype;
+        let per_channel = group == Some(x.width);
+        let (x, x_scales) = match self.target.quantize_activations && dtype == DType::I8 && per_channel {
+            true => {
+                let (codes, scales) = self.quantize(x);
+                (codes, Some(scales))
+            }
+            false => (x, None),
+        };
+        let x_dtype = self.buffers[x.buffer].dtype;
+        let packing = linear::choose(dtype, x_dtype, self.target.features)
+            .ok_or_else(|| fail(node, &format!("no kernel multiplies {x_dtype} by {dtype} weights")))?;
+        let packed = |operand| Storage::Packed { packing, operand };
+        let weight = self.weight(node.operands[1], packed(Operand::Weight))?;
+        let scales = match group {
+            Some(_) => Some(self.weight(node.operands[2], packed(Operand::Scales))?),
+            None => None,
+        };
+        let group = group.unwrap_or(x.width);
+        let kernel = |epilogue, out| Kernel::Linear { x, x_scales, weight, scales, group, epilogue, out };
         if let [user] = self.users[value.index()][..] {
             let next = self.graph.node(user);
             if next.op == Op::Relu2 {
@@ -217,17 +252,34 @@ impl Lowering<'_> {
         self.emit(kernel(Epilogue::Store, out), out)
     }
 
-    /// The buffer that `user = residual + product` can add to in place: it is computed, whole, and nothing reads the
-    /// residual after the product.
-    fn residual(&self, product: Value, user: Value) -> Option<usize> {
+    /// Columns as 8-bit integers and their scales, computed once for all linear layers that read them.
+    fn quantize(&mut self, x: View) -> (View, View) {
+        if let Some(found) = self.quantized.get(&x) {
+            return *found;
+        }
+        let BufferSpec { name, rows, .. } = self.buffers[x.buffer].clone();
+        let mut add = |name: String, width, dtype| {
+            self.buffers.push(BufferSpec { name, rows, width, dtype, offset: 0 });
+            View { buffer: self.buffers.len() - 1, column: 0, width }
+        };
+        let codes = add(format!("{name}.int8"), x.width, DType::I8);
+        let scales = add(format!("{name}.scales"), 1, DType::F32);
+        self.kernels.push(Kernel::Quantize { x, out: codes.buffer, scales: scales.buffer });
+        self.quantized.insert(x, (codes, scales));
+        (codes, scales)
+    }
+
+    /// The buffer that `user = residual + layer` can add to in place: it is computed, whole, and nothing reads the
+    /// residual after the layer.
+    fn residual(&self, layer: Value, user: Value) -> Option<usize> {
         let node = self.graph.node(user);
         if node.op != Op::Add {
             return None;
         }
-        let residual = *node.operands.iter().find(|v| **v != product)?;
+        let residual = *node.operands.iter().find(|v| **v != layer)?;
         let Some(Place::View(view)) = self.place(residual) else { return None };
         let whole = view.width == self.buffers[view.buffer].width && self.buffers[view.buffer].dtype == DType::F32;
-        let last_use = self.users[residual.index()].iter().all(|u| *u == user || *u < product);
+        let last_use = self.users[residual.index()].iter().all(|u| *u == user || *u < layer);
         let aliased = self.users[residual.index()]
             .iter()
             .any(|u| matches!(self.graph.node(*u).op, Op::Columns { .. } | Op::Cast(_)));
@@ -270,32 +322,28 @@ impl Lowering<'_> {
         }
     }
 
-    fn weight(&mut self, value: Value, layout: Layout) -> Result<usize> {
+    fn weight(&mut self, value: Value, storage: Storage) -> Result<usize> {
         let node = self.graph.node(value);
         let Op::Const(expr) = &node.op else {
             return Err(fail(node, "the CPU needs this weight to be a constant"));
         };
-        if let Some(index) = self.weight_indices.get(&(value, layout as u8)) {
+        if let Some(index) = self.weight_indices.get(&(value, storage)) {
             return Ok(*index);
         }
-        let dims: Option<Vec<usize>> = node.ty.shape.iter().map(|d| d.as_fixed()).collect();
-        let (rows, columns) = match dims.as_deref() {
-            Some([columns]) => (1, *columns),
-            Some([rows, columns]) => (*rows, *columns),
-            _ => return Err(fail(node, &format!("weights have one or two known dimensions, this is {}", node.ty))),
+        let content = ConstRows::new(expr, &node.ty).map_err(|detail| fail(node, &detail))?;
+        let (rows, columns) = (content.rows(), content.width());
+        let name = match storage {
+            Storage::RowMajor => node.name.clone(),
+            Storage::Packed { .. } => format!("{}.panels", node.name),
         };
-        let name = match layout {
-            Layout::Table => node.name.clone(),
-            Layout::Panels => format!("{}.panels", node.name),
-        };
-        let index = self.add_weight(WeightSpec { name, layout, dtype: node.ty.dtype, rows, columns }, expr.clone());
-        self.weight_indices.insert((value, layout as u8), index);
+        let index = self.add_weight(WeightSpec { name, storage, dtype: node.ty.dtype, rows, columns }, content);
+        self.weight_indices.insert((value, storage), index);
         Ok(index)
     }
 
-    fn add_weight(&mut self, spec: WeightSpec, expr: Const) -> usize {
+    fn add_weight(&mut self, spec: WeightSpec, content: ConstRows) -> usize {
         self.weights.push(spec);
-        self.constants.push(expr);
+        self.constants.push(content);
         self.weights.len() - 1
     }
 
@@ -342,6 +390,7 @@ impl Lowering<'_> {
             .ok_or_else(|| refuse("the arena's size overflows; use a smaller prefill chunk".into()))?;
         let program = Program {
             version: PROGRAM_VERSION,
+            cpu: self.target.features,
             limits: self.limits.clone(),
             cache,
             weights: self.weights,
@@ -363,7 +412,7 @@ fn fail(node: &Node, detail: &str) -> Error {
 fn plan_arena(buffers: &mut [BufferSpec], kernels: &[Kernel], logits: usize, limits: &Limits) -> Option<usize> {
     let mut lives: Vec<Option<(usize, usize)>> = vec![None; buffers.len()];
     for (time, kernel) in kernels.iter().enumerate() {
-        let touched = kernel.reads().into_iter().map(|v| v.buffer).chain(kernel.writes().map(|(b, _)| b));
+        let touched = kernel.reads().into_iter().map(|v| v.buffer).chain(kernel.writes());
         for buffer in touched {
             let life = lives[buffer].get_or_insert((time, time));
             life.1 = time;

@@ -6,5 +6,6 @@ pub mod kernels;
 pub mod lower;
 pub mod pack;
 pub mod program;
+mod run;
 
 pub use executor::{CpuExecutor, CpuModel, CpuOptions};

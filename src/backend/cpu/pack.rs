@@ -2,23 +2,20 @@
 
 use half::bf16;
 
-use super::kernels::Element;
-use super::kernels::matmul::{PANEL, Weight, pack_panel};
-use super::kernels::quantized::pack_codes;
 use super::lower::Lowered;
-use super::program::{Layout, WeightSpec};
+use super::program::{Storage, WeightSpec};
 use crate::backend::constants::stored_dtype;
 use crate::backend::packing::Item;
-use crate::graph::Const;
+use crate::error::{Error, Result};
 use crate::tensor::DType;
 
 /// Order of the weights in their file: panels in the order of use (whole cache lines, so all of them stay aligned), then
 /// tables, FP32 before BF16.
 pub fn file_order(weights: &[WeightSpec]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..weights.len()).collect();
-    order.sort_by_key(|i| match weights[*i].layout {
-        Layout::Panels => (false, std::cmp::Reverse(0)),
-        Layout::Table => (true, std::cmp::Reverse(weights[*i].dtype.bytes())),
+    order.sort_by_key(|i| match weights[*i].storage {
+        Storage::Packed { .. } => (false, std::cmp::Reverse(0)),
+        Storage::RowMajor => (true, std::cmp::Reverse(weights[*i].dtype.bytes())),
     });
     order
 }
@@ -26,20 +23,13 @@ pub fn file_order(weights: &[WeightSpec]) -> Vec<usize> {
 /// The safetensors file of a plan's weights, for [`packing`](crate::backend::packing) to write.
 pub fn items(lowered: &Lowered) -> Vec<Item<'_>> {
     let item = |index: usize| {
-        let (spec, expr) = (&lowered.program.weights[index], &lowered.constants[index]);
-        let store: fn(&WeightSpec, &Const, &[f32]) -> Vec<u8> = match spec.dtype {
-            DType::BF16 => store_floats::<bf16>,
-            dtype if dtype.is_code() => store_codes,
-            _ => store_floats::<f32>,
-        };
+        let (spec, content) = (&lowered.program.weights[index], &lowered.constants[index]);
         Item {
             name: &spec.name,
             stored: (stored_dtype(spec.dtype), spec.stored_shape()),
-            expr,
-            rows: spec.rows,
-            columns: spec.columns,
-            unit: if spec.layout == Layout::Panels { PANEL } else { 1 },
-            store: Box::new(move |rows| Ok(store(spec, expr, rows))),
+            content,
+            unit: spec.unit_rows(),
+            store: Box::new(move |rows| store(spec, rows)),
             finish: None,
         }
     };
@@ -52,43 +42,34 @@ pub fn packed_bytes(weights: &[WeightSpec]) -> u64 {
     data + 128 * weights.len() as u64
 }
 
-/// Rows of a weight as stored: row-major or in panels.
-fn store_floats<T: Weight + Element>(spec: &WeightSpec, _: &Const, rows: &[f32]) -> Vec<u8> {
-    let stored: Vec<T> = match spec.layout {
-        Layout::Table => rows.iter().map(|value| T::from_f32(*value)).collect(),
-        Layout::Panels => {
-            let mut packed = vec![T::zeroed(); (rows.len() / spec.columns).div_ceil(PANEL) * spec.panel_elements()];
-            for (rows, panel) in rows.chunks(PANEL * spec.columns).zip(packed.chunks_mut(spec.panel_elements())) {
-                pack_panel(rows, spec.columns, panel);
-            }
-            packed
+/// Rows of a weight as stored; codes come as numbers.
+fn store(spec: &WeightSpec, rows: &[f32]) -> Result<Vec<u8>> {
+    match (spec.storage, spec.dtype) {
+        (Storage::Packed { packing, operand }, _) => Ok(packing.pack(operand, rows, spec.columns)),
+        (Storage::RowMajor, DType::F32) => Ok(bytemuck::cast_slice(rows).to_vec()),
+        (Storage::RowMajor, DType::BF16) => {
+            let stored: Vec<bf16> = rows.iter().map(|value| bf16::from_f32(*value)).collect();
+            Ok(bytemuck::cast_slice(&stored).to_vec())
         }
-    };
-    bytemuck::cast_slice(&stored).to_vec()
-}
-
-/// Rows of codes as stored, in panels.
-fn store_codes(spec: &WeightSpec, expr: &Const, rows: &[f32]) -> Vec<u8> {
-    let codes: Vec<u8> = match expr {
-        Const::Codes(_, scheme) => rows.iter().map(|code| scheme.bits(*code)).collect(),
-        _ => Vec::new(), // no other constant has codes
-    };
-    let mut packed = vec![0; (codes.len() / spec.columns).div_ceil(PANEL) * spec.panel_elements()];
-    for (rows, panel) in codes.chunks(PANEL * spec.columns).zip(packed.chunks_mut(spec.panel_elements())) {
-        pack_codes(spec.dtype, rows, spec.columns, panel);
+        (Storage::RowMajor, dtype) => {
+            Err(Error::internal(format!("table `{}` of {dtype}", spec.name), "a table of f32 or bf16"))
+        }
     }
-    packed
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::kernels::linear::{self, Operand};
+    use crate::isa::CpuFeatures;
 
     #[test]
     fn panels_come_first_so_they_stay_aligned() {
-        let spec = |layout, dtype| WeightSpec { name: "w".into(), layout, dtype, rows: 3, columns: 5 };
+        let spec = |storage, dtype| WeightSpec { name: "w".into(), storage, dtype, rows: 3, columns: 5 };
+        let packing = linear::choose(DType::BF16, DType::BF16, CpuFeatures::PORTABLE).unwrap();
+        let packed = Storage::Packed { packing, operand: Operand::Weight };
         let weights =
-            [spec(Layout::Table, DType::BF16), spec(Layout::Table, DType::F32), spec(Layout::Panels, DType::BF16)];
+            [spec(Storage::RowMajor, DType::BF16), spec(Storage::RowMajor, DType::F32), spec(packed, DType::BF16)];
         assert_eq!(file_order(&weights), [2, 1, 0]);
         assert!(weights[2].stored_bytes().unwrap().is_multiple_of(64));
     }

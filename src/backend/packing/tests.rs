@@ -2,7 +2,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
-use crate::error::Error;
+use crate::graph::{Const, Dim, Type};
+use crate::quantize::Scheme;
+use crate::tensor::DType;
 
 const COLUMNS: usize = 192;
 
@@ -14,11 +16,15 @@ fn tensor(name: &str) -> Const {
     Const::Tensor(name.into())
 }
 
+fn plain(expr: &Const, rows: usize, width: usize) -> ConstRows {
+    ConstRows::new(expr, &Type::new(DType::F32, [Dim::fixed(rows), Dim::fixed(width)])).unwrap()
+}
+
 /// An item of FP32 rows, or of codes as numbers.
-fn item<'p>(name: &'p str, expr: &'p Const, rows: usize, columns: usize) -> Item<'p> {
+fn item<'p>(name: &'p str, content: &'p ConstRows) -> Item<'p> {
     let store = |rows: &[f32]| Ok(rows.iter().flat_map(|value| value.to_le_bytes()).collect());
-    let stored = (Dtype::F32, vec![rows, columns]);
-    Item { name, stored, expr, rows, columns, unit: 1, store: Box::new(store), finish: None }
+    let stored = (Dtype::F32, vec![content.rows(), content.width()]);
+    Item { name, stored, content, unit: 1, store: Box::new(store), finish: None }
 }
 
 /// The files' bytes, the tensors' digests, and how many bytes were read.
@@ -47,16 +53,20 @@ fn packed(files: Vec<Vec<Item<'_>>>, digest: bool) -> Result<Packed> {
     Ok((out, digests, read.into_inner()))
 }
 
-/// The matrices of two layers: name and expression, rows, columns.
-fn matrices() -> Vec<(String, Const, usize, usize)> {
+/// The matrices of two layers: name, expression, and the same in plain form.
+fn matrices() -> Vec<(String, Const, ConstRows)> {
     let mut all = Vec::new();
     for layer in 0..2 {
         let part = |name: &str| tensor(&format!("model.layers.{layer}.{name}.weight"));
         let qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].map(part).to_vec();
-        all.push((format!("qkv{layer}"), Const::ConcatRows(qkv), 3 * COLUMNS, COLUMNS));
-        all.push((format!("up{layer}"), part("mlp.up_proj"), 4 * COLUMNS, COLUMNS));
-        all.push((format!("norm{layer}"), part("input_layernorm"), 1, COLUMNS));
-        all.push((format!("down{layer}"), part("mlp.down_proj"), COLUMNS, 4 * COLUMNS));
+        let mut add = |name: &str, expr: Const, rows: usize, columns: usize| {
+            let content = plain(&expr, rows, columns);
+            all.push((format!("{name}{layer}"), expr, content));
+        };
+        add("qkv", Const::ConcatRows(qkv), 3 * COLUMNS, COLUMNS);
+        add("up", part("mlp.up_proj"), 4 * COLUMNS, COLUMNS);
+        add("norm", part("input_layernorm"), 1, COLUMNS);
+        add("down", part("mlp.down_proj"), COLUMNS, 4 * COLUMNS);
     }
     all
 }
@@ -65,27 +75,27 @@ fn matrices() -> Vec<(String, Const, usize, usize)> {
 fn files_packed_together_are_those_packed_alone() {
     let matrices = matrices();
     let schemes = [Scheme::INT8, Scheme::INT4];
-    let quantized: Vec<Vec<(Const, Const)>> = schemes
+    let quantized: Vec<Vec<(ConstRows, ConstRows)>> = schemes
         .iter()
         .map(|scheme| {
-            let of = |(_, expr, _, columns): &(String, Const, usize, usize)| {
+            let of = |(_, expr, content): &(String, Const, ConstRows)| {
+                let (rows, columns) = (content.rows(), content.columns());
                 let matrix = Box::new(expr.clone());
-                let scales = Const::Scales { matrix: matrix.clone(), scheme: *scheme, columns: *columns };
-                (Const::Codes(matrix, *scheme), scales)
+                let scales = Const::Scales { matrix: matrix.clone(), scheme: *scheme, columns };
+                let codes = plain(&Const::Codes(matrix, *scheme), rows, columns);
+                (codes, plain(&scales, rows, scheme.blocks(columns)))
             };
             matrices.iter().map(of).collect()
         })
         .collect();
-    let plain = || matrices.iter().map(|(name, expr, rows, columns)| item(name, expr, *rows, *columns)).collect();
+    let values = || matrices.iter().map(|(name, _, content)| item(name, content)).collect();
     // Codes first and all scales behind them, or each scale behind its codes, or before them.
     let codes = |scheme: usize, order: &'static str| {
         let all = matrices.iter().zip(&quantized[scheme]).filter(|((name, ..), _)| !name.starts_with("norm"));
         let mut items = Vec::new();
         let mut behind = Vec::new();
-        for ((name, _, rows, columns), (codes, scales)) in all {
-            let blocks = schemes[scheme].blocks(*columns);
-            let codes = item(name, codes, *rows, *columns);
-            let scales = item(name.as_str(), scales, *rows, blocks);
+        for ((name, ..), (codes, scales)) in all {
+            let (codes, scales) = (item(name, codes), item(name, scales));
             match order {
                 "behind" => (items.push(codes), behind.push(scales)),
                 "next" => (items.push(codes), items.push(scales)),
@@ -96,12 +106,12 @@ fn files_packed_together_are_those_packed_alone() {
         items
     };
     let reversed = || {
-        let mut items: Vec<Item<'_>> = plain();
+        let mut items: Vec<Item<'_>> = values();
         items.reverse();
         items
     };
     let files =
-        || vec![plain(), codes(0, "behind"), codes(0, "next"), codes(1, "behind"), codes(1, "before"), reversed()];
+        || vec![values(), codes(0, "behind"), codes(0, "next"), codes(1, "behind"), codes(1, "before"), reversed()];
     let (together, ..) = packed(files(), true).unwrap();
     for (index, file) in files().into_iter().enumerate() {
         let (alone, ..) = packed(vec![file], false).unwrap();
@@ -112,14 +122,14 @@ fn files_packed_together_are_those_packed_alone() {
 #[test]
 fn every_weight_is_read_once_and_digested() {
     let checkpoint = checkpoint();
-    let all: Vec<(String, Const, usize, usize)> = checkpoint
+    let all: Vec<(String, ConstRows)> = checkpoint
         .tensors()
         .map(|view| {
             let columns = *view.shape.last().unwrap();
-            (view.name.to_owned(), tensor(view.name), view.elements() / columns, columns)
+            (view.name.to_owned(), plain(&tensor(view.name), view.elements() / columns, columns))
         })
         .collect();
-    let file = || all.iter().map(|(name, expr, rows, columns)| item(name, expr, *rows, *columns)).collect::<Vec<_>>();
+    let file = || all.iter().map(|(name, content)| item(name, content)).collect::<Vec<_>>();
     let (files, digests, read) = packed(vec![file(), file(), file()], true).unwrap();
     assert_eq!(read, checkpoint.weight_bytes());
     assert!(files[0] == files[1] && files[1] == files[2]);
@@ -132,7 +142,7 @@ fn every_weight_is_read_once_and_digested() {
 #[test]
 fn a_sink_or_a_follower_ends_it() {
     let matrices = matrices();
-    let items = || matrices.iter().map(|(name, expr, rows, columns)| item(name, expr, *rows, *columns)).collect();
+    let items = || matrices.iter().map(|(name, _, content)| item(name, content)).collect();
     let mut written = 0;
     let mut full = |bytes: &[u8]| {
         written += bytes.len();
@@ -149,12 +159,20 @@ fn a_sink_or_a_follower_ends_it() {
 #[test]
 fn memory_is_predicted_from_what_is_held() {
     let matrix = Box::new(tensor("w"));
-    let codes = Const::Codes(matrix.clone(), Scheme::INT8);
-    let scales = Const::Scales { matrix, scheme: Scheme::INT8, columns: 16384 };
-    let mut transposed = item("codes", &codes, 4096, 16384);
+    let codes = plain(&Const::Codes(matrix.clone(), Scheme::INT8), 4096, 16384);
+    let scales = plain(&Const::Scales { matrix, scheme: Scheme::INT8, columns: 16384 }, 4096, 1);
+    let mut transposed = item("codes", &codes);
     transposed.finish = Some(Box::new(|_, _| Ok(())));
     let (held, kept) = (4096 * 16384 * 9 / 8, 4 * 4096);
-    let alone = memory_bytes([&[transposed, item("scales", &scales, 4096, 1)][..]].into_iter());
+    let alone = memory_bytes([&[transposed, item("scales", &scales)][..]].into_iter());
     assert!(alone > held + kept && alone < held + kept + (1 << 30), "{alone}");
     assert_eq!(memory_bytes(std::iter::empty()), 0);
+}
+
+#[test]
+fn one_matrix_in_two_shapes_is_an_internal_error() {
+    let up = tensor("model.layers.0.mlp.up_proj.weight");
+    let (whole, half) = (plain(&up, 4 * COLUMNS, COLUMNS), plain(&up, 8 * COLUMNS, COLUMNS / 2));
+    let error = packed(vec![vec![item("whole", &whole)], vec![item("half", &half)]], false).unwrap_err();
+    assert!(matches!(error, Error::Internal { .. }) && error.to_string().contains("up_proj"), "{error}");
 }

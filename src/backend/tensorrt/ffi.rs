@@ -273,3 +273,17 @@ impl Observer {
         self.0.step(&String::from_utf8_lossy(phase), step).is_continue()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn a_constant_outside_its_memory_is_an_internal_error() {
+        let memory: Arc<[u8]> = [1, 2, 3].into();
+        assert_eq!(ConstantBytes::of_memory(memory.clone(), 1..3).unwrap().as_slice(), [2, 3]);
+        let error = ConstantBytes::of_memory(memory, 1..4).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::Internal { .. }), "{error}");
+    }
+}

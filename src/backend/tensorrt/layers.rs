@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::DType;
 use crate::tensor_file::TensorFile;
 
@@ -24,23 +24,42 @@ enum Owner {
 }
 
 impl ConstantBytes {
-    /// Bytes of a mapped file; none if the range is outside.
-    pub fn of_file(file: Arc<TensorFile>, range: ops::Range<usize>) -> ConstantBytes {
-        ConstantBytes { owner: Owner::File(file), range }
+    /// Bytes of a mapped file.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if the range is outside.
+    pub fn of_file(file: Arc<TensorFile>, range: ops::Range<usize>) -> Result<ConstantBytes> {
+        ConstantBytes { owner: Owner::File(file), range }.checked()
     }
 
-    /// Bytes in memory; none if the range is outside.
-    pub fn of_memory(bytes: Arc<[u8]>, range: ops::Range<usize>) -> ConstantBytes {
-        ConstantBytes { owner: Owner::Memory(bytes), range }
+    /// Bytes in memory.
+    ///
+    /// # Errors
+    /// As [`ConstantBytes::of_file`].
+    pub fn of_memory(bytes: Arc<[u8]>, range: ops::Range<usize>) -> Result<ConstantBytes> {
+        ConstantBytes { owner: Owner::Memory(bytes), range }.checked()
     }
 
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
-        let all = match &self.owner {
+        &self.all()[self.range.clone()]
+    }
+
+    fn all(&self) -> &[u8] {
+        match &self.owner {
             Owner::File(file) => file.mapped(),
             Owner::Memory(bytes) => bytes,
-        };
-        all.get(self.range.clone()).unwrap_or_default()
+        }
+    }
+
+    fn checked(self) -> Result<ConstantBytes> {
+        match self.all().get(self.range.clone()) {
+            Some(_) => Ok(self),
+            None => {
+                let found = format!("a constant is bytes {:?} of {}", self.range, self.all().len());
+                Err(Error::internal(found, "a range inside its file"))
+            }
+        }
     }
 }
 

@@ -79,10 +79,15 @@ impl Library {
 
     /// Opens a library by its path.
     ///
+    /// # Safety
+    /// Opening runs the library's own code, and everything that is called later runs inside it: the file must be the
+    /// TensorRT library that its name says.
+    ///
     /// # Errors
     /// [`Error::TensorRt`] if the file is no library, another library, or a version that this program was not compiled
     /// for.
-    pub fn open(kind: Kind, path: &Path) -> Result<Library> {
+    #[allow(unsafe_code)]
+    pub unsafe fn open(kind: Kind, path: &Path) -> Result<Library> {
         let refuse =
             |detail: String| Error::TensorRt(format!("cannot use {} as {}: {detail}", path.display(), kind.name()));
         let inner = bridge::open_library(kind == Kind::Rtx, path.as_os_str().as_bytes())
@@ -170,20 +175,24 @@ impl Surroundings {
     }
 
     fn find(&self, kind: Kind) -> Result<Library> {
+        // SAFETY: these are the places that the user, the system or the Python environment keep TensorRT in; as with any
+        // program that is linked with a library, whoever can replace it there decides what runs.
+        #[allow(unsafe_code)]
+        let open = |path: &Path| unsafe { Library::open(kind, path) };
         let of_chosen = self.chosen.iter().cloned();
         let local = of_chosen.chain(self.folders.iter().map(|folder| folder.join(".tensorrt")));
         let local: Vec<PathBuf> = local.map(|folder| folder.join(kind.file_name())).collect();
         if let Some(path) = local.iter().find(|path| path.exists()) {
-            return Library::open(kind, path);
+            return open(path);
         }
         // A name without a slash is looked for by the system. Only if it finds nothing is there a next place; what it
         // says then ("cannot open shared object file") tells no more than that.
         let name = Path::new(kind.file_name());
         if self.system && bridge::open_library(kind == Kind::Rtx, name.as_os_str().as_bytes()).is_ok() {
-            return Library::open(kind, name);
+            return open(name);
         }
         if let Some(path) = self.python.iter().flat_map(|root| python_libraries(root, kind)).next() {
-            return Library::open(kind, &path);
+            return open(&path);
         }
         let mut places: Vec<String> =
             local.iter().filter_map(|p| p.parent()).map(|p| p.display().to_string()).collect();

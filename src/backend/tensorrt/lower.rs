@@ -12,10 +12,11 @@ use std::sync::Arc;
 
 pub use super::weights::{Constants, Layout, Weight};
 use super::{ConstantBytes, Layers, Network, Profile, Range, Tensor};
+use crate::backend::constants::ConstRows;
 pub use crate::engine::tensorrt::Sizes;
 use crate::engine::tensorrt::{Binding, Extent, Role, StepSize};
 use crate::error::{Error, Result};
-use crate::graph::{Const, Graph, Input, Node, Op, Value};
+use crate::graph::{Const, Graph, Input, Node, Op, Type, Value};
 use crate::tensor::DType;
 
 /// Name of the input with each sequence's tokens after the step, `i32[B]`: what attention reads.
@@ -128,22 +129,26 @@ struct Lowering<'g, N> {
 impl<N: Layers> Lowering<'_, N> {
     fn node(&mut self, node: &Node) -> Result<Place> {
         let dtype = node.ty.dtype;
-        match (&node.op, &node.operands[..]) {
-            (Op::Input(input), _) => self.input(node, *input),
-            (Op::Const(Const::Codes(..) | Const::Scales { .. }), _) => Ok(Place::Weight),
-            (Op::Const(expr), _) => {
-                let shape: Option<Vec<usize>> = node.ty.shape.iter().map(|d| d.as_fixed()).collect();
-                let shape =
-                    shape.ok_or_else(|| fail(node, &format!("a constant's sizes are known, not {}", node.ty)))?;
-                Ok(Place::Plain(self.weight(Weight::rows(&node.name, dtype, shape, expr))?))
+        match &node.op {
+            Op::Input(input) => self.input(node, *input),
+            Op::Const(Const::Codes(..) | Const::Scales { .. }) => Ok(Place::Weight),
+            Op::Const(expr) => {
+                let content = plain_form(node, expr, &node.ty)?;
+                let shape: Vec<usize> = match node.ty.shape.len() {
+                    1 => vec![content.width()],
+                    _ => vec![content.rows(), content.width()],
+                };
+                Ok(Place::Plain(self.weight(Weight::rows(&node.name, dtype, shape, content))?))
             }
-            (Op::AddScalar(scalar), &[x]) => {
+            Op::AddScalar(scalar) => {
+                let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scalar = self.network.scalar(*scalar, rank(node)?)?;
                 let scalar = self.typed(scalar, DType::F32, dtype)?;
                 Ok(Place::Plain(self.network.sum(x, scalar)?))
             }
-            (Op::Cast(to), &[x]) => {
+            Op::Cast(to) => {
+                let [x] = operands(node)?;
                 let from = self.graph.node(x).ty.dtype;
                 Ok(match self.place(x) {
                     Place::Heads { tensor, heads, head_dim } => {
@@ -155,13 +160,15 @@ impl<N: Layers> Lowering<'_, N> {
                     }
                 })
             }
-            (Op::Gather, &[indices, table]) => {
+            Op::Gather => {
+                let [indices, table] = operands(node)?;
                 let from = self.graph.node(table).ty.dtype;
                 let (indices, table) = (self.plain(indices)?, self.plain(table)?);
                 let rows = self.network.gather(table, indices)?;
                 Ok(Place::Plain(self.typed(rows, from, dtype)?))
             }
-            (Op::LayerNorm { eps }, &[x, gamma, beta]) => {
+            Op::LayerNorm { eps } => {
+                let [x, gamma, beta] = operands(node)?;
                 let row = |this: &mut Self, value: Value| {
                     let from = this.graph.node(value).ty.dtype;
                     let width = size(this.graph.node(value).ty.width(), node)?;
@@ -173,13 +180,15 @@ impl<N: Layers> Lowering<'_, N> {
                 let x = self.plain(x)?;
                 Ok(Place::Plain(self.network.layer_norm(x, gamma, beta, *eps as f32)?))
             }
-            (Op::Linear, &[x, weight]) => {
+            Op::Linear => {
+                let [x, weight] = operands(node)?;
                 let from = self.graph.node(x).ty.dtype;
                 let (x, weight) = (self.plain(x)?, self.plain(weight)?);
                 let product = self.network.linear(x, weight)?;
                 Ok(Place::Plain(self.typed(product, from, dtype)?))
             }
-            (Op::Columns { start, width }, &[x]) => {
+            Op::Columns { start, width } => {
+                let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let first = self.network.integers(&[0])?;
                 let shape = self.network.shape(x)?;
@@ -188,15 +197,19 @@ impl<N: Layers> Lowering<'_, N> {
                 let sizes = self.network.concat(&[rows, width])?;
                 Ok(Place::Plain(self.network.slice(x, &[0, size(Some(*start), node)?], sizes)?))
             }
-            (Op::RotaryAngle { trig, theta, rotary_dim }, &[positions]) => {
+            Op::RotaryAngle { trig, theta, rotary_dim } => {
+                let [positions] = operands(node)?;
                 let rows = self.sizes.max_sequence_tokens;
                 let expr = Const::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim, positions: rows };
                 let name = format!("{}.table", node.name);
-                let table = self.weight(Weight::rows(&name, dtype, vec![rows, rotary_dim / 2], &expr))?;
+                let ty = Type::new(dtype, [rows.into(), (rotary_dim / 2).into()]);
+                let content = plain_form(node, &expr, &ty)?;
+                let table = self.weight(Weight::rows(&name, dtype, vec![rows, rotary_dim / 2], content))?;
                 let positions = self.plain(positions)?;
                 Ok(Place::Plain(self.network.gather(table, positions)?))
             }
-            (Op::Rotary { head_dim }, &[x, cos, sin]) => {
+            Op::Rotary { head_dim } => {
+                let [x, cos, sin] = operands(node)?;
                 let half = size(self.graph.node(cos).ty.width(), node)?;
                 let (tensor, heads) = self.heads(node, x, *head_dim)?;
                 let (cos, sin) = (self.per_token(cos, half)?, self.per_token(sin, half)?);
@@ -204,49 +217,40 @@ impl<N: Layers> Lowering<'_, N> {
                 let tensor = self.network.rotary(tensor, cos, sin, rotary_dims)?;
                 Ok(Place::Heads { tensor, heads, head_dim: *head_dim })
             }
-            (Op::CacheUpdate, &[cache, new, past_tokens]) => {
+            Op::CacheUpdate => {
+                let [cache, new, past_tokens] = operands(node)?;
                 let head_dim = node.ty.width().ok_or_else(|| fail(node, "its head_dim must be known"))?;
                 let (new, _) = self.heads(node, new, head_dim)?;
                 let (cache, past_tokens) = (self.plain(cache)?, self.plain(past_tokens)?);
                 let cache = self.network.cache_update(cache, new, past_tokens)?;
                 Ok(Place::Cache { cache, new })
             }
-            (Op::Attention { scale }, &[q, keys, values, _]) => self.attention(node, *scale, [q, keys, values]),
-            (Op::Relu2, &[x]) => {
+            Op::Attention { scale } => {
+                let [q, keys, values, _] = operands(node)?;
+                self.attention(node, *scale, [q, keys, values])
+            }
+            Op::Relu2 => {
+                let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let x = self.network.relu(x)?;
                 Ok(Place::Plain(self.network.product(x, x)?))
             }
-            (Op::Add, &[x, y]) => {
+            Op::Add => {
+                let [x, y] = operands(node)?;
                 let (x, y) = (self.plain(x)?, self.plain(y)?);
                 Ok(Place::Plain(self.network.sum(x, y)?))
             }
-            (Op::RoundToF8 { scale }, &[x]) => {
+            Op::RoundToF8 { scale } => {
+                let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scale = self.network.scalar(*scale, 0)?;
                 Ok(Place::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
             }
-            (Op::QuantizedLinear { block }, &[x, codes, scales]) => {
+            Op::QuantizedLinear { block } => {
+                let [x, codes, scales] = operands(node)?;
                 let product = self.quantized_linear(node, *block, [x, codes, scales])?;
                 Ok(Place::Plain(self.typed(product, QUANTIZED_PRODUCTS, dtype)?))
             }
-            (
-                Op::AddScalar(_)
-                | Op::Cast(_)
-                | Op::Gather
-                | Op::LayerNorm { .. }
-                | Op::Linear
-                | Op::QuantizedLinear { .. }
-                | Op::RoundToF8 { .. }
-                | Op::Columns { .. }
-                | Op::RotaryAngle { .. }
-                | Op::Rotary { .. }
-                | Op::CacheUpdate
-                | Op::Attention { .. }
-                | Op::Relu2
-                | Op::Add,
-                operands,
-            ) => Err(fail(node, &format!("it has {} operands", operands.len()))),
         }
     }
 
@@ -313,7 +317,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let (stored, _) = file.tensor(&weight.name).ok_or_else(|| {
                     Error::format(file.path(), format!("there is no tensor {}: build the package again", weight.name))
                 })?;
-                Ok(ConstantBytes::of_file(file.clone(), stored.bytes.clone()))
+                ConstantBytes::of_file(file.clone(), stored.bytes.clone())
             }
             Constants::Arbitrary => {
                 let length = usize::try_from(weight.bytes())
@@ -322,7 +326,7 @@ impl<N: Layers> Lowering<'_, N> {
                     // 0.0115 as FP32, since TensorRT refuses scales of zero.
                     self.arbitrary = vec![0x3c; length].into();
                 }
-                Ok(ConstantBytes::of_memory(self.arbitrary.clone(), 0..length))
+                ConstantBytes::of_memory(self.arbitrary.clone(), 0..length)
             }
         }
     }
@@ -353,9 +357,11 @@ impl<N: Layers> Lowering<'_, N> {
                 self.typed(x, from, QUANTIZED_PRODUCTS)?
             }
         };
-        let codes = Weight::rows(&codes.name, codes.ty.dtype, vec![rows, columns], codes_expr);
-        let scales = Weight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_expr);
-        let codes = Weight { shape: vec![columns, rows], layout: Layout::Transposed, ..codes };
+        let codes_content = plain_form(codes, codes_expr, &codes.ty)?;
+        let scales_content = plain_form(scales, scales_expr, &scales.ty)?;
+        let codes = Weight::rows(&codes.name, codes.ty.dtype, vec![columns, rows], codes_content);
+        let codes = Weight { layout: Layout::Transposed, ..codes };
+        let scales = Weight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_content);
         let weight = if let Some(block) = block {
             let unit = common_divisor(block, columns);
             let codes = self.weight(Weight { in_plan: true, ..codes })?;
@@ -563,6 +569,18 @@ fn rank(node: &Node) -> Result<u32> {
 
 fn size(n: Option<usize>, node: &Node) -> Result<i64> {
     n.and_then(|n| i64::try_from(n).ok()).ok_or_else(|| fail(node, "a size that must be known is not, or too large"))
+}
+
+/// The operands of an op that takes so many, which the graph has checked.
+fn operands<const N: usize>(node: &Node) -> Result<[Value; N]> {
+    node.operands[..].try_into().map_err(|_| {
+        let found = format!("op {} ({}) has {} operands", node.op.kind(), node.name, node.operands.len());
+        Error::internal(found, format!("{N} operands"))
+    })
+}
+
+fn plain_form(node: &Node, expr: &Const, ty: &Type) -> Result<ConstRows> {
+    ConstRows::new(expr, ty).map_err(|detail| fail(node, &detail))
 }
 
 fn fail(node: &Node, detail: &str) -> Error {

@@ -6,11 +6,10 @@ use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
 use super::weights::{Layout, Weight};
-use crate::backend::constants::stored_dtype;
-use crate::backend::packing::Item;
+use crate::backend::constants::{RowForm, RowSource, stored_dtype};
+use crate::backend::packing::{Item, StoreAll, StoreRows};
 use crate::checkpoint::EMBEDDING;
 use crate::error::{Error, Result};
-use crate::graph::Const;
 use crate::tensor::DType;
 
 /// Columns of a transposed matrix that are gathered at a time: the bytes of a cache line.
@@ -28,58 +27,56 @@ pub fn items(weights: &[Weight]) -> Result<Vec<Item<'_>>> {
     order.into_iter().map(item).collect()
 }
 
-/// Whether it is the embedding, which comes first in a network.
+/// The embedding comes first in a network.
 fn is_table(weight: &Weight) -> bool {
-    let mut names = Vec::new();
-    weight.expr.tensors(&mut names);
-    names == [EMBEDDING]
-}
-
-/// Rows of the matrix that scales are of.
-fn scale_rows(weight: &Weight) -> Option<usize> {
-    match (weight.layout, &weight.shape[..]) {
-        (Layout::Rows, [rows]) | (Layout::Spread { .. }, [_, rows]) => Some(*rows),
-        _ => None,
-    }
+    matches!(weight.content.source(), RowSource::Tensors(names) if names == &[EMBEDDING])
 }
 
 fn item(weight: &Weight) -> Result<Item<'_>> {
     let stored = (stored_dtype(weight.dtype), stored_shape(weight)?);
-    let (name, expr) = (weight.name.as_str(), &weight.expr);
-    match (expr, weight.layout, &weight.shape[..]) {
-        (Const::Codes(_, scheme), Layout::Transposed, [columns, rows]) => {
-            let (rows, columns, scheme, is_pairs) = (*rows, *columns, *scheme, weight.dtype == DType::I4);
-            let store = move |codes: &[f32]| Ok(codes.iter().map(|code| scheme.bits(*code)).collect());
-            let finish = move |codes: &[u8], write: &mut dyn FnMut(&[u8]) -> Result<()>| match is_pairs {
+    let (content, columns) = (&weight.content, weight.content.columns());
+    let fits = match (weight.layout, &weight.shape[..]) {
+        (Layout::Rows, shape) => shape.iter().product::<usize>() == content.elements(),
+        (Layout::Transposed, shape) => shape == [columns, content.rows()],
+        (Layout::Spread { .. }, [_, rows]) => *rows == content.rows(),
+        (Layout::Spread { .. }, _) => false,
+    };
+    if !fits {
+        let found = format!("weight `{}` has shape {:?} as {:?}", weight.name, weight.shape, weight.layout);
+        return Err(Error::internal(found, format!("room for {} rows of {}", content.rows(), content.width())));
+    }
+    let mut finish: Option<StoreAll> = None;
+    let store: StoreRows<'_> = match (content.form(), weight.layout) {
+        (RowForm::Codes(scheme), Layout::Transposed) => {
+            let is_pairs = weight.dtype == DType::I4;
+            finish = Some(Box::new(move |codes, write| match is_pairs {
                 true => write_transposed(codes, columns, &mut |tile| {
                     let pairs: Vec<u8> = tile.chunks(2).map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4).collect();
                     write(&pairs)
                 }),
                 false => write_transposed(codes, columns, write),
-            };
-            let (store, finish) = (Box::new(store), Some(Box::new(finish) as _));
-            Ok(Item { name, stored, expr, rows, columns, unit: 1, store, finish })
+            }));
+            Box::new(move |codes| Ok(codes.iter().map(|code| scheme.bits(*code)).collect()))
         }
-        (Const::Codes(..), ..) => Err(unexpected(weight, "codes are stored as the transpose of a matrix")),
-        (Const::Scales { scheme, columns, .. }, ..) => {
-            let blocks = scheme.blocks(*columns);
-            let rows = scale_rows(weight).ok_or_else(|| unexpected(weight, "its scales are stored in no known way"))?;
-            let store = move |scales: &[f32]| stored_scales(weight, scales, blocks);
-            Ok(Item { name, stored, expr, rows, columns: blocks, unit: 1, store: Box::new(store), finish: None })
+        (RowForm::Codes(_), Layout::Rows | Layout::Spread { .. }) => {
+            return Err(unexpected(weight, "codes are stored as the transpose of a matrix"));
         }
-        _ => {
-            let (rows, columns) = matrix_of(&weight.shape);
-            let store: fn(&[f32]) -> Result<Vec<u8>> = match weight.dtype {
-                DType::F32 => |rows| Ok(bytemuck::cast_slice(rows).to_vec()),
-                DType::BF16 => |rows| Ok(narrowed(rows, bf16::from_f32)),
-                DType::F16 => |rows| Ok(narrowed(rows, f16::from_f32)),
-                DType::I32 | DType::I8 | DType::I4 | DType::F8 => {
-                    return Err(unexpected(weight, "no expression of that type is known"));
-                }
-            };
-            Ok(Item { name, stored, expr, rows, columns, unit: 1, store: Box::new(store), finish: None })
+        (RowForm::Scales(_), Layout::Rows | Layout::Spread { .. }) => {
+            Box::new(move |scales| stored_scales(weight, scales, content.width()))
         }
-    }
+        (RowForm::Values, Layout::Rows) => match weight.dtype {
+            DType::F32 => Box::new(|rows| Ok(bytemuck::cast_slice(rows).to_vec())),
+            DType::BF16 => Box::new(|rows| Ok(narrowed(rows, bf16::from_f32))),
+            DType::F16 => Box::new(|rows| Ok(narrowed(rows, f16::from_f32))),
+            DType::I32 | DType::I8 | DType::I4 | DType::F8 => {
+                return Err(unexpected(weight, "values are stored as f32, bf16 or f16"));
+            }
+        },
+        (RowForm::Scales(_) | RowForm::Values, Layout::Transposed) | (RowForm::Values, Layout::Spread { .. }) => {
+            return Err(unexpected(weight, "only codes are stored as a transpose, and only scales are spread"));
+        }
+    };
+    Ok(Item { name: weight.name.as_str(), stored, content, unit: 1, store, finish })
 }
 
 /// Bytes of that file, header included, or a little more.
@@ -106,14 +103,6 @@ fn stored_shape(weight: &Weight) -> Result<Vec<usize>> {
 fn unexpected(weight: &Weight, detail: &str) -> Error {
     let (dtype, shape) = (weight.dtype, &weight.shape);
     Error::Graph { op: "const".into(), name: weight.name.clone(), detail: format!("{dtype}{shape:?}: {detail}") }
-}
-
-/// Rows and columns; a vector is one row.
-fn matrix_of(shape: &[usize]) -> (usize, usize) {
-    match shape {
-        [rows, columns] => (*rows, *columns),
-        other => (1, other.iter().product()),
-    }
 }
 
 fn narrowed<T: bytemuck::Pod>(rows: &[f32], narrow: fn(f32) -> T) -> Vec<u8> {
@@ -159,9 +148,10 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::backend::constants::read_rows;
+    use crate::backend::constants::ConstRows;
     use crate::backend::packing;
     use crate::checkpoint::Checkpoint;
+    use crate::graph::{Const, Dim, Type};
     use crate::quantize::{Scheme, f8_value};
     use crate::tensor_file::TensorFile;
 
@@ -189,13 +179,25 @@ mod tests {
         (folder, file)
     }
 
-    fn weight(name: &str, dtype: DType, shape: &[usize], expr: Const, layout: Layout) -> Weight {
-        Weight { name: name.into(), dtype, shape: shape.to_vec(), expr, layout, in_plan: false }
+    fn weight(name: &str, dtype: DType, shape: &[usize], content: ConstRows, layout: Layout) -> Weight {
+        Weight { name: name.into(), dtype, shape: shape.to_vec(), content, layout, in_plan: false }
+    }
+
+    fn plain(expr: &Const, width: usize) -> ConstRows {
+        ConstRows::new(expr, &Type::new(DType::F32, [Dim::fixed(ROWS), Dim::fixed(width)])).unwrap()
+    }
+
+    /// The codes and the scales of the matrix.
+    fn quantized(scheme: Scheme) -> (ConstRows, ConstRows) {
+        let matrix = Box::new(Const::Tensor(NAME.into()));
+        let codes = Const::Codes(matrix.clone(), scheme);
+        let scales = Const::Scales { matrix, scheme, columns: COLUMNS };
+        (plain(&codes, COLUMNS), plain(&scales, scheme.blocks(COLUMNS)))
     }
 
     fn original() -> Vec<f32> {
         let mut rows = vec![0f32; ROWS * COLUMNS];
-        read_rows(&Const::Tensor(NAME.into()), &checkpoint(), 0, COLUMNS, &mut rows).unwrap();
+        plain(&Const::Tensor(NAME.into()), COLUMNS).evaluate(&checkpoint(), 0, &mut rows).unwrap();
         rows
     }
 
@@ -214,10 +216,8 @@ mod tests {
 
     #[test]
     fn codes_of_eight_bits_are_stored_by_columns() {
-        let matrix = Box::new(Const::Tensor(NAME.into()));
         for scheme in [Scheme::INT8, Scheme::FP8] {
-            let codes = Const::Codes(matrix.clone(), scheme);
-            let scales = Const::Scales { matrix: matrix.clone(), scheme, columns: COLUMNS };
+            let (codes, scales) = quantized(scheme);
             let (_folder, file) = packed(&[
                 weight("codes", scheme.dtype(), &[COLUMNS, ROWS], codes, Layout::Transposed),
                 weight("scales", DType::F32, &[ROWS], scales, Layout::Rows),
@@ -235,9 +235,7 @@ mod tests {
     #[test]
     fn codes_of_four_bits_are_pairs_with_spread_scales() {
         let scheme = Scheme::INT4;
-        let matrix = Box::new(Const::Tensor(NAME.into()));
-        let codes = Const::Codes(matrix.clone(), scheme);
-        let scales = Const::Scales { matrix, scheme, columns: COLUMNS };
+        let (codes, scales) = quantized(scheme);
         for unit in [64, 128] {
             let layout = Layout::Spread { block: 128, unit };
             let (_folder, file) = packed(&[
@@ -259,7 +257,7 @@ mod tests {
     #[test]
     fn scales_without_their_codes_are_computed() {
         let scheme = Scheme::INT8;
-        let scales = Const::Scales { matrix: Box::new(Const::Tensor(NAME.into())), scheme, columns: COLUMNS };
+        let (_, scales) = quantized(scheme);
         let (_folder, file) = packed(&[weight("scales", DType::F32, &[ROWS], scales, Layout::Rows)]);
         let (mut rows, mut scales) = (original(), vec![0f32; ROWS]);
         scheme.quantize(COLUMNS, &mut rows, &mut scales);
@@ -267,8 +265,21 @@ mod tests {
     }
 
     #[test]
+    fn a_shape_without_room_for_the_content_is_an_internal_error() {
+        let (codes, scales) = quantized(Scheme::INT4);
+        for weight in [
+            weight("codes", DType::I4, &[ROWS, COLUMNS], codes, Layout::Transposed),
+            weight("scales", DType::F32, &[ROWS], scales.clone(), Layout::Rows),
+            weight("scales", DType::F32, &[12, COLUMNS], scales, Layout::Spread { block: 128, unit: 64 }),
+        ] {
+            let error = items(std::slice::from_ref(&weight)).map(|_| ()).unwrap_err();
+            assert!(matches!(error, Error::Internal { .. }) && error.to_string().contains(&weight.name), "{error}");
+        }
+    }
+
+    #[test]
     fn an_odd_number_of_four_bit_codes_is_refused() {
-        let codes = Const::Codes(Box::new(Const::Tensor(NAME.into())), Scheme::INT4);
+        let (codes, _) = quantized(Scheme::INT4);
         let weight = weight("codes", DType::I4, &[3, 5], codes, Layout::Transposed);
         let error = items(&[weight]).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("codes") && error.contains("pairs"), "{error}");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::graph::Const;
+use crate::backend::constants::ConstRows;
 use crate::tensor::DType;
 use crate::tensor_file::TensorFile;
 
@@ -15,8 +15,8 @@ pub struct Weight {
     pub dtype: DType,
     /// Row-major shape.
     pub shape: Vec<usize>,
-    /// What it holds.
-    pub expr: Const,
+    /// Its content, row by row.
+    pub content: ConstRows,
     /// How its rows are stored.
     pub layout: Layout,
     /// Part of the plan rather than an input of it.
@@ -25,8 +25,8 @@ pub struct Weight {
 
 impl Weight {
     /// Stored row after row and given to the plan.
-    pub(super) fn rows(name: &str, dtype: DType, shape: Vec<usize>, expr: &Const) -> Weight {
-        Weight { name: name.into(), dtype, shape, expr: expr.clone(), layout: Layout::Rows, in_plan: false }
+    pub(super) fn rows(name: &str, dtype: DType, shape: Vec<usize>, content: ConstRows) -> Weight {
+        Weight { name: name.into(), dtype, shape, content, layout: Layout::Rows, in_plan: false }
     }
 
     /// Bytes it is stored in.
@@ -36,7 +36,7 @@ impl Weight {
     }
 }
 
-/// How what an expression gives row by row is stored.
+/// How the rows of a weight are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// Row after row.

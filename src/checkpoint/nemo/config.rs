@@ -7,10 +7,12 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::ModelConfig;
+use serde_json::Value;
+
 use crate::checkpoint::json::shown;
 use crate::checkpoint::keys::{Keys, is_off};
 use crate::checkpoint::yaml;
+use crate::checkpoint::{ModelConfig, NemoPromptTokens};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -103,7 +105,6 @@ const NEUTRAL: &[&str] = &[
     "use_scaled_init_method",
     // Training.
     "answer_only_loss",
-    "data",
     "do_layer_norm_weight_decay",
     "freeze",
     "global_batch_size",
@@ -251,6 +252,8 @@ pub(in crate::checkpoint) struct NemoConfig {
     pub megatron_amp_o2: bool,
     /// The tokenizer's section, if there is one.
     pub tokenizer: Option<NemoTokenizer>,
+    /// The markers of the chat fine-tuning, if that was the training.
+    pub chat_prompt_tokens: Option<NemoPromptTokens>,
     /// The Python class that wrote the file.
     pub target: Option<String>,
     /// The version of NeMo that wrote the file.
@@ -367,6 +370,7 @@ pub(in crate::checkpoint) fn read(path: &Path, bytes: &[u8]) -> Result<NemoConfi
         mcore_gpt: keys.flag("mcore_gpt")?.unwrap_or(false),
         megatron_amp_o2: keys.flag("megatron_amp_O2")?.unwrap_or(false),
         tokenizer: read_tokenizer(&mut keys)?,
+        chat_prompt_tokens: read_prompt_tokens(&mut keys)?,
         target,
         nemo_version: keys.text("nemo_version")?,
     };
@@ -454,6 +458,27 @@ fn divisor(keys: &mut Keys, key: &str) -> Result<Option<usize>> {
         }
         size => Ok(size),
     }
+}
+
+/// `data.chat_prompt_tokens`, which the chat fine-tuning of NeMo writes into every conversation. The rest of the section
+/// says where the training's texts were.
+fn read_prompt_tokens(keys: &mut Keys) -> Result<Option<NemoPromptTokens>> {
+    let Some(Value::Object(data)) = keys.take("data") else { return Ok(None) };
+    let mut data = Keys::new(keys.path(), data);
+    if data.take("chat") == Some(Value::Bool(false)) {
+        return Ok(None);
+    }
+    let Some(mut tokens) = data.object("chat_prompt_tokens")? else { return Ok(None) };
+    let mut text = |key: &str| {
+        let missing = || Error::format(data.path(), format!("the key data.chat_prompt_tokens.{key} is missing"));
+        tokens.text(key)?.filter(|token| !token.is_empty()).ok_or_else(missing)
+    };
+    Ok(Some(NemoPromptTokens {
+        system_turn_start: text("system_turn_start")?,
+        turn_start: text("turn_start")?,
+        end_of_turn: text("end_of_turn")?,
+        end_of_name: text("end_of_name")?,
+    }))
 }
 
 fn read_tokenizer(keys: &mut Keys) -> Result<Option<NemoTokenizer>> {

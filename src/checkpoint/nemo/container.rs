@@ -89,7 +89,9 @@ impl Container {
                 if self.files.len() == MAX_FILES {
                     return Err(Error::format(&self.path, format!("more than {MAX_FILES} files")));
                 }
-                let file = MappedFile::open(&path)?;
+                // SAFETY: `Checkpoint` hands the duty to leave its files alone on to whoever opens it.
+                #[allow(unsafe_code)]
+                let file = unsafe { MappedFile::open(&path)? };
                 let place = Place { file: self.files.len(), bytes: 0..file.bytes().len() };
                 self.files.push(file);
                 self.members.insert(name, place);
@@ -141,12 +143,37 @@ impl Container {
     }
 
     /// The content of a place this container gave.
-    pub fn bytes(&self, place: &Place) -> &[u8] {
-        self.files.get(place.file).and_then(|file| file.bytes().get(place.bytes.clone())).unwrap_or_default()
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for another place.
+    pub fn bytes(&self, place: &Place) -> Result<&[u8]> {
+        let found = self.files.get(place.file).and_then(|file| file.bytes().get(place.bytes.clone()));
+        found.ok_or_else(|| {
+            let asked = format!("bytes {:?} of file {} of {}", place.bytes, place.file, self.path.display());
+            Error::internal(asked, "a place that the container gave")
+        })
     }
 
     /// The mapped files, for a checkpoint to keep; places and shards name them by index.
     pub fn into_files(self) -> Vec<MappedFile> {
         self.files
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_outside_its_file_is_an_internal_error() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("member"), b"content").unwrap();
+        let container = Container::of_folder(folder.path()).unwrap();
+        let place = container.get("member").unwrap().clone();
+        assert_eq!(container.bytes(&place).unwrap(), b"content");
+        for outside in [Place { file: 1, ..place.clone() }, Place { bytes: 3..8, ..place }] {
+            let error = container.bytes(&outside).unwrap_err();
+            assert!(matches!(error, Error::Internal { .. }), "{error}");
+        }
     }
 }

@@ -68,7 +68,11 @@ pub(super) fn unpack(path: &Path, options: &OpenOptions<'_>) -> Result<MappedFil
         }
         reported = read;
     }
-    MappedFile::of_file(path, &target)
+    // SAFETY: the file has no name, so this process alone has it, and nothing writes to it from here on.
+    #[allow(unsafe_code)]
+    unsafe {
+        MappedFile::of_file(path, &target)
+    }
 }
 
 /// Reads until `piece` is full or the stream ends.

@@ -56,7 +56,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Checkpoint>
 fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     let yaml = container.get(CONFIG)?;
     let config_path = container.member_path(CONFIG);
-    let config = config::read(&config_path, container.bytes(yaml))?;
+    let config = config::read(&config_path, container.bytes(yaml)?)?;
 
     let layout = Layout::find(&container)?;
     if let (Layout::Ranks(_), Some(2..)) = (&layout, config.virtual_pipeline) {
@@ -70,6 +70,7 @@ fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     let (vocab_size, element_type) = parts.embedding().map_err(in_file)?;
     let tokenizer = tokenizer(&container, &config)?;
     let details = details(&config, &layout);
+    let prompt_tokens = config.chat_prompt_tokens.clone();
     let mut model = config.with_vocabulary(vocab_size, None, Vec::new())?;
     // What is stored decides; the config says what the training computed in.
     if let Some(dtype) = element_type.weight() {
@@ -77,14 +78,18 @@ fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     }
     let files = container.into_files();
     let weights = parts.into_weights(&model, &files).map_err(in_file)?;
-    Ok(Checkpoint::new(path, "nemo", model, files, weights, tokenizer, details))
+    let mut checkpoint = Checkpoint::new(path, "nemo", model, files, weights, tokenizer, details);
+    checkpoint.nemo_prompt_tokens = prompt_tokens;
+    Ok(checkpoint)
 }
 
 fn open_container(path: &Path, options: &OpenOptions<'_>) -> Result<Container> {
     if std::fs::metadata(path).map_err(Error::io("open", path))?.is_dir() {
         return Container::of_folder(path);
     }
-    let file = MappedFile::open(path)?;
+    // SAFETY: `Checkpoint` hands the duty to leave its files alone on to whoever opens it.
+    #[allow(unsafe_code)]
+    let file = unsafe { MappedFile::open(path)? };
     let file = if gzip::is_gzip(file.bytes()) { gzip::unpack(path, options)? } else { file };
     Container::of_archive(path, file)
 }
@@ -147,7 +152,7 @@ fn distributed(container: &Container) -> Result<Option<Layout>> {
     }
     if let Some(place) = container.find(METADATA) {
         let path = container.member_path(METADATA);
-        let bytes = container.bytes(place);
+        let bytes = container.bytes(place)?;
         if bytes.len() as u64 > MAX_CONFIG_BYTES {
             return Err(Error::format(
                 &path,

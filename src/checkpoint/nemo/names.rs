@@ -5,82 +5,92 @@
 //! it, or without. Distributed checkpoints drop the number of the layer and stack the layers on a new first axis.
 
 use super::is_extra_state;
+use crate::checkpoint::ModelConfig;
+use crate::checkpoint::schema::{NemoNames, SCHEMA, TensorRole, TensorScope, TensorSpec};
 
-/// One tensor of the architecture.
+/// A tensor as a `.nemo` stores it: one of the model, or several fused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Part {
-    Embedding,
-    Head,
-    FinalNormWeight,
-    FinalNormBias,
-    Layer(LayerPart),
+pub(super) struct NemoTensor {
+    /// The first of the model's tensors in it.
+    first: TensorRole,
 }
 
-/// One tensor of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum LayerPart {
-    InputNormWeight,
-    InputNormBias,
-    /// Queries, keys and values, by groups of heads.
-    Qkv,
-    AttentionOutput,
-    PostNormWeight,
-    PostNormBias,
-    Up,
-    Down,
-}
-
-impl LayerPart {
+impl NemoTensor {
     /// All of them, in the order of use.
-    pub const ALL: [LayerPart; 8] = [
-        LayerPart::InputNormWeight,
-        LayerPart::InputNormBias,
-        LayerPart::Qkv,
-        LayerPart::AttentionOutput,
-        LayerPart::PostNormWeight,
-        LayerPart::PostNormBias,
-        LayerPart::Up,
-        LayerPart::Down,
-    ];
-}
+    pub fn all() -> impl Iterator<Item = NemoTensor> {
+        SCHEMA.chunk_by(|one, next| one.nemo == next.nemo).map(|fused| NemoTensor { first: fused[0].role })
+    }
 
-impl Part {
+    pub const EMBEDDING: NemoTensor = NemoTensor { first: TensorRole::Embedding };
+
+    /// The model's tensors in it, in their order.
+    pub fn specs(self) -> impl Iterator<Item = &'static TensorSpec> {
+        SCHEMA.iter().filter(move |spec| spec.nemo == self.first.spec().nemo)
+    }
+
+    pub fn is_in_layers(self) -> bool {
+        self.first.spec().scope == TensorScope::Layer
+    }
+
+    pub fn is_in(self, config: &ModelConfig) -> bool {
+        self.specs().all(|spec| spec.is_in(config))
+    }
+
     /// The axis along which tensor parallelism splits it; `None` if every rank has all of it.
-    pub const fn tensor_parallel_axis(self) -> Option<usize> {
-        match self {
-            Part::Embedding | Part::Head | Part::Layer(LayerPart::Qkv | LayerPart::Up) => Some(0),
-            Part::Layer(LayerPart::AttentionOutput | LayerPart::Down) => Some(1),
-            Part::FinalNormWeight | Part::FinalNormBias => None,
-            Part::Layer(
-                LayerPart::InputNormWeight
-                | LayerPart::InputNormBias
-                | LayerPart::PostNormWeight
-                | LayerPart::PostNormBias,
-            ) => None,
+    pub fn split_axis(self) -> Option<usize> {
+        self.first.spec().nemo.split_axis
+    }
+
+    /// Row-major shape, fused tensors one above the other; `None` if `config`'s sizes overflow.
+    pub fn shape(self, config: &ModelConfig) -> Option<Vec<usize>> {
+        let mut whole = self.first.shape(config)?;
+        for spec in self.specs().skip(1) {
+            let (rows, more) = (whole.first_mut()?, *spec.role.shape(config)?.first()?);
+            *rows = rows.checked_add(more)?;
         }
+        Some(whole)
     }
 
     /// What it is called in messages about one that is missing.
     pub fn described(self, layer: Option<usize>) -> String {
-        let part = match self {
-            Part::Embedding => return "the embedding (`….word_embeddings.weight`)".to_owned(),
-            Part::Head => return "the head (`….output_layer.weight`)".to_owned(),
-            Part::FinalNormWeight => return "`….final_layernorm.weight`".to_owned(),
-            Part::FinalNormBias => return "`….final_layernorm.bias`".to_owned(),
-            Part::Layer(part) => part,
-        };
-        let (legacy, core) = match part {
-            LayerPart::InputNormWeight => ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-            LayerPart::InputNormBias => ("input_layernorm.bias", "self_attention.linear_qkv.layer_norm_bias"),
-            LayerPart::Qkv => ("self_attention.query_key_value.weight", "self_attention.linear_qkv.weight"),
-            LayerPart::AttentionOutput => ("self_attention.dense.weight", "self_attention.linear_proj.weight"),
-            LayerPart::PostNormWeight => ("post_attention_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-            LayerPart::PostNormBias => ("post_attention_layernorm.bias", "mlp.linear_fc1.layer_norm_bias"),
-            LayerPart::Up => ("mlp.dense_h_to_4h.weight", "mlp.linear_fc1.weight"),
-            LayerPart::Down => ("mlp.dense_4h_to_h.weight", "mlp.linear_fc2.weight"),
-        };
-        let layer = layer.map_or_else(String::new, |layer| format!("{layer}."));
-        format!("`….layers.{layer}{core}` (or `{legacy}`)")
+        let NemoNames { legacy, core, .. } = &self.first.spec().nemo;
+        let (legacy, core) = (legacy[0], core[0]);
+        if self.is_in_layers() {
+            let layer = layer.map_or_else(String::new, |layer| format!("{layer}."));
+            return format!("`….layers.{layer}{core}` (or `{legacy}`)");
+        }
+        // Without the module around it, which differs between the two.
+        let name = format!(
+            "`….{}`",
+            core.split_once('.').map_or(core, |(_, inner)| if inner.contains('.') { inner } else { core })
+        );
+        match self.first {
+            TensorRole::Embedding => format!("the embedding ({name})"),
+            TensorRole::Head => format!("the head ({name})"),
+            _ => name,
+        }
+    }
+}
+
+/// A generation of code, by how it names a model's tensors.
+struct Naming {
+    /// Before the names of what is not in a layer.
+    root: &'static str,
+    /// Before the number of a layer.
+    layers: &'static str,
+    names: fn(&'static NemoNames) -> &'static [&'static str],
+}
+
+const NAMINGS: [Naming; 2] = [
+    Naming { root: "language_model.", layers: "language_model.encoder.layers.", names: |names| names.legacy },
+    Naming { root: "", layers: "decoder.layers.", names: |names| names.core },
+];
+
+impl Naming {
+    /// The tensor that is called `name` behind the root or the number of a layer.
+    fn find(&self, scope: TensorScope, name: &str) -> Option<NemoTensor> {
+        let named = |spec: &&'static TensorSpec| spec.scope == scope && (self.names)(&spec.nemo).contains(&name);
+        SCHEMA.iter().find(named).map(|spec| NemoTensor { first: spec.role })
     }
 }
 
@@ -89,7 +99,7 @@ impl Part {
 pub(super) enum Meaning {
     /// A tensor of the architecture. A layer's tensor without a layer is the stack of all layers'.
     Weight {
-        part: Part,
+        tensor: NemoTensor,
         layer: Option<usize>,
     },
     /// Nothing that the model computes with: what is derived from the config, or a library's state.
@@ -109,72 +119,27 @@ pub(super) fn meaning(name: &str) -> Meaning {
     if is_extra_state(&name) || name.ends_with("rotary_pos_emb.inv_freq") {
         return Meaning::Ignored;
     }
-    let global = |part| Meaning::Weight { part, layer: None };
-    match name.as_str() {
-        "language_model.embedding.word_embeddings.weight" | "embedding.word_embeddings.weight" => {
-            return global(Part::Embedding);
-        }
-        "language_model.output_layer.weight" | "output_layer.weight" => return global(Part::Head),
-        "language_model.encoder.final_layernorm.weight" | "decoder.final_layernorm.weight" => {
-            return global(Part::FinalNormWeight);
-        }
-        "language_model.encoder.final_layernorm.bias" | "decoder.final_layernorm.bias" => {
-            return global(Part::FinalNormBias);
-        }
-        "word_embeddings.weight" => return Meaning::TiedCopy,
-        _ => {}
+    if name == "word_embeddings.weight" {
+        return Meaning::TiedCopy;
     }
-    let (rest, in_layer): (_, fn(&str) -> Option<LayerPart>) = if let Some(rest) = name.strip_prefix("decoder.layers.")
-    {
-        (rest, core_part)
-    } else if let Some(rest) = name.strip_prefix("language_model.encoder.layers.") {
-        (rest, legacy_part)
-    } else {
-        return Meaning::Unknown;
-    };
-    let (layer, rest) = match rest.split_once('.') {
-        Some((number, rest)) if number.bytes().all(|byte| byte.is_ascii_digit()) => match number.parse() {
-            Ok(layer) => (Some(layer), rest),
-            Err(_) => return Meaning::Unknown,
-        },
-        _ => (None, rest),
-    };
-    match in_layer(rest) {
-        Some(part) => Meaning::Weight { part: Part::Layer(part), layer },
-        None => Meaning::Unknown,
+    for naming in &NAMINGS {
+        if let Some(rest) = name.strip_prefix(naming.layers) {
+            let (layer, rest) = match rest.split_once('.') {
+                Some((number, rest)) if number.bytes().all(|byte| byte.is_ascii_digit()) => match number.parse() {
+                    Ok(layer) => (Some(layer), rest),
+                    Err(_) => return Meaning::Unknown,
+                },
+                _ => (None, rest),
+            };
+            let tensor = naming.find(TensorScope::Layer, rest);
+            return tensor.map_or(Meaning::Unknown, |tensor| Meaning::Weight { tensor, layer });
+        }
+        let rest = name.strip_prefix(naming.root);
+        if let Some(tensor) = rest.and_then(|rest| naming.find(TensorScope::Model, rest)) {
+            return Meaning::Weight { tensor, layer: None };
+        }
     }
-}
-
-fn core_part(name: &str) -> Option<LayerPart> {
-    Some(match name {
-        "self_attention.linear_qkv.layer_norm_weight" | "input_layernorm.weight" => LayerPart::InputNormWeight,
-        "self_attention.linear_qkv.layer_norm_bias" | "input_layernorm.bias" => LayerPart::InputNormBias,
-        "self_attention.linear_qkv.weight" => LayerPart::Qkv,
-        "self_attention.linear_proj.weight" => LayerPart::AttentionOutput,
-        "mlp.linear_fc1.layer_norm_weight" | "pre_mlp_layernorm.weight" | "post_self_attn_layernorm.weight" => {
-            LayerPart::PostNormWeight
-        }
-        "mlp.linear_fc1.layer_norm_bias" | "pre_mlp_layernorm.bias" | "post_self_attn_layernorm.bias" => {
-            LayerPart::PostNormBias
-        }
-        "mlp.linear_fc1.weight" => LayerPart::Up,
-        "mlp.linear_fc2.weight" => LayerPart::Down,
-        _ => return None,
-    })
-}
-
-fn legacy_part(name: &str) -> Option<LayerPart> {
-    Some(match name {
-        "input_layernorm.weight" => LayerPart::InputNormWeight,
-        "input_layernorm.bias" => LayerPart::InputNormBias,
-        "self_attention.query_key_value.weight" => LayerPart::Qkv,
-        "self_attention.dense.weight" => LayerPart::AttentionOutput,
-        "post_attention_layernorm.weight" => LayerPart::PostNormWeight,
-        "post_attention_layernorm.bias" => LayerPart::PostNormBias,
-        "mlp.dense_h_to_4h.weight" => LayerPart::Up,
-        "mlp.dense_4h_to_h.weight" => LayerPart::Down,
-        _ => return None,
-    })
+    Meaning::Unknown
 }
 
 #[cfg(test)]
@@ -183,8 +148,9 @@ mod tests {
 
     #[test]
     fn knows_every_generation_of_names() {
-        let qkv = |layer| Meaning::Weight { part: Part::Layer(LayerPart::Qkv), layer };
-        let post = |layer| Meaning::Weight { part: Part::Layer(LayerPart::PostNormBias), layer };
+        let weight = |first, layer| Meaning::Weight { tensor: NemoTensor { first }, layer };
+        let qkv = |layer| weight(TensorRole::Query, layer);
+        let post = |layer| weight(TensorRole::PostNormBias, layer);
         for (name, expected) in [
             ("model.language_model.encoder.layers.31.self_attention.query_key_value.weight", qkv(Some(31))),
             ("model.module.language_model.encoder.layers.0.self_attention.query_key_value.weight", qkv(Some(0))),
@@ -195,8 +161,8 @@ mod tests {
             ("model.decoder.layers.2.pre_mlp_layernorm.bias", post(Some(2))),
             ("model.decoder.layers.2.post_self_attn_layernorm.bias", post(Some(2))),
             ("model.decoder.layers.pre_mlp_layernorm.bias", post(None)),
-            ("model.embedding.word_embeddings.weight", Meaning::Weight { part: Part::Embedding, layer: None }),
-            ("model.output_layer.weight", Meaning::Weight { part: Part::Head, layer: None }),
+            ("model.embedding.word_embeddings.weight", weight(TensorRole::Embedding, None)),
+            ("model.output_layer.weight", weight(TensorRole::Head, None)),
             ("model.word_embeddings.weight", Meaning::TiedCopy),
             ("model.decoder.layers.0.self_attention.linear_qkv._extra_state", Meaning::Ignored),
             ("model.decoder.layers.self_attention.core_attention._extra_state/shard_0_32", Meaning::Ignored),
@@ -209,5 +175,34 @@ mod tests {
         ] {
             assert_eq!(meaning(name), expected, "{name}");
         }
+    }
+    #[test]
+    fn every_tensor_is_found_under_every_name_it_has() {
+        for spec in &SCHEMA {
+            let tensor = NemoTensor::all().find(|tensor| tensor.specs().any(|other| other.role == spec.role)).unwrap();
+            for naming in &NAMINGS {
+                let names = (naming.names)(&spec.nemo);
+                assert!(!names.is_empty(), "{:?}", spec.role);
+                for name in names {
+                    let (full, layer) = match spec.scope {
+                        TensorScope::Model => (format!("model.{}{name}", naming.root), None),
+                        TensorScope::Layer => (format!("model.{}7.{name}", naming.layers), Some(7)),
+                    };
+                    assert_eq!(meaning(&full), Meaning::Weight { tensor, layer }, "{full}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_missing_tensor_is_described_by_the_names_it_could_have() {
+        let described = |first, layer| NemoTensor { first }.described(layer);
+        assert_eq!(described(TensorRole::Embedding, None), "the embedding (`….word_embeddings.weight`)");
+        assert_eq!(described(TensorRole::Head, None), "the head (`….output_layer.weight`)");
+        assert_eq!(described(TensorRole::FinalNormBias, None), "`….final_layernorm.bias`");
+        assert_eq!(
+            described(TensorRole::Query, Some(3)),
+            "`….layers.3.self_attention.linear_qkv.weight` (or `self_attention.query_key_value.weight`)"
+        );
     }
 }

@@ -42,7 +42,10 @@ impl Ranks {
             (stages + 1, found.keys().map(|(_, tensor)| tensor + 1).max().unwrap_or(1).max(ranks + 1));
         if found.len() != stages * ranks {
             let absent = (0..stages).flat_map(|stage| (0..ranks).map(move |rank| (stage, rank)));
-            let (stage, rank) = absent.into_iter().find(|place| !found.contains_key(place)).unwrap_or_default();
+            let missing = absent.into_iter().find(|place| !found.contains_key(place));
+            let (stage, rank) = missing.ok_or_else(|| {
+                Error::internal(format!("{} ranks with weights", found.len()), format!("{stages} times {ranks}"))
+            })?;
             let detail = format!(
                 "weights of {} ranks, but those of pipeline rank {stage}, tensor rank {rank} are missing; \
                  {stages} times {ranks} are expected",
@@ -81,7 +84,7 @@ impl Ranks {
             let mut parts: BTreeMap<String, Vec<ShardedTensor>> = BTreeMap::new();
             for (rank, member) in ranks.iter().enumerate() {
                 let place = container.get(member)?;
-                let dict = read_state_dict(&container.member_path(member), container.bytes(place))?;
+                let dict = read_state_dict(&container.member_path(member), container.bytes(place)?)?;
                 for tensor in dict.tensors() {
                     let sharded = ShardedTensor::of_torch(tensor, place.file, place.bytes.start);
                     let of_ranks = parts.entry(tensor.name.clone()).or_default();
@@ -96,13 +99,13 @@ impl Ranks {
                     return Err(missing_in(container, &ranks[of_ranks.len()], &name, &ranks[0]));
                 }
                 let (name, axis) = match meaning(&name) {
-                    Meaning::Weight { part, layer } => {
+                    Meaning::Weight { tensor, layer } => {
                         let in_model = layer.map(|layer| layer + stage * layers_per_stage);
                         if layer.is_some_and(|layer| layer >= layers_per_stage) {
                             let detail = format!("`{}` is past the {layers_per_stage} layers of a stage", clip(&name));
                             return Err(Error::format(container.member_path(&ranks[0]), detail));
                         }
-                        (renumbered(&name, layer, in_model), part.tensor_parallel_axis())
+                        (renumbered(&name, layer, in_model), tensor.split_axis())
                     }
                     // The last stage's copy of shared weights.
                     Meaning::TiedCopy if stage > 0 => continue,
@@ -116,7 +119,7 @@ impl Ranks {
                     // Every rank has all of it; the first is taken, as Megatron's own merge does.
                     None => match of_ranks.into_iter().next() {
                         Some(first) => first,
-                        None => continue,
+                        None => return Err(Error::internal(format!("no rank has `{}`", clip(&name)), "one for each")),
                     },
                 };
                 merged.push((name, whole));

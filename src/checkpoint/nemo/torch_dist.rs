@@ -24,7 +24,7 @@ const METADATA: &str = ".metadata";
 /// does not fit the files; [`Error::Unsupported`] for chunks that are compressed. As [`torch::read_tensor`] for a chunk.
 pub(in crate::checkpoint) fn tensors(container: &Container, prefix: &str) -> Result<Vec<(String, ShardedTensor)>> {
     let name = format!("{prefix}{METADATA}");
-    let bytes = container.bytes(container.get(&name)?);
+    let bytes = container.bytes(container.get(&name)?)?;
     let path = container.member_path(&name);
     let metadata = torch::read_metadata(&path, bytes, |name| !is_extra_state(name))?;
     let items = Items::new(&metadata.items).map_err(|detail| Error::format(&path, detail))?;
@@ -124,7 +124,7 @@ impl<'m> Reader<'m> {
         let member = format!("{}{}", self.prefix, item.file);
         let place = container.get(&member)?;
         let path = container.member_path(&member);
-        let bytes = container.bytes(place);
+        let bytes = container.bytes(place)?;
         let at = item.bytes.start;
         let bytes = bytes.get(item.bytes.clone()).ok_or_else(|| {
             let (length, all) = (item.bytes.len(), bytes.len());

@@ -75,7 +75,7 @@ impl<'c> Array<'c> {
     fn read(container: &'c Container, folder: String, place: &Place) -> Result<Array<'c>> {
         let path = container.member_path(&format!("{folder}{DESCRIPTION}"));
         let damaged = |detail: String| Error::format(&path, detail);
-        let bytes = container.bytes(place);
+        let bytes = container.bytes(place)?;
         if bytes.len() > MAX_DESCRIPTION_BYTES {
             let detail = format!("{} bytes; at most {MAX_DESCRIPTION_BYTES} are accepted", bytes.len());
             return Err(damaged(detail));

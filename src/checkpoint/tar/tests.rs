@@ -278,11 +278,12 @@ fn reads_what_gnu_tar_writes() {
             .arg(".")
             .status();
         let Ok(status) = packed else {
-            eprintln!("skipped: no tar here");
+            crate::skips::skip("tar", "reads_what_gnu_tar_writes", "there is no tar");
             return;
         };
         if !status.success() {
-            eprintln!("skipped: this tar does not write the format {format}");
+            let reason = format!("this tar does not write the format {format}");
+            crate::skips::skip("tar", "reads_what_gnu_tar_writes", reason);
             continue;
         }
         let long_names = format != "ustar";
@@ -328,7 +329,7 @@ fn reads_what_python_writes() {
         match status {
             Ok(status) => assert!(status.success()),
             Err(_) => {
-                eprintln!("skipped: no python3 here");
+                crate::skips::skip("python3", "reads_what_python_writes", "there is no python3");
                 return;
             }
         }

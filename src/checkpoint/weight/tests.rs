@@ -10,7 +10,9 @@ fn file_of(values: &[f32]) -> (tempfile::NamedTempFile, [MappedFile; 1]) {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), bytes).unwrap();
-    let files = [MappedFile::open(file.path()).unwrap()];
+    // SAFETY: nothing changes the test's own file.
+    #[allow(unsafe_code)]
+    let files = [unsafe { MappedFile::open(file.path()) }.unwrap()];
     (file, files)
 }
 

@@ -2,48 +2,47 @@
 
 use aotron::checkpoint::card::{SYSTEM_MARK as SYSTEM_MARKER, TURN_MARK as TURN_MARKER};
 use aotron::checkpoint::{Checkpoint, card};
-use aotron::compile::checkpoint_tokenizer;
-use aotron::text::{Message, NemotronMarkers, SentencePieceFacts, Tokenizer};
+use aotron::compile::CheckpointText;
+use aotron::text::{Message, SentencePieceFacts, Tokenizer};
 use serde_json::{Value, json};
 
 /// A message whose prompt shows what the template becomes.
 const EXAMPLE: &str = "Hi";
 
-/// What was found in a checkpoint's files.
+/// Everything found in a checkpoint's files.
 pub struct Facts {
-    pub tokenizer: Option<Tokenizer>,
+    /// Tokenizer, template and stops, as a build would take them.
+    pub text: CheckpointText,
     /// Ids of the template around [`EXAMPLE`], and the pieces they are.
     pub template: Option<(Vec<u32>, Vec<String>)>,
-    /// Ids that end a generation.
-    pub ends: Vec<u32>,
-    /// Where a `.nemo` is not the model card's model.
+    /// Differences of a `.nemo` from the model card's model.
     pub differences: Vec<String>,
 }
 
 impl Facts {
     pub fn of(checkpoint: &Checkpoint) -> aotron::Result<Facts> {
-        let tokenizer = checkpoint_tokenizer(checkpoint)?.map(|(_, tokenizer)| tokenizer);
-        let mut ends = checkpoint.config().eos_token_ids.clone();
-        let mut template = None;
-        if let Some(tokenizer) = &tokenizer {
-            if let (true, Some(facts)) = (ends.is_empty(), tokenizer.sentencepiece()) {
-                ends.extend(facts.eos_id);
-            }
-            ends.extend(tokenizer.id(TURN_MARKER).filter(|id| !ends.contains(id)));
-            let ids = tokenizer.encode(&NemotronMarkers::default().render(&[Message::user(EXAMPLE)])?)?;
+        let text = CheckpointText::of(checkpoint, None)?;
+        let tokenizer = text.tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
+        // A template may refuse a lone message, which the warnings say.
+        let ids = tokenizer.and_then(|tokenizer| text.format.prompt(tokenizer, &[Message::user(EXAMPLE)]).ok());
+        let template = tokenizer.zip(ids).map(|(tokenizer, ids)| {
             let piece = |id: &u32| tokenizer.piece(*id).unwrap_or_else(|| format!("#{id}"));
             let pieces = ids.iter().map(piece).collect();
-            template = Some((ids, pieces));
-        }
+            (ids, pieces)
+        });
         let differences = match checkpoint.format() {
-            "nemo" => card::differences(checkpoint.config(), tokenizer.as_ref().and_then(card_pieces).as_ref()),
+            "nemo" => card::differences(checkpoint.config(), tokenizer.and_then(card_pieces).as_ref()),
             _ => Vec::new(),
         };
-        Ok(Facts { tokenizer, template, ends, differences })
+        Ok(Facts { text, template, differences })
+    }
+
+    fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.text.tokenizer.as_ref().map(|(_, tokenizer)| tokenizer)
     }
 
     pub fn tokenizer_json(&self) -> Value {
-        let Some(tokenizer) = &self.tokenizer else { return Value::Null };
+        let Some(tokenizer) = self.tokenizer() else { return Value::Null };
         let special: serde_json::Map<String, Value> =
             [SYSTEM_MARKER, TURN_MARKER].into_iter().map(|mark| (mark.to_owned(), json!(tokenizer.id(mark)))).collect();
         json!({
@@ -59,7 +58,7 @@ impl Facts {
 
     /// Names and texts of lines about the tokenizer, in their order.
     pub fn tokenizer_lines(&self) -> Vec<(&'static str, String)> {
-        let Some(tokenizer) = &self.tokenizer else { return vec![("tokenizer", "none".to_owned())] };
+        let Some(tokenizer) = self.tokenizer() else { return vec![("tokenizer", "none".to_owned())] };
         let mut lines = vec![("tokenizer", format!("{} ids, in {}", tokenizer.vocab_size(), tokenizer.file_name()))];
         if let Some(facts) = tokenizer.sentencepiece() {
             lines.extend(sentencepiece_lines(facts));

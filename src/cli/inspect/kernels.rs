@@ -254,15 +254,15 @@ impl Listing {
             0 => String::new(),
             bytes => format!(", {} of them part of the plan", term::bytes(bytes)),
         };
-        writeln!(f, "  {:>9}  of weights, once{in_plan}", term::bytes(weight_bytes))?;
-        writeln!(f, "  {:>9}  of rows of tables for each sequence", term::bytes(row_bytes))?;
-        writeln!(f, "  {:>9}  of keys and values for each token of each sequence", term::bytes(kv_bytes_per_token))?;
+        writeln!(f, "  {:>10}  of weights, once{in_plan}", term::bytes(weight_bytes))?;
+        writeln!(f, "  {:>10}  of rows of tables for each sequence", term::bytes(row_bytes))?;
+        writeln!(f, "  {:>10}  of keys and values for each token of each sequence", term::bytes(kv_bytes_per_token))?;
         writeln!(
             f,
             "\nso memory bandwidth alone allows (least time of a step, most tokens a second of all sequences)"
         )?;
         let gpus = || GPUS.iter().filter(|gpu| self.precision != "fp8" || gpu.compute_capability >= 89);
-        write!(f, "  {:<29}{:>9}", "", "reads")?;
+        write!(f, "  {:<29}{:>10}", "", "reads")?;
         gpus().try_for_each(|gpu| write!(f, "{:>20}", gpu.name))?;
         write!(f, "\n  {:<38}", "")?;
         gpus().try_for_each(|gpu| write!(f, "{:>20}", format!("{} GB/s", gpu.bytes_per_second / 1_000_000_000)))?;
@@ -270,7 +270,7 @@ impl Listing {
         for (sequences, tokens) in self.situations() {
             let bytes = self.traffic.decode_bytes(sequences, tokens);
             let what = format!("{} of {tokens} tokens", term::plural(sequences, "sequence"));
-            write!(f, "  {what:<29}{:>9}", term::bytes(bytes))?;
+            write!(f, "  {what:<29}{:>10}", term::bytes(bytes))?;
             for gpu in gpus() {
                 let seconds = gpu.seconds(bytes);
                 let rate = rounded(sequences as f64 / seconds);

@@ -1,25 +1,88 @@
 //! The chat format of a package: the one source of its template, of the ids and texts that end an answer, and of
 //! whether whitespace around an answer is removed.
 
+mod built_in;
+mod jinja;
+mod marks;
 mod message;
 mod nemotron;
+mod tojson;
 
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use chrono::{Local, NaiveDateTime};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+pub use jinja::JinjaTemplate;
+pub(crate) use marks::PromptPart;
 pub use message::{Message, Role};
 pub use nemotron::NemotronMarkers;
 
 use super::Tokenizer;
-use crate::error::Result;
+use crate::checkpoint::read_template;
+use crate::error::{Error, Result, clip};
 
 /// How a conversation becomes a prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum ChatTemplate {
     /// The model card's, with these markers.
     Nemotron(NemotronMarkers),
+    /// The checkpoint's own, or the user's.
+    Jinja(JinjaTemplate),
     /// None: the contents one after the other, with nothing added.
     Raw,
+}
+
+impl ChatTemplate {
+    /// The format of this name, or in this file: `nemotron`, `raw`, another built-in one, one of the checkpoint's
+    /// templates, `named`; or a file with a Jinja template, whose name ends in `.jinja` or `.jinja2`.
+    ///
+    /// # Errors
+    /// [`Error::Request`] with the names there are; [`Error::Io`] and [`Error::Format`] for a file that cannot be read.
+    pub fn choose(choice: &str, named: &BTreeMap<String, String>) -> Result<ChatTemplate> {
+        let path = Path::new(choice);
+        let template = match (built_in::find(choice), named.get(choice)) {
+            // A checkpoint's own template of that name is meant before a built-in one, but these two always mean the same.
+            (Some(template), Some(_)) if !matches!(template, ChatTemplate::Jinja(_)) => template,
+            (_, Some(source)) => ChatTemplate::Jinja(JinjaTemplate { name: choice.to_owned(), source: source.clone() }),
+            (Some(template), None) => template,
+            (None, None) if path.extension().is_some_and(|extension| extension == "jinja" || extension == "jinja2") => {
+                let source = read_template(path)?;
+                let name = path.file_name().map_or_else(|| choice.to_owned(), |name| name.to_string_lossy().into());
+                ChatTemplate::Jinja(JinjaTemplate { name, source })
+            }
+            (None, None) => {
+                let known: Vec<&str> = built_in::names().into_iter().chain(named.keys().map(String::as_str)).collect();
+                return Err(Error::Request(format!(
+                    "there is no chat format `{}`: name one of {}, or a file that ends in .jinja",
+                    clip(choice),
+                    known.join(", ")
+                )));
+            }
+        };
+        if let ChatTemplate::Jinja(jinja) = &template {
+            jinja.check().map_err(|detail| Error::format(choice, format!("not a chat template: {detail}")))?;
+        }
+        Ok(template)
+    }
+
+    /// A few words for people.
+    pub fn describe(&self) -> String {
+        match self {
+            ChatTemplate::Nemotron(markers) if *markers == NemotronMarkers::default() => "nemotron".to_owned(),
+            ChatTemplate::Nemotron(NemotronMarkers { system_turn_start, turn_start, .. }) => {
+                format!("nemotron with the markers {system_turn_start:?} and {turn_start:?}")
+            }
+            ChatTemplate::Jinja(jinja) => format!("jinja template `{}`", clip(&jinja.name)),
+            ChatTemplate::Raw => "raw: no template".to_owned(),
+        }
+    }
 }
 
 /// A text that ends an answer because the template writes it after one.
@@ -44,20 +107,25 @@ pub struct ChatFormat {
     pub stop_strings: Vec<String>,
     /// The template's own end of an answer.
     pub end_of_turn: Option<EndOfTurn>,
+    /// The tokenizer's special tokens by their names in a template: `bos_token`, `eos_token`.
+    pub special_tokens: BTreeMap<String, String>,
+    /// The checkpoint's templates by name, for whoever wants another one than [`ChatFormat::template`].
+    pub named_templates: BTreeMap<String, String>,
+    /// Markers and special tokens that a content spells are encoded as plain text. By default they count as what they
+    /// spell, as in the model card's code.
+    #[serde(skip)]
+    pub escape_markers: bool,
 }
 
 impl ChatFormat {
-    /// The model card's format: its template with these markers, ended by `eos_token_ids` or the marker of the next
-    /// turn.
+    /// This template, ended by `eos_token_ids` or by what the template itself writes after an answer.
+    pub fn new(template: ChatTemplate, eos_token_ids: &[u32], tokenizer: &Tokenizer) -> ChatFormat {
+        ChatFormat::raw(eos_token_ids).with_template(template, tokenizer)
+    }
+
+    /// The model card's format.
     pub fn nemotron(markers: NemotronMarkers, eos_token_ids: &[u32], tokenizer: &Tokenizer) -> ChatFormat {
-        let text = markers.turn_start.clone();
-        let end_of_turn = Some(EndOfTurn { id: tokenizer.id(&text), text });
-        ChatFormat {
-            template: ChatTemplate::Nemotron(markers),
-            eos_token_ids: eos_token_ids.to_vec(),
-            stop_strings: Vec::new(),
-            end_of_turn,
-        }
+        ChatFormat::new(ChatTemplate::Nemotron(markers), eos_token_ids, tokenizer)
     }
 
     /// No template, and `eos_token_ids` alone end a generation.
@@ -67,17 +135,52 @@ impl ChatFormat {
             eos_token_ids: eos_token_ids.to_vec(),
             stop_strings: Vec::new(),
             end_of_turn: None,
+            special_tokens: BTreeMap::new(),
+            named_templates: BTreeMap::new(),
+            escape_markers: false,
         }
+    }
+
+    /// This format with another template; what ends an answer follows from it.
+    pub fn with_template(&self, template: ChatTemplate, tokenizer: &Tokenizer) -> ChatFormat {
+        let mut format = ChatFormat { template, ..self.clone() };
+        format.end_of_turn = format.find_end_of_turn(tokenizer);
+        format
+    }
+
+    /// This format with the template that [`ChatTemplate::choose`] finds.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::choose`].
+    pub fn with_choice(&self, choice: &str, tokenizer: &Tokenizer) -> Result<ChatFormat> {
+        Ok(self.with_template(ChatTemplate::choose(choice, &self.named_templates)?, tokenizer))
     }
 
     /// The text of a conversation, ready for the assistant's next answer.
     ///
     /// # Errors
-    /// [`Error::Request`](crate::Error::Request) where the template does not take these messages.
+    /// [`Error::Request`] where the template does not take these messages: a Jinja template's own words, if it says
+    /// why.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
+        self.render_json(&json(messages))
+    }
+
+    /// As [`ChatFormat::render`], of messages with whatever roles and keys the template knows.
+    ///
+    /// # Errors
+    /// As [`ChatFormat::render`].
+    pub fn render_json(&self, messages: &[Value]) -> Result<String> {
+        self.render_at(messages, Local::now().naive_local())
+    }
+
+    fn render_at(&self, messages: &[Value], now: NaiveDateTime) -> Result<String> {
         match &self.template {
-            ChatTemplate::Nemotron(markers) => markers.render(messages),
-            ChatTemplate::Raw => Ok(messages.iter().map(|message| message.content.as_str()).collect()),
+            ChatTemplate::Nemotron(markers) => markers.render(&typed(messages)?),
+            ChatTemplate::Raw => Ok(typed(messages)?.into_iter().map(|message| message.content).collect()),
+            ChatTemplate::Jinja(_) if messages.is_empty() => {
+                Err(Error::Request("the conversation has no message".into()))
+            }
+            ChatTemplate::Jinja(template) => template.render(messages, &self.special_tokens, now),
         }
     }
 
@@ -86,7 +189,29 @@ impl ChatFormat {
     /// # Errors
     /// As [`ChatFormat::render`] and [`Tokenizer::encode`].
     pub fn prompt(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
-        tokenizer.encode(&self.render(messages)?)
+        self.prompt_of_json(tokenizer, &json(messages))
+    }
+
+    /// As [`ChatFormat::prompt`], of messages with whatever roles and keys the template knows. Keys whose value is null
+    /// count as absent.
+    ///
+    /// # Errors
+    /// As [`ChatFormat::prompt`].
+    pub fn prompt_of_json(&self, tokenizer: &Tokenizer, messages: &[Value]) -> Result<Vec<u32>> {
+        let mut messages = messages.to_vec();
+        messages.iter_mut().filter_map(Value::as_object_mut).for_each(|message| message.retain(|_, v| !v.is_null()));
+        if !self.escape_markers {
+            return tokenizer.encode(&self.render_json(&messages)?);
+        }
+        let markers = self.markers(tokenizer);
+        for message in messages.iter_mut().filter_map(Value::as_object_mut) {
+            message.iter_mut().filter(|(key, _)| *key != "role").for_each(|(_, value)| marks::mark(value, &markers));
+        }
+        let text = self.render_json(&messages).map_err(|error| match error {
+            Error::Request(words) => Error::Request(marks::unmarked(&words)),
+            other => other,
+        })?;
+        tokenizer.encode_parts(&marks::parts(&text, &markers))
     }
 
     /// Ids that end an answer and are not shown, each once.
@@ -100,11 +225,72 @@ impl ChatFormat {
 
     /// Texts that end a chat answer and are not shown.
     pub fn chat_stop_strings(&self) -> Vec<String> {
-        self.end_of_turn.iter().map(|end| end.text.clone()).chain(self.stop_strings.iter().cloned()).collect()
+        let end_of_turn = self.end_of_turn.iter().map(|end| &end.text);
+        let mut texts: Vec<String> = Vec::new();
+        for text in end_of_turn.chain(&self.stop_strings) {
+            if !texts.contains(text) {
+                texts.push(text.clone());
+            }
+        }
+        texts
     }
 
     /// Whether whitespace around an answer is removed, as the model card's code does.
     pub fn trims(&self) -> bool {
         self.template != ChatTemplate::Raw
     }
+
+    /// Texts that are markers to the tokenizer or to the template.
+    fn markers(&self, tokenizer: &Tokenizer) -> Vec<String> {
+        let mut markers: Vec<String> = tokenizer.markers().into_iter().map(|(text, _)| text).collect();
+        if let ChatTemplate::Nemotron(NemotronMarkers { system_turn_start, turn_start, .. }) = &self.template {
+            markers.extend([system_turn_start.clone(), turn_start.clone()]);
+        }
+        markers.retain(|marker| !marker.trim().is_empty());
+        markers
+    }
+
+    /// What the template writes after an answer and before the next message, as far as it is one marker: of the
+    /// tokenizer's, or at least by its look.
+    fn find_end_of_turn(&self, tokenizer: &Tokenizer) -> Option<EndOfTurn> {
+        let jinja = match &self.template {
+            ChatTemplate::Raw => return None,
+            ChatTemplate::Nemotron(NemotronMarkers { turn_start, .. }) => {
+                return Some(EndOfTurn { id: tokenizer.marker_id(turn_start), text: turn_start.clone() });
+            }
+            ChatTemplate::Jinja(jinja) => jinja,
+        };
+        const PROBES: [&str; 3] = ["firstquestion", "firstanswer", "secondquestion"];
+        let [asked, answered, next] = PROBES;
+        let conversation = [Message::user(asked), Message::assistant(answered), Message::user(next)];
+        let text = jinja.render(&json(&conversation), &self.special_tokens, NaiveDateTime::default()).ok()?;
+        let (_, after) = text.split_once(answered)?;
+        let (between, _) = after.split_once(next)?;
+        let markers = tokenizer.markers();
+        let found = markers.iter().filter_map(|(marker, id)| Some((between.find(marker.as_str())?, marker, *id)));
+        // Of those that start first the longest.
+        if let Some((_, text, id)) = found.min_by_key(|(at, marker, _)| (*at, usize::MAX - marker.len())) {
+            return Some(EndOfTurn { text: text.clone(), id: Some(id) });
+        }
+        let looks = between.trim_start();
+        let close = [('<', '>'), ('[', ']')].into_iter().find(|(open, _)| looks.starts_with(*open))?.1;
+        let end = looks.find(close)? + close.len_utf8();
+        let text = looks.get(..end).filter(|text| text.len() <= 64 && !text.contains(char::is_whitespace))?;
+        Some(EndOfTurn { text: text.to_owned(), id: None })
+    }
+}
+
+fn json(messages: &[Message]) -> Vec<Value> {
+    let object = |message: &Message| serde_json::json!({"role": message.role.to_string(), "content": message.content});
+    messages.iter().map(object).collect()
+}
+
+/// Messages for a template that knows roles and contents alone.
+fn typed(messages: &[Value]) -> Result<Vec<Message>> {
+    let read = |(index, message): (usize, &Value)| {
+        Message::deserialize(message).map_err(|error| {
+            Error::Request(format!("message {}: {}; this chat format takes no others", index + 1, clip(error)))
+        })
+    };
+    messages.iter().enumerate().map(read).collect()
 }

@@ -19,6 +19,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::message::{Message, Role};
+use crate::checkpoint::NemoPromptTokens;
 use crate::error::{Error, Result};
 
 /// The markers of the template, by NeMo's names.
@@ -44,6 +45,13 @@ impl Default for NemotronMarkers {
             end_of_turn: "\n".to_owned(),
             end_of_name: "\n".to_owned(),
         }
+    }
+}
+
+impl From<NemoPromptTokens> for NemotronMarkers {
+    fn from(tokens: NemoPromptTokens) -> NemotronMarkers {
+        let NemoPromptTokens { system_turn_start, turn_start, end_of_turn, end_of_name } = tokens;
+        NemotronMarkers { system_turn_start, turn_start, end_of_turn, end_of_name }
     }
 }
 

@@ -6,10 +6,15 @@
 //! scores are merged from the left; unused pieces are not cut again; and rules for characters apply to grapheme
 //! clusters, which here apply to the longest sequence of bytes. So a package keeps what the model's file says.
 //!
+//! Nor is it a binding to SentencePiece, which would need a C++ compiler and its library: ids and decoded text are equal on
+//! every line of docs/tokenizer.md's comparison (20,000 lines in twelve scripts, eight models), encoding is 1.4 to 2.6 times
+//! and decoding 1.2 to 3.2 times as fast, and a model's file, which is not trusted, is read in safe Rust.
+//!
 //! Encoding takes three steps: [`normalizer`] makes the text one sequence of bytes, [`bpe`] or [`unigram`] cuts it into
 //! parts, and [`Model::encode`] writes parts that are no pieces as bytes or as the unknown piece. Decoding is a table
 //! like that of a tokenizer.json, which [`Model::piece_table`] makes.
 
+mod added;
 mod bpe;
 mod index;
 mod normalizer;
@@ -28,6 +33,7 @@ use serde::Serialize;
 
 use super::pieces::{PieceTable, PieceText, Rules};
 use crate::error::{Error, Result, clip};
+pub(super) use added::AddedTokens;
 use bpe::Bpe;
 use normalizer::Normalizer;
 use unigram::Unigram;
@@ -219,8 +225,9 @@ impl Model {
         Ok(ids)
     }
 
-    /// What each id contributes to a text: SentencePiece's `Decode`. Control pieces contribute nothing.
-    pub(super) fn piece_table(&self) -> PieceTable {
+    /// What each id contributes to a text: SentencePiece's `Decode`. Control pieces contribute nothing, and added tokens
+    /// beyond the pieces their own text.
+    pub(super) fn piece_table(&self, added: &AddedTokens) -> PieceTable {
         let takes_space = self.facts.add_dummy_prefix || self.facts.remove_extra_whitespaces;
         let rules = Rules::sentencepiece(takes_space, self.facts.remove_extra_whitespaces);
         let texts = self.vocabulary.kinds().enumerate().map(|(id, kind)| match kind {
@@ -229,11 +236,27 @@ impl Model {
             Kind::Byte(byte) => PieceText::Byte(byte),
             Kind::Normal | Kind::UserDefined | Kind::Unused => PieceText::Spelled(self.vocabulary.text(id as u32)),
         });
-        PieceTable::of_texts(rules, texts)
+        let beyond = (self.vocabulary.len()..added.vocab_size()).map(|id| added.piece(id as u32).unwrap_or_default());
+        PieceTable::of_texts(rules, texts.chain(beyond.map(PieceText::Plain)))
     }
 
     pub(super) fn piece(&self, id: u32) -> Option<&str> {
         self.vocabulary.piece(id)
+    }
+
+    /// Pieces that match whole wherever a text has them.
+    pub(super) fn user_defined(&self) -> impl Iterator<Item = (&str, u32)> {
+        self.vocabulary.ids_of(Kind::UserDefined).map(|id| (self.vocabulary.text(id), id))
+    }
+
+    /// Pieces that no text contains.
+    pub(super) fn control(&self) -> impl Iterator<Item = &str> {
+        self.vocabulary.ids_of(Kind::Control).filter_map(|id| self.vocabulary.piece(id))
+    }
+
+    /// Whether `id` is a control piece, which no text contains.
+    pub(super) fn is_control(&self, id: u32) -> bool {
+        (id as usize) < self.vocabulary.len() && self.vocabulary.kind(id) == Kind::Control
     }
 
     pub(super) fn id(&self, piece: &str) -> Option<u32> {

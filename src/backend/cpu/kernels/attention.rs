@@ -11,7 +11,8 @@
 //! sums run over dimensions, then keys, in order. Four queries share the loads of the blocks that all of them see
 //! whole; the rest of its keys each query takes alone. Both ways compute a query's numbers in the same order.
 
-use super::{Element, kernel, mul_add};
+use super::{Element, mul_add};
+use crate::isa::dispatch;
 
 /// Keys per block.
 pub const KEY_BLOCK: usize = 64;
@@ -36,7 +37,7 @@ pub struct Head<'a, C> {
     pub padded_dim: usize,
 }
 
-kernel! {
+dispatch! {
     /// One head of `rows` neighbouring query rows, at most [`QUERY_GROUP`].
     ///
     /// Row `m` is `q[m * q_stride..][..head_dim]`, not yet scaled; it attends to the first `len + m` positions,
@@ -48,7 +49,11 @@ kernel! {
     pub fn attend[C: Element, O: Element](
         rows: usize, q: &[f32], q_stride: usize, head: Head<'_, C>, len: usize, scale: f32,
         out: &mut [O], out_stride: usize,
-    ) = attend_body
+    ) {
+        avx512 => attend_body::<C, O, true>,
+        avx2 => attend_body::<C, O, true>,
+        portable => attend_body::<C, O, false>,
+    }
 }
 
 #[inline(always)]
@@ -255,8 +260,8 @@ pub fn store_values<T: Element, C: Element>(x: &[T], padded_dim: usize, position
 
 #[cfg(test)]
 mod tests {
-    use super::super::isa::Isa;
     use super::*;
+    use crate::isa::Isa;
 
     struct Case {
         head_dim: usize,

@@ -3,12 +3,8 @@
 //! batch and its chunks.
 
 pub mod attention;
-pub mod isa;
-pub mod matmul;
-pub mod quantized;
+pub mod linear;
 pub mod rowwise;
-
-pub(crate) use isa::kernel;
 
 /// Rows of equal width inside a larger buffer: row `i` is `data[i * stride .. i * stride + width]`.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +28,27 @@ impl<'a, T> Rows<'a, T> {
     #[inline(always)]
     pub fn row(&self, index: usize) -> &'a [T] {
         &self.data[index * self.stride..index * self.stride + self.width]
+    }
+
+    /// Elements of a row.
+    #[inline(always)]
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Whether there are this many rows.
+    pub fn has_rows(&self, rows: usize) -> bool {
+        let len = rows.checked_sub(1).map_or(Some(0), |last| last.checked_mul(self.stride)?.checked_add(self.width));
+        len.is_some_and(|len| len <= self.data.len())
+    }
+
+    /// The rows from `index` on.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    #[inline(always)]
+    pub fn starting_at(self, index: usize) -> Rows<'a, T> {
+        Rows { data: &self.data[index * self.stride..], ..self }
     }
 
     /// Everything from the start of row `index`, and the distance to the next row.

@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use super::isa::Isa;
-use super::{Element, Rows, kernel, mul_add};
-use crate::quantize::round_f8;
+use super::{Element, Rows, mul_add};
+use crate::isa::{Isa, dispatch};
+use crate::quantize::{round_f8, round_integer};
 
 /// Elements below which rows are not worth waking other threads.
 const SERIAL_ELEMENTS: usize = 1 << 15;
@@ -40,9 +40,13 @@ pub fn layer_norm<O: Element>(isa: Isa, x: Rows<'_, f32>, gamma: &[f32], beta: &
     out.for_each(|i, out| layer_norm_row(isa, x.row(i), gamma, beta, eps, out));
 }
 
-kernel! {
+dispatch! {
     /// One row of [`layer_norm`].
-    pub fn layer_norm_row[O: Element](x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [O]) = layer_norm_body
+    pub fn layer_norm_row[O: Element](x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [O]) {
+        avx512 => layer_norm_body::<O, true>,
+        avx2 => layer_norm_body::<O, true>,
+        portable => layer_norm_body::<O, false>,
+    }
 }
 
 #[inline(always)]
@@ -85,13 +89,17 @@ pub fn rotary<O: Element>(
     out.for_each(|i, out| rotary_row(isa, x.row(i), cos.row(i), sin.row(i), head_dim, out));
 }
 
-kernel! {
+dispatch! {
     /// One row of [`rotary`].
-    pub fn rotary_row[O: Element](x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) = rotary_body
+    pub fn rotary_row[O: Element](x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) {
+        avx512 => rotary_body::<O>,
+        avx2 => rotary_body::<O>,
+        portable => rotary_body::<O>,
+    }
 }
 
 #[inline(always)]
-fn rotary_body<O: Element, const FMA: bool>(x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) {
+fn rotary_body<O: Element>(x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) {
     let half = cos.len();
     for (x, out) in x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
         let (x1, x2, pass) = (&x[..half], &x[half..2 * half], &x[2 * half..]);
@@ -134,6 +142,51 @@ pub fn unary<T: Element, O: Element>(op: Unary, x: Rows<'_, T>, out: RowsMut<'_,
             });
         }
     });
+}
+
+/// Quantizes each row to 8-bit integers by its largest magnitude: `x[i] ≈ scale · codes[i]`, codes in -127..=127, ties to
+/// even. `scales` has rows of one. A row with a number that is not finite gets the scale NaN, so that its products do too.
+pub fn quantize<T: Element>(isa: Isa, x: Rows<'_, T>, codes: RowsMut<'_, i8>, scales: RowsMut<'_, f32>) {
+    let RowsMut { data, stride, rows } = scales;
+    let scales = &mut data[..rows * stride];
+    let quantize = |i: usize, codes: &mut [i8], scale: &mut f32| quantize_row(isa, x.row(i), codes, scale);
+    if rows < 2 || rows * codes.stride < SERIAL_ELEMENTS {
+        let codes = codes.data.chunks_exact_mut(codes.stride);
+        scales
+            .chunks_exact_mut(stride)
+            .zip(codes)
+            .enumerate()
+            .for_each(|(i, (s, codes))| quantize(i, codes, &mut s[0]));
+    } else {
+        let codes = codes.data.par_chunks_exact_mut(codes.stride);
+        scales
+            .par_chunks_exact_mut(stride)
+            .zip(codes)
+            .enumerate()
+            .for_each(|(i, (s, codes))| quantize(i, codes, &mut s[0]));
+    }
+}
+
+dispatch! {
+    /// One row of [`quantize`].
+    pub fn quantize_row[T: Element](x: &[T], codes: &mut [i8], scale: &mut f32) {
+        avx512 => quantize_row_body::<T>,
+        avx2 => quantize_row_body::<T>,
+        portable => quantize_row_body::<T>,
+    }
+}
+
+#[inline(always)]
+fn quantize_row_body<T: Element>(x: &[T], codes: &mut [i8], scale: &mut f32) {
+    // Magnitudes compare as their bits do, and NaN is above all numbers.
+    let largest = x.iter().fold(0, |most, x| (x.to_f32().to_bits() & 0x7fff_ffff).max(most));
+    let largest = f32::from_bits(largest);
+    *scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+    // A row whose scale is too small to divide by is as good as zero.
+    let inverse = if *scale >= f32::MIN_POSITIVE { 1.0 / *scale } else { 0.0 };
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = round_integer((x.to_f32() * inverse).clamp(-127.0, 127.0)) as i8;
+    }
 }
 
 /// `x + y`.
@@ -194,6 +247,25 @@ mod tests {
         let (cos, sin) = (Rows::new(&cos[..], 2, 2), Rows::new(&sin[..], 2, 2));
         rotary(Isa::detect(), Rows::new(&x, 6, 6), cos, sin, 6, out(&mut got, 6));
         assert_eq!(got, [-3.0, 2.0, 1.0, 4.0, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn quantized_rows_are_within_half_a_step_and_keep_nan() {
+        let width = 37;
+        let mut x: Vec<f32> = (0..3 * width).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3).collect();
+        x[width..2 * width].fill(0.0);
+        x[2 * width + 5] = f32::NAN;
+        for isa in Isa::available() {
+            let (mut codes, mut scales) = (vec![99i8; 3 * width], [f32::NAN; 3]);
+            let out = RowsMut { data: &mut codes, stride: width, rows: 3 };
+            quantize(isa, Rows::new(&x, width, width), out, RowsMut { data: &mut scales, stride: 1, rows: 3 });
+            for (x, code) in x[..width].iter().zip(&codes) {
+                assert!((x - f32::from(*code) * scales[0]).abs() <= scales[0] * 0.500_01, "{isa}: {x} {code}");
+            }
+            assert!(codes[..width].iter().any(|code| code.abs() == 127), "{isa}: the largest takes the largest code");
+            assert!(codes[width..2 * width].iter().all(|code| *code == 0) && scales[1] == 0.0, "{isa}");
+            assert!(scales[2].is_nan(), "{isa}");
+        }
     }
 
     #[test]

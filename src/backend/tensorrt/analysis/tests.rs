@@ -1,7 +1,8 @@
 use super::*;
+use crate::backend::constants::ConstRows;
 use crate::backend::tensorrt::lower::Layout;
 use crate::engine::tensorrt::StepSize;
-use crate::graph::Const;
+use crate::graph::{Const, Dim, Type};
 
 const B: Extent = Extent::Step(StepSize::B);
 
@@ -10,8 +11,10 @@ fn bound(name: &str, role: Role, dtype: DType, shape: &[Extent]) -> Binding {
 }
 
 fn weight(name: &str, dtype: DType, shape: &[usize]) -> Weight {
+    let ty = Type::new(dtype, shape.iter().map(|size| Dim::fixed(*size)));
+    let content = ConstRows::new(&Const::Tensor(name.into()), &ty).unwrap();
     let shape = shape.to_vec();
-    Weight { name: name.into(), dtype, shape, expr: Const::Tensor(name.into()), layout: Layout::Rows, in_plan: false }
+    Weight { name: name.into(), dtype, shape, content, layout: Layout::Rows, in_plan: false }
 }
 
 fn weights() -> Vec<Weight> {

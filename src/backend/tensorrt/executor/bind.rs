@@ -83,7 +83,17 @@ impl Binder<'_> {
                 Role::Logits => outputs.row(run.output_row).offset,
                 Role::TopLogits => values,
                 Role::TopIds => ids,
-                _ => continue,
+                // Bound once, or by `caches`; inputs that this plan has no use for are not bound.
+                Role::Weight
+                | Role::TokenIds
+                | Role::Positions
+                | Role::PastTokens
+                | Role::TotalTokens
+                | Role::LogitsRows
+                | Role::KeyCache(_)
+                | Role::ValueCache(_)
+                | Role::UpdatedKeys(_)
+                | Role::UpdatedValues(_) => continue,
             };
             let bytes = bytes_of(binding, [run.sequences, run.tokens, run.logits_rows.len()]).unwrap_or(u64::MAX);
             context.set_address(&binding.name, &self.buffers.outputs, offset, bytes)?;

@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -73,18 +74,15 @@ fn read(file: &Path) -> Option<Vec<u8>> {
 fn write(file: &Path, kernels: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
-    let unfinished = file.with_extension(format!("{}.unfinished", std::process::id()));
-    let written = fs::File::create(&unfinished).and_then(|mut out| {
-        out.write_all(MAGIC)?;
-        out.write_all(&Sha256::digest(kernels))?;
-        out.write_all(kernels)?;
-        out.sync_all()?;
-        fs::rename(&unfinished, file)
-    });
-    if written.is_err() {
-        let _ = fs::remove_file(&unfinished);
-    }
-    written
+    // Not its owner's alone, as temporary files are: who may read the package may use its kernels.
+    let everyone = fs::Permissions::from_mode(0o666);
+    let mut out = tempfile::Builder::new().prefix(".unfinished-").permissions(everyone).tempfile_in(folder)?;
+    out.write_all(MAGIC)?;
+    out.write_all(&Sha256::digest(kernels))?;
+    out.write_all(kernels)?;
+    out.as_file().sync_all()?;
+    out.persist(file)?;
+    Ok(())
 }
 
 #[cfg(test)]

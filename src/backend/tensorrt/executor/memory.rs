@@ -63,7 +63,15 @@ pub(super) fn cache_of(role: Role) -> Option<(usize, CacheKind)> {
     match role {
         Role::KeyCache(layer) | Role::UpdatedKeys(layer) => Some((layer, CacheKind::Keys)),
         Role::ValueCache(layer) | Role::UpdatedValues(layer) => Some((layer, CacheKind::Values)),
-        _ => None,
+        Role::Weight
+        | Role::TokenIds
+        | Role::Positions
+        | Role::PastTokens
+        | Role::TotalTokens
+        | Role::LogitsRows
+        | Role::Logits
+        | Role::TopLogits
+        | Role::TopIds => None,
     }
 }
 
@@ -176,7 +184,7 @@ impl Layout {
                     weights.push(PlacedWeight { binding: index, part });
                 }
                 Role::KeyCache(_) | Role::ValueCache(_) => {
-                    let Some(cache) = cache_of(binding.role) else { continue };
+                    let cache = cache_of(binding.role).ok_or_else(|| format!("{binding} is a cache of no layer"))?;
                     let one = bytes_of(binding, [1; 3]).ok_or_else(too_large)?;
                     if !one.is_multiple_of(ALIGN) {
                         return Err(format!("a slot of {binding} has {one} bytes, not a multiple of {ALIGN}"));
@@ -187,7 +195,15 @@ impl Layout {
                 }
                 Role::Logits => vocab_size = columns,
                 Role::TopLogits => k = columns,
-                _ => {}
+                // Their room is a step's, and updated caches are the caches.
+                Role::TokenIds
+                | Role::Positions
+                | Role::PastTokens
+                | Role::TotalTokens
+                | Role::LogitsRows
+                | Role::UpdatedKeys(_)
+                | Role::UpdatedValues(_)
+                | Role::TopIds => {}
             }
         }
         let vocab_size = vocab_size.filter(|n| *n == rules.limits.vocab_size);

@@ -504,7 +504,7 @@ mod tests {
     #[test]
     fn packages_of_the_builder_can_be_laid_out() {
         if let Err(missing) = Library::find(Kind::Rtx) {
-            println!("SKIPPED: {missing}");
+            crate::skips::skip("tensorrt", "packages_of_the_builder_can_be_laid_out", missing);
             return;
         }
         for (target, precision) in [("a100", Precision::Bf16), ("a100", Precision::Int8), ("h100", Precision::Fp8)] {
@@ -517,6 +517,7 @@ mod tests {
                 replace: false,
                 prepare: true,
                 calibration: None,
+                chat_format: None,
             };
             build(&request, &(Arc::new(Quiet) as Arc<dyn Progress>)).unwrap();
             let package = Package::open(Path::new(&output)).unwrap();

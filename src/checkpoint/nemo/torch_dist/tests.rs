@@ -62,7 +62,7 @@ impl Folder {
                 if !shape.contains(&0) {
                     let last: usize = shape.iter().zip(strides).map(|(size, stride)| (size - 1) * stride).sum();
                     let bytes = start + last * tensor.dtype.bytes()..start + (last + 1) * tensor.dtype.bytes();
-                    assert!(!container.bytes(&Place { file: *file, bytes }).is_empty());
+                    assert!(!container.bytes(&Place { file: *file, bytes }).unwrap().is_empty());
                 }
             }
         }

@@ -1,43 +1,19 @@
-//! Reading a file that torch or tar wrote, whole or damaged, takes little memory whatever the file claims. (A process of
-//! its own, for it counts what the whole process allocates.)
-#![allow(unsafe_code)]
+//! Reading a file that torch or tar wrote, whole or damaged, takes little memory whatever the file claims.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use aotron::checkpoint::torch::read_state_dict;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 
+use crate::{HELD, PEAK};
+
 /// No file of a few kilobytes may take more.
 const MAX_BYTES: usize = 1 << 20;
 /// No file at all may take more, its tensors aside.
 const MAX_BOMB_BYTES: usize = 50 << 20;
-
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-struct Counting;
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(held, Ordering::Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// Reads `bytes`; returns the most bytes held at once on top of those held before.
 fn peak(bytes: &[u8]) -> usize {
@@ -84,8 +60,7 @@ fn bombs_take_little_memory() {
     }
 }
 
-#[test]
-fn files_take_little_memory() {
+pub fn files_take_little_memory() {
     bombs_take_little_memory();
     damaged_files_take_little_memory();
 }

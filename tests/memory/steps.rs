@@ -1,42 +1,20 @@
 //! A step allocates nothing: the arena, the cache and the step's indices are made when an engine is opened.
-#![allow(unsafe_code)]
 
-mod packages;
-
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::{Chunk, Executor, NextToken, Rows, Step, open_cpu};
 use aotron::compile::Precision;
 
-static BYTES: AtomicUsize = AtomicUsize::new(0);
+use crate::ALLOCATED;
+use crate::packages::build_package;
 
-struct Counting;
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        BYTES.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-#[test]
-fn steps_allocate_nothing() {
+pub fn steps_allocate_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = Path::new("tests/data/shapes/odd");
     for precision in Precision::ALL {
-        check(&packages::build_package(checkpoint, precision, &folder.path().join(precision.to_string())));
+        check(&build_package(checkpoint, precision, &folder.path().join(precision.to_string())));
     }
 }
 
@@ -51,12 +29,12 @@ fn check(package: &aotron::engine::Package) {
     executor.forward(&decode).unwrap();
 
     const STEPS: usize = 100;
-    let before = BYTES.load(Ordering::Relaxed);
+    let before = ALLOCATED.load(Ordering::Relaxed);
     for _ in 0..STEPS {
         executor.forward(&prefill).unwrap();
         executor.forward(&decode).unwrap();
     }
-    let bytes = BYTES.load(Ordering::Relaxed) - before;
+    let bytes = ALLOCATED.load(Ordering::Relaxed) - before;
     // The thread pool's queue grows by a block now and then; a kernel that allocated would take a row at the least.
     assert!(bytes / (2 * STEPS) < 64, "{bytes} bytes in {STEPS} prefill and decode steps");
 }

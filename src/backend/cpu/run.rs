@@ -1,0 +1,339 @@
+//! Runs the kernels of one step: finds each call's operands in the arena and hands them to the kernel.
+
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::executor::Weights;
+use super::kernels::attention::{self, QUERY_GROUP};
+use super::kernels::linear::{Activations, LinearShape, PackedWeight, linear};
+use super::kernels::rowwise::{self, RowsMut, Unary};
+use super::kernels::{Element, Rows};
+use super::program::{BufferSpec, CacheKind, CacheSpec, Indices, Kernel, Program, RowCount, Storage, Table, View};
+use crate::backend::{Limits, Step};
+use crate::error::{Error, Result};
+use crate::isa::Isa;
+use crate::tensor::DType;
+
+/// Query rows times heads times positions below which attention is not worth waking other threads.
+const SERIAL_ATTENTION: usize = 1 << 10;
+
+/// One step on its way. Every index and shape below was checked by [`Program::validate`] and against the step.
+pub(super) struct Run<'a> {
+    pub step: &'a Step,
+    pub positions: &'a [u32], // [tokens]
+    pub slots: &'a [u32],     // [tokens]
+    pub program: &'a Program,
+    pub limits: &'a Limits,
+    pub weights: &'a Weights,
+    pub arena: &'a mut [u8],
+    pub cache: &'a mut [u8], // [layers, keys and values, slots, kv_heads, head_elements]
+    pub isa: Isa,
+}
+
+/// Runs an expression with `$t` bound to the Rust type of a float's dtype.
+macro_rules! with_float {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            DType::BF16 => {
+                type $t = bf16;
+                $body
+            }
+            other => return Err(Error::internal(format!("an operand in {other}"), "floats in a checked plan")),
+        }
+    };
+}
+
+impl Run<'_> {
+    /// Runs one call.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] where the program is not what was checked.
+    pub fn kernel(&mut self, kernel: &Kernel) -> Result<()> {
+        let isa = self.isa;
+        let program = self.program;
+        let weights = self.weights;
+        match *kernel {
+            Kernel::Gather { indices, table, out } => {
+                let indices = match indices {
+                    Indices::TokenIds => self.step.tokens(),
+                    Indices::Positions => self.positions,
+                    Indices::LogitsRows => self.step.logits_rows(),
+                };
+                match table {
+                    Table::Weight(w) => {
+                        let width = program.weights[w].columns;
+                        with_float!(program.weights[w].dtype, T => {
+                            let table = Rows::new(weights.data::<T>(w), width, width);
+                            let ([], [out]) = self.buffers([], [out])?;
+                            rowwise::gather(table, indices, out.rows_mut());
+                        });
+                    }
+                    Table::View(x) => {
+                        let ([x], [out]) = self.buffers([x], [out])?;
+                        rowwise::gather(x.rows::<f32>(), indices, out.rows_mut());
+                    }
+                }
+            }
+            Kernel::LayerNorm { x, gamma, beta, eps, out } => {
+                let (gamma, beta) = (weights.data::<f32>(gamma), weights.data::<f32>(beta));
+                let ([x], [out]) = self.buffers([x], [out])?;
+                with_float!(out.spec.dtype, O => {
+                    rowwise::layer_norm::<O>(isa, x.rows(), gamma, beta, eps, out.rows_mut());
+                });
+            }
+            Kernel::Linear { x, x_scales, weight, scales, group, epilogue, out } => {
+                let spec = &program.weights[weight];
+                let Storage::Packed { packing, .. } = spec.storage else {
+                    return Err(Error::internal(format!("`{}` is stored by rows", spec.name), "a packed weight"));
+                };
+                let shape = LinearShape { outputs: spec.rows, inputs: spec.columns, group };
+                let scales = scales.map_or(&[][..], |scales| weights.data::<u8>(scales));
+                let weight = PackedWeight::new(packing, weights.data::<u8>(weight), scales, shape)?;
+                let ([x, x_scales], [out]) = self.buffers([x, x_scales.unwrap_or(x)], [out])?;
+                let x = match x.spec.dtype {
+                    DType::F32 => Activations::F32(x.rows()),
+                    DType::BF16 => Activations::Bf16(x.rows()),
+                    DType::I8 => Activations::I8 { codes: x.rows(), scales: x_scales.rows() },
+                    other => return Err(Error::internal(format!("activations in {other}"), "floats or bytes")),
+                };
+                with_float!(out.spec.dtype, O => linear(isa, x, weight, epilogue, out.rows_mut::<O>())?);
+            }
+            Kernel::Quantize { x, out, scales } => {
+                let ([x], [codes, scales]) = self.buffers([x], [out, scales])?;
+                let (codes, scales) = (codes.rows_mut(), scales.rows_mut());
+                with_float!(x.spec.dtype, T => rowwise::quantize::<T>(isa, x.rows(), codes, scales));
+            }
+            Kernel::Rotary { x, cos, sin, head_dim, out } => {
+                let ([x, cos, sin], [out]) = self.buffers([x, cos, sin], [out])?;
+                rowwise::rotary::<f32>(isa, x.rows(), cos.rows(), sin.rows(), head_dim, out.rows_mut());
+            }
+            Kernel::Store { x, layer, kind } => self.store(x, layer, kind)?,
+            Kernel::Attention { q, layer, scale, out } => {
+                with_float!(program.cache.dtype, C => self.attention::<C>(q, layer, scale, out)?)
+            }
+            Kernel::Convert { x, out } => self.unary(Unary::Convert, x, out)?,
+            Kernel::Relu2 { x, out } => self.unary(Unary::Relu2, x, out)?,
+            Kernel::RoundToF8 { x, scale, out } => self.unary(Unary::RoundToF8(scale), x, out)?,
+            Kernel::AddScalar { x, scalar, out } => self.unary(Unary::AddScalar(scalar), x, out)?,
+            Kernel::Add { x, y, out } => {
+                let ([x, y], [out]) = self.buffers([x, y], [out])?;
+                rowwise::add(x.rows(), y.rows(), out.rows_mut());
+            }
+        }
+        Ok(())
+    }
+
+    fn unary(&mut self, op: Unary, x: View, out: usize) -> Result<()> {
+        let ([x], [out]) = self.buffers([x], [out])?;
+        with_float!(x.spec.dtype, T => with_float!(out.spec.dtype, O => {
+            rowwise::unary::<T, O>(op, x.rows(), out.rows_mut());
+        }));
+        Ok(())
+    }
+
+    /// The largest magnitude in the columns of a buffer of floats; infinite if there is a NaN.
+    pub fn magnitude(&self, x: View) -> Result<f32> {
+        let rows = self.row_count(&self.program.buffers[x.buffer]);
+        let x = source(self.arena, self.program, self.limits, x, 0);
+        with_float!(x.spec.dtype, T => {
+            let x = x.rows::<T>();
+            let values = (0..rows).flat_map(|row| x.row(row)).map(|value| value.to_f32().abs());
+            Ok(values.fold(0.0, |most, v| if v.is_nan() { f32::INFINITY } else { most.max(v) }))
+        })
+    }
+
+    fn store(&mut self, x: View, layer: usize, kind: CacheKind) -> Result<()> {
+        let cache = &self.program.cache;
+        let (head_dim, padded_dim, kv_heads) = (cache.head_dim, cache.padded_dim(), cache.kv_heads);
+        let head_elements = head_elements(cache, self.limits)?;
+        let bytes = cache_range(cache, self.limits, layer, kind)?;
+        let x = source(self.arena, self.program, self.limits, x, 0);
+        with_float!(cache.dtype, C => with_float!(x.spec.dtype, T => {
+            let heads: &mut [C] = bytemuck::cast_slice_mut(&mut self.cache[bytes]);
+            let x = x.rows::<T>();
+            for (row, (slot, position)) in self.slots.iter().zip(self.positions).enumerate() {
+                let (slot, position) = (*slot as usize, *position as usize);
+                for (head, x) in x.row(row).chunks_exact(head_dim).enumerate() {
+                    let head = &mut heads[(slot * kv_heads + head) * head_elements..][..head_elements];
+                    match kind {
+                        CacheKind::Keys => attention::store_keys(x, padded_dim, position, head),
+                        CacheKind::Values => attention::store_values(x, padded_dim, position, head),
+                    }
+                }
+            }
+        }));
+        Ok(())
+    }
+
+    fn attention<C: Element>(&mut self, q: View, layer: usize, scale: f32, out: usize) -> Result<()> {
+        let cache = &self.program.cache;
+        let range = |kind| cache_range(cache, self.limits, layer, kind);
+        let keys: &[C] = bytemuck::cast_slice(&self.cache[range(CacheKind::Keys)?]);
+        let values: &[C] = bytemuck::cast_slice(&self.cache[range(CacheKind::Values)?]);
+        let (slots, positions, isa) = (self.slots, self.positions, self.isa);
+        let (head_dim, padded_dim) = (cache.head_dim, cache.padded_dim());
+        let head_elements = head_elements(cache, self.limits)?;
+        let kv_heads = cache.kv_heads;
+        let heads = q.width / head_dim;
+        let rows = positions.len();
+        let ([q], [out]) = split(self.arena, self.program, self.limits, [q], [(out, rows)])?;
+        let q = q.rows::<f32>();
+        // What one head of the rows from `first` on is computed from.
+        let operands = |first: usize, head: usize| {
+            let kv_head = slots[first] as usize * kv_heads + head / (heads / kv_heads);
+            let block = kv_head * head_elements..(kv_head + 1) * head_elements;
+            let head_cache =
+                attention::Head { keys: &keys[block.clone()], values: &values[block], head_dim, padded_dim };
+            let (from_first, q_stride) = q.from_row(first);
+            (&from_first[head * head_dim..], q_stride, head_cache, positions[first] as usize + 1)
+        };
+        with_float!(out.spec.dtype, O => {
+            let RowsMut { data, stride, rows } = out.rows_mut::<O>();
+            let data = &mut data[..rows * stride];
+            // Many rows: a task takes a few whole rows, so that neighbours share what they load.
+            let group_rows = |group: usize, out: &mut [O]| {
+                let (mut row, end) = (group * QUERY_GROUP, rows.min((group + 1) * QUERY_GROUP));
+                while row < end {
+                    let same = |next: &usize| slots[*next] == slots[row];
+                    let count = (row..end).take_while(same).count();
+                    for head in 0..heads {
+                        let (q, q_stride, cache, len) = operands(row, head);
+                        let out = &mut out[(row - group * QUERY_GROUP) * stride + head * head_dim..];
+                        attention::attend(isa, count, q, q_stride, cache, len, scale, out, stride);
+                    }
+                    row += count;
+                }
+            };
+            // Few rows: a task takes one head of one row.
+            let one_head = |index: usize, out: &mut [O]| {
+                let (q, q_stride, cache, len) = operands(index / heads, index % heads);
+                attention::attend(isa, 1, q, q_stride, cache, len, scale, out, head_dim);
+            };
+            let threads = rayon::current_num_threads();
+            let work: usize = positions.iter().map(|p| *p as usize + 1).sum::<usize>() * heads;
+            if threads == 1 || work < SERIAL_ATTENTION {
+                data.chunks_mut(QUERY_GROUP * stride).enumerate().for_each(|(i, out)| group_rows(i, out));
+            } else if rows >= 2 * threads * QUERY_GROUP {
+                data.par_chunks_mut(QUERY_GROUP * stride).enumerate().for_each(|(i, out)| group_rows(i, out));
+            } else {
+                data.par_chunks_exact_mut(head_dim).enumerate().for_each(|(i, out)| one_head(i, out));
+            }
+        });
+        Ok(())
+    }
+}
+
+impl<'a> Run<'a> {
+    fn row_count(&self, spec: &BufferSpec) -> usize {
+        match spec.rows {
+            RowCount::Tokens => self.step.tokens().len(),
+            RowCount::LogitsRows => self.step.logits_rows().len(),
+        }
+    }
+
+    /// Some buffers to read and others, apart from them and each other, to write.
+    fn buffers<const N: usize, const M: usize>(
+        &mut self,
+        reads: [View; N],
+        outs: [usize; M],
+    ) -> Result<([Source<'_>; N], [Target<'_>; M])> {
+        let outs = outs.map(|out| (out, self.row_count(&self.program.buffers[out])));
+        split(self.arena, self.program, self.limits, reads, outs)
+    }
+}
+
+/// Columns of a buffer to read.
+struct Source<'a> {
+    bytes: &'a [u8], // from the first row's first element
+    spec: &'a BufferSpec,
+    view: View,
+}
+
+/// A buffer to write.
+struct Target<'a> {
+    bytes: &'a mut [u8],
+    spec: &'a BufferSpec,
+    rows: usize,
+}
+
+impl<'a> Source<'a> {
+    fn rows<T: bytemuck::Pod>(&self) -> Rows<'a, T> {
+        let elements: &'a [T] = bytemuck::cast_slice(self.bytes);
+        Rows::new(&elements[self.view.column..], self.spec.width, self.view.width)
+    }
+}
+
+impl<'a> Target<'a> {
+    fn rows_mut<T: bytemuck::Pod>(self) -> RowsMut<'a, T> {
+        RowsMut { data: bytemuck::cast_slice_mut(self.bytes), stride: self.spec.width, rows: self.rows }
+    }
+}
+
+fn byte_range(spec: &BufferSpec, limits: &Limits) -> Range<usize> {
+    spec.offset..spec.offset + spec.rows.max(limits) * spec.width * spec.dtype.bytes()
+}
+
+fn source<'a>(arena: &'a [u8], program: &'a Program, limits: &Limits, view: View, arena_start: usize) -> Source<'a> {
+    let spec = &program.buffers[view.buffer];
+    let range = byte_range(spec, limits);
+    Source { bytes: &arena[range.start - arena_start..range.end - arena_start], spec, view }
+}
+
+/// Cuts the buffers that are written, with their rows, out of the arena; a valid program's reads lie between them.
+fn split<'a, const N: usize, const M: usize>(
+    arena: &'a mut [u8],
+    program: &'a Program,
+    limits: &Limits,
+    reads: [View; N],
+    outs: [(usize, usize); M],
+) -> Result<([Source<'a>; N], [Target<'a>; M])> {
+    /// A buffer that is written, by its place among those asked for, and what lies before it with its offset.
+    struct Cut<'a> {
+        place: usize,
+        target: Target<'a>,
+        before: (usize, &'a [u8]),
+    }
+    let mut in_order: [usize; M] = std::array::from_fn(|place| place);
+    let range = |place: usize| byte_range(&program.buffers[outs[place].0], limits);
+    in_order.sort_unstable_by_key(|place| range(*place).start);
+    if in_order.windows(2).any(|pair| range(pair[0]).end > range(pair[1]).start) {
+        return Err(Error::internal("buffers to write that overlap", "a checked plan"));
+    }
+    let (mut rest, mut rest_start) = (arena, 0);
+    let mut cuts = in_order.map(|place| {
+        let range = range(place);
+        let (before, behind) = std::mem::take(&mut rest).split_at_mut(range.start - rest_start);
+        let (bytes, behind) = behind.split_at_mut(range.len());
+        let before = (rest_start, &*before);
+        (rest, rest_start) = (behind, range.end);
+        let (out, rows) = outs[place];
+        Cut { place, target: Target { bytes, spec: &program.buffers[out], rows }, before }
+    });
+    let rest = &*rest;
+    let sources = reads.map(|view| {
+        let offset = program.buffers[view.buffer].offset;
+        let holds = |gap: &(usize, &'a [u8])| (gap.0..gap.0 + gap.1.len()).contains(&offset);
+        let (start, bytes) = cuts.iter().map(|cut| cut.before).find(holds).unwrap_or((rest_start, rest));
+        source(bytes, program, limits, view, start)
+    });
+    cuts.sort_unstable_by_key(|cut| cut.place);
+    Ok((sources, cuts.map(|cut| cut.target)))
+}
+
+/// Elements of one head of one slot in the cache.
+fn head_elements(cache: &CacheSpec, limits: &Limits) -> Result<usize> {
+    cache.head_elements(limits).ok_or_else(|| Error::internal("a cache whose size overflows", "a checked plan"))
+}
+
+/// Bytes of one layer's keys or values, all slots, in the cache.
+fn cache_range(cache: &CacheSpec, limits: &Limits, layer: usize, kind: CacheKind) -> Result<Range<usize>> {
+    let bytes = cache.kv_heads * head_elements(cache, limits)? * limits.slots * cache.dtype.bytes();
+    let index = 2 * layer + usize::from(kind == CacheKind::Values);
+    Ok(index * bytes..(index + 1) * bytes)
+}

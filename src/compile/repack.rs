@@ -1,0 +1,136 @@
+//! Packing a CPU plan again for another CPU, from the package's own weights: no checkpoint is needed, and no weight
+//! changes, only how the kernels find them.
+
+use rayon::prelude::*;
+
+use super::gpu::precision_of;
+use super::{Calibration, PlanSummary, Progress, Recipe, optimized_graph, plan_info};
+use crate::backend::constants::stored_dtype;
+use crate::backend::cpu::lower::{CpuTarget, lower};
+use crate::backend::cpu::pack;
+use crate::backend::cpu::program::{Kernel, Program, Storage, WeightSpec};
+use crate::backend::cpu_program;
+use crate::engine::{Package, PackageFile, PackageWriter, PlanInfo};
+use crate::error::{Error, Result};
+use crate::tensor_file::{self, TensorFile};
+
+/// Values of a piece: it stays in a core's cache as FP32.
+const PIECE_ELEMENTS: usize = 1 << 18;
+
+/// Writes the package's CPU plan and its weights for the CPU of `recipe`; what else the recipe says does not count, but
+/// for its activations. Answers with the plan's entry in the manifest.
+///
+/// # Errors
+/// [`Error::Package`] if there is no CPU plan, or its weights are damaged or not those of its model.
+pub(super) fn repack(
+    package: &Package,
+    recipe: &Recipe,
+    writer: &mut PackageWriter,
+    progress: &dyn Progress,
+) -> Result<(PlanInfo, PlanSummary)> {
+    let (old, program) = cpu_program(package)?;
+    program.validate().map_err(|detail| Error::package(package.path(), format!("its CPU plan: {detail}")))?;
+    let precision = precision_of(&old.precision).ok_or_else(|| {
+        let detail = format!("its CPU plan has precision {}, which this aotron does not know", old.precision);
+        Error::package(package.path(), detail)
+    })?;
+    let mut recipe = Recipe { precision, ..recipe.clone() };
+    let is_quantized = program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Quantize { .. }));
+    recipe.quantize_activations = Some(recipe.quantize_activations.unwrap_or(is_quantized));
+    recipe.check()?;
+    let CpuTarget { features, .. } = recipe.cpu_target();
+    recipe.text = format!("{}\n# Packed again for the CPU {features}\n", old.recipe.trim_end());
+
+    let file = TensorFile::open(&package.file_path(&old.weights))?;
+    progress.stage("verifying", file.mapped().len() as u64);
+    package.verify_file(&old.weights, &|bytes| progress.advance(bytes))?;
+    let calibration = Calibration::of_program(&program);
+    let model = &package.manifest().model;
+    let (graph, reports) = optimized_graph(model, precision, old.limits.max_sequence_tokens, Some(&calibration))?;
+    let lowered = lower(&graph, &old.limits, recipe.cpu_target())?.program;
+
+    let specs: Vec<&WeightSpec> =
+        pack::file_order(&lowered.weights).into_iter().map(|index| &lowered.weights[index]).collect();
+    progress.stage("packing", pack::packed_bytes(&lowered.weights));
+    let header: Vec<_> = specs.iter().map(|s| (s.name.as_str(), stored_dtype(s.dtype), s.stored_shape())).collect();
+    let mut out = writer.create_file(&old.weights)?;
+    out.write(&tensor_file::encode_header(&header)?)?;
+    for spec in specs {
+        write_weight(package, &program, &file, spec, &mut out, progress)?;
+    }
+    writer.push(out.finish()?);
+    let plan = old.plan.clone().unwrap_or_else(|| "plans/cpu.json".into());
+    let text = serde_json::to_vec(&lowered)
+        .map_err(|e| Error::package(package.path(), format!("the plan cannot be written as JSON: {e}")))?;
+    writer.add(&plan, |write| write(&text))?;
+    let kv_bytes_per_token = lowered.cache.bytes_per_token();
+    let info = plan_info(&recipe, Some(plan), old.weights.clone(), old.limits.clone(), kv_bytes_per_token, None);
+    let summary = PlanSummary::of(&info, None, reports);
+    Ok((info, summary))
+}
+
+/// Writes one weight as `spec` stores it, from the file where `program` stored it.
+fn write_weight(
+    package: &Package,
+    program: &Program,
+    file: &TensorFile,
+    spec: &WeightSpec,
+    out: &mut PackageFile,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let refuse = |detail: &str| {
+        let detail = format!("weight {} {detail}; build the package from the checkpoint again", spec.name);
+        Error::package(package.path(), detail)
+    };
+    let old = program.weights.iter().find(|old| old.name == spec.name).ok_or_else(|| refuse("is not in it"))?;
+    let (stored, bytes) = file.tensor(&spec.name).ok_or_else(|| refuse("is not in its file"))?;
+    if (old.rows, old.columns, old.dtype) != (spec.rows, spec.columns, spec.dtype) {
+        return Err(refuse("has another shape than its model"));
+    }
+    if stored.shape != old.stored_shape() || stored.dtype != stored_dtype(old.dtype) {
+        return Err(refuse("is stored in another shape than its plan says"));
+    }
+    if old.storage == spec.storage {
+        for piece in bytes.chunks(1 << 20) {
+            out.write(piece)?;
+            advance(progress, piece.len())?;
+        }
+        return Ok(());
+    }
+    let (Storage::Packed { packing: from, operand }, Storage::Packed { packing: to, .. }) = (old.storage, spec.storage)
+    else {
+        return Err(refuse("is a table that would have to be packed"));
+    };
+    let (old_unit, new_unit) = (old.unit_rows(), spec.unit_rows());
+    let panel_bytes = bytes.len() / old.rows.div_ceil(old_unit).max(1);
+    // Whole panels of both packings, a few for each thread at a time.
+    let unit = old_unit * new_unit / gcd(old_unit, new_unit);
+    let rows_at_once = (PIECE_ELEMENTS / spec.columns.max(1)).next_multiple_of(unit).max(unit);
+    let firsts: Vec<usize> = (0..spec.rows).step_by(rows_at_once).collect();
+    for firsts in firsts.chunks(4 * rayon::current_num_threads()) {
+        let pieces: Vec<Option<Vec<u8>>> = firsts
+            .par_iter()
+            .map(|first| {
+                let end = spec.rows.min(first + rows_at_once);
+                let panels = first / old_unit * panel_bytes..end.div_ceil(old_unit) * panel_bytes;
+                let values = from.unpack(operand, bytes.get(panels)?, end - first, spec.columns)?;
+                Some(to.pack(operand, &values, spec.columns))
+            })
+            .collect();
+        for piece in pieces {
+            let piece = piece.ok_or_else(|| refuse("has another length than its plan says"))?;
+            out.write(&piece)?;
+            advance(progress, piece.len())?;
+        }
+    }
+    Ok(())
+}
+
+fn advance(progress: &dyn Progress, bytes: usize) -> Result<()> {
+    progress.advance(bytes as u64);
+    if progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}

@@ -1,0 +1,312 @@
+//! A checkpoint's text side: its tokenizer, its chat format and its defaults for generating, by one rule for everyone who
+//! asks.
+
+use std::collections::BTreeMap;
+
+use crate::checkpoint::{AddedToken, ChatFiles, Checkpoint, GenerationConfig, TokenizerFile};
+use crate::engine::GenerationSettings;
+use crate::error::{Error, Result, clip};
+use crate::text::{ChatFormat, ChatTemplate, JinjaTemplate, Message, NemotronMarkers, Tokenizer};
+
+/// A tokenizer file is refused unread past this size; the 8B model's has about 20 MB.
+const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+/// Names that tokenizers give to the token that ends a text, for a tokenizer.json that comes without a config.
+const ENDS_OF_TEXT: [&str; 6] = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>"];
+
+/// The text side of a checkpoint.
+#[derive(Debug)]
+pub struct CheckpointText {
+    /// The tokenizer, with the content of its file.
+    pub tokenizer: Option<(Vec<u8>, Tokenizer)>,
+    /// The id that begins a text.
+    pub bos_token_id: Option<u32>,
+    /// Template and stops.
+    pub format: ChatFormat,
+    /// Defaults of a generation.
+    pub generation: GenerationSettings,
+    /// Choices that were made, a line each.
+    pub notes: Vec<String>,
+    /// Likely mistakes, a line each.
+    pub warnings: Vec<String>,
+    /// Reasons why no package is built from this unless `--chat-format` names another format.
+    pub refusals: Vec<String>,
+}
+
+impl CheckpointText {
+    /// Reads it. `choice` names a format, as [`ChatTemplate::choose`] has it, instead of the checkpoint's own.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Format`] or [`Error::Unsupported`] naming the file, also where it does not fit the model;
+    /// those of [`ChatTemplate::choose`].
+    pub fn of(checkpoint: &Checkpoint, choice: Option<&str>) -> Result<CheckpointText> {
+        let (files, config) = (checkpoint.chat_files()?, checkpoint.generation_config()?);
+        let mut text = CheckpointText {
+            tokenizer: None,
+            bos_token_id: checkpoint.config().bos_token_id,
+            format: ChatFormat::raw(&[]),
+            generation: GenerationSettings::default(),
+            notes: Vec::new(),
+            warnings: Vec::new(),
+            refusals: Vec::new(),
+        };
+        let mut eos = checkpoint.config().eos_token_ids.clone();
+        eos.extend(&config.eos_token_ids);
+        let Some(file) = checkpoint.tokenizer_file(MAX_TOKENIZER_BYTES)? else {
+            text.format = ChatFormat::raw(&distinct(eos));
+            text.set_defaults(config, false);
+            return Ok(text);
+        };
+        let template = text.template(checkpoint, &files, choice)?;
+        let (tokenizer, special_tokens) = text.read_tokenizer(&file, &files, &template)?;
+        let rows = checkpoint.config().vocab_size;
+        if tokenizer.vocab_size() > rows {
+            let ids = tokenizer.vocab_size();
+            return Err(Error::format(&file.path, format!("it has {ids} ids, but the model's vocab_size is {rows}")));
+        }
+        text.add_end_of_text(&mut eos, &tokenizer, &special_tokens);
+        eos.retain(|id| text.can_be_sampled(*id, &tokenizer, choice.is_some()));
+
+        let mut format = ChatFormat::raw(&distinct(eos));
+        format.special_tokens = special_tokens;
+        format.stop_strings.clone_from(&config.stop_strings);
+        format.named_templates = files.templates.into_iter().map(|file| (file.name, file.source)).collect();
+        text.format = format.with_template(template, &tokenizer);
+        text.check_template(&tokenizer);
+        text.set_defaults(config, true);
+        text.tokenizer = Some((file.bytes, tokenizer));
+        Ok(text)
+    }
+
+    /// The format of `choice`, or else the checkpoint's.
+    fn template(&mut self, checkpoint: &Checkpoint, files: &ChatFiles, choice: Option<&str>) -> Result<ChatTemplate> {
+        let own = files.templates.iter().find(|file| file.name == "default");
+        if let Some(choice) = choice {
+            let named: BTreeMap<String, String> =
+                files.templates.iter().map(|file| (file.name.clone(), file.source.clone())).collect();
+            return ChatTemplate::choose(choice, &named);
+        }
+        match (own, &files.nemo_prompt_tokens) {
+            (Some(file), _) => {
+                let jinja = JinjaTemplate { name: file.name.clone(), source: file.source.clone() };
+                jinja.check().map_err(|detail| {
+                    let detail = format!(
+                        "its chat template `{}` cannot be read: {detail}; name another format with --chat-format",
+                        clip(&file.name)
+                    );
+                    Error::unsupported(&file.path, detail)
+                })?;
+                self.notes.push(format!("chat template of {}", file.path.display()));
+                Ok(ChatTemplate::Jinja(jinja))
+            }
+            (None, _) if !files.templates.is_empty() => {
+                let names: Vec<String> = files.templates.iter().map(|file| clip(&file.name)).collect();
+                Err(Error::Request(format!(
+                    "{} has the chat templates {} and none called default: name one with --chat-format",
+                    checkpoint.path().display(),
+                    names.join(", ")
+                )))
+            }
+            (None, Some(tokens)) => {
+                let markers = NemotronMarkers::from(tokens.clone());
+                if markers != NemotronMarkers::default() {
+                    let NemotronMarkers { system_turn_start, turn_start, .. } = &markers;
+                    self.notes.push(format!(
+                        "chat format nemotron with the markers of data.chat_prompt_tokens: {system_turn_start:?} and \
+                         {turn_start:?}"
+                    ));
+                }
+                Ok(ChatTemplate::Nemotron(markers))
+            }
+            (None, None) => {
+                if checkpoint.format() != "nemo" {
+                    self.notes
+                        .push("no chat template is in the checkpoint: the model card's, nemotron, is taken".into());
+                }
+                Ok(ChatTemplate::Nemotron(NemotronMarkers::default()))
+            }
+        }
+    }
+
+    /// The tokenizer, and the special tokens that a template may name.
+    fn read_tokenizer(
+        &mut self,
+        file: &TokenizerFile,
+        files: &ChatFiles,
+        template: &ChatTemplate,
+    ) -> Result<(Tokenizer, BTreeMap<String, String>)> {
+        let TokenizerFile { path, bytes, is_json } = file;
+        let mut special_tokens = files.special_tokens.clone();
+        let tokenizer = match is_json {
+            true => Tokenizer::from_json(path, bytes)?,
+            false => Tokenizer::from_sentencepiece(path, bytes)?,
+        };
+        let mut added = if *is_json { Vec::new() } else { files.added_tokens.clone() };
+        if let Some(facts) = tokenizer.sentencepiece() {
+            let named = [("bos_token", facts.bos_id), ("eos_token", facts.eos_id), ("pad_token", facts.pad_id)];
+            for (name, piece) in named.into_iter().filter_map(|(name, id)| Some((name, tokenizer.piece(id?)?))) {
+                special_tokens.entry(name.to_owned()).or_insert(piece);
+            }
+        }
+        // Special tokens are letters in a text unless they are told; but what the template writes is meant, and to
+        // transformers every special token is one.
+        let written: Vec<String> = match template {
+            ChatTemplate::Nemotron(_) if *is_json => Vec::new(),
+            ChatTemplate::Nemotron(NemotronMarkers { system_turn_start, turn_start, .. }) => {
+                vec![system_turn_start.clone(), turn_start.clone()]
+            }
+            ChatTemplate::Jinja(jinja) => {
+                let pieces = tokenizer.control_pieces().filter(|piece| jinja.source.contains(*piece));
+                pieces.map(str::to_owned).chain(special_tokens.values().cloned()).collect()
+            }
+            ChatTemplate::Raw => Vec::new(),
+        };
+        let known = tokenizer.markers();
+        let mut whole: Vec<String> = Vec::new();
+        for content in written {
+            let is_letters = known.iter().all(|(marker, _)| *marker != content);
+            let id = tokenizer.id(&content).filter(|id| is_letters && (*is_json || tokenizer.is_control(*id)));
+            if let Some(id) = id.filter(|id| added.iter().all(|token| token.id != *id)) {
+                whole.push(format!("`{}`", clip(&content)));
+                added.push(AddedToken { id, content, lstrip: false, rstrip: false });
+            }
+        }
+        if !whole.is_empty() {
+            self.notes.push(format!("{}: tokens of their own wherever a text has them", whole.join(", ")));
+        }
+        if added.is_empty() {
+            return Ok((tokenizer, special_tokens));
+        }
+        let tokenizer = match is_json {
+            true => Tokenizer::from_json_and(path, bytes, added)?,
+            false => Tokenizer::from_sentencepiece_and(path, bytes, added)?,
+        };
+        Ok((tokenizer, special_tokens))
+    }
+
+    /// Adds the tokenizer's own end of a text to the ids that end a generation.
+    fn add_end_of_text(&mut self, eos: &mut Vec<u32>, tokenizer: &Tokenizer, special: &BTreeMap<String, String>) {
+        let mut found = special.get("eos_token").and_then(|token| tokenizer.id(token));
+        if let Some(facts) = tokenizer.sentencepiece() {
+            found = found.or(facts.eos_id);
+            self.bos_token_id = self.bos_token_id.or(facts.bos_id);
+        }
+        if eos.is_empty() && found.is_none() {
+            let markers = tokenizer.markers();
+            found = ENDS_OF_TEXT.iter().find_map(|name| Some(markers.iter().find(|(text, _)| text == name)?.1));
+        }
+        if let Some(id) = found.filter(|id| !eos.contains(id)) {
+            let piece = tokenizer.piece(id).unwrap_or_default();
+            self.notes.push(format!("the tokenizer's end of a text, `{}`, id {id}, ends answers", clip(piece)));
+            eos.push(id);
+        }
+    }
+
+    /// Ids past the tokenizer's are padding and are never sampled, so a stop there would be none.
+    fn can_be_sampled(&mut self, id: u32, tokenizer: &Tokenizer, is_chosen: bool) -> bool {
+        let known = tokenizer.vocab_size();
+        if (id as usize) < known {
+            return true;
+        }
+        let detail =
+            format!("id {id} is to end answers, but the tokenizer has {known} ids, so it can never be sampled");
+        match is_chosen {
+            true => self.warnings.push(detail),
+            false => self.refusals.push(detail),
+        }
+        false
+    }
+
+    /// Finds out what the tokenizer makes of the template.
+    fn check_template(&mut self, tokenizer: &Tokenizer) {
+        let prompt = self.format.render(&[Message::user("Hi")]);
+        match (&self.format.template, prompt) {
+            (ChatTemplate::Nemotron(markers), Ok(text)) => {
+                let ids = tokenizer.encode(&text).unwrap_or_default();
+                for (name, marker, times) in
+                    [("system_turn_start", &markers.system_turn_start, 1), ("turn_start", &markers.turn_start, 2)]
+                {
+                    let id = tokenizer.marker_id(marker);
+                    if id.is_none_or(|id| ids.iter().filter(|other| **other == id).count() != times) {
+                        self.refusals.push(format!(
+                            "the tokenizer has no piece for {marker:?}, the {name} of the chat format nemotron, and would \
+                             break it into letters"
+                        ));
+                    }
+                }
+            }
+            (ChatTemplate::Jinja(_), Ok(text)) => {
+                let markers = tokenizer.markers();
+                let mut letters: Vec<&str> = Vec::new();
+                for word in angled(&text) {
+                    if !letters.contains(&word) && markers.iter().all(|(marker, _)| marker != word) {
+                        letters.push(word);
+                    }
+                }
+                if !letters.is_empty() {
+                    self.warnings.push(format!(
+                        "the chat template writes {}, no token of this tokenizer: it becomes letters, as with \
+                         transformers",
+                        letters.join(", ")
+                    ));
+                }
+            }
+            (ChatTemplate::Jinja(_), Err(error)) => {
+                self.warnings.push(format!("the chat template does not take a user's message alone: {error}"));
+            }
+            (ChatTemplate::Nemotron(_), Err(error)) => self.refusals.push(error.to_string()),
+            (ChatTemplate::Raw, _) => {}
+        }
+        if self.format.stop_ids().is_empty() && self.format.chat_stop_strings().is_empty() {
+            self.warnings
+                .push("the checkpoint names no end-of-sequence id: generations end at their token limit".into());
+        }
+    }
+
+    fn set_defaults(&mut self, config: GenerationConfig, has_text: bool) {
+        let do_sample = config.do_sample.unwrap_or(false);
+        let float = |value: Option<f64>| value.map(|value| value as f32);
+        let mut unused = config.ignored;
+        if !do_sample {
+            let idle = [
+                ("temperature", config.temperature.is_some_and(|t| t != 1.0)),
+                ("top_k", config.top_k.is_some_and(|k| k > 1)),
+                ("top_p", config.top_p.is_some_and(|p| p < 1.0)),
+                ("min_p", config.min_p.is_some_and(|p| p > 0.0)),
+            ];
+            unused.extend(idle.iter().filter(|(_, given)| *given).map(|(name, _)| format!("{name} (no do_sample)")));
+        }
+        if !has_text && !config.stop_strings.is_empty() {
+            unused.push("stop_strings (no tokenizer)".to_owned());
+        }
+        if !unused.is_empty() {
+            self.notes.push(format!("not used of generation_config.json: {}", unused.join(", ")));
+        }
+        let card = GenerationSettings::default();
+        self.generation = GenerationSettings {
+            max_tokens: config.max_new_tokens.unwrap_or(card.max_tokens),
+            do_sample,
+            temperature: float(config.temperature),
+            top_k: config.top_k,
+            top_p: float(config.top_p),
+            min_p: float(config.min_p),
+            repetition_penalty: float(config.repetition_penalty),
+            unused,
+        };
+    }
+}
+
+fn distinct(mut ids: Vec<u32>) -> Vec<u32> {
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
+/// What looks like a marker in a prompt: `<…>` without spaces.
+fn angled(text: &str) -> impl Iterator<Item = &str> {
+    text.match_indices('<').filter_map(|(start, _)| {
+        let rest = text.get(start..)?;
+        let word = rest.get(..rest.find('>')? + 1)?;
+        let inner = word.get(1..)?;
+        (word.len() > 3 && word.len() <= 64 && !inner.contains(['<', ' ', '\n', '"', '='])).then_some(word)
+    })
+}

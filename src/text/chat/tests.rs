@@ -1,0 +1,242 @@
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::text::fixture::{EOS, tokenizer};
+
+/// What transformers makes of conversations with several templates and tiny-chat's tokenizer.
+fn golden() -> Value {
+    serde_json::from_str(include_str!("../../../tests/data/chat_templates.json")).unwrap()
+}
+
+/// With the special tokens of its config, as transformers has it.
+fn tiny_chat() -> Tokenizer {
+    let path = Path::new("tests/data/tiny-chat/tokenizer.json");
+    let token = |(id, content): (u32, &str)| crate::checkpoint::AddedToken {
+        id,
+        content: content.into(),
+        lstrip: false,
+        rstrip: false,
+    };
+    let added = [(0, "<pad>"), (1, "<unk>"), (2, "<s>"), (3, "</s>")].map(token).to_vec();
+    Tokenizer::from_json_and(path, &std::fs::read(path).unwrap(), added).unwrap()
+}
+
+fn jinja(source: &str) -> ChatFormat {
+    let template = ChatTemplate::Jinja(JinjaTemplate { name: "test".into(), source: source.into() });
+    ChatFormat { template, ..ChatFormat::raw(&[]) }
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+#[test]
+fn prompts_are_those_of_transformers() {
+    let (golden, tokenizer) = (golden(), tiny_chat());
+    let now = golden["now"].as_str().unwrap().parse().unwrap();
+    let mut prompts = 0;
+    for template in golden["templates"].as_array().unwrap() {
+        let name = template["name"].as_str().unwrap();
+        let special_tokens = serde_json::from_value(golden["special_tokens"].clone()).unwrap();
+        let format = ChatFormat { special_tokens, ..jinja(template["source"].as_str().unwrap()) };
+        for case in template["cases"].as_array().unwrap() {
+            let messages = case["messages"].as_array().unwrap();
+            let rendered = format.render_at(messages, now);
+            let Some(text) = case["text"].as_str() else {
+                let (words, error) = (case["error"].as_str().unwrap(), rendered.unwrap_err().to_string());
+                assert!(messages.is_empty() || error.contains(words), "{name}: {error}");
+                continue;
+            };
+            assert_eq!(rendered.unwrap(), text, "{name}");
+            assert_eq!(tokenizer.encode(text).unwrap(), ids(&case["ids"]), "{name}: {text}");
+            let mut marked = messages.clone();
+            let markers = format.markers(&tokenizer);
+            marked.iter_mut().for_each(|message| marks::mark(message, &markers));
+            let text = format.render_at(&marked, now).unwrap();
+            let escaped = tokenizer.encode_parts(&marks::parts(&text, &markers)).unwrap();
+            // The template `kitchen` writes contents as capitals: then no marker of the tokenizer's is left in them.
+            assert_eq!(escaped, ids(&case["escaped"]), "{name}: {text}");
+            prompts += 1;
+        }
+    }
+    assert!(prompts > 30, "{prompts}");
+}
+
+#[test]
+fn the_cards_template_as_jinja_is_the_cards() {
+    let (golden, tokenizer) = (golden(), tiny_chat());
+    let nemotron = ChatFormat::nemotron(NemotronMarkers::default(), &[3], &tokenizer);
+    let template = golden["templates"].as_array().unwrap().iter().find(|t| t["name"] == "nemotron").unwrap();
+    let mut same = 0;
+    for case in template["cases"].as_array().unwrap() {
+        if let Ok(prompt) = nemotron.prompt_of_json(&tokenizer, case["messages"].as_array().unwrap()) {
+            assert_eq!(prompt, ids(&case["ids"]));
+            same += 1;
+        }
+    }
+    assert_eq!(same, 5, "conversations in the card's order");
+}
+
+#[test]
+fn markers_in_contents_count_unless_they_are_escaped() {
+    for tokenizer in [tiny_chat(), sentencepiece(Vec::new())] {
+        let mut format = ChatFormat::nemotron(NemotronMarkers::default(), &[], &tokenizer);
+        let marker = tokenizer.id("<extra_id_1>").unwrap();
+        let message = [Message::user("say <extra_id_1> é <extra_id_0>\u{f0000}!")];
+        let count = |ids: &[u32]| ids.iter().filter(|id| **id == marker).count();
+        let plain = format.prompt(&tokenizer, &message).unwrap();
+        assert_eq!(count(&plain), 3, "two are the template's");
+        format.escape_markers = true;
+        let escaped = format.prompt(&tokenizer, &message).unwrap();
+        assert_eq!(count(&escaped), 2);
+        let text = "<extra_id_0>System\n\n<extra_id_1>User\nsay <extra_id_1> é <extra_id_0>!\n<extra_id_1>Assistant\n";
+        assert_eq!(tokenizer.decode(&escaped).unwrap(), text);
+        // A message without markers has the same ids either way.
+        let message = [Message::user(" Hello  wörld ")];
+        let escaped = format.prompt(&tokenizer, &message).unwrap();
+        format.escape_markers = false;
+        assert_eq!(escaped, format.prompt(&tokenizer, &message).unwrap());
+    }
+}
+
+#[test]
+fn the_end_of_an_answer_is_what_the_template_writes_after_it() {
+    let golden = golden();
+    let tokenizer = tiny_chat();
+    for template in golden["templates"].as_array().unwrap() {
+        let special_tokens = serde_json::from_value(golden["special_tokens"].clone()).unwrap();
+        let format = ChatFormat { special_tokens, ..jinja(template["source"].as_str().unwrap()) };
+        let format = format.with_template(format.template.clone(), &tokenizer);
+        let end = format.end_of_turn.map(|end| (end.text, end.id));
+        let end = end.as_ref().map(|(text, id)| (text.as_str(), *id));
+        let expected = match template["name"].as_str().unwrap() {
+            "chatml" => Some(("<|im_end|>", None)),
+            "mini" | "nemotron" => Some(("<extra_id_1>", Some(5))),
+            "llama" => Some(("</s>", Some(3))),
+            _ => Some(("<user|3>", None)),
+        };
+        assert_eq!(end, expected, "{}", template["name"]);
+    }
+    assert_eq!(jinja("{{ raise_exception('no') }}").find_end_of_turn(&tokenizer), None);
+    assert_eq!(ChatFormat::raw(&[3]).find_end_of_turn(&tokenizer), None);
+}
+
+#[test]
+fn formats_are_found_by_name_and_by_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("own.jinja");
+    std::fs::write(&path, "{{ messages[0].content }}").unwrap();
+    let named = BTreeMap::from([("rag".to_owned(), "R".to_owned()), ("raw".to_owned(), "W".to_owned())]);
+    let choose = |choice: &str| ChatTemplate::choose(choice, &named).map(|template| template.describe());
+    assert_eq!(choose("nemotron").unwrap(), "nemotron");
+    assert_eq!(choose("raw").unwrap(), "raw: no template");
+    assert_eq!(choose("chatml").unwrap(), "jinja template `chatml`");
+    assert_eq!(choose("rag").unwrap(), "jinja template `rag`");
+    assert_eq!(choose(path.to_str().unwrap()).unwrap(), "jinja template `own.jinja`");
+    let error = choose("llama").unwrap_err().to_string();
+    assert!(error.contains("no chat format `llama`: name one of nemotron, raw, chatml, rag, raw"), "{error}");
+    std::fs::write(&path, "{% if %}").unwrap();
+    let error = choose(path.to_str().unwrap()).unwrap_err().to_string();
+    assert!(error.contains("own.jinja: not a chat template: line 1: "), "{error}");
+    assert!(choose("gone.jinja").unwrap_err().to_string().contains("gone.jinja"));
+}
+
+#[test]
+fn every_built_in_format_answers_and_ends() {
+    let tokenizer = tokenizer();
+    for name in built_in::names() {
+        let format = ChatFormat::raw(&[EOS]).with_choice(name, &tokenizer).unwrap();
+        let prompt = format.prompt(&tokenizer, &[Message::user("Hello")]).unwrap();
+        assert!(!prompt.is_empty(), "{name}");
+        assert_eq!(format.end_of_turn.is_some(), name != "raw", "{name}");
+        let kept: ChatFormat = serde_json::from_str(&serde_json::to_string(&format).unwrap()).unwrap();
+        assert_eq!(kept, format);
+    }
+    let chatml = ChatFormat::raw(&[]).with_choice("chatml", &tokenizer).unwrap();
+    assert_eq!(
+        chatml.render(&[Message::system("s"), Message::user("u")]).unwrap(),
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
+    );
+}
+
+#[test]
+fn a_raise_in_a_template_is_the_error() {
+    let refused = |source: &str| jinja(source).render(&[Message::user("u")]).unwrap_err().to_string();
+    assert_eq!(
+        refused("{% macro m() %}{{ raise_exception('no system \u{7}here') }}{% endmacro %}{{ m() }}"),
+        "invalid request: the chat template `test` says: no system \\u{7}here"
+    );
+    assert!(refused("\n{{ messages.gone.gone }}").contains("the chat template `test` failed: line 2: "));
+    assert!(refused("{{ 1 | nothing }}").contains("line 1: "));
+    let tool = serde_json::json!({"role": "tool", "content": null, "tool_calls": [1]});
+    assert_eq!(jinja("{{ messages[0].tool_calls | tojson }}").render_json(std::slice::from_ref(&tool)).unwrap(), "[1]");
+    let nemotron = ChatFormat::nemotron(NemotronMarkers::default(), &[], &tokenizer());
+    assert!(nemotron.render_json(&[tool]).unwrap_err().to_string().contains("message 1: unknown variant `tool`"));
+}
+
+/// Whatever a template does, it ends soon, with little memory and an error.
+#[test]
+fn hostile_templates_end() {
+    let started = Instant::now();
+    for source in [
+        "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}",
+        "{{ 'x' * 1000000000000 }}",
+        "{{ ('x' * 1000000) * 1000000 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(100) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(100) %}{% set ns.x = ns.x | tojson %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ range(100000) | list | tojson(indent=100000) * 10000 }}",
+    ] {
+        let error = jinja(source).render(&[Message::user("u")]).unwrap_err();
+        assert!(matches!(error, Error::Request(_)), "{source}: {error}");
+    }
+    let deep = "[".repeat(100_000);
+    assert!(JinjaTemplate { name: "deep".into(), source: format!("{{{{ {deep} }}}}") }.check().is_err());
+    let long = JinjaTemplate { name: "long".into(), source: " ".repeat(crate::checkpoint::MAX_TEMPLATE_BYTES + 1) };
+    assert!(long.check().unwrap_err().contains("at most 1048576"));
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+}
+
+fn sentencepiece(added: Vec<crate::checkpoint::AddedToken>) -> Tokenizer {
+    let path = Path::new("tests/data/tiny-chat/tokenizer.model");
+    Tokenizer::from_sentencepiece_and(path, &std::fs::read(path).unwrap(), added).unwrap()
+}
+
+#[test]
+fn added_tokens_part_a_text() {
+    let token =
+        |id, content: &str| crate::checkpoint::AddedToken { id, content: content.into(), lstrip: false, rstrip: false };
+    let plain = sentencepiece(Vec::new());
+    let pieces = plain.vocab_size() as u32;
+    let mut end = token(pieces + 3, "<|im_end|>");
+    (end.lstrip, end.rstrip) = (true, true);
+    let tokenizer = sentencepiece(vec![token(pieces, "<|im_start|>"), end, token(3, "</s>")]);
+    assert_eq!(tokenizer.vocab_size() as u32, pieces + 4);
+    assert_eq!(tokenizer.id("<|im_end|>"), Some(pieces + 3));
+    assert_eq!((tokenizer.piece(pieces).as_deref(), tokenizer.piece(pieces + 1)), (Some("<|im_start|>"), None));
+    // Each part is a text of its own.
+    let mut expected = vec![pieces];
+    expected.extend(plain.encode("user\nHi").unwrap());
+    expected.push(pieces + 3);
+    expected.extend(plain.encode("there").unwrap());
+    expected.push(3);
+    assert_eq!(tokenizer.encode("<|im_start|>user\nHi  <|im_end|>\n there</s>").unwrap(), expected);
+    assert_eq!(tokenizer.decode(&[pieces, pieces + 1, pieces + 3]).unwrap(), "<|im_start|><|im_end|>");
+    let path = Path::new("tests/data/tiny-chat/tokenizer.model");
+    let source = std::fs::read(path).unwrap();
+    let kept = tokenizer.to_package(Path::new("t"), &source).unwrap();
+    let again = Tokenizer::from_package(Path::new("t"), &kept).unwrap();
+    assert_eq!(again.encode("<|im_start|>user\nHi  <|im_end|>\n there</s>").unwrap(), expected);
+    for (tokens, reason) in [
+        (vec![token(2, "<|x|>")], "added token 2: it is `<|x|>`, but the model's piece of that id is `<s>`"),
+        (vec![token(pieces, "")], "it is empty"),
+        (vec![token(pieces, "<a>"), token(pieces, "<b>")], "added twice"),
+        (vec![token(u32::MAX, "<a>")], "at most 65536 ids follow"),
+    ] {
+        let error = Tokenizer::from_sentencepiece_and(path, &source, tokens).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+}

@@ -1,0 +1,121 @@
+//! CPU plans packed for one CPU and another: the answers are the same, and packing again is packing from the checkpoint.
+
+use std::path::Path;
+
+use aotron::backend::cpu::CpuOptions;
+use aotron::backend::open_cpu;
+use aotron::compile::{BuildRequest, FinishRequest, Precision, Recipe, build, finish};
+use aotron::engine::Package;
+use aotron::isa::{CpuFeatures, Isa};
+
+use crate::numerics::score;
+use crate::packages::quiet;
+
+/// A recipe for a CPU by its name.
+fn recipe(cpu: &str, precision: Precision, quantize_activations: bool) -> Recipe {
+    let recipe = Recipe::load("cpu").unwrap();
+    let cpu = Some(CpuFeatures::by_name(cpu).unwrap());
+    Recipe { precision, cpu, quantize_activations: Some(quantize_activations), ..recipe }
+}
+
+fn package(recipe: Recipe, output: &Path) -> Package {
+    let request = BuildRequest {
+        checkpoint: "tests/data/tiny-chat".into(),
+        recipes: vec![recipe],
+        output: output.into(),
+        replace: false,
+        prepare: false,
+        calibration: None,
+        chat_format: None,
+    };
+    build(&request, &quiet()).unwrap();
+    Package::open(output).unwrap()
+}
+
+fn repacked(output: &Path, recipe: Recipe) -> Package {
+    finish(&FinishRequest { package: output.into(), recipe: Some(recipe) }, &quiet()).unwrap();
+    let package = Package::open(output).unwrap();
+    package.verify(&|_| {}).unwrap();
+    package
+}
+
+/// The digests of the plan and its weights.
+fn digests(package: &Package) -> Vec<String> {
+    let plan = &package.manifest().plans[0];
+    plan.files().map(|file| package.manifest().file(file).unwrap().sha256.clone()).collect()
+}
+
+fn logits(package: &Package, isa: Isa) -> Vec<f32> {
+    let mut executor = open_cpu(package, &CpuOptions { isa: Some(isa), ..CpuOptions::default() }).unwrap();
+    let ids: Vec<u32> = (0..40).map(|i| (i * 37 + 11) % 4000).collect();
+    let ids: Vec<u32> = ids.iter().map(|id| id % package.manifest().model.vocab_size as u32).collect();
+    score(&mut executor, 0, &ids, 7)
+}
+
+#[test]
+fn a_package_for_one_cpu_answers_the_same_on_every_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let vnni = package(recipe("avx512-vnni", Precision::Int8, true), &folder.path().join("vnni"));
+    let avx2 = package(recipe("avx2", Precision::Int8, true), &folder.path().join("avx2"));
+    assert_ne!(digests(&vnni), digests(&avx2), "another packing");
+    for isa in Isa::available() {
+        // Other kernels round differently on other sets, the packings do not.
+        assert_eq!(logits(&vnni, isa), logits(&avx2, isa), "{isa}");
+    }
+    // 8-bit activations are another precision, near the one without.
+    let float = package(recipe("avx2", Precision::Int8, false), &folder.path().join("float"));
+    let (float, int8) = (logits(&float, Isa::detect()), logits(&avx2, Isa::detect()));
+    let largest = float.iter().fold(0f32, |most, v| most.max(v.abs()));
+    let worst = float.iter().zip(&int8).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    assert!(worst > 0.0 && worst < 0.1 * largest, "{worst} of {largest}");
+}
+
+#[test]
+fn packing_again_gives_what_the_checkpoint_gives() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let first = package(recipe("avx512-vnni", Precision::Int8, true), &output);
+    let (vnni, tokenizer) = (digests(&first), first.manifest().tokenizer.clone());
+    let direct = package(recipe("avx2", Precision::Int8, true), &folder.path().join("direct"));
+    // What the recipe leaves open stays as it is.
+    let avx2 = Recipe { quantize_activations: None, ..recipe("avx2", Precision::Bf16, false) };
+    let again = repacked(&output, avx2);
+    assert_eq!(digests(&again), digests(&direct));
+    assert_eq!(again.manifest().tokenizer, tokenizer);
+    assert_eq!(digests(&repacked(&output, recipe("avx512-vnni", Precision::Int8, true))), vnni);
+    // 8-bit activations can be added and taken away without the checkpoint.
+    let float = package(recipe("avx2", Precision::Int8, false), &folder.path().join("float"));
+    assert_eq!(digests(&repacked(&output, recipe("avx2", Precision::Int8, false))), digests(&float));
+    for precision in [Precision::Bf16, Precision::Int4, Precision::Fp8] {
+        let output = folder.path().join(precision.to_string());
+        let before = package(Recipe { quantize_activations: None, ..recipe("avx2", precision, false) }, &output);
+        let again = repacked(&output, Recipe { quantize_activations: None, ..recipe("avx2", precision, false) });
+        assert_eq!(digests(&again), digests(&before), "{precision}");
+    }
+}
+
+#[test]
+fn what_cannot_be_packed_again_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let bf16 = Recipe { quantize_activations: None, ..recipe("avx2", Precision::Bf16, false) };
+    package(bf16, &output);
+    let refused = |recipe| {
+        let request = FinishRequest { package: output.clone(), recipe: Some(recipe) };
+        finish(&request, &quiet()).unwrap_err().to_string()
+    };
+    let error = refused(recipe("avx2", Precision::Int8, true));
+    assert!(
+        error.contains("activations = \"int8\" is for the target cpu in precision int8, not for cpu in bf16"),
+        "{error}"
+    );
+    let before = std::fs::read(output.join("plans/cpu.json")).unwrap();
+    let weights = output.join("weights/cpu-bf16.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let error = refused(Recipe { quantize_activations: None, ..recipe("portable", Precision::Bf16, false) });
+    assert!(error.contains("weights/cpu-bf16.safetensors does not match its digest"), "{error}");
+    assert_eq!(std::fs::read(output.join("plans/cpu.json")).unwrap(), before, "the package is as it was");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+}

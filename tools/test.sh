@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The tests, from the release profile, and a last line that says which were skipped.
+#
+#   tools/test.sh [cargo test's arguments]      what `make test` runs
+#   tools/test.sh cpus                          all of them on each instruction set this machine has
+#
+# AOTRON_REQUIRE=tensorrt,avx512 makes a failure of a test that is skipped for want of one of these (tests/skips.rs).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+AOTRON_SKIPS=$(mktemp)
+trap 'rm -f "$AOTRON_SKIPS"' EXIT
+export AOTRON_SKIPS
+# Steps start with an arena of NaN, so that a kernel which reads what none wrote is seen.
+export AOTRON_CPU_POISON=1
+
+status=0
+if [ "${1:-}" = cpus ]; then
+    shift
+    for set in $(python3 tools/compare_commits.py --list-sets); do
+        echo "AOTRON_CPU=$set"
+        AOTRON_CPU=$set cargo test --release --locked --quiet "$@" || { status=$?; echo "AOTRON_CPU=$set: failed"; }
+    done
+else
+    cargo test --release --locked "$@" || status=$?
+fi
+
+sort -u "$AOTRON_SKIPS" | awk -F'\t' '
+    !seen[$1, $2]++ { count[$1]++; all++; why[$1] = $3 }
+    END {
+        if (!all) { print "No test was skipped."; exit }
+        printf "%d test%s skipped:", all, all == 1 ? "" : "s"
+        for (kind in count) { printf "%s %d without %s (%s)", separator, count[kind], kind, why[kind]; separator = ";" }
+        print ""
+    }'
+exit $status
