@@ -33,7 +33,7 @@ pub fn run(path: &str, question: &str, n: f32, out: &mut dyn Write) -> Result<()
 }
 
 /// Draws an id; `uniform` is in [0, 1). The logits are numbers: the caller has checked that.
-fn top_n_sigma(logits: &[f32], n: f32, uniform: f64) -> u32 {
+pub fn top_n_sigma(logits: &[f32], n: f32, uniform: f64) -> u32 {
     let finite = || logits.iter().filter(|logit| logit.is_finite()).map(|logit| f64::from(*logit));
     let count = finite().count().max(1) as f64;
     let mean = finite().sum::<f64>() / count;
