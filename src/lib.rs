@@ -174,6 +174,8 @@ pub use compile::{BuildRequest, BuildSummary, PlanSummary, Precision, Progress, 
 #[doc(inline)]
 pub use engine::Limits;
 #[doc(inline)]
+pub use isa::{CpuFeatures, Isa};
+#[doc(inline)]
 pub use runtime::{
     Answer, Batcher, Chat, Completion, DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Event,
     FinishReason, GenerationRequest, Model, ModelOptions, RequestId, ResponseStream, Sampler, SamplingParams, Session,

@@ -34,25 +34,25 @@ fn odd() -> &'static str {
 }
 
 /// What a command did.
-struct Ran {
-    code: Option<i32>,
-    out: String,
-    err: String,
+pub struct Ran {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
 }
 
 impl Ran {
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {}{}", self.out, self.err))
     }
 
     /// The command was to succeed.
-    fn ok(self) -> Ran {
+    pub fn ok(self) -> Ran {
         assert_eq!(self.code, Some(0), "{}", self.err);
         self
     }
 
     /// The command was to fail with this code and these words on standard error, and nothing on standard output.
-    fn fails(self, code: i32, words: &[&str]) {
+    pub fn fails(self, code: i32, words: &[&str]) {
         assert_eq!(self.code, Some(code), "{}{}", self.out, self.err);
         assert_eq!(self.out, "");
         assert!(self.err.lines().any(|line| line.starts_with("error: ")), "{}", self.err);
@@ -63,11 +63,11 @@ impl Ran {
     }
 }
 
-fn aotron(args: &[&str]) -> Ran {
+pub fn aotron(args: &[&str]) -> Ran {
     aotron_with(args, b"")
 }
 
-fn aotron_with(args: &[&str], input: &[u8]) -> Ran {
+pub fn aotron_with(args: &[&str], input: &[u8]) -> Ran {
     let mut child = Command::new(env!("CARGO_BIN_EXE_aotron"))
         .args(args)
         .stdin(Stdio::piped())
@@ -113,7 +113,7 @@ fn inspect_describes_a_nemo() {
         "a distributed checkpoint, zarr",
         "tensor parallel 2",
         "<extra_id_1> 5",
-        "ends at      id 3, id 5",
+        "generation   ended by id 3, id 5",
     ] {
         assert!(ran.out.contains(line), "{line}: {}", ran.out);
     }

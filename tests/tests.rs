@@ -3,6 +3,8 @@
 /// Tar archives for the tests below.
 #[cfg(feature = "cli")]
 mod archives;
+/// Chat formats of checkpoints, from the build to the answer.
+mod chat_formats;
 /// The program, as its users run it.
 #[cfg(feature = "cli")]
 mod cli;

@@ -19,10 +19,10 @@ if [ "${1:-}" = cpus ]; then
     shift
     for set in $(python3 tools/compare_commits.py --list-sets); do
         echo "AOTRON_CPU=$set"
-        AOTRON_CPU=$set cargo test --release --locked --quiet "$@" || { status=$?; echo "AOTRON_CPU=$set: failed"; }
+        AOTRON_CPU=$set cargo test --release --locked --no-fail-fast --quiet "$@" || { status=$?; echo "AOTRON_CPU=$set: failed"; }
     done
 else
-    cargo test --release --locked "$@" || status=$?
+    cargo test --release --locked --no-fail-fast "$@" || status=$?
 fi
 
 sort -u "$AOTRON_SKIPS" | awk -F'\t' '

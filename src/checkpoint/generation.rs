@@ -88,7 +88,7 @@ pub(super) fn read(path: &Path, object: Map<String, Value>, vocab_size: usize) -
             _ => {}
         }
     }
-    config.ignored.extend(keys.rest(NEUTRAL, |value| is_off(value)));
+    config.ignored.extend(keys.rest(NEUTRAL, is_off));
     config.ignored.sort();
 
     if let Some(id) = config.eos_token_ids.iter().find(|id| **id as usize >= vocab_size) {

@@ -171,7 +171,7 @@ impl CheckpointText {
             }
         }
         if !whole.is_empty() {
-            self.notes.push(format!("{}: tokens of their own wherever a text has them", whole.join(", ")));
+            self.notes.push(format!("{}: encoded whole wherever a text has it", whole.join(", ")));
         }
         if added.is_empty() {
             return Ok((tokenizer, special_tokens));

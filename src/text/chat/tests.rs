@@ -50,7 +50,10 @@ fn prompts_are_those_of_transformers() {
             assert_eq!(rendered.unwrap(), text, "{name}");
             assert_eq!(tokenizer.encode(text).unwrap(), ids(&case["ids"]), "{name}: {text}");
             let mut marked = messages.clone();
-            let markers = format.markers(&tokenizer);
+            // transformers leaves a token alone that is neither special nor written by the template.
+            let mut markers = format.markers(&tokenizer);
+            let source = template["source"].as_str().unwrap();
+            markers.retain(|marker| !marker.starts_with("<extra_id") || source.contains(marker.as_str()));
             marked.iter_mut().for_each(|message| marks::mark(message, &markers));
             let text = format.render_at(&marked, now).unwrap();
             let escaped = tokenizer.encode_parts(&marks::parts(&text, &markers)).unwrap();
