@@ -37,6 +37,7 @@ check:
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	tools/deny.sh
 	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo clippy --release --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
 	tools/test.sh
 	$(MAKE) fuzz-smoke
