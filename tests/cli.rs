@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 
-use aotron::backend::tensorrt::{Kind, Library};
+use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 use aotron::compile::Precision;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -493,7 +493,7 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
     aotron(&["inspect", CHAT, "--kernels=some"]).fails(2, &["expected nothing or `all`"]);
     aotron(&["inspect", CHAT, "--kernels", "--recipe", "cpu"]).fails(2, &["recipe cpu is not for a GPU"]);
     aotron(&["inspect", CHAT, "--network", "--precision", "fp8"]).fails(1, &["fp8 is not for a100"]);
-    if let Err(error) = Library::find(Kind::Rtx) {
+    if let Err(error) = TensorRtLibrary::find(LibraryKind::Rtx) {
         skip("tensorrt", "inspect_shows_what_tensorrt_makes_of_a_model", error);
         aotron(&["inspect", CHAT, "--network"]).fails(1, &["TensorRT for RTX (libtensorrt_rtx.so.1) is not installed"]);
         return;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use aotron::compile::{FinishRequest, Precision, Recipe, finish};
-use aotron::engine::tensorrt::{Extent, LibraryKind, Role};
+use aotron::engine::tensorrt::{BindingRole, Extent, LibraryKind};
 use aotron::engine::{Package, PlanInfo};
 use aotron::tensor_file::TensorFile;
 
@@ -48,7 +48,7 @@ fn a100_plans_build_in_every_precision() {
         assert!(compiled.version.starts_with("1."), "{}", compiled.version);
         assert_eq!(plan.kv_bytes_per_token, 2 * 5 * 6 * 32 * 2);
         // Weights that are part of the plan would be on the GPU once more in a second one.
-        assert_eq!(compiled.first_chunk_plan.is_some(), precision != Precision::Int4);
+        assert_eq!(compiled.context_plan.is_some(), precision != Precision::Int4);
         for file in plan.files().filter(|file| file.ends_with(".engine")) {
             assert!(package.manifest().file(file).unwrap().bytes > 100_000, "{file}");
         }
@@ -56,13 +56,14 @@ fn a100_plans_build_in_every_precision() {
         let names: HashSet<&str> = info.bindings.iter().map(|binding| binding.name.as_str()).collect();
         assert_eq!(names.len(), info.bindings.len());
         let weights = TensorFile::open(&package.file_path(&plan.weights)).unwrap();
-        for binding in info.bindings.iter().filter(|binding| binding.role == Role::Weight) {
+        for binding in info.bindings.iter().filter(|binding| binding.role == BindingRole::Weight) {
             let (stored, _) = weights.tensor(&binding.name).unwrap_or_else(|| panic!("{} is not there", binding.name));
             let shape: Vec<Extent> = stored.shape.iter().map(|n| Extent::Fixed(*n)).collect();
             assert_eq!(shape, binding.shape, "{binding}");
             assert_eq!(stored.bytes.len(), stored.shape.iter().product::<usize>() * binding.dtype.bytes(), "{binding}");
         }
-        let caches = info.bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_) | Role::ValueCache(_)));
+        let caches =
+            info.bindings.iter().filter(|b| matches!(b.role, BindingRole::KeyCache(_) | BindingRole::ValueCache(_)));
         assert_eq!(caches.count(), 10);
     }
 }

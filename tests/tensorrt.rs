@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use aotron::Error;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
-use aotron::backend::tensorrt::kernels::{Kernel, KernelKind, KernelLog, KernelTensor, Kernels};
-use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, lower};
-use aotron::backend::tensorrt::{BuildOptions, Kind, Layers, Library, Monitor, Plan, Version};
+use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelLog, KernelTensor, Kernels};
+use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, Sizes, lower};
+use aotron::backend::tensorrt::{BuildOptions, Layers, LibraryKind, Monitor, SerializedPlan, TensorRtLibrary, Version};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Calibration, Precision, optimized_graph};
-use aotron::engine::tensorrt::{Binding, Extent, Role};
+use aotron::engine::tensorrt::{Binding, BindingRole, Extent};
 use aotron::tensor::DType;
 
 use crate::skips::skip;
@@ -23,8 +23,8 @@ const TINY_CHAT: &str = "tests/data/tiny-chat";
 const SM_80: Option<u16> = Some(80);
 
 /// TensorRT for RTX, or `None`, and `test` is skipped.
-pub fn rtx(test: &str) -> Option<Library> {
-    Library::find(Kind::Rtx).map_err(|error| skip("tensorrt", test, error)).ok()
+pub fn rtx(test: &str) -> Option<TensorRtLibrary> {
+    TensorRtLibrary::find(LibraryKind::Rtx).map_err(|error| skip("tensorrt", test, error)).ok()
 }
 
 /// Counts steps, and breaks off after so many.
@@ -53,23 +53,27 @@ const SIZES: Sizes = Sizes {
     top_tokens: 64,
 };
 
-fn lowered(library: &Library, monitor: Arc<dyn Monitor>, checkpoint: &str, attends: Attends) -> Lowered {
+fn lowered(library: &TensorRtLibrary, monitor: Arc<dyn Monitor>, checkpoint: &str, attends: Attends) -> LoweredNetwork {
     let config = Checkpoint::open(Path::new(checkpoint)).unwrap().config().clone();
     lowered_model(library, monitor, &config, attends, &SIZES)
 }
 
 fn lowered_model(
-    library: &Library,
+    library: &TensorRtLibrary,
     monitor: Arc<dyn Monitor>,
     config: &ModelConfig,
     attends: Attends,
     sizes: &Sizes,
-) -> Lowered {
+) -> LoweredNetwork {
     let (graph, _) = optimized_graph(config, Precision::Bf16, sizes.max_sequence_tokens, None).unwrap();
     lower(&graph, library.network(monitor).unwrap(), attends, sizes, &Constants::Arbitrary).unwrap()
 }
 
-fn build(lowered: &mut Lowered, compute_capability: Option<u16>, list_kernels: bool) -> aotron::Result<Plan> {
+fn build(
+    lowered: &mut LoweredNetwork,
+    compute_capability: Option<u16>,
+    list_kernels: bool,
+) -> aotron::Result<SerializedPlan> {
     let profiles = lowered.profiles.clone();
     lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles, ..BuildOptions::default() })
 }
@@ -112,7 +116,7 @@ fn quantized_products_read_their_codes_as_they_are() {
             assert_eq!((found.weight_copies, found.cache_copies), (vec![], vec![]), "{name}");
             let codes = ["i8", "i4", "f8"];
             let products = step.iter().filter(|kernel| kernel.kind == KernelKind::Product);
-            let reading = |kernel: &&Kernel| {
+            let reading = |kernel: &&GpuKernel| {
                 let is_matrix = |input: &KernelTensor| input.dims.len() == 2 && input.dims.iter().all(|n| *n > 0);
                 kernel
                     .inputs
@@ -127,7 +131,12 @@ fn quantized_products_read_their_codes_as_they_are() {
 }
 
 /// Builds for SM 8.0 and lists the kernels.
-fn kernels(library: &Library, config: &ModelConfig, attends: Attends, sizes: &Sizes) -> (Lowered, Plan, Kernels) {
+fn kernels(
+    library: &TensorRtLibrary,
+    config: &ModelConfig,
+    attends: Attends,
+    sizes: &Sizes,
+) -> (LoweredNetwork, SerializedPlan, Kernels) {
     let log = Arc::new(KernelLog::new(Arc::new(())));
     let mut lowered = lowered_model(library, log.clone(), config, attends, sizes);
     let plan = build(&mut lowered, SM_80, true).unwrap();
@@ -195,7 +204,7 @@ fn a_weight_that_is_stored_the_wrong_way_is_copied() {
         let options = BuildOptions { compute_capability: SM_80, list_kernels: true, ..BuildOptions::default() };
         network.build(&options).unwrap();
         let shape = shape.map(|n| Extent::Fixed(n as usize)).to_vec();
-        let binding = Binding { name: "codes".into(), role: Role::Weight, dtype: DType::I8, shape };
+        let binding = Binding { name: "codes".into(), role: BindingRole::Weight, dtype: DType::I8, shape };
         let kernels = log.kernels();
         assert!(!kernels.profile(0).is_empty(), "{kernels:?}");
         StepKernels::of(kernels.profile(0), &[binding]).weight_copies
@@ -368,7 +377,7 @@ fn a_build_can_be_cancelled_and_repeated() {
 }
 
 /// A library of this code, in C, in a fresh folder.
-fn stub(folder: &Path, kind: Kind, code: &str) -> PathBuf {
+fn stub(folder: &Path, kind: LibraryKind, code: &str) -> PathBuf {
     let source = folder.join("stub.c");
     std::fs::write(&source, code).unwrap();
     let library = folder.join(kind.file_name());
@@ -381,11 +390,11 @@ fn stub(folder: &Path, kind: Kind, code: &str) -> PathBuf {
 
 #[test]
 fn what_is_not_the_library_is_refused() {
-    for kind in Kind::ALL {
+    for kind in LibraryKind::ALL {
         let folder = tempfile::tempdir().unwrap();
         // SAFETY: what is opened is TensorRT, or no library at all.
         #[allow(unsafe_code)]
-        let refused = |path: &Path| unsafe { Library::open(kind, path) }.unwrap_err().to_string();
+        let refused = |path: &Path| unsafe { TensorRtLibrary::open(kind, path) }.unwrap_err().to_string();
 
         let text = folder.path().join("text.so");
         std::fs::write(&text, "not a library").unwrap();
@@ -413,7 +422,7 @@ fn what_is_not_the_library_is_refused() {
             if serves {
                 // SAFETY: what is opened is TensorRT, or no library at all.
                 #[allow(unsafe_code)]
-                let library = unsafe { Library::open(kind, &path) }.unwrap();
+                let library = unsafe { TensorRtLibrary::open(kind, &path) }.unwrap();
                 assert_eq!((library.version(), library.path()), (version, path));
                 let error = library.network(Arc::new(())).unwrap_err().to_string();
                 assert_eq!(error, "TensorRT: cannot create a builder: TensorRT gives no reason");

@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::packing;
-use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, TOTAL_TOKENS, Weight, lower};
+use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, PlanWeight, Sizes, TOTAL_TOKENS, lower};
 use aotron::backend::tensorrt::pack::{items, stored};
 use aotron::backend::{cpu_program, open_cpu};
 use aotron::checkpoint::Checkpoint;
 use aotron::compile::{Calibration, Precision, optimized_graph};
-use aotron::engine::tensorrt::{Binding, Extent, Role, StepSize};
+use aotron::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use aotron::graph::Graph;
 use aotron::tensor::DType;
 use aotron::tensor_file::TensorFile;
@@ -87,20 +87,20 @@ impl Plans {
 }
 
 /// The weights in the file that the bindings name, with what the file says of their type and shape.
-fn bound_weights(file: &TensorFile, weights: &[Weight], bindings: &[Vec<Binding>]) -> HashMap<String, Array> {
-    let inputs: Vec<&Weight> = weights.iter().filter(|weight| !weight.in_plan).collect();
+fn bound_weights(file: &TensorFile, weights: &[PlanWeight], bindings: &[Vec<Binding>]) -> HashMap<String, Array> {
+    let inputs: Vec<&PlanWeight> = weights.iter().filter(|weight| !weight.in_plan).collect();
     for bindings in bindings {
-        let bound: Vec<&Binding> = bindings.iter().take_while(|binding| binding.role == Role::Weight).collect();
-        let all = bindings.iter().filter(|binding| binding.role == Role::Weight);
+        let bound: Vec<&Binding> = bindings.iter().take_while(|binding| binding.role == BindingRole::Weight).collect();
+        let all = bindings.iter().filter(|binding| binding.role == BindingRole::Weight);
         assert_eq!(all.count(), bound.len(), "weights are bound first");
-        let same = |(binding, weight): (&&Binding, &&Weight)| {
+        let same = |(binding, weight): (&&Binding, &&PlanWeight)| {
             let shape: Vec<Extent> = weight.shape.iter().map(|n| Extent::Fixed(*n)).collect();
             (&binding.name, binding.dtype, &binding.shape) == (&weight.name, weight.dtype, &shape)
         };
         assert!(bound.len() == inputs.len() && bound.iter().zip(&inputs).all(same), "{bound:?}");
     }
     assert_eq!(file.tensors().len(), weights.len());
-    let array = |weight: &Weight| {
+    let array = |weight: &PlanWeight| {
         let (tensor, bytes) = file.tensor(&weight.name).unwrap();
         assert_eq!((tensor.dtype, tensor.shape.clone()), stored(weight).unwrap(), "{}", weight.name);
         let array = Array::of_bytes(weight.dtype, &tensor.shape, bytes).unwrap();
@@ -135,7 +135,7 @@ struct Device<'p> {
     plans: &'p Plans,
     rounding: Rounding,
     /// By role, `[SLOTS, kv_heads, S, head_dim]`; NaN where nothing was written.
-    caches: HashMap<Role, Array>,
+    caches: HashMap<BindingRole, Array>,
     sequences: &'p [Vec<u32>],
     /// Of each sequence, `[tokens, vocab]`.
     expected: &'p [Vec<f32>],
@@ -175,11 +175,11 @@ impl Device<'_> {
             };
             binding.shape.iter().map(size).collect()
         };
-        let inputs = bindings.iter().filter(|binding| binding.role != Role::Weight && !binding.role.is_output());
+        let inputs = bindings.iter().filter(|binding| binding.role != BindingRole::Weight && !binding.role.is_output());
         let inputs: HashMap<String, Array> =
             inputs.map(|b| (b.name.clone(), self.input(b, &dims(b), rows, tokens, wanted))).collect();
         let evaluator = Evaluator::new(inputs, &self.plans.weights, self.rounding);
-        let Lowered { network, .. } =
+        let LoweredNetwork { network, .. } =
             lower(&self.plans.graph, evaluator, attends, &SIZES, &self.plans.constants).unwrap();
         let outputs = network.finish();
         let mut by_role = HashMap::new();
@@ -189,8 +189,8 @@ impl Device<'_> {
             by_role.insert(binding.role, output);
             // An updated cache has the memory of the cache.
             let cache = match binding.role {
-                Role::UpdatedKeys(layer) => Role::KeyCache(layer),
-                Role::UpdatedValues(layer) => Role::ValueCache(layer),
+                BindingRole::UpdatedKeys(layer) => BindingRole::KeyCache(layer),
+                BindingRole::UpdatedValues(layer) => BindingRole::ValueCache(layer),
                 _ => continue,
             };
             let cache = self.caches.get_mut(&cache).unwrap();
@@ -202,7 +202,8 @@ impl Device<'_> {
             cache.values = values.into();
         }
         assert_eq!(by_role.len(), outputs.len());
-        let [logits, top, ids] = [Role::Logits, Role::TopLogits, Role::TopIds].map(|role| by_role[&role]);
+        let [logits, top, ids] =
+            [BindingRole::Logits, BindingRole::TopLogits, BindingRole::TopIds].map(|role| by_role[&role]);
         for (index, wanted) in wanted.iter().enumerate() {
             let of = |output: &Array| {
                 let width = output.dims[1];
@@ -225,12 +226,12 @@ impl Device<'_> {
             rows.iter().flat_map(|row| (0..tokens).map(|t| of(row, t) as f32)).collect()
         };
         let values = match of.role {
-            Role::TokenIds => each(&|row, t| token(row, t) as usize),
-            Role::Positions => each(&|row, t| row.past_tokens + t),
-            Role::PastTokens => rows.iter().map(|row| row.past_tokens as f32).collect(),
-            Role::TotalTokens => rows.iter().map(|row| total(row) as f32).collect(),
-            Role::LogitsRows => wanted.iter().map(|row| *row as f32).collect(),
-            Role::KeyCache(_) | Role::ValueCache(_) => {
+            BindingRole::TokenIds => each(&|row, t| token(row, t) as usize),
+            BindingRole::Positions => each(&|row, t| row.past_tokens + t),
+            BindingRole::PastTokens => rows.iter().map(|row| row.past_tokens as f32).collect(),
+            BindingRole::TotalTokens => rows.iter().map(|row| total(row) as f32).collect(),
+            BindingRole::LogitsRows => wanted.iter().map(|row| *row as f32).collect(),
+            BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => {
                 let length: usize = dims[1..].iter().product();
                 let unwritten =
                     || Array::new(of.dtype, &[&[SLOTS], &dims[1..]].concat(), vec![f32::NAN; SLOTS * length]);

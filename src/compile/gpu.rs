@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use super::{Calibration, Precision, Progress, Recipe, Report, optimized_graph};
 use crate::backend::Limits;
-use crate::backend::tensorrt::lower::{Attends, Constants, Lowered, Weight, lower};
-use crate::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, Traced, devices};
+use crate::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, PlanWeight, lower};
+use crate::backend::tensorrt::{
+    BuildOptions, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices,
+};
 use crate::checkpoint::ModelConfig;
 use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo};
 use crate::error::{Error, Result};
@@ -18,31 +20,31 @@ pub const CHECKED_CAPABILITY: u16 = 89;
 
 /// What becomes of a plan on this machine.
 #[derive(Debug, Clone, Copy)]
-pub struct Means {
+pub struct PlanCompiler {
     /// What compiles it, or checks it.
-    library: Library,
+    library: TensorRtLibrary,
     /// What it is compiled for; `None` is the GPU at hand.
     capability: Option<u16>,
     /// It is compiled for [`CHECKED_CAPABILITY`] and the result thrown away.
     only_checked: bool,
 }
 
-impl Means {
+impl PlanCompiler {
     /// How a plan for GPUs of this compute capability can be compiled here: with TensorRT 11 on such a GPU, else with
     /// TensorRT for RTX if it compiles for them; else, with `prepare`, not, but its graph is checked.
     ///
     /// # Errors
     /// [`Error::TensorRt`] saying what is missing and the ways out.
-    pub fn find(target: &str, capability: u16, prepare: bool) -> Result<Means> {
+    pub fn find(target: &str, capability: u16, prepare: bool) -> Result<PlanCompiler> {
         let (sm, gpu) = (sm(capability), target.to_uppercase());
         // A machine without a driver has no GPUs, whatever the reason.
         let here = devices().unwrap_or_default();
         let is_here = here.iter().any(|device| device.compute_capability == capability);
-        let enterprise = is_here.then(|| Library::find(Kind::TensorRt));
+        let enterprise = is_here.then(|| TensorRtLibrary::find(LibraryKind::TensorRt));
         if let Some(Ok(library)) = enterprise {
-            return Ok(Means { library, capability: None, only_checked: false });
+            return Ok(PlanCompiler { library, capability: None, only_checked: false });
         }
-        let rtx = match Library::find(Kind::Rtx) {
+        let rtx = match TensorRtLibrary::find(LibraryKind::Rtx) {
             Ok(library) => library,
             Err(missing) => {
                 let on_gpu = enterprise.and_then(Result::err).map(|error| format!("; {}", words(&error)));
@@ -51,8 +53,10 @@ impl Means {
             }
         };
         match rtx.compiles_for(Some(capability)) {
-            Ok(()) => Ok(Means { library: rtx, capability: Some(capability), only_checked: false }),
-            Err(_) if prepare => Ok(Means { library: rtx, capability: Some(CHECKED_CAPABILITY), only_checked: true }),
+            Ok(()) => Ok(PlanCompiler { library: rtx, capability: Some(capability), only_checked: false }),
+            Err(_) if prepare => {
+                Ok(PlanCompiler { library: rtx, capability: Some(CHECKED_CAPABILITY), only_checked: true })
+            }
             Err(_) => {
                 let why = match enterprise {
                     Some(Err(missing)) => words(&missing),
@@ -97,27 +101,27 @@ fn words(error: &Error) -> String {
 
 /// A plan on its way.
 pub struct GpuPlan {
-    means: Means,
+    means: PlanCompiler,
     sizes: Sizes,
     graph: Graph,
     /// What the passes did.
     pub reports: Vec<Report>,
     /// What is to be packed.
-    pub weights: Vec<Weight>,
+    pub weights: Vec<PlanWeight>,
     bindings: Vec<Binding>,
     kv_cache_gib: BTreeMap<u32, u32>,
     activation_scales: BTreeMap<String, f32>,
     compute_capability: u16,
-    has_first_chunk_plan: bool,
+    has_context_plan: bool,
     optimization_level: usize,
 }
 
 /// Compiled plans.
-pub struct Engines {
+pub struct CompiledPlans {
     /// Prefills and decodes.
-    pub plan: Plan,
+    pub plan: SerializedPlan,
     /// For first chunks.
-    pub first_chunk: Option<Plan>,
+    pub context_plan: Option<SerializedPlan>,
 }
 
 impl GpuPlan {
@@ -130,7 +134,7 @@ impl GpuPlan {
         config: &ModelConfig,
         recipe: &Recipe,
         limits: &Limits,
-        means: Means,
+        means: PlanCompiler,
         calibration: Option<&Calibration>,
     ) -> Result<GpuPlan> {
         let (Some(options), Some(compute_capability)) = (&recipe.tensorrt, recipe.target.compute_capability()) else {
@@ -140,7 +144,8 @@ impl GpuPlan {
         let sizes = recipe.tensorrt_sizes(options, limits);
         let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
         let network = means.library.network(Arc::new(Traced))?;
-        let Lowered { weights, bindings, .. } = lower(&graph, network, Attends::Cache, &sizes, &Constants::Arbitrary)?;
+        let LoweredNetwork { weights, bindings, .. } =
+            lower(&graph, network, Attends::Cache, &sizes, &Constants::Arbitrary)?;
         let holds_weights = weights.iter().any(|weight| weight.in_plan);
         let scales = calibration.filter(|_| recipe.precision.needs_calibration()).map(Calibration::scales);
         Ok(GpuPlan {
@@ -153,13 +158,13 @@ impl GpuPlan {
             kv_cache_gib: options.kv_cache_gib.clone(),
             activation_scales: scales.cloned().unwrap_or_default(),
             compute_capability,
-            has_first_chunk_plan: options.first_chunk_plan.unwrap_or(!holds_weights),
+            has_context_plan: options.context_plan.unwrap_or(!holds_weights),
             optimization_level: options.optimization_level,
         })
     }
 
     /// How it is compiled.
-    pub fn means(&self) -> Means {
+    pub fn means(&self) -> PlanCompiler {
         self.means
     }
 
@@ -170,7 +175,7 @@ impl GpuPlan {
 
     /// How many plans are compiled.
     pub fn compiled_plans(&self) -> u64 {
-        1 + u64::from(self.has_first_chunk_plan)
+        1 + u64::from(self.has_context_plan)
     }
 
     /// Compiles the plans. `None` where they were only checked.
@@ -182,13 +187,14 @@ impl GpuPlan {
         target: &str,
         constants: &Constants,
         progress: &Arc<dyn Progress>,
-    ) -> Result<Option<Engines>> {
+    ) -> Result<Option<CompiledPlans>> {
         let verb = if self.means.only_checked { "checking" } else { "compiling" };
         let compile = |attends, steps: &str| {
             progress.work(&format!("{verb} {target}{steps}"));
-            let monitor = Arc::new(Follower { progress: progress.clone() });
+            let monitor = Arc::new(BuildMonitor { progress: progress.clone() });
             let network = self.means.library.network(monitor)?;
-            let Lowered { mut network, profiles, .. } = lower(&self.graph, network, attends, &self.sizes, constants)?;
+            let LoweredNetwork { mut network, profiles, .. } =
+                lower(&self.graph, network, attends, &self.sizes, constants)?;
             network.build(&BuildOptions {
                 compute_capability: self.means.capability,
                 optimization_level: u8::try_from(self.optimization_level).ok(),
@@ -197,15 +203,14 @@ impl GpuPlan {
             })
         };
         let plan = compile(Attends::Cache, "")?;
-        let first_chunk =
-            if self.has_first_chunk_plan { Some(compile(Attends::Chunk, ", first chunks")?) } else { None };
-        Ok((!self.means.only_checked).then_some(Engines { plan, first_chunk }))
+        let context_plan = if self.has_context_plan { Some(compile(Attends::Chunk, ", first chunks")?) } else { None };
+        Ok((!self.means.only_checked).then_some(CompiledPlans { plan, context_plan }))
     }
 
-    /// The plan's part of the manifest. `first_chunk_plan` is that plan's file.
-    pub fn info(self, first_chunk_plan: Option<String>) -> TensorRtInfo {
+    /// The plan's part of the manifest. `context_plan` is that plan's file.
+    pub fn info(self, context_plan: Option<String>) -> TensorRtInfo {
         let library = self.means.library;
-        let compiled = Compiled { library: library.kind(), version: library.version().to_string(), first_chunk_plan };
+        let compiled = Compiled { library: library.kind(), version: library.version().to_string(), context_plan };
         TensorRtInfo {
             compute_capability: self.compute_capability,
             compiled: (!self.means.only_checked).then_some(compiled),
@@ -223,11 +228,11 @@ pub fn precision_of(name: &str) -> Option<Precision> {
 }
 
 /// Shows a build's steps, and ends it when asked.
-struct Follower {
+struct BuildMonitor {
     progress: Arc<dyn Progress>,
 }
 
-impl Monitor for Follower {
+impl Monitor for BuildMonitor {
     fn log(&self, severity: Severity, line: &str) {
         Traced.log(severity, line);
     }

@@ -59,7 +59,7 @@ pub struct TensorRtOptions {
     /// Sequences of a prefill step.
     pub prefill_sequences: usize,
     /// Whether first chunks have a plan of their own; `None`: unless weights are part of the plan.
-    pub first_chunk_plan: Option<bool>,
+    pub context_plan: Option<bool>,
     /// TensorRT 11's builder optimization level, 0 to 5.
     pub optimization_level: usize,
     /// GiB of KV cache to use on a GPU, by the GPU's memory in GB.

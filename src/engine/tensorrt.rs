@@ -29,7 +29,8 @@ pub struct TensorRtInfo {
 impl TensorRtInfo {
     /// Bytes of KV cache per token of one sequence.
     pub fn kv_bytes_per_token(&self) -> usize {
-        let caches = self.bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_) | Role::ValueCache(_)));
+        let caches =
+            self.bindings.iter().filter(|b| matches!(b.role, BindingRole::KeyCache(_) | BindingRole::ValueCache(_)));
         let bytes = |binding: &Binding| match binding.shape[..] {
             [_, Extent::Fixed(heads), _, Extent::Fixed(head_dim)] => {
                 heads.saturating_mul(head_dim).saturating_mul(binding.dtype.bytes())
@@ -50,7 +51,7 @@ pub struct Compiled {
     /// Its version.
     pub version: String,
     /// The file of the plan for first chunks, whose sequences have no past. Without one they run as later ones do.
-    pub first_chunk_plan: Option<String>,
+    pub context_plan: Option<String>,
 }
 
 /// The two libraries.
@@ -79,7 +80,7 @@ pub struct Sizes {
     pub prefill_tokens: usize,
     /// Most rows of logits of a step that prefills.
     pub prefill_logits_rows: usize,
-    /// Columns of the outputs [`Role::TopLogits`] and [`Role::TopIds`], or the vocabulary if that is less.
+    /// Columns of the outputs [`BindingRole::TopLogits`] and [`BindingRole::TopIds`], or the vocabulary if that is less.
     pub top_tokens: usize,
 }
 
@@ -90,7 +91,7 @@ pub struct Binding {
     /// Its name in the plan, and in the weights file if it is a weight.
     pub name: String,
     /// What it is.
-    pub role: Role,
+    pub role: BindingRole,
     /// Element type.
     pub dtype: DType,
     /// Row-major shape.
@@ -121,7 +122,7 @@ pub enum StepSize {
 /// What a binding is to a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Role {
+pub enum BindingRole {
     /// An input that never changes.
     Weight,
     /// Input `i32[B, T]`.
@@ -138,9 +139,9 @@ pub enum Role {
     KeyCache(usize),
     /// Input: a layer's values.
     ValueCache(usize),
-    /// Output: a layer's keys after the step, in the memory of [`Role::KeyCache`].
+    /// Output: a layer's keys after the step, in the memory of [`BindingRole::KeyCache`].
     UpdatedKeys(usize),
-    /// Output: a layer's values after the step, in the memory of [`Role::ValueCache`].
+    /// Output: a layer's values after the step, in the memory of [`BindingRole::ValueCache`].
     UpdatedValues(usize),
     /// Output `f32[R, vocab]`.
     Logits,
@@ -150,10 +151,17 @@ pub enum Role {
     TopIds,
 }
 
-impl Role {
+impl BindingRole {
     /// Whether the plan writes it.
     pub fn is_output(self) -> bool {
-        matches!(self, Role::UpdatedKeys(_) | Role::UpdatedValues(_) | Role::Logits | Role::TopLogits | Role::TopIds)
+        matches!(
+            self,
+            BindingRole::UpdatedKeys(_)
+                | BindingRole::UpdatedValues(_)
+                | BindingRole::Logits
+                | BindingRole::TopLogits
+                | BindingRole::TopIds
+        )
     }
 }
 

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use aotron::backend::tensorrt::{Event, GpuOptions, Report, TensorRtExecutor, devices};
+use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport, TensorRtExecutor, devices};
 use aotron::backend::{self, Chunk, Executor, ExecutorOptions, NextToken, Rows, Step};
 use aotron::checkpoint::Checkpoint;
-use aotron::engine::tensorrt::{Binding, Compiled, Extent, LibraryKind, Role, Sizes, StepSize, TensorRtInfo};
+use aotron::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, LibraryKind, Sizes, StepSize, TensorRtInfo};
 use aotron::engine::{CheckpointInfo, GenerationSettings, Limits, Manifest, Package, PackageWriter, PlanInfo};
 use aotron::tensor::DType;
 use aotron::tensor_file::encode_header;
@@ -78,25 +78,26 @@ fn bindings() -> Vec<Binding> {
     use Extent::{Fixed, Step};
     use StepSize::{B, R, T};
     let binding = |name: String, role, dtype, shape: &[Extent]| Binding { name, role, dtype, shape: shape.to_vec() };
-    let weight = |(i, n): (usize, &usize)| binding(format!("weight.{i}"), Role::Weight, DType::BF16, &[Fixed(*n)]);
+    let weight =
+        |(i, n): (usize, &usize)| binding(format!("weight.{i}"), BindingRole::Weight, DType::BF16, &[Fixed(*n)]);
     let mut all: Vec<Binding> = WEIGHTS.iter().enumerate().map(weight).collect();
     all.extend([
-        binding("token_ids".into(), Role::TokenIds, DType::I32, &[Step(B), Step(T)]),
-        binding("positions".into(), Role::Positions, DType::I32, &[Step(B), Step(T)]),
-        binding("past_tokens".into(), Role::PastTokens, DType::I32, &[Step(B)]),
-        binding("total_tokens".into(), Role::TotalTokens, DType::I32, &[Step(B)]),
-        binding("logits_rows".into(), Role::LogitsRows, DType::I32, &[Step(R)]),
-        binding("logits".into(), Role::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
-        binding("top_logits".into(), Role::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
-        binding("top_ids".into(), Role::TopIds, DType::I32, &[Step(R), Fixed(TOP)]),
+        binding("token_ids".into(), BindingRole::TokenIds, DType::I32, &[Step(B), Step(T)]),
+        binding("positions".into(), BindingRole::Positions, DType::I32, &[Step(B), Step(T)]),
+        binding("past_tokens".into(), BindingRole::PastTokens, DType::I32, &[Step(B)]),
+        binding("total_tokens".into(), BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+        binding("logits_rows".into(), BindingRole::LogitsRows, DType::I32, &[Step(R)]),
+        binding("logits".into(), BindingRole::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
+        binding("top_logits".into(), BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
+        binding("top_ids".into(), BindingRole::TopIds, DType::I32, &[Step(R), Fixed(TOP)]),
     ]);
     let cache = [Step(B), Fixed(3), Fixed(SIZES.max_sequence_tokens), Fixed(4)];
     for layer in 0..LAYERS {
         for (name, role) in [
-            (format!("keys.{layer}"), Role::KeyCache(layer)),
-            (format!("values.{layer}"), Role::ValueCache(layer)),
-            (format!("new_keys.{layer}"), Role::UpdatedKeys(layer)),
-            (format!("new_values.{layer}"), Role::UpdatedValues(layer)),
+            (format!("keys.{layer}"), BindingRole::KeyCache(layer)),
+            (format!("values.{layer}"), BindingRole::ValueCache(layer)),
+            (format!("new_keys.{layer}"), BindingRole::UpdatedKeys(layer)),
+            (format!("new_values.{layer}"), BindingRole::UpdatedValues(layer)),
         ] {
             all.push(binding(name, role, DType::BF16, &cache));
         }
@@ -105,13 +106,13 @@ fn bindings() -> Vec<Binding> {
 }
 
 /// A plan of the stand-in.
-fn plan_text(first_chunk: bool) -> String {
+fn plan_text(context_plan: bool) -> String {
     let mut text = String::new();
-    for binding in bindings().iter().filter(|b| !(first_chunk && b.role == Role::TotalTokens)) {
+    for binding in bindings().iter().filter(|b| !(context_plan && b.role == BindingRole::TotalTokens)) {
         let role = match binding.role {
-            Role::Weight => "weight",
-            Role::KeyCache(_) | Role::ValueCache(_) => "cache",
-            Role::UpdatedKeys(_) | Role::UpdatedValues(_) => "updated",
+            BindingRole::Weight => "weight",
+            BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => "cache",
+            BindingRole::UpdatedKeys(_) | BindingRole::UpdatedValues(_) => "updated",
             _ => binding.name.as_str(),
         };
         let alias = binding.name.strip_prefix("new_").unwrap_or("-");
@@ -126,7 +127,7 @@ fn plan_text(first_chunk: bool) -> String {
         text.push('\n');
     }
     text += &format!("profile 1 {} {}\n", SIZES.prefill_tokens, SIZES.prefill_logits_rows);
-    if !first_chunk {
+    if !context_plan {
         text += &format!("profile {n} 1 {n}\n", n = SIZES.decode_sequences);
     }
     text
@@ -145,7 +146,7 @@ fn package(name: &str, plan: &str) -> Package {
     let tensors: Vec<(&str, Dtype, Vec<usize>)> = tensors.iter().map(|(n, d, s)| (n.as_str(), *d, s.clone())).collect();
     let files = [
         ("plans/a100.plan", plan.as_bytes().to_vec()),
-        ("plans/a100-first.plan", plan_text(true).into_bytes()),
+        ("plans/a100-context.plan", plan_text(true).into_bytes()),
         ("weights/bf16.safetensors", [encode_header(&tensors).unwrap(), weight_bytes()].concat()),
     ];
     for (file, bytes) in files {
@@ -174,7 +175,7 @@ fn package(name: &str, plan: &str) -> Package {
             compiled: Some(Compiled {
                 library: LibraryKind::Rtx,
                 version: "1.7.1".into(),
-                first_chunk_plan: Some("plans/a100-first.plan".into()),
+                context_plan: Some("plans/a100-context.plan".into()),
             }),
             sizes: SIZES,
             bindings: bindings(),
@@ -194,14 +195,14 @@ fn expected(tokens: &[u32]) -> Vec<f32> {
 }
 
 /// Facts that were reported.
-fn listening() -> (Report, Arc<Mutex<Vec<String>>>) {
+fn listening() -> (GpuReport, Arc<Mutex<Vec<String>>>) {
     let heard = Arc::new(Mutex::new(Vec::new()));
     let copy = heard.clone();
-    let hear = move |event: &Event<'_>| match event {
-        Event::Fact(text) => copy.lock().unwrap().push((*text).to_owned()),
-        Event::Loading { done_bytes, total_bytes } => assert!(done_bytes <= total_bytes),
+    let hear = move |event: &GpuEvent<'_>| match event {
+        GpuEvent::Fact(text) => copy.lock().unwrap().push((*text).to_owned()),
+        GpuEvent::Loading { done_bytes, total_bytes } => assert!(done_bytes <= total_bytes),
     };
-    (Report::to(hear), heard)
+    (GpuReport::to(hear), heard)
 }
 
 /// Numbers that look random.
@@ -376,7 +377,7 @@ fn on_stand_ins_plans_are_refused() {
     }
     let changed = plan_text(false).replace("weight.0 bf16 - 1 300", "weight.0 bf16 - 1 30000000000");
     let other = package("large", &changed);
-    large.tensorrt.as_mut().unwrap().compiled.as_mut().unwrap().first_chunk_plan = None;
+    large.tensorrt.as_mut().unwrap().compiled.as_mut().unwrap().context_plan = None;
     let error = refused(&other, &large, &GpuOptions::default());
     assert!(error.contains("not one sequence fits: weights 60.0 GB"), "{error}");
 

@@ -3,9 +3,9 @@
 
 use serde::Serialize;
 
-use super::kernels::{Kernel, KernelKind, KernelTensor};
-use super::lower::Weight;
-use crate::engine::tensorrt::{Binding, Extent, Role};
+use super::kernels::{GpuKernel, KernelKind, KernelTensor};
+use super::lower::PlanWeight;
+use crate::engine::tensorrt::{Binding, BindingRole, Extent};
 use crate::tensor::DType;
 
 /// A GPU, by what bounds decoding.
@@ -30,7 +30,7 @@ pub const GPUS: [Gpu; 3] = [
 /// Where in the model a kernel is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Place {
+pub enum KernelLocation {
     /// Before the first layer.
     Before,
     /// In this layer. A kernel with the end of one and the begin of the next is of the next.
@@ -68,25 +68,25 @@ pub struct StepKernels {
     /// Kernels that write something as large as a layer's cache that is not the cache.
     pub cache_copies: Vec<Copied>,
     /// Where each kernel is, also those on the host.
-    pub places: Vec<Place>,
+    pub places: Vec<KernelLocation>,
 }
 
 impl StepKernels {
     /// Counts the kernels of a profile. `bindings` are those of the plan.
-    pub fn of(kernels: &[Kernel], bindings: &[Binding]) -> StepKernels {
+    pub fn of(kernels: &[GpuKernel], bindings: &[Binding]) -> StepKernels {
         let places = places(kernels, bindings);
-        let layers = bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_))).count();
+        let layers = bindings.iter().filter(|b| matches!(b.role, BindingRole::KeyCache(_))).count();
         let mut by_layer = vec![0; layers];
         let launched = || kernels.iter().zip(&places).enumerate().filter(|(_, (kernel, _))| kernel.is_launched());
         for (_, (_, place)) in launched() {
-            if let Place::Layer(layer) = place
+            if let KernelLocation::Layer(layer) = place
                 && let Some(count) = by_layer.get_mut(*layer)
             {
                 *count += 1;
             }
         }
-        let copies = |found: fn(&Kernel, &[Binding]) -> Option<Found>| -> Vec<Copied> {
-            let copied = |(index, (kernel, _)): (usize, (&Kernel, _))| {
+        let copies = |found: fn(&GpuKernel, &[Binding]) -> Option<Found>| -> Vec<Copied> {
+            let copied = |(index, (kernel, _)): (usize, (&GpuKernel, _))| {
                 found(kernel, bindings).map(|Found { of, what }| Copied { kernel: index, of, what })
             };
             launched().filter_map(copied).collect()
@@ -106,8 +106,8 @@ impl StepKernels {
     }
 
     /// Indices of the kernels of a layer that are launched.
-    pub fn layer<'a>(&'a self, layer: usize, kernels: &'a [Kernel]) -> impl Iterator<Item = &'a Kernel> {
-        let is_here = move |(_, place): &(&Kernel, &Place)| **place == Place::Layer(layer);
+    pub fn layer<'a>(&'a self, layer: usize, kernels: &'a [GpuKernel]) -> impl Iterator<Item = &'a GpuKernel> {
+        let is_here = move |(_, place): &(&GpuKernel, &KernelLocation)| **place == KernelLocation::Layer(layer);
         kernels.iter().zip(&self.places).filter(is_here).map(|(kernel, _)| kernel).filter(|k| k.is_launched())
     }
 }
@@ -116,8 +116,14 @@ fn binding<'a>(bindings: &'a [Binding], name: &str) -> Option<&'a Binding> {
     bindings.iter().find(|binding| binding.name == name)
 }
 
-fn is_cache(role: Role) -> bool {
-    matches!(role, Role::KeyCache(_) | Role::ValueCache(_) | Role::UpdatedKeys(_) | Role::UpdatedValues(_))
+fn is_cache(role: BindingRole) -> bool {
+    matches!(
+        role,
+        BindingRole::KeyCache(_)
+            | BindingRole::ValueCache(_)
+            | BindingRole::UpdatedKeys(_)
+            | BindingRole::UpdatedValues(_)
+    )
 }
 
 /// A binding's elements, if no step decides how many.
@@ -130,24 +136,25 @@ fn elements(binding: &Binding) -> Option<u64> {
 
 /// Whether it has at least two dimensions that are not 1.
 fn is_matrix(binding: &Binding) -> bool {
-    binding.role == Role::Weight && binding.shape.iter().filter(|extent| **extent != Extent::Fixed(1)).count() >= 2
+    binding.role == BindingRole::Weight
+        && binding.shape.iter().filter(|extent| **extent != Extent::Fixed(1)).count() >= 2
 }
 
 /// Whether the kernel takes some rows of the matrix: its name says it gathers, or does not say all that it does, and
 /// nothing it writes is as large as the matrix.
-fn looks_up(kernel: &Kernel, matrix: &Binding) -> bool {
+fn looks_up(kernel: &GpuKernel, matrix: &Binding) -> bool {
     let operations = kernel.operations();
     let gathers = operations.iter().any(|operation| ["Gath", "Etc"].contains(operation));
     kernel.kind == KernelKind::Fused && gathers && copy_of(kernel, elements(matrix)).is_none()
 }
 
 /// The output that has that many elements.
-fn copy_of(kernel: &Kernel, elements: Option<u64>) -> Option<&KernelTensor> {
+fn copy_of(kernel: &GpuKernel, elements: Option<u64>) -> Option<&KernelTensor> {
     kernel.outputs.iter().find(|output| elements.is_some() && output.elements() == elements)
 }
 
 /// A matrix that the kernel reads whole without being its product, and its copy.
-fn weight_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
+fn weight_copy(kernel: &GpuKernel, bindings: &[Binding]) -> Option<Found> {
     if kernel.kind == KernelKind::Product {
         return None;
     }
@@ -171,8 +178,8 @@ fn weight_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
 
 /// Something the kernel writes that has a layer's cache in it, for one sequence at least: both its tokens and its
 /// head_dim among the sizes, beside one for the heads; or as many elements, if no step decides how many.
-fn cache_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
-    let cache = bindings.iter().find(|binding| matches!(binding.role, Role::KeyCache(_)))?;
+fn cache_copy(kernel: &GpuKernel, bindings: &[Binding]) -> Option<Found> {
+    let cache = bindings.iter().find(|binding| matches!(binding.role, BindingRole::KeyCache(_)))?;
     let &[_, Extent::Fixed(kv_heads), Extent::Fixed(tokens), Extent::Fixed(head_dim)] = &cache.shape[..] else {
         return None;
     };
@@ -196,8 +203,8 @@ fn cache_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
 
 /// By the weights and caches that kernels read and write, and the names TensorRT gives them. A kernel that has no such
 /// names is where the one before it is.
-fn places(kernels: &[Kernel], bindings: &[Binding]) -> Vec<Place> {
-    let mut place = Place::Before;
+fn places(kernels: &[GpuKernel], bindings: &[Binding]) -> Vec<KernelLocation> {
+    let mut place = KernelLocation::Before;
     kernels
         .iter()
         .map(|kernel| {
@@ -207,28 +214,31 @@ fn places(kernels: &[Kernel], bindings: &[Binding]) -> Vec<Place> {
         .collect()
 }
 
-fn placed(kernel: &Kernel, bindings: &[Binding], before: Place) -> Place {
+fn placed(kernel: &GpuKernel, bindings: &[Binding], before: KernelLocation) -> KernelLocation {
     let touched = || {
         let tensors = kernel.inputs.iter().chain(&kernel.outputs);
         tensors.filter_map(|tensor| binding(bindings, &tensor.name))
     };
     let layer_of = |bound: &Binding| match bound.role {
-        Role::KeyCache(n) | Role::ValueCache(n) | Role::UpdatedKeys(n) | Role::UpdatedValues(n) => Some(n),
+        BindingRole::KeyCache(n)
+        | BindingRole::ValueCache(n)
+        | BindingRole::UpdatedKeys(n)
+        | BindingRole::UpdatedValues(n) => Some(n),
         _ => layer_number(&bound.name),
     };
     // The matrix of a product is surer than what the next layer's norm, joined to it, reads.
     let matrix = touched().filter(|bound| kernel.kind == KernelKind::Product && is_matrix(bound)).find_map(layer_of);
     let own_name = || kernel.operations().is_empty().then(|| layer_number(&kernel.name)).flatten();
     if let Some(layer) = matrix.or_else(|| touched().filter_map(layer_of).max()).or_else(own_name) {
-        return Place::Layer(layer);
+        return KernelLocation::Layer(layer);
     }
     let is_of_no_layer = |bound: &Binding| match bound.role {
-        Role::Weight => !is_matrix(bound) || !looks_up(kernel, bound),
-        Role::LogitsRows | Role::Logits | Role::TopLogits | Role::TopIds => true,
+        BindingRole::Weight => !is_matrix(bound) || !looks_up(kernel, bound),
+        BindingRole::LogitsRows | BindingRole::Logits | BindingRole::TopLogits | BindingRole::TopIds => true,
         _ => false,
     };
     match before {
-        Place::Layer(_) if touched().any(is_of_no_layer) => Place::After,
+        KernelLocation::Layer(_) if touched().any(is_of_no_layer) => KernelLocation::After,
         _ => before,
     }
 }
@@ -253,11 +263,11 @@ pub struct Traffic {
 
 impl Traffic {
     /// The traffic of decoding with these kernels. `weights` are all that the plan has, bound or part of it.
-    pub fn of(decode: &[Kernel], bindings: &[Binding], weights: &[Weight]) -> Traffic {
+    pub fn of(decode: &[GpuKernel], bindings: &[Binding], weights: &[PlanWeight]) -> Traffic {
         let mut traffic = Traffic { weight_bytes: 0, row_bytes: 0, kv_bytes_per_token: 0 };
         for weight in weights {
             let bound = binding(bindings, &weight.name);
-            let reads = |kernel: &&Kernel| kernel.inputs.iter().any(|input| input.name == weight.name);
+            let reads = |kernel: &&GpuKernel| kernel.inputs.iter().any(|input| input.name == weight.name);
             let is_table = bound.is_some_and(|bound| {
                 let mut readers = decode.iter().filter(reads).peekable();
                 is_matrix(bound) && readers.peek().is_some() && readers.all(|kernel| looks_up(kernel, bound))
@@ -267,7 +277,8 @@ impl Traffic {
                 _ => traffic.weight_bytes += weight.bytes(),
             }
         }
-        for cache in bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_) | Role::ValueCache(_))) {
+        for cache in bindings.iter().filter(|b| matches!(b.role, BindingRole::KeyCache(_) | BindingRole::ValueCache(_)))
+        {
             if let &[_, Extent::Fixed(kv_heads), _, Extent::Fixed(head_dim)] = &cache.shape[..] {
                 traffic.kv_bytes_per_token += (kv_heads * head_dim * cache.dtype.bytes()) as u64;
             }

@@ -14,7 +14,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 pub use self::driver::devices;
-use self::driver::{is_lasting, words};
+use self::driver::{is_sticky, words};
 use super::DeviceInfo;
 use crate::error::{Error, Result};
 
@@ -68,7 +68,7 @@ impl Inner {
     fn check<T>(&self, done: Result<T, DriverError>, action: impl FnOnce() -> String) -> Result<T> {
         done.map_err(|error| {
             let text = words(&action(), error);
-            if !is_lasting(error) {
+            if !is_sticky(error) {
                 return Error::Gpu(text);
             }
             let DeviceInfo { index, name, .. } = &self.info;
@@ -380,7 +380,7 @@ impl Stream {
     ///
     /// # Errors
     /// [`Error::Gpu`] if something in it cannot be recorded, or whatever `work` reports. The stream is as before.
-    pub(super) fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+    pub(super) fn record(&self, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
         use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as THIS_THREAD;
         self.device.bind()?;
         let inner = &self.device.0;
@@ -395,7 +395,7 @@ impl Stream {
             // SAFETY: the graph is whole, `exec` may be written to.
             let done = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut exec, graph, 0) }.result();
             inner.check(done, || "prepare a recorded step".into())?;
-            Ok(Graph { exec, device: self.device.clone() })
+            Ok(CudaGraph { exec, device: self.device.clone() })
         });
         if !graph.is_null() {
             // SAFETY: made above; what was instantiated from it is its own.
@@ -408,7 +408,7 @@ impl Stream {
     ///
     /// # Errors
     /// [`Error::Gpu`] if the GPU refuses.
-    pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
+    pub(super) fn replay(&self, graph: &CudaGraph) -> Result<()> {
         self.device.bind()?;
         // SAFETY: both are alive. The addresses in the graph are the GPU's; that they are in use is up to the caller,
         // and no memory of this program is behind them.
@@ -427,15 +427,15 @@ impl Drop for Stream {
 
 /// Work that was recorded.
 #[derive(Debug)]
-pub struct Graph {
+pub struct CudaGraph {
     exec: sys::CUgraphExec,
     device: Device,
 }
 
 // SAFETY: a graph is not tied to a thread.
-unsafe impl Send for Graph {}
+unsafe impl Send for CudaGraph {}
 
-impl Drop for Graph {
+impl Drop for CudaGraph {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             // SAFETY: instantiated in `Stream::record`. If it runs, the driver destroys it afterwards.

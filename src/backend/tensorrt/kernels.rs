@@ -59,7 +59,7 @@ impl Monitor for KernelLog {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Kernels {
     /// Those of each profile, in the order of their launches.
-    pub profiles: Vec<Vec<Kernel>>,
+    pub profiles: Vec<Vec<GpuKernel>>,
     /// Lines that list something which could not be read.
     pub unread: Vec<String>,
 }
@@ -72,7 +72,7 @@ impl Kernels {
     pub fn parse<'a>(lines: impl IntoIterator<Item = &'a str>) -> Kernels {
         let mut kernels = Kernels::default();
         for line in lines.into_iter().filter(|line| is_listed(line)) {
-            match Kernel::parse(line) {
+            match GpuKernel::parse(line) {
                 Some((profile, kernel)) if profile < MAX_PROFILES => {
                     if kernels.profiles.len() <= profile {
                         kernels.profiles.resize_with(profile + 1, Vec::new);
@@ -86,7 +86,7 @@ impl Kernels {
     }
 
     /// The kernels of a profile, none if it has none.
-    pub fn profile(&self, index: usize) -> &[Kernel] {
+    pub fn profile(&self, index: usize) -> &[GpuKernel] {
         self.profiles.get(index).map_or(&[], Vec::as_slice)
     }
 }
@@ -122,7 +122,7 @@ impl fmt::Display for KernelKind {
 
 /// A launch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Kernel {
+pub struct GpuKernel {
     /// TensorRT's name, without profile and number.
     pub name: String,
     /// What it does, as far as its name and type say.
@@ -161,7 +161,7 @@ impl KernelTensor {
     }
 }
 
-impl Kernel {
+impl GpuKernel {
     /// Whether it costs a launch on the GPU.
     pub fn is_launched(&self) -> bool {
         self.kind != KernelKind::Host
@@ -174,7 +174,7 @@ impl Kernel {
     }
 
     /// A line of the log, and the profile.
-    fn parse(line: &str) -> Option<(usize, Kernel)> {
+    fn parse(line: &str) -> Option<(usize, GpuKernel)> {
         let (full_name, rest) = line.strip_prefix("Name: ")?.split_once(", LayerType: ")?;
         let (layer_type, rest) = rest.split_once(", Inputs: [")?;
         let (inputs, rest) = rest.split_once("], Outputs: [")?;
@@ -183,7 +183,7 @@ impl Kernel {
         let outputs = rest.split_once("], TacticName: ").map_or(rest, |(outputs, _)| outputs);
         let (name, numbered) = unnumbered(full_name);
         let (name, named) = without_profile(name);
-        let kernel = Kernel {
+        let kernel = GpuKernel {
             kind: kind(&name, layer_type),
             name,
             layer_type: layer_type.to_owned(),
@@ -300,7 +300,7 @@ mod tests {
     fn names_say_what_kernels_do() {
         let kind_of = |name: &str, layer_type: &str| {
             let line = format!("Name: {name}, LayerType: {layer_type}, Inputs: [], Constants: [], Outputs: []");
-            Kernel::parse(&line).map(|(_, kernel)| kernel.kind)
+            GpuKernel::parse(&line).map(|(_, kernel)| kernel.kind)
         };
         for (name, layer_type, kind) in [
             ("__myl_FcCastReluMulCast_myl1_7", "runtime_fusion", KernelKind::Product),

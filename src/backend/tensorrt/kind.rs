@@ -2,36 +2,36 @@
 
 use std::fmt;
 
-pub use crate::engine::tensorrt::LibraryKind as Kind;
+pub use crate::engine::tensorrt::LibraryKind;
 
-impl Kind {
+impl LibraryKind {
     /// Both.
-    pub const ALL: [Kind; 2] = [Kind::Rtx, Kind::TensorRt];
+    pub const ALL: [LibraryKind; 2] = [LibraryKind::Rtx, LibraryKind::TensorRt];
 
     /// What NVIDIA calls it.
     pub fn name(self) -> &'static str {
         match self {
-            Kind::TensorRt => "TensorRT",
-            Kind::Rtx => "TensorRT for RTX",
+            LibraryKind::TensorRt => "TensorRT",
+            LibraryKind::Rtx => "TensorRT for RTX",
         }
     }
 
     /// The library's file.
     pub fn file_name(self) -> &'static str {
         match self {
-            Kind::TensorRt => "libnvinfer.so.11",
-            Kind::Rtx => "libtensorrt_rtx.so.1",
+            LibraryKind::TensorRt => "libnvinfer.so.11",
+            LibraryKind::Rtx => "libtensorrt_rtx.so.1",
         }
     }
 
     /// How to get it.
     pub fn remedy(self) -> &'static str {
         match self {
-            Kind::TensorRt => {
+            LibraryKind::TensorRt => {
                 "`pip install tensorrt-cu13` gets it from NVIDIA's package index; run aotron in the same Python \
                  environment, or set AOTRON_TENSORRT_DIR to the folder of the library"
             }
-            Kind::Rtx => {
+            LibraryKind::Rtx => {
                 "`make tensorrt` in aotron's source folder downloads it (95 MB) to .tensorrt/; or `pip install \
                  tensorrt-rtx` and run aotron in the same Python environment; or set AOTRON_TENSORRT_DIR to the folder \
                  of the library"

@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ffi::{Observer, bridge};
-use super::{BuildOptions, Kind, Layers, Monitor, Network, Version};
+use super::{BuildOptions, Layers, LibraryKind, Monitor, Network, Version};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
 /// The version whose headers this program was compiled against.
-fn header_version(kind: Kind) -> Version {
-    Version::from_number(bridge::header_version(kind == Kind::Rtx))
+fn header_version(kind: LibraryKind) -> Version {
+    Version::from_number(bridge::header_version(kind == LibraryKind::Rtx))
 }
 
-impl Kind {
+impl LibraryKind {
     /// The version whose headers this program was compiled against; none without the feature `tensorrt`.
     pub fn header_version(self) -> Option<Version> {
         Some(header_version(self))
@@ -26,8 +26,8 @@ impl Kind {
     /// The folder of its Python package, under site-packages.
     fn python_package(self) -> &'static str {
         match self {
-            Kind::TensorRt => "tensorrt_libs",
-            Kind::Rtx => "tensorrt_rtx_libs",
+            LibraryKind::TensorRt => "tensorrt_libs",
+            LibraryKind::Rtx => "tensorrt_rtx_libs",
         }
     }
 }
@@ -49,19 +49,19 @@ impl Version {
 /// A library that is open. It stays open until the process ends, because TensorRT's libraries cannot be unloaded
 /// safely, so nothing made with one can outlive it.
 #[derive(Clone, Copy)]
-pub struct Library {
-    kind: Kind,
+pub struct TensorRtLibrary {
+    kind: LibraryKind,
     version: Version,
     inner: &'static bridge::Library,
 }
 
-impl fmt::Debug for Library {
+impl fmt::Debug for TensorRtLibrary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Library({} {} at {})", self.kind.name(), self.version, self.path().display())
+        write!(f, "TensorRtLibrary({} {} at {})", self.kind.name(), self.version, self.path().display())
     }
 }
 
-impl Library {
+impl TensorRtLibrary {
     /// Opens the first that is found:
     ///
     /// 1. in the folder `AOTRON_TENSORRT_DIR`;
@@ -73,7 +73,7 @@ impl Library {
     ///
     /// # Errors
     /// [`Error::TensorRt`] saying where was looked and how to get it, or what is wrong with the one that was found.
-    pub fn find(kind: Kind) -> Result<Library> {
+    pub fn find(kind: LibraryKind) -> Result<TensorRtLibrary> {
         Surroundings::of_this_process().find(kind)
     }
 
@@ -87,10 +87,10 @@ impl Library {
     /// [`Error::TensorRt`] if the file is no library, another library, or a version that this program was not compiled
     /// for.
     #[allow(unsafe_code)]
-    pub unsafe fn open(kind: Kind, path: &Path) -> Result<Library> {
+    pub unsafe fn open(kind: LibraryKind, path: &Path) -> Result<TensorRtLibrary> {
         let refuse =
             |detail: String| Error::TensorRt(format!("cannot use {} as {}: {detail}", path.display(), kind.name()));
-        let inner = bridge::open_library(kind == Kind::Rtx, path.as_os_str().as_bytes())
+        let inner = bridge::open_library(kind == LibraryKind::Rtx, path.as_os_str().as_bytes())
             .map_err(|error| refuse(error.what().into()))?;
         let version = Version::from_number(inner.version());
         let headers = header_version(kind);
@@ -103,7 +103,7 @@ impl Library {
                 kind.remedy()
             )));
         }
-        Ok(Library { kind, version, inner })
+        Ok(TensorRtLibrary { kind, version, inner })
     }
 
     pub(super) fn inner(&self) -> &'static bridge::Library {
@@ -111,7 +111,7 @@ impl Library {
     }
 
     /// Which it is.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> LibraryKind {
         self.kind
     }
 
@@ -174,11 +174,11 @@ impl Surroundings {
         }
     }
 
-    fn find(&self, kind: Kind) -> Result<Library> {
+    fn find(&self, kind: LibraryKind) -> Result<TensorRtLibrary> {
         // SAFETY: these are the places that the user, the system or the Python environment keep TensorRT in; as with any
         // program that is linked with a library, whoever can replace it there decides what runs.
         #[allow(unsafe_code)]
-        let open = |path: &Path| unsafe { Library::open(kind, path) };
+        let open = |path: &Path| unsafe { TensorRtLibrary::open(kind, path) };
         let of_chosen = self.chosen.iter().cloned();
         let local = of_chosen.chain(self.folders.iter().map(|folder| folder.join(".tensorrt")));
         let local: Vec<PathBuf> = local.map(|folder| folder.join(kind.file_name())).collect();
@@ -188,7 +188,7 @@ impl Surroundings {
         // A name without a slash is looked for by the system. Only if it finds nothing is there a next place; what it
         // says then ("cannot open shared object file") tells no more than that.
         let name = Path::new(kind.file_name());
-        if self.system && bridge::open_library(kind == Kind::Rtx, name.as_os_str().as_bytes()).is_ok() {
+        if self.system && bridge::open_library(kind == LibraryKind::Rtx, name.as_os_str().as_bytes()).is_ok() {
             return open(name);
         }
         if let Some(path) = self.python.iter().flat_map(|root| python_libraries(root, kind)).next() {
@@ -214,7 +214,7 @@ impl Surroundings {
 }
 
 /// `<root>/lib/python3.*/site-packages/<package>/<library>`, those that exist.
-fn python_libraries(root: &Path, kind: Kind) -> Vec<PathBuf> {
+fn python_libraries(root: &Path, kind: LibraryKind) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(root.join("lib")) else { return Vec::new() };
     let is_python = |name: &OsStr| name.as_bytes().starts_with(b"python");
     let mut paths: Vec<PathBuf> = entries
@@ -240,7 +240,7 @@ mod tests {
     fn a_library_that_is_missing_is_said_to_be_with_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
         let nowhere = Surroundings { folders: vec![folder.path().into()], ..Surroundings::default() };
-        for kind in Kind::ALL {
+        for kind in LibraryKind::ALL {
             let error = nowhere.find(kind).unwrap_err().to_string();
             assert!(error.starts_with(&format!("TensorRT: {} ({}) is not", kind.name(), kind.file_name())), "{error}");
             assert!(error.contains("pip install tensorrt") && error.contains("AOTRON_TENSORRT_DIR"), "{error}");
@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn places_are_searched_in_order() {
         let root = tempfile::tempdir().unwrap();
-        let name = Kind::Rtx.file_name();
+        let name = LibraryKind::Rtx.file_name();
         let place = |folder: &str| {
             std::fs::create_dir_all(root.path().join(folder)).unwrap();
             root.path().join(folder).join(name)
@@ -271,7 +271,7 @@ mod tests {
         };
         for place in places.iter().rev() {
             std::fs::write(place, "no library").unwrap();
-            let error = surroundings.find(Kind::Rtx).unwrap_err().to_string();
+            let error = surroundings.find(LibraryKind::Rtx).unwrap_err().to_string();
             assert!(error.starts_with(&format!("TensorRT: cannot use {} as", place.display())), "{error}");
         }
     }
@@ -281,8 +281,8 @@ mod tests {
         let version = |major, minor, patch| Version { major, minor, patch };
         assert_eq!(Version::from_number(110406), version(11, 4, 6));
         assert_eq!(Version::from_number(-1), version(0, 0, 0));
-        assert_eq!(header_version(Kind::TensorRt).major, 11);
-        assert_eq!(header_version(Kind::Rtx).major, 1);
+        assert_eq!(header_version(LibraryKind::TensorRt).major, 11);
+        assert_eq!(header_version(LibraryKind::Rtx).major, 1);
         assert!(version(11, 5, 0).serves(version(11, 4, 2)));
         assert!(version(11, 4, 0).serves(version(11, 4, 2)));
         assert!(!version(11, 3, 9).serves(version(11, 4, 0)));

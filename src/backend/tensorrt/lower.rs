@@ -10,11 +10,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-pub use super::weights::{Constants, Layout, Weight};
-use super::{ConstantBytes, Layers, Network, Profile, Range, Tensor};
+pub use super::weights::{Constants, PlanWeight, WeightLayout};
+use super::{ConstantBytes, Layers, Network, NetworkTensor, OptimizationProfile, ShapeRange};
 use crate::backend::constants::ConstRows;
 pub use crate::engine::tensorrt::Sizes;
-use crate::engine::tensorrt::{Binding, Extent, Role, StepSize};
+use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Graph, Input, Node, Op, Type, Value};
 use crate::tensor::DType;
@@ -43,15 +43,15 @@ pub enum Attends {
 
 /// A network and what it is to be given.
 #[derive(Debug)]
-pub struct Lowered<N = Network> {
+pub struct LoweredNetwork<N = Network> {
     /// Ready to be built.
     pub network: N,
     /// Everything that is bound to the plan, weights first.
     pub bindings: Vec<Binding>,
     /// Its weights: those that are inputs, in the order of the bindings, and those that are part of it.
-    pub weights: Vec<Weight>,
+    pub weights: Vec<PlanWeight>,
     /// The steps it can run: prefill, then decode if it attends to the cache.
-    pub profiles: Vec<Profile>,
+    pub profiles: Vec<OptimizationProfile>,
 }
 
 /// Lowers a graph into an empty network.
@@ -65,8 +65,8 @@ pub fn lower<N: Layers>(
     attends: Attends,
     sizes: &Sizes,
     constants: &Constants,
-) -> Result<Lowered<N>> {
-    let mut lowering = Lowering {
+) -> Result<LoweredNetwork<N>> {
+    let mut lowering = NetworkLowering {
         graph,
         attends,
         sizes,
@@ -83,7 +83,7 @@ pub fn lower<N: Layers>(
     if attends == Attends::Cache {
         let total = lowering.network.input(TOTAL_TOKENS, DType::I32, &[-1])?;
         lowering.total_tokens = Some(total);
-        lowering.bind(TOTAL_TOKENS, Role::TotalTokens, DType::I32, &[Extent::Step(StepSize::B)]);
+        lowering.bind(TOTAL_TOKENS, BindingRole::TotalTokens, DType::I32, &[Extent::Step(StepSize::B)]);
     }
     for (_, node) in graph.iter() {
         lowering.network.scope(&node.name);
@@ -95,20 +95,20 @@ pub fn lower<N: Layers>(
 
 /// Where a value of the graph is in the network.
 #[derive(Debug, Clone, Copy)]
-enum Place {
+enum LoweredValue {
     /// As the graph has it.
-    Plain(Tensor),
+    Plain(NetworkTensor),
     /// `[B, heads, T, head_dim]`, where the graph has `[B·T, heads · head_dim]`.
-    Heads { tensor: Tensor, heads: usize, head_dim: usize },
+    Heads { tensor: NetworkTensor, heads: usize, head_dim: usize },
     /// A layer's cache after the step, `[B, heads, S, head_dim]`, and what was written to it, `[B, heads, T, head_dim]`.
-    Cache { cache: Tensor, new: Tensor },
+    Cache { cache: NetworkTensor, new: NetworkTensor },
     /// An E4M3 number and what one of them stands for.
-    Codes { codes: Tensor, scale: Tensor },
+    Codes { codes: NetworkTensor, scale: NetworkTensor },
     /// Codes or scales of a weight, which the product that reads them places.
-    Weight,
+    WeightPart,
 }
 
-struct Lowering<'g, N> {
+struct NetworkLowering<'g, N> {
     graph: &'g Graph,
     attends: Attends,
     sizes: &'g Sizes,
@@ -116,47 +116,47 @@ struct Lowering<'g, N> {
     /// As long as the longest constant, if they are arbitrary.
     arbitrary: Arc<[u8]>,
     network: N,
-    places: Vec<Place>,
+    places: Vec<LoweredValue>,
     /// `[B·T, width]` values as `[B, T, width]`: the rotation's angles, used in every layer.
-    per_token: HashMap<Value, Tensor>,
+    per_token: HashMap<Value, NetworkTensor>,
     /// `i64[2]`: B and T.
-    step_shape: Option<Tensor>,
-    total_tokens: Option<Tensor>,
-    weights: Vec<Weight>,
+    step_shape: Option<NetworkTensor>,
+    total_tokens: Option<NetworkTensor>,
+    weights: Vec<PlanWeight>,
     bindings: Vec<Binding>,
 }
 
-impl<N: Layers> Lowering<'_, N> {
-    fn node(&mut self, node: &Node) -> Result<Place> {
+impl<N: Layers> NetworkLowering<'_, N> {
+    fn node(&mut self, node: &Node) -> Result<LoweredValue> {
         let dtype = node.ty.dtype;
         match &node.op {
             Op::Input(input) => self.input(node, *input),
-            Op::Const(Const::Codes(..) | Const::Scales { .. }) => Ok(Place::Weight),
+            Op::Const(Const::Codes(..) | Const::Scales { .. }) => Ok(LoweredValue::WeightPart),
             Op::Const(expr) => {
                 let content = plain_form(node, expr, &node.ty)?;
                 let shape: Vec<usize> = match node.ty.shape.len() {
                     1 => vec![content.width()],
                     _ => vec![content.rows(), content.width()],
                 };
-                Ok(Place::Plain(self.weight(Weight::rows(&node.name, dtype, shape, content))?))
+                Ok(LoweredValue::Plain(self.weight(PlanWeight::rows(&node.name, dtype, shape, content))?))
             }
             Op::AddScalar(scalar) => {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scalar = self.network.scalar(*scalar, rank(node)?)?;
                 let scalar = self.typed(scalar, DType::F32, dtype)?;
-                Ok(Place::Plain(self.network.sum(x, scalar)?))
+                Ok(LoweredValue::Plain(self.network.sum(x, scalar)?))
             }
             Op::Cast(to) => {
                 let [x] = operands(node)?;
                 let from = self.graph.node(x).ty.dtype;
                 Ok(match self.place(x) {
-                    Place::Heads { tensor, heads, head_dim } => {
-                        Place::Heads { tensor: self.typed(tensor, from, *to)?, heads, head_dim }
+                    LoweredValue::Heads { tensor, heads, head_dim } => {
+                        LoweredValue::Heads { tensor: self.typed(tensor, from, *to)?, heads, head_dim }
                     }
                     _ => {
                         let x = self.plain(x)?;
-                        Place::Plain(self.typed(x, from, *to)?)
+                        LoweredValue::Plain(self.typed(x, from, *to)?)
                     }
                 })
             }
@@ -165,7 +165,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let from = self.graph.node(table).ty.dtype;
                 let (indices, table) = (self.plain(indices)?, self.plain(table)?);
                 let rows = self.network.gather(table, indices)?;
-                Ok(Place::Plain(self.typed(rows, from, dtype)?))
+                Ok(LoweredValue::Plain(self.typed(rows, from, dtype)?))
             }
             Op::LayerNorm { eps } => {
                 let [x, gamma, beta] = operands(node)?;
@@ -178,14 +178,14 @@ impl<N: Layers> Lowering<'_, N> {
                 };
                 let (gamma, beta) = (row(self, gamma)?, row(self, beta)?);
                 let x = self.plain(x)?;
-                Ok(Place::Plain(self.network.layer_norm(x, gamma, beta, *eps as f32)?))
+                Ok(LoweredValue::Plain(self.network.layer_norm(x, gamma, beta, *eps as f32)?))
             }
             Op::Linear => {
                 let [x, weight] = operands(node)?;
                 let from = self.graph.node(x).ty.dtype;
                 let (x, weight) = (self.plain(x)?, self.plain(weight)?);
                 let product = self.network.linear(x, weight)?;
-                Ok(Place::Plain(self.typed(product, from, dtype)?))
+                Ok(LoweredValue::Plain(self.typed(product, from, dtype)?))
             }
             Op::Columns { start, width } => {
                 let [x] = operands(node)?;
@@ -195,7 +195,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let rows = self.network.gather(shape, first)?;
                 let width = self.network.integers(&[size(Some(*width), node)?])?;
                 let sizes = self.network.concat(&[rows, width])?;
-                Ok(Place::Plain(self.network.slice(x, &[0, size(Some(*start), node)?], sizes)?))
+                Ok(LoweredValue::Plain(self.network.slice(x, &[0, size(Some(*start), node)?], sizes)?))
             }
             Op::RotaryAngle { trig, theta, rotary_dim } => {
                 let [positions] = operands(node)?;
@@ -204,9 +204,9 @@ impl<N: Layers> Lowering<'_, N> {
                 let name = format!("{}.table", node.name);
                 let ty = Type::new(dtype, [rows.into(), (rotary_dim / 2).into()]);
                 let content = plain_form(node, &expr, &ty)?;
-                let table = self.weight(Weight::rows(&name, dtype, vec![rows, rotary_dim / 2], content))?;
+                let table = self.weight(PlanWeight::rows(&name, dtype, vec![rows, rotary_dim / 2], content))?;
                 let positions = self.plain(positions)?;
-                Ok(Place::Plain(self.network.gather(table, positions)?))
+                Ok(LoweredValue::Plain(self.network.gather(table, positions)?))
             }
             Op::Rotary { head_dim } => {
                 let [x, cos, sin] = operands(node)?;
@@ -215,7 +215,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let (cos, sin) = (self.per_token(cos, half)?, self.per_token(sin, half)?);
                 let rotary_dims = u32::try_from(2 * half).map_err(|_| fail(node, "its rotary dims are too many"))?;
                 let tensor = self.network.rotary(tensor, cos, sin, rotary_dims)?;
-                Ok(Place::Heads { tensor, heads, head_dim: *head_dim })
+                Ok(LoweredValue::Heads { tensor, heads, head_dim: *head_dim })
             }
             Op::CacheUpdate => {
                 let [cache, new, past_tokens] = operands(node)?;
@@ -223,7 +223,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let (new, _) = self.heads(node, new, head_dim)?;
                 let (cache, past_tokens) = (self.plain(cache)?, self.plain(past_tokens)?);
                 let cache = self.network.cache_update(cache, new, past_tokens)?;
-                Ok(Place::Cache { cache, new })
+                Ok(LoweredValue::Cache { cache, new })
             }
             Op::Attention { scale } => {
                 let [q, keys, values, _] = operands(node)?;
@@ -233,29 +233,29 @@ impl<N: Layers> Lowering<'_, N> {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let x = self.network.relu(x)?;
-                Ok(Place::Plain(self.network.product(x, x)?))
+                Ok(LoweredValue::Plain(self.network.product(x, x)?))
             }
             Op::Add => {
                 let [x, y] = operands(node)?;
                 let (x, y) = (self.plain(x)?, self.plain(y)?);
-                Ok(Place::Plain(self.network.sum(x, y)?))
+                Ok(LoweredValue::Plain(self.network.sum(x, y)?))
             }
             Op::RoundToF8 { scale } => {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scale = self.network.scalar(*scale, 0)?;
-                Ok(Place::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
+                Ok(LoweredValue::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
             }
             Op::QuantizedLinear { block } => {
                 let [x, codes, scales] = operands(node)?;
                 let product = self.quantized_linear(node, *block, [x, codes, scales])?;
-                Ok(Place::Plain(self.typed(product, QUANTIZED_PRODUCTS, dtype)?))
+                Ok(LoweredValue::Plain(self.typed(product, QUANTIZED_PRODUCTS, dtype)?))
             }
         }
     }
 
     /// Step inputs are those of the graph, but tokens stand as `[B, T]`, from which the network learns T.
-    fn input(&mut self, node: &Node, input: Input) -> Result<Place> {
+    fn input(&mut self, node: &Node, input: Input) -> Result<LoweredValue> {
         let [b, t, r] = [StepSize::B, StepSize::T, StepSize::R].map(Extent::Step);
         let cache = || {
             let &[_, kv_heads, _, head_dim] = &node.ty.shape[..] else {
@@ -267,12 +267,12 @@ impl<N: Layers> Lowering<'_, N> {
             Ok(vec![b, Extent::Fixed(kv_heads), Extent::Fixed(self.sizes.max_sequence_tokens), Extent::Fixed(head_dim)])
         };
         let (role, shape) = match input {
-            Input::TokenIds => (Role::TokenIds, vec![b, t]),
-            Input::Positions => (Role::Positions, vec![b, t]),
-            Input::PastTokens => (Role::PastTokens, vec![b]),
-            Input::LogitsRows => (Role::LogitsRows, vec![r]),
-            Input::KeyCache(layer) => (Role::KeyCache(layer), cache()?),
-            Input::ValueCache(layer) => (Role::ValueCache(layer), cache()?),
+            Input::TokenIds => (BindingRole::TokenIds, vec![b, t]),
+            Input::Positions => (BindingRole::Positions, vec![b, t]),
+            Input::PastTokens => (BindingRole::PastTokens, vec![b]),
+            Input::LogitsRows => (BindingRole::LogitsRows, vec![r]),
+            Input::KeyCache(layer) => (BindingRole::KeyCache(layer), cache()?),
+            Input::ValueCache(layer) => (BindingRole::ValueCache(layer), cache()?),
         };
         let dims: Result<Vec<i64>> = shape
             .iter()
@@ -286,19 +286,19 @@ impl<N: Layers> Lowering<'_, N> {
         if input == Input::TokenIds {
             self.step_shape = Some(self.network.shape(tensor)?);
         }
-        Ok(Place::Plain(match input {
+        Ok(LoweredValue::Plain(match input {
             Input::TokenIds | Input::Positions => self.network.reshape(tensor, &[-1])?,
             _ => tensor,
         }))
     }
 
-    fn bind(&mut self, name: &str, role: Role, dtype: DType, shape: &[Extent]) {
+    fn bind(&mut self, name: &str, role: BindingRole, dtype: DType, shape: &[Extent]) {
         self.bindings.push(Binding { name: name.into(), role, dtype, shape: shape.to_vec() });
     }
 
     /// A weight as an input of the network, or as a constant.
-    fn weight(&mut self, weight: Weight) -> Result<Tensor> {
-        let Weight { name, dtype, shape, in_plan, .. } = &weight;
+    fn weight(&mut self, weight: PlanWeight) -> Result<NetworkTensor> {
+        let PlanWeight { name, dtype, shape, in_plan, .. } = &weight;
         let dims: Option<Vec<i64>> = shape.iter().map(|n| i64::try_from(*n).ok()).collect();
         let dims = dims.ok_or_else(|| Error::TensorRt(format!("weight {name} is too large: {shape:?}")))?;
         let tensor = if *in_plan {
@@ -311,7 +311,7 @@ impl<N: Layers> Lowering<'_, N> {
         Ok(tensor)
     }
 
-    fn constant(&mut self, weight: &Weight) -> Result<ConstantBytes> {
+    fn constant(&mut self, weight: &PlanWeight) -> Result<ConstantBytes> {
         match self.constants {
             Constants::File(file) => {
                 let (stored, _) = file.tensor(&weight.name).ok_or_else(|| {
@@ -337,7 +337,7 @@ impl<N: Layers> Lowering<'_, N> {
         node: &Node,
         block: Option<usize>,
         [x, codes, scales]: [Value; 3],
-    ) -> Result<Tensor> {
+    ) -> Result<NetworkTensor> {
         let graph = self.graph;
         let (codes, scales) = (graph.node(codes), graph.node(scales));
         let (Op::Const(codes_expr), Op::Const(scales_expr)) = (&codes.op, &scales.op) else {
@@ -351,7 +351,7 @@ impl<N: Layers> Lowering<'_, N> {
         };
         let from = graph.node(x).ty.dtype;
         let x = match self.place(x) {
-            Place::Codes { codes, scale } => self.network.dequantize(codes, scale, None, QUANTIZED_PRODUCTS)?,
+            LoweredValue::Codes { codes, scale } => self.network.dequantize(codes, scale, None, QUANTIZED_PRODUCTS)?,
             _ => {
                 let x = self.plain(x)?;
                 self.typed(x, from, QUANTIZED_PRODUCTS)?
@@ -359,15 +359,15 @@ impl<N: Layers> Lowering<'_, N> {
         };
         let codes_content = plain_form(codes, codes_expr, &codes.ty)?;
         let scales_content = plain_form(scales, scales_expr, &scales.ty)?;
-        let codes = Weight::rows(&codes.name, codes.ty.dtype, vec![columns, rows], codes_content);
-        let codes = Weight { layout: Layout::Transposed, ..codes };
-        let scales = Weight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_content);
+        let codes = PlanWeight::rows(&codes.name, codes.ty.dtype, vec![columns, rows], codes_content);
+        let codes = PlanWeight { layout: WeightLayout::Transposed, ..codes };
+        let scales = PlanWeight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_content);
         let weight = if let Some(block) = block {
             let unit = common_divisor(block, columns);
-            let codes = self.weight(Weight { in_plan: true, ..codes })?;
+            let codes = self.weight(PlanWeight { in_plan: true, ..codes })?;
             // Scales of 4-bit codes are BF16's numbers (quantize.rs), because TensorRT takes no others.
-            let (shape, layout) = (vec![columns / unit, rows], Layout::Spread { block, unit });
-            let scales = Weight { dtype: QUANTIZED_PRODUCTS, shape, layout, in_plan: true, ..scales };
+            let (shape, layout) = (vec![columns / unit, rows], WeightLayout::Spread { block, unit });
+            let scales = PlanWeight { dtype: QUANTIZED_PRODUCTS, shape, layout, in_plan: true, ..scales };
             let scales = self.weight(scales)?;
             self.network.dequantize(codes, scales, None, QUANTIZED_PRODUCTS)?
         } else {
@@ -378,9 +378,11 @@ impl<N: Layers> Lowering<'_, N> {
     }
 
     /// TensorRT's attention does not scale, so the queries are, before they are rounded to the cache's type.
-    fn attention(&mut self, node: &Node, scale: f32, [q, keys, values]: [Value; 3]) -> Result<Place> {
-        let (Place::Cache { cache: keys, new: new_keys }, Place::Cache { cache: values, new: new_values }) =
-            (self.place(keys), self.place(values))
+    fn attention(&mut self, node: &Node, scale: f32, [q, keys, values]: [Value; 3]) -> Result<LoweredValue> {
+        let (
+            LoweredValue::Cache { cache: keys, new: new_keys },
+            LoweredValue::Cache { cache: values, new: new_values },
+        ) = (self.place(keys), self.place(values))
         else {
             return Err(fail(node, "its keys and values are not caches that the step updated"));
         };
@@ -397,34 +399,34 @@ impl<N: Layers> Lowering<'_, N> {
             Attends::Chunk => self.network.attention(q, new_keys, new_values, None)?,
         };
         let tensor = self.typed(tensor, stored, node.ty.dtype)?;
-        Ok(Place::Heads { tensor, heads, head_dim })
+        Ok(LoweredValue::Heads { tensor, heads, head_dim })
     }
 
-    fn place(&self, value: Value) -> Place {
+    fn place(&self, value: Value) -> LoweredValue {
         self.places[value.index()]
     }
 
     /// A value in the shape the graph gives it.
-    fn plain(&mut self, value: Value) -> Result<Tensor> {
+    fn plain(&mut self, value: Value) -> Result<NetworkTensor> {
         match self.place(value) {
-            Place::Plain(tensor) => Ok(tensor),
-            Place::Cache { cache, .. } => Ok(cache),
-            Place::Codes { .. } | Place::Weight => {
+            LoweredValue::Plain(tensor) => Ok(tensor),
+            LoweredValue::Cache { cache, .. } => Ok(cache),
+            LoweredValue::Codes { .. } | LoweredValue::WeightPart => {
                 Err(fail(self.graph.node(value), "only a quantized product can read it"))
             }
-            Place::Heads { tensor, heads, head_dim } => {
+            LoweredValue::Heads { tensor, heads, head_dim } => {
                 let width = size(heads.checked_mul(head_dim), self.graph.node(value))?;
                 let tensor = self.network.transpose(tensor, &[0, 2, 1, 3])?;
                 let tensor = self.network.reshape(tensor, &[-1, width])?;
-                self.places[value.index()] = Place::Plain(tensor);
+                self.places[value.index()] = LoweredValue::Plain(tensor);
                 Ok(tensor)
             }
         }
     }
 
     /// A value as `[B, heads, T, head_dim]`, and its heads.
-    fn heads(&mut self, user: &Node, value: Value, head_dim: usize) -> Result<(Tensor, usize)> {
-        if let Place::Heads { tensor, heads, head_dim: same } = self.place(value)
+    fn heads(&mut self, user: &Node, value: Value, head_dim: usize) -> Result<(NetworkTensor, usize)> {
+        if let LoweredValue::Heads { tensor, heads, head_dim: same } = self.place(value)
             && same == head_dim
         {
             return Ok((tensor, heads));
@@ -437,7 +439,7 @@ impl<N: Layers> Lowering<'_, N> {
     }
 
     /// `[B·T, width]` as `[B, T, width]`.
-    fn per_token(&mut self, value: Value, width: i64) -> Result<Tensor> {
+    fn per_token(&mut self, value: Value, width: i64) -> Result<NetworkTensor> {
         if let Some(tensor) = self.per_token.get(&value) {
             return Ok(*tensor);
         }
@@ -449,31 +451,31 @@ impl<N: Layers> Lowering<'_, N> {
     }
 
     /// `[B·T, …]` as `[B, T, inner…]`.
-    fn split(&mut self, user: &Node, tensor: Tensor, inner: &[i64]) -> Result<Tensor> {
+    fn split(&mut self, user: &Node, tensor: NetworkTensor, inner: &[i64]) -> Result<NetworkTensor> {
         let step = self.step_shape.ok_or_else(|| fail(user, "the graph has no token ids before it"))?;
         let inner = self.network.integers(inner)?;
         let shape = self.network.concat(&[step, inner])?;
         self.network.reshape_to(tensor, shape)
     }
 
-    fn typed(&mut self, tensor: Tensor, from: DType, to: DType) -> Result<Tensor> {
+    fn typed(&mut self, tensor: NetworkTensor, from: DType, to: DType) -> Result<NetworkTensor> {
         if from == to { Ok(tensor) } else { self.network.cast(tensor, to) }
     }
 
-    fn finish(mut self) -> Result<Lowered<N>> {
+    fn finish(mut self) -> Result<LoweredNetwork<N>> {
         let refuse = |detail: String| Error::Graph { op: "network".into(), name: "tensorrt".into(), detail };
         let graph = self.graph;
         let mut logits = None;
         for output in graph.outputs() {
             let node = graph.node(*output);
             match self.place(*output) {
-                Place::Cache { cache, .. } => {
+                LoweredValue::Cache { cache, .. } => {
                     self.network.output(cache, &node.name)?;
                     let before = node.operands.first().and_then(|cache| self.binding_of(*cache));
                     let before = before.ok_or_else(|| fail(node, "what it updates is no input"))?;
                     let role = match before.role {
-                        Role::KeyCache(layer) => Role::UpdatedKeys(layer),
-                        Role::ValueCache(layer) => Role::UpdatedValues(layer),
+                        BindingRole::KeyCache(layer) => BindingRole::UpdatedKeys(layer),
+                        BindingRole::ValueCache(layer) => BindingRole::UpdatedValues(layer),
                         _ => return Err(fail(node, "what it updates is no cache")),
                     };
                     let shape = before.shape.clone();
@@ -494,9 +496,9 @@ impl<N: Layers> Lowering<'_, N> {
         let top_tokens = self.sizes.top_tokens.min(most);
         let (values, ids) = self.network.top_k(logits, top_tokens as u32)?;
         for (tensor, name, role, dtype, width) in [
-            (logits, LOGITS, Role::Logits, DType::F32, vocab_size),
-            (values, TOP_LOGITS, Role::TopLogits, DType::F32, top_tokens),
-            (ids, TOP_IDS, Role::TopIds, DType::I32, top_tokens),
+            (logits, LOGITS, BindingRole::Logits, DType::F32, vocab_size),
+            (values, TOP_LOGITS, BindingRole::TopLogits, DType::F32, top_tokens),
+            (ids, TOP_IDS, BindingRole::TopIds, DType::I32, top_tokens),
         ] {
             self.network.output(tensor, name)?;
             self.bind(name, role, dtype, &[Extent::Step(StepSize::R), Extent::Fixed(width)]);
@@ -505,12 +507,12 @@ impl<N: Layers> Lowering<'_, N> {
         let inputs = self.weights.iter().filter(|weight| !weight.in_plan);
         let weights = inputs.map(|weight| Binding {
             name: weight.name.clone(),
-            role: Role::Weight,
+            role: BindingRole::Weight,
             dtype: weight.dtype,
             shape: weight.shape.iter().map(|n| Extent::Fixed(*n)).collect(),
         });
         let bindings = weights.chain(std::mem::take(&mut self.bindings)).collect();
-        Ok(Lowered { network: self.network, bindings, weights: self.weights, profiles })
+        Ok(LoweredNetwork { network: self.network, bindings, weights: self.weights, profiles })
     }
 
     /// The binding of a step's input.
@@ -521,7 +523,7 @@ impl<N: Layers> Lowering<'_, N> {
 
     /// A profile per kind of step. Decoding has one of its own because TensorRT has kernels for T = 1 that read the
     /// cache where it lies.
-    fn profiles(&self) -> Result<Vec<Profile>> {
+    fn profiles(&self) -> Result<Vec<OptimizationProfile>> {
         let s = self.sizes;
         let prefill = (s.prefill_sequences, s.prefill_tokens, s.prefill_logits_rows);
         let decode = (s.decode_sequences, 1, s.decode_sequences);
@@ -533,7 +535,7 @@ impl<N: Layers> Lowering<'_, N> {
     }
 
     /// From one sequence, token and row to these; fastest at one sequence of so many tokens.
-    fn profile(&self, sequences: usize, tokens: usize, rows: usize) -> Result<Profile> {
+    fn profile(&self, sequences: usize, tokens: usize, rows: usize) -> Result<OptimizationProfile> {
         let dims = |shape: &[Extent], [b, t, r]: [usize; 3]| -> Result<Vec<i64>> {
             let dim = |extent: &Extent| {
                 let n = match extent {
@@ -547,15 +549,15 @@ impl<N: Layers> Lowering<'_, N> {
             shape.iter().map(dim).collect()
         };
         let inputs = self.bindings.iter().filter(|binding| !binding.role.is_output());
-        let range = |binding: &Binding| -> Result<Range> {
-            Ok(Range {
+        let range = |binding: &Binding| -> Result<ShapeRange> {
+            Ok(ShapeRange {
                 input: binding.name.clone(),
                 min: dims(&binding.shape, [1, 1, 1])?,
                 opt: dims(&binding.shape, [1, tokens, 1])?,
                 max: dims(&binding.shape, [sequences, tokens, rows])?,
             })
         };
-        Ok(Profile { ranges: inputs.map(range).collect::<Result<_>>()? })
+        Ok(OptimizationProfile { ranges: inputs.map(range).collect::<Result<_>>()? })
     }
 }
 

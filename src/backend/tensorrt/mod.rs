@@ -2,12 +2,12 @@
 //!
 //! | library | compiles for | where |
 //! | --- | --- | --- |
-//! | TensorRT for RTX 1.7 ([`Kind::Rtx`]) | SM 8.0 (A100), 8.6, 8.9, 12.0 by name | anywhere, no GPU or driver needed |
-//! | TensorRT 11.4 ([`Kind::TensorRt`]) | the GPU at hand, H100 among them | on that GPU |
+//! | TensorRT for RTX 1.7 ([`LibraryKind::Rtx`]) | SM 8.0 (A100), 8.6, 8.9, 12.0 by name | anywhere, no GPU or driver needed |
+//! | TensorRT 11.4 ([`LibraryKind::TensorRt`]) | the GPU at hand, H100 among them | on that GPU |
 //!
-//! Both are opened when they are first asked for ([`Library::find`]), so the program runs where neither is. Their C++
-//! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it for building,
-//! `Runtime`, `Engine` and `Context` for running. The GPU itself is behind `device`, and [`TensorRtExecutor`] puts
+//! Both are opened when they are first asked for ([`TensorRtLibrary::find`]), so the program runs where neither is. Their C++
+//! API is reached through the shim in `cpp/`; [`TensorRtLibrary`], [`Network`] and [`SerializedPlan`] are the safe ends of it for building,
+//! `TensorRtRuntime`, `CudaEngine` and `ExecutionContext` for running. The GPU itself is behind `device`, and [`TensorRtExecutor`] puts
 //! the two together.
 //!
 //! Without the feature `tensorrt` none of the shim is compiled: a library is never found and no GPU is listed, each with
@@ -40,22 +40,22 @@ mod weights;
 use std::ops::ControlFlow;
 
 #[cfg(not(feature = "tensorrt"))]
-pub use absent::{Library, Network, Plan, TensorRtExecutor, devices};
+pub use absent::{Network, SerializedPlan, TensorRtExecutor, TensorRtLibrary, devices};
 #[cfg(feature = "tensorrt")]
 pub use device::devices;
 #[cfg(feature = "tensorrt")]
 pub use executor::TensorRtExecutor;
 pub use gpu::DeviceInfo;
 pub(crate) use gpu::gpu_words;
-pub use kind::{Kind, Version};
-pub use layers::{BuildOptions, ConstantBytes, Layer, Layers, Profile, Range, Tensor};
+pub use kind::{LibraryKind, Version};
+pub use layers::{BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange};
 #[cfg(feature = "tensorrt")]
-pub use library::Library;
+pub use library::TensorRtLibrary;
 #[cfg(feature = "tensorrt")]
-pub use network::{Network, Plan};
-pub use options::{Event, GpuOptions, Report};
+pub use network::{Network, SerializedPlan};
+pub use options::{GpuEvent, GpuOptions, GpuReport};
 #[cfg(feature = "tensorrt")]
-pub use runtime::{Context, Engine, EngineTensor, Runtime, Validity};
+pub use runtime::{CudaEngine, EngineTensor, ExecutionContext, TensorRtRuntime, Validity};
 
 /// How serious TensorRT takes a line of its log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -13,18 +13,18 @@ pub struct GpuOptions {
     /// Do not record decoding as CUDA graphs.
     pub no_graphs: bool,
     /// Hears of what is going on.
-    pub report: Report,
+    pub report: GpuReport,
 }
 
 /// Who hears what opening and running a plan has to say.
 #[derive(Clone, Default)]
-pub struct Report(Option<Arc<Hear>>);
+pub struct GpuReport(Option<Arc<Hear>>);
 
-type Hear = dyn Fn(&Event<'_>) + Send + Sync;
+type Hear = dyn Fn(&GpuEvent<'_>) + Send + Sync;
 
-/// What a [`Report`] hears.
+/// What a [`GpuReport`] hears.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event<'a> {
+pub enum GpuEvent<'a> {
     /// A sentence for people: what is chosen, what memory is used.
     Fact(&'a str),
     /// Weights are being copied to the GPU.
@@ -36,26 +36,26 @@ pub enum Event<'a> {
     },
 }
 
-impl Report {
+impl GpuReport {
     /// Has it heard. By default nobody does.
-    pub fn to(hear: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Report {
-        Report(Some(Arc::new(hear)))
+    pub fn to(hear: impl Fn(&GpuEvent<'_>) + Send + Sync + 'static) -> GpuReport {
+        GpuReport(Some(Arc::new(hear)))
     }
 
     /// Says a sentence.
     pub fn fact(&self, text: &str) {
-        self.event(&Event::Fact(text));
+        self.event(&GpuEvent::Fact(text));
     }
 
-    pub(super) fn event(&self, event: &Event<'_>) {
+    pub(super) fn event(&self, event: &GpuEvent<'_>) {
         if let Some(hear) = &self.0 {
             hear(event);
         }
     }
 }
 
-impl fmt::Debug for Report {
+impl fmt::Debug for GpuReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Report" } else { "no Report" })
+        f.write_str(if self.0.is_some() { "GpuReport" } else { "no GpuReport" })
     }
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use cxx::UniquePtr;
 
-use super::device::{Buffer, Graph, Stream};
+use super::device::{Buffer, CudaGraph, Stream};
 use super::ffi::{self, Observer, bridge};
-use super::{Library, Monitor};
+use super::{Monitor, TensorRtLibrary};
 use crate::error::{Error, Result};
 
 fn refused(error: cxx::Exception) -> Error {
@@ -15,7 +15,7 @@ fn refused(error: cxx::Exception) -> Error {
 }
 
 /// Reads plans.
-pub struct Runtime {
+pub struct TensorRtRuntime {
     inner: UniquePtr<bridge::Runtime>,
 }
 
@@ -32,17 +32,17 @@ pub enum Validity {
     Invalid(Vec<&'static str>),
 }
 
-impl Library {
+impl TensorRtLibrary {
     /// A runtime; the monitor hears what TensorRT says about it and all that is made with it.
     ///
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's own words.
-    pub fn runtime(&self, monitor: Arc<dyn Monitor>) -> Result<Runtime> {
-        Ok(Runtime { inner: self.inner().runtime(Box::new(Observer(monitor))).map_err(refused)? })
+    pub fn runtime(&self, monitor: Arc<dyn Monitor>) -> Result<TensorRtRuntime> {
+        Ok(TensorRtRuntime { inner: self.inner().runtime(Box::new(Observer(monitor))).map_err(refused)? })
     }
 }
 
-impl Runtime {
+impl TensorRtRuntime {
     /// Looks at the plan's header. Without a GPU a plan that is well formed is invalid for no reason named.
     pub fn validity(&self, plan: &[u8]) -> Validity {
         let bridge::Validity { checked, valid, suboptimal, reasons } = self.inner.validity(plan);
@@ -59,14 +59,14 @@ impl Runtime {
     ///
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's own words.
-    pub fn deserialize(&self, plan: &[u8]) -> Result<Engine> {
-        Ok(Engine { inner: self.inner.deserialize(plan).map_err(refused)? })
+    pub fn deserialize(&self, plan: &[u8]) -> Result<CudaEngine> {
+        Ok(CudaEngine { inner: self.inner.deserialize(plan).map_err(refused)? })
     }
 }
 
-impl fmt::Debug for Runtime {
+impl fmt::Debug for TensorRtRuntime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Runtime")
+        f.write_str("TensorRtRuntime")
     }
 }
 
@@ -102,17 +102,17 @@ pub struct EngineTensor {
 }
 
 /// A plan that was read.
-pub struct Engine {
+pub struct CudaEngine {
     inner: UniquePtr<bridge::Engine>,
 }
 
-impl fmt::Debug for Engine {
+impl fmt::Debug for CudaEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Engine({} profiles)", self.profiles())
+        write!(f, "CudaEngine({} profiles)", self.profiles())
     }
 }
 
-impl Engine {
+impl CudaEngine {
     /// Its inputs and outputs.
     pub fn tensors(&self) -> Vec<EngineTensor> {
         let convert = |tensor: bridge::TensorInfo| {
@@ -146,7 +146,7 @@ impl Engine {
         self.inner.pin_mut().load_kernels(earlier).map_err(refused)
     }
 
-    /// The kernels compiled so far, for [`Engine::keep_kernels`].
+    /// The kernels compiled so far, for [`CudaEngine::keep_kernels`].
     ///
     /// # Errors
     /// [`Error::TensorRt`] if none are kept.
@@ -159,27 +159,27 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's own words.
-    pub fn context(&self, profile: u32, specialize: bool, stream: &Stream) -> Result<Context> {
+    pub fn context(&self, profile: u32, specialize: bool, stream: &Stream) -> Result<ExecutionContext> {
         stream.device().bind()?;
         let inner = ffi::context(&self.inner, profile, specialize, stream).map_err(refused)?;
-        Ok(Context { inner, memory: None, buffers: Vec::new() })
+        Ok(ExecutionContext { inner, memory: None, buffers: Vec::new() })
     }
 }
 
 /// A profile of an engine, ready to run. It keeps the memory alive that it was given.
-pub struct Context {
+pub struct ExecutionContext {
     inner: UniquePtr<bridge::Context>,
     memory: Option<Arc<Buffer>>,
     buffers: Vec<Arc<Buffer>>,
 }
 
-impl fmt::Debug for Context {
+impl fmt::Debug for ExecutionContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Context")
+        f.write_str("ExecutionContext")
     }
 }
 
-impl Context {
+impl ExecutionContext {
     /// Memory for what happens between inputs and outputs; contexts that run in one stream may share it.
     ///
     /// # Errors
@@ -224,7 +224,7 @@ impl Context {
     ///
     /// # Errors
     /// [`Error::TensorRt`] or [`Error::Gpu`] if it cannot be recorded; it can still be run.
-    pub(super) fn record(&mut self, stream: &Stream) -> Result<Graph> {
+    pub(super) fn record(&mut self, stream: &Stream) -> Result<CudaGraph> {
         if !ffi::capturable(&self.inner, stream) {
             return Err(Error::TensorRt("it says that this plan cannot be recorded".into()));
         }

@@ -8,7 +8,7 @@ use crate::tensor_file::TensorFile;
 
 /// A weight of a plan, as it is stored.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Weight {
+pub struct PlanWeight {
     /// The input's name.
     pub name: String,
     /// Element type.
@@ -18,15 +18,15 @@ pub struct Weight {
     /// Its content, row by row.
     pub content: ConstRows,
     /// How its rows are stored.
-    pub layout: Layout,
+    pub layout: WeightLayout,
     /// Part of the plan rather than an input of it.
     pub in_plan: bool,
 }
 
-impl Weight {
+impl PlanWeight {
     /// Stored row after row and given to the plan.
-    pub(super) fn rows(name: &str, dtype: DType, shape: Vec<usize>, content: ConstRows) -> Weight {
-        Weight { name: name.into(), dtype, shape, content, layout: Layout::Rows, in_plan: false }
+    pub(super) fn rows(name: &str, dtype: DType, shape: Vec<usize>, content: ConstRows) -> PlanWeight {
+        PlanWeight { name: name.into(), dtype, shape, content, layout: WeightLayout::Rows, in_plan: false }
     }
 
     /// Bytes it is stored in.
@@ -38,7 +38,7 @@ impl Weight {
 
 /// How the rows of a weight are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
+pub enum WeightLayout {
     /// Row after row.
     Rows,
     /// Column after column: `[in, out]`.

@@ -2,14 +2,14 @@
 
 use std::fmt;
 
-use aotron::backend::tensorrt::analysis::{Copied, GPUS, Place, StepKernels, Traffic};
-use aotron::backend::tensorrt::kernels::{Kernel, KernelKind, KernelTensor};
+use aotron::backend::tensorrt::analysis::{Copied, GPUS, KernelLocation, StepKernels, Traffic};
+use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelTensor};
 use aotron::compile::gpu::sm;
-use aotron::engine::tensorrt::{Binding, Role};
+use aotron::engine::tensorrt::{Binding, BindingRole};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
-use super::tensorrt::Extent;
+use super::tensorrt::ListingDetail;
 use super::term;
 
 /// Sequences and tokens of each that the time of a step is given for.
@@ -34,7 +34,7 @@ pub struct Listing {
     pub traffic: Traffic,
     /// Lines that could not be read.
     pub unread: Vec<String>,
-    pub extent: Extent,
+    pub extent: ListingDetail,
 }
 
 /// The kernels of a step.
@@ -42,7 +42,7 @@ pub struct Listing {
 pub struct StepListing {
     pub name: &'static str,
     pub analysis: StepKernels,
-    pub kernels: Vec<Kernel>,
+    pub kernels: Vec<GpuKernel>,
 }
 
 impl StepListing {
@@ -70,22 +70,22 @@ impl StepListing {
         (0..layers).map(|layer| (layer, like(layer))).rev().max_by_key(|(_, alike)| alike.len())
     }
 
-    fn write(&self, f: &mut fmt::Formatter<'_>, bindings: &[Binding], extent: Extent) -> fmt::Result {
+    fn write(&self, f: &mut fmt::Formatter<'_>, bindings: &[Binding], extent: ListingDetail) -> fmt::Result {
         let StepKernels { launches, by_layer, .. } = &self.analysis;
         let (layers, around) = (by_layer.len(), launches - by_layer.iter().sum::<usize>());
         let each = self.layer_launches();
         let layers_text = term::plural(layers, "layer");
         writeln!(f, "{}: {launches} kernels, {each} in each of {layers_text}, {around} around them", self.name)?;
-        let placed: Vec<(&Kernel, Place)> =
+        let placed: Vec<(&GpuKernel, KernelLocation)> =
             self.kernels.iter().zip(self.analysis.places.iter().copied()).filter(|(k, _)| k.is_launched()).collect();
-        if extent == Extent::All {
+        if extent == ListingDetail::All {
             let mut place = None;
             for (kernel, at) in placed {
                 if place != Some(at) {
                     match at {
-                        Place::Before => writeln!(f, " before the layers")?,
-                        Place::Layer(layer) => writeln!(f, " layer {layer}")?,
-                        Place::After => writeln!(f, " after the layers")?,
+                        KernelLocation::Before => writeln!(f, " before the layers")?,
+                        KernelLocation::Layer(layer) => writeln!(f, " layer {layer}")?,
+                        KernelLocation::After => writeln!(f, " after the layers")?,
                     }
                 }
                 place = Some(at);
@@ -111,7 +111,7 @@ impl StepListing {
 /// Kind, operations and the types of what is written.
 type Likeness<'a> = (KernelKind, Vec<&'a str>, Vec<String>);
 
-fn likeness(kernel: &Kernel) -> Likeness<'_> {
+fn likeness(kernel: &GpuKernel) -> Likeness<'_> {
     let mut types: Vec<String> = kernel.outputs.iter().map(KernelTensor::ty).collect();
     types.sort_unstable();
     (kernel.kind, kernel.operations(), types)
@@ -134,7 +134,7 @@ fn items(tensors: &[KernelTensor], bindings: &[Binding]) -> Vec<String> {
         }
         seen.push(&tensor.name);
         match bindings.iter().find(|binding| binding.name == tensor.name).map(|binding| binding.role) {
-            Some(Role::Weight) if tensor.dims.len() > 1 => {
+            Some(BindingRole::Weight) if tensor.dims.len() > 1 => {
                 let ty = tensor.ty();
                 let dims = ty.find('[').map_or("", |at| &ty[at..]);
                 bound.push(format!("{}{dims}", short(&tensor.name)));
@@ -169,7 +169,7 @@ fn wrapped(items: &[String], width: usize) -> Vec<String> {
 }
 
 /// What the kernel does in TensorRT's abbreviations, cut to its column.
-fn operations(kernel: &Kernel) -> String {
+fn operations(kernel: &GpuKernel) -> String {
     let operations = kernel.operations();
     let text = match (operations.is_empty(), kernel.layer_type.as_str()) {
         (false, _) => operations.join(" "),
@@ -182,7 +182,7 @@ fn operations(kernel: &Kernel) -> String {
     }
 }
 
-fn write_kernel(f: &mut fmt::Formatter<'_>, kernel: &Kernel, bindings: &[Binding]) -> fmt::Result {
+fn write_kernel(f: &mut fmt::Formatter<'_>, kernel: &GpuKernel, bindings: &[Binding]) -> fmt::Result {
     let mut read = items(&kernel.inputs, bindings);
     let codes = kernel.constants.iter().filter(|constant| constant.dims.iter().filter(|n| **n != 1).count() >= 2);
     read.extend(codes.map(|constant| format!("{} in the plan", constant.ty())));
@@ -304,7 +304,7 @@ impl fmt::Display for Listing {
         let [a, b, c, _] = COLUMNS;
         writeln!(f, "  {:<a$} {:<b$} {:<c$} writes", "kind", "operations", "reads")?;
         // The kernels of later chunks are in the summary, and here if there are no others for prefill.
-        let shown = if self.extent == Extent::All { self.steps.len() } else { 2 };
+        let shown = if self.extent == ListingDetail::All { self.steps.len() } else { 2 };
         self.steps.iter().take(shown).try_for_each(|step| step.write(f, &self.bindings, self.extent))?;
         self.write_analysis(f)
     }

@@ -4,18 +4,18 @@ use std::collections::HashMap;
 use std::fmt;
 
 use aotron::backend::tensorrt::Layer;
-use aotron::engine::tensorrt::{Binding, Role};
+use aotron::engine::tensorrt::{Binding, BindingRole};
 use serde_json::{Value, json};
 
-use super::tensorrt::Extent;
+use super::tensorrt::ListingDetail;
 
 /// The network of a plan, and that of the plan for first chunks.
 pub struct Networks {
     pub title: String,
     pub bindings: Vec<Binding>,
     pub layers: Vec<Layer>,
-    pub first_chunk: Option<Vec<Layer>>,
-    pub extent: Extent,
+    pub context_plan: Option<Vec<Layer>>,
+    pub extent: ListingDetail,
 }
 
 /// A layer in columns.
@@ -83,14 +83,14 @@ fn inner(name: &str, own: Option<usize>) -> &str {
 }
 
 /// Lines of one decoder layer, or of what is between.
-struct Block {
+struct LayerGroup {
     layer: Option<usize>,
     lines: Vec<String>,
 }
 
-impl Block {
+impl LayerGroup {
     /// Whether it differs in nothing but its number: what it reads of the layer before, or of one that both read.
-    fn is_alike(&self, other: &Block) -> bool {
+    fn is_alike(&self, other: &LayerGroup) -> bool {
         let (Some(layer), Some(of)) = (self.layer, other.layer) else { return false };
         let before = |layer: usize| format!("layers.{}.", layer.wrapping_sub(1));
         let moved = |line: &str| line.replace(&before(layer), &before(of));
@@ -99,13 +99,13 @@ impl Block {
     }
 }
 
-fn blocks(layers: &[Layer]) -> Vec<Block> {
-    let mut blocks: Vec<Block> = Vec::new();
+fn blocks(layers: &[Layer]) -> Vec<LayerGroup> {
+    let mut blocks: Vec<LayerGroup> = Vec::new();
     let mut scope = None;
     for row in layers.iter().map(Row::of) {
         let layer = layer_number(&row.scope);
         if blocks.last().is_none_or(|block| block.layer != layer) {
-            blocks.push(Block { layer, lines: Vec::new() });
+            blocks.push(LayerGroup { layer, lines: Vec::new() });
         }
         if let Some(block) = blocks.last_mut() {
             if scope.as_ref() != Some(&row.scope) {
@@ -119,10 +119,10 @@ fn blocks(layers: &[Layer]) -> Vec<Block> {
 }
 
 /// Decoder layers that differ in nothing but their number are written once.
-fn write_blocks(f: &mut fmt::Formatter<'_>, blocks: &[Block], extent: Extent) -> fmt::Result {
+fn write_blocks(f: &mut fmt::Formatter<'_>, blocks: &[LayerGroup], extent: ListingDetail) -> fmt::Result {
     let mut index = 0;
     while let Some(block) = blocks.get(index) {
-        let alike = |other: &&Block| extent == Extent::Once && block.is_alike(other);
+        let alike = |other: &&LayerGroup| extent == ListingDetail::Once && block.is_alike(other);
         let repeated = blocks[index + 1..].iter().take_while(alike).count();
         match (block.layer, repeated) {
             (Some(layer), 0) => writeln!(f, "\nlayer {layer}")?,
@@ -151,8 +151,10 @@ impl fmt::Display for Networks {
         let mut caches = 0;
         for binding in self.bindings.iter().filter(|binding| !binding.role.is_output()) {
             match binding.role {
-                Role::Weight => continue,
-                Role::KeyCache(layer) | Role::ValueCache(layer) if layer > 0 && self.extent == Extent::Once => {
+                BindingRole::Weight => continue,
+                BindingRole::KeyCache(layer) | BindingRole::ValueCache(layer)
+                    if layer > 0 && self.extent == ListingDetail::Once =>
+                {
                     caches += 1;
                     continue;
                 }
@@ -169,12 +171,12 @@ impl fmt::Display for Networks {
         };
         let mut seen: Vec<(String, usize, &Binding)> = Vec::new();
         let mut at: HashMap<String, usize> = HashMap::new();
-        for binding in self.bindings.iter().filter(|binding| binding.role == Role::Weight) {
+        for binding in self.bindings.iter().filter(|binding| binding.role == BindingRole::Weight) {
             let text = binding.to_string();
             let ty = split(&text).1;
             let name = match self.extent {
-                Extent::Once => layers_of(&binding.name),
-                Extent::All => binding.name.clone(),
+                ListingDetail::Once => layers_of(&binding.name),
+                ListingDetail::All => binding.name.clone(),
             };
             let index = *at.entry(format!("{name}: {ty}")).or_insert_with(|| {
                 seen.push((format!("{name}: {ty}"), 0, binding));
@@ -191,10 +193,10 @@ impl fmt::Display for Networks {
             }
         }
         write_blocks(f, &blocks(&self.layers), self.extent)?;
-        let Some(first_chunk) = &self.first_chunk else { return Ok(()) };
+        let Some(context_plan) = &self.context_plan else { return Ok(()) };
         let title = "plan for first chunks";
-        writeln!(f, "\n{title}: {} layers, the same but for these", first_chunk.len())?;
-        let others: Vec<Layer> = first_chunk.iter().filter(|layer| !self.layers.contains(layer)).cloned().collect();
+        writeln!(f, "\n{title}: {} layers, the same but for these", context_plan.len())?;
+        let others: Vec<Layer> = context_plan.iter().filter(|layer| !self.layers.contains(layer)).cloned().collect();
         write_blocks(f, &blocks(&others), self.extent)
     }
 }
@@ -208,7 +210,7 @@ impl Networks {
         json!({
             "bindings": self.bindings,
             "layers": layers(&self.layers),
-            "first_chunk_layers": self.first_chunk.as_deref().map(layers),
+            "first_chunk_layers": self.context_plan.as_deref().map(layers),
         })
     }
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::KernelLog;
-use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, lower};
-use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Monitor};
+use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, lower};
+use aotron::backend::tensorrt::{BuildOptions, LibraryKind, Monitor, TensorRtLibrary};
 use aotron::checkpoint::ModelConfig;
 use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
 use aotron::engine::tensorrt::Sizes;
@@ -30,11 +30,11 @@ use super::{Subject, term};
 pub struct PlanFlags {
     /// Print the network that TensorRT is given, as it reads it back; `all` layers, or each kind once
     #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = extent)]
-    network: Option<Extent>,
+    network: Option<ListingDetail>,
     /// Compile, and print the kernels of each step, what they copy and how fast memory lets them decode; of `all` layers,
     /// or of one of each kind
     #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = extent)]
-    kernels: Option<Extent>,
+    kernels: Option<ListingDetail>,
     /// Recipe of the plan [default: the package's plan, or a100]
     #[arg(long, value_name = "NAME|FILE")]
     recipe: Option<String>,
@@ -45,17 +45,17 @@ pub struct PlanFlags {
 
 /// How much to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Extent {
+pub enum ListingDetail {
     /// What repeats, once.
     Once,
     /// Everything.
     All,
 }
 
-fn extent(text: &str) -> Result<Extent, String> {
+fn extent(text: &str) -> Result<ListingDetail, String> {
     match text {
-        "" => Ok(Extent::Once),
-        "all" => Ok(Extent::All),
+        "" => Ok(ListingDetail::Once),
+        "all" => Ok(ListingDetail::All),
         _ => Err("expected nothing or `all`".into()),
     }
 }
@@ -88,7 +88,7 @@ struct Plans<'a> {
     sizes: Sizes,
     compute_capability: u16,
     /// `None`: unless weights are part of the plan.
-    has_first_chunk_plan: Option<bool>,
+    has_context_plan: Option<bool>,
 }
 
 impl Plans<'_> {
@@ -115,16 +115,16 @@ impl Plans<'_> {
         let config = subject.config();
         // What a scale is changes no kernel, unless it is 1, which TensorRT leaves out with the rounding.
         let any_scale = Calibration::uniform(0.01);
-        let (sizes, calibration, has_first_chunk_plan) = match packaged {
+        let (sizes, calibration, has_context_plan) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
                 let calibration = if scales.is_empty() { any_scale } else { Calibration::from_scales(scales) };
-                let first_chunk = info.compiled.as_ref().map(|compiled| compiled.first_chunk_plan.is_some());
-                (info.sizes.clone(), calibration, first_chunk.or(options.first_chunk_plan))
+                let context_plan = info.compiled.as_ref().map(|compiled| compiled.context_plan.is_some());
+                (info.sizes.clone(), calibration, context_plan.or(options.context_plan))
             }
             None => {
                 let sizes = recipe.tensorrt_sizes(options, &recipe.limits(config)?);
-                (sizes, any_scale, options.first_chunk_plan)
+                (sizes, any_scale, options.context_plan)
             }
         };
         Ok(Plans {
@@ -134,7 +134,7 @@ impl Plans<'_> {
             calibration,
             sizes,
             compute_capability,
-            has_first_chunk_plan,
+            has_context_plan,
         })
     }
 
@@ -143,35 +143,35 @@ impl Plans<'_> {
         Ok(optimized_graph(self.config, self.precision, tokens, Some(&self.calibration))?.0)
     }
 
-    fn lowered(&self, graph: &Graph, attends: Attends, monitor: Arc<dyn Monitor>) -> aotron::Result<Lowered> {
-        let library = Library::find(Kind::Rtx)?;
+    fn lowered(&self, graph: &Graph, attends: Attends, monitor: Arc<dyn Monitor>) -> aotron::Result<LoweredNetwork> {
+        let library = TensorRtLibrary::find(LibraryKind::Rtx)?;
         lower(graph, library.network(monitor)?, attends, &self.sizes, &Constants::Arbitrary)
     }
 
-    fn has_first_chunk_plan(&self, lowered: &Lowered) -> bool {
-        self.has_first_chunk_plan.unwrap_or(!lowered.weights.iter().any(|weight| weight.in_plan))
+    fn has_context_plan(&self, lowered: &LoweredNetwork) -> bool {
+        self.has_context_plan.unwrap_or(!lowered.weights.iter().any(|weight| weight.in_plan))
     }
 
-    fn networks(&self, extent: Extent) -> anyhow::Result<Networks> {
+    fn networks(&self, extent: ListingDetail) -> anyhow::Result<Networks> {
         let graph = self.graph()?;
         let cache = self.lowered(&graph, Attends::Cache, Arc::new(()))?;
-        let first_chunk = match self.has_first_chunk_plan(&cache) {
+        let context_plan = match self.has_context_plan(&cache) {
             true => Some(self.lowered(&graph, Attends::Chunk, Arc::new(()))?.network.layers()?),
             false => None,
         };
         let title = format!("network for {} in {}", self.target, self.precision);
-        Ok(Networks { title, bindings: cache.bindings, layers: cache.network.layers()?, first_chunk, extent })
+        Ok(Networks { title, bindings: cache.bindings, layers: cache.network.layers()?, context_plan, extent })
     }
 
-    fn kernels(&self, extent: Extent) -> anyhow::Result<Listing> {
-        let library = Library::find(Kind::Rtx)?;
+    fn kernels(&self, extent: ListingDetail) -> anyhow::Result<Listing> {
+        let library = TensorRtLibrary::find(LibraryKind::Rtx)?;
         let compiled_for = match self.compute_capability {
             capability if capability == STAND_IN.0 => STAND_IN.1,
             capability => capability,
         };
         let graph = self.graph()?;
-        let compile = |attends, name: &str| -> aotron::Result<(Lowered, Arc<KernelLog>)> {
-            let log = Arc::new(KernelLog::new(Arc::new(Follower::new(format!("compiling {name}")))));
+        let compile = |attends, name: &str| -> aotron::Result<(LoweredNetwork, Arc<KernelLog>)> {
+            let log = Arc::new(KernelLog::new(Arc::new(CompileSpinner::new(format!("compiling {name}")))));
             let mut lowered = self.lowered(&graph, attends, log.clone())?;
             lowered.network.build(&BuildOptions {
                 compute_capability: Some(compiled_for),
@@ -182,7 +182,7 @@ impl Plans<'_> {
             Ok((lowered, log))
         };
         let (lowered, log) = compile(Attends::Cache, "the plan that prefills and decodes")?;
-        let Lowered { bindings, weights, .. } = &lowered;
+        let LoweredNetwork { bindings, weights, .. } = &lowered;
         let mut kernels = log.kernels();
         let step = |name, kernels: Vec<_>, bindings: &_| StepListing {
             name,
@@ -194,11 +194,11 @@ impl Plans<'_> {
         let traffic = Traffic::of(&decode, bindings, weights);
         let mut steps = vec![step("decode", decode, bindings)];
         let mut unread = kernels.unread;
-        if self.has_first_chunk_plan(&lowered) {
+        if self.has_context_plan(&lowered) {
             let (lowered, log) = compile(Attends::Chunk, "the plan for first chunks")?;
             let mut kernels = log.kernels();
-            let first_chunk = kernels.profiles.first_mut().map(std::mem::take).unwrap_or_default();
-            steps.push(step("first chunk", first_chunk, &lowered.bindings));
+            let context_plan = kernels.profiles.first_mut().map(std::mem::take).unwrap_or_default();
+            steps.push(step("first chunk", context_plan, &lowered.bindings));
             unread.extend(kernels.unread);
         }
         steps.push(step("later chunk", later_chunk, bindings));
@@ -241,26 +241,26 @@ pub fn dump(flags: &PlanFlags, subject: &Subject) -> anyhow::Result<(Option<Netw
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Shows on standard error that a compilation goes on: how far it is, TensorRT does not say.
-struct Follower {
+struct CompileSpinner {
     name: String,
     started: Instant,
     bar: ProgressBar,
     last_line: Mutex<Instant>,
 }
 
-impl Follower {
-    fn new(name: String) -> Follower {
+impl CompileSpinner {
+    fn new(name: String) -> CompileSpinner {
         let bar = ProgressBar::new_spinner().with_message(name.clone());
         let bar = match ProgressStyle::with_template("{spinner} {msg}, {elapsed}") {
             Ok(style) => bar.with_style(style),
             Err(_) => bar,
         };
         bar.enable_steady_tick(Duration::from_millis(100));
-        Follower { name, started: Instant::now(), bar, last_line: Mutex::new(Instant::now()) }
+        CompileSpinner { name, started: Instant::now(), bar, last_line: Mutex::new(Instant::now()) }
     }
 }
 
-impl Monitor for Follower {
+impl Monitor for CompileSpinner {
     fn step(&self, _phase: &str, _step: usize) -> ControlFlow<()> {
         if let Ok(mut last) = self.last_line.lock()
             && last.elapsed() >= LINE_INTERVAL
@@ -273,7 +273,7 @@ impl Monitor for Follower {
     }
 }
 
-impl Drop for Follower {
+impl Drop for CompileSpinner {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

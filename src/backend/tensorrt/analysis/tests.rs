@@ -1,29 +1,29 @@
 use super::*;
 use crate::backend::constants::ConstRows;
-use crate::backend::tensorrt::lower::Layout;
+use crate::backend::tensorrt::lower::WeightLayout;
 use crate::engine::tensorrt::StepSize;
 use crate::graph::{Const, Dim, Type};
 
 const B: Extent = Extent::Step(StepSize::B);
 
-fn bound(name: &str, role: Role, dtype: DType, shape: &[Extent]) -> Binding {
+fn bound(name: &str, role: BindingRole, dtype: DType, shape: &[Extent]) -> Binding {
     Binding { name: name.into(), role, dtype, shape: shape.to_vec() }
 }
 
-fn weight(name: &str, dtype: DType, shape: &[usize]) -> Weight {
+fn weight(name: &str, dtype: DType, shape: &[usize]) -> PlanWeight {
     let ty = Type::new(dtype, shape.iter().map(|size| Dim::fixed(*size)));
     let content = ConstRows::new(&Const::Tensor(name.into()), &ty).unwrap();
     let shape = shape.to_vec();
-    Weight { name: name.into(), dtype, shape, content, layout: Layout::Rows, in_plan: false }
+    PlanWeight { name: name.into(), dtype, shape, content, layout: WeightLayout::Rows, in_plan: false }
 }
 
-fn weights() -> Vec<Weight> {
+fn weights() -> Vec<PlanWeight> {
     let up = |layer: usize| weight(&format!("model.layers.{layer}.mlp.up_proj.weight.i8"), DType::I8, &[64, 256]);
     let gamma = |layer: usize| weight(&format!("layers.{layer}.mlp.norm.gamma"), DType::F32, &[64]);
     let embedding = weight("embed.bf16", DType::BF16, &[1000, 64]);
     let table = weight("rotary.cos.table", DType::F32, &[512, 8]);
     let head = weight("head.bf16", DType::BF16, &[1000, 64]);
-    let codes = Weight { in_plan: true, ..weight("layers.0.codes", DType::I4, &[64, 64]) };
+    let codes = PlanWeight { in_plan: true, ..weight("layers.0.codes", DType::I4, &[64, 64]) };
     vec![embedding, table, gamma(0), up(0), gamma(1), up(1), weight("norm.gamma", DType::F32, &[64]), head, codes]
 }
 
@@ -32,20 +32,20 @@ fn bindings() -> Vec<Binding> {
     let fixed = |shape: &[usize]| shape.iter().map(|n| Extent::Fixed(*n)).collect::<Vec<Extent>>();
     let inputs = weights().into_iter().filter(|weight| !weight.in_plan);
     let mut bindings: Vec<Binding> =
-        inputs.map(|weight| bound(&weight.name, Role::Weight, weight.dtype, &fixed(&weight.shape))).collect();
+        inputs.map(|weight| bound(&weight.name, BindingRole::Weight, weight.dtype, &fixed(&weight.shape))).collect();
     let cache = [B, Extent::Fixed(2), Extent::Fixed(512), Extent::Fixed(16)];
     for layer in 0..2 {
         for (name, role) in [
-            ("key_cache", Role::KeyCache(layer)),
-            ("value_cache", Role::ValueCache(layer)),
-            ("keys", Role::UpdatedKeys(layer)),
-            ("values", Role::UpdatedValues(layer)),
+            ("key_cache", BindingRole::KeyCache(layer)),
+            ("value_cache", BindingRole::ValueCache(layer)),
+            ("keys", BindingRole::UpdatedKeys(layer)),
+            ("values", BindingRole::UpdatedValues(layer)),
         ] {
             bindings.push(bound(&format!("layers.{layer}.attention.{name}"), role, DType::BF16, &cache));
         }
     }
-    bindings.push(bound("total_tokens", Role::TotalTokens, DType::I32, &[B]));
-    bindings.push(bound("logits_rows", Role::LogitsRows, DType::I32, &[B]));
+    bindings.push(bound("total_tokens", BindingRole::TotalTokens, DType::I32, &[B]));
+    bindings.push(bound("logits_rows", BindingRole::LogitsRows, DType::I32, &[B]));
     bindings
 }
 
@@ -53,9 +53,9 @@ fn tensor(name: &str, dtype: &str, dims: &[i64]) -> KernelTensor {
     KernelTensor { name: name.into(), dims: dims.to_vec(), dtype: dtype.into() }
 }
 
-fn kernel(name: &str, kind: KernelKind, inputs: &[KernelTensor], outputs: &[KernelTensor]) -> Kernel {
+fn kernel(name: &str, kind: KernelKind, inputs: &[KernelTensor], outputs: &[KernelTensor]) -> GpuKernel {
     let (inputs, outputs) = (inputs.to_vec(), outputs.to_vec());
-    Kernel { name: name.into(), kind, layer_type: "kgen".into(), inputs, constants: Vec::new(), outputs }
+    GpuKernel { name: name.into(), kind, layer_type: "kgen".into(), inputs, constants: Vec::new(), outputs }
 }
 
 fn row() -> KernelTensor {
@@ -66,7 +66,7 @@ fn up(layer: usize) -> KernelTensor {
     tensor(&format!("model.layers.{layer}.mlp.up_proj.weight.i8"), "i8", &[64, 256])
 }
 
-fn step() -> Vec<Kernel> {
+fn step() -> Vec<GpuKernel> {
     use KernelKind::{Attention, Fused, Host, Product};
     let keys = |layer: usize| tensor(&format!("layers.{layer}.attention.keys"), "bf16", &[-1, 2, 512, 16]);
     let gamma = |name: &str| tensor(name, "f32", &[64]);
@@ -88,8 +88,8 @@ fn step() -> Vec<Kernel> {
 #[test]
 fn kernels_are_in_the_layers_whose_tensors_they_touch() {
     let analysis = StepKernels::of(&step(), &bindings());
-    let (before, after) = (Place::Before, Place::After);
-    let (first, second) = (Place::Layer(0), Place::Layer(1));
+    let (before, after) = (KernelLocation::Before, KernelLocation::After);
+    let (first, second) = (KernelLocation::Layer(0), KernelLocation::Layer(1));
     assert_eq!(analysis.places, [before, before, first, first, first, second, second, after, after, after]);
     assert_eq!((analysis.launches, &analysis.by_layer[..]), (9, &[3, 2][..]));
     assert_eq!(analysis.layer_launches(), Some((2, 3)));
@@ -100,7 +100,7 @@ fn kernels_are_in_the_layers_whose_tensors_they_touch() {
 
 #[test]
 fn a_matrix_that_no_product_reads_is_copied() {
-    let copies = |kernel: Kernel| StepKernels::of(&[kernel], &bindings()).weight_copies;
+    let copies = |kernel: GpuKernel| StepKernels::of(&[kernel], &bindings()).weight_copies;
     let fused = |name: &str, inputs: &[KernelTensor], outputs: &[KernelTensor]| {
         copies(kernel(name, KernelKind::Fused, inputs, outputs))
     };
@@ -116,10 +116,10 @@ fn a_matrix_that_no_product_reads_is_copied() {
     // Codes that are part of the plan have names of TensorRT's.
     let unpacked = kernel("__myl_CastMul", KernelKind::Fused, &[], &[tensor("__copy", "bf16", &[64, 64])]);
     let constants = vec![tensor("__const", "f32", &[64, 64]), tensor("__codes", "i4", &[64, 64])];
-    let [copy] = &copies(Kernel { constants: constants.clone(), ..unpacked })[..] else { panic!("one copy") };
+    let [copy] = &copies(GpuKernel { constants: constants.clone(), ..unpacked })[..] else { panic!("one copy") };
     assert_eq!((copy.of.as_deref(), copy.what.as_str()), (Some("__codes"), "bf16[64,64]"));
     let product = kernel("__myl_CastMulFc", KernelKind::Product, &[], &[row()]);
-    assert_eq!(copies(Kernel { constants, ..product }), []);
+    assert_eq!(copies(GpuKernel { constants, ..product }), []);
 }
 
 #[test]

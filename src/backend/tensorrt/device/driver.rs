@@ -139,7 +139,7 @@ pub(super) fn words(action: &str, error: DriverError) -> String {
 }
 
 /// Whether the GPU refuses everything after this, until its context is gone.
-pub(super) fn is_lasting(error: DriverError) -> bool {
+pub(super) fn is_sticky(error: DriverError) -> bool {
     use CUresult::*;
     matches!(
         error.0,

@@ -1,7 +1,7 @@
 //! Whether a plan and this machine belong together, looked at before anything is allocated.
 
-use crate::backend::tensorrt::{DeviceInfo, EngineTensor, Kind, Version, gpu_words};
-use crate::engine::tensorrt::{Binding, Compiled, Extent, Role, Sizes};
+use crate::backend::tensorrt::{DeviceInfo, EngineTensor, LibraryKind, Version, gpu_words};
+use crate::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, Sizes};
 use crate::tensor::DType;
 
 /// A plan of one compute capability runs on GPUs of exactly this.
@@ -13,10 +13,10 @@ pub(super) fn device(plan: u16, device: &DeviceInfo) -> Result<(), String> {
     Err(format!("it was built for {}, and GPU {} is {name}, {found}", gpu_words(plan), device.index))
 }
 
-/// TensorRT reads plans of its own version; of TensorRT for RTX, the plan's header tells (`Runtime::validity`).
+/// TensorRT reads plans of its own version; of TensorRT for RTX, the plan's header tells (`TensorRtRuntime::validity`).
 pub(super) fn version(compiled: &Compiled, found: Version) -> Result<(), String> {
     let minor = format!("{}.{}.", found.major, found.minor);
-    if compiled.library == Kind::Rtx || format!("{}.", compiled.version).starts_with(&minor) {
+    if compiled.library == LibraryKind::Rtx || format!("{}.", compiled.version).starts_with(&minor) {
         return Ok(());
     }
     let name = compiled.library.name();
@@ -24,8 +24,8 @@ pub(super) fn version(compiled: &Compiled, found: Version) -> Result<(), String>
 }
 
 /// The bindings of the manifest against the inputs and outputs that the engine lists.
-pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], first_chunk: bool) -> Result<(), String> {
-    let expected = || bindings.iter().filter(|binding| !(first_chunk && binding.role == Role::TotalTokens));
+pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_context_plan: bool) -> Result<(), String> {
+    let expected = || bindings.iter().filter(|binding| !(is_context_plan && binding.role == BindingRole::TotalTokens));
     let mut problems: Vec<String> = Vec::new();
     for binding in expected() {
         let Some(tensor) = tensors.iter().find(|tensor| tensor.name == binding.name) else {
@@ -33,8 +33,8 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], first_chu
             continue;
         };
         let alias = match binding.role {
-            Role::UpdatedKeys(layer) => Some(Role::KeyCache(layer)),
-            Role::UpdatedValues(layer) => Some(Role::ValueCache(layer)),
+            BindingRole::UpdatedKeys(layer) => Some(BindingRole::KeyCache(layer)),
+            BindingRole::UpdatedValues(layer) => Some(BindingRole::ValueCache(layer)),
             _ => None,
         };
         let alias = alias.and_then(|role| bindings.iter().find(|b| b.role == role)).map(|b| b.name.as_str());
@@ -63,17 +63,17 @@ pub(super) fn profiles(
     bindings: &[Binding],
     sizes: &Sizes,
     count: u32,
-    first_chunk: bool,
+    is_context_plan: bool,
     largest: &dyn Fn(&str, u32) -> Vec<i64>,
 ) -> Result<(), String> {
     let prefill = [sizes.prefill_sequences, sizes.prefill_tokens, sizes.prefill_logits_rows];
     let decode = [sizes.decode_sequences, 1, sizes.decode_sequences];
-    let expected = if first_chunk { vec![prefill] } else { vec![prefill, decode] };
+    let expected = if is_context_plan { vec![prefill] } else { vec![prefill, decode] };
     if count as usize != expected.len() {
         return Err(format!("it has {count} profiles, expected are {}", expected.len()));
     }
     for (profile, [b, t, r]) in (0..).zip(expected) {
-        for (role, dims) in [(Role::TokenIds, vec![b, t]), (Role::LogitsRows, vec![r])] {
+        for (role, dims) in [(BindingRole::TokenIds, vec![b, t]), (BindingRole::LogitsRows, vec![r])] {
             let Some(binding) = bindings.iter().find(|binding| binding.role == role) else {
                 return Err(format!("the manifest has no {role:?}"));
             };
@@ -191,8 +191,9 @@ mod tests {
             (_, 0) => vec![8],
             _ => vec![4],
         };
-        let check =
-            |count, first_chunk, sizes: &Sizes| profiles(&manifest.bindings, sizes, count, first_chunk, &largest);
+        let check = |count, is_context_plan, sizes: &Sizes| {
+            profiles(&manifest.bindings, sizes, count, is_context_plan, &largest)
+        };
         assert_eq!(check(2, false, &manifest.sizes), Ok(()));
         assert_eq!(check(1, true, &manifest.sizes), Ok(()));
         assert!(check(1, false, &manifest.sizes).unwrap_err().contains("1 profiles"));
@@ -214,12 +215,12 @@ mod tests {
             device(90, &a100).unwrap_err(),
             "it was built for SM 9.0 (H100, H200), and GPU 0 is NVIDIA A100-SXM4-40GB, SM 8.0 (A100)"
         );
-        let compiled = |library, version: &str| Compiled { library, version: version.into(), first_chunk_plan: None };
+        let compiled = |library, version: &str| Compiled { library, version: version.into(), context_plan: None };
         let found = Version { major: 11, minor: 4, patch: 2 };
-        assert_eq!(version(&compiled(Kind::TensorRt, "11.4.0"), found), Ok(()));
-        assert_eq!(version(&compiled(Kind::TensorRt, "11.4"), found), Ok(()));
-        assert_eq!(version(&compiled(Kind::Rtx, "1.5.0"), Version { major: 1, ..found }), Ok(()));
-        let error = version(&compiled(Kind::TensorRt, "11.40.0"), found).unwrap_err();
+        assert_eq!(version(&compiled(LibraryKind::TensorRt, "11.4.0"), found), Ok(()));
+        assert_eq!(version(&compiled(LibraryKind::TensorRt, "11.4"), found), Ok(()));
+        assert_eq!(version(&compiled(LibraryKind::Rtx, "1.5.0"), Version { major: 1, ..found }), Ok(()));
+        let error = version(&compiled(LibraryKind::TensorRt, "11.40.0"), found).unwrap_err();
         assert_eq!(error, "TensorRT 11.40.0 compiled it, and here is 11.4.2, which does not read it");
     }
 }

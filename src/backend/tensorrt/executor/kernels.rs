@@ -20,14 +20,14 @@ const MAX_BYTES: u64 = 1 << 30;
 
 /// Where one engine's kernels are kept.
 #[derive(Debug, Clone)]
-pub(super) struct Shelf {
+pub(super) struct KernelCache {
     /// The places, best first.
     files: Vec<PathBuf>,
 }
 
-impl Shelf {
+impl KernelCache {
     /// For a plan, by its file's name, on a GPU with a version of the library.
-    pub(super) fn new(package: &Package, plan: &str, gpu: &str, version: &str) -> Shelf {
+    pub(super) fn new(package: &Package, plan: &str, gpu: &str, version: &str) -> KernelCache {
         let name = format!("{plan}-{gpu}-{version}.kernels");
         let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
         let folder = |variable: &str| std::env::var_os(variable).filter(|value: &OsString| !value.is_empty());
@@ -37,7 +37,7 @@ impl Shelf {
         let digest = package.manifest().sha256.get(..16).unwrap_or_default();
         let beside = package.path().join("kernels").join(&name);
         let cached = cache.map(|cache| cache.join("aotron").join("kernels").join(format!("{digest}-{name}")));
-        Shelf { files: std::iter::once(beside).chain(cached).collect() }
+        KernelCache { files: std::iter::once(beside).chain(cached).collect() }
     }
 
     /// The kernels of the first file that is whole.
@@ -94,20 +94,20 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let blocked = folder.path().join("blocked");
         fs::write(&blocked, "a file where a folder is wanted").unwrap();
-        let shelf = Shelf { files: vec![blocked.join("kernels"), folder.path().join("cache/kernels")] };
-        assert_eq!(shelf.read(), None);
-        shelf.write(b"first").unwrap();
-        shelf.write(b"compiled").unwrap();
-        assert_eq!(shelf.read().as_deref(), Some(&b"compiled"[..]));
+        let kernel_cache = KernelCache { files: vec![blocked.join("kernels"), folder.path().join("cache/kernels")] };
+        assert_eq!(kernel_cache.read(), None);
+        kernel_cache.write(b"first").unwrap();
+        kernel_cache.write(b"compiled").unwrap();
+        assert_eq!(kernel_cache.read().as_deref(), Some(&b"compiled"[..]));
         assert_eq!(fs::read_dir(folder.path().join("cache")).unwrap().count(), 1, "nothing unfinished is left");
 
-        let file = &shelf.files[1];
+        let file = &kernel_cache.files[1];
         let whole = fs::read(file).unwrap();
         for damaged in [&whole[..whole.len() - 1], &whole[..20], b"", b"aotronk2"] {
             fs::write(file, damaged).unwrap();
-            assert_eq!(shelf.read(), None);
+            assert_eq!(kernel_cache.read(), None);
         }
-        let shelf = Shelf { files: vec![blocked.join("kernels")] };
-        assert!(shelf.write(b"compiled").unwrap_err().contains("blocked"));
+        let kernel_cache = KernelCache { files: vec![blocked.join("kernels")] };
+        assert!(kernel_cache.write(b"compiled").unwrap_err().contains("blocked"));
     }
 }

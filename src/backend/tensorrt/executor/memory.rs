@@ -2,7 +2,7 @@
 //!
 //! | buffer | holds |
 //! | --- | --- |
-//! | weights | every [`Role::Weight`], one after the other |
+//! | weights | every [`BindingRole::Weight`], one after the other |
 //! | cache | keys and values of every layer, `[layers, 2, slots, kv_heads, S, head_dim]` |
 //! | inputs | token ids, positions, lengths and wanted rows of one run |
 //! | outputs | logits, `f32[rows, vocab]`, behind the largest of them, for decode rows and prefill rows |
@@ -10,9 +10,9 @@
 
 use std::collections::BTreeMap;
 
-use super::schedule::Rules;
+use super::schedule::BatchingConstraints;
 use crate::backend::tensorrt::device::ALIGN;
-use crate::engine::tensorrt::{Binding, Extent, Role, StepSize, TensorRtInfo};
+use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize, TensorRtInfo};
 use crate::tensor::DType;
 
 /// Left free for the driver, contexts and kernels.
@@ -20,7 +20,7 @@ const RESERVE_BYTES: u64 = 512 << 20;
 
 /// A part of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct BufferRange {
     pub offset: u64,
     pub bytes: u64,
 }
@@ -30,75 +30,75 @@ pub(super) struct Part {
 pub(super) struct PlacedWeight {
     /// Index among the bindings.
     pub binding: usize,
-    pub part: Part,
+    pub part: BufferRange,
 }
 
 /// Where everything is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(super) struct MemoryLayout {
     pub slots: usize,
     pub weights: Vec<PlacedWeight>,
     pub weights_bytes: u64,
     /// By the cache's role: slot 0 of a layer's keys or values, and the bytes of all its slots.
-    pub caches: BTreeMap<(usize, CacheKind), Part>,
+    pub caches: BTreeMap<(usize, CacheHalf), BufferRange>,
     /// Bytes of one slot of one layer's keys or values.
-    pub slot_bytes: BTreeMap<(usize, CacheKind), u64>,
+    pub slot_bytes: BTreeMap<(usize, CacheHalf), u64>,
     pub cache_bytes: u64,
-    pub inputs: Inputs,
+    pub inputs: InputRanges,
     pub inputs_bytes: u64,
-    pub outputs: Outputs,
+    pub outputs: OutputRanges,
     pub outputs_bytes: u64,
     pub scratch_bytes: u64,
 }
 
 /// Which half of a layer's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum CacheKind {
+pub(super) enum CacheHalf {
     Keys,
     Values,
 }
 
 /// The cache that a role reads or writes.
-pub(super) fn cache_of(role: Role) -> Option<(usize, CacheKind)> {
+pub(super) fn cache_of(role: BindingRole) -> Option<(usize, CacheHalf)> {
     match role {
-        Role::KeyCache(layer) | Role::UpdatedKeys(layer) => Some((layer, CacheKind::Keys)),
-        Role::ValueCache(layer) | Role::UpdatedValues(layer) => Some((layer, CacheKind::Values)),
-        Role::Weight
-        | Role::TokenIds
-        | Role::Positions
-        | Role::PastTokens
-        | Role::TotalTokens
-        | Role::LogitsRows
-        | Role::Logits
-        | Role::TopLogits
-        | Role::TopIds => None,
+        BindingRole::KeyCache(layer) | BindingRole::UpdatedKeys(layer) => Some((layer, CacheHalf::Keys)),
+        BindingRole::ValueCache(layer) | BindingRole::UpdatedValues(layer) => Some((layer, CacheHalf::Values)),
+        BindingRole::Weight
+        | BindingRole::TokenIds
+        | BindingRole::Positions
+        | BindingRole::PastTokens
+        | BindingRole::TotalTokens
+        | BindingRole::LogitsRows
+        | BindingRole::Logits
+        | BindingRole::TopLogits
+        | BindingRole::TopIds => None,
     }
 }
 
-/// Inputs of a run, each with room for the largest.
+/// InputRanges of a run, each with room for the largest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Inputs {
-    pub token_ids: Part,
-    pub positions: Part,
-    pub past_tokens: Part,
-    pub total_tokens: Part,
-    pub logits_rows: Part,
+pub(super) struct InputRanges {
+    pub token_ids: BufferRange,
+    pub positions: BufferRange,
+    pub past_tokens: BufferRange,
+    pub total_tokens: BufferRange,
+    pub logits_rows: BufferRange,
 }
 
-/// Outputs of a step. Rows count from 0 through those of decode runs to those of prefill runs.
+/// OutputRanges of a step. Rows count from 0 through those of decode runs to those of prefill runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Outputs {
+pub(super) struct OutputRanges {
     /// Rows of decode runs.
     pub decode_rows: usize,
     /// Columns of the largest.
     pub k: usize,
     pub vocab_size: usize,
     /// Largest logits of decode rows, then their ids, then those of prefill rows: what one copy takes to the host.
-    pub tops: [Part; 4],
-    pub logits: Part,
+    pub tops: [BufferRange; 4],
+    pub logits: BufferRange,
 }
 
-impl Outputs {
+impl OutputRanges {
     /// Where a row's largest logits and their ids are, in bytes of the buffer.
     pub(super) fn top(&self, row: usize) -> [u64; 2] {
         let row_bytes = 4 * self.k as u64;
@@ -107,9 +107,9 @@ impl Outputs {
     }
 
     /// Where a row of logits is.
-    pub(super) fn row(&self, row: usize) -> Part {
+    pub(super) fn row(&self, row: usize) -> BufferRange {
         let bytes = 4 * self.vocab_size as u64;
-        Part { offset: self.logits.offset + row as u64 * bytes, bytes }
+        BufferRange { offset: self.logits.offset + row as u64 * bytes, bytes }
     }
 
     /// The bytes of the largest logits that a step of these kinds of rows wrote.
@@ -125,10 +125,10 @@ impl Outputs {
 struct Cursor(u64);
 
 impl Cursor {
-    fn take(&mut self, bytes: u64) -> Option<Part> {
+    fn take(&mut self, bytes: u64) -> Option<BufferRange> {
         let offset = self.0;
         self.0 = offset.checked_add(bytes)?.checked_next_multiple_of(ALIGN)?;
-        Some(Part { offset, bytes })
+        Some(BufferRange { offset, bytes })
     }
 }
 
@@ -159,14 +159,18 @@ pub(super) fn row_align(vocab_size: usize, k: usize) -> usize {
     for_row(vocab_size).max(for_row(k))
 }
 
-impl Layout {
+impl MemoryLayout {
     /// Plans for so many slots.
     ///
     /// # Errors
     /// What in the plan's bindings does not hold together.
-    pub(super) fn new(info: &TensorRtInfo, rules: &Rules, scratch_bytes: u64) -> Result<Layout, String> {
+    pub(super) fn new(
+        info: &TensorRtInfo,
+        constraints: &BatchingConstraints,
+        scratch_bytes: u64,
+    ) -> Result<MemoryLayout, String> {
         let too_large = || "its sizes are more than any GPU holds".to_owned();
-        let slots = rules.limits.slots;
+        let slots = constraints.limits.slots;
         let mut weights = Vec::new();
         let mut of_weights = Cursor::default();
         let (mut caches, mut slot_bytes) = (BTreeMap::new(), BTreeMap::new());
@@ -178,12 +182,12 @@ impl Layout {
                 _ => None,
             };
             match binding.role {
-                Role::Weight => {
+                BindingRole::Weight => {
                     let bytes = bytes_of(binding, [1; 3]).ok_or_else(too_large)?;
                     let part = of_weights.take(bytes).ok_or_else(too_large)?;
                     weights.push(PlacedWeight { binding: index, part });
                 }
-                Role::KeyCache(_) | Role::ValueCache(_) => {
+                BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => {
                     let cache = cache_of(binding.role).ok_or_else(|| format!("{binding} is a cache of no layer"))?;
                     let one = bytes_of(binding, [1; 3]).ok_or_else(too_large)?;
                     if !one.is_multiple_of(ALIGN) {
@@ -193,30 +197,30 @@ impl Layout {
                     caches.insert(cache, of_cache.take(all).ok_or_else(too_large)?);
                     slot_bytes.insert(cache, one);
                 }
-                Role::Logits => vocab_size = columns,
-                Role::TopLogits => k = columns,
+                BindingRole::Logits => vocab_size = columns,
+                BindingRole::TopLogits => k = columns,
                 // Their room is a step's, and updated caches are the caches.
-                Role::TokenIds
-                | Role::Positions
-                | Role::PastTokens
-                | Role::TotalTokens
-                | Role::LogitsRows
-                | Role::UpdatedKeys(_)
-                | Role::UpdatedValues(_)
-                | Role::TopIds => {}
+                BindingRole::TokenIds
+                | BindingRole::Positions
+                | BindingRole::PastTokens
+                | BindingRole::TotalTokens
+                | BindingRole::LogitsRows
+                | BindingRole::UpdatedKeys(_)
+                | BindingRole::UpdatedValues(_)
+                | BindingRole::TopIds => {}
             }
         }
-        let vocab_size = vocab_size.filter(|n| *n == rules.limits.vocab_size);
+        let vocab_size = vocab_size.filter(|n| *n == constraints.limits.vocab_size);
         let vocab_size = vocab_size.ok_or("its logits are not as wide as the vocabulary")?;
         let k = k.ok_or("it has no output of the largest logits")?;
 
-        let sizes = &rules.sizes;
+        let sizes = &constraints.sizes;
         let most_sequences = sizes.decode_sequences.max(sizes.prefill_sequences) as u64;
         let most_tokens = (sizes.prefill_sequences * sizes.prefill_tokens).max(sizes.decode_sequences) as u64;
         let most_rows = sizes.prefill_logits_rows.max(sizes.decode_sequences) as u64;
         let mut of_inputs = Cursor::default();
         let mut integers = |count: u64| of_inputs.take(4 * count).ok_or_else(too_large);
-        let inputs = Inputs {
+        let inputs = InputRanges {
             token_ids: integers(most_tokens)?,
             positions: integers(most_tokens)?,
             past_tokens: integers(most_sequences)?,
@@ -224,13 +228,13 @@ impl Layout {
             logits_rows: integers(most_rows)?,
         };
 
-        let (decode_rows, prefill_rows) = (rules.decode_rows(), rules.prefill_rows());
+        let (decode_rows, prefill_rows) = (constraints.decode_rows(), constraints.prefill_rows());
         let mut of_outputs = Cursor::default();
         let mut floats = |rows: usize, columns: usize| {
             let bytes = (rows as u64).checked_mul(columns as u64).and_then(|n| n.checked_mul(4));
             bytes.and_then(|bytes| of_outputs.take(bytes)).ok_or_else(too_large)
         };
-        let outputs = Outputs {
+        let outputs = OutputRanges {
             decode_rows,
             k,
             vocab_size,
@@ -242,7 +246,7 @@ impl Layout {
             ],
             logits: floats(decode_rows + prefill_rows, vocab_size)?,
         };
-        Ok(Layout {
+        Ok(MemoryLayout {
             slots,
             weights,
             weights_bytes: of_weights.0,
@@ -266,7 +270,7 @@ impl Layout {
 
 /// What decides how many slots there are.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Machine<'a> {
+pub(super) struct MemoryBudget<'a> {
     /// The GPU's memory.
     pub device_bytes: u64,
     /// Of it, unused.
@@ -286,29 +290,29 @@ fn kv_budget_bytes(kv_cache_gib: &BTreeMap<u32, u32>, device_bytes: u64) -> Opti
 }
 
 /// The layout with the most slots that plan, memory and request allow, and without a request the recipe's share of the
-/// memory, and what to tell about it. `rules` has the
+/// memory, and what to tell about it. `constraints` has the
 /// slots of the plan, and afterwards those of the layout.
 ///
 /// # Errors
 /// The numbers and what to do, if not even one slot fits.
 pub(super) fn fit(
     info: &TensorRtInfo,
-    rules: &mut Rules,
+    constraints: &mut BatchingConstraints,
     scratch_bytes: u64,
-    machine: &Machine<'_>,
-) -> Result<(Layout, String), String> {
-    let of_plan = rules.limits.slots.min(info.sizes.decode_sequences);
+    machine: &MemoryBudget<'_>,
+) -> Result<(MemoryLayout, String), String> {
+    let of_plan = constraints.limits.slots.min(info.sizes.decode_sequences);
     let most = machine.asked.unwrap_or(of_plan).min(of_plan).max(1);
     let budget = kv_budget_bytes(machine.kv_cache_gib, machine.device_bytes).unwrap_or(u64::MAX);
     let usable = machine.free_bytes.saturating_sub(RESERVE_BYTES);
     let mut slots = most;
     loop {
-        rules.limits.slots = slots;
-        let layout = Layout::new(info, rules, scratch_bytes)?;
+        constraints.limits.slots = slots;
+        let layout = MemoryLayout::new(info, constraints, scratch_bytes)?;
         let total = layout.total_bytes();
         let within_budget = layout.cache_bytes <= budget || slots == 1 || machine.asked.is_some();
         if within_budget && total <= usable {
-            let mut words = sum(&layout, rules, machine);
+            let mut words = sum(&layout, constraints, machine);
             if machine.asked.is_some_and(|asked| asked > slots) {
                 words += &format!("; {slots} sequences instead of {}, for want of memory", machine.asked.unwrap_or(0));
             }
@@ -319,7 +323,7 @@ pub(super) fn fit(
                 "not one sequence fits: {}, of which {} stay free for the driver and kernels. End other programs on the \
                  GPU, build for shorter sequences (--max-sequence-tokens) or with smaller weights (--precision int8), \
                  or use a GPU with more memory",
-                sum(&layout, rules, machine),
+                sum(&layout, constraints, machine),
                 gigabytes(RESERVE_BYTES)
             ));
         }
@@ -328,8 +332,8 @@ pub(super) fn fit(
 }
 
 /// "weights 17.1 GB + KV cache 16.0 GiB (8 sequences of 4096 tokens, 512 KiB a token) + … = 36.9 GB of 39.4 GB free".
-fn sum(layout: &Layout, rules: &Rules, machine: &Machine<'_>) -> String {
-    let tokens = rules.limits.max_sequence_tokens;
+fn sum(layout: &MemoryLayout, constraints: &BatchingConstraints, machine: &MemoryBudget<'_>) -> String {
+    let tokens = constraints.limits.max_sequence_tokens;
     let a_token = layout.slot_bytes.values().sum::<u64>() / tokens.max(1) as u64;
     let rest = layout.inputs_bytes + layout.outputs_bytes + layout.scratch_bytes;
     format!(

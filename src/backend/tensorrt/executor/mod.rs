@@ -23,15 +23,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use self::bind::{Binder, Buffers};
-use self::kernels::Shelf;
-use self::memory::{Layout, Machine, Part};
-use self::schedule::{Kind as RunKind, Rules, Run, schedule};
-use super::device::{Buffer, Device, Graph, Pinned, Stream, devices};
+use self::kernels::KernelCache;
+use self::memory::{BufferRange, MemoryBudget, MemoryLayout};
+use self::schedule::{BatchingConstraints, PlanRun, RunKind, schedule};
+use super::device::{Buffer, CudaGraph, Device, Pinned, Stream, devices};
 use super::{
-    Context, DeviceInfo, Engine, Event, GpuOptions, Kind, Library, Report, Runtime, Traced, Validity, gpu_words,
+    CudaEngine, DeviceInfo, ExecutionContext, GpuEvent, GpuOptions, GpuReport, LibraryKind, TensorRtLibrary,
+    TensorRtRuntime, Traced, Validity, gpu_words,
 };
 use crate::backend::{DeferredLogits, Executor, Logits, Step, Top};
-use crate::engine::tensorrt::{Binding, Extent, Role, TensorRtInfo};
+use crate::engine::tensorrt::{Binding, BindingRole, Extent, TensorRtInfo};
 use crate::engine::{Limits, Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
@@ -42,43 +43,43 @@ pub struct TensorRtExecutor {
     /// By number of sequences.
     decoders: BTreeMap<usize, Decoder>,
     prefill: Prefill,
-    first_chunk: Option<Prefill>,
-    engines: Vec<KeptEngine>,
-    results: Results,
+    context_prefill: Option<Prefill>,
+    engines: Vec<LoadedEngine>,
+    results: StepResults,
     inputs_host: Pinned,
     buffers: Buffers,
-    layout: Layout,
-    rules: Rules,
+    layout: MemoryLayout,
+    constraints: BatchingConstraints,
     bindings: Vec<Binding>,
     /// For every slot, the tokens it held after the last step that named it.
     held: Vec<usize>,
     graphs: bool,
-    report: Report,
+    report: GpuReport,
     stream: Arc<Stream>,
 }
 
 /// A context for decoding so many sequences, and its run as a graph.
 struct Decoder {
-    graph: Option<Graph>,
-    context: Context,
+    graph: Option<CudaGraph>,
+    context: ExecutionContext,
 }
 
 /// A context for prefilling, and the slot it is bound to.
 struct Prefill {
-    context: Context,
+    context: ExecutionContext,
     slot: Option<usize>,
 }
 
 /// An engine and where its compiled kernels are kept.
-struct KeptEngine {
-    engine: Engine,
-    shelf: Option<Shelf>,
-    /// Of the kernels that are on the shelf.
-    kept_bytes: usize,
+struct LoadedEngine {
+    engine: CudaEngine,
+    kernel_cache: Option<KernelCache>,
+    /// Of the kernels that are on the kernel_cache.
+    cached_bytes: usize,
 }
 
 /// What the last step returned.
-struct Results {
+struct StepResults {
     /// The output row of each row.
     rows: Vec<usize>,
     values: Vec<f32>, // [rows, k]
@@ -86,7 +87,7 @@ struct Results {
     tops_host: Pinned,
     row_host: Pinned, // one row of logits
     outputs: Arc<Buffer>,
-    places: memory::Outputs,
+    places: memory::OutputRanges,
     stream: Arc<Stream>,
 }
 
@@ -95,10 +96,10 @@ struct Opening<'a> {
     package: &'a Package,
     plan: &'a PlanInfo,
     info: &'a TensorRtInfo,
-    runtime: &'a Runtime,
-    library: Library,
+    runtime: &'a TensorRtRuntime,
+    library: TensorRtLibrary,
     gpu: &'a DeviceInfo,
-    report: &'a Report,
+    report: &'a GpuReport,
 }
 
 impl Opening<'_> {
@@ -106,7 +107,7 @@ impl Opening<'_> {
         refuse(self.package, self.plan, detail, Remedy::Compile)
     }
 
-    fn engine(&self, file: &str, first_chunk: bool) -> Result<KeptEngine> {
+    fn engine(&self, file: &str, is_context_plan: bool) -> Result<LoadedEngine> {
         let bytes = self.package.read(file)?;
         let name = self.library.kind().name();
         match self.runtime.validity(&bytes) {
@@ -124,18 +125,18 @@ impl Opening<'_> {
         }
         let mut engine = self.runtime.deserialize(&bytes)?;
         let largest = |input: &str, profile: u32| engine.largest(input, profile);
-        check::bindings(&self.info.bindings, &engine.tensors(), first_chunk)
+        check::bindings(&self.info.bindings, &engine.tensors(), is_context_plan)
             .and_then(|()| {
-                check::profiles(&self.info.bindings, &self.info.sizes, engine.profiles(), first_chunk, &largest)
+                check::profiles(&self.info.bindings, &self.info.sizes, engine.profiles(), is_context_plan, &largest)
             })
             .map_err(|detail| self.refuse(&format!("{file} is not the plan that the manifest describes: {detail}")))?;
-        if self.library.kind() != Kind::Rtx {
-            return Ok(KeptEngine { engine, shelf: None, kept_bytes: 0 });
+        if self.library.kind() != LibraryKind::Rtx {
+            return Ok(LoadedEngine { engine, kernel_cache: None, cached_bytes: 0 });
         }
-        let shelf = Shelf::new(self.package, file, &self.gpu.name, &self.library.version().to_string());
-        let earlier = shelf.read().unwrap_or_default();
-        let kept_bytes = if engine.keep_kernels(&earlier)? { earlier.len() } else { 0 };
-        Ok(KeptEngine { engine, shelf: Some(shelf), kept_bytes })
+        let kernel_cache = KernelCache::new(self.package, file, &self.gpu.name, &self.library.version().to_string());
+        let earlier = kernel_cache.read().unwrap_or_default();
+        let cached_bytes = if engine.keep_kernels(&earlier)? { earlier.len() } else { 0 };
+        Ok(LoadedEngine { engine, kernel_cache: Some(kernel_cache), cached_bytes })
     }
 }
 
@@ -170,7 +171,7 @@ impl TensorRtExecutor {
             let detail = format!("it was prepared only, not compiled for {}", gpu_words(info.compute_capability));
             return Err(refuse(package, plan, &detail, Remedy::Compile));
         };
-        let library = Library::find(compiled.library)?;
+        let library = TensorRtLibrary::find(compiled.library)?;
         check::version(compiled, library.version())
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Compile))?;
         let gpu = pick(info.compute_capability, &devices()?, options.device)?;
@@ -189,22 +190,22 @@ impl TensorRtExecutor {
         let runtime = library.runtime(Arc::new(Traced))?;
         let opening = Opening { package, plan, info, runtime: &runtime, library, gpu: &gpu, report: &options.report };
         let mut engines = vec![opening.engine(file, false)?];
-        if let Some(first) = &compiled.first_chunk_plan {
+        if let Some(first) = &compiled.context_plan {
             engines.push(opening.engine(first, true)?);
         }
 
         let scratch_bytes = engines.iter().map(|kept| kept.engine.memory_bytes()).max().unwrap_or(0);
-        let mut rules = rules(plan, info, engines.len() > 1).map_err(|detail| opening.refuse(&detail))?;
-        let machine = Machine {
+        let mut constraints = constraints(plan, info, engines.len() > 1).map_err(|detail| opening.refuse(&detail))?;
+        let machine = MemoryBudget {
             device_bytes: gpu.memory_bytes,
             free_bytes: device.free_bytes()?,
             kv_cache_gib: &info.kv_cache_gib,
             asked: options.slots,
         };
-        let (layout, words) = memory::fit(info, &mut rules, scratch_bytes, &machine)
+        let (layout, words) = memory::fit(info, &mut constraints, scratch_bytes, &machine)
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Nothing))?;
         options.report.fact(&format!("GPU {} ({}): {words}", gpu.index, gpu.name));
-        if engines.iter().any(|kept| kept.shelf.is_some() && kept.kept_bytes == 0) {
+        if engines.iter().any(|kept| kept.kernel_cache.is_some() && kept.cached_bytes == 0) {
             options.report.fact("kernels are compiled when they are first used, and kept for the next start");
         }
 
@@ -221,19 +222,19 @@ impl TensorRtExecutor {
         let weights_file = TensorFile::open(&package.file_path(&plan.weights))?;
         let data = weights::find(&weights_file, &info.bindings, &layout)?;
         weights::upload(&data, &layout, &buffers.weights, &stream, &|done_bytes| {
-            options.report.event(&Event::Loading { done_bytes, total_bytes: layout.weights_bytes });
+            options.report.event(&GpuEvent::Loading { done_bytes, total_bytes: layout.weights_bytes });
         })?;
 
         let binder = Binder { bindings: &info.bindings, layout: &layout, buffers: &buffers };
-        let prefill = |kept: &KeptEngine, first_chunk: bool| -> Result<Prefill> {
+        let prefill = |kept: &LoadedEngine, is_context_plan: bool| -> Result<Prefill> {
             let mut context = kept.engine.context(0, false, &stream)?;
-            binder.fixed(&mut context, first_chunk)?;
+            binder.fixed(&mut context, is_context_plan)?;
             Ok(Prefill { context, slot: None })
         };
         let prefill_context = prefill(&engines[0], false)?;
-        let first_chunk = engines.get(1).map(|kept| prefill(kept, true)).transpose()?;
+        let context_prefill = engines.get(1).map(|kept| prefill(kept, true)).transpose()?;
         let last_top = layout.outputs.tops[3];
-        let results = Results {
+        let results = StepResults {
             rows: Vec::new(),
             values: Vec::new(),
             ids: Vec::new(),
@@ -246,7 +247,7 @@ impl TensorRtExecutor {
         Ok(TensorRtExecutor {
             decoders: BTreeMap::new(),
             prefill: prefill_context,
-            first_chunk,
+            context_prefill,
             engines,
             results,
             inputs_host: device.pinned(layout.inputs_bytes as usize, "a step's inputs")?,
@@ -256,7 +257,7 @@ impl TensorRtExecutor {
             report: options.report.clone(),
             buffers,
             layout,
-            rules,
+            constraints,
             stream: stream.clone(),
         })
     }
@@ -275,7 +276,7 @@ impl TensorRtExecutor {
                 *held = span.past_tokens + span.len;
             }
         }
-        let schedule = schedule(step, &held, &self.rules)?;
+        let schedule = schedule(step, &held, &self.constraints)?;
         self.held = held;
         for run in &schedule.runs {
             if let Err(error) = self.run(run) {
@@ -286,7 +287,7 @@ impl TensorRtExecutor {
         self.results.take(schedule.rows)
     }
 
-    fn run(&mut self, run: &Run) -> Result<()> {
+    fn run(&mut self, run: &PlanRun) -> Result<()> {
         let inputs = &self.layout.inputs;
         let host = self.inputs_host.bytes()?;
         for (part, values) in [
@@ -306,21 +307,21 @@ impl TensorRtExecutor {
             return self.decode(run);
         }
         let binder = Binder { bindings: &self.bindings, layout: &self.layout, buffers: &self.buffers };
-        let prefill = match (&mut self.first_chunk, run.kind) {
-            (Some(first_chunk), RunKind::FirstChunk) => first_chunk,
+        let prefill = match (&mut self.context_prefill, run.kind) {
+            (Some(prefill), RunKind::ContextPrefill) => prefill,
             _ => &mut self.prefill,
         };
-        let first_chunk = run.kind == RunKind::FirstChunk;
+        let is_context_plan = run.kind == RunKind::ContextPrefill;
         if prefill.slot != Some(run.first_slot) {
             prefill.slot = None;
             binder.caches(&mut prefill.context, run)?;
             prefill.slot = Some(run.first_slot);
         }
-        binder.step(&mut prefill.context, run, first_chunk)?;
+        binder.step(&mut prefill.context, run, is_context_plan)?;
         prefill.context.enqueue(&self.stream)
     }
 
-    fn decode(&mut self, run: &Run) -> Result<()> {
+    fn decode(&mut self, run: &PlanRun) -> Result<()> {
         if let Some(decoder) = self.decoders.get_mut(&run.sequences) {
             return match &decoder.graph {
                 Some(graph) => self.stream.replay(graph),
@@ -352,24 +353,24 @@ impl TensorRtExecutor {
     /// Writes kernels that were compiled since they were last written.
     fn keep_kernels(&mut self) {
         for kept in &mut self.engines {
-            let Some(shelf) = &kept.shelf else { continue };
+            let Some(kernel_cache) = &kept.kernel_cache else { continue };
             let Ok(kernels) = kept.engine.kernels() else { continue };
-            if kernels.len() == kept.kept_bytes {
+            if kernels.len() == kept.cached_bytes {
                 continue;
             }
-            if let Err(reason) = shelf.write(&kernels) {
+            if let Err(reason) = kernel_cache.write(&kernels) {
                 self.report
                     .fact(&format!("compiled kernels cannot be kept, so the next start compiles them too: {reason}"));
-                kept.shelf = None;
+                kept.kernel_cache = None;
             }
-            kept.kept_bytes = kernels.len();
+            kept.cached_bytes = kernels.len();
         }
     }
 }
 
 impl Executor for TensorRtExecutor {
     fn limits(&self) -> &Limits {
-        &self.rules.limits
+        &self.constraints.limits
     }
 
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
@@ -405,8 +406,8 @@ fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -
 const MOST_SEQUENCES: usize = 4096;
 
 /// What steps become runs by; the slots are the plan's.
-fn rules(plan: &PlanInfo, info: &TensorRtInfo, first_chunk_plan: bool) -> Result<Rules, String> {
-    let k = info.bindings.iter().find(|binding| binding.role == Role::TopLogits).and_then(|b| b.shape.last());
+fn constraints(plan: &PlanInfo, info: &TensorRtInfo, has_context_plan: bool) -> Result<BatchingConstraints, String> {
+    let k = info.bindings.iter().find(|binding| binding.role == BindingRole::TopLogits).and_then(|b| b.shape.last());
     let Some(Extent::Fixed(k)) = k.copied() else {
         return Err("it has no output of the largest logits".into());
     };
@@ -433,10 +434,10 @@ fn rules(plan: &PlanInfo, info: &TensorRtInfo, first_chunk_plan: bool) -> Result
         return Err(format!("a sequence has {of_limits} tokens by its limits and {of_sizes} by its sizes"));
     }
     let row_align = memory::row_align(limits.vocab_size, k);
-    Ok(Rules { limits: limits.clone(), sizes: sizes.clone(), first_chunk_plan, row_align })
+    Ok(BatchingConstraints { limits: limits.clone(), sizes: sizes.clone(), has_context_plan, row_align })
 }
 
-impl Results {
+impl StepResults {
     /// Copies the largest logits of the rows to the host, in one piece, and waits for it.
     fn take(&mut self, rows: Vec<usize>) -> Result<()> {
         self.values.clear();
@@ -468,7 +469,7 @@ impl Results {
     }
 }
 
-impl DeferredLogits for Results {
+impl DeferredLogits for StepResults {
     fn rows(&self) -> usize {
         self.rows.len()
     }
@@ -479,7 +480,7 @@ impl DeferredLogits for Results {
     }
 
     fn fetch(&mut self, row: usize) -> Result<&[f32]> {
-        let Part { offset, bytes } = self.places.row(self.rows[row]);
+        let BufferRange { offset, bytes } = self.places.row(self.rows[row]);
         self.row_host.download(0..bytes as usize, &self.outputs, offset, &self.stream)?;
         let bytes = self.row_host.bytes()?;
         bytemuck::try_cast_slice(bytes).map_err(|error| Error::Gpu(format!("pinned memory is not aligned: {error}")))
@@ -503,7 +504,7 @@ mod tests {
     /// What the builder writes is what the executor takes: sizes, bindings and weights.
     #[test]
     fn packages_of_the_builder_can_be_laid_out() {
-        if let Err(missing) = Library::find(Kind::Rtx) {
+        if let Err(missing) = TensorRtLibrary::find(LibraryKind::Rtx) {
             crate::skips::skip("tensorrt", "packages_of_the_builder_can_be_laid_out", missing);
             return;
         }
@@ -523,14 +524,14 @@ mod tests {
             let package = Package::open(Path::new(&output)).unwrap();
             let plan = &package.manifest().plans[0];
             let info = plan.tensorrt.as_ref().unwrap();
-            let mut rules = rules(plan, info, true).unwrap();
-            let machine = Machine {
+            let mut constraints = constraints(plan, info, true).unwrap();
+            let machine = MemoryBudget {
                 device_bytes: 85_000_000_000,
                 free_bytes: 84_000_000_000,
                 kv_cache_gib: &info.kv_cache_gib,
                 asked: None,
             };
-            let (layout, words) = memory::fit(info, &mut rules, 1 << 20, &machine).unwrap();
+            let (layout, words) = memory::fit(info, &mut constraints, 1 << 20, &machine).unwrap();
             assert_eq!(layout.slots, plan.limits.slots, "{words}");
             assert_eq!(
                 layout.slot_bytes.values().sum::<u64>() as usize,
@@ -538,7 +539,7 @@ mod tests {
             );
             let file = TensorFile::open(&package.file_path(&plan.weights)).unwrap();
             let data = weights::find(&file, &info.bindings, &layout).unwrap();
-            assert_eq!(data.len(), info.bindings.iter().filter(|b| b.role == Role::Weight).count());
+            assert_eq!(data.len(), info.bindings.iter().filter(|b| b.role == BindingRole::Weight).count());
             assert!(!data.is_empty());
         }
     }

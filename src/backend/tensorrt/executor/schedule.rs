@@ -26,18 +26,18 @@ pub(super) fn buckets(slots: usize) -> Vec<usize> {
 
 /// What decides how a step becomes runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Rules {
+pub(super) struct BatchingConstraints {
     /// What the executor promised.
     pub limits: Limits,
     /// What the plan was built for.
     pub sizes: Sizes,
     /// Whether there is a plan for first chunks.
-    pub first_chunk_plan: bool,
+    pub has_context_plan: bool,
     /// The first output row of a run is a multiple of this.
     pub row_align: usize,
 }
 
-impl Rules {
+impl BatchingConstraints {
     /// Output rows of decode runs; those of prefill runs come after them.
     pub(super) fn decode_rows(&self) -> usize {
         self.limits.slots.next_multiple_of(self.row_align)
@@ -52,19 +52,19 @@ impl Rules {
 
 /// Which plan and profile a run takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum RunKind {
     /// The plan for first chunks.
-    FirstChunk,
+    ContextPrefill,
     /// The plan that reads the cache, profile 0.
-    Chunk,
+    CachedPrefill,
     /// The same, profile 1.
     Decode,
 }
 
 /// One run. Vectors are the inputs of these names, row-major.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Run {
-    pub kind: Kind,
+pub(super) struct PlanRun {
+    pub kind: RunKind,
     /// The slot of batch row 0.
     pub first_slot: usize,
     /// B.
@@ -88,7 +88,7 @@ pub(super) struct Run {
 /// A step's runs, and where its rows of logits are.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Schedule {
-    pub runs: Vec<Run>,
+    pub runs: Vec<PlanRun>,
     /// The output row of each of [`Step::logits_rows`].
     pub rows: Vec<usize>,
 }
@@ -98,8 +98,8 @@ pub(super) struct Schedule {
 ///
 /// # Errors
 /// [`Error::Step`] if the step was made for other limits.
-pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Schedule> {
-    let Rules { limits, sizes, .. } = rules;
+pub(super) fn schedule(step: &Step, held: &[usize], constraints: &BatchingConstraints) -> Result<Schedule> {
+    let BatchingConstraints { limits, sizes, .. } = constraints;
     let fits = step.tokens().len() <= limits.max_step_tokens
         && step.logits_rows().len() <= limits.max_logits_rows
         && step.tokens().iter().all(|token| (*token as usize) < limits.vocab_size)
@@ -117,8 +117,8 @@ pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Sch
         let sequences = buckets(limits.slots).into_iter().find(|bucket| *bucket > last).unwrap_or(limits.slots);
         found.runs.push(decode(sequences, step, held, sizes.max_sequence_tokens));
     }
-    let mut next_row = rules.decode_rows();
-    let spare_row = next_row + limits.max_logits_rows * rules.row_align;
+    let mut next_row = constraints.decode_rows();
+    let spare_row = next_row + limits.max_logits_rows * constraints.row_align;
     for span in step.spans() {
         let end = span.first + span.len;
         if span.len == 1 {
@@ -143,13 +143,17 @@ pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Sch
             }
             let output_row = if rows.is_empty() { spare_row } else { next_row };
             found.rows.extend((0..rows.len()).map(|row| output_row + row));
-            next_row += rows.len().next_multiple_of(rules.row_align);
+            next_row += rows.len().next_multiple_of(constraints.row_align);
             if rows.is_empty() {
                 rows.push(0); // a run has at least one
             }
             let past = span.past_tokens + (first - span.first);
-            found.runs.push(Run {
-                kind: if past == 0 && rules.first_chunk_plan { Kind::FirstChunk } else { Kind::Chunk },
+            found.runs.push(PlanRun {
+                kind: if past == 0 && constraints.has_context_plan {
+                    RunKind::ContextPrefill
+                } else {
+                    RunKind::CachedPrefill
+                },
                 first_slot: span.slot,
                 sequences: 1,
                 tokens: next - first,
@@ -167,10 +171,10 @@ pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Sch
 }
 
 /// A token for each of the first slots: the step's, where it names the slot with one, else idle.
-fn decode(sequences: usize, step: &Step, held: &[usize], max_sequence_tokens: usize) -> Run {
+fn decode(sequences: usize, step: &Step, held: &[usize], max_sequence_tokens: usize) -> PlanRun {
     let idle = |slot: usize| held[slot].min(max_sequence_tokens - 1) as i32;
-    let mut run = Run {
-        kind: Kind::Decode,
+    let mut run = PlanRun {
+        kind: RunKind::Decode,
         first_slot: 0,
         sequences,
         tokens: 1,

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::memory::{Layout, PlacedWeight};
+use super::memory::{MemoryLayout, PlacedWeight};
 use crate::backend::constants::stored_dtype;
 use crate::backend::tensorrt::device::{Buffer, Device, Stream};
 use crate::engine::tensorrt::{Binding, Extent};
@@ -19,7 +19,7 @@ const PIECE_BYTES: usize = 4 << 20;
 ///
 /// # Errors
 /// [`Error::Package`] naming the weight that is missing or has another shape.
-pub(super) fn find<'f>(file: &'f TensorFile, bindings: &[Binding], layout: &Layout) -> Result<Vec<&'f [u8]>> {
+pub(super) fn find<'f>(file: &'f TensorFile, bindings: &[Binding], layout: &MemoryLayout) -> Result<Vec<&'f [u8]>> {
     let one = |PlacedWeight { binding, part }: &PlacedWeight| {
         let binding = &bindings[*binding];
         let refuse = |detail: String| Error::package(file.path(), format!("{detail}; build the package again"));
@@ -47,7 +47,7 @@ pub(super) fn find<'f>(file: &'f TensorFile, bindings: &[Binding], layout: &Layo
 /// [`Error::Gpu`] if the GPU refuses.
 pub(super) fn upload(
     data: &[&[u8]],
-    layout: &Layout,
+    layout: &MemoryLayout,
     to: &Buffer,
     stream: &Stream,
     progress: &dyn Fn(u64),
