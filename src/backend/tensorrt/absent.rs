@@ -1,5 +1,5 @@
-//! Stands in for TensorRT and the GPU's driver where the crate is built without the feature `tensorrt`. None of these
-//! types has a value, so nothing here can be reached but the errors.
+//! Stand-ins for TensorRT and the GPU driver in builds without the feature `tensorrt`. These types are uninhabited, so
+//! only the errors are reachable.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,22 +15,22 @@ use crate::tensor::DType;
 const WORDS: &str =
     "this aotron was built without TensorRT; build it with the feature `tensorrt`, which is on by default";
 
-/// The GPUs that this process may use.
+/// Lists the GPUs visible to this process.
 ///
 /// # Errors
-/// [`Error::Gpu`], always: without the feature `tensorrt` there is nothing to ask.
+/// Always [`Error::Gpu`]: without the feature `tensorrt` there is no driver to ask.
 pub fn devices() -> Result<Vec<DeviceInfo>> {
     Err(Error::Gpu(WORDS.into()))
 }
 
 impl LibraryKind {
-    /// The version whose headers this program was compiled against; none without the feature `tensorrt`.
+    /// Version of the headers this program was compiled against; `None` without the feature `tensorrt`.
     pub fn header_version(self) -> Option<Version> {
         None
     }
 }
 
-/// A library that is open; never here.
+/// An open library; uninhabited in this build.
 #[derive(Debug, Clone, Copy)]
 pub enum TensorRtLibrary {}
 
@@ -51,22 +51,22 @@ impl TensorRtLibrary {
         TensorRtLibrary::find(kind)
     }
 
-    /// Which it is.
+    /// Which of the two libraries this is.
     pub fn kind(&self) -> LibraryKind {
         match *self {}
     }
 
-    /// Its version.
+    /// The library's version.
     pub fn version(&self) -> Version {
         match *self {}
     }
 
-    /// The file it was opened from.
+    /// Path of the file the library was opened from.
     pub fn path(&self) -> PathBuf {
         match *self {}
     }
 
-    /// Whether it compiles for a GPU.
+    /// Checks that the library can compile for a GPU.
     ///
     /// # Errors
     /// None: there is no library to ask.
@@ -83,7 +83,7 @@ impl TensorRtLibrary {
     }
 }
 
-/// A network under construction; never here.
+/// A network under construction; uninhabited in this build.
 #[derive(Debug)]
 pub enum Network {}
 
@@ -153,7 +153,7 @@ unreachable_layers! {
     fn top_k(x: NetworkTensor, k: u32) -> (NetworkTensor, NetworkTensor);
 }
 
-/// A compiled network; never here.
+/// A compiled network; uninhabited in this build.
 #[derive(Debug)]
 pub enum SerializedPlan {}
 
@@ -164,7 +164,7 @@ impl SerializedPlan {
     }
 }
 
-/// The TensorRT executor; never here.
+/// The TensorRT executor; uninhabited in this build.
 #[derive(Debug)]
 pub enum TensorRtExecutor {}
 

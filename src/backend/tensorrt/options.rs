@@ -1,48 +1,48 @@
-//! Options of a TensorRT executor, and the events it reports while it opens and runs.
+//! Options of the TensorRT executor, and the events it reports while it opens and runs.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// How to run a TensorRT plan on this machine.
+/// Options for running a TensorRT plan on this machine.
 #[derive(Debug, Clone, Default)]
 pub struct GpuOptions {
-    /// The GPU's number; `None` takes the first that the plan was built for.
+    /// Index of the GPU; `None` picks the first one the plan was built for.
     pub device: Option<usize>,
-    /// Sequences to reserve KV memory for; `None` takes as many as plan, recipe and memory allow.
+    /// Sequences to reserve KV memory for; `None` reserves as many as the plan, the recipe and the memory allow.
     pub slots: Option<usize>,
-    /// Do not record decoding as CUDA graphs.
+    /// Disables recording of decode runs as CUDA graphs.
     pub no_graphs: bool,
-    /// Hears of what is going on.
+    /// Receives events.
     pub report: GpuReport,
 }
 
-/// Who hears what opening and running a plan has to say.
+/// Callback that receives the events of opening and running a plan; by default there is none.
 #[derive(Clone, Default)]
 pub struct GpuReport(Option<Arc<Hear>>);
 
 type Hear = dyn Fn(&GpuEvent<'_>) + Send + Sync;
 
-/// What a [`GpuReport`] hears.
+/// Event passed to a [`GpuReport`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GpuEvent<'a> {
-    /// A sentence for people: what is chosen, what memory is used.
+    /// A sentence for people, such as the chosen GPU and its memory use.
     Fact(&'a str),
     /// Weights are being copied to the GPU.
     Loading {
-        /// Bytes that are there.
+        /// Bytes copied so far.
         done_bytes: u64,
-        /// All.
+        /// Bytes to copy in all.
         total_bytes: u64,
     },
 }
 
 impl GpuReport {
-    /// Has it heard. By default nobody does.
+    /// Reports events to `hear`.
     pub fn to(hear: impl Fn(&GpuEvent<'_>) + Send + Sync + 'static) -> GpuReport {
         GpuReport(Some(Arc::new(hear)))
     }
 
-    /// Says a sentence.
+    /// Reports a sentence.
     pub fn fact(&self, text: &str) {
         self.event(&GpuEvent::Fact(text));
     }

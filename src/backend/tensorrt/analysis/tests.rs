@@ -75,7 +75,7 @@ fn step() -> Vec<GpuKernel> {
         kernel("__myl_GathCast", Fused, &[tensor("embed.bf16", "bf16", &[1000, 64])], &[row()]),
         kernel("__myl_MeanDiv", Fused, &[gamma("layers.0.mlp.norm.gamma"), row()], &[row()]),
         kernel("_mha", Attention, &[keys(0), tensor("total_tokens", "i32", &[-1])], &[row()]),
-        // The product of one layer, joined to the norm of the next.
+        // The GEMM of one layer, fused with the norm of the next.
         kernel("__myl_FcMeanDiv", Product, &[up(0), gamma("layers.1.mlp.norm.gamma")], &[row()]),
         kernel("_mha", Attention, &[keys(1), row()], &[row()]),
         kernel("__myl_Fc", Product, &[up(1)], &[row()]),
@@ -108,12 +108,12 @@ fn a_matrix_that_no_product_reads_is_copied() {
     let of_up = Copied { kernel: 0, of: Some(up(0).name), what: "bf16[256,64]".into() };
     assert_eq!(fused("__myl_CastMulTran", &[up(0)], std::slice::from_ref(&transposed)), [of_up]);
     assert_eq!(fused("__myl_Sum", &[up(0)], &[row()])[0].what, "i8[64,256]");
-    // Looking up rows is no copy, unless as much is written as the matrix has.
+    // A row lookup is not a copy, unless it writes as much as the whole matrix.
     assert_eq!(fused("__myl_GathCast", &[up(0)], &[row()]), []);
     assert_eq!(fused("__myl_CastReshEtc", &[up(0)], &[row()]), []);
     assert_eq!(fused("__myl_GathCast", &[up(0)], &[transposed]).len(), 1);
     assert_eq!(fused("__myl_MulAdd", &[tensor("layers.0.mlp.norm.gamma", "f32", &[64])], &[row()]), []);
-    // Codes that are part of the plan have names of TensorRT's.
+    // Embedded codes have names that TensorRT made up.
     let unpacked = kernel("__myl_CastMul", KernelKind::Fused, &[], &[tensor("__copy", "bf16", &[64, 64])]);
     let constants = vec![tensor("__const", "f32", &[64, 64]), tensor("__codes", "i4", &[64, 64])];
     let [copy] = &copies(GpuKernel { constants: constants.clone(), ..unpacked })[..] else { panic!("one copy") };
@@ -143,12 +143,12 @@ fn what_is_as_large_as_a_cache_is_a_copy_of_it() {
 #[test]
 fn traffic_is_weights_once_and_the_rest_for_each_sequence() {
     let traffic = Traffic::of(&step(), &bindings(), &weights());
-    // Nobody reads the rotation's table here, so nothing says that its rows are looked up.
+    // No kernel reads the rotary table here, so nothing tells that it is only looked up.
     let whole = 512 * 8 * 4 + 3 * 64 * 4 + 2 * 64 * 256 + 1000 * 64 * 2 + 64 * 64 / 2;
     assert_eq!(traffic, Traffic { weight_bytes: whole, row_bytes: 128, kv_bytes_per_token: 2 * 2 * 2 * 16 * 2 });
     assert_eq!(traffic.decode_bytes(3, 100), whole + 3 * (128 + 100 * 256));
     assert_eq!(traffic.decode_bytes(usize::MAX, usize::MAX), u64::MAX);
-    // An embedding that is the head as well is read whole.
+    // A tied embedding is also the output head and read in full.
     let head = kernel("gemm", KernelKind::Product, &[tensor("embed.bf16", "bf16", &[64, 1000])], &[row()]);
     let tied = Traffic::of(&[step(), vec![head]].concat(), &bindings(), &weights());
     assert_eq!(tied.weight_bytes, whole + 1000 * 64 * 2);

@@ -9,7 +9,7 @@ use crate::backend::tensorrt::device::Buffer;
 use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use crate::error::{Error, Result};
 
-/// The memory that a plan runs in.
+/// Device memory of an executor, shared by all its contexts.
 pub(super) struct Buffers {
     pub weights: Arc<Buffer>,
     pub cache: Arc<Buffer>,
@@ -26,7 +26,7 @@ pub(super) struct Binder<'a> {
 }
 
 impl Binder<'_> {
-    /// What is the same in every run.
+    /// Binds what is the same in every run: scratch memory, weights and inputs.
     pub(super) fn fixed(&self, context: &mut ExecutionContext, is_context_plan: bool) -> Result<()> {
         context.set_memory(&self.buffers.scratch)?;
         for weight in &self.layout.weights {
@@ -53,7 +53,7 @@ impl Binder<'_> {
         }
     }
 
-    /// Keys and values of the run's slots; an updated cache is the cache.
+    /// Binds the keys and values of the run's slots. Updated caches alias the caches.
     pub(super) fn caches(&self, context: &mut ExecutionContext, run: &PlanRun) -> Result<()> {
         for binding in self.bindings {
             let Some(cache) = cache_of(binding.role) else { continue };
@@ -70,7 +70,7 @@ impl Binder<'_> {
         Ok(())
     }
 
-    /// The sizes of the run's inputs, and where its outputs go.
+    /// Sets the run's input shapes and output addresses.
     pub(super) fn step(&self, context: &mut ExecutionContext, run: &PlanRun, is_context_plan: bool) -> Result<()> {
         let outputs = &self.layout.outputs;
         for binding in self.bindings {
@@ -83,7 +83,7 @@ impl Binder<'_> {
                 BindingRole::Logits => outputs.row(run.output_row).offset,
                 BindingRole::TopLogits => values,
                 BindingRole::TopIds => ids,
-                // Bound once, or by `caches`; inputs that this plan has no use for are not bound.
+                // Bound by `fixed` or `caches`, or an input that this plan does not have.
                 BindingRole::Weight
                 | BindingRole::TokenIds
                 | BindingRole::Positions
@@ -102,7 +102,7 @@ impl Binder<'_> {
     }
 }
 
-/// A binding's sizes in a run. All were checked to fit an `i32` or come from the plan itself.
+/// Shape of a binding in a run. No cast truncates: all sizes were checked to fit an `i32` or come from the plan itself.
 fn dims(binding: &Binding, run: &PlanRun) -> Vec<i64> {
     let dim = |extent: &Extent| match extent {
         Extent::Fixed(n) => *n,

@@ -1,16 +1,16 @@
-//! Whether a plan and this machine belong together, looked at before anything is allocated.
+//! Compatibility checks of a plan with this machine and its manifest, made before anything is allocated.
 
 use crate::backend::tensorrt::{DeviceInfo, EngineTensor, LibraryKind, Version, gpu_words};
 use crate::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, Sizes};
 use crate::tensor::DType;
 
-/// A plan of one compute capability runs on GPUs of exactly this.
+/// Checks the GPU: a plan runs only on GPUs of its own compute capability.
 pub(super) fn device(plan: u16, device: &DeviceInfo) -> Result<(), String> {
     if plan == device.compute_capability {
         return Ok(());
     }
     let (found, name) = (gpu_words(device.compute_capability), &device.name);
-    Err(format!("it was built for {}, and GPU {} is {name}, {found}", gpu_words(plan), device.index))
+    Err(format!("it was built for {}, but GPU {} is {name}, {found}", gpu_words(plan), device.index))
 }
 
 /// TensorRT reads plans of its own version; of TensorRT for RTX, the plan's header tells (`TensorRtRuntime::validity`).
@@ -20,10 +20,10 @@ pub(super) fn version(compiled: &Compiled, found: Version) -> Result<(), String>
         return Ok(());
     }
     let name = compiled.library.name();
-    Err(format!("{name} {} compiled it, and here is {found}, which does not read it", compiled.version))
+    Err(format!("it was compiled by {name} {}, but version {found} is installed here, which cannot read it", compiled.version))
 }
 
-/// The bindings of the manifest against the inputs and outputs that the engine lists.
+/// Compares the manifest's bindings with the inputs and outputs that the engine reports.
 pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_context_plan: bool) -> Result<(), String> {
     let expected = || bindings.iter().filter(|binding| !(is_context_plan && binding.role == BindingRole::TotalTokens));
     let mut problems: Vec<String> = Vec::new();
@@ -41,7 +41,7 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_contex
         let same = tensor.is_input != binding.role.is_output()
             && tensor.on_device
             && tensor.dtype == name_of(binding.dtype)
-            // Not every version names it; the executor binds both to the same memory anyway.
+            // Not every version reports the alias; the executor binds both to the same memory anyway.
             && (tensor.alias.is_none() || tensor.alias.as_deref() == alias)
             && same_shape(binding, &tensor.dims);
         if !same {
@@ -49,7 +49,7 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_contex
         }
     }
     for tensor in tensors.iter().filter(|tensor| expected().all(|binding| binding.name != tensor.name)) {
-        problems.push(format!("{}, of which the manifest does not know", describe(tensor)));
+        problems.push(format!("{}, which the manifest does not list", describe(tensor)));
     }
     match problems.len() {
         0 => Ok(()),
@@ -58,7 +58,8 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_contex
     }
 }
 
-/// The largest step of each profile against the sizes of the manifest: `largest` asks the engine for an input's.
+/// Compares the largest shapes of each profile with the manifest's sizes. `largest` asks the engine for the largest shape
+/// of an input in a profile.
 pub(super) fn profiles(
     bindings: &[Binding],
     sizes: &Sizes,
@@ -70,7 +71,7 @@ pub(super) fn profiles(
     let decode = [sizes.decode_sequences, 1, sizes.decode_sequences];
     let expected = if is_context_plan { vec![prefill] } else { vec![prefill, decode] };
     if count as usize != expected.len() {
-        return Err(format!("it has {count} profiles, expected are {}", expected.len()));
+        return Err(format!("it has {count} profiles, expected {}", expected.len()));
     }
     for (profile, [b, t, r]) in (0..).zip(expected) {
         for (role, dims) in [(BindingRole::TokenIds, vec![b, t]), (BindingRole::LogitsRows, vec![r])] {
@@ -81,7 +82,7 @@ pub(super) fn profiles(
             let same = found.len() == dims.len() && found.iter().zip(&dims).all(|(x, y)| i64::try_from(*y) == Ok(*x));
             if !same {
                 let name = &binding.name;
-                return Err(format!("in profile {profile}, {name} is up to {found:?}, in the manifest up to {dims:?}"));
+                return Err(format!("in profile {profile}, {name} is at most {found:?}, in the manifest {dims:?}"));
             }
         }
     }
@@ -96,7 +97,7 @@ fn same_shape(binding: &Binding, dims: &[i64]) -> bool {
     binding.shape.len() == dims.len() && binding.shape.iter().zip(dims).all(same)
 }
 
-/// As the shim names it.
+/// The shim's name for an element type.
 fn name_of(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "f32",
@@ -135,7 +136,7 @@ mod tests {
         info(1, 2, 16, &[100], sizes, 1000)
     }
 
-    /// What an engine of these bindings lists.
+    /// The tensors an engine with these bindings would report.
     fn engine(bindings: &[Binding]) -> Vec<EngineTensor> {
         let dim = |extent: &Extent| if let Extent::Fixed(n) = extent { *n as i64 } else { -1 };
         let tensor = |binding: &Binding| EngineTensor {
@@ -175,7 +176,7 @@ mod tests {
         assert!(error.contains("it has no weight.0") && error.contains("its input other"), "{error}");
         assert!(refused(&|tensors| tensors.clear()).ends_with("and 10 more"));
 
-        // The plan for first chunks has no total_tokens.
+        // The context plan has no total_tokens.
         let first: Vec<EngineTensor> = tensors.iter().filter(|t| t.name != "total_tokens").cloned().collect();
         assert_eq!(bindings(&manifest.bindings, &first, true), Ok(()));
         assert!(bindings(&manifest.bindings, &first, false).unwrap_err().contains("total_tokens"));
@@ -199,7 +200,7 @@ mod tests {
         assert!(check(1, false, &manifest.sizes).unwrap_err().contains("1 profiles"));
         let more = Sizes { decode_sequences: 5, ..manifest.sizes.clone() };
         let error = check(2, false, &more).unwrap_err();
-        assert_eq!(error, "in profile 1, token_ids is up to [4, 1], in the manifest up to [5, 1]");
+        assert_eq!(error, "in profile 1, token_ids is at most [4, 1], in the manifest [5, 1]");
     }
 
     #[test]
@@ -213,7 +214,7 @@ mod tests {
         assert_eq!(device(80, &a100), Ok(()));
         assert_eq!(
             device(90, &a100).unwrap_err(),
-            "it was built for SM 9.0 (H100, H200), and GPU 0 is NVIDIA A100-SXM4-40GB, SM 8.0 (A100)"
+            "it was built for SM 9.0 (H100, H200), but GPU 0 is NVIDIA A100-SXM4-40GB, SM 8.0 (A100)"
         );
         let compiled = |library, version: &str| Compiled { library, version: version.into(), context_plan: None };
         let found = Version { major: 11, minor: 4, patch: 2 };

@@ -1,12 +1,12 @@
-//! What the executor keeps on the GPU, planned before any of it is allocated.
+//! Layout of the executor's GPU memory, planned before any of it is allocated.
 //!
 //! | buffer | holds |
 //! | --- | --- |
-//! | weights | every [`BindingRole::Weight`], one after the other |
+//! | weights | every [`BindingRole::Weight`], in order of the bindings |
 //! | cache | keys and values of every layer, `[layers, 2, slots, kv_heads, S, head_dim]` |
-//! | inputs | token ids, positions, lengths and wanted rows of one run |
-//! | outputs | logits, `f32[rows, vocab]`, behind the largest of them, for decode rows and prefill rows |
-//! | scratch | what TensorRT computes in between; all contexts share it, since they run one after the other |
+//! | inputs | token ids, positions, lengths and logits rows of one run |
+//! | outputs | top-k logits and their ids for decode and prefill rows, then all logits, `f32[rows, vocab]` |
+//! | scratch | TensorRT's intermediate values; all contexts share it, since their runs do not overlap |
 
 use std::collections::BTreeMap;
 
@@ -15,17 +15,17 @@ use crate::backend::tensorrt::device::ALIGN;
 use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize, TensorRtInfo};
 use crate::tensor::DType;
 
-/// Left free for the driver, contexts and kernels.
+/// Memory left free for the driver, contexts and kernels.
 const RESERVE_BYTES: u64 = 512 << 20;
 
-/// A part of a buffer.
+/// A byte range of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BufferRange {
     pub offset: u64,
     pub bytes: u64,
 }
 
-/// A weight's place.
+/// A weight's range in the weights buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PlacedWeight {
     /// Index among the bindings.
@@ -33,13 +33,13 @@ pub(super) struct PlacedWeight {
     pub part: BufferRange,
 }
 
-/// Where everything is.
+/// Offsets and sizes of everything the executor allocates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct MemoryLayout {
     pub slots: usize,
     pub weights: Vec<PlacedWeight>,
     pub weights_bytes: u64,
-    /// By the cache's role: slot 0 of a layer's keys or values, and the bytes of all its slots.
+    /// Range of a layer's keys or values, all slots.
     pub caches: BTreeMap<(usize, CacheHalf), BufferRange>,
     /// Bytes of one slot of one layer's keys or values.
     pub slot_bytes: BTreeMap<(usize, CacheHalf), u64>,
@@ -51,14 +51,14 @@ pub(super) struct MemoryLayout {
     pub scratch_bytes: u64,
 }
 
-/// Which half of a layer's cache.
+/// Half of a layer's KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum CacheHalf {
     Keys,
     Values,
 }
 
-/// The cache that a role reads or writes.
+/// Layer and half of the cache that a binding reads or writes.
 pub(super) fn cache_of(role: BindingRole) -> Option<(usize, CacheHalf)> {
     match role {
         BindingRole::KeyCache(layer) | BindingRole::UpdatedKeys(layer) => Some((layer, CacheHalf::Keys)),
@@ -88,31 +88,31 @@ pub(super) struct InputRanges {
 /// OutputRanges of a step. Rows count from 0 through those of decode runs to those of prefill runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct OutputRanges {
-    /// Rows of decode runs.
+    /// Number of decode rows.
     pub decode_rows: usize,
-    /// Columns of the largest.
+    /// Top-k columns.
     pub k: usize,
     pub vocab_size: usize,
-    /// Largest logits of decode rows, then their ids, then those of prefill rows: what one copy takes to the host.
+    /// Top-k logits of decode rows, their ids, and the same for prefill rows: contiguous, so one copy fetches them all.
     pub tops: [BufferRange; 4],
     pub logits: BufferRange,
 }
 
 impl OutputRanges {
-    /// Where a row's largest logits and their ids are, in bytes of the buffer.
+    /// Byte offsets of a row's top-k logits and of their ids.
     pub(super) fn top(&self, row: usize) -> [u64; 2] {
         let row_bytes = 4 * self.k as u64;
         let (first, row) = if row < self.decode_rows { (0, row) } else { (2, row - self.decode_rows) };
         [self.tops[first].offset + row as u64 * row_bytes, self.tops[first + 1].offset + row as u64 * row_bytes]
     }
 
-    /// Where a row of logits is.
+    /// Range of a row's full logits.
     pub(super) fn row(&self, row: usize) -> BufferRange {
         let bytes = 4 * self.vocab_size as u64;
         BufferRange { offset: self.logits.offset + row as u64 * bytes, bytes }
     }
 
-    /// The bytes of the largest logits that a step of these kinds of rows wrote.
+    /// Byte range of the top-k outputs written by a step with decode rows, prefill rows, or both.
     pub(super) fn written(&self, decode: bool, prefill: bool) -> std::ops::Range<usize> {
         let start = if decode { self.tops[0].offset } else { self.tops[2].offset };
         let last = if prefill { self.tops[3] } else { self.tops[1] };
@@ -120,7 +120,7 @@ impl OutputRanges {
     }
 }
 
-/// Gives out a buffer from its start.
+/// Bump allocator for one buffer.
 #[derive(Default)]
 struct Cursor(u64);
 
@@ -132,7 +132,7 @@ impl Cursor {
     }
 }
 
-/// Bytes of a binding in a step of these sizes; `None` if no memory holds them.
+/// Bytes of a binding in a step of these sizes; `None` on overflow.
 pub(super) fn bytes_of(binding: &Binding, [b, t, r]: [usize; 3]) -> Option<u64> {
     let elements = binding.shape.iter().try_fold(1u64, |product, extent| {
         let n = match extent {
@@ -149,9 +149,9 @@ pub(super) fn bytes_of(binding: &Binding, [b, t, r]: [usize; 3]) -> Option<u64> 
     }
 }
 
-/// What the first output row of a run must be a multiple of, for its outputs to be aligned.
+/// Number of which a run's first output row must be a multiple for all its outputs to be aligned.
 pub(super) fn row_align(vocab_size: usize, k: usize) -> usize {
-    // Both are powers of two, so the larger is a multiple of the smaller.
+    // Both are powers of two, so the larger is a multiple of the smaller and satisfies both.
     let for_row = |columns: usize| {
         let bytes = 4 * columns as u64;
         (ALIGN >> bytes.trailing_zeros().min(ALIGN.trailing_zeros())) as usize
@@ -160,16 +160,16 @@ pub(super) fn row_align(vocab_size: usize, k: usize) -> usize {
 }
 
 impl MemoryLayout {
-    /// Plans for so many slots.
+    /// Plans the memory for the slots in `constraints`.
     ///
     /// # Errors
-    /// What in the plan's bindings does not hold together.
+    /// The inconsistency in the plan's bindings.
     pub(super) fn new(
         info: &TensorRtInfo,
         constraints: &BatchingConstraints,
         scratch_bytes: u64,
     ) -> Result<MemoryLayout, String> {
-        let too_large = || "its sizes are more than any GPU holds".to_owned();
+        let too_large = || "its sizes exceed the memory of any GPU".to_owned();
         let slots = constraints.limits.slots;
         let mut weights = Vec::new();
         let mut of_weights = Cursor::default();
@@ -199,7 +199,7 @@ impl MemoryLayout {
                 }
                 BindingRole::Logits => vocab_size = columns,
                 BindingRole::TopLogits => k = columns,
-                // Their room is a step's, and updated caches are the caches.
+                // Inputs and outputs are sized by the step, below; updated caches alias the caches.
                 BindingRole::TokenIds
                 | BindingRole::Positions
                 | BindingRole::PastTokens
@@ -268,33 +268,33 @@ impl MemoryLayout {
     }
 }
 
-/// What decides how many slots there are.
+/// Inputs to the choice of the number of slots.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct MemoryBudget<'a> {
-    /// The GPU's memory.
+    /// Total memory of the GPU.
     pub device_bytes: u64,
-    /// Of it, unused.
+    /// Free memory of the GPU.
     pub free_bytes: u64,
     /// [`TensorRtInfo::kv_cache_gib`].
     pub kv_cache_gib: &'a BTreeMap<u32, u32>,
-    /// Slots asked for.
+    /// Requested slots.
     pub asked: Option<usize>,
 }
 
-/// The GiB of KV cache that a recipe gives a GPU of so much memory: those of the largest it lists that is not larger.
-/// A GPU sold as 80 GB may have a few percent less. `None` if it lists none so small.
+/// KV-cache budget of the recipe for a GPU of this size: the entry for the largest listed memory that the GPU has, with
+/// 5 % tolerance, because a GPU sold as 80 GB may have a little less. `None` if every entry is larger.
 fn kv_budget_bytes(kv_cache_gib: &BTreeMap<u32, u32>, device_bytes: u64) -> Option<u64> {
     let fits = |gigabytes: u32| u64::from(gigabytes) * 950_000_000 <= device_bytes;
     let (_, gib) = kv_cache_gib.iter().rev().find(|(gigabytes, _)| fits(**gigabytes))?;
     Some(u64::from(*gib) << 30)
 }
 
-/// The layout with the most slots that plan, memory and request allow, and without a request the recipe's share of the
-/// memory, and what to tell about it. `constraints` has the
-/// slots of the plan, and afterwards those of the layout.
+/// Finds the layout with the most slots that the plan, the memory and the request allow (without a request, also within
+/// the recipe's KV-cache budget), and describes it for the user. `constraints` comes with the plan's slots and is updated
+/// to the layout's.
 ///
 /// # Errors
-/// The numbers and what to do, if not even one slot fits.
+/// The memory sizes and remedies, if not even one slot fits.
 pub(super) fn fit(
     info: &TensorRtInfo,
     constraints: &mut BatchingConstraints,
@@ -314,13 +314,13 @@ pub(super) fn fit(
         if within_budget && total <= usable {
             let mut words = sum(&layout, constraints, machine);
             if machine.asked.is_some_and(|asked| asked > slots) {
-                words += &format!("; {slots} sequences instead of {}, for want of memory", machine.asked.unwrap_or(0));
+                words += &format!("; {slots} sequences instead of {}, for lack of memory", machine.asked.unwrap_or(0));
             }
             return Ok((layout, words));
         }
         if slots == 1 {
             return Err(format!(
-                "not one sequence fits: {}, of which {} stay free for the driver and kernels. End other programs on the \
+                "not even one sequence fits: {}, of which {} stay reserved for the driver and kernels. Stop other programs on the \
                  GPU, build for shorter sequences (--max-sequence-tokens) or with smaller weights (--precision int8), \
                  or use a GPU with more memory",
                 sum(&layout, constraints, machine),

@@ -1,16 +1,15 @@
-//! Runs TensorRT plans on a GPU.
+//! The executor that runs TensorRT plans on a GPU.
 //!
-//! Opening looks first and allocates last: whether the plan is compiled, its library and GPU are here, its bindings are
-//! those of the manifest and its memory fits are all known before a weight is copied.
+//! Opening validates first and allocates last: that the plan is compiled, that its library and GPU are present, that its
+//! bindings match the manifest and that its memory fits is all checked before a weight is copied.
 //!
-//! Keys and values of a layer are one block `[slots, kv_heads, S, head_dim]`, which is how a plan takes them for B = all
-//! slots; a run for one slot is given the block from that slot on, with B = 1. Each number of sequences that decodes has
-//! a context of its own, whose run is recorded as a CUDA graph when it has run once: the same kernels at the same
-//! addresses, launched at once.
+//! Keys and values of a layer are contiguous, `[slots, kv_heads, S, head_dim]`, the layout a plan expects for B = slots;
+//! a run of one slot binds the address of that slot with B = 1. Each decode batch size has an execution context of its
+//! own, whose run is captured as a CUDA graph after its first execution: the same kernels at the same addresses, with one
+//! launch.
 //!
-//! Of a step's logits only the largest of each row come to the host; whole rows are fetched when they are asked for.
-//! Which kernels run depends on how many sequences decode, so a sequence's logits may differ in their last bits with
-//! what else is in the batch.
+//! Only the top-k logits of each row are copied to the host in every step; full rows are fetched on demand. The batch size
+//! selects the kernels, so a sequence's logits may differ in their last bits depending on the rest of the batch.
 
 mod bind;
 mod check;
@@ -38,9 +37,9 @@ use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 
 /// The TensorRT executor.
-// Fields are dropped in this order: graphs and contexts before engines, these before the memory they run in.
+// Fields drop in declaration order: graphs and contexts before engines, and those before the memory they use.
 pub struct TensorRtExecutor {
-    /// By number of sequences.
+    /// Decode contexts by batch size.
     decoders: BTreeMap<usize, Decoder>,
     prefill: Prefill,
     context_prefill: Option<Prefill>,
@@ -51,36 +50,36 @@ pub struct TensorRtExecutor {
     layout: MemoryLayout,
     constraints: BatchingConstraints,
     bindings: Vec<Binding>,
-    /// For every slot, the tokens it held after the last step that named it.
+    /// Tokens in each slot after the last step that named it.
     held: Vec<usize>,
     graphs: bool,
     report: GpuReport,
     stream: Arc<Stream>,
 }
 
-/// A context for decoding so many sequences, and its run as a graph.
+/// A context for decoding at one batch size, and its run captured as a graph.
 struct Decoder {
     graph: Option<CudaGraph>,
     context: ExecutionContext,
 }
 
-/// A context for prefilling, and the slot it is bound to.
+/// A context for prefill, and the slot it is bound to.
 struct Prefill {
     context: ExecutionContext,
     slot: Option<usize>,
 }
 
-/// An engine and where its compiled kernels are kept.
+/// A deserialized engine and its kernel cache.
 struct LoadedEngine {
     engine: CudaEngine,
     kernel_cache: Option<KernelCache>,
-    /// Of the kernels that are on the kernel_cache.
+    /// Size of the kernels stored in the cache.
     cached_bytes: usize,
 }
 
-/// What the last step returned.
+/// Results of the last step.
 struct StepResults {
-    /// The output row of each row.
+    /// Output row of each requested row.
     rows: Vec<usize>,
     values: Vec<f32>, // [rows, k]
     ids: Vec<u32>,    // [rows, k]
@@ -114,13 +113,13 @@ impl Opening<'_> {
             Validity::Unknown | Validity::Valid => {}
             Validity::Suboptimal => {
                 let finish = format!("`aotron build {} --finish`", self.package.path().display());
-                self.report.fact(&format!("{name} runs {file} slower than it could here; {finish} compiles it anew"));
+                self.report.fact(&format!("{name} runs {file} slower than it could on this machine; {finish} recompiles it"));
             }
             Validity::Invalid(reasons) if reasons.is_empty() => {
-                return Err(self.refuse(&format!("{name} does not run {file} and does not say why")));
+                return Err(self.refuse(&format!("{name} cannot run {file} and gives no reason")));
             }
             Validity::Invalid(reasons) => {
-                return Err(self.refuse(&format!("{name} does not run {file}: {}", reasons.join(", "))));
+                return Err(self.refuse(&format!("{name} cannot run {file}: {}", reasons.join(", "))));
             }
         }
         let mut engine = self.runtime.deserialize(&bytes)?;
@@ -140,7 +139,7 @@ impl Opening<'_> {
     }
 }
 
-/// What mends a plan that does not run.
+/// Remedy for a plan that cannot run, for the error message.
 enum Remedy {
     Compile,
     AnotherGpu,
@@ -150,7 +149,7 @@ enum Remedy {
 fn refuse(package: &Package, plan: &PlanInfo, detail: &str, remedy: Remedy) -> Error {
     let path = package.path().display();
     let remedy = match remedy {
-        Remedy::Compile => format!("; `aotron build {path} --finish` on this machine compiles it anew"),
+        Remedy::Compile => format!("; `aotron build {path} --finish` on this machine recompiles it"),
         Remedy::AnotherGpu => "; build a package with a recipe for this GPU".into(),
         Remedy::Nothing => String::new(),
     };
@@ -161,14 +160,14 @@ impl TensorRtExecutor {
     /// Opens a plan of a package.
     ///
     /// # Errors
-    /// [`Error::Package`] if the plan is not compiled, not for this machine's library or GPU, or not what the manifest
-    /// says; [`Error::TensorRt`] and [`Error::Gpu`] in the words of library and driver, or if the memory is not enough.
+    /// [`Error::Package`] if the plan is not compiled, not for this machine's library or GPU, or does not match the
+    /// manifest; [`Error::TensorRt`] and [`Error::Gpu`] in the words of the library and the driver, or if memory runs out.
     pub fn open(package: &Package, plan: &PlanInfo, options: &GpuOptions) -> Result<TensorRtExecutor> {
         let Some(info) = &plan.tensorrt else {
             return Err(refuse(package, plan, "it is not a TensorRT plan", Remedy::Nothing));
         };
         let (Some(compiled), Some(file)) = (&info.compiled, &plan.plan) else {
-            let detail = format!("it was prepared only, not compiled for {}", gpu_words(info.compute_capability));
+            let detail = format!("it was only prepared, not compiled for {}", gpu_words(info.compute_capability));
             return Err(refuse(package, plan, &detail, Remedy::Compile));
         };
         let library = TensorRtLibrary::find(compiled.library)?;
@@ -184,7 +183,7 @@ impl TensorRtExecutor {
             return Err(Error::Request(format!("{asked} slots, but this plan was built for 1 to {most}")));
         }
 
-        // The GPU's context is current from here on, as TensorRT wants it.
+        // The GPU's context is current on this thread from here on, as TensorRT requires.
         let stream = Arc::new(Device::open(gpu.index)?.stream()?);
         let device = stream.device();
         let runtime = library.runtime(Arc::new(Traced))?;
@@ -206,7 +205,7 @@ impl TensorRtExecutor {
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Nothing))?;
         options.report.fact(&format!("GPU {} ({}): {words}", gpu.index, gpu.name));
         if engines.iter().any(|kept| kept.kernel_cache.is_some() && kept.cached_bytes == 0) {
-            options.report.fact("kernels are compiled when they are first used, and kept for the next start");
+            options.report.fact("kernels are compiled on first use and cached for the next start");
         }
 
         let allocate = |bytes: u64, what: &str| device.allocate(bytes, what).map(Arc::new);
@@ -217,7 +216,7 @@ impl TensorRtExecutor {
             outputs: allocate(layout.outputs_bytes, "logits")?,
             scratch: allocate(layout.scratch_bytes, "TensorRT's scratch memory")?,
         };
-        // Attention multiplies what lies past a sequence's end by zero. So it must be a number, and it stays one.
+        // Attention multiplies values past a sequence's end by zero, so they must never be NaN. Runs only write numbers.
         stream.zero(&buffers.cache)?;
         let weights_file = TensorFile::open(&package.file_path(&plan.weights))?;
         let data = weights::find(&weights_file, &info.bindings, &layout)?;
@@ -262,7 +261,7 @@ impl TensorRtExecutor {
         })
     }
 
-    /// The GPU it runs on.
+    /// The GPU the plan runs on.
     pub fn gpu(&self) -> &DeviceInfo {
         self.stream.device().info()
     }
@@ -280,7 +279,7 @@ impl TensorRtExecutor {
         self.held = held;
         for run in &schedule.runs {
             if let Err(error) = self.run(run) {
-                // If the GPU failed, its words tell more than TensorRT's.
+                // If the GPU failed, the driver's error is more specific than TensorRT's.
                 return Err(self.stream.wait().err().unwrap_or(error));
             }
         }
@@ -299,7 +298,7 @@ impl TensorRtExecutor {
         ] {
             let bytes: &[u8] = bytemuck::cast_slice(values);
             let place = host.get_mut(part.offset as usize..).and_then(|rest| rest.get_mut(..bytes.len()));
-            let place = place.ok_or_else(|| Error::Step("a run has more inputs than there is room for".into()))?;
+            let place = place.ok_or_else(|| Error::Step("a run's inputs are larger than their buffer".into()))?;
             place.copy_from_slice(bytes);
         }
         self.inputs_host.upload(0..self.inputs_host.len(), &self.buffers.inputs, 0, &self.stream)?;
@@ -328,7 +327,7 @@ impl TensorRtExecutor {
                 None => decoder.context.enqueue(&self.stream),
             };
         }
-        // The first of so many sequences.
+        // The first run of this batch size: TensorRT allocates here, so it cannot be captured yet.
         let mut context = self.engines[0].engine.context(1, true, &self.stream)?;
         let binder = Binder { bindings: &self.bindings, layout: &self.layout, buffers: &self.buffers };
         binder.fixed(&mut context, false)?;
@@ -341,7 +340,7 @@ impl TensorRtExecutor {
                 Ok(recorded) => graph = Some(recorded),
                 Err(error) => {
                     self.graphs = false;
-                    self.report.fact(&format!("decoding runs without CUDA graphs, a little slower: {error}"));
+                    self.report.fact(&format!("decoding without CUDA graphs, which is a little slower: {error}"));
                 }
             }
         }
@@ -350,7 +349,7 @@ impl TensorRtExecutor {
         Ok(())
     }
 
-    /// Writes kernels that were compiled since they were last written.
+    /// Writes the kernel caches of engines that have compiled kernels since the last write.
     fn keep_kernels(&mut self) {
         for kept in &mut self.engines {
             let Some(kernel_cache) = &kept.kernel_cache else { continue };
@@ -360,7 +359,7 @@ impl TensorRtExecutor {
             }
             if let Err(reason) = kernel_cache.write(&kernels) {
                 self.report
-                    .fact(&format!("compiled kernels cannot be kept, so the next start compiles them too: {reason}"));
+                    .fact(&format!("compiled kernels cannot be cached, so the next start compiles them again: {reason}"));
                 kept.kernel_cache = None;
             }
             kept.cached_bytes = kernels.len();
@@ -381,14 +380,15 @@ impl Executor for TensorRtExecutor {
 
 impl Drop for TensorRtExecutor {
     fn drop(&mut self) {
-        // Work that runs uses what is about to go. Kernels for prefill are compiled beside its runs, so there may be new.
+        // Enqueued work uses the memory about to be freed. Prefill kernels are compiled in the background, so there may be
+        // new ones to store.
         if self.stream.wait().is_ok() {
             self.keep_kernels();
         }
     }
 }
 
-/// The GPU for a plan: the one asked for, or the first that the plan was built for, or the first.
+/// Picks the GPU for a plan: the requested one, else the first of the plan's compute capability, else the first.
 fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -> Result<DeviceInfo> {
     let found = match asked {
         Some(index) => devices.get(index),
@@ -402,10 +402,10 @@ fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -
     })
 }
 
-/// More sequences at once than any GPU has memory for.
+/// Upper bound on the batch size, above what any GPU has memory for.
 const MOST_SEQUENCES: usize = 4096;
 
-/// What steps become runs by; the slots are the plan's.
+/// Batching constraints of a plan, with the plan's number of slots.
 fn constraints(plan: &PlanInfo, info: &TensorRtInfo, has_context_plan: bool) -> Result<BatchingConstraints, String> {
     let k = info.bindings.iter().find(|binding| binding.role == BindingRole::TopLogits).and_then(|b| b.shape.last());
     let Some(Extent::Fixed(k)) = k.copied() else {
@@ -424,21 +424,21 @@ fn constraints(plan: &PlanInfo, info: &TensorRtInfo, has_context_plan: bool) -> 
         limits.vocab_size,
         k,
     ];
-    // Products of two of them, and inputs, which are i32, cannot overflow then.
+    // Then the product of two sizes fits a usize, and inputs, which are i32, hold any of them.
     let sound = positive.iter().all(|n| (1..=i32::MAX as usize).contains(n));
     if !sound || sizes.decode_sequences > MOST_SEQUENCES {
         return Err(format!("its sizes do not make sense: {sizes:?} and {limits:?}"));
     }
     if limits.max_sequence_tokens != sizes.max_sequence_tokens {
         let (of_limits, of_sizes) = (limits.max_sequence_tokens, sizes.max_sequence_tokens);
-        return Err(format!("a sequence has {of_limits} tokens by its limits and {of_sizes} by its sizes"));
+        return Err(format!("its limits allow {of_limits} tokens per sequence, its sizes {of_sizes}"));
     }
     let row_align = memory::row_align(limits.vocab_size, k);
     Ok(BatchingConstraints { limits: limits.clone(), sizes: sizes.clone(), has_context_plan, row_align })
 }
 
 impl StepResults {
-    /// Copies the largest logits of the rows to the host, in one piece, and waits for it.
+    /// Copies the top-k logits of the rows to the host in one transfer, and waits for it.
     fn take(&mut self, rows: Vec<usize>) -> Result<()> {
         self.values.clear();
         self.ids.clear();
@@ -455,14 +455,14 @@ impl StepResults {
         for row in &rows {
             let [values, ids] = self.places.top(*row).map(|offset| offset as usize..offset as usize + row_bytes);
             let (Some(values), Some(ids)) = (host.get(values), host.get(ids)) else {
-                return Err(Error::Step(format!("row {row} of the outputs is outside of them")));
+                return Err(Error::Step(format!("output row {row} is out of range")));
             };
             self.values.extend(values.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
             self.ids.extend(ids.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)));
         }
         if let Some(id) = self.ids.iter().find(|id| **id as usize >= self.places.vocab_size) {
             let most = self.places.vocab_size - 1;
-            return Err(Error::Numerics(format!("the plan returned token id {id}, past the last, which is {most}")));
+            return Err(Error::Numerics(format!("the plan returned token id {id}, but the last id is {most}")));
         }
         self.rows = rows;
         Ok(())
@@ -501,7 +501,7 @@ mod tests {
         fn warn(&self, _: &str) {}
     }
 
-    /// What the builder writes is what the executor takes: sizes, bindings and weights.
+    /// The executor accepts the sizes, bindings and weights that the builder writes.
     #[test]
     fn packages_of_the_builder_can_be_laid_out() {
         if let Err(missing) = TensorRtLibrary::find(LibraryKind::Rtx) {

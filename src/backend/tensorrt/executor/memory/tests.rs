@@ -6,7 +6,7 @@ use super::*;
 use crate::engine::Limits;
 use crate::engine::tensorrt::Sizes;
 
-/// The bindings of a model of these sizes.
+/// Manifest entry of a model of these sizes.
 pub(in crate::backend::tensorrt::executor) fn info(
     layers: usize,
     kv_heads: usize,
@@ -69,7 +69,7 @@ pub(in crate::backend::tensorrt::executor) fn constraints(sizes: &Sizes, vocab_s
     }
 }
 
-/// No two of them share a byte, and all are aligned and inside.
+/// Asserts that the ranges are disjoint, aligned and in bounds.
 fn assert_apart(parts: impl IntoIterator<Item = BufferRange>, bytes: u64) {
     let mut ranges: Vec<Range<u64>> = parts.into_iter().map(|part| part.offset..part.offset + part.bytes).collect();
     ranges.sort_by_key(|range| range.start);
@@ -106,7 +106,7 @@ proptest! {
         let outputs = &layout.outputs;
         assert_apart(outputs.tops.into_iter().chain([outputs.logits]), layout.outputs_bytes);
 
-        // Rows are apart from each other, inside their part, and aligned where a run may begin.
+        // Rows are disjoint, inside their range, and aligned where a run may start.
         let k_bytes = 4 * outputs.k as u64;
         let rows = constraints.decode_rows() + constraints.prefill_rows();
         let mut places = Vec::new();
@@ -163,7 +163,7 @@ fn slots_are_what_recipe_memory_and_request_allow() {
         )
     );
     assert_eq!(fit_8b(85_000_000_000, 84_000_000_000, None).unwrap().0, 24);
-    // A few percent below its name, and a card that the recipe does not list.
+    // A GPU with a few percent less than its nominal memory, and one that the recipe does not list.
     assert_eq!(fit_8b(79_000_000_000, 78_000_000_000, None).unwrap().0, 24);
     assert_eq!(fit_8b(24_000_000_000, 23_500_000_000, None).unwrap().0, 1);
     // Others use the GPU.

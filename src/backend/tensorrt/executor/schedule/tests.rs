@@ -6,7 +6,7 @@ use crate::backend::{Chunk, NextToken, Rows};
 const CAPACITY: usize = 12;
 const VOCAB: usize = 50;
 
-/// Runs schedules on a cache of tokens, and knows what the runtime believes to be in it.
+/// Executes schedules on a cache of token ids, and tracks what the runtime believes to be in it.
 struct World {
     constraints: BatchingConstraints,
     /// `[slots][S]`
@@ -26,7 +26,7 @@ impl World {
         }
     }
 
-    /// Runs the step; gives each wanted row as the tokens it attends to.
+    /// Runs a step; returns, for each requested row, the tokens it attends to.
     fn run(&mut self, step: &Step) -> Vec<Vec<i32>> {
         for span in step.spans() {
             self.held[span.slot] = span.past_tokens + span.len;
@@ -62,19 +62,20 @@ impl World {
             }
             for (r, row) in run.logits_rows.iter().enumerate() {
                 let (b, t) = (*row as usize / run.tokens, *row as usize % run.tokens);
-                // The last query attends to all `total` keys, the one before it to one less.
+                // The last query attends to all `total` keys, the one before it to one fewer.
                 let keys = run.total_tokens[b] as usize - (run.tokens - 1 - t);
                 let context = self.cache[run.first_slot + b][..keys].to_vec();
                 let output = &mut outputs[run.output_row + r];
                 let spare = run.output_row + r >= all_rows - self.constraints.row_align;
-                assert!(output.is_none() || spare, "two rows in one place");
+                assert!(output.is_none() || spare, "two rows share an output row");
                 *output = Some(context);
             }
         }
         schedule.rows.iter().map(|row| outputs[*row].clone().expect("a row that was computed")).collect()
     }
 
-    /// What is believed of every slot is in the cache, but for the last position of a full one, which nobody reads.
+    /// Asserts that the cache holds what the runtime believes, except for the last entry of a full slot, which nothing
+    /// reads.
     fn check(&self) {
         for (believed, cache) in self.believed.iter().zip(&self.cache) {
             let safe = believed.len().min(CAPACITY - 1);
@@ -83,7 +84,7 @@ impl World {
     }
 }
 
-/// For a slot: how far it is cut back, tokens to add, and which rows.
+/// Change of a slot: length it is truncated to, tokens to append, and kind of rows requested.
 type Change = (usize, Vec<u32>, u8);
 
 fn constraints() -> impl Strategy<Value = BatchingConstraints> {
@@ -116,8 +117,8 @@ fn changes() -> impl Strategy<Value = Vec<(usize, Change)>> {
 }
 
 proptest! {
-    /// Every token is written once where it belongs, every row attends to exactly its sequence, and no slot loses what
-    /// the runtime may still read, whatever steps come one after the other.
+    /// For any series of steps, every token is written to its position, every row attends to exactly its sequence, and no
+    /// slot loses entries that the runtime may still read.
     #[test]
     fn steps_do_what_they_say(constraints in constraints(), steps in prop::collection::vec(changes(), 1..=8)) {
         let mut world = World::new(constraints);
