@@ -41,7 +41,8 @@ impl Element {
     }
 }
 
-/// A value of a network. Numbers of every type are kept as FP32, which has all of them: indices and sizes are below 2²⁴.
+/// A value of a network. Numbers of every type are kept as FP32, which has all of them: indices and sizes are below
+/// 2²⁴.
 #[derive(Debug, Clone)]
 pub struct Array {
     pub element: Element,

@@ -78,8 +78,8 @@ fn build(
     lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles, ..BuildOptions::default() })
 }
 
-/// Each way of quantizing, on tiny-chat and on two layers of the 8B's widths: at most so many kernels a layer, no kernel but
-/// a product reads a weight, and neither decoding nor a first chunk copies a cache.
+/// Each way of quantizing, on tiny-chat and on two layers of the 8B's widths: at most so many kernels a layer, no
+/// kernel but a product reads a weight, and neither decoding nor a first chunk copies a cache.
 #[test]
 fn quantized_products_read_their_codes_as_they_are() {
     let Some(library) = rtx("quantized_products_read_their_codes_as_they_are") else { return };
@@ -115,7 +115,7 @@ fn quantized_products_read_their_codes_as_they_are() {
             assert!(found.by_layer.iter().all(|launches| *launches <= most), "{name}: {:?}", found.by_layer);
             assert_eq!((found.weight_copies, found.cache_copies), (vec![], vec![]), "{name}");
             let codes = ["i8", "i4", "f8"];
-            let products = step.iter().filter(|kernel| kernel.kind == KernelKind::Product);
+            let products = step.iter().filter(|kernel| kernel.kind == KernelKind::Gemm);
             let reading = |kernel: &&GpuKernel| {
                 let is_matrix = |input: &KernelTensor| input.dims.len() == 2 && input.dims.iter().all(|n| *n > 0);
                 kernel
@@ -165,7 +165,7 @@ fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
     assert_eq!(prefill.cache_copies.len(), 2 * config.num_layers, "one of the keys and one of the values");
     assert_eq!(prefill.weight_copies, []);
     let count = |kind| kernels.profile(1).iter().filter(|kernel| kernel.kind == kind).count();
-    assert_eq!(count(KernelKind::Product), 4 * config.num_layers + 1);
+    assert_eq!(count(KernelKind::Gemm), 4 * config.num_layers + 1);
     assert_eq!(count(KernelKind::Attention), config.num_layers);
 }
 

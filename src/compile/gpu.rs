@@ -1,4 +1,4 @@
-//! The TensorRT half of a build: which library compiles a plan here, and compiling it.
+//! The TensorRT part of a build: selects the library that can compile a plan on this machine, and compiles it.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -15,29 +15,30 @@ use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 
-/// SM 8.9, the compute capability that a plan is compiled for as a check where its own cannot be: the lowest with FP8.
+/// SM 8.9, the lowest compute capability with FP8. Plans that cannot be compiled for their own are compiled for this
+/// one as a check.
 pub const CHECKED_CAPABILITY: u16 = 89;
 
-/// What becomes of a plan on this machine.
+/// The library and target with which plans are compiled on this machine.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanCompiler {
-    /// What compiles it, or checks it.
+    /// Library that compiles or checks the plan.
     library: TensorRtLibrary,
-    /// What it is compiled for; `None` is the GPU at hand.
+    /// Compute capability to compile for; `None` is the GPU in this machine.
     capability: Option<u16>,
-    /// It is compiled for [`CHECKED_CAPABILITY`] and the result thrown away.
+    /// Compiles for [`CHECKED_CAPABILITY`] as a check and discards the result.
     only_checked: bool,
 }
 
 impl PlanCompiler {
-    /// How a plan for GPUs of this compute capability can be compiled here: with TensorRT 11 on such a GPU, else with
-    /// TensorRT for RTX if it compiles for them; else, with `prepare`, not, but its graph is checked.
+    /// Selects how to compile a plan for GPUs of this compute capability: with TensorRT 11 if this machine has such a
+    /// GPU; else with TensorRT for RTX if it can target them; else, with `prepare`, by only checking the graph.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] saying what is missing and the ways out.
+    /// [`Error::TensorRt`] with what is missing and the alternatives.
     pub fn find(target: &str, capability: u16, prepare: bool) -> Result<PlanCompiler> {
         let (sm, gpu) = (sm(capability), target.to_uppercase());
-        // A machine without a driver has no GPUs, whatever the reason.
+        // Without a working driver there are no usable GPUs, whatever the reason.
         let here = devices().unwrap_or_default();
         let is_here = here.iter().any(|device| device.compute_capability == capability);
         let enterprise = is_here.then(|| TensorRtLibrary::find(LibraryKind::TensorRt));
@@ -63,7 +64,7 @@ impl PlanCompiler {
                     _ => format!("this machine has no {gpu}"),
                 };
                 Err(Error::TensorRt(format!(
-                    "cannot build for {target} here: its SM {sm} is compiled for by TensorRT 11 on an {gpu} alone, and \
+                    "cannot build for {target} here: only TensorRT 11 on an {gpu} compiles for SM {sm}, and \
                      {why}. Either build there; or pass --prepare to quantize and pack the weights here and check the \
                      graph, and run `aotron build PACKAGE --finish` on the {gpu}."
                 )))
@@ -71,27 +72,27 @@ impl PlanCompiler {
         }
     }
 
-    /// Whether the plan is not compiled, only its graph checked.
+    /// Returns true if the plan is not compiled and only its graph is checked.
     pub fn only_checks(&self) -> bool {
         self.only_checked
     }
 
-    /// What compiles it and for what, in words.
+    /// Library and target as text.
     pub fn describe(&self) -> String {
         let library = format!("{} {}", self.library.kind().name(), self.library.version());
         match self.capability {
             Some(capability) => format!("{library} for SM {}", sm(capability)),
-            None => format!("{library} for the GPU at hand"),
+            None => format!("{library} for the GPU in this machine"),
         }
     }
 }
 
-/// 80 as "8.0".
+/// Formats a compute capability: 80 as "8.0".
 pub fn sm(capability: u16) -> String {
     format!("{}.{}", capability / 10, capability % 10)
 }
 
-/// An error of TensorRT without its name.
+/// Text of a TensorRT or GPU error without its prefix.
 fn words(error: &Error) -> String {
     match error {
         Error::TensorRt(words) | Error::Gpu(words) => words.clone(),
@@ -99,14 +100,14 @@ fn words(error: &Error) -> String {
     }
 }
 
-/// A plan on its way.
+/// A lowered plan that is to be packed and compiled.
 pub struct GpuPlan {
     means: PlanCompiler,
     sizes: Sizes,
     graph: Graph,
-    /// What the passes did.
+    /// Reports of the graph passes.
     pub reports: Vec<Report>,
-    /// What is to be packed.
+    /// Weights to pack.
     pub weights: Vec<PlanWeight>,
     bindings: Vec<Binding>,
     kv_cache_gib: BTreeMap<u32, u32>,
@@ -118,17 +119,17 @@ pub struct GpuPlan {
 
 /// Compiled plans.
 pub struct CompiledPlans {
-    /// Prefills and decodes.
+    /// The plan that reads the cache, with profiles for prefill and decode.
     pub plan: SerializedPlan,
-    /// For first chunks.
+    /// The context plan, for prefill of sequences without a past.
     pub context_plan: Option<SerializedPlan>,
 }
 
 impl GpuPlan {
-    /// Lowers a model by a recipe for a GPU. `calibration` is read by a precision that needs one.
+    /// Lowers a model for the recipe's GPU. `calibration` is used by precisions that need it.
     ///
     /// # Errors
-    /// [`Error::Recipe`] if it is no recipe for a GPU; [`Error::Graph`] or [`Error::TensorRt`] if the model cannot be
+    /// [`Error::Recipe`] if the recipe is not for a GPU; [`Error::Graph`] or [`Error::TensorRt`] if the model cannot be
     /// lowered.
     pub fn new(
         config: &ModelConfig,
@@ -163,25 +164,25 @@ impl GpuPlan {
         })
     }
 
-    /// How it is compiled.
+    /// The compiler that was selected.
     pub fn means(&self) -> PlanCompiler {
         self.means
     }
 
-    /// Whether some weights become part of the plan, so that they have to be packed before it can be compiled.
+    /// Returns true if weights are embedded in the plan, so that they must be packed before it is compiled.
     pub fn holds_weights(&self) -> bool {
         self.weights.iter().any(|weight| weight.in_plan)
     }
 
-    /// How many plans are compiled.
+    /// Number of plans to compile.
     pub fn compiled_plans(&self) -> u64 {
         1 + u64::from(self.has_context_plan)
     }
 
-    /// Compiles the plans. `None` where they were only checked.
+    /// Compiles the plans. Returns `None` if they were only checked.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words; [`Error::Cancelled`].
+    /// [`Error::TensorRt`] with TensorRT's message; [`Error::Cancelled`].
     pub fn compile(
         &self,
         target: &str,
@@ -203,11 +204,11 @@ impl GpuPlan {
             })
         };
         let plan = compile(Attends::Cache, "")?;
-        let context_plan = if self.has_context_plan { Some(compile(Attends::Chunk, ", first chunks")?) } else { None };
+        let context_plan = if self.has_context_plan { Some(compile(Attends::Chunk, ", context plan")?) } else { None };
         Ok((!self.means.only_checked).then_some(CompiledPlans { plan, context_plan }))
     }
 
-    /// The plan's part of the manifest. `context_plan` is that plan's file.
+    /// The TensorRT part of the plan's manifest entry. `context_plan` is the file of the context plan.
     pub fn info(self, context_plan: Option<String>) -> TensorRtInfo {
         let library = self.means.library;
         let compiled = Compiled { library: library.kind(), version: library.version().to_string(), context_plan };
@@ -222,12 +223,12 @@ impl GpuPlan {
     }
 }
 
-/// A precision by its name in a manifest.
+/// Looks up a precision by its name in a manifest.
 pub fn precision_of(name: &str) -> Option<Precision> {
     Precision::ALL.into_iter().find(|precision| precision.to_string() == name)
 }
 
-/// Shows a build's steps, and ends it when asked.
+/// Reports a build's progress, and cancels it on request.
 struct BuildMonitor {
     progress: Arc<dyn Progress>,
 }

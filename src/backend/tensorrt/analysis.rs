@@ -140,8 +140,8 @@ fn is_matrix(binding: &Binding) -> bool {
         && binding.shape.iter().filter(|extent| **extent != Extent::Fixed(1)).count() >= 2
 }
 
-/// Returns true if the kernel only looks up rows of the matrix: its name contains a gather, or is truncated (`Etc`), and
-/// none of its outputs is as large as the matrix.
+/// Returns true if the kernel only looks up rows of the matrix: its name contains a gather, or is truncated (`Etc`),
+/// and none of its outputs is as large as the matrix.
 fn looks_up(kernel: &GpuKernel, matrix: &Binding) -> bool {
     let operations = kernel.operations();
     let gathers = operations.iter().any(|operation| ["Gath", "Etc"].contains(operation));
@@ -155,7 +155,7 @@ fn copy_of(kernel: &GpuKernel, elements: Option<u64>) -> Option<&KernelTensor> {
 
 /// Finds a weight matrix that a kernel other than its GEMM reads whole, and the copy it writes.
 fn weight_copy(kernel: &GpuKernel, bindings: &[Binding]) -> Option<Found> {
-    if kernel.kind == KernelKind::Product {
+    if kernel.kind == KernelKind::Gemm {
         return None;
     }
     let described = |name: &str, read: &KernelTensor, elements| {
@@ -176,8 +176,8 @@ fn weight_copy(kernel: &GpuKernel, bindings: &[Binding]) -> Option<Found> {
     Some(described(&constant.name, constant, constant.elements()))
 }
 
-/// Finds an output that holds a layer's cache of at least one sequence: its shape contains both the cache's capacity and
-/// head_dim, in three or more dimensions; or its static extents multiply to the cache's element count.
+/// Finds an output that holds a layer's cache of at least one sequence: its shape contains both the cache's capacity
+/// and head_dim, in three or more dimensions; or its static extents multiply to the cache's element count.
 fn cache_copy(kernel: &GpuKernel, bindings: &[Binding]) -> Option<Found> {
     let cache = bindings.iter().find(|binding| matches!(binding.role, BindingRole::KeyCache(_)))?;
     let &[_, Extent::Fixed(kv_heads), Extent::Fixed(tokens), Extent::Fixed(head_dim)] = &cache.shape[..] else {
@@ -201,8 +201,8 @@ fn cache_copy(kernel: &GpuKernel, bindings: &[Binding]) -> Option<Found> {
     Some(Found { of: read.map(|input| input.name.clone()), what: output.ty() })
 }
 
-/// Positions inferred from the weights and caches that kernels touch and the names TensorRT gives them. A kernel without
-/// such a hint inherits the position of the kernel before it.
+/// Positions inferred from the weights and caches that kernels touch and the names TensorRT gives them. A kernel
+/// without such a hint inherits the position of the kernel before it.
 fn places(kernels: &[GpuKernel], bindings: &[Binding]) -> Vec<KernelLocation> {
     let mut place = KernelLocation::Before;
     kernels
@@ -227,7 +227,7 @@ fn placed(kernel: &GpuKernel, bindings: &[Binding], before: KernelLocation) -> K
         _ => layer_number(&bound.name),
     };
     // A GEMM may be fused with the next layer's norm: its weight matrix is the more reliable hint.
-    let matrix = touched().filter(|bound| kernel.kind == KernelKind::Product && is_matrix(bound)).find_map(layer_of);
+    let matrix = touched().filter(|bound| kernel.kind == KernelKind::Gemm && is_matrix(bound)).find_map(layer_of);
     let own_name = || kernel.operations().is_empty().then(|| layer_number(&kernel.name)).flatten();
     if let Some(layer) = matrix.or_else(|| touched().filter_map(layer_of).max()).or_else(own_name) {
         return KernelLocation::Layer(layer);

@@ -1,8 +1,8 @@
 //! Safe wrappers of the CUDA driver API, which is called nowhere else.
 //!
-//! The driver library is opened on first use; without one, every function returns an [`Error::Gpu`] that says so. Sticky
-//! errors (an uncorrectable memory error, an illegal address) are recorded and returned by every later call: CUDA gives a
-//! process no way to recover from them other than a restart.
+//! The driver library is opened on first use; without one, every function returns an [`Error::Gpu`] that says so.
+//! Sticky errors (an uncorrectable memory error, an illegal address) are recorded and returned by every later call:
+//! CUDA gives a process no way to recover from them other than a restart.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -244,8 +244,8 @@ impl Pinned {
     /// [`Error::Gpu`] if a copy, or work before it in its stream, failed.
     pub fn bytes(&mut self) -> Result<&mut [u8]> {
         self.wait()?;
-        // SAFETY: the pointer is valid for that many initialized bytes; no copy uses them, and none can start while they
-        // are borrowed, since starting one takes `&mut self`.
+        // SAFETY: the pointer is valid for that many initialized bytes; no copy uses them, and none can start while
+        // they are borrowed, since starting one takes `&mut self`.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.bytes) })
     }
 
@@ -268,8 +268,8 @@ impl Pinned {
     /// [`Error::Gpu`] if either range is out of bounds or the driver fails.
     pub fn upload(&mut self, range: Range<usize>, to: &Buffer, offset: u64, stream: &Stream) -> Result<()> {
         let (host, address) = self.ends(range, to, offset)?;
-        // SAFETY: `host` is neither handed out nor freed before the event recorded after the copy; `address` is inside a
-        // buffer, whose deallocation waits for the copy.
+        // SAFETY: `host` is neither handed out nor freed before the event recorded after the copy; `address` is inside
+        // a buffer, whose deallocation waits for the copy.
         let done = unsafe { result::memcpy_htod_async(address, &*host, stream.handle) };
         self.device.0.check(done, || format!("copy {} bytes to the GPU", host.len()))?;
         self.record(stream)
@@ -374,8 +374,8 @@ impl Stream {
         self.device.0.check(done, || format!("clear {bytes} bytes"))
     }
 
-    /// Captures the work that `work` enqueues as a CUDA graph, without running it. Only runs of execution contexts may be
-    /// captured: copies would use host memory that the graph does not keep alive.
+    /// Captures the work that `work` enqueues as a CUDA graph, without running it. Only runs of execution contexts may
+    /// be captured: copies would use host memory that the graph does not keep alive.
     ///
     /// # Errors
     /// [`Error::Gpu`] if something in it cannot be captured, or the error of `work`. The stream is left as before.
@@ -409,8 +409,8 @@ impl Stream {
     /// [`Error::Gpu`] if the driver fails.
     pub(super) fn replay(&self, graph: &CudaGraph) -> Result<()> {
         self.device.bind()?;
-        // SAFETY: both are alive. The graph only contains device addresses, so even if the caller freed one, no memory of
-        // this process is touched.
+        // SAFETY: both are alive. The graph only contains device addresses, so even if the caller freed one, no memory
+        // of this process is touched.
         self.device.0.check(unsafe { sys::cuGraphLaunch(graph.exec, self.handle) }.result(), || "run a step".into())
     }
 }

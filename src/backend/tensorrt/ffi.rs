@@ -105,10 +105,11 @@ pub(super) mod bridge {
     }
 
     // SAFETY: this asserts that the C++ functions below may be called with any arguments from safe code. They validate
-    // their arguments (tensor indices, number of dimensions) and TensorRT's results (null pointers) and throw, which cxx
-    // turns into an `Err`; they keep no reference to an argument past their return, and what they return is owned by its
-    // `UniquePtr` or, for libraries, lives until the process ends. The ABI of the loaded library is checked by its version
-    // (library.rs) before anything else in it is called.
+    // their arguments (tensor indices, number of dimensions) and TensorRT's results (null pointers) and throw, which
+    // cxx turns into an `Err`; they keep no reference to an argument past their return, and what they return is owned
+    // by its
+    // `UniquePtr` or, for libraries, lives until the process ends. The ABI of the loaded library is checked by its
+    // version (library.rs) before anything else in it is called.
     unsafe extern "C++" {
         include!("aotron/cpp/shim.h");
 
@@ -188,13 +189,14 @@ pub(super) mod bridge {
 }
 
 // SAFETY: the only mutable state of an open library is its list of listeners and, through the creation of builders,
-// TensorRT's own state; a mutex guards each (cpp/shim.inl), and another serializes builds. Builders on different threads
-// share nothing else except what TensorRT guards itself: it allows one builder per thread. A library is never destroyed.
+// TensorRT's own state; a mutex guards each (cpp/shim.inl), and another serializes builds. Builders on different
+// threads share nothing else except what TensorRT guards itself: it allows one builder per thread. A library is never
+// destroyed.
 unsafe impl Sync for bridge::Library {}
 
 // SAFETY: none is tied to the thread that created it. The C++ objects they share are thread-safe: TensorRT's runtimes
-// and engines are (a context is not, and is not `Sync`), the listener has a mutex, its observer is `Send` and `Sync`, and
-// an engine's kernel cache is set once.
+// and engines are (a context is not, and is not `Sync`), the listener has a mutex, its observer is `Send` and `Sync`,
+// and an engine's kernel cache is set once.
 unsafe impl Send for bridge::Runtime {}
 // SAFETY: as above.
 unsafe impl Send for bridge::Engine {}
@@ -229,8 +231,9 @@ pub(super) fn address(
     let fits = offset.checked_add(bytes).is_some_and(|end| end <= buffer.bytes());
     if !fits || !offset.is_multiple_of(ALIGN) {
         let all = buffer.bytes();
-        let detail =
-            format!("{tensor} cannot be bound to {bytes} bytes at offset {offset} of {all}: past the end or misaligned");
+        let detail = format!(
+            "{tensor} cannot be bound to {bytes} bytes at offset {offset} of {all}: past the end or misaligned"
+        );
         return Err(crate::Error::TensorRt(detail));
     }
     // SAFETY: the address is valid for that many bytes of device memory.

@@ -64,8 +64,8 @@ impl ConstantBytes {
 }
 
 /// The network-building interface that the lowering targets: a TensorRT network, or another implementation such as an
-/// evaluator that computes each layer as it is added. Typing is strong: operand types determine the result type. Methods
-/// that add a layer return its result, or an error that names the current scope ([`Layers::scope`]).
+/// evaluator that computes each layer as it is added. Typing is strong: operand types determine the result type.
+/// Methods that add a layer return its result, or an error that names the current scope ([`Layers::scope`]).
 pub trait Layers {
     /// Sets the name prefix of the layers that follow: `name/0.cast`, `name/1.sum`.
     fn scope(&mut self, name: &str);

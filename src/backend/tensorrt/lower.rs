@@ -1,11 +1,12 @@
-//! Graph to network. The network computes in the types the graph states: FP32 sums, norms, rotations and residuals
-//! around BF16 products. TensorRT joins the conversions with what is before and behind them, so they cost no launches.
+//! Lowering of the graph to a TensorRT network. The network computes in the graph's types: FP32 sums, norms, rotary
+//! embeddings and residuals around BF16 GEMMs. TensorRT fuses the casts with their neighbours, so they cost no
+//! launches.
 //!
-//! Activations are `[B·T, width]` and become `[B, heads, T, head_dim]` between rotation and attention. Weights are
-//! inputs of the network, so that any number of plans share one copy and none has to be compiled into a plan. Codes are
-//! stored `[in, out]`, which TensorRT's products read as they are; `[out, in]` they would be transposed in every step, or,
-//! as constants, while the plan is compiled, which doubles that time. Codes of 4 bits are constants of the network: as
-//! inputs they would be unpacked to BF16 in every step.
+//! Activations are `[B·T, width]`, and `[B, heads, T, head_dim]` from the rotary embedding through attention. Weights
+//! are inputs of the network, so that plans share one copy and need not embed them. Quantized codes are stored `[in,
+//! out]`, which TensorRT's GEMMs read directly; stored `[out, in]`, they would be transposed in every step, or, as
+//! constants, during compilation, which doubles its time. 4-bit codes are constants of the network: as inputs they
+//! would be unpacked to BF16 in every step.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,46 +20,46 @@ use crate::error::{Error, Result};
 use crate::graph::{Const, Graph, Input, Node, Op, Type, Value};
 use crate::tensor::DType;
 
-/// Name of the input with each sequence's tokens after the step, `i32[B]`: what attention reads.
+/// Name of the input with each sequence's length after the step, `i32[B]`: the keys that attention reads.
 pub const TOTAL_TOKENS: &str = "total_tokens";
-/// Name of the output with the logits of the wanted rows, `f32[R, vocab]`.
+/// Name of the output with the logits of the requested rows, `f32[R, vocab]`.
 pub const LOGITS: &str = "logits";
-/// Name of the output with the largest logits of each wanted row, largest first, `f32[R, k]`.
+/// Name of the output with the largest logits of each requested row in descending order, `f32[R, k]`.
 pub const TOP_LOGITS: &str = "top_logits";
 /// Name of the output with their token ids, `i32[R, k]`.
 pub const TOP_IDS: &str = "top_ids";
-/// What codes become before their product, and what it gives.
+/// Element type that codes are dequantized to, and that their GEMM computes in.
 const QUANTIZED_PRODUCTS: DType = DType::BF16;
-/// The most that TensorRT's TopK gives.
+/// TensorRT's limit for k in TopK.
 pub const MOST_TOP_TOKENS: usize = 3840;
 
-/// Which keys and values attention reads.
+/// Source of the keys and values that attention reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attends {
-    /// The cache, as far as each sequence goes: any step. Prefill copies the layer's whole cache once to do so.
+    /// The cache, up to each sequence's length. Works for any step, but in prefill TensorRT copies the layer's whole
+    /// cache.
     Cache,
-    /// The step's own: a first chunk, whose sequences have no past. The cache is written, not read.
+    /// The step's own keys and values, for the context plan: sequences have no past, so the cache is only written.
     Chunk,
 }
 
-/// A network and what it is to be given.
+/// A network with its bindings, weights and profiles.
 #[derive(Debug)]
 pub struct LoweredNetwork<N = Network> {
-    /// Ready to be built.
+    /// The network, ready to be built.
     pub network: N,
-    /// Everything that is bound to the plan, weights first.
+    /// Inputs and outputs, weights first.
     pub bindings: Vec<Binding>,
-    /// Its weights: those that are inputs, in the order of the bindings, and those that are part of it.
+    /// Weights: inputs in the order of the bindings, and embedded constants.
     pub weights: Vec<PlanWeight>,
-    /// The steps it can run: prefill, then decode if it attends to the cache.
+    /// Profiles of the steps it can run: prefill, then decode if it attends to the cache.
     pub profiles: Vec<OptimizationProfile>,
 }
 
 /// Lowers a graph into an empty network.
 ///
 /// # Errors
-/// [`Error::Graph`] naming the op that has no lowering in the place it stands; [`Error::TensorRt`] with TensorRT's own
-/// words.
+/// [`Error::Graph`] naming an op that cannot be lowered where it stands; [`Error::TensorRt`] with TensorRT's message.
 pub fn lower<N: Layers>(
     graph: &Graph,
     network: N,
@@ -93,18 +94,18 @@ pub fn lower<N: Layers>(
     lowering.finish()
 }
 
-/// Where a value of the graph is in the network.
+/// Representation of a graph value in the network.
 #[derive(Debug, Clone, Copy)]
 enum LoweredValue {
-    /// As the graph has it.
+    /// A tensor of the graph's shape.
     Plain(NetworkTensor),
     /// `[B, heads, T, head_dim]`, where the graph has `[B·T, heads · head_dim]`.
     Heads { tensor: NetworkTensor, heads: usize, head_dim: usize },
-    /// A layer's cache after the step, `[B, heads, S, head_dim]`, and what was written to it, `[B, heads, T, head_dim]`.
+    /// A layer's cache after the step, `[B, heads, S, head_dim]`, and the new entries, `[B, heads, T, head_dim]`.
     Cache { cache: NetworkTensor, new: NetworkTensor },
-    /// An E4M3 number and what one of them stands for.
+    /// E4M3 codes and their scale.
     Codes { codes: NetworkTensor, scale: NetworkTensor },
-    /// Codes or scales of a weight, which the product that reads them places.
+    /// Codes or scales of a quantized weight, added by the linear layer that reads them.
     WeightPart,
 }
 
@@ -113,11 +114,11 @@ struct NetworkLowering<'g, N> {
     attends: Attends,
     sizes: &'g Sizes,
     constants: &'g Constants,
-    /// As long as the longest constant, if they are arbitrary.
+    /// Shared content of arbitrary constants, as long as the longest one.
     arbitrary: Arc<[u8]>,
     network: N,
     places: Vec<LoweredValue>,
-    /// `[B·T, width]` values as `[B, T, width]`: the rotation's angles, used in every layer.
+    /// `[B·T, width]` values reshaped to `[B, T, width]`, cached because every layer uses the same rotary angles.
     per_token: HashMap<Value, NetworkTensor>,
     /// `i64[2]`: B and T.
     step_shape: Option<NetworkTensor>,
@@ -254,7 +255,8 @@ impl<N: Layers> NetworkLowering<'_, N> {
         }
     }
 
-    /// Step inputs are those of the graph, but tokens stand as `[B, T]`, from which the network learns T.
+    /// Adds an input. Inputs have the graph's shapes, except that token ids and positions are `[B, T]`: the network
+    /// takes B and T from the shape of the token ids.
     fn input(&mut self, node: &Node, input: Input) -> Result<LoweredValue> {
         let [b, t, r] = [StepSize::B, StepSize::T, StepSize::R].map(Extent::Step);
         let cache = || {
@@ -296,7 +298,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         self.bindings.push(Binding { name: name.into(), role, dtype, shape: shape.to_vec() });
     }
 
-    /// A weight as an input of the network, or as a constant.
+    /// Adds a weight as an input or as an embedded constant.
     fn weight(&mut self, weight: PlanWeight) -> Result<NetworkTensor> {
         let PlanWeight { name, dtype, shape, in_plan, .. } = &weight;
         let dims: Option<Vec<i64>> = shape.iter().map(|n| i64::try_from(*n).ok()).collect();
@@ -323,7 +325,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
                 let length = usize::try_from(weight.bytes())
                     .map_err(|_| Error::TensorRt(format!("weight {} is too large", weight.name)))?;
                 if self.arbitrary.len() < length {
-                    // 0.0115 as FP32, since TensorRT refuses scales of zero.
+                    // 0x3c3c3c3c is 0.0115 in FP32: TensorRT rejects scales of zero.
                     self.arbitrary = vec![0x3c; length].into();
                 }
                 ConstantBytes::of_memory(self.arbitrary.clone(), 0..length)
@@ -331,7 +333,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         }
     }
 
-    /// The weight's codes become numbers just before the product, which TensorRT makes one kernel of.
+    /// Dequantizes the weight right before the GEMM, which TensorRT fuses into one kernel.
     fn quantized_linear(
         &mut self,
         node: &Node,
@@ -341,10 +343,10 @@ impl<N: Layers> NetworkLowering<'_, N> {
         let graph = self.graph;
         let (codes, scales) = (graph.node(codes), graph.node(scales));
         let (Op::Const(codes_expr), Op::Const(scales_expr)) = (&codes.op, &scales.op) else {
-            return Err(fail(node, "its codes and scales are no constants"));
+            return Err(fail(node, "its codes and scales are not constants"));
         };
         let &[rows, columns] = &codes.ty.shape[..] else {
-            return Err(fail(node, "its codes are no matrix"));
+            return Err(fail(node, "its codes are not a matrix"));
         };
         let (Some(rows), Some(columns)) = (rows.as_fixed(), columns.as_fixed()) else {
             return Err(fail(node, "the sizes of its codes must be known"));
@@ -365,7 +367,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         let weight = if let Some(block) = block {
             let unit = common_divisor(block, columns);
             let codes = self.weight(PlanWeight { in_plan: true, ..codes })?;
-            // Scales of 4-bit codes are BF16's numbers (quantize.rs), because TensorRT takes no others.
+            // TensorRT accepts only BF16 scales here, so quantize.rs chooses scales that BF16 represents exactly.
             let (shape, layout) = (vec![columns / unit, rows], WeightLayout::Spread { block, unit });
             let scales = PlanWeight { dtype: QUANTIZED_PRODUCTS, shape, layout, in_plan: true, ..scales };
             let scales = self.weight(scales)?;
@@ -377,7 +379,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         self.network.matmul(x, weight)
     }
 
-    /// TensorRT's attention does not scale, so the queries are, before they are rounded to the cache's type.
+    /// TensorRT's attention does not scale the scores, so the queries are scaled, before rounding to the cache's type.
     fn attention(&mut self, node: &Node, scale: f32, [q, keys, values]: [Value; 3]) -> Result<LoweredValue> {
         let (
             LoweredValue::Cache { cache: keys, new: new_keys },
@@ -406,13 +408,13 @@ impl<N: Layers> NetworkLowering<'_, N> {
         self.places[value.index()]
     }
 
-    /// A value in the shape the graph gives it.
+    /// A value in its shape in the graph.
     fn plain(&mut self, value: Value) -> Result<NetworkTensor> {
         match self.place(value) {
             LoweredValue::Plain(tensor) => Ok(tensor),
             LoweredValue::Cache { cache, .. } => Ok(cache),
             LoweredValue::Codes { .. } | LoweredValue::WeightPart => {
-                Err(fail(self.graph.node(value), "only a quantized product can read it"))
+                Err(fail(self.graph.node(value), "only a quantized linear layer can read it"))
             }
             LoweredValue::Heads { tensor, heads, head_dim } => {
                 let width = size(heads.checked_mul(head_dim), self.graph.node(value))?;
@@ -424,7 +426,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         }
     }
 
-    /// A value as `[B, heads, T, head_dim]`, and its heads.
+    /// A value as `[B, heads, T, head_dim]`, and the number of heads.
     fn heads(&mut self, user: &Node, value: Value, head_dim: usize) -> Result<(NetworkTensor, usize)> {
         if let LoweredValue::Heads { tensor, heads, head_dim: same } = self.place(value)
             && same == head_dim
@@ -472,11 +474,11 @@ impl<N: Layers> NetworkLowering<'_, N> {
                 LoweredValue::Cache { cache, .. } => {
                     self.network.output(cache, &node.name)?;
                     let before = node.operands.first().and_then(|cache| self.binding_of(*cache));
-                    let before = before.ok_or_else(|| fail(node, "what it updates is no input"))?;
+                    let before = before.ok_or_else(|| fail(node, "it updates something other than an input"))?;
                     let role = match before.role {
                         BindingRole::KeyCache(layer) => BindingRole::UpdatedKeys(layer),
                         BindingRole::ValueCache(layer) => BindingRole::UpdatedValues(layer),
-                        _ => return Err(fail(node, "what it updates is no cache")),
+                        _ => return Err(fail(node, "it updates something other than a cache")),
                     };
                     let shape = before.shape.clone();
                     self.bind(&node.name, role, node.ty.dtype, &shape);
@@ -489,7 +491,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         let vocab_size = node.ty.width().ok_or_else(|| fail(node, "the vocabulary's size must be known"))?;
         let most = MOST_TOP_TOKENS.min(vocab_size);
         if self.sizes.top_tokens == 0 || self.sizes.top_tokens > MOST_TOP_TOKENS {
-            let detail = format!("top_tokens is {}, accepted are 1 to {MOST_TOP_TOKENS}", self.sizes.top_tokens);
+            let detail = format!("top_tokens is {}, expected 1 to {MOST_TOP_TOKENS}", self.sizes.top_tokens);
             return Err(refuse(detail));
         }
         self.network.scope("top");
@@ -515,14 +517,14 @@ impl<N: Layers> NetworkLowering<'_, N> {
         Ok(LoweredNetwork { network: self.network, bindings, weights: self.weights, profiles })
     }
 
-    /// The binding of a step's input.
+    /// The binding of an input.
     fn binding_of(&self, value: Value) -> Option<&Binding> {
         let name = &self.graph.node(value).name;
         self.bindings.iter().find(|binding| binding.name == *name)
     }
 
-    /// A profile per kind of step. Decoding has one of its own because TensorRT has kernels for T = 1 that read the
-    /// cache where it lies.
+    /// One profile per kind of step. Decoding has its own because TensorRT has kernels for T = 1 that read the cache in
+    /// place.
     fn profiles(&self) -> Result<Vec<OptimizationProfile>> {
         let s = self.sizes;
         let prefill = (s.prefill_sequences, s.prefill_tokens, s.prefill_logits_rows);
@@ -534,7 +536,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         steps.into_iter().map(|(sequences, tokens, rows)| self.profile(sequences, tokens, rows)).collect()
     }
 
-    /// From one sequence, token and row to these; fastest at one sequence of so many tokens.
+    /// A profile from one sequence, token and row up to these, tuned for one sequence of `tokens` tokens.
     fn profile(&self, sequences: usize, tokens: usize, rows: usize) -> Result<OptimizationProfile> {
         let dims = |shape: &[Extent], [b, t, r]: [usize; 3]| -> Result<Vec<i64>> {
             let dim = |extent: &Extent| {
@@ -570,10 +572,10 @@ fn rank(node: &Node) -> Result<u32> {
 }
 
 fn size(n: Option<usize>, node: &Node) -> Result<i64> {
-    n.and_then(|n| i64::try_from(n).ok()).ok_or_else(|| fail(node, "a size that must be known is not, or too large"))
+    n.and_then(|n| i64::try_from(n).ok()).ok_or_else(|| fail(node, "a size must be static and fit an i64"))
 }
 
-/// The operands of an op that takes so many, which the graph has checked.
+/// The operands of an op with `N` operands. The graph has checked the number.
 fn operands<const N: usize>(node: &Node) -> Result<[Value; N]> {
     node.operands[..].try_into().map_err(|_| {
         let found = format!("op {} ({}) has {} operands", node.op.kind(), node.name, node.operands.len());

@@ -1,4 +1,4 @@
-//! A strongly typed network under construction: every value has the type its operands give it.
+//! Safe wrapper of a strongly typed TensorRT network: operand types determine the type of every tensor.
 
 use std::fmt;
 use std::pin::Pin;
@@ -10,8 +10,8 @@ use super::{BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, Optimizat
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
-/// A network, its layers added one by one through [`Layers`]. What cannot be added is an [`Error::TensorRt`] with
-/// TensorRT's own words.
+/// A network under construction. Layers are added through [`Layers`]; a layer that TensorRT rejects is an
+/// [`Error::TensorRt`] with its message.
 pub struct Network {
     inner: UniquePtr<bridge::Network>,
 }
@@ -44,7 +44,7 @@ impl Network {
         self.inner.layers() as usize
     }
 
-    /// The layers, as TensorRT reads them back.
+    /// The layers, as TensorRT reports them.
     pub fn layers(&self) -> Result<Vec<Layer>> {
         (0..self.inner.layers())
             .map(|index| {
@@ -57,7 +57,7 @@ impl Network {
     /// Compiles the network.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words; [`Error::Cancelled`] if the monitor broke off.
+    /// [`Error::TensorRt`] with TensorRT's message; [`Error::Cancelled`] if the monitor cancelled the build.
     pub fn build(&mut self, options: &BuildOptions) -> Result<SerializedPlan> {
         let ranges = |profile: &OptimizationProfile| {
             let range = |range: &ShapeRange| {
@@ -221,13 +221,13 @@ impl Layers for Network {
     }
 }
 
-/// A compiled network, serialized.
+/// A compiled, serialized network (TensorRT's "plan").
 pub struct SerializedPlan {
     inner: UniquePtr<bridge::Plan>,
 }
 
 impl SerializedPlan {
-    /// What to write to a file.
+    /// The bytes to write to a file.
     pub fn bytes(&self) -> &[u8] {
         self.inner.bytes()
     }

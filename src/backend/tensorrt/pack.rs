@@ -1,5 +1,5 @@
-//! How the weights of a TensorRT plan are stored: as its products read them. No more than one matrix of 8-bit codes is in
-//! memory at a time, and of everything else a few rows.
+//! Packing of a TensorRT plan's weights in the layout its GEMMs read. At most one matrix of 8-bit codes, and a few rows
+//! of anything else, is in memory at a time.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -12,22 +12,21 @@ use crate::checkpoint::EMBEDDING;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
-/// Columns of a transposed matrix that are gathered at a time: the bytes of a cache line.
+/// Columns transposed at a time: as many bytes as a cache line has.
 const TILE: usize = 64;
 
-/// The safetensors file of a plan's weights, for [`packing`](crate::backend::packing) to write: matrices in the order of
-/// use, the embedding last, as the CPU's plans have it. 4-bit integers are stored as bytes, two in each, the first in the
-/// low half.
+/// Lists the tensors of the weights file, for [`packing`](crate::backend::packing) to write: matrices in order of use,
+/// the embedding last, as in CPU plans. 4-bit codes are packed two per byte, the first in the low half.
 ///
 /// # Errors
-/// [`Error::Graph`] for a weight that is stored in no known way.
+/// [`Error::Graph`] for a weight whose content and layout do not go together.
 pub fn items(weights: &[PlanWeight]) -> Result<Vec<Item<'_>>> {
     let mut order: Vec<&PlanWeight> = weights.iter().collect();
     order.sort_by_key(|weight| is_table(weight));
     order.into_iter().map(item).collect()
 }
 
-/// The embedding comes first in a network.
+/// Returns true for the embedding, which is the first weight of a network.
 fn is_table(weight: &PlanWeight) -> bool {
     matches!(weight.content.source(), RowSource::Tensors(names) if names == &[EMBEDDING])
 }
@@ -43,7 +42,7 @@ fn item(weight: &PlanWeight) -> Result<Item<'_>> {
     };
     if !fits {
         let found = format!("weight `{}` has shape {:?} as {:?}", weight.name, weight.shape, weight.layout);
-        return Err(Error::internal(found, format!("room for {} rows of {}", content.rows(), content.width())));
+        return Err(Error::internal(found, format!("a shape for {} rows of {}", content.rows(), content.width())));
     }
     let mut finish: Option<StoreAll> = None;
     let store: StoreRows<'_> = match (content.form(), weight.layout) {
@@ -80,12 +79,12 @@ fn item(weight: &PlanWeight) -> Result<Item<'_>> {
     Ok(Item { name: weight.name.as_str(), stored, content, unit: 1, store, finish })
 }
 
-/// Bytes of that file, header included, or a little more.
+/// Upper estimate of the size of the weights file, header included.
 pub fn packed_bytes(weights: &[PlanWeight]) -> u64 {
     weights.iter().map(|weight| weight.bytes() + 256).sum()
 }
 
-/// Shape and element type of a weight in its file.
+/// Element type and shape of a weight in the weights file.
 pub fn stored(weight: &PlanWeight) -> Result<(Dtype, Vec<usize>)> {
     Ok((stored_dtype(weight.dtype), stored_shape(weight)?))
 }
@@ -95,7 +94,9 @@ fn stored_shape(weight: &PlanWeight) -> Result<Vec<usize>> {
     if weight.dtype == DType::I4 {
         match shape.last_mut() {
             Some(columns) if columns.is_multiple_of(2) => *columns /= 2,
-            _ => return Err(unexpected(weight, "4-bit codes come in pairs, and it has an odd number of outputs")),
+            _ => {
+                return Err(unexpected(weight, "4-bit codes are stored in pairs, but it has an odd number of outputs"));
+            }
         }
     }
     Ok(shape)
@@ -110,14 +111,14 @@ fn narrowed<T: bytemuck::Pod>(rows: &[f32], narrow: fn(f32) -> T) -> Vec<u8> {
     bytemuck::cast_slice(&rows.iter().map(|value| narrow(*value)).collect::<Vec<T>>()).to_vec()
 }
 
-/// Writes `[rows, columns]` as `[columns, rows]`.
+/// Writes the transpose, `[columns, rows]`, of `[rows, columns]` codes.
 fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let rows = codes.len() / columns;
     let mut tile = vec![0u8; TILE * rows];
     for first in (0..columns).step_by(TILE) {
         let width = TILE.min(columns - first);
         let tile = &mut tile[..width * rows];
-        // A column at a time; the cache lines it reads a byte of stay in the cache for its neighbours.
+        // Reads one byte of a cache line per row; the lines stay cached for the neighbouring columns of the tile.
         tile.par_chunks_mut(rows).enumerate().for_each(|(column, out)| {
             let column = &codes[first + column..];
             out.iter_mut().zip(column.iter().step_by(columns)).for_each(|(out, code)| *out = *code);
@@ -127,7 +128,7 @@ fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -
     Ok(())
 }
 
-/// `[rows, blocks]` scales in the type and as often as the plan wants them.
+/// Converts `[rows, blocks]` scales to the plan's type and layout, repeating them for [`WeightLayout::Spread`].
 fn stored_scales(weight: &PlanWeight, scales: &[f32], blocks: usize) -> Result<Vec<u8>> {
     let spread: Vec<f32> = match (weight.layout, &weight.shape[..]) {
         (WeightLayout::Rows, _) => scales.to_vec(),
@@ -135,7 +136,7 @@ fn stored_scales(weight: &PlanWeight, scales: &[f32], blocks: usize) -> Result<V
             let of_unit = |i: usize| scales.chunks_exact(blocks).filter_map(move |row| row.get(i * unit / block));
             (0..*units).flat_map(of_unit).copied().collect()
         }
-        _ => return Err(unexpected(weight, "its scales are stored in no known way")),
+        _ => return Err(unexpected(weight, "scales cannot be stored in this layout")),
     };
     match weight.dtype {
         DType::F32 => Ok(bytemuck::cast_slice(&spread).to_vec()),

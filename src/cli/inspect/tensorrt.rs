@@ -1,4 +1,4 @@
-//! What `--network` and `--kernels` look at: the plans that TensorRT makes of the model.
+//! `--network` and `--kernels`: lowers and compiles the model's TensorRT plans for inspection.
 
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
@@ -24,18 +24,18 @@ use super::kernels::{Listing, StepListing};
 use super::network::Networks;
 use super::{Subject, term};
 
-/// Which of TensorRT's views to print, and of which plan.
+/// Flags that select a TensorRT listing and the plan to list.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "TensorRT (needs its library, but no GPU and no weights)")]
 pub struct PlanFlags {
-    /// Print the network that TensorRT is given, as it reads it back; `all` layers, or each kind once
-    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = extent)]
+    /// Print the network passed to TensorRT, as TensorRT reports it; repeated layers once, or `all`
+    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = detail)]
     network: Option<ListingDetail>,
-    /// Compile, and print the kernels of each step, what they copy and how fast memory lets them decode; of `all` layers,
-    /// or of one of each kind
-    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = extent)]
+    /// Compile, and print the kernels of each step, the copies they make and the decoding speed that memory bandwidth
+    /// allows; repeated layers once, or `all`
+    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = detail)]
     kernels: Option<ListingDetail>,
-    /// Recipe of the plan [default: the package's plan, or a100]
+    /// Recipe of the plan [default: the recipe of the package's plan, or a100]
     #[arg(long, value_name = "NAME|FILE")]
     recipe: Option<String>,
     /// Number format of weights [default: the plan's]
@@ -43,16 +43,16 @@ pub struct PlanFlags {
     precision: Option<Precision>,
 }
 
-/// How much to print.
+/// Amount of detail to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ListingDetail {
-    /// What repeats, once.
+    /// Repeated layers once.
     Once,
     /// Everything.
     All,
 }
 
-fn extent(text: &str) -> Result<ListingDetail, String> {
+fn detail(text: &str) -> Result<ListingDetail, String> {
     match text {
         "" => Ok(ListingDetail::Once),
         "all" => Ok(ListingDetail::All),
@@ -61,12 +61,12 @@ fn extent(text: &str) -> Result<ListingDetail, String> {
 }
 
 impl PlanFlags {
-    /// Whether anything of TensorRT is to be printed.
+    /// Returns true if a TensorRT listing was requested.
     pub fn is_wanted(&self) -> bool {
         self.network.is_some() || self.kernels.is_some()
     }
 
-    /// Refuses flags that do nothing.
+    /// Rejects flags that would have no effect.
     pub fn check(&self) -> anyhow::Result<()> {
         let idle = [("--recipe", self.recipe.is_some()), ("--precision", self.precision.is_some())];
         match idle.iter().find(|(_, given)| *given) {
@@ -76,10 +76,10 @@ impl PlanFlags {
     }
 }
 
-/// SM 8.9 stands in for SM 9.0, which TensorRT for RTX does not compile for: the lowest with FP8.
+/// SM 8.9, the lowest with FP8, stands in for SM 9.0, which TensorRT for RTX cannot compile for.
 const STAND_IN: (u16, u16) = (90, 89);
 
-/// The plans to look at.
+/// The plans to list.
 struct Plans<'a> {
     config: &'a ModelConfig,
     target: &'static str,
@@ -87,7 +87,7 @@ struct Plans<'a> {
     calibration: Calibration,
     sizes: Sizes,
     compute_capability: u16,
-    /// `None`: unless weights are part of the plan.
+    /// `None` means yes unless weights are embedded in the plan.
     has_context_plan: Option<bool>,
 }
 
@@ -110,10 +110,11 @@ impl Plans<'_> {
         };
         recipe.check()?;
         let (Some(options), Some(compute_capability)) = (&recipe.tensorrt, recipe.target.compute_capability()) else {
-            return Err(usage(format!("recipe {name} is not for a GPU: TensorRT has no plan of it")));
+            return Err(usage(format!("recipe {name} is not for a GPU, so it has no TensorRT plan")));
         };
         let config = subject.config();
-        // What a scale is changes no kernel, unless it is 1, which TensorRT leaves out with the rounding.
+        // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
+        // rounding.
         let any_scale = Calibration::uniform(0.01);
         let (sizes, calibration, has_context_plan) = match packaged {
             Some((_, info)) => {
@@ -152,7 +153,7 @@ impl Plans<'_> {
         self.has_context_plan.unwrap_or(!lowered.weights.iter().any(|weight| weight.in_plan))
     }
 
-    fn networks(&self, extent: ListingDetail) -> anyhow::Result<Networks> {
+    fn networks(&self, detail: ListingDetail) -> anyhow::Result<Networks> {
         let graph = self.graph()?;
         let cache = self.lowered(&graph, Attends::Cache, Arc::new(()))?;
         let context_plan = match self.has_context_plan(&cache) {
@@ -160,10 +161,10 @@ impl Plans<'_> {
             false => None,
         };
         let title = format!("network for {} in {}", self.target, self.precision);
-        Ok(Networks { title, bindings: cache.bindings, layers: cache.network.layers()?, context_plan, extent })
+        Ok(Networks { title, bindings: cache.bindings, layers: cache.network.layers()?, context_plan, detail })
     }
 
-    fn kernels(&self, extent: ListingDetail) -> anyhow::Result<Listing> {
+    fn kernels(&self, detail: ListingDetail) -> anyhow::Result<Listing> {
         let library = TensorRtLibrary::find(LibraryKind::Rtx)?;
         let compiled_for = match self.compute_capability {
             capability if capability == STAND_IN.0 => STAND_IN.1,
@@ -181,7 +182,7 @@ impl Plans<'_> {
             })?;
             Ok((lowered, log))
         };
-        let (lowered, log) = compile(Attends::Cache, "the plan that prefills and decodes")?;
+        let (lowered, log) = compile(Attends::Cache, "the prefill and decode plan")?;
         let LoweredNetwork { bindings, weights, .. } = &lowered;
         let mut kernels = log.kernels();
         let step = |name, kernels: Vec<_>, bindings: &_| StepListing {
@@ -190,18 +191,18 @@ impl Plans<'_> {
             kernels,
         };
         let mut taken = |profile: usize| kernels.profiles.get_mut(profile).map(std::mem::take).unwrap_or_default();
-        let (later_chunk, decode) = (taken(0), taken(1));
+        let (cached_prefill, decode) = (taken(0), taken(1));
         let traffic = Traffic::of(&decode, bindings, weights);
         let mut steps = vec![step("decode", decode, bindings)];
         let mut unread = kernels.unread;
         if self.has_context_plan(&lowered) {
-            let (lowered, log) = compile(Attends::Chunk, "the plan for first chunks")?;
+            let (lowered, log) = compile(Attends::Chunk, "the context plan")?;
             let mut kernels = log.kernels();
             let context_plan = kernels.profiles.first_mut().map(std::mem::take).unwrap_or_default();
-            steps.push(step("first chunk", context_plan, &lowered.bindings));
+            steps.push(step("context prefill", context_plan, &lowered.bindings));
             unread.extend(kernels.unread);
         }
-        steps.push(step("later chunk", later_chunk, bindings));
+        steps.push(step("cached prefill", cached_prefill, bindings));
         let parts = weights.iter().filter(|weight| weight.in_plan).map(|weight| weight.bytes()).sum();
         Ok(Listing {
             target: self.target,
@@ -215,32 +216,32 @@ impl Plans<'_> {
             steps,
             traffic,
             unread,
-            extent,
+            detail,
         })
     }
 }
 
-/// The package's first TensorRT plan, of a target if one is named.
+/// The package's first TensorRT plan, for `target` if given.
 fn packaged<'a>(plans: &'a [PlanInfo], target: Option<&str>) -> Option<(&'a PlanInfo, &'a TensorRtInfo)> {
     let fits = |plan: &&PlanInfo| target.is_none_or(|target| plan.target == target);
     plans.iter().filter(fits).find_map(|plan| Some((plan, plan.tensorrt.as_ref()?)))
 }
 
-/// What the flags ask for.
+/// Creates the listings that the flags request.
 pub fn dump(flags: &PlanFlags, subject: &Subject) -> anyhow::Result<(Option<Networks>, Option<Listing>)> {
     if !flags.is_wanted() {
         return Ok((None, None));
     }
     let plans = Plans::of(flags, subject)?;
-    let network = flags.network.map(|extent| plans.networks(extent)).transpose()?;
-    let kernels = flags.kernels.map(|extent| plans.kernels(extent)).transpose()?;
+    let network = flags.network.map(|detail| plans.networks(detail)).transpose()?;
+    let kernels = flags.kernels.map(|detail| plans.kernels(detail)).transpose()?;
     Ok((network, kernels))
 }
 
-/// How often a compilation says that it goes on where there is no terminal.
+/// Interval of progress lines when standard error is not a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Shows on standard error that a compilation goes on: how far it is, TensorRT does not say.
+/// Shows on standard error that a compilation is running. TensorRT does not report how far along it is.
 struct CompileSpinner {
     name: String,
     started: Instant,

@@ -67,7 +67,7 @@ fn up(layer: usize) -> KernelTensor {
 }
 
 fn step() -> Vec<GpuKernel> {
-    use KernelKind::{Attention, Fused, Host, Product};
+    use KernelKind::{Attention, Fused, Gemm, Host};
     let keys = |layer: usize| tensor(&format!("layers.{layer}.attention.keys"), "bf16", &[-1, 2, 512, 16]);
     let gamma = |name: &str| tensor(name, "f32", &[64]);
     vec![
@@ -76,12 +76,12 @@ fn step() -> Vec<GpuKernel> {
         kernel("__myl_MeanDiv", Fused, &[gamma("layers.0.mlp.norm.gamma"), row()], &[row()]),
         kernel("_mha", Attention, &[keys(0), tensor("total_tokens", "i32", &[-1])], &[row()]),
         // The GEMM of one layer, fused with the norm of the next.
-        kernel("__myl_FcMeanDiv", Product, &[up(0), gamma("layers.1.mlp.norm.gamma")], &[row()]),
+        kernel("__myl_FcMeanDiv", Gemm, &[up(0), gamma("layers.1.mlp.norm.gamma")], &[row()]),
         kernel("_mha", Attention, &[keys(1), row()], &[row()]),
-        kernel("__myl_Fc", Product, &[up(1)], &[row()]),
+        kernel("__myl_Fc", Gemm, &[up(1)], &[row()]),
         kernel("__myl_CastAddGath", Fused, &[row(), tensor("logits_rows", "i32", &[-1])], &[row()]),
         kernel("__myl_MeanDiv", Fused, &[gamma("norm.gamma"), row()], &[row()]),
-        kernel("gemm", Product, &[tensor("head.bf16", "bf16", &[64, 1000])], &[row()]),
+        kernel("gemm", Gemm, &[tensor("head.bf16", "bf16", &[64, 1000])], &[row()]),
     ]
 }
 
@@ -118,7 +118,7 @@ fn a_matrix_that_no_product_reads_is_copied() {
     let constants = vec![tensor("__const", "f32", &[64, 64]), tensor("__codes", "i4", &[64, 64])];
     let [copy] = &copies(GpuKernel { constants: constants.clone(), ..unpacked })[..] else { panic!("one copy") };
     assert_eq!((copy.of.as_deref(), copy.what.as_str()), (Some("__codes"), "bf16[64,64]"));
-    let product = kernel("__myl_CastMulFc", KernelKind::Product, &[], &[row()]);
+    let product = kernel("__myl_CastMulFc", KernelKind::Gemm, &[], &[row()]);
     assert_eq!(copies(GpuKernel { constants, ..product }), []);
 }
 
@@ -149,7 +149,7 @@ fn traffic_is_weights_once_and_the_rest_for_each_sequence() {
     assert_eq!(traffic.decode_bytes(3, 100), whole + 3 * (128 + 100 * 256));
     assert_eq!(traffic.decode_bytes(usize::MAX, usize::MAX), u64::MAX);
     // A tied embedding is also the output head and read in full.
-    let head = kernel("gemm", KernelKind::Product, &[tensor("embed.bf16", "bf16", &[64, 1000])], &[row()]);
+    let head = kernel("gemm", KernelKind::Gemm, &[tensor("embed.bf16", "bf16", &[64, 1000])], &[row()]);
     let tied = Traffic::of(&[step(), vec![head]].concat(), &bindings(), &weights());
     assert_eq!(tied.weight_bytes, whole + 1000 * 64 * 2);
     assert!((GPUS[0].seconds(1_555_000_000) - 1e-3).abs() < 1e-9);

@@ -1,4 +1,4 @@
-//! InputRanges and outputs of a context, bound to memory.
+//! Binding of an execution context's inputs and outputs to memory.
 
 use std::sync::Arc;
 

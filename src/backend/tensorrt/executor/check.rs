@@ -13,14 +13,18 @@ pub(super) fn device(plan: u16, device: &DeviceInfo) -> Result<(), String> {
     Err(format!("it was built for {}, but GPU {} is {name}, {found}", gpu_words(plan), device.index))
 }
 
-/// TensorRT reads plans of its own version; of TensorRT for RTX, the plan's header tells (`TensorRtRuntime::validity`).
+/// Checks the version: TensorRT reads plans of its own minor version. For TensorRT for RTX, the plan's header is
+/// checked instead (`TensorRtRuntime::validity`).
 pub(super) fn version(compiled: &Compiled, found: Version) -> Result<(), String> {
     let minor = format!("{}.{}.", found.major, found.minor);
     if compiled.library == LibraryKind::Rtx || format!("{}.", compiled.version).starts_with(&minor) {
         return Ok(());
     }
     let name = compiled.library.name();
-    Err(format!("it was compiled by {name} {}, but version {found} is installed here, which cannot read it", compiled.version))
+    Err(format!(
+        "it was compiled by {name} {}, but version {found} is installed here, which cannot read it",
+        compiled.version
+    ))
 }
 
 /// Compares the manifest's bindings with the inputs and outputs that the engine reports.
@@ -58,8 +62,8 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_contex
     }
 }
 
-/// Compares the largest shapes of each profile with the manifest's sizes. `largest` asks the engine for the largest shape
-/// of an input in a profile.
+/// Compares the largest shapes of each profile with the manifest's sizes. `largest` asks the engine for the largest
+/// shape of an input in a profile.
 pub(super) fn profiles(
     bindings: &[Binding],
     sizes: &Sizes,

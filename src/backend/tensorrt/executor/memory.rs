@@ -75,7 +75,7 @@ pub(super) fn cache_of(role: BindingRole) -> Option<(usize, CacheHalf)> {
     }
 }
 
-/// InputRanges of a run, each with room for the largest.
+/// Ranges of a run's inputs, sized for the largest run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct InputRanges {
     pub token_ids: BufferRange,
@@ -85,7 +85,7 @@ pub(super) struct InputRanges {
     pub logits_rows: BufferRange,
 }
 
-/// OutputRanges of a step. Rows count from 0 through those of decode runs to those of prefill runs.
+/// Ranges of a step's outputs. Row numbers start with the decode runs' rows; the prefill runs' rows follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct OutputRanges {
     /// Number of decode rows.
@@ -290,8 +290,8 @@ fn kv_budget_bytes(kv_cache_gib: &BTreeMap<u32, u32>, device_bytes: u64) -> Opti
 }
 
 /// Finds the layout with the most slots that the plan, the memory and the request allow (without a request, also within
-/// the recipe's KV-cache budget), and describes it for the user. `constraints` comes with the plan's slots and is updated
-/// to the layout's.
+/// the recipe's KV-cache budget), and describes it for the user. `constraints` comes with the plan's slots and is
+/// updated to the layout's.
 ///
 /// # Errors
 /// The memory sizes and remedies, if not even one slot fits.

@@ -1,15 +1,15 @@
 //! The executor that runs TensorRT plans on a GPU.
 //!
-//! Opening validates first and allocates last: that the plan is compiled, that its library and GPU are present, that its
-//! bindings match the manifest and that its memory fits is all checked before a weight is copied.
+//! Opening validates first and allocates last: that the plan is compiled, that its library and GPU are present, that
+//! its bindings match the manifest and that its memory fits is all checked before a weight is copied.
 //!
-//! Keys and values of a layer are contiguous, `[slots, kv_heads, S, head_dim]`, the layout a plan expects for B = slots;
-//! a run of one slot binds the address of that slot with B = 1. Each decode batch size has an execution context of its
-//! own, whose run is captured as a CUDA graph after its first execution: the same kernels at the same addresses, with one
-//! launch.
+//! Keys and values of a layer are contiguous, `[slots, kv_heads, S, head_dim]`, the layout a plan expects for B =
+//! slots; a run of one slot binds the address of that slot with B = 1. Each decode batch size has an execution context
+//! of its own, whose run is captured as a CUDA graph after its first execution: the same kernels at the same addresses,
+//! with one launch.
 //!
-//! Only the top-k logits of each row are copied to the host in every step; full rows are fetched on demand. The batch size
-//! selects the kernels, so a sequence's logits may differ in their last bits depending on the rest of the batch.
+//! Only the top-k logits of each row are copied to the host in every step; full rows are fetched on demand. The batch
+//! size selects the kernels, so a sequence's logits may differ in their last bits depending on the rest of the batch.
 
 mod bind;
 mod check;
@@ -113,7 +113,8 @@ impl Opening<'_> {
             Validity::Unknown | Validity::Valid => {}
             Validity::Suboptimal => {
                 let finish = format!("`aotron build {} --finish`", self.package.path().display());
-                self.report.fact(&format!("{name} runs {file} slower than it could on this machine; {finish} recompiles it"));
+                self.report
+                    .fact(&format!("{name} runs {file} slower than it could on this machine; {finish} recompiles it"));
             }
             Validity::Invalid(reasons) if reasons.is_empty() => {
                 return Err(self.refuse(&format!("{name} cannot run {file} and gives no reason")));
@@ -161,7 +162,8 @@ impl TensorRtExecutor {
     ///
     /// # Errors
     /// [`Error::Package`] if the plan is not compiled, not for this machine's library or GPU, or does not match the
-    /// manifest; [`Error::TensorRt`] and [`Error::Gpu`] in the words of the library and the driver, or if memory runs out.
+    /// manifest; [`Error::TensorRt`] and [`Error::Gpu`] in the words of the library and the driver, or if memory runs
+    /// out.
     pub fn open(package: &Package, plan: &PlanInfo, options: &GpuOptions) -> Result<TensorRtExecutor> {
         let Some(info) = &plan.tensorrt else {
             return Err(refuse(package, plan, "it is not a TensorRT plan", Remedy::Nothing));
@@ -216,7 +218,8 @@ impl TensorRtExecutor {
             outputs: allocate(layout.outputs_bytes, "logits")?,
             scratch: allocate(layout.scratch_bytes, "TensorRT's scratch memory")?,
         };
-        // Attention multiplies values past a sequence's end by zero, so they must never be NaN. Runs only write numbers.
+        // Attention multiplies values past a sequence's end by zero, so they must never be NaN. Runs only write
+        // numbers.
         stream.zero(&buffers.cache)?;
         let weights_file = TensorFile::open(&package.file_path(&plan.weights))?;
         let data = weights::find(&weights_file, &info.bindings, &layout)?;
@@ -358,8 +361,9 @@ impl TensorRtExecutor {
                 continue;
             }
             if let Err(reason) = kernel_cache.write(&kernels) {
-                self.report
-                    .fact(&format!("compiled kernels cannot be cached, so the next start compiles them again: {reason}"));
+                self.report.fact(&format!(
+                    "compiled kernels cannot be cached, so the next start compiles them again: {reason}"
+                ));
                 kept.kernel_cache = None;
             }
             kept.cached_bytes = kernels.len();
@@ -380,8 +384,8 @@ impl Executor for TensorRtExecutor {
 
 impl Drop for TensorRtExecutor {
     fn drop(&mut self) {
-        // Enqueued work uses the memory about to be freed. Prefill kernels are compiled in the background, so there may be
-        // new ones to store.
+        // Enqueued work uses the memory about to be freed. Prefill kernels are compiled in the background, so there may
+        // be new ones to store.
         if self.stream.wait().is_ok() {
             self.keep_kernels();
         }

@@ -5,11 +5,11 @@
 //! | sequences with one new token each | one decode run over slots 0 to the last of them, rounded up to a bucket size: batch row b is slot b |
 //! | a sequence with more | prefill runs of its slot alone, in order, each as long as the token and row limits allow |
 //!
-//! **Idle rows.** A decode run also writes to slots in its range that the step does not name. Such a row gets token 0 and
-//! writes at position `min(tokens, S - 1)`, where `tokens` is the length of the slot after the last step that named it.
-//! Nothing ever reads that entry: the runtime owns the lengths and may truncate a slot, and entries at or past the
-//! `past_tokens` of the slot's next step count as undefined. That `past_tokens` is at most `tokens`, and at most `S - 1`
-//! since a step adds at least one token, so everything read later lies before the idle write.
+//! **Idle rows.** A decode run also writes to slots in its range that the step does not name. Such a row gets token 0
+//! and writes at position `min(tokens, S - 1)`, where `tokens` is the length of the slot after the last step that named
+//! it. Nothing ever reads that entry: the runtime owns the lengths and may truncate a slot, and entries at or past the
+//! `past_tokens` of the slot's next step count as undefined. That `past_tokens` is at most `tokens`, and at most `S -
+//! 1` since a step adds at least one token, so everything read later lies before the idle write.
 
 use crate::backend::Step;
 use crate::engine::Limits;
@@ -43,8 +43,8 @@ impl BatchingConstraints {
         self.limits.slots.next_multiple_of(self.row_align)
     }
 
-    /// Number of output rows reserved for prefill runs: in the worst case each requested row is in a run of its own, plus
-    /// a spare one for the output of runs without requested rows.
+    /// Number of output rows reserved for prefill runs: in the worst case each requested row is in a run of its own,
+    /// plus a spare one for the output of runs without requested rows.
     pub(super) fn prefill_rows(&self) -> usize {
         self.limits.max_logits_rows * self.row_align + self.row_align
     }

@@ -117,8 +117,8 @@ fn changes() -> impl Strategy<Value = Vec<(usize, Change)>> {
 }
 
 proptest! {
-    /// For any series of steps, every token is written to its position, every row attends to exactly its sequence, and no
-    /// slot loses entries that the runtime may still read.
+    /// For any series of steps, every token is written to its position, every row attends to exactly its sequence, and
+    /// no slot loses entries that the runtime may still read.
     #[test]
     fn steps_do_what_they_say(constraints in constraints(), steps in prop::collection::vec(changes(), 1..=8)) {
         let mut world = World::new(constraints);
