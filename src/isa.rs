@@ -117,8 +117,8 @@ impl<'de> Deserialize<'de> for CpuFeatures {
     }
 }
 
-/// A named set of features that this machine has. One is only made after its features were detected, which is what
-/// makes the calls that [`dispatch!`] generates sound.
+/// A named set of features that this machine has. One is only made after its features were detected, which is what makes
+/// the calls that [`dispatch!`] generates sound.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Isa(CpuFeatures);
 
@@ -182,8 +182,8 @@ impl fmt::Debug for Isa {
     }
 }
 
-/// Defines `fn $name[G: Bound](isa, args…)`, which runs the first of the listed bodies whose features `isa` has,
-/// compiled for them:
+/// Defines `fn $name[G: Bound](isa, args…)`, which runs the first of the listed bodies whose features `isa` has, compiled
+/// for them:
 ///
 /// ```ignore
 /// dispatch! {
@@ -196,8 +196,7 @@ impl fmt::Debug for Isa {
 /// }
 /// ```
 ///
-/// Sets are `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2` and, last and always, `portable`. A body is a function
-/// marked
+/// Sets are `avx512_bf16`, `avx512_vnni`, `avx512`, `avx2` and, last and always, `portable`. A body is a function marked
 /// `#[inline(always)]`, so that it is compiled with the features of where it is called; the compiler vectorizes it, or
 /// it uses intrinsics of that set.
 macro_rules! dispatch {

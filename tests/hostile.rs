@@ -1,6 +1,5 @@
 //! Hostile and broken inputs, through the real program: each gives a clear error that names the thing, a non-zero
-//! exit code, no panic, and little memory. (A process of its own: Linux counts the parent's peak memory as the
-//! child's.)
+//! exit code, no panic, and little memory. (A process of its own: Linux counts the parent's peak memory as the child's.)
 
 mod archives;
 mod packages;

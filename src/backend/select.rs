@@ -124,8 +124,8 @@ fn words(error: Error) -> String {
 /// they are copied to it.
 ///
 /// # Errors
-/// [`Error::NoPlan`] if no plan runs here; [`Error::Package`] if a plan does not hold together; what its executor
-/// reports of opening it.
+/// [`Error::NoPlan`] if no plan runs here; [`Error::Package`] if a plan does not hold together; what its executor reports
+/// of opening it.
 pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let selection = select(package, options)?;
     options.gpu.report.fact(&selection.reason);

@@ -129,8 +129,8 @@ pub fn build(request: &BuildRequest, progress: &Arc<dyn Progress>) -> Result<Bui
 }
 
 impl PlannedBuild {
-    /// Opens the checkpoint, lowers the graph for every recipe, and finds what the build will take. Weights are not
-    /// read, and nothing is written, but for the temporary file of a compressed checkpoint.
+    /// Opens the checkpoint, lowers the graph for every recipe, and finds what the build will take. Weights are not read,
+    /// and nothing is written, but for the temporary file of a compressed checkpoint.
     ///
     /// # Errors
     /// Whatever is wrong with the checkpoint or recipes. Whether the build fits this machine is not checked here.
@@ -153,8 +153,7 @@ impl PlannedBuild {
         }
         let tokenizer_of = tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
 
-        // Weights do not depend on what a calibration will find, and no scale but this one is needed to lower the
-        // graph.
+        // Weights do not depend on what a calibration will find, and no scale but this one is needed to lower the graph.
         let uncalibrated = Calibration::uniform(0.5);
         let mut plans: Vec<Planned> = Vec::with_capacity(recipes.len());
         for ((recipe, limits), means) in recipes.iter().zip(limits).zip(means) {

@@ -18,18 +18,18 @@ use crate::tensor_file::TensorFile;
 pub struct FinishRequest {
     /// The package, which is replaced by the finished one.
     pub package: PathBuf,
-    /// For a GPU: add a plan by this recipe, from the TensorRT weights that are there, instead of compiling the
-    /// package's own. For a CPU: pack the CPU plan's weights again for the recipe's CPU. Precision and sequence length
-    /// are those of the weights.
+    /// For a GPU: add a plan by this recipe, from the TensorRT weights that are there, instead of compiling the package's
+    /// own. For a CPU: pack the CPU plan's weights again for the recipe's CPU. Precision and sequence length are those of
+    /// the weights.
     pub recipe: Option<Recipe>,
 }
 
-/// Compiles plans on this machine: those that were only prepared or, where there are none, all that are for TensorRT;
-/// or one by another recipe. The checkpoint is not needed. The package changes whole or not at all.
+/// Compiles plans on this machine: those that were only prepared or, where there are none, all that are for TensorRT; or
+/// one by another recipe. The checkpoint is not needed. The package changes whole or not at all.
 ///
 /// # Errors
-/// [`Error::Package`] if there is nothing to compile or the weights are not those of the plan; [`Error::TensorRt`]
-/// where this machine cannot compile it; whatever is wrong with the disk.
+/// [`Error::Package`] if there is nothing to compile or the weights are not those of the plan; [`Error::TensorRt`] where
+/// this machine cannot compile it; whatever is wrong with the disk.
 pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
     let package = Package::open(&request.package)?;
     let mut manifest = package.manifest().clone();

@@ -110,17 +110,17 @@ impl ModelOptions {
 
 /// An engine package that is open: plan, weights, tokenizer and chat format. Cloning it is cheap.
 ///
-/// Everything opened from a model of a CPU plan shares its mapped weights and its threads; each session, chat, batcher
-/// or engine has KV memory of its own. On a GPU each of them loads the weights for itself, so there one [`Engine`] for
-/// many conversations is the way to share.
+/// Everything opened from a model of a CPU plan shares its mapped weights and its threads; each session, chat, batcher or
+/// engine has KV memory of its own. On a GPU each of them loads the weights for itself, so there one [`Engine`] for many
+/// conversations is the way to share.
 ///
 /// ```no_run
 /// use aotron::Model;
 ///
 /// # fn main() -> aotron::Result<()> {
 /// let model = Model::options().target("cpu").threads(4).open("engines/tiny-chat")?;
-/// let answer = model.chat()?.send_with("What is the capital of France?", &mut |_|
-/// std::ops::ControlFlow::Continue(()))?; println!("{}", answer.text);
+/// let answer = model.chat()?.send_with("What is the capital of France?", &mut |_| std::ops::ControlFlow::Continue(()))?;
+/// println!("{}", answer.text);
 /// # Ok(())
 /// # }
 /// ```
@@ -145,8 +145,8 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::NoSuchPackage`] or [`Error::NotAPackage`]; [`Error::NoPlan`] with what each plan lacks, if none runs
-    /// here; [`Error::Package`] or [`Error::Format`] for a package that is damaged; [`Error::Request`] for an option
-    /// out of range.
+    /// here; [`Error::Package`] or [`Error::Format`] for a package that is damaged; [`Error::Request`] for an option out
+    /// of range.
     pub fn open(path: impl AsRef<Path>) -> Result<Model> {
         Model::options().open(path)
     }

@@ -102,8 +102,8 @@ pub trait LinearKernel: Sync {
     /// Element type and shape of one panel of an operand, NR rows of `columns` values.
     fn stored(&self, operand: Operand, columns: usize) -> (DType, PanelShape);
 
-    /// Packs one panel: `rows` are NR rows of `columns` values or fewer, codes as numbers; `panel` is zeroed and as
-    /// long as [`LinearKernel::stored`] says.
+    /// Packs one panel: `rows` are NR rows of `columns` values or fewer, codes as numbers; `panel` is zeroed and as long
+    /// as [`LinearKernel::stored`] says.
     fn pack(&self, operand: Operand, rows: &[f32], columns: usize, panel: &mut [u8]);
 
     /// The inverse of [`LinearKernel::pack`]: fills NR rows of `columns` values or fewer.
@@ -196,8 +196,8 @@ impl Packing {
 }
 
 impl Packing {
-    /// The inverse of [`Packing::pack`]: `[rows, columns]` values, codes as numbers. `None` if `packed` is not as long
-    /// as such an operand.
+    /// The inverse of [`Packing::pack`]: `[rows, columns]` values, codes as numbers. `None` if `packed` is not as long as
+    /// such an operand.
     pub fn unpack(self, operand: Operand, packed: &[u8], rows: usize, columns: usize) -> Option<Vec<f32>> {
         let (dtype, shape) = self.0.stored(operand, columns);
         let panel_bytes = shape.iter().try_fold(dtype.bytes(), |bytes, n| bytes.checked_mul(*n))?;
@@ -270,8 +270,7 @@ pub struct PackedWeight<'a> {
 }
 
 impl<'a> PackedWeight<'a> {
-    /// A weight of `shape` whose stored operands are `weight` and `scales`, the latter empty where the packing has
-    /// none.
+    /// A weight of `shape` whose stored operands are `weight` and `scales`, the latter empty where the packing has none.
     ///
     /// # Errors
     /// [`Error::Internal`] if an operand has another length, or the packing cannot be of that shape: plans are checked
@@ -387,8 +386,8 @@ pub enum Epilogue {
 /// Computes `x · weightᵀ` into the rows of `out`, `[rows, outputs]`.
 ///
 /// # Errors
-/// [`Error::Internal`] if `x` or `out` is too short or of another type than the kernel takes; plans are validated
-/// before they run.
+/// [`Error::Internal`] if `x` or `out` is too short or of another type than the kernel takes; plans are validated before
+/// they run.
 pub fn linear<O: Element>(
     isa: Isa,
     x: Activations<'_>,
@@ -420,8 +419,7 @@ pub fn linear<O: Element>(
             weight.packing.tile(isa, &weight, panel, x.from_row(first), sums)?;
             let width = nr.min(outputs - panel * nr);
             for (row, sums) in sums.chunks_exact(nr).enumerate() {
-                // SAFETY: rows and columns are inside `data` (checked above), and tasks write disjoint rectangles of
-                // it,
+                // SAFETY: rows and columns are inside `data` (checked above), and tasks write disjoint rectangles of it,
                 // `count` rows by one panel.
                 #[allow(unsafe_code)]
                 let out = unsafe { std::slice::from_raw_parts_mut(out.at((first + row) * stride + panel * nr), width) };

@@ -100,8 +100,8 @@ fn run<O: Element>(isa: Isa, x: Activations<'_>, weight: &Packed, epilogue: Epil
     linear(isa, x, weight.view(), epilogue, RowsMut { data: out, stride, rows }).unwrap();
 }
 
-/// Against sums in f64 of the numbers that codes stand for, on poisoned outputs, for every kernel and instruction set,
-/// at odd sizes; and no row depends on those beside it.
+/// Against sums in f64 of the numbers that codes stand for, on poisoned outputs, for every kernel and instruction set, at
+/// odd sizes; and no row depends on those beside it.
 #[test]
 fn layers_are_sums_in_f64_and_rows_do_not_depend_on_their_batch() {
     for (packing, dtype) in cases() {
