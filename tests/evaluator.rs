@@ -1,7 +1,7 @@
-//! Evaluates networks: takes the layers that TensorRT takes and computes each one when it is added, by what TensorRT's
-//! documentation says of it. It is as strict as a strongly typed network: types are never converted without a cast, and
-//! only dimensions of 1 are repeated. Where the documentation leaves a choice (docs/tensorrt.md, "Known limits"), it is
-//! made here as the lowering assumes it.
+//! An evaluator of networks: it implements the layers TensorRT offers and computes each as it is added, following
+//! TensorRT's documentation. It is as strict as a strongly typed network: there are no implicit casts, and only
+//! dimensions of 1 broadcast. Where the documentation leaves a choice (docs/tensorrt.md, "Known limits"), it makes the
+//! choice the lowering assumes.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -14,11 +14,11 @@ use half::{bf16, f16};
 
 type Result<T> = aotron::Result<T>;
 
-/// The type of a value of a network.
+/// Element type of a network tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
     Stored(DType),
-    /// Sizes.
+    /// Sizes, for shape tensors.
     I64,
 }
 
@@ -41,8 +41,8 @@ impl Element {
     }
 }
 
-/// A value of a network. Numbers of every type are kept as FP32, which has all of them: indices and sizes are below
-/// 2²⁴.
+/// A network tensor. Elements of every type are stored as FP32, which represents them exactly: indices and sizes are
+/// below 2²⁴.
 #[derive(Debug, Clone)]
 pub struct Array {
     pub element: Element,
@@ -51,21 +51,21 @@ pub struct Array {
 }
 
 impl Array {
-    /// Of numbers as they are.
+    /// An array of values that are already representable in the type.
     fn of(element: Element, dims: &[usize], values: impl IntoIterator<Item = f32>) -> Array {
         let values: Arc<[f32]> = values.into_iter().collect();
         assert_eq!(values.len(), dims.iter().product::<usize>(), "{dims:?}");
         Array { element, dims: dims.to_vec(), values }
     }
 
-    /// Of numbers that are rounded to the type.
+    /// An array of values rounded to the type.
     pub fn new(dtype: DType, dims: &[usize], values: impl IntoIterator<Item = f32>) -> Array {
         let element = Element::Stored(dtype);
         Array::of(element, dims, values.into_iter().map(|value| element.round(value)))
     }
 
-    /// Little-endian, row-major, two I4 in a byte with the first in its low half; `None` if there are more or fewer
-    /// bytes than that takes.
+    /// Decodes little-endian, row-major bytes; two I4 per byte, the first in the low half. `None` if the length is
+    /// wrong.
     pub fn of_bytes(dtype: DType, dims: &[usize], bytes: &[u8]) -> Option<Array> {
         let values: Vec<f32> = match dtype {
             DType::F32 => bytes.as_chunks().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect(),
@@ -87,17 +87,17 @@ impl Array {
         self.dims.len()
     }
 
-    /// Sizes, indices or positions.
+    /// The elements as sizes, indices or positions.
     fn sizes(&self) -> Vec<usize> {
         self.values.iter().map(|value| *value as usize).collect()
     }
 
-    /// How far neighbours along each dimension are apart.
+    /// Row-major strides, in elements.
     fn strides(&self) -> Vec<usize> {
         (0..self.rank()).map(|dim| self.dims[dim + 1..].iter().product()).collect()
     }
 
-    /// `dims` elements, each `strides` apart from `start` on.
+    /// A strided view from `start`, copied to an array of shape `dims`.
     fn strided(&self, start: usize, dims: &[usize], strides: &[usize]) -> Array {
         let total = dims.iter().product::<usize>();
         let value = |index: usize| {
@@ -116,34 +116,34 @@ impl Array {
     }
 }
 
-/// What is rounded to the type that the network says it has.
+/// Values that are rounded to their type in the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rounding {
-    /// What the CPU's plans round: the results of casts, but queries are read as they were before theirs. So a wrong
-    /// layer can be told from a rounded one.
+    /// The values that CPU plans round: results of casts, except that queries are read unrounded. With the same
+    /// rounding, a remaining difference means a wrong layer.
     AsCpu,
-    /// Every layer's result; inside attention the probabilities, which a fused kernel multiplies in that type.
+    /// Every layer's result, and the probabilities inside attention, which a fused kernel multiplies in that type.
     Results,
-    /// The scores of attention as well, as if layers of their own computed it: the documentation does not say.
+    /// Attention scores as well, as if separate layers computed them: the documentation does not say.
     Scores,
 }
 
-/// A network and the values of a step.
+/// A network under evaluation, and the inputs of a step.
 pub struct Evaluator<'w> {
     inputs: HashMap<String, Array>,
-    /// `None`: inputs that are not given are ones, or zeros if they are indices, of the shortest shape. It serves to
-    /// see what a network takes.
+    /// With `None`, missing inputs are ones (zeros for indices) of the smallest shape, which serves to discover a
+    /// network's inputs.
     weights: Option<&'w HashMap<String, Array>>,
     rounding: Rounding,
     scope: String,
     arrays: Vec<Array>,
-    /// Names that were taken.
+    /// Names in use.
     named: HashSet<String>,
-    /// Values that are inputs.
+    /// Tensors that are inputs.
     given: HashSet<NetworkTensor>,
     /// Caches after an update.
     updated: HashSet<NetworkTensor>,
-    /// Of the result of a cast, what was cast.
+    /// Operand of each cast, by result.
     casts: HashMap<NetworkTensor, NetworkTensor>,
     outputs: Vec<(String, NetworkTensor)>,
 }
@@ -157,7 +157,7 @@ impl<'w> Evaluator<'w> {
         Evaluator { weights: Some(weights), rounding, ..Evaluator::blank(inputs) }
     }
 
-    /// One whose weights are not known.
+    /// An evaluator without weights.
     pub fn blank(inputs: HashMap<String, Array>) -> Evaluator<'w> {
         Evaluator {
             inputs,
@@ -173,7 +173,7 @@ impl<'w> Evaluator<'w> {
         }
     }
 
-    /// The results by name.
+    /// The outputs, by name.
     pub fn finish(self) -> HashMap<String, Array> {
         let is_output = |tensor: &NetworkTensor| self.outputs.iter().any(|(_, output)| output == tensor);
         assert!(self.updated.iter().all(is_output), "a cache that is updated is an output");
@@ -198,7 +198,7 @@ impl<'w> Evaluator<'w> {
         Err(Error::TensorRt(format!("{}: {what}: {}", self.scope, of.join(", "))))
     }
 
-    /// Keeps what a layer computed.
+    /// Stores the result of a layer.
     fn result(
         &mut self,
         element: Element,
@@ -244,7 +244,8 @@ impl<'w> Evaluator<'w> {
         self.keep(Array { dims, ..x })
     }
 
-    /// `x [n, in]` times `[in, out]`, whose column `o` is `weight`'s elements `o · across + i · along`.
+    /// GEMM of `x [n, in]` and an `[in, out]` matrix whose element `(i, o)` is element `o · across + i · along` of
+    /// `weight`.
     fn multiply(
         &mut self,
         x: &Array,
@@ -253,7 +254,7 @@ impl<'w> Evaluator<'w> {
         [across, along]: [usize; 2],
     ) -> Result<NetworkTensor> {
         let same = x.element.is_float() && x.element == weight.element;
-        self.check(same, "operands of a product are of one type", &[x, weight])?;
+        self.check(same, "the operands of a GEMM have the same type", &[x, weight])?;
         let (rows, width) = (x.dims[0], x.dims[1]);
         let mut values = vec![0f32; rows * out];
         for (row, values) in values.chunks_exact_mut(out).enumerate() {
@@ -396,7 +397,7 @@ impl Layers for Evaluator<'_> {
     fn relu(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
         let x = self.at(x);
         self.check(x.element.is_float(), "not a float", &[&x])?;
-        // Unlike `max`, keeps a NaN.
+        // Unlike `max`, propagates NaN.
         let values = x.values.iter().map(|value| if *value < 0.0 { 0.0 } else { *value });
         self.result(x.element, &x.dims, values)
     }
@@ -442,7 +443,7 @@ impl Layers for Evaluator<'_> {
             code.is_code() && dtype.is_float() && [DType::F32, dtype].map(Element::Stored).contains(&scale.element);
         self.check(typed, &format!("not dequantized to {dtype}"), &[&codes, &scale])?;
         self.check(scale.values.iter().all(|scale| *scale > 0.0), "scales are positive", &[&codes, &scale])?;
-        // The scale of an element, by its position.
+        // Index of an element's scale.
         let mut dims = vec![1; codes.rank()];
         match (scale.rank(), axis) {
             (0, None) => {}
@@ -499,7 +500,8 @@ impl Layers for Evaluator<'_> {
         self.result(x.element, &x.dims, values)
     }
 
-    /// Not interleaved: dimension `j` of the first half of the rotated ones turns with dimension `j` of the second.
+    /// Not interleaved: dimension `j` of the first half of the rotated dimensions is paired with dimension `j` of the
+    /// second.
     fn rotary(
         &mut self,
         x: NetworkTensor,
@@ -562,7 +564,7 @@ impl Layers for Evaluator<'_> {
         Ok(updated)
     }
 
-    /// Causal from the lower right: the last query sees the last of a sequence's keys, each one before it a key less.
+    /// Lower-right causal mask: the last query attends to all keys of its sequence, each query before it to one fewer.
     fn attention(
         &mut self,
         q: NetworkTensor,

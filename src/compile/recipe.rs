@@ -58,7 +58,7 @@ pub struct TensorRtOptions {
     pub top_tokens: usize,
     /// Sequences of a prefill step.
     pub prefill_sequences: usize,
-    /// Whether first chunks have a plan of their own; `None`: unless weights are part of the plan.
+    /// Builds a context plan for prefill without a past; `None` means yes unless weights are embedded in the plan.
     pub context_plan: Option<bool>,
     /// TensorRT 11's builder optimization level, 0 to 5.
     pub optimization_level: usize,

@@ -1,5 +1,5 @@
-//! The executor on the stand-ins. They take the place of libraries that a process opens once, so each test is a process
-//! of its own: a test that is ignored, run by one that sets its environment.
+//! The executor on the fake libraries. A process opens these once, so each test runs in a process of its own: an
+//! ignored test, started by one that sets its environment.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ const SIZES: Sizes = Sizes {
     top_tokens: TOP,
 };
 
-/// A folder with both stand-ins, compiled once for this process.
+/// A folder with both fake libraries, compiled once per process.
 fn stand_ins() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     let compile = || {
@@ -53,7 +53,7 @@ fn stand_ins() -> &'static Path {
     FOLDER.get_or_init(compile).path()
 }
 
-/// Runs an ignored test of this file on the stand-ins; gives what it printed.
+/// Runs an ignored test of this file on the fakes, and returns its output.
 fn run(test: &str, environment: &[(&str, &str)]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(std::env::current_exe().unwrap())
@@ -105,7 +105,7 @@ fn bindings() -> Vec<Binding> {
     all
 }
 
-/// A plan of the stand-in.
+/// A plan in the fake library's text format.
 fn plan_text(context_plan: bool) -> String {
     let mut text = String::new();
     for binding in bindings().iter().filter(|b| !(context_plan && b.role == BindingRole::TotalTokens)) {
@@ -137,7 +137,7 @@ fn weight_bytes() -> Vec<u8> {
     (0..2 * WEIGHTS.iter().sum::<usize>()).map(|i| (i * i + 3 * i) as u8).collect()
 }
 
-/// A package with one plan, for GPU 1 of the stand-in, at `name` in the test's folder.
+/// A package with one plan, for GPU 1 of the fake driver, at `name` in the test's folder.
 fn package(name: &str, plan: &str) -> Package {
     let path = folder().join(name);
     let mut writer = PackageWriter::create(&path, false).unwrap();
@@ -187,14 +187,14 @@ fn package(name: &str, plan: &str) -> Package {
     Package::open(&path).unwrap()
 }
 
-/// The row of logits that the stand-in returns for a sequence.
+/// The row of logits that the fake library returns for a sequence.
 fn expected(tokens: &[u32]) -> Vec<f32> {
     let weights = weight_bytes().iter().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(*byte)));
     let hash = tokens.iter().fold(weights, |hash, token| hash.wrapping_mul(31).wrapping_add(token + 1));
     (0..VOCAB as u32).map(|v| ((hash ^ v.wrapping_mul(2_654_435_761)) >> 8) as f32).collect()
 }
 
-/// Facts that were reported.
+/// A report callback, and the facts it records.
 fn listening() -> (GpuReport, Arc<Mutex<Vec<String>>>) {
     let heard = Arc::new(Mutex::new(Vec::new()));
     let copy = heard.clone();
@@ -205,7 +205,7 @@ fn listening() -> (GpuReport, Arc<Mutex<Vec<String>>>) {
     (GpuReport::to(hear), heard)
 }
 
-/// Numbers that look random.
+/// A pseudo-random number generator.
 struct Dice(u64);
 
 impl Dice {
@@ -215,7 +215,7 @@ impl Dice {
     }
 }
 
-/// Sequences come, grow, are cut back and make place, in prefill steps of many shapes and decode steps of any slots.
+/// Adds, extends, truncates and replaces sequences, in prefill steps of many shapes and decode steps of any slots.
 fn run_steps(executor: &mut dyn Executor, steps: usize) {
     let limits = executor.limits().clone();
     let mut sequences: Vec<Vec<u32>> = vec![Vec::new(); limits.slots];
@@ -300,13 +300,13 @@ fn on_stand_ins_steps_run() {
     assert_eq!(facts[0], "plan a100 (bf16) runs on GPU 1 (Fake A100-40GB)");
     assert!(facts[1].starts_with("GPU 1 (Fake A100-40GB): weights "), "{facts:?}");
     assert!(facts[1].contains("6 sequences of 64 tokens, 96 bytes a token"), "{facts:?}");
-    assert_eq!(facts[2..], ["kernels are compiled when they are first used, and kept for the next start"]);
+    assert_eq!(facts[2..], ["kernels are compiled on first use and cached for the next start"]);
     assert_eq!(executor.limits().slots, 6);
     run_steps(&mut *executor, 400);
     let refused = heard.lock().unwrap().iter().filter(|fact| fact.contains("without CUDA graphs")).count();
     assert_eq!(refused, usize::from(std::env::var_os("FAKE_NO_CAPTURE").is_some()), "said once");
 
-    // On another thread, with fewer slots, with the kernels of the first.
+    // On another thread, with fewer slots, and with the kernel cache of the first run.
     drop(executor);
     assert_eq!(std::fs::read_dir(package.path().join("kernels")).unwrap().count(), 2);
     let gpu = GpuOptions { slots: Some(3), no_graphs: true, ..GpuOptions::default() };
@@ -333,7 +333,7 @@ fn on_stand_ins_a_gpu_fails() {
     }
     let error = executor.forward(&decode(3)).unwrap_err().to_string();
     assert!(
-        error.starts_with("GPU: GPU 1 (Fake A100-40GB) has failed; start aotron anew to use it again: cannot "),
+        error.starts_with("GPU: GPU 1 (Fake A100-40GB) has failed; restart aotron to use it again: cannot "),
         "{error}"
     );
     assert!(error.contains("an illegal memory access was encountered (FAKE_ILLEGAL_ADDRESS)"), "{error}");
@@ -379,11 +379,11 @@ fn on_stand_ins_plans_are_refused() {
     let other = package("large", &changed);
     large.tensorrt.as_mut().unwrap().compiled.as_mut().unwrap().context_plan = None;
     let error = refused(&other, &large, &GpuOptions::default());
-    assert!(error.contains("not one sequence fits: weights 60.0 GB"), "{error}");
+    assert!(error.contains("not even one sequence fits: weights 60.0 GB"), "{error}");
 
     let old = package("old", &format!("old {}", plan_text(false)));
     let error = refused(&old, plan, &GpuOptions::default());
-    assert!(error.contains("another version of TensorRT for RTX compiled it"), "{error}");
+    assert!(error.contains("it was compiled by another version of TensorRT for RTX"), "{error}");
     let other =
         package("other", &plan_text(false).replace("input token_ids token_ids i32", "input token_ids token_ids bf16"));
     let error = refused(&other, plan, &GpuOptions::default());

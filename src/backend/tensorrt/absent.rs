@@ -51,7 +51,7 @@ impl TensorRtLibrary {
         TensorRtLibrary::find(kind)
     }
 
-    /// Which of the two libraries this is.
+    /// The kind of library.
     pub fn kind(&self) -> LibraryKind {
         match *self {}
     }

@@ -112,7 +112,7 @@ impl TensorRtLibrary {
         self.inner
     }
 
-    /// Which of the two libraries this is.
+    /// The kind of library.
     pub fn kind(&self) -> LibraryKind {
         self.kind
     }

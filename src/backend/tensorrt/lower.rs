@@ -491,7 +491,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         let vocab_size = node.ty.width().ok_or_else(|| fail(node, "the vocabulary's size must be known"))?;
         let most = MOST_TOP_TOKENS.min(vocab_size);
         if self.sizes.top_tokens == 0 || self.sizes.top_tokens > MOST_TOP_TOKENS {
-            let detail = format!("top_tokens is {}, expected 1 to {MOST_TOP_TOKENS}", self.sizes.top_tokens);
+            let detail = format!("top_tokens is {}, accepted are 1 to {MOST_TOP_TOKENS}", self.sizes.top_tokens);
             return Err(refuse(detail));
         }
         self.network.scope("top");

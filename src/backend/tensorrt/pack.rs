@@ -203,7 +203,7 @@ mod tests {
         rows
     }
 
-    /// What the codes of a scheme stand for, row by row, whichever way they are stored.
+    /// The dequantized weights of a scheme, row-major, independent of the stored layout.
     fn expected(scheme: Scheme) -> Vec<f32> {
         let (mut rows, mut scales) = (original(), vec![0f32; ROWS * scheme.blocks(COLUMNS)]);
         scheme.quantize(COLUMNS, &mut rows, &mut scales);
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shape_without_room_for_the_content_is_an_internal_error() {
+    fn a_shape_that_does_not_fit_the_content_is_an_internal_error() {
         let (codes, scales) = quantized(Scheme::INT4);
         for weight in [
             weight("codes", DType::I4, &[ROWS, COLUMNS], codes, WeightLayout::Transposed),

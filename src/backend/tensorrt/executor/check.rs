@@ -226,6 +226,9 @@ mod tests {
         assert_eq!(version(&compiled(LibraryKind::TensorRt, "11.4"), found), Ok(()));
         assert_eq!(version(&compiled(LibraryKind::Rtx, "1.5.0"), Version { major: 1, ..found }), Ok(()));
         let error = version(&compiled(LibraryKind::TensorRt, "11.40.0"), found).unwrap_err();
-        assert_eq!(error, "TensorRT 11.40.0 compiled it, and here is 11.4.2, which does not read it");
+        assert_eq!(
+            error,
+            "it was compiled by TensorRT 11.40.0, but version 11.4.2 is installed here, which cannot read it"
+        );
     }
 }

@@ -169,7 +169,7 @@ impl TensorRtExecutor {
             return Err(refuse(package, plan, "it is not a TensorRT plan", Remedy::Nothing));
         };
         let (Some(compiled), Some(file)) = (&info.compiled, &plan.plan) else {
-            let detail = format!("it was only prepared, not compiled for {}", gpu_words(info.compute_capability));
+            let detail = format!("it was prepared only, not compiled for {}", gpu_words(info.compute_capability));
             return Err(refuse(package, plan, &detail, Remedy::Compile));
         };
         let library = TensorRtLibrary::find(compiled.library)?;

@@ -171,7 +171,7 @@ fn slots_are_what_recipe_memory_and_request_allow() {
     assert_eq!(fit_8b(42_400_000_000, 41_900_000_000, Some(2)).unwrap().0, 2);
     let (slots, words) = fit_8b(42_400_000_000, 41_900_000_000, Some(12)).unwrap();
     assert_eq!(slots, 10, "a request is not bound by the recipe's share");
-    assert!(words.ends_with("; 10 sequences instead of 12, for want of memory"), "{words}");
+    assert!(words.ends_with("; 10 sequences instead of 12, for lack of memory"), "{words}");
     let error = fit_8b(16_000_000_000, 15_000_000_000, None).unwrap_err();
     assert!(error.contains("= 21.3 GB of 15.0 GB free") && error.contains("int8"), "{error}");
 }
