@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 
-use aotron::backend::tensorrt::{Kind, Library};
+use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 use aotron::compile::Precision;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -493,7 +493,7 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
     aotron(&["inspect", CHAT, "--kernels=some"]).fails(2, &["expected nothing or `all`"]);
     aotron(&["inspect", CHAT, "--kernels", "--recipe", "cpu"]).fails(2, &["recipe cpu is not for a GPU"]);
     aotron(&["inspect", CHAT, "--network", "--precision", "fp8"]).fails(1, &["fp8 is not for a100"]);
-    if let Err(error) = Library::find(Kind::Rtx) {
+    if let Err(error) = TensorRtLibrary::find(LibraryKind::Rtx) {
         skip("tensorrt", "inspect_shows_what_tensorrt_makes_of_a_model", error);
         aotron(&["inspect", CHAT, "--network"]).fails(1, &["TensorRT for RTX (libtensorrt_rtx.so.1) is not installed"]);
         return;
@@ -509,7 +509,8 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
     assert!(network.contains("layers 1 to 4, all alike") && all.contains("\nlayer 4\n"), "{network}{all}");
 
     let kernels = aotron(&["inspect", CHAT, "--kernels"]).ok().out;
-    for words in ["compiled for SM 8.0", "decode: 43 kernels, 8 in each of 5 layers", "first chunk: 48 kernels", "A100"]
+    for words in
+        ["compiled for SM 8.0", "decode: 43 kernels, 8 in each of 5 layers", "context prefill: 48 kernels", "A100"]
     {
         assert!(kernels.contains(words), "no {words} in {kernels}");
     }
@@ -523,7 +524,7 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
         assert_eq!(step["analysis"]["weight_copies"], Value::Array(vec![]), "{}", step["name"]);
     }
     let int4 = aotron(&["inspect", CHAT, "--kernels=all", "--precision", "int4"]).ok().out;
-    for words in [" before the layers\n", " layer 4\n", "in the plan", "of them part of the plan"] {
+    for words in [" before the layers\n", " layer 4\n", "in the plan", "of them embedded in the plan"] {
         assert!(int4.contains(words), "no {words} in {int4}");
     }
 }

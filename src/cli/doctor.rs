@@ -4,8 +4,8 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use aotron::backend::tensorrt::{DeviceInfo, Kind, Library, devices};
-use aotron::compile::gpu::{Means, sm};
+use aotron::backend::tensorrt::{DeviceInfo, LibraryKind, TensorRtLibrary, devices};
+use aotron::compile::gpu::{PlanCompiler, sm};
 use aotron::compile::{Precision, Target, available_memory_bytes, free_bytes, total_memory_bytes};
 use aotron::isa::Isa;
 use serde::Serialize;
@@ -69,7 +69,7 @@ struct TensorRtFinding {
 }
 
 impl TensorRtFinding {
-    fn gather(kind: Kind) -> TensorRtFinding {
+    fn gather(kind: LibraryKind) -> TensorRtFinding {
         let mut finding = TensorRtFinding {
             name: kind.name(),
             file: kind.file_name(),
@@ -79,7 +79,7 @@ impl TensorRtFinding {
             compiles_for: Vec::new(),
             problems: Vec::new(),
         };
-        match Library::find(kind) {
+        match TensorRtLibrary::find(kind) {
             Ok(library) => {
                 finding.version = Some(library.version().to_string());
                 finding.path = Some(library.path());
@@ -90,13 +90,13 @@ impl TensorRtFinding {
         finding
     }
 
-    fn try_out(&mut self, library: &Library) {
+    fn try_out(&mut self, library: &TensorRtLibrary) {
         let gpus = match library.kind() {
-            Kind::Rtx => COMPUTE_CAPABILITIES
+            LibraryKind::Rtx => COMPUTE_CAPABILITIES
                 .iter()
                 .map(|(sm, gpu)| (Some(*sm), format!("SM {}.{} ({gpu})", sm / 10, sm % 10)))
                 .collect(),
-            Kind::TensorRt => vec![(None, "the GPU of this machine".to_owned())],
+            LibraryKind::TensorRt => vec![(None, "the GPU of this machine".to_owned())],
         };
         for (compute_capability, gpu) in gpus {
             match library.compiles_for(compute_capability) {
@@ -144,7 +144,7 @@ impl TargetFinding {
             return TargetFinding { name, builds: true, runs: true, how: String::new() };
         };
         let runs = devices.iter().any(|device| device.compute_capability == capability);
-        match Means::find(name, capability, false) {
+        match PlanCompiler::find(name, capability, false) {
             Ok(means) => TargetFinding { name, builds: true, runs, how: means.describe() },
             Err(error) => TargetFinding { name, builds: false, runs, how: words(&error) },
         }
@@ -176,7 +176,7 @@ impl Findings {
             memory_bytes: total_memory_bytes(),
             memory_available_bytes: available_memory_bytes(),
             disk_free_bytes: free_bytes(Path::new(".")),
-            tensorrt: Kind::ALL.into_iter().map(TensorRtFinding::gather).collect(),
+            tensorrt: LibraryKind::ALL.into_iter().map(TensorRtFinding::gather).collect(),
             targets: Target::ALL.into_iter().map(|target| TargetFinding::gather(target, &gpus)).collect(),
             gpus: gpus.iter().map(gpu_words).collect(),
             gpu_problem,

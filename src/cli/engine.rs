@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use aotron::backend::cpu::CpuOptions;
-use aotron::backend::tensorrt::{Event, GpuOptions, Report};
+use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
 use aotron::backend::{Executor, ExecutorOptions, Selection, open_selected, select};
 use aotron::compile::Progress;
 use aotron::engine::{Package, PlanInfo};
@@ -38,17 +38,17 @@ impl EngineFlags {
     /// How to run its plan; KV memory is reserved for that many sequences.
     pub fn options(&self, slots: usize) -> ExecutorOptions {
         let stages = Arc::new(Stages::new());
-        let hear = move |event: &Event<'_>| match event {
-            Event::Fact(text) => term::note(text),
-            Event::Loading { done_bytes: 0, total_bytes } => stages.stage("loading", *total_bytes),
-            Event::Loading { done_bytes, total_bytes } if done_bytes == total_bytes => stages.finish(),
-            Event::Loading { done_bytes, .. } => stages.reach(*done_bytes),
+        let hear = move |event: &GpuEvent<'_>| match event {
+            GpuEvent::Fact(text) => term::note(text),
+            GpuEvent::Loading { done_bytes: 0, total_bytes } => stages.stage("loading", *total_bytes),
+            GpuEvent::Loading { done_bytes, total_bytes } if done_bytes == total_bytes => stages.finish(),
+            GpuEvent::Loading { done_bytes, .. } => stages.reach(*done_bytes),
         };
         let gpu = GpuOptions {
             device: self.device,
             slots: Some(slots),
             no_graphs: self.no_cuda_graphs,
-            report: Report::to(hear),
+            report: GpuReport::to(hear),
         };
         ExecutorOptions { target: self.target.clone(), cpu: self.cpu_options(slots), gpu }
     }

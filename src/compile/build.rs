@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::calibration::{self, Calibration};
-use super::gpu::{Engines, GpuPlan, Means};
+use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
 use super::{
     BuildRequest, BuildSummary, CheckpointText, PlanSummary, Precision, Progress, Recipe, Report, add_engines,
@@ -16,7 +16,7 @@ use super::{
 use crate::backend::Limits;
 use crate::backend::cpu;
 use crate::backend::packing::{self, Item};
-use crate::backend::tensorrt::lower::{Constants, Weight};
+use crate::backend::tensorrt::lower::{Constants, PlanWeight};
 use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
@@ -53,7 +53,7 @@ impl Lowered {
         config: &ModelConfig,
         recipe: &Recipe,
         limits: &Limits,
-        means: Option<Means>,
+        means: Option<PlanCompiler>,
         calibration: Option<&Calibration>,
     ) -> Result<Lowered> {
         match means {
@@ -80,7 +80,7 @@ impl Lowered {
         }
     }
 
-    fn means(&self) -> Option<Means> {
+    fn means(&self) -> Option<PlanCompiler> {
         match self {
             Lowered::Cpu { .. } => None,
             Lowered::Gpu(plan) => Some(plan.means()),
@@ -91,7 +91,7 @@ impl Lowered {
     fn bytes_in_plan(&self) -> u64 {
         match self {
             Lowered::Cpu { .. } => 0,
-            Lowered::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(Weight::bytes).sum(),
+            Lowered::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(PlanWeight::bytes).sum(),
         }
     }
 }
@@ -255,7 +255,7 @@ impl PlannedBuild {
         self.prediction.check(&self.request.output)?;
         let mut writer = PackageWriter::create(&self.request.output, self.request.replace)?;
         // Compiling comes first where it needs no weights: what TensorRT refuses is then known within seconds.
-        let mut engines: Vec<Option<Engines>> = Vec::with_capacity(self.plans.len());
+        let mut engines: Vec<Option<CompiledPlans>> = Vec::with_capacity(self.plans.len());
         for Planned { recipe, lowered, .. } in &self.plans {
             engines.push(match lowered {
                 Lowered::Gpu(plan) if !plan.holds_weights() && !recipe.precision.needs_calibration() => {
@@ -443,9 +443,9 @@ fn recipe_names(recipes: &[Recipe]) -> String {
 }
 
 /// How a recipe's plan is compiled here; `None` for a CPU's, which needs nothing.
-fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<Means>> {
+fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<PlanCompiler>> {
     let capability = recipe.target.compute_capability();
-    capability.map(|capability| Means::find(recipe.target.name(), capability, prepare)).transpose()
+    capability.map(|capability| PlanCompiler::find(recipe.target.name(), capability, prepare)).transpose()
 }
 
 /// Says what was decided about tokenizer, template and stops, and refuses what would never end or never be understood.

@@ -11,7 +11,7 @@ use super::request::GenerationRequest;
 use super::sampling::SamplingParams;
 use super::session::Session;
 use crate::backend::cpu::{CpuModel, CpuOptions};
-use crate::backend::tensorrt::{Event, GpuOptions, Report};
+use crate::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
 use crate::backend::{Executor, ExecutorOptions, Limits, Selection, open_cpu_model, open_selected, select};
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, Result};
@@ -59,8 +59,8 @@ impl ModelOptions {
     /// Hears facts for people while a model is opened: which plan is taken and why, what memory a GPU is given.
     #[must_use]
     pub fn on_fact(mut self, hear: impl Fn(&str) + Send + Sync + 'static) -> ModelOptions {
-        self.executor.gpu.report = Report::to(move |event| {
-            if let Event::Fact(text) = event {
+        self.executor.gpu.report = GpuReport::to(move |event| {
+            if let GpuEvent::Fact(text) = event {
                 hear(text);
             }
         });

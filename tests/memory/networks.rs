@@ -1,6 +1,6 @@
 //! Networks leave nothing behind in memory when they are dropped.
 
-use aotron::backend::tensorrt::{Kind, Library};
+use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 
 use crate::skips::skip;
 
@@ -12,7 +12,7 @@ fn resident_bytes() -> u64 {
 }
 
 pub fn two_hundred_builds_leave_nothing_behind() {
-    let library = match Library::find(Kind::Rtx) {
+    let library = match TensorRtLibrary::find(LibraryKind::Rtx) {
         Ok(library) => library,
         Err(error) => {
             return skip("tensorrt", "two_hundred_builds_leave_nothing_behind", error);
@@ -22,7 +22,7 @@ pub fn two_hundred_builds_leave_nothing_behind() {
     // Opens the library, makes a network, builds it and drops all.
     // SAFETY: what is opened is TensorRT, or no library at all.
     #[allow(unsafe_code)]
-    let cycle = || unsafe { Library::open(Kind::Rtx, &path) }.unwrap().compiles_for(Some(80)).unwrap();
+    let cycle = || unsafe { TensorRtLibrary::open(LibraryKind::Rtx, &path) }.unwrap().compiles_for(Some(80)).unwrap();
     (0..20).for_each(|_| cycle());
     let before = resident_bytes();
     (0..200).for_each(|_| cycle());
