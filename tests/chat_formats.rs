@@ -117,7 +117,7 @@ fn named_templates_are_chosen_by_name_and_files_go_first() {
     case.write("chat_template.jinja", golden("mini").0);
     case.build(&[]).ok();
     assert_eq!(case.ids(&mini[1].0, &[]), mini[1].1);
-    case.build(&["--chat-format", "nope"]).fails(1, &["no chat format `nope`", "nemotron, raw, chatml, default"]);
+    case.build(&["--chat-format", "nope"]).fails(1, &["unknown chat format `nope`", "nemotron, raw, chatml, default"]);
     let only_named = Case::new(&[("tokenizer_config.json", &config(json!([{"name": "rag", "template": "x"}])))]);
     only_named.build(&[]).fails(1, &["the chat templates rag and none called default", "--chat-format"]);
     let broken = Case::new(&[("chat_template.jinja", "a\n{% for %}")]);

@@ -58,7 +58,6 @@ impl Tokenizer {
     /// The package form of this tokenizer, which was read from `source`, the content of the file `name`.
     ///
     /// # Errors
-    ///
     /// As [`Tokenizer::from_bytes`], if `source` is not the file that this tokenizer was read from.
     pub fn to_package(&self, name: &Path, source: &[u8]) -> Result<Vec<u8>> {
         let unwritten = |source| Error::format(name, format!("the tokenizer cannot be written: {source}"));

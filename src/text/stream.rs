@@ -33,7 +33,6 @@ impl StreamDecoder {
     /// part of one.
     ///
     /// # Errors
-    ///
     /// [`Error::Tokenizer`](crate::error::Error::Tokenizer) for an id outside the tokenizer's vocabulary.
     pub fn push(&mut self, id: u32, out: &mut String) -> Result<()> {
         self.decoding.push(self.tokenizer.pieces(), id, out)

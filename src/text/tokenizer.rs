@@ -38,7 +38,6 @@ impl Tokenizer {
     /// Truncation and padding requested by a tokenizer.json are turned off: a prompt is never cut silently.
     ///
     /// # Errors
-    ///
     /// [`Error::Format`] if the file is neither; [`Error::Unsupported`] if it requires a feature that this version
     /// lacks.
     pub fn from_bytes(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
@@ -52,7 +51,6 @@ impl Tokenizer {
     /// Reads a SentencePiece model (`tokenizer.model`). `name` is the file named in errors.
     ///
     /// # Errors
-    ///
     /// [`Error::Format`] if the file is not a model or contradicts itself; [`Error::Unsupported`] if its type is
     /// neither BPE nor unigram, or if it changes decoded text.
     pub fn from_sentencepiece(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
@@ -64,7 +62,6 @@ impl Tokenizer {
     /// model or have ids past its pieces.
     ///
     /// # Errors
-    ///
     /// As [`Tokenizer::from_sentencepiece`], and [`Error::Format`] for a token that contradicts the model.
     pub fn from_sentencepiece_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
         let model = sentencepiece::SentencePieceModel::from_bytes(name, bytes)?;
@@ -76,7 +73,6 @@ impl Tokenizer {
     /// Reads a tokenizer.json. `name` is the file named in errors.
     ///
     /// # Errors
-    ///
     /// [`Error::Format`] if the file is not one; [`Error::Unsupported`] if this version does not support its decoder.
     pub fn from_json(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
         Self::from_json_and(name, bytes, Vec::new())
@@ -86,7 +82,6 @@ impl Tokenizer {
     /// special, as special tokens: each occurrence in a text is that token.
     ///
     /// # Errors
-    ///
     /// As [`Tokenizer::from_json`], and [`Error::Format`] for a token that is not the piece of its id.
     pub fn from_json_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
         let refused = |source: &dyn Display| Error::format(name, format!("not a tokenizer.json: {source}"));
@@ -131,7 +126,6 @@ impl Tokenizer {
     /// `</s>`, are ordinary characters in a text, however.
     ///
     /// # Errors
-    ///
     /// [`Error::Tokenizer`] if the tokenizer cannot represent the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let inner = match &self.encoder {
@@ -150,7 +144,6 @@ impl Tokenizer {
     /// byte-fallback pieces one per byte, as in SentencePiece.
     ///
     /// # Errors
-    ///
     /// [`Error::Tokenizer`] for an id at or past [`Tokenizer::vocab_size`].
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.decode_all(ids, false)
@@ -160,7 +153,6 @@ impl Tokenizer {
     /// decoded this way, so that `decode(prompt)` followed by it is the text of both.
     ///
     /// # Errors
-    ///
     /// As [`Tokenizer::decode`].
     pub fn decode_continuation(&self, ids: &[u32]) -> Result<String> {
         self.decode_all(ids, true)
@@ -267,7 +259,6 @@ impl Tokenizer {
     /// [`Tokenizer::encode`] never does.
     ///
     /// # Errors
-    ///
     /// [`Error::Tokenizer`] if encoding fails.
     pub fn prefix(&self) -> Result<Vec<u32>> {
         let Encoder::HuggingFace { inner, .. } = &self.encoder else { return Ok(Vec::new()) };

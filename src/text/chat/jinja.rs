@@ -59,7 +59,6 @@ impl JinjaTemplate {
     /// Checks that the template parses.
     ///
     /// # Errors
-    ///
     /// The line and the reason.
     pub fn check(&self) -> Result<(), String> {
         if self.source.len() > MAX_TEMPLATE_BYTES {
@@ -73,7 +72,6 @@ impl JinjaTemplate {
     /// Renders `messages`, a list of objects. `special_tokens` become variables, and `now` is the current time.
     ///
     /// # Errors
-    ///
     /// [`Error::Request`] with the message of `raise_exception`, or with the line where the template fails.
     pub(super) fn render(
         &self,

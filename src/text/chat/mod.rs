@@ -44,7 +44,6 @@ impl ChatTemplate {
     /// `named` templates, or a Jinja template file whose name ends in `.jinja` or `.jinja2`.
     ///
     /// # Errors
-    ///
     /// [`Error::Request`] with the known names; [`Error::Io`] and [`Error::Format`] for a file that cannot be read.
     pub fn choose(choice: &str, named: &BTreeMap<String, String>) -> Result<ChatTemplate> {
         let path = Path::new(choice);
@@ -154,7 +153,6 @@ impl ChatFormat {
     /// This format with the template resolved by [`ChatTemplate::choose`].
     ///
     /// # Errors
-    ///
     /// As [`ChatTemplate::choose`].
     pub fn with_choice(&self, choice: &str, tokenizer: &Tokenizer) -> Result<ChatFormat> {
         Ok(self.with_template(ChatTemplate::choose(choice, &self.named_templates)?, tokenizer))
@@ -163,7 +161,6 @@ impl ChatFormat {
     /// Renders a conversation, ready for the assistant's next answer.
     ///
     /// # Errors
-    ///
     /// [`Error::Request`] if the template rejects these messages, with the reason a Jinja template gives, if any.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         self.render_json(&json(messages))
@@ -172,7 +169,6 @@ impl ChatFormat {
     /// As [`ChatFormat::render`], for messages with any roles and keys that the template supports.
     ///
     /// # Errors
-    ///
     /// As [`ChatFormat::render`].
     pub fn render_json(&self, messages: &[Value]) -> Result<String> {
         self.render_at(messages, Local::now().naive_local())
@@ -192,7 +188,6 @@ impl ChatFormat {
     /// Renders and encodes a conversation, ready for the assistant's next answer.
     ///
     /// # Errors
-    ///
     /// As [`ChatFormat::render`] and [`Tokenizer::encode`].
     pub fn prompt(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
         self.prompt_of_json(tokenizer, &json(messages))
@@ -202,7 +197,6 @@ impl ChatFormat {
     /// null count as absent.
     ///
     /// # Errors
-    ///
     /// As [`ChatFormat::prompt`].
     pub fn prompt_of_json(&self, tokenizer: &Tokenizer, messages: &[Value]) -> Result<Vec<u32>> {
         let mut messages = messages.to_vec();

@@ -63,7 +63,6 @@ impl NemotronMarkers {
     /// turn is empty, as the card recommends.
     ///
     /// # Errors
-    ///
     /// [`Error::Request`] naming the message by its position, counted from 1, if the roles are in another order.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         let NemotronMarkers { system_turn_start, turn_start, end_of_turn, end_of_name } = self;

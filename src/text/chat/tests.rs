@@ -137,7 +137,7 @@ fn formats_are_found_by_name_and_by_file() {
     assert_eq!(choose("rag").unwrap(), "jinja template `rag`");
     assert_eq!(choose(path.to_str().unwrap()).unwrap(), "jinja template `own.jinja`");
     let error = choose("llama").unwrap_err().to_string();
-    assert!(error.contains("no chat format `llama`: name one of nemotron, raw, chatml, rag, raw"), "{error}");
+    assert!(error.contains("unknown chat format `llama`: name one of nemotron, raw, chatml, rag, raw"), "{error}");
     std::fs::write(&path, "{% if %}").unwrap();
     let error = choose(path.to_str().unwrap()).unwrap_err().to_string();
     assert!(error.contains("own.jinja: not a chat template: line 1: "), "{error}");

@@ -119,7 +119,6 @@ pub(super) fn is_model(bytes: &[u8]) -> bool {
 /// affect neither ids nor text.
 ///
 /// # Errors
-///
 /// As [`SentencePieceModel::from_bytes`], if the file is not a model.
 pub(super) fn essential(name: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(proto::read(name, bytes)?.encode_to_vec())

@@ -24,7 +24,6 @@ pub(super) struct Normalizer {
 
 impl Normalizer {
     /// # Errors
-    ///
     /// The defect of the character rules.
     pub(super) fn new(spec: &NormalizerSpec, trainer: &TrainerSpec, user_defined: &Trie) -> Result<Normalizer, String> {
         let charsmap = spec.precompiled_charsmap.as_deref().unwrap_or_default();
