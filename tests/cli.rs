@@ -117,7 +117,11 @@ fn inspect_describes_a_nemo() {
     ] {
         assert!(ran.out.contains(line), "{line}: {}", ran.out);
     }
-    assert!(ran.err.contains("not as on the model card: hidden_size is 16, the card's model has 4096"), "{}", ran.err);
+    assert!(
+        ran.err.contains("differs from the model card: hidden_size is 16, the card's model has 4096"),
+        "{}",
+        ran.err
+    );
     let json = aotron(&["inspect", "tests/data/nemo/zarr-tp2.nemo", "--format", "json"]).ok().json();
     assert_eq!((&json["format"], &json["ends"]), (&json!("nemo"), &json!([3, 5])));
     assert_eq!(json["tokenizer"]["special_ids"]["<extra_id_1>"], 5);
@@ -455,7 +459,7 @@ fn chat_answers_piped_questions() {
 #[test]
 fn chat_ends_at_an_error_in_its_input() {
     let ran = aotron_with(&["chat", chat()], b"/nonsense\nHello\n");
-    ran.fails(1, &["there is no command /nonsense"]);
+    ran.fails(1, &["unknown command /nonsense"]);
     aotron_with(&["chat", chat()], b"\xff\n").fails(1, &["standard input is not UTF-8"]);
     let ran = aotron_with(&["chat", chat()], "word ".repeat(2000).as_bytes());
     assert_eq!(ran.code, Some(1));
