@@ -44,7 +44,7 @@ impl Default for EngineOptions {
 pub enum DrainMode {
     /// All accepted requests, including the queued ones.
     Accepted,
-    /// Those that hold a slot; queued ones fail with [`Error::EngineStopped`].
+    /// Requests that hold a slot; queued ones fail with [`Error::EngineStopped`].
     Running,
     /// None: all fail with [`Error::EngineStopped`] after the current step.
     Nothing,

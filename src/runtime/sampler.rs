@@ -139,7 +139,7 @@ pub struct Sampler {
     generated: usize,
     /// `[vocab_size]`, the adjusted logits of a full row.
     logits: Vec<f32>,
-    /// Those of a row's largest logits that can be chosen, in ascending order of ids.
+    /// The choosable ids among a row's largest logits, in ascending order of ids.
     top: Vec<Candidate>,
     /// The candidates that survive top-k, top-p and min-p.
     candidates: Vec<Candidate>,

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 ///
 /// The settings apply in this order: logit bias, temperature, repetition penalty, presence and frequency penalty, the
 /// ban on stop ids before `min_tokens`, top-k, top-p, min-p. Ids outside the tokenizer's vocabulary are never chosen.
-/// Of equal logits the lowest id comes first.
+/// Ties go to the lowest id.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

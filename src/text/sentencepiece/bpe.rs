@@ -1,6 +1,6 @@
 //! Byte-pair encoding: SentencePiece's `bpe::Model`, without dropout.
 //!
-//! Of all adjacent symbols that together form a piece, the pair with the best score is merged (the leftmost of equals),
+//! Among adjacent symbols that together form a piece, the pair with the best score is merged (the leftmost of equals),
 //! until none is left. If two adjacent characters of the text are not adjacent in any piece, nothing is ever merged
 //! across that boundary and the two sides do not affect each other. So the text is first split at such boundaries, and
 //! the segments, mostly words, are merged independently. Only [`PieceKind::Unused`] pieces require state across the
