@@ -1,35 +1,27 @@
-//! The integration tests, except those that need a process of their own: `hostile` and `memory`.
+//! The integration tests of the program and of GPU plans, which need both features. `library` needs neither; `hostile`
+//! and `memory` are separate processes.
 
 /// Tar archives for the tests below.
-#[cfg(feature = "cli")]
 mod archives;
 /// Chat formats of checkpoints, from building to the answer.
 mod chat_formats;
 /// The program as its users run it.
-#[cfg(feature = "cli")]
 mod cli;
 /// CPU plans packed for different CPUs.
 mod cpu_packing;
 /// Networks for TensorRT, evaluated on the CPU.
-#[cfg(feature = "cli")]
 mod evaluator;
-/// The programs in `examples/`, and through them the library's API.
-mod examples;
 /// Packages with plans for GPUs.
-#[cfg(all(feature = "cli", feature = "tensorrt"))]
 mod gpu_packages;
 /// A sequence's logits do not depend on its batch or its chunks.
 mod invariance;
 /// Builds killed at random moments.
-#[cfg(feature = "cli")]
 mod kill;
 /// Lowering to the CPU.
 mod lowering;
 /// Packages from `.nemo` files.
-#[cfg(feature = "cli")]
 mod nemo;
 /// Logits compared with transformers in FP32.
-#[cfg(feature = "cli")]
 mod numerics;
 /// Packages for the tests below.
 mod packages;
@@ -38,13 +30,10 @@ mod reference;
 /// Tests that cannot run on every machine.
 mod skips;
 /// TensorRT, if its library is available.
-#[cfg(all(feature = "cli", feature = "tensorrt"))]
 mod tensorrt;
 /// Running TensorRT plans, on a stand-in for a GPU and with the real library.
-#[cfg(feature = "tensorrt")]
 mod tensorrt_runtime;
 /// Numerics of the networks for TensorRT.
-#[cfg(feature = "cli")]
 mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;

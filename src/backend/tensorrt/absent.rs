@@ -43,9 +43,13 @@ impl Library {
 
     /// Opens a library by its path.
     ///
+    /// # Safety
+    /// None is needed: nothing is opened.
+    ///
     /// # Errors
     /// [`Error::TensorRt`], always.
-    pub fn open(kind: Kind, _path: &Path) -> Result<Library> {
+    #[allow(unsafe_code)]
+    pub unsafe fn open(kind: Kind, _path: &Path) -> Result<Library> {
         Library::find(kind)
     }
 
