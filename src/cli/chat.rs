@@ -331,6 +331,7 @@ impl Interrupt {
         let state = Arc::new(AtomicU8::new(IDLE));
         let shared = state.clone();
         ctrlc::set_handler(move || {
+            // No answer to stop, or a step that takes too long to notice: leave at once.
             if shared.compare_exchange(ANSWERING, STOPPING, Ordering::SeqCst, Ordering::SeqCst).is_err() {
                 std::process::exit(INTERRUPTED);
             }

@@ -84,10 +84,7 @@ impl Generation {
         let GenerationRequest { prompt, sampling, max_tokens, stop_strings, stop_ids, trim } = request;
         let room = check_prompt(&prompt, limits)?;
         if let Some(id) = stop_ids.iter().find(|id| **id as usize >= limits.vocab_size) {
-            return Err(Error::Request(format!(
-                "stop id {id}; accepted are 0 to {}",
-                limits.vocab_size.saturating_sub(1)
-            )));
+            return Err(Error::Request(format!("stop id {id}; expected 0 to {}", limits.vocab_size.saturating_sub(1))));
         }
         let decoder = vocabulary.tokenizer.clone().map(StreamDecoder::continuing);
         if decoder.is_none() && !stop_strings.is_empty() {
@@ -156,7 +153,7 @@ impl Generation {
         let id = choose(allowed, &self.ids)?;
         if id as usize >= allowed.len() {
             let most = allowed.len().saturating_sub(1);
-            return Err(Error::Request(format!("id {id} was chosen as the next token; accepted are 0 to {most}")));
+            return Err(Error::Request(format!("id {id} was chosen as the next token; expected 0 to {most}")));
         }
         Ok(id)
     }
@@ -252,7 +249,7 @@ impl Generation {
 /// Returns the room left for an answer in tokens, at least 1.
 fn check_prompt(prompt: &[u32], limits: &Limits) -> Result<usize> {
     if prompt.is_empty() {
-        return Err(Error::Request("the prompt is empty; it has at least one token".into()));
+        return Err(Error::Request("the prompt is empty; it needs at least one token".into()));
     }
     let room = limits.max_sequence_tokens.saturating_sub(prompt.len());
     if room == 0 {
@@ -269,7 +266,7 @@ fn check_prompt(prompt: &[u32], limits: &Limits) -> Result<usize> {
 pub(super) fn check_ids(ids: &[u32], limits: &Limits) -> Result<()> {
     match ids.iter().position(|id| *id as usize >= limits.vocab_size) {
         Some(index) => Err(Error::Request(format!(
-            "token {index} of the prompt has id {}; accepted are 0 to {}",
+            "token {index} of the prompt has id {}; expected 0 to {}",
             ids.get(index).copied().unwrap_or_default(),
             limits.vocab_size.saturating_sub(1)
         ))),

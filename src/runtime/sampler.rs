@@ -81,18 +81,18 @@ impl Settings {
         for (field, value, low, high) in ranges {
             // `contains` rather than two comparisons, because NaN has to fail too.
             if !(low..=high).contains(&value) {
-                return Err(Error::Request(format!("{field} is {value}; accepted are {low} to {high}")));
+                return Err(Error::Request(format!("{field} is {value}; expected {low} to {high}")));
             }
         }
         for (id, bias) in &self.logit_bias {
             if *id as usize >= vocab_size {
                 return Err(Error::Request(format!(
-                    "logit_bias names id {id}; accepted are 0 to {}",
+                    "logit_bias names id {id}; expected 0 to {}",
                     vocab_size.saturating_sub(1)
                 )));
             }
             if !(-100.0..=100.0).contains(bias) {
-                return Err(Error::Request(format!("logit_bias of id {id} is {bias}; accepted are -100 to 100")));
+                return Err(Error::Request(format!("logit_bias of id {id} is {bias}; expected -100 to 100")));
             }
         }
         Ok(())
@@ -309,6 +309,7 @@ impl Sampler {
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
         logits.extend_from_slice(row);
+        // A plain loop, which vectorizes; the few ids with further adjustments are redone from the raw row below.
         if self.temperature != 1.0 {
             for logit in &mut logits {
                 *logit /= self.temperature;
@@ -339,7 +340,7 @@ impl Sampler {
         kept.extend(values.iter().zip(ids).map(|(logit, id)| Candidate { logit: *logit, id: *id }));
         kept.sort_unstable_by_key(|candidate| candidate.id);
         if let Some([first, _]) = kept.array_windows().find(|[a, b]| a.id == b.id) {
-            return Err(Error::Step(format!("id {} is twice among the largest logits of a row", first.id)));
+            return Err(Error::Step(format!("id {} is listed twice among the largest logits of a row", first.id)));
         }
         if let Some(wrong) = kept.iter().find(|candidate| is_wrong(candidate.logit)) {
             return Err(Error::Numerics(format!(
@@ -348,10 +349,12 @@ impl Sampler {
             )));
         }
         let least = values.iter().copied().fold(f32::INFINITY, f32::min);
+        // Padding ids, which cannot be chosen, sort last.
         kept.truncate(kept.partition_point(|candidate| (candidate.id as usize) < self.vocab_size));
         let mut rest = f32::NEG_INFINITY;
         if kept.len() < self.vocab_size {
             rest = least / self.temperature;
+            // A penalty or bias may lift single ids of the rest above what the temperature alone makes of `least`.
             for (id, times) in self.special_ids() {
                 let most = self.adjusted(id, least, times);
                 if most > rest && kept.binary_search_by_key(&id, |candidate| candidate.id).is_err() {
@@ -412,6 +415,7 @@ impl Sampler {
         for candidate in &self.candidates {
             let weight = weight(candidate);
             if weight > 0.0 {
+                // Rounding may leave `left` at or above 0 after the last candidate, which is then the one drawn.
                 last = Some(candidate.id);
                 left -= weight;
                 if left < 0.0 {
@@ -459,6 +463,7 @@ fn keep_top_k(kept: &mut Vec<Candidate>, all: impl Iterator<Item = Candidate>, t
         if candidate.logit > worst_kept {
             kept.push(candidate);
             if kept.len() >= 2 * k {
+                // Amortized linear: a selection in 2k candidates makes room for k more.
                 let (_, kth, _) = kept.select_nth_unstable_by(k - 1, best_first);
                 worst_kept = kth.logit;
                 kept.truncate(k);

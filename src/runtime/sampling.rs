@@ -230,7 +230,7 @@ mod tests {
             assert_eq!(effective.seed, params.seed);
         }
         assert_eq!(SamplingParams::sampled(0.7).effective(), SamplingParams::sampled(0.7));
-        assert!(refused(&SamplingParams::sampled(-1.0)).contains("temperature is -1; accepted are 0 to 100"));
+        assert!(refused(&SamplingParams::sampled(-1.0)).contains("temperature is -1; expected 0 to 100"));
     }
 
     #[test]

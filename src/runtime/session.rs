@@ -146,7 +146,7 @@ impl Session {
         let limits = self.executor.limits().clone();
         if ids.is_empty() || ids.len() > limits.max_sequence_tokens {
             return Err(Error::Request(format!(
-                "{} ids to score; accepted are 1 to {}",
+                "{} ids to score; expected 1 to {}",
                 ids.len(),
                 limits.max_sequence_tokens
             )));

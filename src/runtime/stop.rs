@@ -82,7 +82,7 @@ impl StopFilter {
         }
         if let Some(index) = stop_strings.iter().position(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
             return Err(Error::Request(format!(
-                "stop string {index} has {} bytes; accepted are 1 to {MAX_STOP_BYTES}",
+                "stop string {index} has {} bytes; expected 1 to {MAX_STOP_BYTES}",
                 stop_strings.get(index).map_or(0, String::len)
             )));
         }

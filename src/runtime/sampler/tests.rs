@@ -114,12 +114,12 @@ fn values_out_of_range_are_named() {
     let base = Settings::default();
     assert!(refused(Settings { temperature: f32::NAN, ..base.clone() }).contains("temperature is NaN"));
     assert!(refused(Settings { temperature: -1.0, ..base.clone() }).contains("0 to 100"));
-    assert!(refused(Settings { top_p: 1.5, ..base.clone() }).contains("top_p is 1.5; accepted are 0 to 1"));
+    assert!(refused(Settings { top_p: 1.5, ..base.clone() }).contains("top_p is 1.5; expected 0 to 1"));
     assert!(refused(Settings { min_p: -0.1, ..base.clone() }).contains("min_p"));
     assert!(refused(Settings { repetition_penalty: 0.0, ..base.clone() }).contains("0.01 to 100"));
     assert!(refused(Settings { presence_penalty: f32::INFINITY, ..base.clone() }).contains("presence"));
     assert!(refused(Settings { frequency_penalty: 101.0, ..base.clone() }).contains("frequency"));
-    assert!(refused(Settings { logit_bias: vec![(10, 1.0)], ..base.clone() }).contains("id 10; accepted are 0 to 9"));
+    assert!(refused(Settings { logit_bias: vec![(10, 1.0)], ..base.clone() }).contains("id 10; expected 0 to 9"));
     assert!(refused(Settings { logit_bias: vec![(1, f32::NAN)], ..base }).contains("id 1 is NaN"));
 }
 

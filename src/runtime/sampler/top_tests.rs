@@ -172,7 +172,9 @@ fn what_is_wrong_with_the_largest_logits_is_named() {
     let wrong = error(&[f32::INFINITY, 1.0], &[12, 2]);
     assert!(matches!(&wrong, Error::Numerics(detail) if detail.contains("index 12 is inf")), "padding too: {wrong}");
     assert!(matches!(error(&[2.0, 1.0], &[3]), Error::Step(_)));
-    assert!(matches!(error(&[2.0, 1.0, 0.0], &[3, 5, 3]), Error::Step(detail) if detail.contains("id 3 is twice")));
+    assert!(
+        matches!(error(&[2.0, 1.0, 0.0], &[3, 5, 3]), Error::Step(detail) if detail.contains("id 3 is listed twice"))
+    );
     assert_eq!(sampler.sample_top(Top { values: &[], ids: &[] }).unwrap(), None);
     assert_eq!(sampler.generated, 0);
     let hot = Settings { temperature: 0.001, ..sampling() };

@@ -88,7 +88,7 @@ fn what_does_not_fit_is_refused_in_tokens() {
     let mut refused = |request: &GenerationRequest| session.generate(request, &mut quiet).unwrap_err().to_string();
     assert!(refused(&request(&[], 1)).contains("the prompt is empty"));
     assert!(refused(&request(&[1; 8], 1)).contains("the prompt has 8 tokens, but this engine holds 8"));
-    assert!(refused(&request(&[1, 420], 1)).contains("token 1 of the prompt has id 420; accepted are 0 to 419"));
+    assert!(refused(&request(&[1, 420], 1)).contains("token 1 of the prompt has id 420; expected 0 to 419"));
     assert!(refused(&GenerationRequest { stop_ids: vec![420], ..request(&[1], 1) }).contains("stop id 420"));
     assert!(refused(&GenerationRequest { stop_strings: vec!["a".into()], ..request(&[1], 1) }).contains("tokenizer"));
     let completion = session.generate(&request(&[1; 7], usize::MAX), &mut quiet).unwrap();
@@ -247,7 +247,7 @@ fn scores_are_log_probabilities_of_the_next_ids() {
     }
     assert_eq!(session.generate(&request(&ids[..6], 1), &mut quiet).unwrap().reused_tokens, 5);
     assert!(session.score(&[], &mut |_, _| {}).is_err());
-    assert!(session.score(&[1; 9], &mut |_, _| {}).unwrap_err().to_string().contains("accepted are 1 to 8"));
+    assert!(session.score(&[1; 9], &mut |_, _| {}).unwrap_err().to_string().contains("expected 1 to 8"));
     assert!(session.score(&[420], &mut |_, _| {}).is_err());
 }
 
@@ -393,5 +393,5 @@ fn the_caller_can_choose_the_tokens() {
     assert_eq!(chosen.len(), 6);
     let mut stream = session.stream(request(&[1], 6)).unwrap().choosing(|_, _| Ok(420));
     let error = stream.next().unwrap().unwrap_err().to_string();
-    assert!(error.contains("id 420 was chosen as the next token; accepted are 0 to 419"), "{error}");
+    assert!(error.contains("id 420 was chosen as the next token; expected 0 to 419"), "{error}");
 }
