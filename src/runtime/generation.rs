@@ -185,6 +185,7 @@ impl Generation {
 
     /// Ends the text: text that was held back is shown, unless it completes a stop string.
     fn end(&mut self, reason: FinishReason, delta: &mut String) {
+        // Bytes that the decoder held back may complete a stop string, which then is the reason instead.
         self.finish = Some(reason);
         let (mut decoded, mut shown) = (String::new(), String::new());
         if let Some(decoder) = &mut self.decoder {

@@ -284,10 +284,12 @@ impl Decoding {
             self.pending.extend_from_slice(table.rules.separator.as_bytes());
         }
         if table.rules.start != StartRule::Nothing {
+            // The space to strip is a replaced `▁`; a literal space belongs to the text.
             let space = match bytes {
                 [b' ', ..] => usize::from(self.at_first_piece && !table.own_space.contains(&id)),
                 _ => 0,
             };
+            // Stay at the start while nothing is shown: `OneSpace` is then used up, `SpacesBeforeText` goes on.
             let takes_more = space == 0 || table.rules.start == StartRule::SpacesBeforeText;
             self.at_first_piece &= bytes.len() == space && takes_more;
             self.add(table, &bytes[space..], out);

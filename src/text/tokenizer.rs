@@ -262,6 +262,7 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] if encoding fails.
     pub fn prefix(&self) -> Result<Vec<u32>> {
         let Encoder::HuggingFace { inner, .. } = &self.encoder else { return Ok(Vec::new()) };
+        // The post-processor may add ids on both sides: those before the ids of "a" are the prefix.
         let encoded = contained(|| inner.encode("", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
         let with = contained(|| inner.encode("a", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
         let alone = contained(|| inner.encode("a", false)).map_err(|source| Error::Tokenizer(source.to_string()))?;

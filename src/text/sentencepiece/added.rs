@@ -106,6 +106,7 @@ impl AddedTokens {
                     at += len;
                     start = at;
                 }
+                // May land within a character, where no token matches, because tokens are whole characters.
                 None => at += 1,
             }
         }

@@ -66,6 +66,7 @@ impl Bpe {
         let (mut start, mut left) = (0, 0);
         while start < text.len() {
             let rest = &text[start..];
+            // User-defined pieces match whole and separate the segments around them.
             if let Some(len) = vocabulary.user_defined.longest(rest) {
                 merging.segment(start);
                 merging.push_unmerged(start, start + len);
@@ -147,6 +148,7 @@ impl Merging<'_> {
     fn push_all(&mut self, end: u32) {
         for index in 0..self.symbols.len() {
             let (Symbol { start, id, .. }, end) = (self.symbols[index], self.start(index + 1, end));
+            // A reserved piece of the same name takes precedence over the one that merging found.
             if id == NONE || self.vocabulary.has_shadowed() {
                 self.push_unmerged(start as usize, end as usize);
             } else {

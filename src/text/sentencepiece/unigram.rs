@@ -94,6 +94,7 @@ impl Unigram {
                 longest = len;
                 has_character |= len == character;
             });
+            // Without a piece for it, the character becomes an unknown span, so every position stays reachable.
             if !has_character {
                 ends[character].improve(self.unknown_score + score_here, here, vocabulary.unknown);
                 longest = longest.max(character);
