@@ -79,7 +79,7 @@ impl Spread {
     }
 }
 
-/// BenchResults for one batch size, in tokens per second over all its sequences.
+/// Results for one batch size, in tokens per second over all its sequences.
 #[derive(Debug, Serialize)]
 struct Figures {
     batch: usize,

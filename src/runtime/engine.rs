@@ -346,7 +346,7 @@ impl Drop for Ticket {
     }
 }
 
-/// EngineState of the engine's thread.
+/// State of the engine's thread.
 struct Worker {
     shared: Arc<EngineShared>,
     batcher: Batcher,

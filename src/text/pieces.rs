@@ -21,7 +21,7 @@ pub(super) struct PieceTable {
     rules: DecodingRules,
 }
 
-/// DecodingRules that turn pieces into text.
+/// Rules that turn pieces into text.
 #[derive(Debug, Default, Clone)]
 pub(super) struct DecodingRules {
     /// Replaced in every piece, in this order: `▁` by a space.
