@@ -1,4 +1,5 @@
-//! `aotron completions` and `aotron man`: shell completions and manual pages, from the program's own definition.
+//! `aotron completions` and `aotron man`: shell completions and manual pages, generated from the program's own
+//! definition.
 
 use std::fs;
 use std::io::Write;
@@ -10,18 +11,18 @@ use clap_mangen::Man;
 
 use super::args::Args;
 
-/// The shell to complete for.
+/// Flags of `aotron completions`.
 #[derive(Debug, clap::Args)]
 pub struct CompletionFlags {
-    /// Whose completions are printed
+    /// Shell to print completions for
     #[arg(value_enum)]
     shell: Shell,
 }
 
-/// Where the manual goes.
+/// Flags of `aotron man`.
 #[derive(Debug, clap::Args)]
 pub struct ManFlags {
-    /// Write aotron.1 and a page for each command into this folder, rather than print aotron.1
+    /// Write aotron.1 and a page for each command to FOLDER instead of printing aotron.1
     #[arg(short, long, value_name = "FOLDER")]
     output: Option<PathBuf>,
 }
