@@ -15,7 +15,7 @@ use super::{
 };
 use crate::backend::Limits;
 use crate::backend::cpu;
-use crate::backend::packing::{self, Item};
+use crate::backend::packing::{self, PackItem};
 use crate::backend::tensorrt::lower::{Constants, Weight};
 use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
@@ -37,17 +37,17 @@ const WEIGHTS_IN_COMPILER: u64 = 3;
 struct Planned {
     recipe: Recipe,
     limits: Limits,
-    lowered: Lowered,
+    lowered: LoweredPlan,
     /// The file of its weights; plans whose weights are stored alike share one.
     weights: String,
 }
 
-enum Lowered {
-    Cpu { lowered: Box<cpu::lower::Lowered>, reports: Vec<Report> },
+enum LoweredPlan {
+    Cpu { lowered: Box<cpu::lower::LoweredProgram>, reports: Vec<Report> },
     Gpu(Box<GpuPlan>),
 }
 
-impl Lowered {
+impl LoweredPlan {
     /// By a recipe. `means` is there for a GPU.
     fn new(
         config: &ModelConfig,
@@ -55,50 +55,53 @@ impl Lowered {
         limits: &Limits,
         means: Option<Means>,
         calibration: Option<&Calibration>,
-    ) -> Result<Lowered> {
+    ) -> Result<LoweredPlan> {
         match means {
             None => {
                 let (graph, reports) =
                     optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
-                Ok(Lowered::Cpu { lowered: Box::new(cpu::lower::lower(&graph, limits, recipe.cpu_target())?), reports })
+                Ok(LoweredPlan::Cpu {
+                    lowered: Box::new(cpu::lower::lower(&graph, limits, recipe.cpu_target())?),
+                    reports,
+                })
             }
-            Some(means) => Ok(Lowered::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration)?))),
+            Some(means) => Ok(LoweredPlan::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration)?))),
         }
     }
 
     fn packed_bytes(&self) -> u64 {
         match self {
-            Lowered::Cpu { lowered, .. } => cpu::pack::packed_bytes(&lowered.program.weights),
-            Lowered::Gpu(plan) => gpu_pack::packed_bytes(&plan.weights),
+            LoweredPlan::Cpu { lowered, .. } => cpu::pack::packed_bytes(&lowered.program.weights),
+            LoweredPlan::Gpu(plan) => gpu_pack::packed_bytes(&plan.weights),
         }
     }
 
-    fn items(&self) -> Result<Vec<Item<'_>>> {
+    fn items(&self) -> Result<Vec<PackItem<'_>>> {
         match self {
-            Lowered::Cpu { lowered, .. } => Ok(cpu::pack::items(lowered)),
-            Lowered::Gpu(plan) => gpu_pack::items(&plan.weights),
+            LoweredPlan::Cpu { lowered, .. } => Ok(cpu::pack::items(lowered)),
+            LoweredPlan::Gpu(plan) => gpu_pack::items(&plan.weights),
         }
     }
 
     fn means(&self) -> Option<Means> {
         match self {
-            Lowered::Cpu { .. } => None,
-            Lowered::Gpu(plan) => Some(plan.means()),
+            LoweredPlan::Cpu { .. } => None,
+            LoweredPlan::Gpu(plan) => Some(plan.means()),
         }
     }
 
     /// Bytes of the weights that become part of a compiled plan.
     fn bytes_in_plan(&self) -> u64 {
         match self {
-            Lowered::Cpu { .. } => 0,
-            Lowered::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(Weight::bytes).sum(),
+            LoweredPlan::Cpu { .. } => 0,
+            LoweredPlan::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(Weight::bytes).sum(),
         }
     }
 }
 
 /// What a calibration needs: the model in BF16 on the CPU, and what it is to read.
 struct CalibrationRun {
-    lowered: cpu::lower::Lowered,
+    lowered: cpu::lower::LoweredProgram,
     prompts: Vec<Vec<u32>>,
     /// The file with its weights: a plan's own, or one made for this.
     weights: String,
@@ -157,7 +160,7 @@ impl PlannedBuild {
         let uncalibrated = Calibration::uniform(0.5);
         let mut plans: Vec<Planned> = Vec::with_capacity(recipes.len());
         for ((recipe, limits), means) in recipes.iter().zip(limits).zip(means) {
-            let lowered = Lowered::new(&config, recipe, &limits, means, Some(&uncalibrated))?;
+            let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&uncalibrated))?;
             let weights = weights_file(&plans, recipe, &lowered);
             plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
         }
@@ -198,7 +201,7 @@ impl PlannedBuild {
     }
 
     /// The items of every file of weights, by name.
-    fn files(&self) -> Result<Vec<(String, Vec<Item<'_>>)>> {
+    fn files(&self) -> Result<Vec<(String, Vec<PackItem<'_>>)>> {
         let mut files = Vec::new();
         for plan in self.packed_plans() {
             files.push((plan.weights.clone(), plan.lowered.items()?));
@@ -214,7 +217,7 @@ impl PlannedBuild {
             self.packed_plans().map(|plan| (plan.weights.clone(), plan.lowered.packed_bytes())).collect();
         let mut compiling = 0;
         for plan in &self.plans {
-            if let Lowered::Gpu(gpu) = &plan.lowered {
+            if let LoweredPlan::Gpu(gpu) = &plan.lowered {
                 let in_plan = plan.lowered.bytes_in_plan();
                 compiling = compiling.max(COMPILER_BYTES + WEIGHTS_IN_COMPILER * in_plan);
                 let compiled = if gpu.means().only_checks() { 0 } else { gpu.compiled_plans() };
@@ -258,7 +261,7 @@ impl PlannedBuild {
         let mut engines: Vec<Option<Engines>> = Vec::with_capacity(self.plans.len());
         for Planned { recipe, lowered, .. } in &self.plans {
             engines.push(match lowered {
-                Lowered::Gpu(plan) if !plan.holds_weights() && !recipe.precision.needs_calibration() => {
+                LoweredPlan::Gpu(plan) if !plan.holds_weights() && !recipe.precision.needs_calibration() => {
                     plan.compile(recipe.target.name(), &Constants::Arbitrary, progress)?
                 }
                 _ => None,
@@ -280,7 +283,7 @@ impl PlannedBuild {
         for (Planned { recipe, limits, lowered, weights }, engines) in self.plans.into_iter().zip(engines) {
             let target = recipe.target.name();
             let (info, means, reports) = match lowered {
-                Lowered::Cpu { lowered, reports } => {
+                LoweredPlan::Cpu { lowered, reports } => {
                     let plan = format!("plans/{target}.json");
                     let program = serde_json::to_vec(&lowered.program).map_err(|e| {
                         Error::package(&self.request.output, format!("the plan cannot be written as JSON: {e}"))
@@ -289,7 +292,7 @@ impl PlannedBuild {
                     let kv_bytes_per_token = lowered.program.cache.bytes_per_token();
                     (plan_info(&recipe, Some(plan), weights, limits, kv_bytes_per_token, None), None, reports)
                 }
-                Lowered::Gpu(mut plan) => {
+                LoweredPlan::Gpu(mut plan) => {
                     let engines = if plan.holds_weights() {
                         let file = TensorFile::open(&writer.scratch(&weights))?;
                         plan.compile(target, &Constants::File(Arc::new(file)), progress)?
@@ -356,7 +359,8 @@ impl PlannedBuild {
         }
         let found = found?;
         for plan in self.plans.iter_mut().filter(|plan| plan.recipe.precision.needs_calibration()) {
-            plan.lowered = Lowered::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
+            plan.lowered =
+                LoweredPlan::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
         }
         Ok(())
     }
@@ -379,12 +383,12 @@ pub fn open_checkpoint(path: &Path, progress: &dyn Progress) -> Result<Checkpoin
 }
 
 /// The file for a plan's weights: another plan's if they are stored alike.
-fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &Lowered) -> String {
+fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &LoweredPlan) -> String {
     let (target, precision) = (recipe.target.name(), recipe.precision);
-    let Lowered::Gpu(plan) = lowered else { return format!("weights/{target}-{precision}.safetensors") };
+    let LoweredPlan::Gpu(plan) = lowered else { return format!("weights/{target}-{precision}.safetensors") };
     let shared = plans.iter().find(|other| match &other.lowered {
-        Lowered::Gpu(other) => other.weights == plan.weights,
-        Lowered::Cpu { .. } => false,
+        LoweredPlan::Gpu(other) => other.weights == plan.weights,
+        LoweredPlan::Cpu { .. } => false,
     });
     if let Some(other) = shared {
         return other.weights.clone();

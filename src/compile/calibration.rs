@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::Progress;
-use crate::backend::cpu::program::{Kernel, Program};
+use crate::backend::cpu::program::{Program, ProgramKernel};
 use crate::backend::cpu::{CpuExecutor, CpuOptions};
 use crate::backend::{Chunk, Limits, Rows, Step};
 use crate::error::{Error, Result, clip};
@@ -62,10 +62,10 @@ impl Calibration {
         let mut rounded = HashMap::new(); // buffer: the scale of what is in it
         for kernel in &program.kernels {
             match *kernel {
-                Kernel::RoundToF8 { scale, out, .. } => {
+                ProgramKernel::FakeQuantizeF8 { scale, out, .. } => {
                     rounded.insert(out, scale);
                 }
-                Kernel::Linear { x, weight, .. } => {
+                ProgramKernel::Linear { x, weight, .. } => {
                     if let (Some(scale), Some(weight)) = (rounded.get(&x.buffer), program.weights.get(weight)) {
                         calibration.scales.insert(base_name(&weight.name).into(), *scale);
                     }
@@ -188,7 +188,7 @@ pub(super) fn calibrate(
     progress.steps("calibrating", prompts.iter().map(Vec::len).sum::<usize>() as u64, "tokens");
     let names: Vec<String> = program.weights.iter().map(|w| w.name.clone()).collect();
     let is_of_linear = |index| {
-        program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Linear { weight, .. } if *weight == index))
+        program.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Linear { weight, .. } if *weight == index))
     };
     let of_linear: Vec<bool> = (0..names.len()).map(is_of_linear).collect();
     let mut largest = vec![0f32; names.len()];

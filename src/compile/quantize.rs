@@ -75,7 +75,7 @@ pub(super) fn round_inputs(graph: &Graph, calibration: Option<&Calibration>) -> 
             None => {
                 let name = format!("{}.input.f8", node.name);
                 let operand = r.operand(x)?;
-                let done = r.new.add(name, Op::RoundToF8 { scale }, &[operand])?;
+                let done = r.new.add(name, Op::FakeQuantizeF8 { scale }, &[operand])?;
                 rounded.insert((x, scale.to_bits()), done);
                 done
             }

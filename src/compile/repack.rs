@@ -8,7 +8,7 @@ use super::{Calibration, PlanSummary, Progress, Recipe, optimized_graph, plan_in
 use crate::backend::constants::stored_dtype;
 use crate::backend::cpu::lower::{CpuTarget, lower};
 use crate::backend::cpu::pack;
-use crate::backend::cpu::program::{Kernel, Program, Storage, WeightSpec};
+use crate::backend::cpu::program::{Program, ProgramKernel, Storage, WeightSpec};
 use crate::backend::cpu_program;
 use crate::engine::{Package, PackageFile, PackageWriter, PlanInfo};
 use crate::error::{Error, Result};
@@ -35,7 +35,7 @@ pub(super) fn repack(
         Error::package(package.path(), detail)
     })?;
     let mut recipe = Recipe { precision, ..recipe.clone() };
-    let is_quantized = program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Quantize { .. }));
+    let is_quantized = program.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Quantize { .. }));
     recipe.quantize_activations = Some(recipe.quantize_activations.unwrap_or(is_quantized));
     recipe.check()?;
     let CpuTarget { features, .. } = recipe.cpu_target();

@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(error, "graph: op linear (layers.0.up): weight is f32[4, 9]: found 9, expected 8");
     }
 
-    /// Every op that has operands; `RoundToF8`, `Columns`, `RotaryAngle` and `Rotary` with attributes that no operand fits.
+    /// Every op that has operands; `FakeQuantizeF8`, `Columns`, `RotaryAngle` and `Rotary` with attributes that no operand fits.
     fn ops() -> Vec<Op> {
         vec![
             Op::AddScalar(1.0),
@@ -169,7 +169,7 @@ mod tests {
             Op::LayerNorm { eps: 1e-5 },
             Op::Linear,
             Op::QuantizedLinear { block: None },
-            Op::RoundToF8 { scale: 0.0 },
+            Op::FakeQuantizeF8 { scale: 0.0 },
             Op::QuantizedLinear { block: Some(2) },
             Op::Columns { start: 7, width: 2 },
             Op::RotaryAngle { trig: Trig::Cos, theta: 1e4, rotary_dim: 3 },

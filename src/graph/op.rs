@@ -39,7 +39,7 @@ pub enum Op {
     },
     /// `(x)`: `scale` times the nearest E4M3 float to `x / scale`, FP32; what is out of E4M3's range becomes its end.
     /// A backend with FP8 products quantizes here and takes the scale out of the sums.
-    RoundToF8 {
+    FakeQuantizeF8 {
         /// What an E4M3 one stands for.
         scale: f32,
     },
@@ -153,8 +153,8 @@ impl Op {
                 x.expect("blocks", blocks.into())?;
                 x.typed(F32, ["n", "out"])
             }),
-            Op::RoundToF8 { scale } => {
-                OpDescriptor::new("round_to_f8", const { &[operand("x", Floats).of_any_shape()] })
+            Op::FakeQuantizeF8 { scale } => {
+                OpDescriptor::new("fake_quantize_f8", const { &[operand("x", Floats).of_any_shape()] })
                     .attributes(format!("scale {scale}"))
                     .result(move |x| match scale.is_finite() && *scale > 0.0 {
                         true => Ok(Type { dtype: F32, shape: x.operand(0).shape.clone() }),

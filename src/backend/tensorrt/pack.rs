@@ -7,7 +7,7 @@ use safetensors::tensor::Dtype;
 
 use super::weights::{Layout, Weight};
 use crate::backend::constants::{RowForm, RowSource, stored_dtype};
-use crate::backend::packing::{Item, StoreAll, StoreRows};
+use crate::backend::packing::{PackItem, StoreAll, StoreRows};
 use crate::checkpoint::EMBEDDING;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -21,7 +21,7 @@ const TILE: usize = 64;
 ///
 /// # Errors
 /// [`Error::Graph`] for a weight that is stored in no known way.
-pub fn items(weights: &[Weight]) -> Result<Vec<Item<'_>>> {
+pub fn items(weights: &[Weight]) -> Result<Vec<PackItem<'_>>> {
     let mut order: Vec<&Weight> = weights.iter().collect();
     order.sort_by_key(|weight| is_table(weight));
     order.into_iter().map(item).collect()
@@ -32,7 +32,7 @@ fn is_table(weight: &Weight) -> bool {
     matches!(weight.content.source(), RowSource::Tensors(names) if names == &[EMBEDDING])
 }
 
-fn item(weight: &Weight) -> Result<Item<'_>> {
+fn item(weight: &Weight) -> Result<PackItem<'_>> {
     let stored = (stored_dtype(weight.dtype), stored_shape(weight)?);
     let (content, columns) = (&weight.content, weight.content.columns());
     let fits = match (weight.layout, &weight.shape[..]) {
@@ -76,7 +76,7 @@ fn item(weight: &Weight) -> Result<Item<'_>> {
             return Err(unexpected(weight, "only codes are stored as a transpose, and only scales are spread"));
         }
     };
-    Ok(Item { name: weight.name.as_str(), stored, content, unit: 1, store, finish })
+    Ok(PackItem { name: weight.name.as_str(), stored, content, unit: 1, store, finish })
 }
 
 /// Bytes of that file, header included, or a little more.

@@ -14,8 +14,8 @@
 //! has one load. With few rows that is hidden behind memory; with many, codes are decoded once for all rows of a task.
 
 use super::{
-    Activations, Element, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, Rows, TileSize, pack_scales,
-    unpack_scales,
+    Activations, FloatElement, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize,
+    pack_scales, unpack_scales,
 };
 use crate::backend::cpu::kernels::mul_add;
 use crate::error::Result;
@@ -222,7 +222,7 @@ impl Coding for FloatByte {
 
 dispatch! {
     /// `sums.len()` rows of `x` by one panel, into `sums`, which are zero.
-    fn tile[C: Coding, T: Element](coding: C, x: Rows<'_, T>, panel: Panel<'_>, sums: &mut [[f32; NR]]) {
+    fn tile[C: Coding, T: FloatElement](coding: C, x: RowsRef<'_, T>, panel: Panel<'_>, sums: &mut [[f32; NR]]) {
         avx512 => tile_body::<C, T, true>,
         avx2 => tile_body::<C, T, true>,
         portable => tile_body::<C, T, false>,
@@ -230,9 +230,9 @@ dispatch! {
 }
 
 #[inline(always)]
-fn tile_body<C: Coding, T: Element, const FMA: bool>(
+fn tile_body<C: Coding, T: FloatElement, const FMA: bool>(
     coding: C,
-    x: Rows<'_, T>,
+    x: RowsRef<'_, T>,
     panel: Panel<'_>,
     sums: &mut [[f32; NR]],
 ) {
@@ -272,7 +272,7 @@ fn tile_body<C: Coding, T: Element, const FMA: bool>(
 /// Adds `x · weights` to `sums`, input after input; `x` are rows of one length, and `weights(k)` those of input `k`.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // one index for several rows
-fn accumulate<T: Element, const ROWS: usize, const FMA: bool>(
+fn accumulate<T: FloatElement, const ROWS: usize, const FMA: bool>(
     x: [&[T]; ROWS],
     sums: &mut [[f32; NR]; ROWS],
     weights: impl Fn(usize) -> [f32; NR],

@@ -15,7 +15,7 @@
 #![allow(unsafe_code)]
 
 use super::{
-    Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, Rows, TileSize, pack_scales,
+    Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize, pack_scales,
     unpack_scales,
 };
 use crate::error::Result;
@@ -158,7 +158,7 @@ impl LinearKernel for Int8 {
 
 dispatch! {
     /// `dots[r] = Σ x[r] · weights` over a panel, `[quads, NR, QUAD]`.
-    fn dot[](x: Rows<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
+    fn dot[](x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
         avx2 => dot_body::<x86::Avx2, 2>,
         portable => dot_body::<Portable, 1>,
     }
@@ -166,7 +166,7 @@ dispatch! {
 
 dispatch! {
     /// The same, with `offsets` of 128 times the weights' sums.
-    fn dot_offset[](x: Rows<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
+    fn dot_offset[](x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
         avx512_vnni => dot_offset_body,
         avx2 => |x, quads, _: &[[i8; QUAD]; NR], dots| dot_body::<x86::Avx2, 2>(x, quads, dots),
         portable => |x, quads, _: &[[i8; QUAD]; NR], dots| dot_body::<Portable, 1>(x, quads, dots),
@@ -176,7 +176,7 @@ dispatch! {
 /// The sums of `x + 128` and what that adds taken away; both may wrap, their difference does not.
 #[inline(always)]
 #[cfg(target_arch = "x86_64")]
-fn dot_offset_body(x: Rows<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
+fn dot_offset_body(x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
     dot_body::<x86::Vnni, 4>(x, quads, dots);
     for dots in dots {
         for (dot, offset) in dots.iter_mut().zip(offsets) {
@@ -205,7 +205,7 @@ trait Bytes {
 /// Adds the products of `dots.len()` rows with a panel, [`KC`] inputs at a time. The instructions of `B` must be present,
 /// which the dispatchers above see to.
 #[inline(always)]
-fn dot_body<B: Bytes, const VECTORS: usize>(x: Rows<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
+fn dot_body<B: Bytes, const VECTORS: usize>(x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
     assert!(quads.len() == x.width().div_ceil(QUAD));
     for start in (0..x.width()).step_by(KC) {
         let end = x.width().min(start + KC);

@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::rowwise::RowsMut;
-use super::{Element, Rows};
+use super::{FloatElement, RowsRef};
 use crate::error::{Error, Result, clip};
 use crate::isa::{CpuFeatures, Isa, dispatch};
 use crate::tensor::DType;
@@ -313,15 +313,15 @@ impl<'a> PackedWeight<'a> {
 #[derive(Debug, Clone, Copy)]
 pub enum Activations<'a> {
     /// FP32.
-    F32(Rows<'a, f32>),
+    F32(RowsRef<'a, f32>),
     /// BF16.
-    Bf16(Rows<'a, bf16>),
+    Bf16(RowsRef<'a, bf16>),
     /// 8-bit integers, each row with its scale: the row stands for `scales[row] · codes[row]`.
     I8 {
         /// `[rows, inputs]`
-        codes: Rows<'a, i8>,
+        codes: RowsRef<'a, i8>,
         /// `[rows, 1]`
-        scales: Rows<'a, f32>,
+        scales: RowsRef<'a, f32>,
     },
 }
 
@@ -388,7 +388,7 @@ pub enum Epilogue {
 /// # Errors
 /// [`Error::Internal`] if `x` or `out` is too short or of another type than the kernel takes; plans are validated before
 /// they run.
-pub fn linear<O: Element>(
+pub fn linear<O: FloatElement>(
     isa: Isa,
     x: Activations<'_>,
     weight: PackedWeight<'_>,
@@ -475,7 +475,7 @@ impl<T> Disjoint<T> {
 
 dispatch! {
     /// One row's sums to its outputs; those past the outputs are padding.
-    fn finish_row[O: Element](epilogue: Epilogue, sums: &[f32], out: &mut [O]) {
+    fn finish_row[O: FloatElement](epilogue: Epilogue, sums: &[f32], out: &mut [O]) {
         avx512 => finish_row_body::<O>,
         avx2 => finish_row_body::<O>,
         portable => finish_row_body::<O>,
@@ -483,7 +483,7 @@ dispatch! {
 }
 
 #[inline(always)]
-fn finish_row_body<O: Element>(epilogue: Epilogue, sums: &[f32], out: &mut [O]) {
+fn finish_row_body<O: FloatElement>(epilogue: Epilogue, sums: &[f32], out: &mut [O]) {
     match epilogue {
         Epilogue::Store => out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::from_f32(*s)),
         Epilogue::Relu2 => out.iter_mut().zip(sums).for_each(|(o, s)| {
