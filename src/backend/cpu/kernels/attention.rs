@@ -3,7 +3,7 @@
 //!
 //! **Cache.** One head of one slot holds `capacity` positions, a multiple of [`LANES`]; `padded_dim` is the head's
 //! width rounded up to [`LANES`].
-//! - keys `[capacity / LANES, padded_dim, LANES]`: one vector lane computes one key's product, so nothing is summed
+//! - keys `[capacity / LANES, padded_dim, LANES]`: one vector lane computes one key's dot product, so nothing is summed
 //!   across lanes;
 //! - values `[capacity, padded_dim]`.
 //!
@@ -77,13 +77,13 @@ fn attend_body<C: FloatElement, O: FloatElement, const FMA: bool>(
     }
 }
 
-/// A query on its way through the keys.
+/// Online-softmax state of one query: what it has accumulated over the keys seen so far.
 #[derive(Clone, Copy)]
 struct Query {
     q: [f32; MAX_HEAD_DIM],    // scaled
-    sums: [f32; MAX_HEAD_DIM], // Σ exp(score − peak) · value
-    peak: f32,                 // largest score so far
-    total: f32,                // Σ exp(score − peak)
+    sums: [f32; MAX_HEAD_DIM], // Σ exp(score − running_max) · value
+    running_max: f32,          // largest score so far
+    total: f32,                // Σ exp(score − running_max)
 }
 
 #[inline(always)]
@@ -96,13 +96,15 @@ fn attend_group<C: FloatElement, O: FloatElement, const FMA: bool, const M: usiz
     out: &mut [O],
     out_stride: usize,
 ) {
-    let start = Query { q: [0.0; MAX_HEAD_DIM], sums: [0.0; MAX_HEAD_DIM], peak: f32::NEG_INFINITY, total: 0.0 };
+    let start = Query { q: [0.0; MAX_HEAD_DIM], sums: [0.0; MAX_HEAD_DIM], running_max: f32::NEG_INFINITY, total: 0.0 };
     let mut queries = [start; M];
     for (m, query) in queries.iter_mut().enumerate() {
         for (scaled, q) in query.q.iter_mut().zip(&q[m * q_stride..][..head.head_dim]) {
             *scaled = q * scale;
         }
     }
+    // Blocks that every query of the group sees whole are visited together; the rest, where the causal mask differs
+    // from row to row, query by query. Both paths add up in the same order.
     let shared = len / KEY_BLOCK * KEY_BLOCK;
     for first in (0..shared).step_by(KEY_BLOCK) {
         visit_block::<C, FMA, M>(&mut queries, head, first, KEY_BLOCK);
@@ -121,7 +123,7 @@ fn attend_group<C: FloatElement, O: FloatElement, const FMA: bool, const M: usiz
     }
 }
 
-/// Takes the queries through keys `first .. first + count`, a block or its beginning.
+/// Updates the queries' state with keys `first .. first + count`, a block or its beginning.
 #[inline(always)]
 fn visit_block<C: FloatElement, const FMA: bool, const M: usize>(
     queries: &mut [Query; M],
@@ -140,13 +142,14 @@ fn visit_block<C: FloatElement, const FMA: bool, const M: usize>(
     }
     for (query, weights) in queries.iter_mut().zip(&mut weights) {
         let weights = &mut weights[..count];
-        let peak = weights.iter().copied().fold(query.peak, f32::max);
-        let shrink = (query.peak - peak).exp(); // 0 for the first block
-        query.peak = peak;
+        let running_max = weights.iter().copied().fold(query.running_max, f32::max);
+        // Rescale what was accumulated under the old maximum.
+        let shrink = (query.running_max - running_max).exp(); // 0 for the first block
+        query.running_max = running_max;
         query.total *= shrink;
         query.sums[..head.padded_dim].iter_mut().for_each(|s| *s *= shrink);
         for weight in weights.iter_mut() {
-            *weight = (*weight - peak).exp();
+            *weight = (*weight - running_max).exp();
             query.total += *weight;
         }
     }

@@ -36,7 +36,7 @@ impl<'a, T> RowsRef<'a, T> {
         self.width
     }
 
-    /// Whether there are this many rows.
+    /// Returns true if there are at least this many rows.
     pub fn has_rows(&self, rows: usize) -> bool {
         let len = rows.checked_sub(1).map_or(Some(0), |last| last.checked_mul(self.stride)?.checked_add(self.width));
         len.is_some_and(|len| len <= self.data.len())

@@ -131,7 +131,7 @@ pub enum Unary {
     Relu2,
     /// `x + scalar`
     AddScalar(f32),
-    /// The scale times the nearest E4M3 float to `x / scale`.
+    /// The scale times the E4M3 float nearest to `x / scale`.
     FakeQuantizeF8(f32),
 }
 
@@ -152,7 +152,7 @@ pub fn unary<T: FloatElement, O: FloatElement>(op: Unary, x: RowsRef<'_, T>, out
 }
 
 /// Quantizes each row to 8-bit integers by its largest magnitude: `x[i] ≈ scale · codes[i]`, codes in -127..=127, ties to
-/// even. `scales` has rows of one. A row with a number that is not finite gets the scale NaN, so that its products do too.
+/// even. `scales` has rows of one. A row with a number that is not finite gets the scale NaN, so that its dot products are NaN too.
 pub fn quantize<T: FloatElement>(isa: Isa, x: RowsRef<'_, T>, codes: RowsMut<'_, i8>, scales: RowsMut<'_, f32>) {
     let RowsMut { data, stride, rows } = scales;
     let scales = &mut data[..rows * stride];

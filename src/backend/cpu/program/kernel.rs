@@ -196,7 +196,7 @@ impl ProgramKernel {
 pub struct Operands {
     /// The kernel's name.
     pub name: &'static str,
-    /// What else it is given, as it is shown.
+    /// Its other arguments, formatted for the listing.
     pub attributes: Vec<String>,
     /// Columns it reads.
     pub reads: Vec<Read>,
@@ -225,7 +225,7 @@ pub struct Read {
 pub struct Write {
     /// Which.
     pub buffer: usize,
-    /// Whether it is read too.
+    /// True if it is read too (updated in place).
     pub updates: bool,
     width: Width,
     dtypes: &'static [DType],
@@ -237,7 +237,7 @@ pub struct Write {
 pub struct WeightUse {
     /// Which.
     pub index: usize,
-    /// What it must be.
+    /// Requirement on it.
     pub rule: WeightRule,
 }
 
@@ -246,7 +246,7 @@ pub struct WeightUse {
 pub struct CacheUse {
     /// Which.
     pub layer: usize,
-    /// What is written there, if something is.
+    /// The half of it that is written, if any.
     pub written: Option<KeysOrValues>,
 }
 
@@ -267,17 +267,17 @@ enum Width {
 /// The rows of a buffer that is read.
 #[derive(Debug, Clone, Copy)]
 enum RowRule {
-    /// Those of what is written.
+    /// As many as the output has.
     AsWritten,
     Exactly(RowCount),
 }
 
-/// What a weight must be.
+/// Requirement on a weight.
 #[derive(Debug, Clone, Copy)]
 pub enum WeightRule {
     /// Row-major, with a row for each index.
     Table(Indices),
-    /// Row-major, one row of so many FP32.
+    /// Row-major, one row of this many FP32 values.
     Vector(usize),
     /// A linear kernel's weight, which takes what is in buffer `x`.
     Linear {
@@ -285,14 +285,14 @@ pub enum WeightRule {
         x: usize,
         /// The scales' index.
         scales: Option<usize>,
-        /// Inputs that share a scale.
+        /// Quantization group size in inputs.
         group: usize,
     },
     /// The scales of a linear kernel's weight.
     ScalesOf {
         /// The weight's index.
         weight: usize,
-        /// Inputs that share a scale.
+        /// Quantization group size in inputs.
         group: usize,
     },
 }
@@ -389,7 +389,7 @@ impl Operands {
         self.check_overlaps(program)
     }
 
-    /// What is written shares no byte with anything else that is written or read.
+    /// Checks that an output shares no byte with any other operand.
     fn check_overlaps(&self, program: &Program) -> Result<(), String> {
         let bytes = |b: &BufferSpec| b.offset..b.offset + b.max_bytes(&program.limits).unwrap_or(0);
         for (index, write) in self.writes.iter().enumerate() {

@@ -11,7 +11,7 @@
 //! beside it, on the thread, or on how rows are blocked.
 //!
 //! **Cost.** A code is widened to FP32 before it is multiplied: about three instructions for 8 or 16 weights where a float
-//! has one load. With few rows that is hidden behind memory; with many, codes are decoded once for all rows of a task.
+//! has one load. With few rows that is hidden behind memory; with many, codes are dequantized once for all rows of a task.
 
 use super::{
     Activations, FloatElement, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize,
@@ -36,7 +36,7 @@ const NR: usize = 64;
 const MR: usize = 4;
 /// Rows of `x` that one task carries.
 const MC: usize = 32;
-/// Inputs whose decoded weights many rows share: 64 × 64 FP32 stay in the L1 cache.
+/// Inputs whose dequantized weights many rows share: 64 × 64 FP32 stay in the L1 cache.
 const KC: usize = 64;
 
 /// The kernel of a kind of code.
@@ -170,7 +170,7 @@ pub(super) trait Coding: Copy + Send + Sync {
 
     /// The codes of input `k`, for every output of the panel.
     #[inline(always)]
-    fn decode(self, codes: &[[u8; NR]], k: usize) -> [f32; NR] {
+    fn dequantize(self, codes: &[[u8; NR]], k: usize) -> [f32; NR] {
         let bytes = &codes[k / Self::PER_BYTE];
         let mut values = [0f32; NR];
         for lane in 0..NR {
@@ -245,15 +245,15 @@ fn tile_body<C: Coding, T: FloatElement, const FMA: bool>(
             // Few rows: codes go from memory to registers.
             for_row_tiles!(group_sums, |rows, sums| {
                 let x = rows.map(|row| &x.row(row)[start..end]);
-                accumulate::<T, _, FMA>(x, sums, |k| coding.decode(panel.codes, start + k));
+                accumulate::<T, _, FMA>(x, sums, |k| coding.dequantize(panel.codes, start + k));
             });
         } else {
-            // Many rows: they share what is decoded, some inputs at a time.
+            // Many rows: they share the dequantized weights, KC inputs at a time.
             for start in (start..end).step_by(KC) {
                 let end = end.min(start + KC);
                 let mut weights = [[0f32; NR]; KC];
                 for (weights, k) in weights.iter_mut().zip(start..end) {
-                    *weights = coding.decode(panel.codes, k);
+                    *weights = coding.dequantize(panel.codes, k);
                 }
                 for_row_tiles!(group_sums, |rows, sums| {
                     let x = rows.map(|row| &x.row(row)[start..end]);

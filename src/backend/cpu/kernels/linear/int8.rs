@@ -22,7 +22,7 @@ use crate::error::Result;
 use crate::isa::{CpuFeatures, Isa, dispatch};
 use crate::tensor::DType;
 
-/// For AVX2 and CPUs without byte products.
+/// For AVX2 and CPUs without byte dot products.
 pub(super) static QUADS: Int8 = Int8 { name: "int8-quads", has_offsets: false };
 /// For AVX-512 VNNI.
 pub(super) static VNNI: Int8 = Int8 { name: "int8-quads-vnni", has_offsets: true };
@@ -43,7 +43,7 @@ const MAX_INPUTS: usize = i32::MAX as usize / (127 * 127);
 /// A packing for 8-bit activations.
 pub(super) struct Int8 {
     name: &'static str,
-    /// Whether a panel ends with a row of `128 · Σ codes`.
+    /// True if each panel ends with a row of `128 · Σ codes`.
     has_offsets: bool,
 }
 
@@ -77,7 +77,7 @@ impl LinearKernel for Int8 {
 
     fn check(&self, shape: LinearShape) -> Result<(), String> {
         if shape.group < shape.inputs {
-            return Err(format!("8-bit products have per-channel scales, not groups of {}", shape.group));
+            return Err(format!("the int8 kernel has per-channel scales, not groups of {}", shape.group));
         }
         match shape.inputs > MAX_INPUTS {
             true => Err(format!("sums over {} inputs may overflow 32 bits; at most {MAX_INPUTS} fit", shape.inputs)),
@@ -272,7 +272,7 @@ fn register_tile<B: Bytes, const VECTORS: usize, const ROWS: usize>(
     }
 }
 
-/// The oracle of the others, and what runs where there are no byte products.
+/// The oracle of the others, and what runs where there are no byte dot products.
 struct Portable;
 
 impl Bytes for Portable {

@@ -90,13 +90,13 @@ pub trait LinearKernel: Sync {
     /// Its tile.
     fn tile_size(&self) -> TileSize;
 
-    /// Whether the weight has scales beside it.
+    /// Returns true if the weight is stored with scales.
     fn has_scales(&self) -> bool;
 
     /// Checks that it can compute with a weight of this shape.
     ///
     /// # Errors
-    /// What it cannot.
+    /// The reason it cannot.
     fn check(&self, shape: LinearShape) -> Result<(), String>;
 
     /// Element type and shape of one panel of an operand, NR rows of `columns` values.
@@ -344,7 +344,7 @@ impl<'a> Activations<'a> {
         }
     }
 
-    /// Whether there are this many rows.
+    /// Returns true if there are at least this many rows.
     fn has_rows(&self, rows: usize) -> bool {
         match self {
             Activations::F32(x) => x.has_rows(rows),
@@ -371,7 +371,7 @@ impl<'a> Activations<'a> {
     }
 }
 
-/// What a linear layer does with a sum.
+/// Final step of a linear layer, applied to each sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Epilogue {
