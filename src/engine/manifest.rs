@@ -34,7 +34,7 @@ pub struct Manifest {
     pub model: ModelConfig,
     /// Source of the weights.
     pub checkpoint: CheckpointInfo,
-    /// The tokenizer; a package without one takes and gives token ids only.
+    /// The tokenizer; a package without one works on token ids only.
     pub tokenizer: Option<TokenizerInfo>,
     /// Formatting of conversations into prompts, and the stops that end an answer.
     pub chat_format: ChatFormat,
