@@ -1,5 +1,5 @@
-//! How a row of weights becomes small codes and scales: symmetric, so zero stays zero and nothing is added back, and
-//! with scales chosen by the error they leave rather than by the largest weight alone.
+//! Quantizes rows of weights to codes and scales: symmetric, so that zero stays zero and there is no zero point, with
+//! scales chosen to minimize the error rather than by the largest weight alone.
 //!
 //! A block of weights `w` is kept as codes `c` and one scale `s`, standing for `s · c`. For each of a list of scales
 //! from "the largest weight takes the largest code" downwards (clipping the largest ones lets all others lie closer)
@@ -23,14 +23,14 @@ const REFINEMENTS: usize = 3;
 /// Partial sums of an error: whole vectors.
 const LANES: usize = 16;
 
-/// How the rows of a matrix are quantized.
+/// Quantization scheme of a matrix's rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Scheme {
     code: Code,
     block: Option<usize>,
 }
 
-/// What a code is.
+/// Format of a code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Code {
     /// -127 to 127.
@@ -42,11 +42,12 @@ enum Code {
 }
 
 impl Scheme {
-    /// 8-bit integers, one scale a row.
+    /// 8-bit integers with per-channel scales.
     pub const INT8: Scheme = Scheme { code: Code::I8, block: None };
-    /// 4-bit integers, one scale for each 128 weights of a row, a number that BF16 has; the last block may be shorter.
+    /// 4-bit integers with group size 128; scales are representable in BF16, and the last group of a row may be
+    /// shorter.
     pub const INT4: Scheme = Scheme { code: Code::I4, block: Some(128) };
-    /// E4M3 floats, one scale a row.
+    /// E4M3 floats with per-channel scales.
     pub const FP8: Scheme = Scheme { code: Code::F8, block: None };
 
     /// Element type of the codes.
@@ -58,17 +59,18 @@ impl Scheme {
         }
     }
 
-    /// Weights that share a scale; `None`: all of a row.
+    /// Quantization group size; `None`: per-channel.
     pub const fn block(self) -> Option<usize> {
         self.block
     }
 
-    /// Scales of a row of `columns` weights.
+    /// Number of scales of a row of `columns` weights.
     pub fn blocks(self, columns: usize) -> usize {
         self.block.map_or(1, |block| columns.div_ceil(block))
     }
 
-    /// The scales of one row, into `scales`, `[blocks]`; all are positive and finite. `row` holds finite numbers.
+    /// Computes the scales of one row into `scales`, `[blocks]`; all are positive and finite. `row` holds finite
+    /// numbers.
     pub fn scales(self, row: &[f32], scales: &mut [f32]) {
         let block = self.block.unwrap_or(row.len()).max(1);
         let mut scratch = Vec::with_capacity(block.min(row.len()));
@@ -78,7 +80,7 @@ impl Scheme {
         }
     }
 
-    /// Replaces each weight of one row by its code, as a number.
+    /// Replaces each weight of a row by its code, as a number.
     pub fn codes(self, row: &mut [f32], scales: &[f32]) {
         let block = self.block.unwrap_or(row.len()).max(1);
         let isa = Isa::detect();
@@ -87,7 +89,7 @@ impl Scheme {
         }
     }
 
-    /// Replaces each weight of whole rows, `[rows, columns]`, by its code, as a number; their scales go into `scales`,
+    /// Quantizes whole rows in place: `[rows, columns]` become codes, as numbers; their scales go into `scales`,
     /// `[rows, blocks]`.
     pub fn quantize(self, columns: usize, rows: &mut [f32], scales: &mut [f32]) {
         for (row, scales) in rows.chunks_exact_mut(columns).zip(scales.chunks_exact_mut(self.blocks(columns))) {
@@ -140,8 +142,8 @@ impl Code {
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.block {
-            Some(block) => write!(f, "{}, a scale for {block} columns", self.dtype()),
-            None => write!(f, "{}, a scale for a row", self.dtype()),
+            Some(block) => write!(f, "{}, group size {block}", self.dtype()),
+            None => write!(f, "{}, per-channel scales", self.dtype()),
         }
     }
 }

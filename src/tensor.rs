@@ -1,4 +1,4 @@
-//! Element types, and how their bytes become numbers.
+//! Element types and their conversion to FP32.
 
 use std::fmt;
 
@@ -57,12 +57,12 @@ impl DType {
         }
     }
 
-    /// Whether values are numbers to compute with: neither indices nor codes of a quantized tensor.
+    /// Returns true for floats: neither indices nor codes of a quantized tensor.
     pub const fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::F16 | DType::BF16)
     }
 
-    /// Whether values are codes that mean nothing without their scales.
+    /// Returns true for codes, which mean nothing without their scales.
     pub const fn is_code(self) -> bool {
         matches!(self, DType::I8 | DType::I4 | DType::F8)
     }

@@ -1,4 +1,4 @@
-//! Reader of safetensors files: a header validated against the file before any byte of data is believed.
+//! Reader of safetensors files: the header is validated against the file before any data is trusted.
 //!
 //! Layout: 8 bytes of little-endian header length, that many bytes of JSON (`{"name": {"dtype", "shape",
 //! "data_offsets"}, …, "__metadata__": {…}}`, padded with spaces), then the data. Offsets count from the end of the
@@ -43,7 +43,7 @@ pub struct StoredTensor {
     pub dtype: Dtype,
     /// Row-major shape; its product times the element size is `bytes.len()`.
     pub shape: Vec<usize>,
-    /// Where the data lies, in bytes from the start of the file; inside the file.
+    /// Range of the data in bytes from the start of the file; lies inside the file.
     pub bytes: Range<usize>,
 }
 

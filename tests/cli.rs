@@ -210,12 +210,12 @@ fn fp8_is_calibrated_with_the_users_prompts() {
         assert!(!Path::new(&output).join("calibration.safetensors").exists());
         let graph = aotron(&["inspect", &output, "--graph"]).ok().out;
         assert!(graph.contains("codes(rows(model.layers.0.self_attn.q_proj.weight"), "{graph}");
-        graph.lines().filter(|line| line.contains("round_to_f8")).map(str::to_owned).collect::<Vec<String>>()
+        graph.lines().filter(|line| line.contains("fake_quantize_f8")).map(str::to_owned).collect::<Vec<String>>()
     };
     let hello = scales(r#"{"messages": [{"role": "user", "content": "Hello!"}]}"#);
     assert!(!hello.is_empty() && hello != scales(r#"{"token_ids": [4, 306, 7, 7, 5, 276, 7]}"#));
     assert!(aotron(&["inspect", &output]).ok().out.contains("fp8, plans/cpu.json"));
-    assert!(aotron(&["inspect", &output, "--program"]).ok().out.contains("= round_to_f8"));
+    assert!(aotron(&["inspect", &output, "--program"]).ok().out.contains("= fake_quantize_f8"));
     aotron(&["run", &output, "--prompt", "hi", "-n", "3", "--verify"]).ok();
 
     build("int8").fails(1, &["int8 needs no calibration", "prompts.jsonl"]);

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use aotron::backend::Limits;
-use aotron::backend::cpu::lower::{CpuTarget, Lowered, lower};
-use aotron::backend::cpu::program::{Epilogue, Kernel, Program};
+use aotron::backend::cpu::lower::{CpuTarget, LoweredProgram, lower};
+use aotron::backend::cpu::program::{Epilogue, Program, ProgramKernel};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Precision, optimized_graph};
 use aotron::graph::{Const, Dim, Graph, Input, Op, Sym, Type};
@@ -18,7 +18,7 @@ fn limits(vocab_size: usize) -> Limits {
     Limits { slots: 2, max_sequence_tokens: 16, max_step_tokens: 8, max_logits_rows: 4, vocab_size }
 }
 
-fn lowered(precision: Precision) -> Lowered {
+fn lowered(precision: Precision) -> LoweredProgram {
     let config = config();
     let (graph, _) = optimized_graph(&config, precision, 16, None).unwrap();
     lower(&graph, &limits(config.vocab_size), CpuTarget::native()).unwrap()
@@ -32,15 +32,15 @@ fn a_layer_is_eleven_kernels() {
         // embedding, cosine, sine; the wanted rows, the last norm, the head
         assert_eq!(program.kernels.len(), 11 * layers + 6, "{program}");
         let fused = |e| {
-            let does = |k: &&Kernel| match k {
-                Kernel::Linear { epilogue, .. } => *epilogue == e,
+            let does = |k: &&ProgramKernel| match k {
+                ProgramKernel::Linear { epilogue, .. } => *epilogue == e,
                 _ => false,
             };
             program.kernels.iter().filter(does).count()
         };
         assert_eq!(fused(Epilogue::Accumulate), 2 * layers, "residuals are added by the linear layers");
         assert_eq!(fused(Epilogue::Relu2), layers, "the activation is part of the linear layer");
-        assert!(!program.kernels.iter().any(|k| matches!(k, Kernel::Convert { .. })), "{program}");
+        assert!(!program.kernels.iter().any(|k| matches!(k, ProgramKernel::Convert { .. })), "{program}");
     }
 }
 
@@ -48,7 +48,7 @@ fn a_layer_is_eleven_kernels() {
 fn live_buffers_never_share_bytes() {
     for precision in Precision::ALL.into_iter().filter(|p| !p.needs_calibration()) {
         let Program { buffers, kernels, limits, logits, arena_bytes, .. } = lowered(precision).program;
-        let touches = |kernel: &Kernel, buffer: usize| {
+        let touches = |kernel: &ProgramKernel, buffer: usize| {
             kernel.reads().iter().any(|v| v.buffer == buffer) || kernel.writes().contains(&buffer)
         };
         let life = |buffer: usize| {
@@ -94,7 +94,7 @@ fn a_residual_that_is_read_later_is_kept() {
     let logits = g.add("logits", Op::Linear, &[last, table]).unwrap();
     g.output(logits);
     let program = lower(&g, &limits(9), CpuTarget::native()).unwrap().program;
-    let accumulates = |k: &&Kernel| matches!(k, Kernel::Linear { epilogue: Epilogue::Accumulate, .. });
+    let accumulates = |k: &&ProgramKernel| matches!(k, ProgramKernel::Linear { epilogue: Epilogue::Accumulate, .. });
     assert_eq!(program.kernels.iter().filter(accumulates).count(), 0, "{program}");
-    assert_eq!(program.kernels.iter().filter(|k| matches!(k, Kernel::Add { .. })).count(), 2, "{program}");
+    assert_eq!(program.kernels.iter().filter(|k| matches!(k, ProgramKernel::Add { .. })).count(), 2, "{program}");
 }

@@ -157,7 +157,7 @@ pub fn logits(graph: &Graph, constants: &[Matrix], ids: &[u32]) -> Vec<f64> {
             Op::LayerNorm { eps } => layer_norm(x(0), x(1), x(2), *eps),
             Op::Linear => linear(x(0), x(1)),
             Op::QuantizedLinear { block } => linear(x(0), &dequantized(x(1), x(2), *block)),
-            Op::RoundToF8 { scale } => x(0).map_rows(|row| {
+            Op::FakeQuantizeF8 { scale } => x(0).map_rows(|row| {
                 row.iter().map(|v| f64::from(round_f8(*v as f32 / scale)) * f64::from(*scale)).collect()
             }),
             Op::Columns { start, width } => x(0).map_rows(|row| row[*start..start + width].to_vec()),

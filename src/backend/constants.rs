@@ -1,9 +1,9 @@
-//! The constants of a graph in plain form, and their one evaluator.
+//! Evaluates a graph's constants: weights, their quantized forms, and tables computed at build time.
 //!
-//! A lowering turns each [`Const`] it keeps into [`ConstRows`]: the rows to read, what is done to each element of them,
-//! and what is stored of the result. [`SourceRows`] reads a few rows of a source and evaluates whatever is made of them,
-//! so no weight is ever whole in memory and what several files share is computed once. Every backend packs what is
-//! evaluated here.
+//! A lowering turns each [`Const`] it keeps into a [`ConstRows`]: a source of rows, the transforms applied to each
+//! element, and the form in which the result is stored. [`SourceRows`] reads a few rows at a time and evaluates every
+//! constant derived from them, so no weight is ever held in memory whole, and work that several files share is done
+//! once. All backends pack the values evaluated here.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -17,23 +17,23 @@ use crate::graph::{Const, Trig, Type};
 use crate::quantize::Scheme;
 use crate::tensor::DType;
 
-/// A constant in plain form: a matrix (a vector is one row) and what is stored of it.
+/// A flattened constant: a matrix (a vector is one row) and the form it is stored in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ConstRows {
     source: RowSource,
-    /// In the order they are applied.
+    /// Applied in this order.
     transforms: Vec<RowTransform>,
     form: RowForm,
     rows: usize,
     columns: usize,
 }
 
-/// Where the rows of a constant come from.
+/// Source of a constant's rows.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RowSource {
-    /// Tensors of the checkpoint, one above the other, all of one width.
+    /// Checkpoint tensors of equal width, concatenated along the rows.
     Tensors(Vec<String>),
-    /// Computed: a row for each position, see [`Const::RotaryTable`].
+    /// Computed: one row per position, see [`Const::RotaryTable`].
     RotaryTable {
         /// Cosine or sine.
         trig: Trig,
@@ -44,10 +44,10 @@ pub enum RowSource {
     },
 }
 
-/// An operation on each element, in FP32.
+/// An elementwise operation in FP32.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RowTransform {
-    /// Adds the number.
+    /// Adds a scalar.
     Add(f32),
     /// Rounds to BF16, ties to even.
     RoundToBf16,
@@ -55,10 +55,10 @@ pub enum RowTransform {
     RoundToF16,
 }
 
-/// What is stored of a constant's rows.
+/// Form in which a constant's rows are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowForm {
-    /// The numbers themselves.
+    /// The values themselves.
     Values,
     /// The codes of each row.
     Codes(Scheme),
@@ -67,11 +67,11 @@ pub enum RowForm {
 }
 
 impl ConstRows {
-    /// The plain form of `expr`, a constant of type `ty`.
+    /// Flattens `expr`, a constant of type `ty`.
     ///
     /// # Errors
-    /// The part of the expression that has no plain form, or does not fit `ty`, for the caller to put the constant's name
-    /// before.
+    /// The part of the expression that cannot be flattened or does not match `ty`; the caller prefixes the constant's
+    /// name.
     pub fn new(expr: &Const, ty: &Type) -> Result<ConstRows, String> {
         let dims: Option<Vec<usize>> = ty.shape.iter().map(|dim| dim.as_fixed()).collect();
         let (rows, width) = match dims.as_deref() {
@@ -107,12 +107,12 @@ impl ConstRows {
         Ok(ConstRows { source, transforms, form, rows, columns })
     }
 
-    /// What its rows are made of.
+    /// Source of its rows.
     pub fn source(&self) -> &RowSource {
         &self.source
     }
 
-    /// What is stored of its rows.
+    /// Form in which its rows are stored.
     pub fn form(&self) -> RowForm {
         self.form
     }
@@ -122,12 +122,12 @@ impl ConstRows {
         self.rows
     }
 
-    /// Columns of the matrix that is read.
+    /// Number of columns of the source matrix.
     pub fn columns(&self) -> usize {
         self.columns
     }
 
-    /// Numbers that evaluating a row gives: its columns, or its scales.
+    /// Number of values per evaluated row: its columns, or its scales.
     pub fn width(&self) -> usize {
         match self.form {
             RowForm::Values | RowForm::Codes(_) => self.columns,
@@ -135,7 +135,7 @@ impl ConstRows {
         }
     }
 
-    /// Numbers that evaluating all rows gives, at most `usize::MAX`.
+    /// Number of values in all evaluated rows, saturating at `usize::MAX`.
     pub fn elements(&self) -> usize {
         self.rows.saturating_mul(self.width())
     }
@@ -152,7 +152,7 @@ impl ConstRows {
     }
 }
 
-/// The source of a matrix and the transforms of its elements.
+/// Source of a matrix, and the transforms of its elements in order.
 fn flattened(expr: &Const) -> Result<(RowSource, Vec<RowTransform>), String> {
     let then = |inner: &Const, transform: RowTransform| {
         let (source, mut transforms) = flattened(inner)?;
@@ -188,12 +188,12 @@ fn flattened(expr: &Const) -> Result<(RowSource, Vec<RowTransform>), String> {
     }
 }
 
-/// Some rows of a source, and what was made of them so far.
+/// A few rows of a source, with everything evaluated from them so far.
 pub(super) struct SourceRows<'c> {
     columns: usize,
     /// `[rows, columns]`
     values: Vec<f32>,
-    /// The rows as they are stored in the checkpoint, tensor by tensor; empty where they were computed.
+    /// The rows as stored in the checkpoint, one entry per tensor; empty for computed rows.
     stored: Vec<(TensorView<'c>, Cow<'c, [u8]>)>,
     quantized: Vec<Quantized>,
 }
@@ -202,17 +202,17 @@ pub(super) struct SourceRows<'c> {
 struct Quantized {
     transforms: Vec<RowTransform>,
     scheme: Scheme,
-    /// `[rows, columns]`, as numbers.
+    /// `[rows, columns]`, codes as numbers.
     codes: Vec<f32>,
     /// `[rows, blocks]`
     scales: Vec<f32>,
 }
 
 impl<'c> SourceRows<'c> {
-    /// Reads rows of a source that has `columns` columns.
+    /// Reads rows of a source with `columns` columns.
     ///
     /// # Errors
-    /// [`Error::Format`] naming tensor and position if a weight is NaN or infinite.
+    /// [`Error::Format`] naming the tensor and position if a weight is NaN or infinite.
     pub fn read(
         source: &RowSource,
         checkpoint: &'c Checkpoint,
@@ -257,8 +257,8 @@ impl<'c> SourceRows<'c> {
         Ok(SourceRows { columns, values, stored, quantized: Vec::new() })
     }
 
-    /// The numbers of a constant of this source, `[rows, width]`. Codes come as numbers, not as their bits: see
-    /// [`Scheme::bits`].
+    /// Evaluates a constant of this source, `[rows, width]`. Codes are returned as numbers; [`Scheme::bits`] gives
+    /// their bits.
     pub fn evaluate(&mut self, constant: &ConstRows) -> Cow<'_, [f32]> {
         match constant.form {
             RowForm::Values => self.transformed(&constant.transforms),
@@ -267,14 +267,14 @@ impl<'c> SourceRows<'c> {
         }
     }
 
-    /// The rows as the checkpoint stores them, tensor by tensor; none of a table that is computed.
+    /// The rows as stored in the checkpoint, one entry per tensor; empty for computed rows.
     pub fn into_stored(self) -> Vec<(TensorView<'c>, Cow<'c, [u8]>)> {
         self.stored
     }
 
     fn transformed(&self, transforms: &[RowTransform]) -> Cow<'_, [f32]> {
         let transforms = match transforms {
-            // Numbers of a type are not changed by being rounded to it.
+            // Values of a type are fixed points of rounding to it.
             [RowTransform::RoundToBf16, rest @ ..] if self.is_stored_as(DType::BF16) => rest,
             [RowTransform::RoundToF16, rest @ ..] if self.is_stored_as(DType::F16) => rest,
             all => all,
@@ -290,7 +290,7 @@ impl<'c> SourceRows<'c> {
         !self.stored.is_empty() && self.stored.iter().all(|(view, _)| view.dtype == dtype)
     }
 
-    /// Codes and scales, computed at the first call for them.
+    /// Codes and scales, computed on first use.
     fn quantized(&mut self, transforms: &[RowTransform], scheme: Scheme) -> &Quantized {
         let known = self.quantized.iter().position(|known| known.transforms == transforms && known.scheme == scheme);
         let index = known.unwrap_or_else(|| {
@@ -314,10 +314,10 @@ impl RowTransform {
     }
 }
 
-/// Refuses `values`, rows of a tensor from row `first`, if one of them is no number.
+/// Rejects `values`, rows of a tensor starting at row `first`, if one of them is NaN or infinite.
 ///
 /// # Errors
-/// [`Error::Format`] naming tensor and position.
+/// [`Error::Format`] naming the tensor and position.
 fn check_finite(
     view: &TensorView<'_>,
     checkpoint: &Checkpoint,
@@ -325,7 +325,7 @@ fn check_finite(
     columns: usize,
     values: &[f32],
 ) -> Result<()> {
-    // Without a branch for each element, so that it is done by vectors.
+    // Branch-free over the elements, so that it vectorizes; the search for the culprit runs only on failure.
     const EXPONENT: u32 = 0x7f80_0000;
     if !values.iter().fold(false, |any, value| any | (value.to_bits() & EXPONENT == EXPONENT)) {
         return Ok(());
@@ -337,7 +337,7 @@ fn check_finite(
     Err(Error::format(checkpoint.path(), detail))
 }
 
-/// How a file of tensors calls elements of a type: it has no 4-bit integers, so pairs of them are bytes there.
+/// Safetensors dtype that stores elements of `dtype`. The format has no 4-bit integers, so a pair of them is one `U8`.
 pub fn stored_dtype(dtype: DType) -> Dtype {
     match dtype {
         DType::F32 => Dtype::F32,
@@ -350,8 +350,8 @@ pub fn stored_dtype(dtype: DType) -> Dtype {
     }
 }
 
-/// Cosine or sine of `position · theta^(−2i / rotary_dim)`: frequency and angle rounded to FP32 as transformers does,
-/// the function itself evaluated in double precision.
+/// Fills `out` with the cosine or sine of `position · theta^(−2i / rotary_dim)`. Frequency and angle are rounded to
+/// FP32 as in transformers; the function itself is evaluated in double precision.
 fn rotary_row(trig: Trig, theta: f64, rotary_dim: usize, position: usize, out: &mut [f32]) {
     for (i, value) in out.iter_mut().enumerate() {
         let exponent = (2 * i) as f32 / rotary_dim as f32;

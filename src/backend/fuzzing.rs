@@ -1,9 +1,9 @@
-//! What must hold of the reader of CPU plans; see [`crate::fuzzing`].
+//! Fuzz target of the CPU plan reader; see [`crate::fuzzing`].
 
 use super::select::parse_program;
 use crate::fuzzing::check_message;
 
-/// A CPU plan, up to the weights: one that is accepted is written as it was read, and its buffers lie in the arena.
+/// Parses a CPU plan (without weights): an accepted one round-trips, and its buffers lie within the arena.
 pub fn plan(bytes: &[u8]) {
     let program = match parse_program(bytes) {
         Ok(program) => program,

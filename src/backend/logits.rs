@@ -1,26 +1,26 @@
-//! What a step returns: rows of logits, on the host or still on a device.
+//! Logits returned by a step: rows on the host, or still on a device.
 
 use std::fmt;
 
 use crate::error::{Error, Result};
 
-/// The largest logits of one row, `[k]`, largest first. Every logit of the row that is not among them is at most as
-/// large as the least of them; of equal ones at that edge any may be here. A NaN counts as larger than any number, so
-/// that a row with one has one here.
+/// The `k` largest logits of one row, `[k]`, in descending order. Every other logit of the row is at most as large as
+/// the last one here; ties at that boundary may be broken either way. NaN sorts above every number, so a row with a NaN
+/// has one here.
 #[derive(Debug, Clone, Copy)]
 pub struct Top<'a> {
     /// The logits.
     pub values: &'a [f32],
-    /// Their ids, the columns of the row, each once.
+    /// Their token ids (columns of the row), without duplicates.
     pub ids: &'a [u32],
 }
 
-/// Rows of logits that an executor keeps elsewhere, on a device, and of which it has the largest on the host.
+/// Rows of logits that stay on a device, with the largest logits of each already on the host.
 pub trait DeferredLogits {
     /// Number of rows, in the order of [`Step::logits_rows`](super::Step::logits_rows).
     fn rows(&self) -> usize;
 
-    /// The largest logits of row `row`, which is below [`DeferredLogits::rows`].
+    /// Largest logits of row `row`; `row` is below [`DeferredLogits::rows`].
     fn top(&self, row: usize) -> Top<'_>;
 
     /// Copies row `row`, `[vocab_size]`, to the host; `row` is below [`DeferredLogits::rows`].
@@ -31,18 +31,18 @@ pub trait DeferredLogits {
 }
 
 /// Rows of logits, FP32, `[rows, vocab_size]`, in the order of [`Step::logits_rows`](super::Step::logits_rows).
-pub struct Logits<'a>(Source<'a>);
+pub struct Logits<'a>(LogitsSource<'a>);
 
-/// Where the rows are.
-enum Source<'a> {
-    /// In an executor's own buffer on the host.
+/// Location of the rows.
+enum LogitsSource<'a> {
+    /// The executor's own host buffer.
     Host { values: &'a [f32], vocab_size: usize },
-    /// Where the executor fetches them from.
+    /// On a device; the executor fetches rows on demand.
     Deferred(&'a mut dyn DeferredLogits),
 }
 
 impl<'a> Logits<'a> {
-    /// Wraps a buffer of whole rows.
+    /// Wraps a buffer of complete rows.
     ///
     /// # Errors
     /// [`Error::Step`] if `values` is not a whole number of rows.
@@ -50,42 +50,44 @@ impl<'a> Logits<'a> {
         if vocab_size == 0 || !values.len().is_multiple_of(vocab_size) {
             return Err(Error::Step(format!("{} logits are not whole rows of {vocab_size}", values.len())));
         }
-        Ok(Logits(Source::Host { values, vocab_size }))
+        Ok(Logits(LogitsSource::Host { values, vocab_size }))
     }
 
-    /// Wraps rows that are fetched one at a time, and only those that are asked for.
+    /// Wraps rows that are fetched on demand, one at a time.
     pub fn deferred(rows: &'a mut dyn DeferredLogits) -> Logits<'a> {
-        Logits(Source::Deferred(rows))
+        Logits(LogitsSource::Deferred(rows))
     }
 
     /// Number of rows.
     pub fn rows(&self) -> usize {
         match &self.0 {
-            Source::Host { values, vocab_size } => values.len() / vocab_size,
-            Source::Deferred(rows) => rows.rows(),
+            LogitsSource::Host { values, vocab_size } => values.len() / vocab_size,
+            LogitsSource::Deferred(rows) => rows.rows(),
         }
     }
 
-    /// The largest logits of row `index`, where they are at hand and the row is not. `None` for rows on the host,
-    /// which [`Logits::row`] gives for nothing, and past the last row.
+    /// The largest logits of row `index`, if they are on the host and the full row is not. `None` for rows on the host,
+    /// which [`Logits::row`] returns at no cost, and past the last row.
     pub fn top(&self, index: usize) -> Option<Top<'_>> {
         match &self.0 {
-            Source::Host { .. } => None,
-            Source::Deferred(rows) => (index < rows.rows()).then(|| rows.top(index)),
+            LogitsSource::Host { .. } => None,
+            LogitsSource::Deferred(rows) => (index < rows.rows()).then(|| rows.top(index)),
         }
     }
 
     /// Row `index`, `[vocab_size]`, fetched if it is not on the host.
     ///
     /// # Errors
-    /// [`Error::Step`] past the last row; whatever the executor reports of a fetch.
+    /// [`Error::Step`] past the last row; any error of the executor's fetch.
     pub fn row(&mut self, index: usize) -> Result<&[f32]> {
         let count = self.rows();
         let missing = || Error::Step(format!("row {index} of logits, but the step returned {count}"));
         match &mut self.0 {
-            Source::Host { values, vocab_size } => values.chunks_exact(*vocab_size).nth(index).ok_or_else(missing),
-            Source::Deferred(rows) if index < count => rows.fetch(index),
-            Source::Deferred(_) => Err(missing()),
+            LogitsSource::Host { values, vocab_size } => {
+                values.chunks_exact(*vocab_size).nth(index).ok_or_else(missing)
+            }
+            LogitsSource::Deferred(rows) if index < count => rows.fetch(index),
+            LogitsSource::Deferred(_) => Err(missing()),
         }
     }
 }
@@ -100,7 +102,7 @@ impl fmt::Debug for Logits<'_> {
 mod tests {
     use super::*;
 
-    /// Two rows of three, of which the second is lost.
+    /// Two rows of three logits; fetching the second fails.
     struct Remote;
 
     impl DeferredLogits for Remote {

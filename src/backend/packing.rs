@@ -1,11 +1,11 @@
-//! One pass over a checkpoint that fills files of weights, all of them at once.
+//! Writes all weight files in a single pass over a checkpoint.
 //!
-//! A file is a list of [`Item`]s in the order they are stored. Matrices are read in pieces of whole rows; what every file
-//! makes of a piece (its numbers in another type or order, its codes) is made on all threads, while the piece before it
-//! is hashed and written, each file and the checkpoint's digest by a thread of its own. So every matrix is read once,
-//! whatever number of files hold it, provided that the files hold their matrices in the same order; where they do not, a
-//! matrix is read again. No more than a few pieces are in memory, of a matrix that is stored transposed the whole of its
-//! codes, and the scales that stand behind their codes.
+//! A file is a list of [`PackItem`]s in storage order. Matrices are read in pieces of whole rows. Each piece is
+//! converted for every file (dtype, layout, quantization) on all threads, while the previous piece is hashed and
+//! written: one thread per file, and one for the checkpoint's digest. Each matrix is thus read once, however many files
+//! store it, provided that the files order their matrices alike; otherwise a matrix is read again. Memory holds only a
+//! few pieces, plus the codes of a whole matrix if it is stored transposed, plus the scales waiting to be written after
+//! their codes.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
@@ -20,72 +20,72 @@ use crate::engine::PackageFile;
 use crate::error::{Error, Result};
 use crate::tensor_file;
 
-/// Elements of a piece, or one unit's rows if they have more. Small enough to stay in a core's cache as FP32.
+/// Elements of a piece, or one unit's rows if those are more. As FP32, a piece must stay in a core's cache.
 const PIECE_ELEMENTS: usize = 1 << 18;
-/// Pieces that a thread makes before they are handed on.
+/// Pieces that each thread converts before the batch is handed to the writers.
 const PIECES_PER_THREAD: usize = 4;
-/// Elements of what is small: evaluated when its turn comes, whatever else reads the same tensor.
+/// Items up to this size are evaluated when their turn comes, without sharing the read with other items.
 const SMALL_ELEMENTS: usize = 1 << 16;
 
-/// Makes stored bytes of evaluated rows.
+/// Encodes evaluated rows as stored bytes.
 pub type StoreRows<'p> = Box<dyn Fn(&[f32]) -> Result<Vec<u8>> + Send + Sync + 'p>;
-/// Writes what is stored, given the bytes of all rows.
+/// Writes the stored form of a tensor, given the encoded bytes of all its rows.
 pub type StoreAll = Box<dyn Fn(&[u8], &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> + Send + Sync>;
 
 /// One tensor of a file.
-pub struct Item<'p> {
-    /// Its name in the file.
+pub struct PackItem<'p> {
+    /// Name in the file.
     pub name: &'p str,
-    /// Its type and shape in the file.
+    /// Dtype and shape in the file.
     pub stored: (Dtype, Vec<usize>),
-    /// Its content, `[rows, width]`.
+    /// Content, `[rows, width]`.
     pub content: &'p ConstRows,
-    /// `store` gets multiples of this many rows, but for the last. Scales come whole.
+    /// `store` is called with multiples of this many rows, except for the last call. Scales are passed whole.
     pub unit: usize,
-    /// The bytes of some rows of `content`, codes as numbers: see [`Scheme::bits`](crate::quantize::Scheme::bits).
+    /// Encodes some rows of `content`; codes come as numbers, see [`Scheme::bits`](crate::quantize::Scheme::bits).
     pub store: StoreRows<'p>,
-    /// For what is not stored row by row: gets what `store` made of all rows.
+    /// For tensors that are not stored row by row: receives the output of `store` for all rows.
     pub finish: Option<StoreAll>,
 }
 
-/// Where a file's bytes go, in order.
-pub trait Sink: Send {
-    /// Takes the next bytes.
+/// Destination of a file's bytes, in order.
+pub trait ByteSink: Send {
+    /// Writes the next bytes.
     ///
     /// # Errors
-    /// Whatever keeps them from being written; nothing more is given then.
+    /// Whatever prevents the write; no further bytes are passed after an error.
     fn write(&mut self, bytes: &[u8]) -> Result<()>;
 }
 
-impl Sink for PackageFile {
+impl ByteSink for PackageFile {
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         PackageFile::write(self, bytes)
     }
 }
 
-impl<F: FnMut(&[u8]) -> Result<()> + Send> Sink for F {
+impl<F: FnMut(&[u8]) -> Result<()> + Send> ByteSink for F {
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self(bytes)
     }
 }
 
-/// A file of weights to be written.
+/// A weight file to write.
 pub struct File<'p> {
-    /// Its tensors, in their order.
-    pub items: Vec<Item<'p>>,
-    /// Takes its bytes, header first.
-    pub sink: &'p mut dyn Sink,
+    /// Its tensors, in order.
+    pub items: Vec<PackItem<'p>>,
+    /// Receives the file's bytes, header first.
+    pub sink: &'p mut dyn ByteSink,
 }
 
-/// Follows a pass: gets the number of the checkpoint's bytes that were read since the last call, and may end it.
+/// Progress callback: receives the number of checkpoint bytes read since the last call, and may abort the pass.
 pub type Follow<'f> = dyn Fn(u64) -> Result<()> + Sync + 'f;
 
-/// Writes the files. With `digest`, answers with the SHA-256 of every tensor of the checkpoint in its order, each over its
-/// elements row-major as they are stored.
+/// Writes the files. With `digest`, returns the SHA-256 of every checkpoint tensor, in order, each over its elements in
+/// row-major order as stored.
 ///
 /// # Errors
-/// [`Error::Format`](crate::Error::Format) naming tensor and position if a weight is NaN or infinite; what a sink or
-/// `follow` returns.
+/// [`Error::Format`](crate::Error::Format) naming the tensor and position if a weight is NaN or infinite; any error of
+/// a sink or of `follow`.
 pub fn pack(files: Vec<File<'_>>, checkpoint: &Checkpoint, digest: bool, follow: &Follow<'_>) -> Result<Vec<[u8; 32]>> {
     let mut digests = Digests { is_wanted: digest, finished: HashMap::new(), current: None };
     let mut queues = Vec::with_capacity(files.len());
@@ -106,18 +106,18 @@ pub fn pack(files: Vec<File<'_>>, checkpoint: &Checkpoint, digest: bool, follow:
     digests.of_all(checkpoint, follow)
 }
 
-/// Private memory that [`pack`] takes for files of these items, at most.
-pub fn memory_bytes<'i, 'p: 'i>(files: impl Iterator<Item = &'i [Item<'p>]>) -> u64 {
+/// Upper bound on the private memory that [`pack`] takes for files of these items.
+pub fn memory_bytes<'i, 'p: 'i>(files: impl Iterator<Item = &'i [PackItem<'p>]>) -> u64 {
     let (mut held, mut scales, mut in_flight) = (0u64, 0u64, 0u64);
     let mut pieces = 0u64;
     for items in files {
-        let elements = |item: &Item<'_>| item.content.elements() as u64;
-        // A matrix is held as codes, and with it what is gathered of it at a time.
+        let elements = |item: &PackItem<'_>| item.content.elements() as u64;
+        // A matrix that is stored as a whole is held as codes, plus the block being transposed.
         held += items.iter().filter(|item| item.finish.is_some()).map(elements).max().unwrap_or(0) * 9 / 8;
         scales += 4 * items.iter().filter(|item| item.is_scales()).map(elements).sum::<u64>();
-        let piece = |item: &Item<'_>| (PIECE_ELEMENTS as u64).max(item.unit as u64 * item.content.columns() as u64);
+        let piece = |item: &PackItem<'_>| (PIECE_ELEMENTS as u64).max(item.unit as u64 * item.content.columns() as u64);
         let piece = items.iter().filter(|item| elements(item) > SMALL_ELEMENTS as u64).map(piece).max().unwrap_or(0);
-        // As numbers, evaluated, quantized and stored.
+        // Each piece exists evaluated (FP32), quantized (FP32) and encoded.
         in_flight += 8 * piece;
         pieces = pieces.max(4 * piece);
     }
@@ -125,28 +125,28 @@ pub fn memory_bytes<'i, 'p: 'i>(files: impl Iterator<Item = &'i [Item<'p>]>) -> 
     held + scales + (in_flight + pieces) * threads * PIECES_PER_THREAD as u64 * 2
 }
 
-/// What is left to be written of a file.
+/// Items of a file still to be written.
 struct Queue<'p> {
-    items: VecDeque<Item<'p>>,
-    sink: &'p mut dyn Sink,
+    items: VecDeque<PackItem<'p>>,
+    sink: &'p mut dyn ByteSink,
 }
 
-/// The scales of a matrix's codes, found with them for an item behind.
+/// Scales computed together with their codes, kept for a later item.
 struct Scales<'p> {
     content: &'p ConstRows,
     /// `[rows, blocks]`
     values: Vec<f32>,
-    /// How many items will want them.
+    /// Number of items still to use them.
     wanted: usize,
 }
 
-/// Scales that an item behind will want.
+/// Scales kept for later items.
 #[derive(Default)]
 struct KeptScales<'p> {
     found: Vec<Scales<'p>>,
 }
 
-impl Item<'_> {
+impl PackItem<'_> {
     fn is_scales(&self) -> bool {
         matches!(self.content.form(), RowForm::Scales(_))
     }
@@ -174,7 +174,7 @@ impl<'p> Queue<'p> {
     }
 }
 
-/// All rows of a constant.
+/// Evaluates all rows of a constant.
 fn evaluated(content: &ConstRows, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
     let mut values = vec![0f32; content.rows() * content.width()];
     let rows_at_once = (PIECE_ELEMENTS / content.columns()).max(1);
@@ -194,12 +194,12 @@ impl KeptScales<'_> {
     }
 }
 
-/// The matrix to read next: one at the front of a file that no other file has farther back, if there is one.
+/// The matrix to read next: one at the front of a file that no other file has farther back, if any.
 fn next_source<'p>(queues: &[Queue<'p>]) -> Option<&'p RowSource> {
     let fronts = || queues.iter().filter_map(|queue| queue.items.front()).map(|item| item.content.source());
     let is_behind = |of: &RowSource| {
         queues.iter().any(|queue| {
-            // Scales are kept for when their turn comes.
+            // Scales do not count: they are kept until their turn comes.
             let items = queue.items.iter().filter(|item| !item.is_scales());
             let mut sources = items.map(|item| item.content.source()).skip_while(|other| *other == of);
             sources.any(|other| other == of)
@@ -208,25 +208,25 @@ fn next_source<'p>(queues: &[Queue<'p>]) -> Option<&'p RowSource> {
     fronts().find(|of| !is_behind(of)).or_else(|| fronts().next())
 }
 
-/// A file's part in a pass.
-struct Part<'q, 'p> {
-    item: Item<'p>,
-    sink: &'q mut &'p mut dyn Sink,
-    /// Bytes of the rows so far, if the item is not stored row by row.
+/// One file's item during a pass over its matrix.
+struct ItemProgress<'q, 'p> {
+    item: PackItem<'p>,
+    sink: &'q mut &'p mut dyn ByteSink,
+    /// Encoded rows so far, for an item that is not stored row by row.
     held: Vec<u8>,
 }
 
-/// What became of some rows of the source.
-struct Piece<'c> {
-    /// The rows as they are stored in the checkpoint, tensor by tensor.
+/// A piece of the source, as encoded for every file.
+struct PackedPiece<'c> {
+    /// The rows as stored in the checkpoint, one entry per tensor.
     raw: Vec<(TensorView<'c>, Cow<'c, [u8]>)>,
-    /// For each part.
+    /// One entry per item in progress.
     bytes: Vec<Vec<u8>>,
-    /// For each of the scales that are kept.
+    /// One entry per set of scales to keep.
     scales: Vec<Vec<f32>>,
 }
 
-/// Reads a matrix once and gives it to all files at whose front it is.
+/// Reads a matrix once and feeds it to all files that have it at the front.
 fn pass_over<'p>(
     source: &'p RowSource,
     queues: &mut [Queue<'p>],
@@ -246,19 +246,19 @@ fn pass_over<'p>(
         }
     }
     let wanted: Vec<&ConstRows> = kept.iter().map(|scales| scales.content).collect();
-    let mut parts: Vec<Part<'_, 'p>> = Vec::new();
+    let mut parts: Vec<ItemProgress<'_, 'p>> = Vec::new();
     for Queue { items, sink } in queues.iter_mut() {
         if items.front().is_some_and(|item| item.content.source() == source)
             && let Some(item) = items.pop_front()
         {
-            parts.push(Part { item, sink, held: Vec::new() });
+            parts.push(ItemProgress { item, sink, held: Vec::new() });
         }
     }
     let mut shapes = parts.iter().map(|part| (part.item.content.rows(), part.item.content.columns()));
     let (rows, columns) = match shapes.next() {
         Some(shape) if shapes.all(|other| other == shape) => shape,
         Some((rows, columns)) => {
-            let found = format!("{source:?} is read as {rows} rows of {columns} and in another shape");
+            let found = format!("{source:?} is read both as {rows} rows of {columns} and in another shape");
             return Err(Error::internal(found, "one shape for a matrix"));
         }
         None => return Err(Error::internal(format!("no file reads {source:?} next"), "one of them to")),
@@ -266,7 +266,7 @@ fn pass_over<'p>(
     let unit = parts.iter().map(|part| part.item.unit).max().unwrap_or(1);
     let rows_per_piece = (PIECE_ELEMENTS / columns).next_multiple_of(unit).max(unit);
     let rows_per_batch = rows_per_piece * rayon::current_num_threads() * PIECES_PER_THREAD;
-    let make = |parts: &[&Item<'p>], first: usize| -> Result<Vec<Piece<'_>>> {
+    let make = |parts: &[&PackItem<'p>], first: usize| -> Result<Vec<PackedPiece<'_>>> {
         let end = rows.min(first + rows_per_batch);
         (first..end)
             .into_par_iter()
@@ -276,16 +276,18 @@ fn pass_over<'p>(
                 let bytes =
                     parts.iter().map(|item| (item.store)(&block.evaluate(item.content))).collect::<Result<_>>()?;
                 let scales = wanted.iter().map(|content| block.evaluate(content).into_owned()).collect();
-                Ok(Piece { raw: block.into_stored(), bytes, scales })
+                Ok(PackedPiece { raw: block.into_stored(), bytes, scales })
             })
             .collect()
     };
-    let mut ready: Vec<Piece<'_>> = Vec::new();
+    let mut ready: Vec<PackedPiece<'_>> = Vec::new();
     let mut first = 0;
     while first < rows || !ready.is_empty() {
         let pieces = std::mem::take(&mut ready);
-        let (items, sinks): (Vec<&Item<'p>>, Vec<_>) =
-            parts.iter_mut().map(|Part { item, sink, held }| (&*item, (item.finish.is_some(), sink, held))).unzip();
+        let (items, sinks): (Vec<&PackItem<'p>>, Vec<_>) = parts
+            .iter_mut()
+            .map(|ItemProgress { item, sink, held }| (&*item, (item.finish.is_some(), sink, held)))
+            .unzip();
         let hand_on = || -> Result<()> {
             let written = || {
                 sinks.into_par_iter().enumerate().try_for_each(|(index, (is_held, sink, held))| {
@@ -314,7 +316,7 @@ fn pass_over<'p>(
         ready = made?;
         first = rows.min(first + rows_per_batch);
     }
-    for Part { item, sink, held } in parts {
+    for ItemProgress { item, sink, held } in parts {
         if let Some(finish) = &item.finish {
             finish(&held, &mut |bytes| sink.write(bytes))?;
         }
@@ -323,16 +325,16 @@ fn pass_over<'p>(
     Ok(())
 }
 
-/// The digests of tensors, each read in order.
+/// SHA-256 digests of tensors, each read in order.
 struct Digests {
     is_wanted: bool,
     finished: HashMap<String, [u8; 32]>,
-    /// The tensor that is being read, the elements so far as bytes, and their digest.
+    /// The tensor being read, its bytes so far, and their digest.
     current: Option<(String, u64, Sha256)>,
 }
 
 impl Digests {
-    fn add(&mut self, piece: &Piece<'_>) {
+    fn add(&mut self, piece: &PackedPiece<'_>) {
         if !self.is_wanted {
             return;
         }
@@ -354,7 +356,7 @@ impl Digests {
         }
     }
 
-    /// All tensors' digests in the checkpoint's order. Those that no pass went over (vectors) are read now.
+    /// Digests of all tensors in the checkpoint's order. Tensors that no pass covered (vectors) are read now.
     fn of_all(self, checkpoint: &Checkpoint, follow: &Follow<'_>) -> Result<Vec<[u8; 32]>> {
         if !self.is_wanted {
             return Ok(Vec::new());

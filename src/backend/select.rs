@@ -1,4 +1,4 @@
-//! Picks the plan for the machine at hand and opens its executor.
+//! Picks the plan to run on this machine and opens its executor.
 
 use super::Executor;
 use super::cpu::executor::{CpuExecutor, CpuModel, CpuOptions};
@@ -8,44 +8,44 @@ use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, PlanRefusal, PlanRefusals, RefusalReason, Result, clip};
 use crate::tensor_file::TensorFile;
 
-/// How to run an engine.
+/// Options for running an engine.
 #[derive(Debug, Clone, Default)]
 pub struct ExecutorOptions {
-    /// The target whose plan is to run; `None` takes a GPU's where that GPU and its library are here, else the CPU's.
+    /// Target whose plan to run. `None` picks a plan for a GPU if that GPU and its library are present, else the CPU's.
     pub target: Option<String>,
-    /// For CPU plans.
+    /// Options of CPU plans.
     pub cpu: CpuOptions,
-    /// For plans of a GPU.
+    /// Options of GPU plans.
     pub gpu: GpuOptions,
 }
 
-/// A plan that runs here, and why it is this one.
+/// The selected plan, and the reason for the choice.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selection {
-    /// Its index in the manifest.
+    /// Index of the plan in the manifest.
     pub plan: usize,
-    /// The GPU it runs on; none for the CPU.
+    /// GPU that it runs on; `None` for the CPU.
     pub device: Option<usize>,
-    /// A sentence for people.
+    /// A sentence for the user.
     pub reason: String,
 }
 
-/// What this machine has, as far as choosing a plan asks.
-pub struct Machine<'a> {
-    /// Its GPUs, or why they cannot be listed.
+/// Hardware and libraries of this machine, probed only when a plan asks for them.
+pub struct HostProbe<'a> {
+    /// Lists the GPUs, or says why they cannot be listed.
     pub devices: &'a dyn Fn() -> Result<Vec<DeviceInfo>, String>,
-    /// Whether a library is here, or why it cannot be used.
+    /// Checks that a library is installed and usable, or says why not.
     pub library: &'a dyn Fn(LibraryKind) -> Result<(), String>,
 }
 
-/// Chooses a plan: the first for a GPU that is here with its library, else the CPU's; with a target, only its plans.
-/// `device` is the one GPU that may be used, if there is such a choice.
+/// Chooses a plan: the first one for a GPU that is present along with its library, else the CPU's; with a target, only
+/// that target's plans. `device` restricts the choice to one GPU.
 ///
 /// # Errors
-/// Every plan that was considered and what it lacks.
+/// Every plan considered and what it lacks.
 pub fn choose(
     plans: &[PlanInfo],
-    machine: &Machine<'_>,
+    machine: &HostProbe<'_>,
     target: Option<&str>,
     device: Option<usize>,
 ) -> Result<Selection, PlanRefusals> {
@@ -75,8 +75,8 @@ pub fn choose(
     Err(refusals)
 }
 
-/// The GPU that a plan runs on, or none for the CPU; or what is missing.
-fn place(plan: &PlanInfo, machine: &Machine<'_>, device: Option<usize>) -> Result<Option<DeviceInfo>, RefusalReason> {
+/// The GPU that a plan runs on, or `None` for the CPU; the error says what is missing.
+fn place(plan: &PlanInfo, machine: &HostProbe<'_>, device: Option<usize>) -> Result<Option<DeviceInfo>, RefusalReason> {
     let Some(info) = &plan.tensorrt else {
         return if plan.target == "cpu" { Ok(None) } else { Err(RefusalReason::UnknownTarget) };
     };
@@ -101,9 +101,9 @@ fn place(plan: &PlanInfo, machine: &Machine<'_>, device: Option<usize>) -> Resul
 /// Chooses the package's plan for this machine.
 ///
 /// # Errors
-/// [`Error::NoPlan`] naming every plan and what it lacks, if none runs here.
+/// [`Error::NoPlan`] naming every plan and what it lacks, if none can run here.
 pub fn select(package: &Package, options: &ExecutorOptions) -> Result<Selection> {
-    let machine = Machine {
+    let machine = HostProbe {
         devices: &|| devices().map_err(words),
         library: &|kind| TensorRtLibrary::find(kind).map(drop).map_err(words),
     };
@@ -112,7 +112,7 @@ pub fn select(package: &Package, options: &ExecutorOptions) -> Result<Selection>
         .map_err(|refusals| Error::NoPlan { path: package.path().to_path_buf(), refusals })
 }
 
-/// An error without the name of who reports it.
+/// An error's message without the prefix naming the component that reports it.
 fn words(error: Error) -> String {
     match error {
         Error::Gpu(words) | Error::TensorRt(words) => words,
@@ -120,19 +120,19 @@ fn words(error: Error) -> String {
     }
 }
 
-/// Opens an executor for the package's plan that [`select`] chooses. On a CPU, weights are mapped, not read; on a GPU
-/// they are copied to it.
+/// Opens an executor for the plan that [`select`] chooses. On a CPU, weights are memory-mapped, not read; for a GPU
+/// they are copied to the device.
 ///
 /// # Errors
-/// [`Error::NoPlan`] if no plan runs here; [`Error::Package`] if a plan does not hold together; what its executor reports
-/// of opening it.
+/// [`Error::NoPlan`] if no plan can run here; [`Error::Package`] if a plan is inconsistent; any error of opening its
+/// executor.
 pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let selection = select(package, options)?;
     options.gpu.report.fact(&selection.reason);
     open_selected(package, &selection, options)
 }
 
-/// Opens an executor for a plan that was selected.
+/// Opens an executor for a selected plan.
 ///
 /// # Errors
 /// As [`open`].
@@ -156,7 +156,7 @@ pub fn open_cpu(package: &Package, options: &CpuOptions) -> Result<CpuExecutor> 
     open_cpu_model(package, options)?.executor(options.slots)
 }
 
-/// Opens the package's CPU plan for any number of executors.
+/// Opens the package's CPU plan, to be shared by any number of executors.
 ///
 /// # Errors
 /// As [`open`].
@@ -167,10 +167,10 @@ pub fn open_cpu_model(package: &Package, options: &CpuOptions) -> Result<CpuMode
     CpuModel::new(program, &path, weights, options)
 }
 
-/// The package's CPU plan and its program. Whether the program holds together is checked when it is opened.
+/// The package's CPU plan and its program. The program is validated only when it is opened.
 ///
 /// # Errors
-/// [`Error::Package`] if the package has no such plan or it is not one of this version.
+/// [`Error::Package`] if the package has no CPU plan, or one of another version.
 pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
     let plans = &package.manifest().plans;
     let Some(plan) = plans.iter().find(|p| p.target == "cpu") else {
@@ -190,7 +190,7 @@ pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
     Ok((plan, program))
 }
 
-/// The file of a CPU plan's program.
+/// The program file of a CPU plan.
 fn program_file<'p>(package: &Package, plan: &'p PlanInfo) -> Result<&'p str> {
     plan.plan.as_deref().ok_or_else(|| {
         let detail = "its plan for the CPU names no program; build the package again";
@@ -198,7 +198,7 @@ fn program_file<'p>(package: &Package, plan: &'p PlanInfo) -> Result<&'p str> {
     })
 }
 
-/// The program that is the content of a CPU plan.
+/// Parses a CPU plan's program.
 pub(super) fn parse_program(text: &[u8]) -> Result<Program, String> {
     #[derive(serde::Deserialize)]
     struct Head {
@@ -252,14 +252,14 @@ mod tests {
         DeviceInfo { index, name: name.into(), compute_capability, memory_bytes: 1 << 36 }
     }
 
-    /// Chooses on a machine with these GPUs, or without a driver, and with TensorRT for RTX alone.
+    /// Chooses on a machine with these GPUs (`None`: without a driver) and with TensorRT for RTX only.
     fn choice(
         plans: &[PlanInfo],
         gpus: Option<&[DeviceInfo]>,
         target: Option<&str>,
         device: Option<usize>,
     ) -> Result<(usize, Option<usize>, String), String> {
-        let machine = Machine {
+        let machine = HostProbe {
             devices: &|| gpus.map(<[DeviceInfo]>::to_vec).ok_or("no NVIDIA driver is loaded".into()),
             library: &|kind| if kind == LibraryKind::Rtx { Ok(()) } else { Err("TensorRT is not installed".into()) },
         };
@@ -321,11 +321,11 @@ mod tests {
         let no_driver = || Err("no NVIDIA driver is loaded".to_owned());
         let one_gpu = || Ok(vec![gpu(0, "H100", 90)]);
         let no_library = |_| Err("TensorRT is not installed".to_owned());
-        let lacks = |plan: PlanInfo, machine: &Machine<'_>| {
+        let lacks = |plan: PlanInfo, machine: &HostProbe<'_>| {
             choose(&[plan], machine, None, None).unwrap_err().plans.remove(0).reason
         };
-        let without_driver = Machine { devices: &no_driver, library: &no_library };
-        let with_gpu = Machine { devices: &one_gpu, library: &no_library };
+        let without_driver = HostProbe { devices: &no_driver, library: &no_library };
+        let with_gpu = HostProbe { devices: &one_gpu, library: &no_library };
         assert_eq!(lacks(plan("h100", Some(90), None), &without_driver), RefusalReason::PreparedOnly);
         let h100 = || plan("h100", Some(90), Some(LibraryKind::TensorRt));
         assert!(matches!(lacks(h100(), &without_driver), RefusalReason::NoDriver(_)));

@@ -1,59 +1,59 @@
-//! What an executor is asked to do: one step over a set of slots, checked against the engine's limits
-//! before any backend sees it.
+//! The input of an executor: one step over a set of slots, checked against the engine's limits before any backend sees
+//! it.
 
 use crate::engine::Limits;
 use crate::error::{Error, Result};
 
-/// Which rows of a chunk's logits the caller wants.
+/// Rows of a chunk's logits to return.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
     /// None: more of the prompt follows.
     None,
-    /// The last token's only: what sampling needs.
+    /// The last token's only, which is all that sampling needs.
     Last,
-    /// Every token's: what scoring needs.
+    /// Every token's, for scoring.
     All,
 }
 
 /// New tokens of one sequence in a prefill step.
 #[derive(Debug, Clone, Copy)]
 pub struct Chunk<'a> {
-    /// The sequence's place in the KV cache.
+    /// Slot of the sequence in the KV cache.
     pub slot: usize,
-    /// Tokens of this sequence already in the cache; the chunk's first token takes this position.
+    /// Tokens of this sequence already in the cache, which is also the position of the chunk's first token.
     pub past_tokens: usize,
     /// The new tokens, at least one.
     pub tokens: &'a [u32],
-    /// Which logits to return.
+    /// Logits to return.
     pub rows: Rows,
 }
 
 /// One sequence's token in a decode step; its logits are always returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NextToken {
-    /// The sequence's place in the KV cache.
+    /// Slot of the sequence in the KV cache.
     pub slot: usize,
-    /// Tokens of this sequence already in the cache; this token takes this position.
+    /// Tokens of this sequence already in the cache, which is also this token's position.
     pub past_tokens: usize,
     /// The token.
     pub token: u32,
 }
 
-/// Where one sequence's tokens lie in a step.
+/// Location of one sequence's tokens in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
-    /// The slot.
+    /// Slot of the sequence.
     pub slot: usize,
     /// Position of the first token in its sequence.
     pub past_tokens: usize,
-    /// Index of the first token in [`Step::tokens`].
+    /// Index of its first token in [`Step::tokens`].
     pub first: usize,
     /// Number of tokens, at least 1.
     pub len: usize,
 }
 
-/// One forward step, known to be within the limits: slots distinct and in range, lengths within capacity,
-/// token ids within the vocabulary.
+/// One forward step within the limits: distinct slots in range, lengths within capacity, token ids within the
+/// vocabulary.
 #[derive(Debug, Clone)]
 pub struct Step {
     tokens: Vec<u32>,
@@ -62,11 +62,12 @@ pub struct Step {
 }
 
 impl Step {
-    /// A step that adds prompt tokens of one or more sequences. Logits rows come back in the order of the chunks.
+    /// Creates a step that adds prompt tokens of one or more sequences. Rows of logits are returned in the order of the
+    /// chunks.
     ///
     /// # Errors
-    /// [`Error::Step`] with both numbers when a chunk is empty, a slot repeats or is out of range, a token id is
-    /// outside the vocabulary, or tokens, rows or a sequence exceed the limits.
+    /// [`Error::Step`] with the number and its limit if a chunk is empty, a slot repeats or is out of range, a token id
+    /// is outside the vocabulary, or tokens, rows or a sequence exceed the limits.
     pub fn prefill(limits: &Limits, chunks: &[Chunk<'_>]) -> Result<Step> {
         let total = chunks.iter().map(|c| c.tokens.len()).sum();
         let mut step = Step {
@@ -86,7 +87,8 @@ impl Step {
         step.check_totals(limits)
     }
 
-    /// A step that adds one token to each of several sequences and returns one row of logits for each, in order.
+    /// Creates a step that adds one token to each of several sequences and returns one row of logits for each, in
+    /// order.
     ///
     /// # Errors
     /// As [`Step::prefill`].
@@ -151,7 +153,7 @@ impl Step {
         Ok(self)
     }
 
-    /// The new tokens of all sequences, one span after the other.
+    /// The new tokens of all sequences, span after span.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
@@ -161,7 +163,7 @@ impl Step {
         &self.spans
     }
 
-    /// Indices into [`Step::tokens`] whose logits are wanted, ascending.
+    /// Indices into [`Step::tokens`] whose logits are requested, ascending.
     pub fn logits_rows(&self) -> &[u32] {
         &self.logits_rows
     }

@@ -1,5 +1,5 @@
-//! Nemotron-3-8B-Chat-4k-RLHF as its model card has it, to say where an opened `.nemo` is another model. Any model of
-//! the same architecture is computed; but whoever meant to open this one wants to know that it is not.
+//! Nemotron-3-8B-Chat-4k-RLHF as described by its model card, to report when an opened `.nemo` is a different model.
+//! Any model of the architecture runs, but a user who meant to open this one wants to know that it is another.
 
 use std::fmt::Display;
 
@@ -15,7 +15,7 @@ const PIECES: usize = 256_000;
 const BOS: u32 = 2;
 const EOS: u32 = 3;
 
-/// What a SentencePiece model says about itself that the card's prompts rest on.
+/// Properties of a SentencePiece model that the card's prompts rely on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pieces {
     /// Pieces of all kinds.
@@ -30,11 +30,11 @@ pub struct Pieces {
     pub has_turn_mark: bool,
 }
 
-/// What the model is and the card's is not, a line each; none if it has the card's sizes. `pieces` are those of its
-/// tokenizer, if it is a SentencePiece model.
+/// Differences from the model card, one per line; empty if there are none. `pieces` describes the tokenizer, if it is a
+/// SentencePiece model.
 pub fn differences(config: &ModelConfig, pieces: Option<&Pieces>) -> Vec<String> {
     let card = config_of_card();
-    let mut lines = Lines(Vec::new());
+    let mut lines = CardLines(Vec::new());
     lines.compare("hidden_size", config.hidden_size, card.hidden_size);
     lines.compare("intermediate_size", config.intermediate_size, card.intermediate_size);
     lines.compare("num_layers", config.num_layers, card.num_layers);
@@ -69,9 +69,9 @@ pub fn differences(config: &ModelConfig, pieces: Option<&Pieces>) -> Vec<String>
     lines.0
 }
 
-struct Lines(Vec<String>);
+struct CardLines(Vec<String>);
 
-impl Lines {
+impl CardLines {
     fn compare<T: PartialEq + Display>(&mut self, name: &str, found: T, card: T) {
         if found != card {
             self.0.push(format!("{name} is {found}, the card's model has {card}"));

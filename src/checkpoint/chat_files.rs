@@ -1,5 +1,5 @@
-//! What a checkpoint says about chat besides its weights: templates, special tokens and tokens added to the tokenizer's
-//! model, in the files that transformers looks for; and the markers of NeMo's chat fine-tuning.
+//! The chat-related parts of a checkpoint: templates, special tokens and tokens added to the tokenizer's model, from
+//! the files that transformers reads; and the markers of NeMo's chat fine-tuning.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -57,7 +57,7 @@ pub struct NemoPromptTokens {
     pub end_of_name: String,
 }
 
-/// What a checkpoint says about chat.
+/// The chat-related parts of a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ChatFiles {
     /// Its templates; the one to take is called `default`.

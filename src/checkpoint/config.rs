@@ -49,7 +49,7 @@ impl ModelConfig {
     /// every size is from 1 to 2^31 - 1 (ids and positions are 32-bit), the weights' bytes fit an `isize`.
     ///
     /// # Errors
-    /// What is wrong, in a sentence with the values, for the caller to put the file's name before.
+    /// The problem, in a sentence with the values; the caller prefixes the file's name.
     pub fn validate(&self) -> Result<(), String> {
         for (name, size) in [
             ("vocab_size", self.vocab_size),

@@ -1,4 +1,4 @@
-//! What must hold of the readers of a checkpoint's files; see [`crate::fuzzing`].
+//! Fuzz targets of the readers of a checkpoint's files; see [`crate::fuzzing`].
 
 use std::path::Path;
 

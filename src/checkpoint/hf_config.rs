@@ -108,12 +108,12 @@ const MUST_BE_OFF: &[&str] = &[
     "use_sliding_window",
 ];
 
-/// What config.json says.
+/// Contents of config.json.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct HfConfig {
     /// The architecture, [validated](ModelConfig::validate). Its `dtype` is F32 when none is declared.
     pub model: ModelConfig,
-    /// Whether the file has a `dtype` or `torch_dtype`.
+    /// True if the file has a `dtype` or `torch_dtype`.
     pub declares_dtype: bool,
 }
 
@@ -187,7 +187,7 @@ fn check_architecture(keys: &mut Keys) -> Result<()> {
     }
 }
 
-/// What the rotary embedding's keys say together.
+/// The rotary embedding's settings, combined.
 struct Rope {
     theta: f64,
     partial_rotary_factor: f64,

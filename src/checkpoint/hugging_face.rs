@@ -15,7 +15,7 @@ use crate::tensor_file::{StoredTensor, TensorFile};
 /// The longest model.safetensors.index.json that is read. The 8B model's has about 30 KB.
 const MAX_INDEX_BYTES: u64 = 16 << 20;
 
-/// What [`Checkpoint::format`] says of such a folder.
+/// [`Checkpoint::format`] of such a folder.
 pub(super) const FORMAT: &str = "hugging-face";
 
 const CONFIG: &str = "config.json";
@@ -26,7 +26,7 @@ pub(super) fn looks_like_one(path: &Path) -> bool {
     path.join(CONFIG).is_file() && (path.join(SINGLE).is_file() || path.join(INDEX).is_file())
 }
 
-/// What config.json alone says.
+/// Contents of config.json, with no other file read.
 pub(super) fn config(path: &Path) -> Result<ModelConfig> {
     let path = path.join(CONFIG);
     Ok(hf_config::read(&path, read_object(&path, MAX_CONFIG_BYTES)?)?.model)
@@ -94,12 +94,12 @@ pub(super) fn existing(folder: &Path, name: &str) -> Option<PathBuf> {
     Some(folder.join(name)).filter(|path| is_there(path))
 }
 
-/// Whether a folder lists `path`, be it as a broken link: opening that gives a better message than its absence.
+/// Returns true if a folder lists `path`, even as a broken link: opening that gives a better message than its absence.
 fn is_there(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
-/// Whether two stored tensors are the same one, byte for byte.
+/// Returns true if two stored tensors are equal byte for byte.
 fn same(files: &[MappedFile], one: &(usize, StoredTensor), other: &(usize, StoredTensor)) -> bool {
     let data = |(file, tensor): &(usize, StoredTensor)| &files[*file].bytes()[tensor.bytes.clone()];
     (one.1.dtype, &one.1.shape) == (other.1.dtype, &other.1.shape) && data(one) == data(other)

@@ -39,7 +39,7 @@ pub(super) fn shown(value: &Value) -> String {
     clip(value)
 }
 
-/// What kind of value it is, with its article.
+/// The kind of a value, with its article.
 pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

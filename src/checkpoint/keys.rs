@@ -31,7 +31,7 @@ impl<'a> Keys<'a> {
         self.path
     }
 
-    /// Whether the key is there, `null` included.
+    /// Returns true if the key is present, even as `null`.
     pub(super) fn present(&self, key: &str) -> bool {
         self.object.contains_key(key)
     }
@@ -173,7 +173,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// Whether a value asks for nothing: `null`, `false`, `{}` or `[]`.
+/// Returns true for values that ask for nothing: `null`, `false`, `{}` and `[]`.
 pub(super) fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,

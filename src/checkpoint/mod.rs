@@ -54,7 +54,7 @@ pub struct Checkpoint {
     by_name: HashMap<String, usize>,
     tokenizer: Option<TokenizerSource>,
     details: Vec<(&'static str, String)>,
-    /// Of a `.nemo`.
+    /// For a `.nemo`.
     nemo_prompt_tokens: Option<NemoPromptTokens>,
 }
 
@@ -71,7 +71,7 @@ struct TokenizerSource {
 /// A checkpoint's tokenizer.
 #[derive(Debug)]
 pub struct TokenizerFile {
-    /// What messages call it.
+    /// Its name in messages.
     pub path: PathBuf,
     /// Its content.
     pub bytes: Vec<u8>,
@@ -79,7 +79,7 @@ pub struct TokenizerFile {
     pub is_json: bool,
 }
 
-/// How a checkpoint is opened.
+/// Options for opening a checkpoint.
 #[derive(Clone)]
 pub struct OpenOptions<'a> {
     /// Where a compressed archive is unpacked to, a file without a name that goes when the checkpoint is dropped. The
@@ -181,7 +181,7 @@ impl Checkpoint {
         self.tensors().map(|tensor| tensor.bytes()).sum()
     }
 
-    /// What else is known about the files, for people: names and values.
+    /// Further facts about the files, for the user: names and values.
     pub fn details(&self) -> &[(&'static str, String)] {
         &self.details
     }
@@ -213,7 +213,7 @@ impl Checkpoint {
         Ok(Some(TokenizerFile { path: path.clone(), bytes, is_json: *is_json }))
     }
 
-    /// What `generation_config.json` says; without one, nothing.
+    /// Contents of `generation_config.json`; empty without one.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Format`] if the file is there but cannot be read, or a value in it is out of range.
@@ -256,7 +256,7 @@ pub fn read_config(path: &Path) -> Result<ModelConfig> {
     }
 }
 
-/// Whether `path` looks like a checkpoint, by the names of its files alone.
+/// Returns true if `path` looks like a checkpoint, judging only by the names of its files.
 pub fn is_checkpoint(path: &Path) -> bool {
     hugging_face::looks_like_one(path) || nemo::looks_like_one(path)
 }

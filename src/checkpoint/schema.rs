@@ -325,7 +325,7 @@ pub(super) fn parameters(config: &ModelConfig) -> Option<usize> {
     })
 }
 
-/// How many problems a message lists before it counts the rest.
+/// Number of problems that a message lists before it only counts the rest.
 const LISTED: usize = 5;
 
 /// One tensor a model of some config consists of.
@@ -355,7 +355,7 @@ pub(super) fn expected(config: &ModelConfig) -> Option<Vec<Expected>> {
     Some(tensors)
 }
 
-/// Whether `name` is a buffer that older writers stored and that is computed from the config instead.
+/// Returns true if `name` is a buffer that older writers stored; it is computed from the config instead.
 pub(super) fn is_computed_buffer(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq")
 }

@@ -20,7 +20,7 @@ const MAX_MEMBERS: usize = 1 << 20;
 const MAX_EXTENDED_BYTES: usize = 1 << 20;
 const MAX_NAME_BYTES: usize = 4096;
 
-/// What a member is.
+/// Kind of a member.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemberKind {
     /// A regular file.
@@ -36,7 +36,7 @@ pub enum MemberKind {
 pub struct Member {
     /// Its path without a leading `./` and a trailing `/`; relative, and without `..`.
     pub name: String,
-    /// What it is.
+    /// Its kind.
     pub kind: MemberKind,
     /// Its data, in bytes from the start of the archive; empty unless it is a file.
     pub bytes: Range<usize>,
@@ -95,7 +95,7 @@ impl Archive {
     }
 }
 
-/// What extended headers say about the member behind them.
+/// Extended header records that apply to the next member.
 #[derive(Default)]
 struct Extended {
     /// PAX's `path`, which wins over GNU's long name.
@@ -124,7 +124,7 @@ fn list(bytes: &[u8]) -> Result<(Vec<Member>, HashMap<String, usize>), String> {
                 Some(at) => Err(format!("the extended header at {at} belongs to no member")),
             };
         }
-        let header = Header { bytes: header };
+        let header = TarHeader { bytes: header };
         header.check().map_err(|detail| format!("header at {at}: {detail}"))?;
         let kind = header.kind();
         let belongs_to_next = matches!(kind, b'x' | b'L' | b'K');
@@ -226,11 +226,11 @@ fn normalized(name: &str) -> Result<String, String> {
 }
 
 /// One header block.
-struct Header<'a> {
+struct TarHeader<'a> {
     bytes: &'a [u8; BLOCK_BYTES],
 }
 
-impl Header<'_> {
+impl TarHeader<'_> {
     fn kind(&self) -> u8 {
         self.bytes[156]
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::nemo::container::{Container, Place};
+use super::nemo::container::{Container, MemberLocation};
 use super::schema;
 use super::sharded::ShardedTensor;
 use super::{ModelConfig, hf_config};
@@ -66,7 +66,7 @@ pub(crate) fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
 
-/// What [`hf_config`] makes of `config`.
+/// `config` as converted by [`hf_config`].
 pub(crate) fn model_config(config: &Value) -> ModelConfig {
     hf_config::read(Path::new("config.json"), config.as_object().unwrap().clone()).unwrap().model
 }
@@ -118,7 +118,7 @@ pub(super) fn stored_elements(container: &Container, tensor: &ShardedTensor) -> 
                 row *= tensor.shape[axis];
             }
             let start = shard.start + stored * width;
-            let bytes = container.bytes(&Place { file: shard.file, bytes: start..start + width }).unwrap();
+            let bytes = container.bytes(&MemberLocation { file: shard.file, bytes: start..start + width }).unwrap();
             assert_eq!(bytes.len(), width, "outside its file");
             assert!(found[at].replace(bytes).is_none(), "element {at} is in two shards");
         }

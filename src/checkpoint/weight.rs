@@ -22,18 +22,18 @@ pub(super) struct Weight {
     pub shape: Vec<usize>,
     /// From the first row to the last.
     bands: Vec<Band>,
-    blocks: Vec<Block>,
+    blocks: Vec<ColumnBlock>,
 }
 
 #[derive(Debug)]
 struct Band {
     rows: Range<usize>,
-    /// Those of [`Weight::blocks`] that make up the rows, from the left.
+    /// The ones of [`Weight::blocks`] that make up the rows, from the left.
     blocks: Range<usize>,
 }
 
 #[derive(Debug)]
-struct Block {
+struct ColumnBlock {
     columns: usize,
     file: usize,
     /// Byte of the file at which the element of the band's first row and the block's first column starts.
@@ -75,7 +75,7 @@ impl Weight {
         let columns = shape.last().copied().unwrap_or(1);
         let rows = if shape.len() > 1 { shape[0] } else { 1 };
         let (column_stride, row_stride) = (dtype.bytes(), columns * dtype.bytes());
-        let block = Block { columns, file, start, row_stride, column_stride };
+        let block = ColumnBlock { columns, file, start, row_stride, column_stride };
         Weight { name, dtype, shape, bands: vec![Band { rows: 0..rows, blocks: 0..1 }], blocks: vec![block] }
     }
 
@@ -176,7 +176,7 @@ fn tile(
     rows: usize,
     columns: usize,
     width: usize,
-) -> Result<(Vec<Band>, Vec<Block>), String> {
+) -> Result<(Vec<Band>, Vec<ColumnBlock>), String> {
     let mut cuts: Vec<usize> = rectangles.iter().flat_map(|r| [r.rows.start, r.rows.end]).chain([0, rows]).collect();
     cuts.sort_unstable();
     cuts.dedup();
@@ -207,7 +207,7 @@ fn tile(
             let strides = row_stride.checked_mul(width).zip(column_stride.checked_mul(width));
             let placed = strides.and_then(|(row_stride, column_stride)| {
                 let start = shard.start.checked_add((first - rows.start).checked_mul(row_stride)?)?;
-                Some(Block { columns: columns.len(), file: shard.file, start, row_stride, column_stride })
+                Some(ColumnBlock { columns: columns.len(), file: shard.file, start, row_stride, column_stride })
             });
             blocks.push(placed.ok_or("its strides overflow")?);
         }

@@ -35,7 +35,7 @@ pub(super) fn parse_object(path: &Path, bytes: &[u8], limit_bytes: usize) -> Res
     }
 }
 
-/// What is wrong, and where.
+/// The problem and its position.
 fn reason(error: &serde_saphyr::Error) -> String {
     let serde_saphyr::Error::Budget { breach, location } = error else { return error.to_string() };
     let limit = match breach {

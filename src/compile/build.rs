@@ -1,4 +1,4 @@
-//! The way from a checkpoint to a package: everything is planned, then weights are read once for all plans.
+//! Builds a package from a checkpoint: everything is planned first, then the weights are read once for all plans.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::backend::Limits;
 use crate::backend::cpu;
-use crate::backend::packing::{self, Item};
+use crate::backend::packing::{self, PackItem};
 use crate::backend::tensorrt::lower::{Constants, PlanWeight};
 use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
@@ -24,92 +24,95 @@ use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 use crate::text::{ChatFormat, Tokenizer};
 
-/// The program itself, its tables and its threads.
+/// Baseline: code, tables and thread stacks.
 const PROGRAM_BYTES: u64 = 64 << 20;
-/// What TensorRT takes to compile a plan of the 8B's size without weights in it.
+/// Memory TensorRT takes to compile a plan of the 8B model with its weights outside the plan.
 const COMPILER_BYTES: u64 = 480 << 20;
-/// A plan without weights in it, for each layer.
+/// Size of a plan without weights, per layer.
 const PLAN_BYTES_PER_LAYER: u64 = 3 << 19;
-/// How many times its bytes a plan with weights takes while it is compiled.
+/// Memory to compile a plan that contains weights, as a multiple of their size.
 const WEIGHTS_IN_COMPILER: u64 = 3;
 
-/// A plan on its way to the package.
+/// A plan to be built.
 struct Planned {
     recipe: Recipe,
     limits: Limits,
-    lowered: Lowered,
-    /// The file of its weights; plans whose weights are stored alike share one.
+    lowered: LoweredPlan,
+    /// File of its weights; plans that store identical weights share one.
     weights: String,
 }
 
-enum Lowered {
-    Cpu { lowered: Box<cpu::lower::Lowered>, reports: Vec<Report> },
+enum LoweredPlan {
+    Cpu { lowered: Box<cpu::lower::LoweredProgram>, reports: Vec<Report> },
     Gpu(Box<GpuPlan>),
 }
 
-impl Lowered {
-    /// By a recipe. `means` is there for a GPU.
+impl LoweredPlan {
+    /// Lowers by a recipe. `means` is present for a GPU.
     fn new(
         config: &ModelConfig,
         recipe: &Recipe,
         limits: &Limits,
         means: Option<PlanCompiler>,
         calibration: Option<&Calibration>,
-    ) -> Result<Lowered> {
+    ) -> Result<LoweredPlan> {
         match means {
             None => {
                 let (graph, reports) =
                     optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
-                Ok(Lowered::Cpu { lowered: Box::new(cpu::lower::lower(&graph, limits, recipe.cpu_target())?), reports })
+                Ok(LoweredPlan::Cpu {
+                    lowered: Box::new(cpu::lower::lower(&graph, limits, recipe.cpu_target())?),
+                    reports,
+                })
             }
-            Some(means) => Ok(Lowered::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration)?))),
+            Some(means) => Ok(LoweredPlan::Gpu(Box::new(GpuPlan::new(config, recipe, limits, means, calibration)?))),
         }
     }
 
     fn packed_bytes(&self) -> u64 {
         match self {
-            Lowered::Cpu { lowered, .. } => cpu::pack::packed_bytes(&lowered.program.weights),
-            Lowered::Gpu(plan) => gpu_pack::packed_bytes(&plan.weights),
+            LoweredPlan::Cpu { lowered, .. } => cpu::pack::packed_bytes(&lowered.program.weights),
+            LoweredPlan::Gpu(plan) => gpu_pack::packed_bytes(&plan.weights),
         }
     }
 
-    fn items(&self) -> Result<Vec<Item<'_>>> {
+    fn items(&self) -> Result<Vec<PackItem<'_>>> {
         match self {
-            Lowered::Cpu { lowered, .. } => Ok(cpu::pack::items(lowered)),
-            Lowered::Gpu(plan) => gpu_pack::items(&plan.weights),
+            LoweredPlan::Cpu { lowered, .. } => Ok(cpu::pack::items(lowered)),
+            LoweredPlan::Gpu(plan) => gpu_pack::items(&plan.weights),
         }
     }
 
     fn means(&self) -> Option<PlanCompiler> {
         match self {
-            Lowered::Cpu { .. } => None,
-            Lowered::Gpu(plan) => Some(plan.means()),
+            LoweredPlan::Cpu { .. } => None,
+            LoweredPlan::Gpu(plan) => Some(plan.means()),
         }
     }
 
     /// Bytes of the weights that become part of a compiled plan.
     fn bytes_in_plan(&self) -> u64 {
         match self {
-            Lowered::Cpu { .. } => 0,
-            Lowered::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(PlanWeight::bytes).sum(),
+            LoweredPlan::Cpu { .. } => 0,
+            LoweredPlan::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(PlanWeight::bytes).sum(),
         }
     }
 }
 
-/// What a calibration needs: the model in BF16 on the CPU, and what it is to read.
+/// Input of a calibration: the model in BF16 on the CPU, and the prompts to run.
 struct CalibrationRun {
-    lowered: cpu::lower::Lowered,
+    lowered: cpu::lower::LoweredProgram,
     prompts: Vec<Vec<u32>>,
-    /// The file with its weights: a plan's own, or one made for this.
+    /// File of its weights: an existing plan's, or a temporary one.
     weights: String,
     is_scratch: bool,
 }
 
-/// A build of which everything is known but the weights.
+/// A build that is fully planned, with the weights still unread.
 pub struct PlannedBuild {
     request: BuildRequest,
     checkpoint: Checkpoint,
-    /// The checkpoint's, with the ids that its tokenizer knows.
+    /// The checkpoint's config, completed with the ids that its tokenizer knows.
     config: ModelConfig,
     tokenizer: Option<(Vec<u8>, Tokenizer)>,
     chat_format: ChatFormat,
@@ -120,24 +123,24 @@ pub struct PlannedBuild {
 }
 
 /// Builds an engine package: reads the checkpoint, optimizes and lowers the graph, compiles it for GPUs, packs the
-/// weights, and makes the package appear at its place whole.
+/// weights, and publishes the package atomically.
 ///
 /// # Errors
-/// Whatever is wrong with the checkpoint, recipes or output; nothing is left behind then.
+/// Any problem with the checkpoint, recipes or output; nothing is left behind then.
 pub fn build(request: &BuildRequest, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
     PlannedBuild::new(request, &**progress)?.run(progress)
 }
 
 impl PlannedBuild {
-    /// Opens the checkpoint, lowers the graph for every recipe, and finds what the build will take. Weights are not read,
-    /// and nothing is written, but for the temporary file of a compressed checkpoint.
+    /// Opens the checkpoint, lowers the graph for every recipe, and predicts the resources needed. Weights are not
+    /// read, and nothing is written except the temporary file of a compressed checkpoint.
     ///
     /// # Errors
-    /// Whatever is wrong with the checkpoint or recipes. Whether the build fits this machine is not checked here.
+    /// Any problem with the checkpoint or recipes. This does not check that the build fits this machine.
     pub fn new(request: &BuildRequest, progress: &dyn Progress) -> Result<PlannedBuild> {
         let recipes = &request.recipes;
         check_recipes(recipes)?;
-        // What cannot be built here is refused before anything is read.
+        // Fail on anything that cannot be built here before reading the checkpoint.
         let means = recipes.iter().map(|recipe| means_for(recipe, request.prepare)).collect::<Result<Vec<_>>>()?;
         PackageWriter::check_target(&request.output, request.replace)?;
         let checkpoint = open_checkpoint(&request.checkpoint, progress)?;
@@ -147,17 +150,17 @@ impl PlannedBuild {
         check_text(&checkpoint, &text, progress)?;
         let CheckpointText { tokenizer, format: chat_format, generation, .. } = text;
         if config.eos_token_ids.is_empty() {
-            // Where the config says nothing of the ids that begin and end a text, the tokenizer does.
+            // The tokenizer supplies the BOS and EOS ids that the config omits.
             config.bos_token_id = config.bos_token_id.or(text.bos_token_id);
             config.eos_token_ids.clone_from(&chat_format.eos_token_ids);
         }
         let tokenizer_of = tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
 
-        // Weights do not depend on what a calibration will find, and no scale but this one is needed to lower the graph.
+        // Weights do not depend on calibration results, so any scale will do for lowering the graph.
         let uncalibrated = Calibration::uniform(0.5);
         let mut plans: Vec<Planned> = Vec::with_capacity(recipes.len());
         for ((recipe, limits), means) in recipes.iter().zip(limits).zip(means) {
-            let lowered = Lowered::new(&config, recipe, &limits, means, Some(&uncalibrated))?;
+            let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&uncalibrated))?;
             let weights = weights_file(&plans, recipe, &lowered);
             plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
         }
@@ -183,12 +186,12 @@ impl PlannedBuild {
         Ok(planned)
     }
 
-    /// What the build will take.
+    /// Resources that the build needs.
     pub fn prediction(&self) -> &Prediction {
         &self.prediction
     }
 
-    /// The plans that weights are packed for, one for each file.
+    /// The plans to pack weights for, one per file.
     fn packed_plans(&self) -> impl Iterator<Item = &Planned> {
         self.plans
             .iter()
@@ -197,8 +200,8 @@ impl PlannedBuild {
             .map(|(_, plan)| plan)
     }
 
-    /// The items of every file of weights, by name.
-    fn files(&self) -> Result<Vec<(String, Vec<Item<'_>>)>> {
+    /// The items of every weights file, by name.
+    fn files(&self) -> Result<Vec<(String, Vec<PackItem<'_>>)>> {
         let mut files = Vec::new();
         for plan in self.packed_plans() {
             files.push((plan.weights.clone(), plan.lowered.items()?));
@@ -214,7 +217,7 @@ impl PlannedBuild {
             self.packed_plans().map(|plan| (plan.weights.clone(), plan.lowered.packed_bytes())).collect();
         let mut compiling = 0;
         for plan in &self.plans {
-            if let Lowered::Gpu(gpu) = &plan.lowered {
+            if let LoweredPlan::Gpu(gpu) = &plan.lowered {
                 let in_plan = plan.lowered.bytes_in_plan();
                 compiling = compiling.max(COMPILER_BYTES + WEIGHTS_IN_COMPILER * in_plan);
                 let compiled = if gpu.means().only_checks() { 0 } else { gpu.compiled_plans() };
@@ -249,16 +252,16 @@ impl PlannedBuild {
     /// Reads the weights and writes the package.
     ///
     /// # Errors
-    /// Whatever is wrong with the weights or the output, or that the build does not fit this machine; nothing is left
-    /// behind then.
+    /// Any problem with the weights or the output, or a build that does not fit this machine; nothing is left behind
+    /// then.
     pub fn run(mut self, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
         self.prediction.check(&self.request.output)?;
         let mut writer = PackageWriter::create(&self.request.output, self.request.replace)?;
-        // Compiling comes first where it needs no weights: what TensorRT refuses is then known within seconds.
+        // Plans that need no weights are compiled first, so that TensorRT's rejections surface within seconds.
         let mut engines: Vec<Option<CompiledPlans>> = Vec::with_capacity(self.plans.len());
         for Planned { recipe, lowered, .. } in &self.plans {
             engines.push(match lowered {
-                Lowered::Gpu(plan) if !plan.holds_weights() && !recipe.precision.needs_calibration() => {
+                LoweredPlan::Gpu(plan) if !plan.holds_weights() && !recipe.precision.needs_calibration() => {
                     plan.compile(recipe.target.name(), &Constants::Arbitrary, progress)?
                 }
                 _ => None,
@@ -280,7 +283,7 @@ impl PlannedBuild {
         for (Planned { recipe, limits, lowered, weights }, engines) in self.plans.into_iter().zip(engines) {
             let target = recipe.target.name();
             let (info, means, reports) = match lowered {
-                Lowered::Cpu { lowered, reports } => {
+                LoweredPlan::Cpu { lowered, reports } => {
                     let plan = format!("plans/{target}.json");
                     let program = serde_json::to_vec(&lowered.program).map_err(|e| {
                         Error::package(&self.request.output, format!("the plan cannot be written as JSON: {e}"))
@@ -289,7 +292,7 @@ impl PlannedBuild {
                     let kv_bytes_per_token = lowered.program.cache.bytes_per_token();
                     (plan_info(&recipe, Some(plan), weights, limits, kv_bytes_per_token, None), None, reports)
                 }
-                Lowered::Gpu(mut plan) => {
+                LoweredPlan::Gpu(mut plan) => {
                     let engines = if plan.holds_weights() {
                         let file = TensorFile::open(&writer.scratch(&weights))?;
                         plan.compile(target, &Constants::File(Arc::new(file)), progress)?
@@ -313,7 +316,7 @@ impl PlannedBuild {
         Ok(BuildSummary { package: self.request.output, bytes, plans })
     }
 
-    /// Writes the files of weights in one pass over the checkpoint, and answers with its digest.
+    /// Writes all weights files in one pass over the checkpoint, and returns its digest.
     fn pack(&self, writer: &mut PackageWriter, progress: &Arc<dyn Progress>) -> Result<String> {
         progress.stage("packing", self.checkpoint.weight_bytes());
         let files = self.files()?;
@@ -346,7 +349,7 @@ impl PlannedBuild {
         format!("sha256:{hex}")
     }
 
-    /// Runs the calibration, if there is one, and lowers the plans that wait for it again.
+    /// Runs the calibration, if any, and lowers again the plans that depend on it.
     fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<()> {
         let Some(run) = self.calibration.take() else { return Ok(()) };
         let path = writer.scratch(&run.weights);
@@ -356,13 +359,14 @@ impl PlannedBuild {
         }
         let found = found?;
         for plan in self.plans.iter_mut().filter(|plan| plan.recipe.precision.needs_calibration()) {
-            plan.lowered = Lowered::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
+            plan.lowered =
+                LoweredPlan::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
         }
         Ok(())
     }
 }
 
-/// Opens the checkpoint at `path`. If that takes unpacking it, `progress` follows.
+/// Opens the checkpoint at `path`, reporting to `progress` while it is unpacked.
 ///
 /// # Errors
 /// As [`Checkpoint::open`], and [`Error::Cancelled`].
@@ -378,13 +382,13 @@ pub fn open_checkpoint(path: &Path, progress: &dyn Progress) -> Result<Checkpoin
     Checkpoint::open_with(path, &OpenOptions { unpacking: &unpacking, ..OpenOptions::default() })
 }
 
-/// The file for a plan's weights: another plan's if they are stored alike.
-fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &Lowered) -> String {
+/// File for a plan's weights: another plan's file if the weights are identical.
+fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &LoweredPlan) -> String {
     let (target, precision) = (recipe.target.name(), recipe.precision);
-    let Lowered::Gpu(plan) = lowered else { return format!("weights/{target}-{precision}.safetensors") };
+    let LoweredPlan::Gpu(plan) = lowered else { return format!("weights/{target}-{precision}.safetensors") };
     let shared = plans.iter().find(|other| match &other.lowered {
-        Lowered::Gpu(other) => other.weights == plan.weights,
-        Lowered::Cpu { .. } => false,
+        LoweredPlan::Gpu(other) => other.weights == plan.weights,
+        LoweredPlan::Cpu { .. } => false,
     });
     if let Some(other) = shared {
         return other.weights.clone();
@@ -396,7 +400,7 @@ fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &Lowered) -> String
     }
 }
 
-/// The calibration that some plan needs, if one does.
+/// The calibration that some plan needs, if any.
 fn plan_calibration(
     request: &BuildRequest,
     config: &ModelConfig,
@@ -411,7 +415,7 @@ fn plan_calibration(
         let detail = format!("precision {} needs no calibration, but {path} was given for one", names.join(", "));
         return Err(Error::Recipe { name, detail });
     };
-    // The CPU's own plan in BF16 serves, if there is one: its weights are in the package anyway.
+    // The CPU's own BF16 plan is used if there is one: its weights are in the package anyway.
     let own = plans.iter().find(|plan| plan.lowered.means().is_none() && plan.recipe.precision == Precision::Bf16);
     let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
     let prompts = calibration::prompts(request.calibration.as_ref(), text, &limits, progress)?;
@@ -421,7 +425,7 @@ fn plan_calibration(
     Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none() }))
 }
 
-/// Refuses recipes that do not go together.
+/// Rejects combinations of recipes that cannot share a package.
 fn check_recipes(recipes: &[Recipe]) -> Result<()> {
     for (index, recipe) in recipes.iter().enumerate() {
         recipe.check()?;
@@ -442,13 +446,14 @@ fn recipe_names(recipes: &[Recipe]) -> String {
     names.join(", ")
 }
 
-/// How a recipe's plan is compiled here; `None` for a CPU's, which needs nothing.
+/// The way to compile a recipe's plan on this machine; `None` for the CPU, which needs no compiler.
 fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<PlanCompiler>> {
     let capability = recipe.target.compute_capability();
     capability.map(|capability| PlanCompiler::find(recipe.target.name(), capability, prepare)).transpose()
 }
 
-/// Says what was decided about tokenizer, template and stops, and refuses what would never end or never be understood.
+/// Reports the choices made about tokenizer, template and stops, and rejects a format that would never stop or that the
+/// model cannot understand.
 fn check_text(checkpoint: &Checkpoint, text: &CheckpointText, progress: &dyn Progress) -> Result<()> {
     text.notes.iter().for_each(|note| progress.note(note));
     text.warnings.iter().for_each(|warning| progress.warn(warning));

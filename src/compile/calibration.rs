@@ -1,5 +1,5 @@
-//! The range of what linear layers read, for activations in 8 bits: the checkpoint runs in BF16 on the CPU over some
-//! prompts, and the largest magnitude of each layer's inputs is kept.
+//! Calibration of activation ranges for 8-bit activations: the checkpoint runs in BF16 on the CPU over some prompts,
+//! and the largest magnitude of each linear layer's inputs is recorded.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::Progress;
-use crate::backend::cpu::program::{Kernel, Program};
+use crate::backend::cpu::program::{Program, ProgramKernel};
 use crate::backend::cpu::{CpuExecutor, CpuOptions};
 use crate::backend::{Chunk, Limits, Rows, Step};
 use crate::error::{Error, Result, clip};
@@ -17,55 +17,55 @@ use crate::quantize::F8_MAX;
 use crate::tensor_file::TensorFile;
 use crate::text::{ChatFormat, Message, Tokenizer};
 
-/// Conversations of many kinds, for a user who names none.
+/// Diverse built-in conversations, used if the user names no prompts.
 const BUILT_IN: &str = include_str!("calibration.jsonl");
-/// A longer file of prompts is refused.
+/// Largest accepted prompt file.
 const MAX_PROMPTS_BYTES: u64 = 64 << 20;
-/// A scale leaves room for inputs this many times as large as the largest one seen. It costs one of E4M3's fifteen
-/// powers of two, at the small end.
+/// Scales leave headroom for inputs this many times larger than the largest one seen. It costs one of E4M3's fifteen
+/// binades, at the small end.
 const HEADROOM: f32 = 2.0;
-/// Without a tokenizer: how many lists of arbitrary ids, and how long.
+/// Without a tokenizer: the number and the length of arbitrary token sequences.
 const ARBITRARY: (usize, usize) = (8, 64);
 
-/// The scale of each linear layer's inputs, by the name of the layer's weight.
+/// The input scale of each linear layer, by the name of its weight.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Calibration {
     scales: BTreeMap<String, f32>,
-    /// Of layers that are not in there.
+    /// Scale of layers not in the map.
     otherwise: Option<f32>,
 }
 
 impl Calibration {
-    /// The scale of the inputs of the layer with this weight; a suffix that says how the weight is kept is ignored.
+    /// The input scale of the layer with this weight; a suffix that names the stored form is ignored.
     pub fn scale(&self, weight: &str) -> Option<f32> {
         self.scales.get(base_name(weight)).copied().or(self.otherwise)
     }
 
-    /// One scale for every layer: for a plan that is looked at and not run.
+    /// One scale for every layer, for plans that are inspected but not run.
     pub fn uniform(scale: f32) -> Calibration {
         Calibration { scales: BTreeMap::new(), otherwise: Some(scale) }
     }
 
-    /// The scales by name, as a manifest keeps them.
+    /// Creates it from scales by name, as stored in a manifest.
     pub fn from_scales(scales: BTreeMap<String, f32>) -> Calibration {
         Calibration { scales, otherwise: None }
     }
 
-    /// The scales by the names of the layers' weights.
+    /// The scales, by the names of the layers' weights.
     pub fn scales(&self) -> &BTreeMap<String, f32> {
         &self.scales
     }
 
-    /// The scales that a program was built with.
+    /// Recovers the scales that a program was built with.
     pub fn of_program(program: &Program) -> Calibration {
         let mut calibration = Calibration::default();
         let mut rounded = HashMap::new(); // buffer: the scale of what is in it
         for kernel in &program.kernels {
             match *kernel {
-                Kernel::RoundToF8 { scale, out, .. } => {
+                ProgramKernel::FakeQuantizeF8 { scale, out, .. } => {
                     rounded.insert(out, scale);
                 }
-                Kernel::Linear { x, weight, .. } => {
+                ProgramKernel::Linear { x, weight, .. } => {
                     if let (Some(scale), Some(weight)) = (rounded.get(&x.buffer), program.weights.get(weight)) {
                         calibration.scales.insert(base_name(&weight.name).into(), *scale);
                     }
@@ -77,16 +77,15 @@ impl Calibration {
     }
 }
 
-/// A weight's name without what says how it is kept.
+/// A weight's name without the suffix of its stored form.
 fn base_name(weight: &str) -> &str {
     [".panels", ".bf16", ".f8"].into_iter().fold(weight, |name, suffix| name.strip_suffix(suffix).unwrap_or(name))
 }
 
-/// Prompts as ids: those of `file`, else conversations that are built in, else (without a tokenizer to encode them)
-/// arbitrary ids.
+/// Prompts as token ids: those of `file`, else the built-in conversations, else (without a tokenizer) arbitrary ids.
 ///
 /// # Errors
-/// [`Error::Format`] naming the line of `file` that is no prompt, [`Error::Io`] if it cannot be read.
+/// [`Error::Format`] naming the line of `file` that is not a prompt, [`Error::Io`] if it cannot be read.
 pub(super) fn prompts(
     file: Option<&PathBuf>,
     text: Option<(&Tokenizer, &ChatFormat)>,
@@ -106,7 +105,7 @@ pub(super) fn prompts(
         (None, Some(of_text)) => {
             let all = Limits { max_sequence_tokens: usize::MAX, ..limits.clone() };
             let (mut prompts, mut refusal) = (Vec::new(), None);
-            // A checkpoint's own template may take no system message, for one: the others are enough.
+            // A checkpoint's own template may reject system messages, for example: the others suffice.
             for line in BUILT_IN.lines().filter(|line| !line.trim().is_empty()) {
                 match parse(Path::new("the built-in prompts"), line, Some(of_text), &all) {
                     Ok(prompt) => prompts.extend(prompt),
@@ -116,7 +115,7 @@ pub(super) fn prompts(
             if let (true, Some(error)) = (prompts.is_empty(), refusal) {
                 return Err(error);
             }
-            // Their beginnings serve an engine of short sequences as well.
+            // For an engine with short sequences, the beginnings suffice.
             prompts.iter_mut().for_each(|ids| ids.truncate(limits.max_sequence_tokens));
             Ok(prompts)
         }
@@ -134,7 +133,7 @@ pub(super) fn prompts(
     }
 }
 
-/// Lines of JSON: `{"messages": [{"role", "content"}, …]}` that end with a user's, or `{"token_ids": […]}`.
+/// Parses lines of JSON: `{"messages": [{"role", "content"}, …]}` ending with a user message, or `{"token_ids": […]}`.
 fn parse(
     path: &Path,
     text: &str,
@@ -174,7 +173,7 @@ fn parse(
     Ok(prompts)
 }
 
-/// Runs the prompts through `program`, the model in BF16, whose weights are in the file `path`.
+/// Runs the prompts through `program`, the BF16 model, whose weights are in the file `path`.
 ///
 /// # Errors
 /// [`Error::Numerics`] naming the layer whose inputs are not finite.
@@ -188,7 +187,7 @@ pub(super) fn calibrate(
     progress.steps("calibrating", prompts.iter().map(Vec::len).sum::<usize>() as u64, "tokens");
     let names: Vec<String> = program.weights.iter().map(|w| w.name.clone()).collect();
     let is_of_linear = |index| {
-        program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Linear { weight, .. } if *weight == index))
+        program.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Linear { weight, .. } if *weight == index))
     };
     let of_linear: Vec<bool> = (0..names.len()).map(is_of_linear).collect();
     let mut largest = vec![0f32; names.len()];

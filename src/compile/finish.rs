@@ -1,5 +1,5 @@
-//! Compiling the plans of a package that is there, from its own weights: on the GPU that a prepared package is for, for
-//! another version of TensorRT, for another GPU, or for another CPU.
+//! Compiles the plans of an existing package from its own weights: on the GPU that a package was prepared for, for
+//! another TensorRT version, another GPU, or another CPU.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,23 +13,23 @@ use crate::engine::{Manifest, Package, PackageWriter, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 
-/// Which package to finish, and how.
+/// Package to finish, and optionally a recipe.
 #[derive(Debug, Clone)]
 pub struct FinishRequest {
-    /// The package, which is replaced by the finished one.
+    /// The package; the finished one replaces it.
     pub package: PathBuf,
-    /// For a GPU: add a plan by this recipe, from the TensorRT weights that are there, instead of compiling the package's
-    /// own. For a CPU: pack the CPU plan's weights again for the recipe's CPU. Precision and sequence length are those of
-    /// the weights.
+    /// For a GPU: adds a plan by this recipe, from the package's TensorRT weights, instead of compiling its existing
+    /// plans. For a CPU: repacks the CPU plan's weights for the recipe's CPU. Precision and sequence length are those
+    /// of the weights.
     pub recipe: Option<Recipe>,
 }
 
-/// Compiles plans on this machine: those that were only prepared or, where there are none, all that are for TensorRT; or
-/// one by another recipe. The checkpoint is not needed. The package changes whole or not at all.
+/// Compiles plans on this machine: those that were only prepared or, if there are none, all TensorRT plans; or one by
+/// another recipe. The checkpoint is not needed. The package is replaced atomically.
 ///
 /// # Errors
-/// [`Error::Package`] if there is nothing to compile or the weights are not those of the plan; [`Error::TensorRt`] where
-/// this machine cannot compile it; whatever is wrong with the disk.
+/// [`Error::Package`] if there is nothing to compile or the weights do not match the plan; [`Error::TensorRt`] if this
+/// machine cannot compile it; any I/O error.
 pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
     let package = Package::open(&request.package)?;
     let mut manifest = package.manifest().clone();
@@ -41,7 +41,7 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
         return publish(&package, writer, manifest, &written, vec![summary]);
     }
     let work = plans_to_compile(&package, request.recipe.as_ref())?;
-    // What cannot be compiled here is refused before anything is done.
+    // Fail on anything that cannot be compiled here before any work.
     let means: Vec<PlanCompiler> = work
         .iter()
         .map(|(recipe, plan)| {
@@ -63,7 +63,7 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
         let file = Arc::new(TensorFile::open(&package.file_path(&old.weights))?);
         check_weights(&package, &old, &plan, &file)?;
         if plan.holds_weights() {
-            // They become part of the plan, where no digest of theirs is checked any more.
+            // Weights that become part of the plan lose their digest, so verify them now.
             progress.stage("verifying", file.mapped().len() as u64);
             package.verify_file(&old.weights, &|bytes| progress.advance(bytes))?;
         }
@@ -80,7 +80,7 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
     publish(&package, writer, manifest, &added, plans)
 }
 
-/// Puts a plan into the manifest, in the place of the one for its target.
+/// Puts a plan into the manifest, replacing the one for its target.
 fn replace_plan(manifest: &mut Manifest, info: PlanInfo) {
     match manifest.plans.iter_mut().find(|plan| plan.target == info.target) {
         Some(plan) => *plan = info,
@@ -88,7 +88,7 @@ fn replace_plan(manifest: &mut Manifest, info: PlanInfo) {
     }
 }
 
-/// Makes the package appear with what was `added`; everything else that the new manifest uses stays as it is.
+/// Publishes the package with the files that were `added`; everything else that the new manifest uses is carried over.
 fn publish(
     package: &Package,
     mut writer: PackageWriter,
@@ -110,7 +110,7 @@ fn publish(
     Ok(BuildSummary { package: package.path().to_path_buf(), bytes, plans })
 }
 
-/// The recipes to compile by, each with the plan whose weights it takes.
+/// The recipes to compile by, each with the plan whose weights it uses.
 fn plans_to_compile(package: &Package, recipe: Option<&Recipe>) -> Result<Vec<(Recipe, PlanInfo)>> {
     let of_tensorrt: Vec<&PlanInfo> = package.manifest().plans.iter().filter(|p| p.tensorrt.is_some()).collect();
     let Some(first) = of_tensorrt.first() else {
@@ -144,7 +144,7 @@ fn plans_to_compile(package: &Package, recipe: Option<&Recipe>) -> Result<Vec<(R
         .collect()
 }
 
-/// Refuses weights that are not what the plan will be given.
+/// Rejects weights that differ from the ones the plan expects.
 fn check_weights(package: &Package, old: &PlanInfo, plan: &GpuPlan, file: &TensorFile) -> Result<()> {
     for weight in &plan.weights {
         let (dtype, shape) = pack::stored(weight)?;

@@ -1,4 +1,4 @@
-//! Ahead of time: a checkpoint becomes an engine package.
+//! Ahead-of-time compilation: turns a checkpoint into an engine package.
 
 mod build;
 mod calibration;
@@ -29,56 +29,56 @@ use crate::error::Result;
 use crate::graph::Graph;
 use crate::model;
 
-/// Follows a build.
+/// Progress callbacks of a build.
 pub trait Progress: Send + Sync {
-    /// A stage begins; `bytes` is how much it will go through.
+    /// A stage begins that will process `bytes` bytes.
     fn stage(&self, name: &str, bytes: u64);
     /// A stage begins; `steps` of what `unit` names are to do.
     fn steps(&self, name: &str, steps: u64, unit: &str) {
         let _ = unit;
         self.stage(name, steps);
     }
-    /// A stage begins whose steps are not known in advance.
+    /// A stage begins whose length is not known in advance.
     fn work(&self, name: &str) {
         self.stage(name, 0);
     }
     /// That many bytes, or steps, of the stage are done.
     fn advance(&self, amount: u64);
-    /// A choice that was made for the user.
+    /// A choice made on the user's behalf.
     fn note(&self, message: &str) {
         let _ = message;
     }
     /// Something the user should know.
     fn warn(&self, message: &str);
-    /// Whether the build is to end, with [`Error::Cancelled`](crate::Error::Cancelled) and nothing left behind.
+    /// Returns true to abort the build with [`Error::Cancelled`](crate::Error::Cancelled), leaving nothing behind.
     fn is_cancelled(&self) -> bool {
         false
     }
 }
 
-/// What to build, from what, to where.
+/// Inputs and output of a build.
 #[derive(Debug, Clone)]
 pub struct BuildRequest {
     /// The checkpoint.
     pub checkpoint: PathBuf,
-    /// What to build: one plan each, for different targets.
+    /// One recipe per plan, each for a different target.
     pub recipes: Vec<Recipe>,
     /// The package's folder.
     pub output: PathBuf,
-    /// Replace a package that is there.
+    /// Replace an existing package.
     pub replace: bool,
-    /// Where a plan cannot be compiled on this machine, do everything else: [`finish()`] does the rest.
+    /// If a plan cannot be compiled on this machine, do everything else; [`finish()`] completes it on another.
     pub prepare: bool,
-    /// For a precision that [needs a calibration](Precision::needs_calibration): its prompts, as lines of JSON,
-    /// `{"messages": [{"role", "content"}, …]}` that end with a user's, or `{"token_ids": […]}`. `None` takes built-in
-    /// ones.
+    /// Calibration prompts for a precision that [needs them](Precision::needs_calibration), as lines of JSON:
+    /// `{"messages": [{"role", "content"}, …]}` ending with a user message, or `{"token_ids": […]}`. `None` uses the
+    /// built-in ones.
     pub calibration: Option<PathBuf>,
-    /// The chat format, as [`ChatTemplate::choose`](crate::text::ChatTemplate::choose) has it. `None` takes the
+    /// The chat format, as accepted by [`ChatTemplate::choose`](crate::text::ChatTemplate::choose). `None` uses the
     /// checkpoint's own.
     pub chat_format: Option<String>,
 }
 
-/// What was built.
+/// Result of a build.
 #[derive(Debug, Clone)]
 pub struct BuildSummary {
     /// The package's folder.
@@ -89,27 +89,27 @@ pub struct BuildSummary {
     pub plans: Vec<PlanSummary>,
 }
 
-/// What was built for one target.
+/// Result of a build for one target.
 #[derive(Debug, Clone)]
 pub struct PlanSummary {
-    /// What it runs on.
+    /// Target that it runs on.
     pub target: String,
-    /// How it computes.
+    /// Precision that it computes in.
     pub precision: String,
     /// The plan's limits.
     pub limits: Limits,
     /// Bytes of KV cache per token of one sequence.
     pub kv_bytes_per_token: usize,
-    /// Of a GPU's plan: what compiled it, or checked it.
+    /// For a GPU plan: the compiler, or the library that checked it.
     pub compiler: Option<String>,
-    /// It was only checked, and has to be finished on its GPU.
+    /// True if it was only checked and must be finished on its GPU.
     pub only_prepared: bool,
-    /// What the passes did.
+    /// Reports of the passes.
     pub reports: Vec<Report>,
 }
 
-/// The optimized graph of a checkpoint's model, and what the passes did. `calibration` is read by a precision that
-/// needs one.
+/// The optimized graph of a checkpoint's model, and the passes' reports. `calibration` is used by precisions that need
+/// one.
 ///
 /// # Errors
 /// [`Error::Graph`](crate::Error::Graph) if the config's sizes do not fit together.
@@ -148,7 +148,7 @@ fn plan_info(
     PlanInfo { target, precision, plan, weights, limits, kv_bytes_per_token, recipe: recipe.text.clone(), tensorrt }
 }
 
-/// Adds compiled plans to a package; their files are named in what is returned.
+/// Adds compiled plans to a package; returns the names of their files.
 fn add_engines(
     writer: &mut PackageWriter,
     recipe: &Recipe,
@@ -170,7 +170,7 @@ fn add_engines(
     Ok((Some(file), plan.info(context_plan)))
 }
 
-/// Where a package goes if the user does not say: `engines/<checkpoint's name>`, a `.nemo`'s without its extension.
+/// Default output folder: `engines/<checkpoint's name>`, without the extension for a `.nemo`.
 pub fn default_output(checkpoint: &Path) -> PathBuf {
     let absolute = checkpoint.canonicalize().unwrap_or_else(|_| checkpoint.to_path_buf());
     let is_nemo = absolute.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("nemo"));

@@ -1,5 +1,5 @@
-//! Graph to graph: each pass rebuilds the graph (so the result type-checks again) and reports, site by site, what
-//! it did or why it did not.
+//! Graph-to-graph passes: each rebuilds the graph (so that the result type-checks again) and reports, site by site,
+//! what it changed or why it did not.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,14 +11,14 @@ use crate::graph::{Const, Dim, Graph, Narrowing, Node, Op, Type, Value};
 use crate::quantize::Scheme;
 use crate::tensor::DType;
 
-/// What one pass did at the places it looked at.
+/// Report of one pass over the sites it considered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
-    /// The pass.
+    /// Name of the pass.
     pub pass: &'static str,
-    /// Values it rewrote.
+    /// Values that it rewrote.
     pub applied: Vec<String>,
-    /// Values it looked at and left, with the reason.
+    /// Values that it left alone, with the reason.
     pub left: Vec<(String, String)>,
 }
 
@@ -43,30 +43,28 @@ impl fmt::Display for Report {
     }
 }
 
-/// How a plan computes; the precision pass makes the graph say so.
+/// Precision of a plan; the precision passes rewrite the graph accordingly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Everything in FP32.
     F32,
-    /// Weights, the inputs of matrix products and the KV cache in BF16; sums, norms, softmax and the residual
-    /// stream in FP32.
+    /// Weights, inputs of linear layers and KV cache in BF16; sums, norms, softmax and the residual stream in FP32.
     Bf16,
-    /// BF16, but the weights of linear layers other than the head are 8-bit integers, one scale an output.
+    /// As BF16, with the weights of linear layers other than the head as 8-bit integers with per-channel scales.
     Int8,
-    /// BF16, but the weights of linear layers other than the head are 4-bit integers, one scale for 128 inputs of an
-    /// output.
+    /// As BF16, with the weights of linear layers other than the head as 4-bit integers with group size 128.
     Int4,
-    /// BF16, but the weights and inputs of linear layers other than the head are E4M3 floats: weights with one scale an
-    /// output, inputs with one for the layer, from a calibration.
+    /// As BF16, with the weights and inputs of linear layers other than the head as E4M3 floats: per-channel weight
+    /// scales, and one input scale per layer, from a calibration.
     Fp8,
 }
 
 impl Precision {
-    /// All there are, by what they keep of a weight.
+    /// All precisions, from the widest weights to the narrowest.
     pub const ALL: [Precision; 5] = [Precision::F32, Precision::Bf16, Precision::Int8, Precision::Int4, Precision::Fp8];
 
-    /// How the weights of linear layers are quantized, if they are.
+    /// Quantization scheme of the linear layers' weights, if any.
     pub fn scheme(self) -> Option<Scheme> {
         match self {
             Precision::F32 | Precision::Bf16 => None,
@@ -76,7 +74,7 @@ impl Precision {
         }
     }
 
-    /// Whether the inputs of linear layers are in 8 bits, which needs their ranges.
+    /// Returns true if the inputs of linear layers are in 8 bits, which requires their ranges.
     pub fn needs_calibration(self) -> bool {
         self == Precision::Fp8
     }
@@ -94,7 +92,7 @@ impl fmt::Display for Precision {
     }
 }
 
-/// Runs every pass in order. `positions` is the longest sequence the plan holds, in tokens; `calibration` is read where
+/// Runs every pass in order. `positions` is the longest sequence the plan supports, in tokens; `calibration` is used if
 /// [`Precision::needs_calibration`].
 ///
 /// # Errors
@@ -131,7 +129,7 @@ pub fn run(
     Ok((graph, reports))
 }
 
-/// A graph being rebuilt: where each old value went.
+/// A graph under construction, with the new value of each old one.
 pub(super) struct Rewrite<'g> {
     old: &'g Graph,
     pub(super) new: Graph,
@@ -185,7 +183,7 @@ pub(super) fn const_of(graph: &Graph, value: Value) -> Option<&Const> {
     }
 }
 
-/// What is made of a constant alone becomes a constant: LayerNorm1P's `1 + w` costs nothing at run time.
+/// Folds ops of constants into constants: LayerNorm1P's `1 + w` costs nothing at run time.
 fn fold_constants(graph: &Graph) -> Result<(Graph, Report)> {
     let mut report = Report::new("fold-constants");
     let mut r = Rewrite::new(graph);
@@ -204,7 +202,7 @@ fn fold_constants(graph: &Graph) -> Result<(Graph, Report)> {
     Ok((r.finish()?, report))
 }
 
-/// Linear layers over one input become one, followed by column slices: queries, keys and values are one product.
+/// Fuses linear layers that share an input into one, followed by column slices: queries, keys and values take one GEMM.
 fn fuse_linears(graph: &Graph) -> Result<(Graph, Report)> {
     let mut report = Report::new("fuse-linears");
     let mut groups: HashMap<Value, Vec<Value>> = HashMap::new();
@@ -263,7 +261,7 @@ fn last_part(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or(name)
 }
 
-/// Rotary angles of every position are tabulated at build time; a step gathers its rows.
+/// Tabulates the rotary angles of all positions at build time; a step gathers the rows it needs.
 fn rotary_tables(graph: &Graph, positions: usize) -> Result<(Graph, Report)> {
     let mut report = Report::new("rotary-tables");
     let mut r = Rewrite::new(graph);
@@ -282,8 +280,8 @@ fn rotary_tables(graph: &Graph, positions: usize) -> Result<(Graph, Report)> {
     Ok((r.finish()?, report))
 }
 
-/// Narrows the KV cache to BF16, and the operands that their ops take in BF16: inputs and weights of linear layers, the
-/// embedding, what is written to the cache.
+/// Narrows the KV cache to BF16, and the operands that ops take in BF16: inputs and weights of linear layers, the
+/// embedding, values written to the cache.
 fn narrow_to_bf16(graph: &Graph) -> Result<(Graph, Report)> {
     let mut report = Report::new("bf16");
     let mut r = Rewrite::new(graph);

@@ -1,37 +1,37 @@
-//! What a build will take, found before anything is written.
+//! Predicts the disk space and memory of a build before anything is written.
 
 use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// What a build will take. Sizes of weights are exact to their headers; those of TensorRT's plans and what TensorRT itself
-/// takes are estimates from builds that were measured (docs/gpu-builds.md).
+/// Resources that a build needs. Weight sizes are exact up to their headers; the sizes of TensorRT's plans and
+/// TensorRT's own memory are estimates from measured builds (docs/gpu-builds.md).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prediction {
-    /// Bytes of weights that are read.
+    /// Bytes of weights to read.
     pub read_bytes: u64,
     /// The package's large files and their bytes.
     pub files: Vec<(String, u64)>,
-    /// Bytes of files that are needed only while it is built.
+    /// Bytes of files that exist only during the build.
     pub scratch_bytes: u64,
-    /// Private memory at most. Mapped files do not count: they make room when something else needs it.
+    /// Peak private memory. Mapped files do not count: their pages can be evicted.
     pub memory_bytes: u64,
-    /// Free on the disk that the package goes to, if the system says.
+    /// Free space on the output's disk, if the system reports it.
     pub free_disk_bytes: Option<u64>,
-    /// Memory that is free or can be freed, if the system says.
+    /// Available memory (free or reclaimable), if the system reports it.
     pub available_memory_bytes: Option<u64>,
 }
 
 impl Prediction {
-    /// Bytes on disk, with what is needed only while the package is built.
+    /// Peak disk usage, including temporary files.
     pub fn disk_bytes(&self) -> u64 {
         self.files.iter().map(|(_, bytes)| bytes).sum::<u64>() + self.scratch_bytes
     }
 
-    /// Refuses what does not fit this machine.
+    /// Rejects a build that does not fit this machine.
     ///
     /// # Errors
-    /// [`Error::Package`] naming what is needed, what is there, and the way out.
+    /// [`Error::Package`] with what is needed, what is available, and what to do.
     pub fn check(&self, output: &Path) -> Result<()> {
         let disk = self.disk_bytes();
         if let Some(free) = self.free_disk_bytes.filter(|free| *free < disk) {

@@ -1,6 +1,6 @@
-//! The passes that keep the weights of linear layers as codes and scales, and round their inputs. They run on a graph that was narrowed to BF16,
-//! so activations, embedding, head and cache are BF16's. Every backend reads the same expressions: the constants
-//! [`Const::Codes`] and [`Const::Scales`], and the op [`Op::QuantizedLinear`].
+//! Passes that store the weights of linear layers as codes and scales, and fake-quantize their inputs. They run on a
+//! graph already narrowed to BF16, so activations, embedding, head and cache are BF16. All backends read the same
+//! expressions: the constants [`Const::Codes`] and [`Const::Scales`], and the op [`Op::QuantizedLinear`].
 
 use std::collections::HashMap;
 
@@ -25,7 +25,7 @@ pub(super) fn quantize_weights(graph: &Graph, scheme: Scheme) -> Result<(Graph, 
             _ if graph.outputs().contains(&value) => "the head stays as it is: its errors are the logits' errors",
             (Some(expr), [rows, columns]) => match (rows.as_fixed(), columns.as_fixed()) {
                 (Some(rows), Some(columns)) => {
-                    // The codes are of the checkpoint's numbers, not of their narrowed copies.
+                    // Quantize the checkpoint's values, not their BF16-rounded copies.
                     let matrix = match expr {
                         Const::Cast(inner, DType::BF16) => inner.clone(),
                         expr => Box::new(expr.clone()),
@@ -53,7 +53,7 @@ pub(super) fn quantize_weights(graph: &Graph, scheme: Scheme) -> Result<(Graph, 
     Ok((r.finish()?, report))
 }
 
-/// Rounds the inputs of quantized linear layers to E4M3 with the scales of a calibration.
+/// Fake-quantizes the inputs of quantized linear layers to E4M3, with the scales of a calibration.
 pub(super) fn round_inputs(graph: &Graph, calibration: Option<&Calibration>) -> Result<(Graph, Report)> {
     let mut report = Report::new("round-inputs");
     let mut r = Rewrite::new(graph);
@@ -75,7 +75,7 @@ pub(super) fn round_inputs(graph: &Graph, calibration: Option<&Calibration>) -> 
             None => {
                 let name = format!("{}.input.f8", node.name);
                 let operand = r.operand(x)?;
-                let done = r.new.add(name, Op::RoundToF8 { scale }, &[operand])?;
+                let done = r.new.add(name, Op::FakeQuantizeF8 { scale }, &[operand])?;
                 rounded.insert((x, scale.to_bits()), done);
                 done
             }

@@ -1,4 +1,4 @@
-//! Recipes: what to build for a target. The ones that ship are `engines/*.toml`.
+//! Recipes: targets and settings of a build. The built-in ones are `engines/*.toml`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,61 +13,61 @@ use crate::engine::tensorrt::Sizes;
 use crate::error::{Error, Result};
 use crate::isa::CpuFeatures;
 
-/// A recipe is refused past this size.
+/// Largest accepted recipe.
 const MAX_RECIPE_BYTES: u64 = 1 << 20;
-/// The recipes inside the program, by name.
+/// The built-in recipes, by name.
 const BUILT_IN: &[(&str, &str)] = &[
     ("cpu", include_str!("../../engines/cpu.toml")),
     ("a100", include_str!("../../engines/a100.toml")),
     ("h100", include_str!("../../engines/h100.toml")),
 ];
-/// The most that a TopK of TensorRT gives.
+/// Upper bound on k of TensorRT's TopK layer.
 const MOST_TOP_TOKENS: usize = 3840;
 
-/// What to build.
+/// Settings of a plan to build.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recipe {
-    /// What the plan runs on.
+    /// Target that the plan runs on.
     pub target: Target,
-    /// How it computes.
+    /// Precision that it computes in.
     pub precision: Precision,
-    /// Sequences at once.
+    /// Number of concurrent sequences.
     pub slots: usize,
-    /// Tokens per sequence; `None` takes the model's.
+    /// Tokens per sequence; `None` uses the model's maximum.
     pub max_sequence_tokens: Option<usize>,
     /// New tokens per step.
     pub prefill_chunk_tokens: usize,
     /// Rows of logits per step.
     pub logits_rows: usize,
-    /// The CPU that a CPU's plan is packed for; `None` takes this machine's.
+    /// CPU that a CPU plan is packed for; `None` uses this machine's.
     pub cpu: Option<CpuFeatures>,
-    /// Whether a CPU's plan in [`Precision::Int8`] computes with activations in 8 bits too, each row by its own scale;
-    /// `None`: no, or as the plan that is packed again.
+    /// For a CPU plan in [`Precision::Int8`]: quantizes activations to 8 bits too, with per-row scales. `None` means no
+    /// or, when repacking, as in the existing plan.
     pub quantize_activations: Option<bool>,
-    /// Of a GPU's plan: what TensorRT is told.
+    /// Options of a GPU plan.
     pub tensorrt: Option<TensorRtOptions>,
-    /// The text it was read from.
+    /// The recipe's source text.
     pub text: String,
 }
 
-/// What TensorRT is told.
+/// Options of a TensorRT plan.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorRtOptions {
-    /// The largest logits of each row that the plan gives beside the row.
+    /// Number of largest logits of each row that the plan returns beside the row.
     pub top_tokens: usize,
-    /// Sequences of a prefill step.
+    /// Sequences per prefill step.
     pub prefill_sequences: usize,
     /// Builds a context plan for prefill without a past; `None` means yes unless weights are embedded in the plan.
     pub context_plan: Option<bool>,
     /// TensorRT 11's builder optimization level, 0 to 5.
     pub optimization_level: usize,
-    /// GiB of KV cache to use on a GPU, by the GPU's memory in GB.
+    /// GiB of KV cache on a GPU, by the GPU's memory in GB.
     #[serde(deserialize_with = "numbered")]
     pub kv_cache_gib: BTreeMap<u32, u32>,
 }
 
-/// TOML's keys are texts.
+/// Deserializes integer keys, which TOML keeps as strings.
 fn numbered<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<BTreeMap<u32, u32>, D::Error> {
     let named = BTreeMap::<String, u32>::deserialize(deserializer)?;
     let number = |(key, gib): (String, u32)| match key.parse() {
@@ -77,7 +77,7 @@ fn numbered<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::R
     named.into_iter().map(number).collect()
 }
 
-/// What a plan runs on.
+/// Target of a plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
@@ -90,7 +90,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// All there are.
+    /// All targets.
     pub const ALL: [Target; 3] = [Target::Cpu, Target::A100, Target::H100];
 
     /// The name in recipes, manifests and file names.
@@ -111,7 +111,7 @@ impl Target {
         }
     }
 
-    /// How it can compute.
+    /// Precisions that it supports.
     pub fn precisions(self) -> &'static [Precision] {
         match self {
             Target::Cpu => &Precision::ALL,
@@ -122,12 +122,12 @@ impl Target {
 }
 
 impl Recipe {
-    /// Names of the recipes inside the program.
+    /// Names of the built-in recipes.
     pub fn built_in() -> impl Iterator<Item = &'static str> {
         BUILT_IN.iter().map(|(name, _)| *name)
     }
 
-    /// A recipe inside the program by its name, or else the file of that path.
+    /// Loads a built-in recipe by name, or else the file at that path.
     ///
     /// # Errors
     /// [`Error::Recipe`] naming the key that does not fit; [`Error::Io`] if there is no such file either.
@@ -150,10 +150,10 @@ impl Recipe {
         Recipe::parse(name_or_path, &text)
     }
 
-    /// Reads a recipe's text.
+    /// Parses a recipe.
     ///
     /// # Errors
-    /// [`Error::Recipe`] naming the key, what it is and what is accepted.
+    /// [`Error::Recipe`] naming the key, its value and the accepted ones.
     pub fn parse(name: &str, text: &str) -> Result<Recipe> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
@@ -217,10 +217,10 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// Checks what can have been changed since it was read: that its target computes in its precision.
+    /// Checks settings that may have been changed after parsing: the target must support the precision.
     ///
     /// # Errors
-    /// [`Error::Recipe`] naming both, and the precisions it does compute in.
+    /// [`Error::Recipe`] naming both, and the supported precisions.
     pub fn check(&self) -> Result<()> {
         if self.quantize_activations == Some(true) && (self.target, self.precision) != (Target::Cpu, Precision::Int8) {
             let detail = format!(
@@ -236,7 +236,7 @@ impl Recipe {
         }
     }
 
-    /// The CPU that a CPU's plan is lowered for.
+    /// The CPU that a CPU plan is lowered for.
     pub fn cpu_target(&self) -> CpuTarget {
         let CpuTarget { features, .. } = CpuTarget::native();
         CpuTarget {
@@ -251,7 +251,7 @@ impl Recipe {
         format!("precision {precision} is not for {target}, which takes {}", names.join(", "))
     }
 
-    /// The sizes of a TensorRT plan of these limits.
+    /// Sizes of a TensorRT plan within these limits.
     pub fn tensorrt_sizes(&self, options: &TensorRtOptions, limits: &Limits) -> Sizes {
         Sizes {
             max_sequence_tokens: limits.max_sequence_tokens,
@@ -263,7 +263,7 @@ impl Recipe {
         }
     }
 
-    /// The limits of a plan for this model.
+    /// Limits of a plan for this model.
     ///
     /// # Errors
     /// [`Error::Recipe`] if the recipe asks for longer sequences than the model's.

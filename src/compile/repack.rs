@@ -1,5 +1,5 @@
-//! Packing a CPU plan again for another CPU, from the package's own weights: no checkpoint is needed, and no weight
-//! changes, only how the kernels find them.
+//! Repacks a CPU plan for another CPU from the package's own weights: no checkpoint is needed, and no weight changes,
+//! only its layout.
 
 use rayon::prelude::*;
 
@@ -8,20 +8,20 @@ use super::{Calibration, PlanSummary, Progress, Recipe, optimized_graph, plan_in
 use crate::backend::constants::stored_dtype;
 use crate::backend::cpu::lower::{CpuTarget, lower};
 use crate::backend::cpu::pack;
-use crate::backend::cpu::program::{Kernel, Program, Storage, WeightSpec};
+use crate::backend::cpu::program::{Program, ProgramKernel, Storage, WeightSpec};
 use crate::backend::cpu_program;
 use crate::engine::{Package, PackageFile, PackageWriter, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::{self, TensorFile};
 
-/// Values of a piece: it stays in a core's cache as FP32.
+/// Values per piece, so that a piece stays in a core's cache as FP32.
 const PIECE_ELEMENTS: usize = 1 << 18;
 
-/// Writes the package's CPU plan and its weights for the CPU of `recipe`; what else the recipe says does not count, but
-/// for its activations. Answers with the plan's entry in the manifest.
+/// Writes the package's CPU plan and weights for the CPU of `recipe`, whose other settings except `activations` are
+/// ignored. Returns the plan's entry in the manifest.
 ///
 /// # Errors
-/// [`Error::Package`] if there is no CPU plan, or its weights are damaged or not those of its model.
+/// [`Error::Package`] if there is no CPU plan, or its weights are damaged or do not match its model.
 pub(super) fn repack(
     package: &Package,
     recipe: &Recipe,
@@ -35,7 +35,7 @@ pub(super) fn repack(
         Error::package(package.path(), detail)
     })?;
     let mut recipe = Recipe { precision, ..recipe.clone() };
-    let is_quantized = program.kernels.iter().any(|kernel| matches!(kernel, Kernel::Quantize { .. }));
+    let is_quantized = program.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Quantize { .. }));
     recipe.quantize_activations = Some(recipe.quantize_activations.unwrap_or(is_quantized));
     recipe.check()?;
     let CpuTarget { features, .. } = recipe.cpu_target();
@@ -69,7 +69,7 @@ pub(super) fn repack(
     Ok((info, summary))
 }
 
-/// Writes one weight as `spec` stores it, from the file where `program` stored it.
+/// Repacks one weight from the layout of `program` to that of `spec`.
 fn write_weight(
     package: &Package,
     program: &Program,
@@ -103,7 +103,7 @@ fn write_weight(
     };
     let (old_unit, new_unit) = (old.unit_rows(), spec.unit_rows());
     let panel_bytes = bytes.len() / old.rows.div_ceil(old_unit).max(1);
-    // Whole panels of both packings, a few for each thread at a time.
+    // Units are whole panels of both packings, several per thread at a time.
     let unit = old_unit * new_unit / gcd(old_unit, new_unit);
     let rows_at_once = (PIECE_ELEMENTS / spec.columns.max(1)).next_multiple_of(unit).max(unit);
     let firsts: Vec<usize> = (0..spec.rows).step_by(rows_at_once).collect();

@@ -1,5 +1,5 @@
-//! A checkpoint's text side: its tokenizer, its chat format and its defaults for generating, by one rule for everyone who
-//! asks.
+//! A checkpoint's text side: its tokenizer, chat format and generation defaults, resolved the same way for every
+//! command.
 
 use std::collections::BTreeMap;
 
@@ -8,9 +8,9 @@ use crate::engine::GenerationSettings;
 use crate::error::{Error, Result, clip};
 use crate::text::{ChatFormat, ChatTemplate, JinjaTemplate, Message, NemotronMarkers, Tokenizer};
 
-/// A tokenizer file is refused unread past this size; the 8B model's has about 20 MB.
+/// Largest tokenizer file that is read; the 8B model's has about 20 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
-/// Names that tokenizers give to the token that ends a text, for a tokenizer.json that comes without a config.
+/// Common names of the end-of-text token, for a tokenizer.json without a config.
 const ENDS_OF_TEXT: [&str; 6] = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>"];
 
 /// The text side of a checkpoint.
@@ -18,22 +18,22 @@ const ENDS_OF_TEXT: [&str; 6] = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<e
 pub struct CheckpointText {
     /// The tokenizer, with the content of its file.
     pub tokenizer: Option<(Vec<u8>, Tokenizer)>,
-    /// The id that begins a text.
+    /// BOS token id.
     pub bos_token_id: Option<u32>,
-    /// Template and stops.
+    /// Chat template and stops.
     pub format: ChatFormat,
-    /// Defaults of a generation.
+    /// Generation defaults.
     pub generation: GenerationSettings,
-    /// Choices that were made, a line each.
+    /// Choices made on the user's behalf, one per line.
     pub notes: Vec<String>,
-    /// Likely mistakes, a line each.
+    /// Likely mistakes, one per line.
     pub warnings: Vec<String>,
-    /// Reasons why no package is built from this unless `--chat-format` names another format.
+    /// Reasons not to build a package unless `--chat-format` names another format.
     pub refusals: Vec<String>,
 }
 
 impl CheckpointText {
-    /// Reads it. `choice` names a format, as [`ChatTemplate::choose`] has it, instead of the checkpoint's own.
+    /// Reads it. `choice`, as accepted by [`ChatTemplate::choose`], overrides the checkpoint's own format.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Format`] or [`Error::Unsupported`] naming the file, also where it does not fit the model;
@@ -77,7 +77,7 @@ impl CheckpointText {
         Ok(text)
     }
 
-    /// The format of `choice`, or else the checkpoint's.
+    /// Resolves the format of `choice`, or else the checkpoint's.
     fn template(&mut self, checkpoint: &Checkpoint, files: &ChatFiles, choice: Option<&str>) -> Result<ChatTemplate> {
         let own = files.templates.iter().find(|file| file.name == "default");
         if let Some(choice) = choice {
@@ -127,7 +127,7 @@ impl CheckpointText {
         }
     }
 
-    /// The tokenizer, and the special tokens that a template may name.
+    /// Reads the tokenizer, and the special tokens that a template may refer to.
     fn read_tokenizer(
         &mut self,
         file: &TokenizerFile,
@@ -147,8 +147,8 @@ impl CheckpointText {
                 special_tokens.entry(name.to_owned()).or_insert(piece);
             }
         }
-        // Special tokens are letters in a text unless they are told; but what the template writes is meant, and to
-        // transformers every special token is one.
+        // In user text, special tokens are encoded as plain characters unless declared; in the template's output they
+        // are intended, and transformers treats every special token as one.
         let written: Vec<String> = match template {
             ChatTemplate::Nemotron(_) if *is_json => Vec::new(),
             ChatTemplate::Nemotron(NemotronMarkers { system_turn_start, turn_start, .. }) => {
@@ -183,7 +183,7 @@ impl CheckpointText {
         Ok((tokenizer, special_tokens))
     }
 
-    /// Adds the tokenizer's own end of a text to the ids that end a generation.
+    /// Adds the tokenizer's end-of-text token to the ids that end a generation.
     fn add_end_of_text(&mut self, eos: &mut Vec<u32>, tokenizer: &Tokenizer, special: &BTreeMap<String, String>) {
         let mut found = special.get("eos_token").and_then(|token| tokenizer.id(token));
         if let Some(facts) = tokenizer.sentencepiece() {
@@ -201,7 +201,7 @@ impl CheckpointText {
         }
     }
 
-    /// Ids past the tokenizer's are padding and are never sampled, so a stop there would be none.
+    /// Ids past the tokenizer's are padding that is never sampled, so they would never stop a generation.
     fn can_be_sampled(&mut self, id: u32, tokenizer: &Tokenizer, is_chosen: bool) -> bool {
         let known = tokenizer.vocab_size();
         if (id as usize) < known {
@@ -216,7 +216,7 @@ impl CheckpointText {
         false
     }
 
-    /// Finds out what the tokenizer makes of the template.
+    /// Checks how the tokenizer encodes the template's markers.
     fn check_template(&mut self, tokenizer: &Tokenizer) {
         let prompt = self.format.render(&[Message::user("Hi")]);
         match (&self.format.template, prompt) {
@@ -301,7 +301,7 @@ fn distinct(mut ids: Vec<u32>) -> Vec<u32> {
     ids
 }
 
-/// What looks like a marker in a prompt: `<…>` without spaces.
+/// Substrings that look like markers in a prompt: `<…>` without spaces.
 fn angled(text: &str) -> impl Iterator<Item = &str> {
     text.match_indices('<').filter_map(|(start, _)| {
         let rest = text.get(start..)?;

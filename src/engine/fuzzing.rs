@@ -1,4 +1,4 @@
-//! What must hold of the reader of manifests; see [`crate::fuzzing`].
+//! Fuzz target of the manifest reader; see [`crate::fuzzing`].
 
 use std::collections::HashSet;
 use std::path::{Component, Path};
@@ -7,8 +7,8 @@ use super::Manifest;
 use super::manifest::PlanInfo;
 use crate::fuzzing::check_refusal;
 
-/// An `engine.json`, as it is and with its digest made to fit: paths of an accepted one stay inside the package and are
-/// there once, what it uses is listed, and it is written as it was read.
+/// Parses an `engine.json`, as it is and with its digest corrected: the paths of an accepted one stay inside the
+/// package and are unique, every file used is listed, and it round-trips.
 pub fn manifest(bytes: &[u8]) {
     let folder = Path::new("engines/package");
     if let Err(error) = Manifest::parse(folder, bytes) {

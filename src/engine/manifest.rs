@@ -1,4 +1,4 @@
-//! `engine.json`: what a package is and what is in it.
+//! `engine.json`: description and contents of a package.
 
 use std::collections::HashSet;
 use std::path::{Component, Path};
@@ -14,9 +14,9 @@ use crate::text::ChatFormat;
 
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "engine.json";
-/// Version of the package's layout and manifest. A package of another version is refused by name.
+/// Version of the package layout and manifest. Packages of other versions are refused with both versions named.
 pub const FORMAT_VERSION: u32 = 3;
-/// A manifest is refused unread past this size.
+/// Larger manifests are refused unread.
 pub(super) const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 const FORMAT: &str = "aotron-engine";
 
@@ -28,31 +28,31 @@ pub struct Manifest {
     pub format: String,
     /// [`FORMAT_VERSION`].
     pub format_version: u32,
-    /// Name and version of the program that built the package.
+    /// Name and version of the tool that built the package.
     pub tool: String,
     /// The model's dimensions.
     pub model: ModelConfig,
-    /// Where the weights came from.
+    /// Source of the weights.
     pub checkpoint: CheckpointInfo,
-    /// The tokenizer; a package without one takes and gives token ids only.
+    /// The tokenizer; a package without one works on token ids only.
     pub tokenizer: Option<TokenizerInfo>,
-    /// How a conversation becomes a prompt, and what ends an answer.
+    /// Formatting of conversations into prompts, and the stops that end an answer.
     pub chat_format: ChatFormat,
-    /// How a generation goes when the request does not say.
+    /// Generation defaults, for settings that a request omits.
     pub generation: GenerationSettings,
-    /// What can run, one per target and precision.
+    /// Plans, one per target and precision.
     pub plans: Vec<PlanInfo>,
-    /// Every other file of the package.
+    /// All other files of the package.
     pub files: Vec<FileInfo>,
     /// SHA-256 of this manifest with this field empty.
     pub sha256: String,
 }
 
-/// What a package was built from.
+/// Checkpoint that a package was built from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointInfo {
-    /// The kind of checkpoint: `"hugging-face"`.
+    /// Kind of checkpoint: `"hugging-face"`.
     pub format: String,
     /// `sha256:` of the config and every tensor's name, dtype, shape and bytes.
     pub digest: String,
@@ -64,36 +64,36 @@ pub struct CheckpointInfo {
 pub struct TokenizerInfo {
     /// Its file.
     pub file: String,
-    /// What it was made from: `"tokenizer.json"` or `"tokenizer.model"`.
+    /// File that it was made from: `"tokenizer.json"` or `"tokenizer.model"`.
     pub source: String,
     /// Largest id plus one. The model's ids from there on are padding and are never sampled.
     pub vocab_size: usize,
 }
 
-/// Defaults of a generation.
+/// Generation defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GenerationSettings {
-    /// New tokens, if the request does not say.
+    /// Maximum number of new tokens.
     pub max_tokens: usize,
-    /// Draw tokens at random by the settings below; else the likeliest one is taken.
+    /// Sample with the settings below; otherwise decode greedily.
     pub do_sample: bool,
     /// Divides the logits.
     pub temperature: Option<f32>,
-    /// Choose among this many of the likeliest tokens; 0 is off.
+    /// Sample from this many of the likeliest tokens; 0 is off.
     pub top_k: Option<u32>,
-    /// Choose among the likeliest tokens that together reach this probability.
+    /// Sample from the likeliest tokens that together reach this probability.
     pub top_p: Option<f32>,
-    /// Choose among tokens at least this fraction as likely as the likeliest one.
+    /// Sample from tokens at least this fraction as likely as the likeliest one.
     pub min_p: Option<f32>,
-    /// Weakens tokens already seen.
+    /// Penalizes tokens that already occurred.
     pub repetition_penalty: Option<f32>,
-    /// The checkpoint's settings that are not obeyed, by their names.
+    /// Names of the checkpoint's settings that are ignored.
     pub unused: Vec<String>,
 }
 
 impl Default for GenerationSettings {
-    /// The model card's example: 200 tokens, always the likeliest one.
+    /// The model card's example: 200 tokens, greedy.
     fn default() -> GenerationSettings {
         GenerationSettings {
             max_tokens: 200,
@@ -108,31 +108,31 @@ impl Default for GenerationSettings {
     }
 }
 
-/// A plan and what it needs.
+/// A plan and its files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlanInfo {
-    /// What it runs on: `"cpu"`, `"a100"`, `"h100"`.
+    /// Target that it runs on: `"cpu"`, `"a100"`, `"h100"`.
     pub target: String,
-    /// How it computes: `"f32"`, `"bf16"`, `"int8"`, `"int4"`, `"fp8"`.
+    /// Precision that it computes in: `"f32"`, `"bf16"`, `"int8"`, `"int4"`, `"fp8"`.
     pub precision: String,
-    /// The plan's file; none if it was only prepared (see [`TensorRtInfo::compiled`]).
+    /// The plan's file; `None` if it was only prepared (see [`TensorRtInfo::compiled`]).
     pub plan: Option<String>,
-    /// The weights it reads.
+    /// Its weights file.
     pub weights: String,
-    /// What it was built for.
+    /// Limits that it was built for.
     pub limits: Limits,
     /// Bytes of KV cache per token of one sequence.
     pub kv_bytes_per_token: usize,
-    /// The recipe's text.
+    /// Source text of its recipe.
     pub recipe: String,
-    /// Of a TensorRT plan: what compiled it and what it is given.
+    /// For a TensorRT plan: its compiler and bindings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensorrt: Option<TensorRtInfo>,
 }
 
 impl PlanInfo {
-    /// Every file it needs.
+    /// All files that it needs.
     pub fn files(&self) -> impl Iterator<Item = &String> {
         let compiled = self.tensorrt.as_ref().and_then(|t| t.compiled.as_ref());
         let context_plan = compiled.and_then(|c| c.context_plan.as_ref());
@@ -153,7 +153,7 @@ pub struct FileInfo {
 }
 
 impl Manifest {
-    /// A manifest of this format and tool; `files` and `sha256` are filled in by [`super::PackageWriter`].
+    /// A manifest of this format and tool; [`super::PackageWriter`] fills in `files` and `sha256`.
     pub fn new(
         model: ModelConfig,
         checkpoint: CheckpointInfo,
@@ -175,7 +175,7 @@ impl Manifest {
         }
     }
 
-    /// The manifest's text, sealed with its digest.
+    /// The manifest's text, with its digest filled in.
     pub(super) fn seal(&mut self) -> Result<String> {
         self.sha256.clear();
         self.sha256 = hex(&Sha256::digest(self.json()?));
@@ -189,7 +189,7 @@ impl Manifest {
         Ok(text)
     }
 
-    /// Reads and checks a manifest; `folder` is named in errors.
+    /// Parses and checks a manifest; errors name `folder`.
     pub(super) fn parse(folder: &Path, text: &[u8]) -> Result<Manifest> {
         #[derive(Deserialize)]
         struct Head {

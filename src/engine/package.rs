@@ -1,5 +1,5 @@
-//! Opening a package: everything small is checked against its digest, the weights against their size (and on request
-//! their digest).
+//! Opens a package: small files are checked against their digests, weights against their size (and, on request, their
+//! digest).
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -12,13 +12,13 @@ use crate::error::{Error, Result};
 use crate::mmap::{MappedFile, open_regular};
 use crate::text::{ChatFormat, Tokenizer};
 
-/// Whether `path` looks like an engine package.
+/// Returns true if `path` looks like an engine package.
 pub fn is_package(path: &Path) -> bool {
     path.join(MANIFEST_NAME).is_file()
 }
 
-/// An opened engine package. Its files are mapped when they are read and must not be changed in place while they are in
-/// use, see [`MappedFile`]; replacing the whole folder is safe.
+/// An opened engine package. Its files are mapped when they are read and must not be modified while in use, see
+/// [`MappedFile`]; replacing the whole folder is safe.
 #[derive(Debug, Clone)]
 pub struct Package {
     path: PathBuf,
@@ -67,7 +67,7 @@ impl Package {
         Error::package(&self.path, format!("{file} {detail}; copy the package again or build it again"))
     }
 
-    /// The folder.
+    /// Path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -77,7 +77,7 @@ impl Package {
         &self.manifest
     }
 
-    /// Where a file of the package is.
+    /// Path of a file of the package.
     pub fn file_path(&self, file: &str) -> PathBuf {
         self.path.join(file)
     }
@@ -88,10 +88,10 @@ impl Package {
         unsafe { MappedFile::open(&self.file_path(file)) }
     }
 
-    /// A small file's content, checked against its digest.
+    /// Content of a small file, checked against its digest.
     ///
     /// # Errors
-    /// [`Error::Package`] if it is not listed or not what was written.
+    /// [`Error::Package`] if it is not listed or differs from what was written.
     pub fn read(&self, file: &str) -> Result<Vec<u8>> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
         let mapped = self.map(file)?;
@@ -102,7 +102,7 @@ impl Package {
     /// The package's tokenizer, if it has one.
     ///
     /// # Errors
-    /// As [`Package::read`], and [`Error::Format`] if it cannot be read as one.
+    /// As [`Package::read`], and [`Error::Format`] if it cannot be parsed.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
         let Some(info) = &self.manifest.tokenizer else { return Ok(None) };
         let bytes = self.read(&info.file)?;
@@ -114,19 +114,19 @@ impl Package {
         Arc::new(self.manifest.chat_format.clone())
     }
 
-    /// Checks one file against its digest; `progress` gets numbers of bytes.
+    /// Checks one file against its digest; `progress` receives byte counts.
     ///
     /// # Errors
-    /// [`Error::Package`] if it is not listed or not what was written.
+    /// [`Error::Package`] if it is not listed or differs from what was written.
     pub fn verify_file(&self, file: &str, progress: &dyn Fn(u64)) -> Result<()> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
         self.check(info, self.map(file)?.bytes(), progress)
     }
 
-    /// Checks every file against its digest; `progress` gets numbers of bytes.
+    /// Checks every file against its digest; `progress` receives byte counts.
     ///
     /// # Errors
-    /// [`Error::Package`] naming the first file whose bytes are not what was written.
+    /// [`Error::Package`] naming the first file that differs from what was written.
     pub fn verify(&self, progress: &dyn Fn(u64)) -> Result<()> {
         self.manifest.files.iter().try_for_each(|info| self.verify_file(&info.path, progress))
     }

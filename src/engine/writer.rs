@@ -1,4 +1,4 @@
-//! Writing a package so that it appears whole or not at all.
+//! Writes a package so that it appears whole or not at all.
 //!
 //! Files are written to a folder beside the target, each flushed to disk; the folder is renamed last. A build that
 //! dies leaves such a folder behind; the next build to the same target removes it (a lock tells a dead build's
@@ -15,7 +15,7 @@ use super::manifest::{FileInfo, MANIFEST_NAME, Manifest, hex};
 use super::package::is_package;
 use crate::error::{Error, Result};
 
-/// A package being written. Dropped unfinished, it leaves nothing.
+/// A package being written. Dropping it unfinished leaves nothing behind.
 #[derive(Debug)]
 pub struct PackageWriter {
     target: PathBuf,
@@ -26,7 +26,7 @@ pub struct PackageWriter {
 }
 
 impl PackageWriter {
-    /// Whether a package may be written to `target`, without beginning one.
+    /// Checks that a package may be written to `target`, without starting one.
     ///
     /// # Errors
     /// [`Error::Package`] as for [`PackageWriter::create`].
@@ -34,7 +34,7 @@ impl PackageWriter {
         refuse_existing(target, replace)
     }
 
-    /// Starts a package at `target`. Missing parent folders are made.
+    /// Starts a package at `target`, creating missing parent folders.
     ///
     /// # Errors
     /// [`Error::Package`] if `target` exists, unless `replace` is set and it is an engine package or an empty folder;
@@ -64,7 +64,7 @@ impl PackageWriter {
         Ok(writer)
     }
 
-    /// A path on the package's disk for a file that is needed while it is built. Whoever makes the file removes it.
+    /// A path on the package's disk for a temporary file. The caller removes the file.
     pub fn scratch(&self, name: &str) -> PathBuf {
         self.building.join(name)
     }
@@ -85,7 +85,7 @@ impl PackageWriter {
         Ok(())
     }
 
-    /// Begins a file, of several that are written at once. It is part of the package once it is finished and
+    /// Creates a file, one of several written at once. It becomes part of the package once it is finished and
     /// [pushed](PackageWriter::push).
     ///
     /// # Errors
@@ -100,12 +100,12 @@ impl PackageWriter {
         Ok(PackageFile { path: path.into(), full, out, digest: Sha256::new(), bytes: 0 })
     }
 
-    /// Makes a finished file part of the package.
+    /// Adds a finished file to the package.
     pub fn push(&mut self, info: FileInfo) {
         self.files.push(info);
     }
 
-    /// Adds a file of another package as it is: a second name of the same file where the disk can do that, else a copy.
+    /// Adds a file of another package unchanged: hard-linked where the file system supports it, else copied.
     ///
     /// # Errors
     /// [`Error::Io`] naming the file.
@@ -122,10 +122,10 @@ impl PackageWriter {
         Ok(())
     }
 
-    /// Writes the manifest and makes the package appear at its target.
+    /// Writes the manifest and moves the package to its target.
     ///
     /// # Errors
-    /// [`Error::Io`] if that fails; the target is then as it was.
+    /// [`Error::Io`] if that fails; the target is then unchanged.
     pub fn finish(mut self, manifest: &mut Manifest) -> Result<()> {
         manifest.files = std::mem::take(&mut self.files);
         let text = manifest.seal()?;
@@ -209,7 +209,7 @@ fn refuse_existing(target: &Path, replace: bool) -> Result<()> {
     Ok(())
 }
 
-/// Removes what dead builds left. A running build holds its folder's lock.
+/// Removes leftovers of dead builds. A running build holds its folder's lock.
 fn remove_leftovers(parent: &Path, prefix: &str) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {

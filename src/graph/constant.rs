@@ -1,11 +1,11 @@
-//! Values that are known before any step, as expressions over a checkpoint.
+//! Values known at build time, as expressions over a checkpoint.
 
 use std::fmt;
 
 use crate::quantize::Scheme;
 use crate::tensor::DType;
 
-/// A value that is known before any step: an expression over the checkpoint's tensors, evaluated by the packer.
+/// A value known at build time: an expression over the checkpoint's tensors, evaluated by the packer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Const {
     /// A tensor of the checkpoint, by its Hugging Face name.
@@ -33,9 +33,9 @@ pub enum Const {
     Scales {
         /// The matrix.
         matrix: Box<Const>,
-        /// How its rows are quantized.
+        /// Quantization of its rows.
         scheme: Scheme,
-        /// Its columns.
+        /// Number of its columns.
         columns: usize,
     },
 }
@@ -72,8 +72,8 @@ impl fmt::Display for Const {
     }
 }
 
-/// Which function of the rotary angle `position · theta^(−2i / rotary_dim)`, `i < rotary_dim / 2`
-/// (Su et al., "RoFormer"; frequencies and angles are rounded to FP32 as transformers does).
+/// Function of the rotary angle `position · theta^(−2i / rotary_dim)`, `i < rotary_dim / 2` (Su et al., "RoFormer";
+/// frequencies and angles are rounded to FP32 as in transformers).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Trig {
     /// Cosine.

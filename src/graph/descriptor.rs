@@ -1,5 +1,5 @@
-//! Descriptions of ops, and what derives from them: the kind and attributes of a dump, the check of operands, the type of
-//! the result, and the properties that passes go by.
+//! Op descriptors, and what derives from them: the kind and attributes in a dump, operand checks, the result type, and
+//! the properties that passes rely on.
 
 use super::constant::Const;
 use super::dim::{Dim, Sym};
@@ -7,7 +7,7 @@ use super::op::Op;
 use super::value_type::Type;
 use crate::tensor::DType;
 
-/// Everything that holds of an op wherever it stands.
+/// Everything that holds for an op wherever it occurs.
 pub(super) struct OpDescriptor<'o> {
     kind: &'static str,
     attributes: String,
@@ -17,7 +17,7 @@ pub(super) struct OpDescriptor<'o> {
     result: Option<ResultRule<'o>>,
 }
 
-/// Checks what the operands' own specifications cannot say, and gives the result's type.
+/// Checks beyond the operands' own specifications; returns the result's type.
 type ResultRule<'o> = Box<dyn Fn(&Bound<'_>) -> Result<Type, String> + 'o>;
 
 /// One operand of an op.
@@ -37,9 +37,9 @@ pub struct OperandSpec {
 /// The element types an operand may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accepts {
-    /// Whatever there is.
+    /// Any type.
     Any,
-    /// Numbers to compute with.
+    /// Floats.
     Floats,
     /// Codes of a quantized matrix.
     Codes,
@@ -49,14 +49,14 @@ pub enum Accepts {
     SameAs(usize),
 }
 
-/// When a plan in BF16 rounds an operand to BF16.
+/// When a BF16 plan rounds an operand to BF16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Narrowing {
-    /// It keeps its type.
+    /// Never: it keeps its type.
     Never,
-    /// Whatever it is.
+    /// Always.
     Always,
-    /// If it is a tensor of the checkpoint as it is.
+    /// Only if it is an unmodified checkpoint tensor.
     CheckpointTensors,
 }
 
@@ -79,7 +79,7 @@ impl OperandSpec {
 }
 
 impl<'o> OpDescriptor<'o> {
-    /// A value without operands, which states its own type.
+    /// A value without operands, which declares its own type.
     pub fn stated(kind: &'static str, attributes: String) -> OpDescriptor<'o> {
         OpDescriptor { kind, attributes, operands: &[], fold: None, result: None }
     }
@@ -92,7 +92,7 @@ impl<'o> OpDescriptor<'o> {
         OpDescriptor { attributes, ..self }
     }
 
-    /// For an op of one operand: the constant that it makes of a constant.
+    /// For a unary op: folds a constant operand into a constant.
     pub fn folding(self, fold: impl Fn(Const) -> Const + 'o) -> OpDescriptor<'o> {
         OpDescriptor { fold: Some(Box::new(fold)), ..self }
     }
@@ -113,12 +113,12 @@ impl Op {
         self.descriptor().operands
     }
 
-    /// Whether it makes a constant of a constant.
+    /// Returns true if the op of a constant is a constant.
     pub fn folds(&self) -> bool {
         self.descriptor().fold.is_some()
     }
 
-    /// The constant that it makes of the constant `operand`, if it does.
+    /// The constant that the op of the constant `operand` folds to, if any.
     pub fn folded(&self, operand: &Const) -> Option<Const> {
         self.descriptor().fold.map(|fold| fold(operand.clone()))
     }
@@ -129,8 +129,8 @@ impl Op {
         if attributes.is_empty() { attributes } else { format!(" {attributes}") }
     }
 
-    /// The type of the op's value. `Input` and `Const` state theirs, so they are not asked.
-    /// The error says which operand is wrong, what it is and what was expected.
+    /// Infers the type of the op's value. `Input` and `Const` declare theirs and are not asked. The error says which
+    /// operand is wrong, its type and the expected one.
     pub(super) fn infer(&self, operands: &[&Type]) -> Result<Type, String> {
         let OpDescriptor { operands: specs, result, .. } = self.descriptor();
         let result = result.ok_or("has no operands to infer a type from")?;
@@ -138,11 +138,11 @@ impl Op {
     }
 }
 
-/// The operands of an op, checked one by one, and the dimensions that they give names to.
+/// The operands of an op, each checked, and the named dimensions they bind.
 pub(super) struct Bound<'t> {
     specs: &'static [OperandSpec],
     operands: &'t [&'t Type],
-    /// Name, size, and the operand that gave it first.
+    /// Name, size, and the operand that bound it first.
     dims: Vec<(&'static str, Dim, usize)>,
 }
 
@@ -186,14 +186,14 @@ impl<'t> Bound<'t> {
         self.found(name).map(|(_, dim, _)| *dim)
     }
 
-    /// The size of the dimension of that name, which a plan must not leave open.
+    /// The size of the dimension of that name, which must be known at build time.
     pub fn known(&self, name: &str) -> Result<usize, String> {
         let (_, dim, operand) = self.found(name)?;
         let (spec, ty) = (self.specs[*operand], self.operands[*operand]);
         dim.as_fixed().ok_or_else(|| format!("{} is {ty}: {name} must be known", spec.name))
     }
 
-    /// Refuses another dimension of that name.
+    /// Rejects a different size for the dimension of that name.
     pub fn expect(&self, name: &str, expected: Dim) -> Result<(), String> {
         let (_, dim, operand) = self.found(name)?;
         let (spec, ty) = (self.specs[*operand], self.operands[*operand]);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// A size that a plan leaves open.
+/// A size unknown until the step runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Sym {
     /// Sequences in the step.
@@ -11,7 +11,7 @@ pub enum Sym {
     T,
     /// KV capacity of a sequence in tokens.
     S,
-    /// Rows of logits wanted.
+    /// Requested rows of logits.
     R,
 }
 
@@ -31,7 +31,7 @@ impl Dim {
         Dim { factor: size, powers: [0; 4] }
     }
 
-    /// One symbol.
+    /// A single symbol.
     pub const fn sym(sym: Sym) -> Dim {
         let mut powers = [0; 4];
         powers[sym as usize] = 1;

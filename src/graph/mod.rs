@@ -18,7 +18,7 @@ pub use value_type::{Input, Type};
 
 use crate::error::{Error, Result};
 
-/// A value of one graph; only meaningful with the graph that made it.
+/// A value of one graph; meaningless outside the graph that made it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Value(u32);
 
@@ -32,9 +32,9 @@ impl Value {
 /// An operation, its operands, and the value it defines.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
-    /// What is computed.
+    /// The operation.
     pub op: Op,
-    /// From what, in the op's order; all defined earlier.
+    /// Its operands, in the op's order; all defined earlier.
     pub operands: Vec<Value>,
     /// The value's name, unique in the graph: `layers.3.mlp.up`.
     pub name: String,
@@ -60,7 +60,7 @@ impl Graph {
         self.insert(Op::Input(input), Vec::new(), name.into(), ty)
     }
 
-    /// Adds a value known before any step; `ty` is what the expression evaluates to.
+    /// Adds a value known at build time; `ty` is the type that the expression evaluates to.
     pub fn constant(&mut self, name: impl Into<String>, expr: Const, ty: Type) -> Value {
         self.insert(Op::Const(expr), Vec::new(), name.into(), ty)
     }
@@ -87,7 +87,7 @@ impl Graph {
         Value(self.nodes.len() as u32 - 1)
     }
 
-    /// Marks a value as a result of the step. Caches that the step updates are results too.
+    /// Marks a value as an output of the step. Caches updated by the step are outputs too.
     pub fn output(&mut self, value: Value) {
         self.outputs.push(value);
     }
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(error, "graph: op linear (layers.0.up): weight is f32[4, 9]: found 9, expected 8");
     }
 
-    /// Every op that has operands; `RoundToF8`, `Columns`, `RotaryAngle` and `Rotary` with attributes that no operand fits.
+    /// Every op that has operands; `FakeQuantizeF8`, `Columns`, `RotaryAngle` and `Rotary` with attributes that no operand fits.
     fn ops() -> Vec<Op> {
         vec![
             Op::AddScalar(1.0),
@@ -169,7 +169,7 @@ mod tests {
             Op::LayerNorm { eps: 1e-5 },
             Op::Linear,
             Op::QuantizedLinear { block: None },
-            Op::RoundToF8 { scale: 0.0 },
+            Op::FakeQuantizeF8 { scale: 0.0 },
             Op::QuantizedLinear { block: Some(2) },
             Op::Columns { start: 7, width: 2 },
             Op::RotaryAngle { trig: Trig::Cos, theta: 1e4, rotary_dim: 3 },

@@ -14,7 +14,7 @@ use crate::tensor::DType::{self, F32, I32};
 pub enum Op {
     /// Supplied by the step.
     Input(Input),
-    /// Known before any step.
+    /// Known at build time.
     Const(Const),
     /// `(x)`: `x + scalar`.
     AddScalar(f32),
@@ -34,13 +34,13 @@ pub enum Op {
     /// `(x [n, in], codes [out, in], scales f32[out, blocks])`: `x · weightᵀ`, `f32[n, out]`, accumulated in FP32, with
     /// `weight[o, i] = codes[o, i] · scales[o, i / block]`; the last block of a row may be shorter.
     QuantizedLinear {
-        /// Inputs that share a scale; `None`: all of a row.
+        /// Quantization group size in inputs; `None`: per-channel scales.
         block: Option<usize>,
     },
-    /// `(x)`: `scale` times the nearest E4M3 float to `x / scale`, FP32; what is out of E4M3's range becomes its end.
-    /// A backend with FP8 products quantizes here and takes the scale out of the sums.
-    RoundToF8 {
-        /// What an E4M3 one stands for.
+    /// `(x)`: quantizes to E4M3 and back, FP32: `scale` times the E4M3 float nearest to `x / scale`, saturating. A
+    /// backend with an FP8 GEMM quantizes here and moves the scale out of the sums.
+    FakeQuantizeF8 {
+        /// Value that an E4M3 1.0 stands for.
         scale: f32,
     },
     /// `(x [n, width])`: columns `start .. start + width`.
@@ -72,7 +72,7 @@ pub enum Op {
     /// each new token over its sequence up to itself, `f32[B·T, heads · head_dim]`; softmax in FP32
     /// (Vaswani et al.; grouped queries as Ainslie et al.: head h reads kv head `h / (heads / kv_heads)`).
     Attention {
-        /// Multiplies `q · k`.
+        /// Scale of `q · k`.
         scale: f32,
     },
     /// `(x)`: `max(x, 0)²`.
@@ -153,8 +153,8 @@ impl Op {
                 x.expect("blocks", blocks.into())?;
                 x.typed(F32, ["n", "out"])
             }),
-            Op::RoundToF8 { scale } => {
-                OpDescriptor::new("round_to_f8", const { &[operand("x", Floats).of_any_shape()] })
+            Op::FakeQuantizeF8 { scale } => {
+                OpDescriptor::new("fake_quantize_f8", const { &[operand("x", Floats).of_any_shape()] })
                     .attributes(format!("scale {scale}"))
                     .result(move |x| match scale.is_finite() && *scale > 0.0 {
                         true => Ok(Type { dtype: F32, shape: x.operand(0).shape.clone() }),

@@ -1,4 +1,4 @@
-//! The types of values, and what a step supplies.
+//! Types of values, and the inputs that a step supplies.
 
 use std::fmt;
 
@@ -33,7 +33,7 @@ impl fmt::Display for Type {
     }
 }
 
-/// What a step supplies.
+/// An input supplied by the step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Input {
     /// Token ids, `i32[B·T]`.
@@ -42,7 +42,7 @@ pub enum Input {
     Positions,
     /// Tokens each sequence had in the cache before the step, `i32[B]`.
     PastTokens,
-    /// Indices into the step's tokens whose logits are wanted, `i32[R]`.
+    /// Indices into the step's tokens whose logits are requested, `i32[R]`.
     LogitsRows,
     /// A layer's keys, `[B, kv_heads, S, head_dim]`.
     KeyCache(usize),
@@ -51,7 +51,7 @@ pub enum Input {
 }
 
 impl Input {
-    /// A layer's keys or values, which stay from step to step.
+    /// Returns true for a layer's keys or values, which persist from step to step.
     pub fn is_cache(self) -> bool {
         match self {
             Input::KeyCache(_) | Input::ValueCache(_) => true,

@@ -1,46 +1,46 @@
-//! Runs a program: mapped weights, one arena, one block of KV memory, a pool of threads. A step allocates nothing.
+//! Runs a program: mapped weights, one arena, one block of KV memory, a thread pool. A step allocates nothing.
 
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::program::{ALIGN, Kernel, Program};
-use super::run::Run;
+use super::program::{ALIGN, Program, ProgramKernel};
+use super::run::StepRun;
 use crate::backend::constants::stored_dtype;
 use crate::backend::{Executor, Limits, Logits, Step};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::tensor_file::TensorFile;
 
-/// The environment variable that, set to 1, has each step start with an arena of NaN, as builds with debug assertions do:
-/// a kernel that reads what none wrote is then seen in the logits. `make test` sets it, since tests run optimized.
+/// Environment variable that, when set to 1, fills the arena with NaN before each step, as builds with debug assertions
+/// do: reading memory that no kernel wrote then shows up in the logits. `make test` sets it, since tests run optimized.
 const POISON_VARIABLE: &str = "AOTRON_CPU_POISON";
 
-/// How to run a program on this machine.
+/// Options for running a program on this machine.
 #[derive(Debug, Clone, Default)]
 pub struct CpuOptions {
-    /// Threads; `None` takes one per core that this process may use.
+    /// Number of threads; `None` uses one per core available to this process.
     pub threads: Option<usize>,
-    /// Instruction set; `None` takes the one that [`CPU_VARIABLE`](crate::isa::CPU_VARIABLE) names, or the best there is.
+    /// Instruction set; `None` uses the one named by [`CPU_VARIABLE`](crate::isa::CPU_VARIABLE), or the best available.
     pub isa: Option<Isa>,
-    /// Sequences to reserve KV memory for, at most and by default those of the plan.
+    /// Sequences to reserve KV memory for; at most, and by default, those of the plan.
     pub slots: Option<usize>,
 }
 
-/// A CPU plan that is open: its program, mapped weights and threads, which all its executors share.
+/// An open CPU plan: its program, mapped weights and threads, shared by all its executors.
 #[derive(Clone)]
 pub struct CpuModel {
     program: Arc<Program>,
-    weights: Arc<Weights>,
+    weights: Arc<MappedWeights>,
     pool: Arc<rayon::ThreadPool>,
     isa: Isa,
 }
 
-/// The CPU executor: KV memory and activations of its own over a [`CpuModel`].
+/// CPU executor: its own KV memory and activations over a shared [`CpuModel`].
 pub struct CpuExecutor {
     program: Arc<Program>,
     limits: Limits,
-    weights: Arc<Weights>,
+    weights: Arc<MappedWeights>,
     arena: Memory,
     cache: Memory,
     positions: Vec<u32>, // [tokens of the step]
@@ -50,8 +50,8 @@ pub struct CpuExecutor {
     poison: bool,
 }
 
-/// Zeroed memory that starts at a cache line and that the operating system hands out as it is touched. (An allocation
-/// that asks for alignment would be zeroed by hand, all of it at once.)
+/// Zeroed, cache-line-aligned memory whose pages the operating system commits on first touch. (An allocation with an
+/// explicit alignment would be zeroed eagerly, all of it at once.)
 struct Memory {
     bytes: Box<[u8]>,
     start: usize,
@@ -84,7 +84,7 @@ impl Memory {
     }
 }
 
-/// Room for a number for each token of a step.
+/// Reserves one number per token of a step.
 fn reserve_tokens(limits: &Limits) -> Result<Vec<u32>> {
     let mut numbers = Vec::new();
     let tokens = limits.max_step_tokens;
@@ -93,21 +93,21 @@ fn reserve_tokens(limits: &Limits) -> Result<Vec<u32>> {
     Ok(numbers)
 }
 
-pub(super) struct Weights {
+pub(super) struct MappedWeights {
     file: TensorFile,
     ranges: Vec<Range<usize>>, // per weight of the program, in bytes of the file
 }
 
 impl CpuModel {
-    /// Maps weights and starts threads. `weights` are those the program names, as the packer wrote them; of `options`,
-    /// the slots are the executors' business.
+    /// Maps the weights and starts the threads. `weights` holds the tensors that the program names, as written by the
+    /// packer. `options.slots` is ignored here; each executor has its own.
     ///
     /// # Errors
-    /// [`Error::Package`] if the program does not hold together or a weight is missing or has another shape;
+    /// [`Error::Package`] if the program is inconsistent, or a weight is missing or has the wrong shape;
     /// [`Error::Request`] if an option is out of range.
     pub fn new(program: Program, plan_path: &Path, weights: TensorFile, options: &CpuOptions) -> Result<CpuModel> {
         program.validate().map_err(|e| Error::package(plan_path, format!("{e}; build the package again")))?;
-        let weights = Weights::new(&program, weights)?;
+        let weights = MappedWeights::new(&program, weights)?;
         let threads = match options.threads {
             Some(0) => return Err(Error::Request("0 threads; at least one is needed".into())),
             Some(n) if n > 1024 => return Err(Error::Request(format!("{n} threads; at most 1024 are supported"))),
@@ -127,11 +127,11 @@ impl CpuModel {
         })
     }
 
-    /// Reserves memory for an executor. `slots` are the sequences to reserve KV memory for, at most and by default
-    /// those of the plan.
+    /// Reserves memory for an executor. `slots` is the number of sequences to reserve KV memory for; at most, and by
+    /// default, the plan's.
     ///
     /// # Errors
-    /// [`Error::Request`] for more slots than the plan's or none, or if the memory cannot be reserved.
+    /// [`Error::Request`] if `slots` is zero or more than the plan's, or if the memory cannot be reserved.
     pub fn executor(&self, slots: Option<usize>) -> Result<CpuExecutor> {
         let mut limits = self.program.limits.clone();
         if let Some(slots) = slots {
@@ -156,34 +156,34 @@ impl CpuModel {
         })
     }
 
-    /// Limits of the plan.
+    /// The plan's limits.
     pub fn limits(&self) -> &Limits {
         &self.program.limits
     }
 
-    /// A sentence for a user whose CPU has better packings than those that the plan was built with.
+    /// A sentence for the user if this CPU supports faster packings than the plan was built with.
     pub fn repacking_note(&self) -> Option<String> {
         self.program.repacking_note(self.isa.features())
     }
 
-    /// Threads in use.
+    /// Number of threads in use.
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
     }
 }
 
 impl CpuExecutor {
-    /// An executor with weights and threads of its own: [`CpuModel::new`] and [`CpuModel::executor`].
+    /// Creates an executor with its own weights and threads: [`CpuModel::new`] followed by [`CpuModel::executor`].
     ///
     /// # Errors
-    /// As those two.
+    /// Those of the two.
     pub fn new(program: Program, plan_path: &Path, weights: TensorFile, options: &CpuOptions) -> Result<CpuExecutor> {
         CpuModel::new(program, plan_path, weights, options)?.executor(options.slots)
     }
 
-    /// Runs a step and keeps the largest magnitude of what products read: entry `w` of `largest`, `[weights of the
-    /// program]`, becomes at least that of the inputs of every [`Kernel::Linear`] over weight `w`, infinite if one of
-    /// them is NaN.
+    /// Runs a step and records the largest magnitude of the linear layers' inputs: entry `w` of `largest`, `[weights of
+    /// the program]`, is raised to at least that of the inputs of every [`ProgramKernel::Linear`] over weight `w`;
+    /// infinite if one of them is NaN.
     ///
     /// # Errors
     /// As [`Executor::forward`].
@@ -196,14 +196,14 @@ impl CpuExecutor {
         self.isa
     }
 
-    /// Threads in use.
+    /// Number of threads in use.
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
     }
 }
 
-impl Weights {
-    fn new(program: &Program, file: TensorFile) -> Result<Weights> {
+impl MappedWeights {
+    fn new(program: &Program, file: TensorFile) -> Result<MappedWeights> {
         let mut ranges = Vec::with_capacity(program.weights.len());
         for spec in &program.weights {
             let refuse = |detail: String| Error::package(file.path(), format!("{detail}; build the package again"));
@@ -224,10 +224,10 @@ impl Weights {
             }
             ranges.push(stored.bytes.clone());
         }
-        Ok(Weights { file, ranges })
+        Ok(MappedWeights { file, ranges })
     }
 
-    /// The stored elements of a weight.
+    /// Stored elements of a weight.
     pub(super) fn data<T: bytemuck::Pod>(&self, index: usize) -> &[T] {
         bytemuck::cast_slice(&self.file.mapped()[self.ranges[index].clone()])
     }
@@ -264,9 +264,9 @@ impl CpuExecutor {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
         if self.poison {
-            self.arena.bytes_mut().fill(0xff); // NaN: nothing may read what was not written
+            self.arena.bytes_mut().fill(0xff); // all-ones is NaN in every float type: reads of unwritten memory show up
         }
-        let mut run = Run {
+        let mut run = StepRun {
             step,
             positions: &self.positions,
             slots: &self.slots,
@@ -279,7 +279,7 @@ impl CpuExecutor {
         };
         self.pool.install(|| {
             for kernel in &run.program.kernels {
-                if let (Some(largest), Kernel::Linear { x, weight, .. }) = (&mut largest, kernel)
+                if let (Some(largest), ProgramKernel::Linear { x, weight, .. }) = (&mut largest, kernel)
                     && let Some(largest) = largest.get_mut(*weight)
                 {
                     *largest = largest.max(run.magnitude(*x)?);

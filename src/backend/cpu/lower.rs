@@ -1,4 +1,4 @@
-//! Graph to program: picks kernels, fuses what a kernel can do on its way out, and plans the arena.
+//! Lowers a graph to a program: selects kernels, fuses epilogues and dtype conversions, and plans the arena.
 
 use std::collections::HashMap;
 
@@ -11,17 +11,17 @@ use crate::graph::{Const, Dim, Graph, Input, Node, Op, Sym, Type, Value};
 use crate::isa::{CpuFeatures, Isa};
 use crate::tensor::DType;
 
-/// The CPU that a program is lowered for.
+/// CPU to lower a program for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CpuTarget {
-    /// What it has: packings are chosen for it.
+    /// Its features, which decide the packings.
     pub features: CpuFeatures,
-    /// Whether linear layers with 8-bit integer weights get their inputs in 8 bits too, each row by its own scale.
+    /// Linear layers with 8-bit integer weights quantize their inputs too, with per-row scales.
     pub quantize_activations: bool,
 }
 
 impl CpuTarget {
-    /// This machine, with activations as the graph has them.
+    /// This machine, without quantized activations.
     pub fn native() -> CpuTarget {
         CpuTarget { features: Isa::detect().features(), quantize_activations: false }
     }
@@ -29,22 +29,22 @@ impl CpuTarget {
 
 /// A program and, for each of its weights, the content to pack.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Lowered {
-    /// The plan.
+pub struct LoweredProgram {
+    /// The program.
     pub program: Program,
-    /// One per [`Program::weights`].
+    /// One entry per [`Program::weights`].
     pub constants: Vec<ConstRows>,
 }
 
 /// Lowers a graph to the CPU.
 ///
-/// Fused: a linear layer with the squared ReLU or the residual addition behind it; any kernel with the conversion of its
-/// result; column slices and conversions into the cache cost nothing.
+/// Fusions: a squared ReLU or residual addition into the linear layer before it; a dtype conversion into the kernel
+/// that computes its input. Column slices and conversions into the cache are free.
 ///
 /// # Errors
-/// [`Error::Graph`] naming the op that has no lowering in the place it stands.
-pub fn lower(graph: &Graph, limits: &Limits, target: CpuTarget) -> Result<Lowered> {
-    let mut lowering = Lowering {
+/// [`Error::Graph`] naming the op that cannot be lowered where it stands.
+pub fn lower(graph: &Graph, limits: &Limits, target: CpuTarget) -> Result<LoweredProgram> {
+    let mut lowering = CpuLowering {
         graph,
         limits,
         target,
@@ -67,47 +67,47 @@ pub fn lower(graph: &Graph, limits: &Limits, target: CpuTarget) -> Result<Lowere
     lowering.finish()
 }
 
-/// Where a value is while the program runs.
+/// Location of a value while the program runs.
 #[derive(Debug, Clone, PartialEq)]
-enum Place {
+enum ValueLocation {
     Input(Input),
     Const,
     View(View),
-    Cache { layer: usize, kind: CacheKind },
+    Cache { layer: usize, kind: KeysOrValues },
 }
 
-struct Lowering<'g> {
+struct CpuLowering<'g> {
     graph: &'g Graph,
     limits: &'g Limits,
     target: CpuTarget,
-    /// Columns that are also there as 8-bit integers, and those with their scales.
+    /// Views that already have 8-bit codes, with the views of those codes and scales.
     quantized: HashMap<View, (View, View)>,
     users: Vec<Vec<Value>>,
-    places: Vec<Option<Place>>,
+    places: Vec<Option<ValueLocation>>,
     weight_indices: HashMap<(Value, Storage), usize>,
     weights: Vec<WeightSpec>,
     constants: Vec<ConstRows>,
     buffers: Vec<BufferSpec>,
-    kernels: Vec<Kernel>,
+    kernels: Vec<ProgramKernel>,
     cache: Option<CacheSpec>,
 }
 
-impl Lowering<'_> {
-    fn node(&mut self, value: Value, node: &Node) -> Result<Place> {
+impl CpuLowering<'_> {
+    fn node(&mut self, value: Value, node: &Node) -> Result<ValueLocation> {
         let x = node.operands.first().copied();
         match (&node.op, x) {
-            (Op::Input(Input::KeyCache(layer)), _) => self.cache_input(node, *layer, CacheKind::Keys),
-            (Op::Input(Input::ValueCache(layer)), _) => self.cache_input(node, *layer, CacheKind::Values),
-            (Op::Input(input), _) => Ok(Place::Input(*input)),
-            (Op::Const(_), _) => Ok(Place::Const),
+            (Op::Input(Input::KeyCache(layer)), _) => self.cache_input(node, *layer, KeysOrValues::Keys),
+            (Op::Input(Input::ValueCache(layer)), _) => self.cache_input(node, *layer, KeysOrValues::Values),
+            (Op::Input(input), _) => Ok(ValueLocation::Input(*input)),
+            (Op::Const(_), _) => Ok(ValueLocation::Const),
             (Op::Gather, Some(x)) => {
                 let indices = self.indices(node, x)?;
                 let table = match self.place(node.operands[1]) {
-                    Some(Place::Const) => Table::Weight(self.weight(node.operands[1], Storage::RowMajor)?),
+                    Some(ValueLocation::Const) => Table::Weight(self.weight(node.operands[1], Storage::RowMajor)?),
                     _ => Table::View(self.view(node, node.operands[1])?),
                 };
                 let out = self.buffer(node, DType::F32)?;
-                self.emit(Kernel::Gather { indices, table, out }, out)
+                self.emit(ProgramKernel::Gather { indices, table, out }, out)
             }
             (Op::RotaryAngle { trig, theta, rotary_dim }, Some(x)) => {
                 let indices = self.indices(node, x)?;
@@ -126,14 +126,14 @@ impl Lowering<'_> {
                     content,
                 ));
                 let out = self.buffer(node, DType::F32)?;
-                self.emit(Kernel::Gather { indices, table, out }, out)
+                self.emit(ProgramKernel::Gather { indices, table, out }, out)
             }
             (Op::LayerNorm { eps }, Some(x)) => {
                 let x = self.view(node, x)?;
                 let gamma = self.weight(node.operands[1], Storage::RowMajor)?;
                 let beta = self.weight(node.operands[2], Storage::RowMajor)?;
                 let out = self.buffer(node, self.stored_dtype(value))?;
-                self.emit(Kernel::LayerNorm { x, gamma, beta, eps: *eps as f32, out }, out)
+                self.emit(ProgramKernel::LayerNorm { x, gamma, beta, eps: *eps as f32, out }, out)
             }
             (Op::Linear, Some(x)) => {
                 let x = self.view(node, x)?;
@@ -145,28 +145,28 @@ impl Lowering<'_> {
             }
             (Op::Columns { start, width }, Some(x)) => {
                 let x = self.view(node, x)?;
-                Ok(Place::View(View { buffer: x.buffer, column: x.column + start, width: *width }))
+                Ok(ValueLocation::View(View { buffer: x.buffer, column: x.column + start, width: *width }))
             }
             (Op::Rotary { head_dim }, Some(x)) => {
                 let x = self.view(node, x)?;
                 let cos = self.view(node, node.operands[1])?;
                 let sin = self.view(node, node.operands[2])?;
                 let out = self.buffer(node, DType::F32)?;
-                self.emit(Kernel::Rotary { x, cos, sin, head_dim: *head_dim, out }, out)
+                self.emit(ProgramKernel::Rotary { x, cos, sin, head_dim: *head_dim, out }, out)
             }
             (Op::CacheUpdate, Some(cache)) => {
-                let Some(Place::Cache { layer, kind }) = self.place(cache) else {
+                let Some(ValueLocation::Cache { layer, kind }) = self.place(cache) else {
                     return Err(fail(node, "its cache is not a cache of the step"));
                 };
                 let x = self.view(node, node.operands[1])?;
-                self.kernels.push(Kernel::Store { x, layer, kind });
-                Ok(Place::Cache { layer, kind })
+                self.kernels.push(ProgramKernel::Store { x, layer, kind });
+                Ok(ValueLocation::Cache { layer, kind })
             }
             (Op::Attention { scale }, Some(q)) => {
                 let caches = [self.place(node.operands[1]), self.place(node.operands[2])];
                 let [
-                    Some(Place::Cache { layer, kind: CacheKind::Keys }),
-                    Some(Place::Cache { layer: same, kind: CacheKind::Values }),
+                    Some(ValueLocation::Cache { layer, kind: KeysOrValues::Keys }),
+                    Some(ValueLocation::Cache { layer: same, kind: KeysOrValues::Values }),
                 ] = caches
                 else {
                     return Err(fail(node, "its keys and values are not caches of the step"));
@@ -176,44 +176,45 @@ impl Lowering<'_> {
                 }
                 let q = self.view(node, q)?;
                 let out = self.buffer(node, self.stored_dtype(value))?;
-                self.emit(Kernel::Attention { q, layer, scale: *scale, out }, out)
+                self.emit(ProgramKernel::Attention { q, layer, scale: *scale, out }, out)
             }
             (Op::Cast(dtype), Some(x)) => {
                 let x = self.view(node, x)?;
                 let into_cache = self.users[value.index()].iter().all(|u| self.graph.node(*u).op == Op::CacheUpdate);
                 if self.buffers[x.buffer].dtype == *dtype || into_cache {
-                    return Ok(Place::View(x));
+                    return Ok(ValueLocation::View(x));
                 }
                 let out = self.buffer(node, *dtype)?;
-                self.emit(Kernel::Convert { x, out }, out)
+                self.emit(ProgramKernel::Convert { x, out }, out)
             }
             (Op::Relu2, Some(x)) => {
                 let x = self.view(node, x)?;
                 let out = self.buffer(node, self.stored_dtype(value))?;
-                self.emit(Kernel::Relu2 { x, out }, out)
+                self.emit(ProgramKernel::Relu2 { x, out }, out)
             }
-            (Op::RoundToF8 { scale }, Some(x)) => {
+            (Op::FakeQuantizeF8 { scale }, Some(x)) => {
                 let x = self.view(node, x)?;
                 let out = self.buffer(node, DType::F32)?;
-                self.emit(Kernel::RoundToF8 { x, scale: *scale, out }, out)
+                self.emit(ProgramKernel::FakeQuantizeF8 { x, scale: *scale, out }, out)
             }
             (Op::AddScalar(scalar), Some(x)) => {
                 let x = self.view(node, x)?;
                 let out = self.buffer(node, self.stored_dtype(value))?;
-                self.emit(Kernel::AddScalar { x, scalar: *scalar, out }, out)
+                self.emit(ProgramKernel::AddScalar { x, scalar: *scalar, out }, out)
             }
             (Op::Add, Some(x)) => {
                 let x = self.view(node, x)?;
                 let y = self.view(node, node.operands[1])?;
                 let out = self.buffer(node, DType::F32)?;
-                self.emit(Kernel::Add { x, y, out }, out)
+                self.emit(ProgramKernel::Add { x, y, out }, out)
             }
             (_, None) => Err(fail(node, "it has no operands")),
         }
     }
 
-    /// A linear layer, with what follows it where that is its only use; `group` inputs share a scale, if it has scales.
-    fn linear(&mut self, value: Value, node: &Node, x: View, group: Option<usize>) -> Result<Place> {
+    /// Emits a linear layer, with its epilogue fused if that is the layer's only user; `group` is the quantization
+    /// group size.
+    fn linear(&mut self, value: Value, node: &Node, x: View, group: Option<usize>) -> Result<ValueLocation> {
         let dtype = self.graph.node(node.operands[1]).ty.dtype;
         let per_channel = group == Some(x.width);
         let (x, x_scales) = match self.target.quantize_activations && dtype == DType::I8 && per_channel {
@@ -233,7 +234,7 @@ impl Lowering<'_> {
             None => None,
         };
         let group = group.unwrap_or(x.width);
-        let kernel = |epilogue, out| Kernel::Linear { x, x_scales, weight, scales, group, epilogue, out };
+        let kernel = |epilogue, out| ProgramKernel::Linear { x, x_scales, weight, scales, group, epilogue, out };
         if let [user] = self.users[value.index()][..] {
             let next = self.graph.node(user);
             if next.op == Op::Relu2 {
@@ -252,7 +253,7 @@ impl Lowering<'_> {
         self.emit(kernel(Epilogue::Store, out), out)
     }
 
-    /// Columns as 8-bit integers and their scales, computed once for all linear layers that read them.
+    /// Quantizes columns to 8-bit integers with per-row scales, once for all linear layers that read them.
     fn quantize(&mut self, x: View) -> (View, View) {
         if let Some(found) = self.quantized.get(&x) {
             return *found;
@@ -264,20 +265,20 @@ impl Lowering<'_> {
         };
         let codes = add(format!("{name}.int8"), x.width, DType::I8);
         let scales = add(format!("{name}.scales"), 1, DType::F32);
-        self.kernels.push(Kernel::Quantize { x, out: codes.buffer, scales: scales.buffer });
+        self.kernels.push(ProgramKernel::Quantize { x, out: codes.buffer, scales: scales.buffer });
         self.quantized.insert(x, (codes, scales));
         (codes, scales)
     }
 
-    /// The buffer that `user = residual + layer` can add to in place: it is computed, whole, and nothing reads the
-    /// residual after the layer.
+    /// The buffer that `user = residual + layer` can accumulate into in place: a computed, whole buffer that nothing
+    /// reads after the layer.
     fn residual(&self, layer: Value, user: Value) -> Option<usize> {
         let node = self.graph.node(user);
         if node.op != Op::Add {
             return None;
         }
         let residual = *node.operands.iter().find(|v| **v != layer)?;
-        let Some(Place::View(view)) = self.place(residual) else { return None };
+        let Some(ValueLocation::View(view)) = self.place(residual) else { return None };
         let whole = view.width == self.buffers[view.buffer].width && self.buffers[view.buffer].dtype == DType::F32;
         let last_use = self.users[residual.index()].iter().all(|u| *u == user || *u < layer);
         let aliased = self.users[residual.index()]
@@ -287,7 +288,7 @@ impl Lowering<'_> {
         (whole && last_use && !aliased && !is_output).then_some(view.buffer)
     }
 
-    /// The element type to store a value in: what all its users convert it to, or FP32.
+    /// Element type to store a value in: the type that all its users convert it to, or FP32.
     fn stored_dtype(&self, value: Value) -> DType {
         let mut users = self.users[value.index()].iter().map(|u| match self.graph.node(*u).op {
             Op::Cast(dtype) => dtype,
@@ -299,13 +300,13 @@ impl Lowering<'_> {
         }
     }
 
-    fn place(&self, value: Value) -> Option<Place> {
+    fn place(&self, value: Value) -> Option<ValueLocation> {
         self.places[value.index()].clone()
     }
 
     fn view(&self, user: &Node, value: Value) -> Result<View> {
         match self.place(value) {
-            Some(Place::View(view)) => Ok(view),
+            Some(ValueLocation::View(view)) => Ok(view),
             place => {
                 let name = &self.graph.node(value).name;
                 Err(fail(user, &format!("operand {name} is {place:?}, the CPU needs it computed by the step")))
@@ -315,9 +316,9 @@ impl Lowering<'_> {
 
     fn indices(&self, user: &Node, value: Value) -> Result<Indices> {
         match self.place(value) {
-            Some(Place::Input(Input::TokenIds)) => Ok(Indices::TokenIds),
-            Some(Place::Input(Input::Positions)) => Ok(Indices::Positions),
-            Some(Place::Input(Input::LogitsRows)) => Ok(Indices::LogitsRows),
+            Some(ValueLocation::Input(Input::TokenIds)) => Ok(Indices::TokenIds),
+            Some(ValueLocation::Input(Input::Positions)) => Ok(Indices::Positions),
+            Some(ValueLocation::Input(Input::LogitsRows)) => Ok(Indices::LogitsRows),
             place => Err(fail(user, &format!("its indices are {place:?}, not supplied by the step"))),
         }
     }
@@ -347,7 +348,7 @@ impl Lowering<'_> {
         self.weights.len() - 1
     }
 
-    fn cache_input(&mut self, node: &Node, layer: usize, kind: CacheKind) -> Result<Place> {
+    fn cache_input(&mut self, node: &Node, layer: usize, kind: KeysOrValues) -> Result<ValueLocation> {
         let [_, kv_heads, _, head_dim] = node.ty.shape[..] else {
             return Err(fail(node, "a cache has four dimensions"));
         };
@@ -359,7 +360,7 @@ impl Lowering<'_> {
             return Err(fail(node, "all layers' caches must have one shape"));
         }
         cache.layers = cache.layers.max(layer + 1);
-        Ok(Place::Cache { layer, kind })
+        Ok(ValueLocation::Cache { layer, kind })
     }
 
     fn buffer(&mut self, node: &Node, dtype: DType) -> Result<usize> {
@@ -373,15 +374,15 @@ impl Lowering<'_> {
         Ok(self.buffers.len() - 1)
     }
 
-    fn emit(&mut self, kernel: Kernel, out: usize) -> Result<Place> {
+    fn emit(&mut self, kernel: ProgramKernel, out: usize) -> Result<ValueLocation> {
         self.kernels.push(kernel);
-        Ok(Place::View(View { buffer: out, column: 0, width: self.buffers[out].width }))
+        Ok(ValueLocation::View(View { buffer: out, column: 0, width: self.buffers[out].width }))
     }
 
-    fn finish(mut self) -> Result<Lowered> {
+    fn finish(mut self) -> Result<LoweredProgram> {
         let refuse = |detail: String| Error::Graph { op: "program".into(), name: "cpu".into(), detail };
         let logits = self.graph.outputs().iter().find_map(|v| match self.place(*v) {
-            Some(Place::View(view)) => Some(view.buffer),
+            Some(ValueLocation::View(view)) => Some(view.buffer),
             _ => None,
         });
         let logits = logits.ok_or_else(|| refuse("the graph returns no logits".into()))?;
@@ -400,7 +401,7 @@ impl Lowering<'_> {
             logits,
         };
         program.validate().map_err(refuse)?;
-        Ok(Lowered { program, constants: self.constants })
+        Ok(LoweredProgram { program, constants: self.constants })
     }
 }
 
@@ -408,8 +409,8 @@ fn fail(node: &Node, detail: &str) -> Error {
     Error::Graph { op: node.op.kind().into(), name: node.name.clone(), detail: detail.into() }
 }
 
-/// Gives every buffer the lowest offset that is free while it lives (first fit). Returns the arena's size.
-fn plan_arena(buffers: &mut [BufferSpec], kernels: &[Kernel], logits: usize, limits: &Limits) -> Option<usize> {
+/// Assigns every buffer the lowest offset that is free throughout its lifetime (first fit). Returns the arena's size.
+fn plan_arena(buffers: &mut [BufferSpec], kernels: &[ProgramKernel], logits: usize, limits: &Limits) -> Option<usize> {
     let mut lives: Vec<Option<(usize, usize)>> = vec![None; buffers.len()];
     for (time, kernel) in kernels.iter().enumerate() {
         let touched = kernel.reads().into_iter().map(|v| v.buffer).chain(kernel.writes());

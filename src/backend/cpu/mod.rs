@@ -1,5 +1,5 @@
-//! The CPU backend: the reference for numerics and the default where there is no GPU. A graph is lowered to a
-//! [`program::Program`] and packed weights at build time; the executor maps both and runs them.
+//! The CPU backend: the numerical reference, and the default where there is no GPU. At build time a graph is lowered to
+//! a [`program::Program`] and packed weights; the executor maps both and runs the program.
 
 pub mod executor;
 pub mod kernels;

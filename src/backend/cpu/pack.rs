@@ -1,16 +1,16 @@
-//! How a plan's constants are stored: as the kernels read them.
+//! Storage of a plan's constants in the layout that the kernels read.
 
 use half::bf16;
 
-use super::lower::Lowered;
+use super::lower::LoweredProgram;
 use super::program::{Storage, WeightSpec};
 use crate::backend::constants::stored_dtype;
-use crate::backend::packing::Item;
+use crate::backend::packing::PackItem;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
-/// Order of the weights in their file: panels in the order of use (whole cache lines, so all of them stay aligned), then
-/// tables, FP32 before BF16.
+/// Order of the weights in their file: packed panels in order of use (whole cache lines, so all of them stay aligned),
+/// then tables, FP32 before BF16.
 pub fn file_order(weights: &[WeightSpec]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..weights.len()).collect();
     order.sort_by_key(|i| match weights[*i].storage {
@@ -20,11 +20,11 @@ pub fn file_order(weights: &[WeightSpec]) -> Vec<usize> {
     order
 }
 
-/// The safetensors file of a plan's weights, for [`packing`](crate::backend::packing) to write.
-pub fn items(lowered: &Lowered) -> Vec<Item<'_>> {
+/// Items of the plan's safetensors file, for [`packing`](crate::backend::packing) to write.
+pub fn items(lowered: &LoweredProgram) -> Vec<PackItem<'_>> {
     let item = |index: usize| {
         let (spec, content) = (&lowered.program.weights[index], &lowered.constants[index]);
-        Item {
+        PackItem {
             name: &spec.name,
             stored: (stored_dtype(spec.dtype), spec.stored_shape()),
             content,
@@ -36,13 +36,13 @@ pub fn items(lowered: &Lowered) -> Vec<Item<'_>> {
     file_order(&lowered.program.weights).into_iter().map(item).collect()
 }
 
-/// Bytes of that file, header included, or a little more.
+/// Upper bound, close to exact, on that file's size in bytes, header included.
 pub fn packed_bytes(weights: &[WeightSpec]) -> u64 {
     let data: u64 = weights.iter().filter_map(|w| w.stored_bytes()).map(|b| b as u64).sum();
     data + 128 * weights.len() as u64
 }
 
-/// Rows of a weight as stored; codes come as numbers.
+/// Encodes rows of a weight as stored; codes come as numbers.
 fn store(spec: &WeightSpec, rows: &[f32]) -> Result<Vec<u8>> {
     match (spec.storage, spec.dtype) {
         (Storage::Packed { packing, operand }, _) => Ok(packing.pack(operand, rows, spec.columns)),

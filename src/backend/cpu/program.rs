@@ -1,5 +1,5 @@
-//! The CPU's plan: kernel calls in order over one arena, and the weights they read. Stored as JSON in the engine
-//! package, so it is checked in full before it runs.
+//! The CPU plan: a sequence of kernel calls over one arena, and the weights they read. It is stored as JSON in the
+//! engine package and therefore validated in full before it runs.
 
 mod kernel;
 
@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::kernel::{CacheKind, CacheUse, Indices, Kernel, Operands, Table, View, WeightRule};
+pub use self::kernel::{CacheUse, Indices, KeysOrValues, Operands, ProgramKernel, Table, View, WeightRule};
 use super::kernels::attention::{LANES, MAX_HEAD_DIM};
 pub use super::kernels::linear::Epilogue;
 use super::kernels::linear::{self, Operand, Packing};
@@ -16,9 +16,9 @@ use crate::error::clip;
 use crate::isa::CpuFeatures;
 use crate::tensor::DType;
 
-/// Version of this format; a package of another version is refused.
+/// Version of the format; packages of other versions are refused.
 pub const PROGRAM_VERSION: u32 = 2;
-/// Alignment of buffers in the arena and of weights in their file, in bytes.
+/// Alignment in bytes of buffers in the arena and of weights in their file.
 pub const ALIGN: usize = 64;
 
 /// A scheduled program.
@@ -27,32 +27,32 @@ pub const ALIGN: usize = 64;
 pub struct Program {
     /// [`PROGRAM_VERSION`].
     pub version: u32,
-    /// The CPU that the packings of its weights were chosen for. It runs on others too.
+    /// CPU that the weights' packings were chosen for. The program runs on others too.
     pub cpu: CpuFeatures,
-    /// The limits that the arena was planned for.
+    /// Limits that the arena was planned for.
     pub limits: Limits,
-    /// The caches.
+    /// Shape of the KV caches.
     pub cache: CacheSpec,
-    /// What the kernels read from the weights file.
+    /// Weights that the kernels read from the weights file.
     pub weights: Vec<WeightSpec>,
-    /// Places in the arena; those whose lives do not overlap share bytes.
+    /// Buffers in the arena; those with disjoint lifetimes share bytes.
     pub buffers: Vec<BufferSpec>,
-    /// Size of the arena.
+    /// Size of the arena in bytes.
     pub arena_bytes: usize,
-    /// The calls, in order.
-    pub kernels: Vec<Kernel>,
-    /// Buffer that holds the logits at the end, `f32[logits rows, vocab_size]`.
+    /// Kernel calls, in order.
+    pub kernels: Vec<ProgramKernel>,
+    /// Buffer that holds the logits at the end of a step, `f32[logits rows, vocab_size]`.
     pub logits: usize,
 }
 
-/// One KV cache per layer, `[slots, kv_heads, capacity, padded head_dim]`, keys and values each; how a head lies in it
-/// is told in [`super::kernels::attention`].
+/// One KV cache per layer, `[slots, kv_heads, capacity, padded head_dim]` for keys and for values; see
+/// [`super::kernels::attention`] for the layout within a head.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CacheSpec {
-    /// Layers.
+    /// Number of layers.
     pub layers: usize,
-    /// Heads of keys and of values.
+    /// Number of KV heads.
     pub kv_heads: usize,
     /// Width of one head.
     pub head_dim: usize,
@@ -61,17 +61,17 @@ pub struct CacheSpec {
 }
 
 impl CacheSpec {
-    /// Bytes of keys and values of one token of one slot.
+    /// Bytes of keys and values per token of one slot.
     pub fn bytes_per_token(&self) -> usize {
         2 * self.layers * self.kv_heads * self.padded_dim() * self.dtype.bytes()
     }
 
-    /// Width of a head in memory: padded with zeros to whole vectors.
+    /// Width of a head in memory: zero-padded to a whole number of vectors.
     pub fn padded_dim(&self) -> usize {
         self.head_dim.next_multiple_of(LANES)
     }
 
-    /// Elements of one head of one slot's keys (or values): whole groups of positions.
+    /// Elements of one head of one slot's keys (or values), rounded up to whole groups of positions.
     pub fn head_elements(&self, limits: &Limits) -> Option<usize> {
         limits.max_sequence_tokens.checked_next_multiple_of(LANES)?.checked_mul(self.padded_dim())
     }
@@ -90,34 +90,34 @@ impl CacheSpec {
     }
 }
 
-/// How a weight is stored in its file.
+/// Storage layout of a weight in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Storage {
     /// `[rows, columns]`, row-major.
     RowMajor,
-    /// As an operand of a linear kernel.
+    /// Operand of a linear kernel.
     Packed {
         /// The kernel.
         packing: Packing,
-        /// Which of its operands this is.
+        /// Role of this weight in the kernel.
         operand: Operand,
     },
 }
 
-/// A weight of the package: logical shape `[rows, columns]`, stored as `storage` says.
+/// A weight of the package: logical shape `[rows, columns]`, laid out as `storage` says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WeightSpec {
     /// Name in the weights file.
     pub name: String,
-    /// Storage.
+    /// Layout in the file.
     pub storage: Storage,
     /// Element type.
     pub dtype: DType,
-    /// Rows; outputs of a linear layer.
+    /// Rows: the outputs of a linear layer.
     pub rows: usize,
-    /// Columns; inputs of a linear layer, or groups of them that share a scale.
+    /// Columns: the inputs of a linear layer, or the groups of a scale operand.
     pub columns: usize,
 }
 
@@ -130,7 +130,7 @@ impl WeightSpec {
         }
     }
 
-    /// Rows that are stored together: storing starts at multiples of it.
+    /// Granularity in rows: storing may only start at multiples of it.
     pub fn unit_rows(&self) -> usize {
         match self.storage {
             Storage::RowMajor => 1,
@@ -159,18 +159,18 @@ impl WeightSpec {
     }
 }
 
-/// How many rows a buffer has in a step.
+/// Number of rows of a buffer in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowCount {
     /// One per new token.
     Tokens,
-    /// One per wanted row of logits.
+    /// One per requested row of logits.
     LogitsRows,
 }
 
 impl RowCount {
-    /// The most there can be.
+    /// Upper bound within the limits.
     pub fn max(self, limits: &Limits) -> usize {
         match self {
             RowCount::Tokens => limits.max_step_tokens,
@@ -179,31 +179,31 @@ impl RowCount {
     }
 }
 
-/// A buffer: `[rows, width]`, row-major, at `offset` bytes in the arena.
+/// A buffer: `[rows, width]`, row-major, `offset` bytes into the arena.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BufferSpec {
-    /// The graph value it first holds.
+    /// Graph value that it holds first.
     pub name: String,
-    /// Rows in a step.
+    /// Number of rows in a step.
     pub rows: RowCount,
     /// Elements of a row.
     pub width: usize,
-    /// F32, BF16 or, quantized, I8.
+    /// F32, BF16 or, for quantized activations, I8.
     pub dtype: DType,
     /// Bytes from the start of the arena, a multiple of [`ALIGN`].
     pub offset: usize,
 }
 
 impl BufferSpec {
-    /// Bytes at the limits.
+    /// Size in bytes at the limits.
     pub fn max_bytes(&self, limits: &Limits) -> Option<usize> {
         self.rows.max(limits).checked_mul(self.width)?.checked_mul(self.dtype.bytes())
     }
 }
 
 impl fmt::Display for Program {
-    /// One line a kernel, for people: `out = name attributes (reads; weights)`.
+    /// Text listing, one line per kernel: `out = name attributes (reads; weights)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let buffer = |index: usize| clip(self.buffers.get(index).map_or("?", |b| b.name.as_str()));
         let weight = |index: usize| clip(self.weights.get(index).map_or("?", |w| w.name.as_str()));
@@ -231,10 +231,10 @@ impl fmt::Display for Program {
 }
 
 impl Program {
-    /// A sentence for a user whose CPU has better packings than those that the program was built with.
+    /// A sentence for the user if this CPU supports faster packings than the program was built with.
     pub fn repacking_note(&self, features: CpuFeatures) -> Option<String> {
-        let is_better = |kernel: &Kernel| {
-            let Kernel::Linear { x, weight, .. } = kernel else { return false };
+        let is_better = |kernel: &ProgramKernel| {
+            let ProgramKernel::Linear { x, weight, .. } = kernel else { return false };
             let (Some(x), Some(weight)) = (self.buffers.get(x.buffer), self.weights.get(*weight)) else { return false };
             let Storage::Packed { packing, .. } = weight.storage else { return false };
             linear::choose(weight.dtype, x.dtype, features).is_some_and(|best| best != packing)
@@ -248,9 +248,9 @@ impl Program {
         })
     }
 
-    /// Checks everything that running the program relies on; the error says what does not fit.
+    /// Checks everything that running the program relies on; the error says what is inconsistent.
     pub fn validate(&self) -> Result<(), String> {
-        // Names in the message are the file's.
+        // Names in the message come from the file, so they may be arbitrarily long or contain control characters.
         self.check_all().map_err(clip)
     }
 

@@ -1,32 +1,34 @@
-//! Runs the kernels of one step: finds each call's operands in the arena and hands them to the kernel.
+//! Runs the kernels of one step: locates each call's operands in the arena and calls the kernel.
 
 use std::ops::Range;
 
 use half::bf16;
 use rayon::prelude::*;
 
-use super::executor::Weights;
+use super::executor::MappedWeights;
 use super::kernels::attention::{self, QUERY_GROUP};
 use super::kernels::linear::{Activations, LinearShape, PackedWeight, linear};
 use super::kernels::rowwise::{self, RowsMut, Unary};
-use super::kernels::{Element, Rows};
-use super::program::{BufferSpec, CacheKind, CacheSpec, Indices, Kernel, Program, RowCount, Storage, Table, View};
+use super::kernels::{FloatElement, RowsRef};
+use super::program::{
+    BufferSpec, CacheSpec, Indices, KeysOrValues, Program, ProgramKernel, RowCount, Storage, Table, View,
+};
 use crate::backend::{Limits, Step};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::tensor::DType;
 
-/// Query rows times heads times positions below which attention is not worth waking other threads.
+/// Work (query rows × heads × positions) below which waking other threads for attention does not pay off.
 const SERIAL_ATTENTION: usize = 1 << 10;
 
-/// One step on its way. Every index and shape below was checked by [`Program::validate`] and against the step.
-pub(super) struct Run<'a> {
+/// State of one running step. Every index and shape was checked by [`Program::validate`] and against the step.
+pub(super) struct StepRun<'a> {
     pub step: &'a Step,
     pub positions: &'a [u32], // [tokens]
     pub slots: &'a [u32],     // [tokens]
     pub program: &'a Program,
     pub limits: &'a Limits,
-    pub weights: &'a Weights,
+    pub weights: &'a MappedWeights,
     pub arena: &'a mut [u8],
     pub cache: &'a mut [u8], // [layers, keys and values, slots, kv_heads, head_elements]
     pub isa: Isa,
@@ -49,17 +51,17 @@ macro_rules! with_float {
     };
 }
 
-impl Run<'_> {
+impl StepRun<'_> {
     /// Runs one call.
     ///
     /// # Errors
-    /// [`Error::Internal`] where the program is not what was checked.
-    pub fn kernel(&mut self, kernel: &Kernel) -> Result<()> {
+    /// [`Error::Internal`] if the program is not the one that was validated.
+    pub fn kernel(&mut self, kernel: &ProgramKernel) -> Result<()> {
         let isa = self.isa;
         let program = self.program;
         let weights = self.weights;
         match *kernel {
-            Kernel::Gather { indices, table, out } => {
+            ProgramKernel::Gather { indices, table, out } => {
                 let indices = match indices {
                     Indices::TokenIds => self.step.tokens(),
                     Indices::Positions => self.positions,
@@ -69,7 +71,7 @@ impl Run<'_> {
                     Table::Weight(w) => {
                         let width = program.weights[w].columns;
                         with_float!(program.weights[w].dtype, T => {
-                            let table = Rows::new(weights.data::<T>(w), width, width);
+                            let table = RowsRef::new(weights.data::<T>(w), width, width);
                             let ([], [out]) = self.buffers([], [out])?;
                             rowwise::gather(table, indices, out.rows_mut());
                         });
@@ -80,14 +82,14 @@ impl Run<'_> {
                     }
                 }
             }
-            Kernel::LayerNorm { x, gamma, beta, eps, out } => {
+            ProgramKernel::LayerNorm { x, gamma, beta, eps, out } => {
                 let (gamma, beta) = (weights.data::<f32>(gamma), weights.data::<f32>(beta));
                 let ([x], [out]) = self.buffers([x], [out])?;
                 with_float!(out.spec.dtype, O => {
                     rowwise::layer_norm::<O>(isa, x.rows(), gamma, beta, eps, out.rows_mut());
                 });
             }
-            Kernel::Linear { x, x_scales, weight, scales, group, epilogue, out } => {
+            ProgramKernel::Linear { x, x_scales, weight, scales, group, epilogue, out } => {
                 let spec = &program.weights[weight];
                 let Storage::Packed { packing, .. } = spec.storage else {
                     return Err(Error::internal(format!("`{}` is stored by rows", spec.name), "a packed weight"));
@@ -104,24 +106,24 @@ impl Run<'_> {
                 };
                 with_float!(out.spec.dtype, O => linear(isa, x, weight, epilogue, out.rows_mut::<O>())?);
             }
-            Kernel::Quantize { x, out, scales } => {
+            ProgramKernel::Quantize { x, out, scales } => {
                 let ([x], [codes, scales]) = self.buffers([x], [out, scales])?;
                 let (codes, scales) = (codes.rows_mut(), scales.rows_mut());
                 with_float!(x.spec.dtype, T => rowwise::quantize::<T>(isa, x.rows(), codes, scales));
             }
-            Kernel::Rotary { x, cos, sin, head_dim, out } => {
+            ProgramKernel::Rotary { x, cos, sin, head_dim, out } => {
                 let ([x, cos, sin], [out]) = self.buffers([x, cos, sin], [out])?;
                 rowwise::rotary::<f32>(isa, x.rows(), cos.rows(), sin.rows(), head_dim, out.rows_mut());
             }
-            Kernel::Store { x, layer, kind } => self.store(x, layer, kind)?,
-            Kernel::Attention { q, layer, scale, out } => {
+            ProgramKernel::Store { x, layer, kind } => self.store(x, layer, kind)?,
+            ProgramKernel::Attention { q, layer, scale, out } => {
                 with_float!(program.cache.dtype, C => self.attention::<C>(q, layer, scale, out)?)
             }
-            Kernel::Convert { x, out } => self.unary(Unary::Convert, x, out)?,
-            Kernel::Relu2 { x, out } => self.unary(Unary::Relu2, x, out)?,
-            Kernel::RoundToF8 { x, scale, out } => self.unary(Unary::RoundToF8(scale), x, out)?,
-            Kernel::AddScalar { x, scalar, out } => self.unary(Unary::AddScalar(scalar), x, out)?,
-            Kernel::Add { x, y, out } => {
+            ProgramKernel::Convert { x, out } => self.unary(Unary::Convert, x, out)?,
+            ProgramKernel::Relu2 { x, out } => self.unary(Unary::Relu2, x, out)?,
+            ProgramKernel::FakeQuantizeF8 { x, scale, out } => self.unary(Unary::FakeQuantizeF8(scale), x, out)?,
+            ProgramKernel::AddScalar { x, scalar, out } => self.unary(Unary::AddScalar(scalar), x, out)?,
+            ProgramKernel::Add { x, y, out } => {
                 let ([x, y], [out]) = self.buffers([x, y], [out])?;
                 rowwise::add(x.rows(), y.rows(), out.rows_mut());
             }
@@ -137,7 +139,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// The largest magnitude in the columns of a buffer of floats; infinite if there is a NaN.
+    /// Largest magnitude in the columns of a buffer of floats; infinite if one is NaN.
     pub fn magnitude(&self, x: View) -> Result<f32> {
         let rows = self.row_count(&self.program.buffers[x.buffer]);
         let x = source(self.arena, self.program, self.limits, x, 0);
@@ -148,7 +150,7 @@ impl Run<'_> {
         })
     }
 
-    fn store(&mut self, x: View, layer: usize, kind: CacheKind) -> Result<()> {
+    fn store(&mut self, x: View, layer: usize, kind: KeysOrValues) -> Result<()> {
         let cache = &self.program.cache;
         let (head_dim, padded_dim, kv_heads) = (cache.head_dim, cache.padded_dim(), cache.kv_heads);
         let head_elements = head_elements(cache, self.limits)?;
@@ -162,8 +164,8 @@ impl Run<'_> {
                 for (head, x) in x.row(row).chunks_exact(head_dim).enumerate() {
                     let head = &mut heads[(slot * kv_heads + head) * head_elements..][..head_elements];
                     match kind {
-                        CacheKind::Keys => attention::store_keys(x, padded_dim, position, head),
-                        CacheKind::Values => attention::store_values(x, padded_dim, position, head),
+                        KeysOrValues::Keys => attention::store_keys(x, padded_dim, position, head),
+                        KeysOrValues::Values => attention::store_values(x, padded_dim, position, head),
                     }
                 }
             }
@@ -171,11 +173,11 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn attention<C: Element>(&mut self, q: View, layer: usize, scale: f32, out: usize) -> Result<()> {
+    fn attention<C: FloatElement>(&mut self, q: View, layer: usize, scale: f32, out: usize) -> Result<()> {
         let cache = &self.program.cache;
         let range = |kind| cache_range(cache, self.limits, layer, kind);
-        let keys: &[C] = bytemuck::cast_slice(&self.cache[range(CacheKind::Keys)?]);
-        let values: &[C] = bytemuck::cast_slice(&self.cache[range(CacheKind::Values)?]);
+        let keys: &[C] = bytemuck::cast_slice(&self.cache[range(KeysOrValues::Keys)?]);
+        let values: &[C] = bytemuck::cast_slice(&self.cache[range(KeysOrValues::Values)?]);
         let (slots, positions, isa) = (self.slots, self.positions, self.isa);
         let (head_dim, padded_dim) = (cache.head_dim, cache.padded_dim());
         let head_elements = head_elements(cache, self.limits)?;
@@ -184,19 +186,19 @@ impl Run<'_> {
         let rows = positions.len();
         let ([q], [out]) = split(self.arena, self.program, self.limits, [q], [(out, rows)])?;
         let q = q.rows::<f32>();
-        // What one head of the rows from `first` on is computed from.
+        // Operands of one head of the query rows starting at `first`.
         let operands = |first: usize, head: usize| {
             let kv_head = slots[first] as usize * kv_heads + head / (heads / kv_heads);
             let block = kv_head * head_elements..(kv_head + 1) * head_elements;
             let head_cache =
-                attention::Head { keys: &keys[block.clone()], values: &values[block], head_dim, padded_dim };
+                attention::CachedHead { keys: &keys[block.clone()], values: &values[block], head_dim, padded_dim };
             let (from_first, q_stride) = q.from_row(first);
             (&from_first[head * head_dim..], q_stride, head_cache, positions[first] as usize + 1)
         };
         with_float!(out.spec.dtype, O => {
             let RowsMut { data, stride, rows } = out.rows_mut::<O>();
             let data = &mut data[..rows * stride];
-            // Many rows: a task takes a few whole rows, so that neighbours share what they load.
+            // Many rows: each task takes a few whole rows, so that neighbouring rows share loads.
             let group_rows = |group: usize, out: &mut [O]| {
                 let (mut row, end) = (group * QUERY_GROUP, rows.min((group + 1) * QUERY_GROUP));
                 while row < end {
@@ -210,7 +212,7 @@ impl Run<'_> {
                     row += count;
                 }
             };
-            // Few rows: a task takes one head of one row.
+            // Few rows: each task takes one head of one row.
             let one_head = |index: usize, out: &mut [O]| {
                 let (q, q_stride, cache, len) = operands(index / heads, index % heads);
                 attention::attend(isa, 1, q, q_stride, cache, len, scale, out, head_dim);
@@ -229,7 +231,7 @@ impl Run<'_> {
     }
 }
 
-impl<'a> Run<'a> {
+impl<'a> StepRun<'a> {
     fn row_count(&self, spec: &BufferSpec) -> usize {
         match spec.rows {
             RowCount::Tokens => self.step.tokens().len(),
@@ -237,39 +239,39 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Some buffers to read and others, apart from them and each other, to write.
+    /// Borrows buffers to read and, disjoint from them and from each other, buffers to write.
     fn buffers<const N: usize, const M: usize>(
         &mut self,
         reads: [View; N],
         outs: [usize; M],
-    ) -> Result<([Source<'_>; N], [Target<'_>; M])> {
+    ) -> Result<([ReadView<'_>; N], [WriteView<'_>; M])> {
         let outs = outs.map(|out| (out, self.row_count(&self.program.buffers[out])));
         split(self.arena, self.program, self.limits, reads, outs)
     }
 }
 
 /// Columns of a buffer to read.
-struct Source<'a> {
+struct ReadView<'a> {
     bytes: &'a [u8], // from the first row's first element
     spec: &'a BufferSpec,
     view: View,
 }
 
 /// A buffer to write.
-struct Target<'a> {
+struct WriteView<'a> {
     bytes: &'a mut [u8],
     spec: &'a BufferSpec,
     rows: usize,
 }
 
-impl<'a> Source<'a> {
-    fn rows<T: bytemuck::Pod>(&self) -> Rows<'a, T> {
+impl<'a> ReadView<'a> {
+    fn rows<T: bytemuck::Pod>(&self) -> RowsRef<'a, T> {
         let elements: &'a [T] = bytemuck::cast_slice(self.bytes);
-        Rows::new(&elements[self.view.column..], self.spec.width, self.view.width)
+        RowsRef::new(&elements[self.view.column..], self.spec.width, self.view.width)
     }
 }
 
-impl<'a> Target<'a> {
+impl<'a> WriteView<'a> {
     fn rows_mut<T: bytemuck::Pod>(self) -> RowsMut<'a, T> {
         RowsMut { data: bytemuck::cast_slice_mut(self.bytes), stride: self.spec.width, rows: self.rows }
     }
@@ -279,24 +281,25 @@ fn byte_range(spec: &BufferSpec, limits: &Limits) -> Range<usize> {
     spec.offset..spec.offset + spec.rows.max(limits) * spec.width * spec.dtype.bytes()
 }
 
-fn source<'a>(arena: &'a [u8], program: &'a Program, limits: &Limits, view: View, arena_start: usize) -> Source<'a> {
+fn source<'a>(arena: &'a [u8], program: &'a Program, limits: &Limits, view: View, arena_start: usize) -> ReadView<'a> {
     let spec = &program.buffers[view.buffer];
     let range = byte_range(spec, limits);
-    Source { bytes: &arena[range.start - arena_start..range.end - arena_start], spec, view }
+    ReadView { bytes: &arena[range.start - arena_start..range.end - arena_start], spec, view }
 }
 
-/// Cuts the buffers that are written, with their rows, out of the arena; a valid program's reads lie between them.
+/// Splits the buffers to write, at their current number of rows, out of the arena; in a valid program, reads lie
+/// between them.
 fn split<'a, const N: usize, const M: usize>(
     arena: &'a mut [u8],
     program: &'a Program,
     limits: &Limits,
     reads: [View; N],
     outs: [(usize, usize); M],
-) -> Result<([Source<'a>; N], [Target<'a>; M])> {
-    /// A buffer that is written, by its place among those asked for, and what lies before it with its offset.
+) -> Result<([ReadView<'a>; N], [WriteView<'a>; M])> {
+    /// A buffer to write, with its index among the requested ones, and the arena before it with its offset.
     struct Cut<'a> {
         place: usize,
-        target: Target<'a>,
+        target: WriteView<'a>,
         before: (usize, &'a [u8]),
     }
     let mut in_order: [usize; M] = std::array::from_fn(|place| place);
@@ -313,7 +316,7 @@ fn split<'a, const N: usize, const M: usize>(
         let before = (rest_start, &*before);
         (rest, rest_start) = (behind, range.end);
         let (out, rows) = outs[place];
-        Cut { place, target: Target { bytes, spec: &program.buffers[out], rows }, before }
+        Cut { place, target: WriteView { bytes, spec: &program.buffers[out], rows }, before }
     });
     let rest = &*rest;
     let sources = reads.map(|view| {
@@ -332,8 +335,8 @@ fn head_elements(cache: &CacheSpec, limits: &Limits) -> Result<usize> {
 }
 
 /// Bytes of one layer's keys or values, all slots, in the cache.
-fn cache_range(cache: &CacheSpec, limits: &Limits, layer: usize, kind: CacheKind) -> Result<Range<usize>> {
+fn cache_range(cache: &CacheSpec, limits: &Limits, layer: usize, kind: KeysOrValues) -> Result<Range<usize>> {
     let bytes = cache.kv_heads * head_elements(cache, limits)? * limits.slots * cache.dtype.bytes();
-    let index = 2 * layer + usize::from(kind == CacheKind::Values);
+    let index = 2 * layer + usize::from(kind == KeysOrValues::Values);
     Ok(index * bytes..(index + 1) * bytes)
 }

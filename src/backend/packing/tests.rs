@@ -20,18 +20,18 @@ fn plain(expr: &Const, rows: usize, width: usize) -> ConstRows {
     ConstRows::new(expr, &Type::new(DType::F32, [Dim::fixed(rows), Dim::fixed(width)])).unwrap()
 }
 
-/// An item of FP32 rows, or of codes as numbers.
-fn item<'p>(name: &'p str, content: &'p ConstRows) -> Item<'p> {
+/// An item that stores rows as FP32, codes as numbers.
+fn item<'p>(name: &'p str, content: &'p ConstRows) -> PackItem<'p> {
     let store = |rows: &[f32]| Ok(rows.iter().flat_map(|value| value.to_le_bytes()).collect());
     let stored = (Dtype::F32, vec![content.rows(), content.width()]);
-    Item { name, stored, content, unit: 1, store: Box::new(store), finish: None }
+    PackItem { name, stored, content, unit: 1, store: Box::new(store), finish: None }
 }
 
-/// The files' bytes, the tensors' digests, and how many bytes were read.
-type Packed = (Vec<Vec<u8>>, Vec<[u8; 32]>, u64);
+/// Bytes of the files, digests of the tensors, and the number of bytes read.
+type PackedFiles = (Vec<Vec<u8>>, Vec<[u8; 32]>, u64);
 
 /// Packs files of these items.
-fn packed(files: Vec<Vec<Item<'_>>>, digest: bool) -> Result<Packed> {
+fn packed(files: Vec<Vec<PackItem<'_>>>, digest: bool) -> Result<PackedFiles> {
     let mut out: Vec<Vec<u8>> = files.iter().map(|_| Vec::new()).collect();
     let mut sinks: Vec<_> = out
         .iter_mut()
@@ -53,7 +53,7 @@ fn packed(files: Vec<Vec<Item<'_>>>, digest: bool) -> Result<Packed> {
     Ok((out, digests, read.into_inner()))
 }
 
-/// The matrices of two layers: name, expression, and the same in plain form.
+/// The matrices of two layers: name, expression, and flattened form.
 fn matrices() -> Vec<(String, Const, ConstRows)> {
     let mut all = Vec::new();
     for layer in 0..2 {
@@ -89,7 +89,7 @@ fn files_packed_together_are_those_packed_alone() {
         })
         .collect();
     let values = || matrices.iter().map(|(name, _, content)| item(name, content)).collect();
-    // Codes first and all scales behind them, or each scale behind its codes, or before them.
+    // Codes first and all scales after them; or each scale right after its codes; or scales first.
     let codes = |scheme: usize, order: &'static str| {
         let all = matrices.iter().zip(&quantized[scheme]).filter(|((name, ..), _)| !name.starts_with("norm"));
         let mut items = Vec::new();
@@ -106,7 +106,7 @@ fn files_packed_together_are_those_packed_alone() {
         items
     };
     let reversed = || {
-        let mut items: Vec<Item<'_>> = values();
+        let mut items: Vec<PackItem<'_>> = values();
         items.reverse();
         items
     };

@@ -241,7 +241,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
                 let (x, y) = (self.plain(x)?, self.plain(y)?);
                 Ok(LoweredValue::Plain(self.network.sum(x, y)?))
             }
-            Op::RoundToF8 { scale } => {
+            Op::FakeQuantizeF8 { scale } => {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scale = self.network.scalar(*scale, 0)?;

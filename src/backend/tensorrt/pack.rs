@@ -7,7 +7,7 @@ use safetensors::tensor::Dtype;
 
 use super::weights::{PlanWeight, WeightLayout};
 use crate::backend::constants::{RowForm, RowSource, stored_dtype};
-use crate::backend::packing::{Item, StoreAll, StoreRows};
+use crate::backend::packing::{PackItem, StoreAll, StoreRows};
 use crate::checkpoint::EMBEDDING;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -19,8 +19,8 @@ const TILE: usize = 64;
 /// the embedding last, as in CPU plans. 4-bit codes are packed two per byte, the first in the low half.
 ///
 /// # Errors
-/// [`Error::Graph`] for a weight whose content and layout do not go together.
-pub fn items(weights: &[PlanWeight]) -> Result<Vec<Item<'_>>> {
+/// [`Error::Graph`] for a weight that is stored in no known way.
+pub fn items(weights: &[PlanWeight]) -> Result<Vec<PackItem<'_>>> {
     let mut order: Vec<&PlanWeight> = weights.iter().collect();
     order.sort_by_key(|weight| is_table(weight));
     order.into_iter().map(item).collect()
@@ -31,7 +31,7 @@ fn is_table(weight: &PlanWeight) -> bool {
     matches!(weight.content.source(), RowSource::Tensors(names) if names == &[EMBEDDING])
 }
 
-fn item(weight: &PlanWeight) -> Result<Item<'_>> {
+fn item(weight: &PlanWeight) -> Result<PackItem<'_>> {
     let stored = (stored_dtype(weight.dtype), stored_shape(weight)?);
     let (content, columns) = (&weight.content, weight.content.columns());
     let fits = match (weight.layout, &weight.shape[..]) {
@@ -76,7 +76,7 @@ fn item(weight: &PlanWeight) -> Result<Item<'_>> {
             return Err(unexpected(weight, "only codes are stored as a transpose, and only scales are spread"));
         }
     };
-    Ok(Item { name: weight.name.as_str(), stored, content, unit: 1, store, finish })
+    Ok(PackItem { name: weight.name.as_str(), stored, content, unit: 1, store, finish })
 }
 
 /// Upper estimate of the size of the weights file, header included.

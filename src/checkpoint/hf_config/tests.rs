@@ -5,7 +5,7 @@ use super::super::json::parse_object;
 use super::super::testing::tiny_config;
 use super::*;
 
-/// What transformers 5 writes for a `NemotronConfig` with grouped heads.
+/// A `NemotronConfig` with grouped heads as written by transformers 5.
 const V5: &str = include_str!("v5.json");
 /// Transformers 4's form, with the keys that NeMo's converter and transformers' own writer left in such files.
 const V4: &str = include_str!("v4.json");

@@ -6,7 +6,7 @@ use super::config::NemoTokenizer;
 use super::container::Container;
 use crate::error::{Error, Result, clip};
 
-/// What a reference to a member starts with.
+/// Prefix of a reference to a member.
 const SCHEME: &str = "nemo:";
 /// Hexadecimal digits that NeMo puts before a file's name, and an underscore.
 const DIGITS: usize = 32;
@@ -15,7 +15,7 @@ const TOKENIZER_JSON: &str = "tokenizer.json";
 
 /// A tokenizer's file: the member that holds it, by what reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::checkpoint) enum TokenizerFile {
+pub(in crate::checkpoint) enum TokenizerArtifact {
     /// A SentencePiece model.
     SentencePiece(String),
     /// A tokenizer.json.
@@ -58,17 +58,20 @@ pub(in crate::checkpoint) fn artifact(container: &Container, reference: &str) ->
 /// # Errors
 /// [`Error::Unsupported`] for a tokenizer that is neither a SentencePiece model nor a tokenizer.json, and as
 /// [`artifact`].
-pub(in crate::checkpoint) fn tokenizer_file(container: &Container, tokenizer: &NemoTokenizer) -> Result<TokenizerFile> {
+pub(in crate::checkpoint) fn tokenizer_file(
+    container: &Container,
+    tokenizer: &NemoTokenizer,
+) -> Result<TokenizerArtifact> {
     let config = container.member_path("model_config.yaml");
     let references = [&tokenizer.model, &tokenizer.vocab_file].into_iter().flatten();
     match (tokenizer.library.as_str(), &tokenizer.model) {
-        ("sentencepiece", Some(reference)) => Ok(TokenizerFile::SentencePiece(artifact(container, reference)?)),
+        ("sentencepiece", Some(reference)) => Ok(TokenizerArtifact::SentencePiece(artifact(container, reference)?)),
         ("sentencepiece", None) => Err(Error::format(config, "the key tokenizer.model is missing")),
         ("huggingface", _) => {
             for reference in references.filter(|reference| reference.ends_with(TOKENIZER_JSON)) {
                 let name = artifact(container, reference)?;
                 if without_digits(&name) == TOKENIZER_JSON {
-                    return Ok(TokenizerFile::HuggingFace(name));
+                    return Ok(TokenizerArtifact::HuggingFace(name));
                 }
             }
             let kind = tokenizer.kind.as_deref().map_or(String::new(), |kind| format!(", {}", clip(kind)));
@@ -166,9 +169,9 @@ mod tests {
         let found = |library, model: Option<&str>, vocab: Option<&str>| {
             tokenizer_file(&container, &tokenizer(library, model, vocab))
         };
-        let expected = TokenizerFile::SentencePiece(model.clone());
+        let expected = TokenizerArtifact::SentencePiece(model.clone());
         assert_eq!(found("sentencepiece", Some(&nemo(&model)), None).unwrap(), expected);
-        let expected = TokenizerFile::HuggingFace(json.clone());
+        let expected = TokenizerArtifact::HuggingFace(json.clone());
         assert_eq!(found("huggingface", Some(&nemo(&json)), None).unwrap(), expected);
         assert_eq!(found("huggingface", None, Some("/x/tokenizer.json")).unwrap(), expected);
         for (error, reason) in [

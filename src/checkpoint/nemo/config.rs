@@ -190,8 +190,8 @@ const NEUTRAL: &[&str] = &[
     "use_avg_pool",
 ];
 
-/// How neutral keys start: memory, files and communication in training; mixtures of experts, of which there are none;
-/// and matrices multiplied in FP8 while training, whose weights are stored as any others.
+/// Prefixes of neutral keys: memory, files and communication in training; mixtures of experts, of which there are none;
+/// and FP8 training, which stores its weights like any other.
 const NEUTRAL_PREFIXES: &[&str] = &[
     "activations_checkpoint_",
     "cpu_offloading",
@@ -206,11 +206,11 @@ const NEUTRAL_PREFIXES: &[&str] = &[
     "ub_tp_comm_",
 ];
 
-/// What model_config.yaml says: a [`ModelConfig`] but for the vocabulary, which the tokenizer and the weights know, and
-/// what is needed to find both.
+/// Contents of model_config.yaml: a [`ModelConfig`] without the vocabulary, which the tokenizer and the weights
+/// determine, and the references needed to find both.
 #[derive(Debug, Clone, PartialEq)]
 pub(in crate::checkpoint) struct NemoConfig {
-    /// How messages call the file.
+    /// Name of the file in messages.
     path: PathBuf,
     /// Number of transformer blocks.
     pub num_layers: usize,
@@ -263,7 +263,7 @@ pub(in crate::checkpoint) struct NemoConfig {
 /// Where the tokenizer is, as the config's `tokenizer` says it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::checkpoint) struct NemoTokenizer {
-    /// What reads it: `sentencepiece`, `huggingface`, `megatron`.
+    /// The library that reads it: `sentencepiece`, `huggingface`, `megatron`.
     pub library: String,
     /// A reference to its file: `nemo:` and a member's name, or a path of the machine it was trained on.
     pub model: Option<String>,

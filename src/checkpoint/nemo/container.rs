@@ -1,5 +1,5 @@
-//! What a `.nemo` is packed in: a tar archive, mapped, or the folder that it unpacks to. Either way a list of named
-//! places in mapped files.
+//! The container of a `.nemo`: a mapped tar archive, or the folder that it unpacks to. Either is a list of named
+//! locations in mapped files.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,7 +16,7 @@ const MAX_DEPTH: usize = 8;
 
 /// Where a member's data lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::checkpoint) struct Place {
+pub(in crate::checkpoint) struct MemberLocation {
     /// Index in [`Container::files`].
     pub file: usize,
     /// Inside that file.
@@ -29,8 +29,8 @@ pub(in crate::checkpoint) struct Container {
     path: PathBuf,
     is_archive: bool,
     files: Vec<MappedFile>,
-    members: BTreeMap<String, Place>,
-    /// What is neither a file nor a folder, in words: links, which are not followed.
+    members: BTreeMap<String, MemberLocation>,
+    /// Description of an entry that is neither file nor folder: a link, for example, which is not followed.
     others: BTreeMap<String, &'static str>,
 }
 
@@ -45,7 +45,7 @@ impl Container {
         for member in archive.members() {
             match member.kind {
                 MemberKind::File => {
-                    members.insert(member.name.clone(), Place { file: 0, bytes: member.bytes.clone() });
+                    members.insert(member.name.clone(), MemberLocation { file: 0, bytes: member.bytes.clone() });
                 }
                 MemberKind::Other(kind) => {
                     others.insert(member.name.clone(), kind);
@@ -92,7 +92,7 @@ impl Container {
                 // SAFETY: `Checkpoint` hands the duty to leave its files alone on to whoever opens it.
                 #[allow(unsafe_code)]
                 let file = unsafe { MappedFile::open(&path)? };
-                let place = Place { file: self.files.len(), bytes: 0..file.bytes().len() };
+                let place = MemberLocation { file: self.files.len(), bytes: 0..file.bytes().len() };
                 self.files.push(file);
                 self.members.insert(name, place);
             } else {
@@ -107,7 +107,7 @@ impl Container {
         &self.path
     }
 
-    /// How messages call a member.
+    /// Name of a member in messages.
     pub fn member_path(&self, name: &str) -> PathBuf {
         match self.is_archive {
             true => PathBuf::from(format!("{}: {}", self.path.display(), crate::error::clip(name))),
@@ -116,18 +116,18 @@ impl Container {
     }
 
     /// Every member and its place, in order of names.
-    pub fn members(&self) -> impl Iterator<Item = (&str, &Place)> {
+    pub fn members(&self) -> impl Iterator<Item = (&str, &MemberLocation)> {
         self.members.iter().map(|(name, place)| (name.as_str(), place))
     }
 
     /// Members whose names start with `prefix`, in order of names, the prefix taken off.
-    pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a Place)> {
+    pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a MemberLocation)> {
         let from = self.members.range::<str, _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded));
         from.map_while(move |(name, place)| Some((name.strip_prefix(prefix)?, place)))
     }
 
     /// Where the member called `name` lies, if it is there.
-    pub fn find(&self, name: &str) -> Option<&Place> {
+    pub fn find(&self, name: &str) -> Option<&MemberLocation> {
         self.members.get(name)
     }
 
@@ -135,7 +135,7 @@ impl Container {
     ///
     /// # Errors
     /// [`Error::Format`] if there is none, or it is a link.
-    pub fn get(&self, name: &str) -> Result<&Place> {
+    pub fn get(&self, name: &str) -> Result<&MemberLocation> {
         self.find(name).ok_or_else(|| match self.others.get(name) {
             Some(kind) => Error::format(self.member_path(name), format!("it is {kind}, expected a file")),
             None => Error::format(&self.path, format!("it has no `{}`", crate::error::clip(name))),
@@ -146,7 +146,7 @@ impl Container {
     ///
     /// # Errors
     /// [`Error::Internal`] for another place.
-    pub fn bytes(&self, place: &Place) -> Result<&[u8]> {
+    pub fn bytes(&self, place: &MemberLocation) -> Result<&[u8]> {
         let found = self.files.get(place.file).and_then(|file| file.bytes().get(place.bytes.clone()));
         found.ok_or_else(|| {
             let asked = format!("bytes {:?} of file {} of {}", place.bytes, place.file, self.path.display());
@@ -171,7 +171,7 @@ mod tests {
         let container = Container::of_folder(folder.path()).unwrap();
         let place = container.get("member").unwrap().clone();
         assert_eq!(container.bytes(&place).unwrap(), b"content");
-        for outside in [Place { file: 1, ..place.clone() }, Place { bytes: 3..8, ..place }] {
+        for outside in [MemberLocation { file: 1, ..place.clone() }, MemberLocation { bytes: 3..8, ..place }] {
             let error = container.bytes(&outside).unwrap_err();
             assert!(matches!(error, Error::Internal { .. }), "{error}");
         }

@@ -1,4 +1,4 @@
-//! What must hold of the readers of a `.nemo`; see [`crate::fuzzing`].
+//! Fuzz targets of the readers of a `.nemo`; see [`crate::fuzzing`].
 
 use std::path::Path;
 

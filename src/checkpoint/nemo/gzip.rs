@@ -11,9 +11,9 @@ use crate::checkpoint::OpenOptions;
 use crate::error::{Error, Result};
 use crate::mmap::{MappedFile, open_regular};
 
-/// What is read and written at a time.
+/// Size of the read and write buffers.
 const PIECE_BYTES: usize = 1 << 20;
-/// How often it is looked whether the disk still has room.
+/// Interval, in decompressed bytes, of the checks for free disk space.
 const CHECK_BYTES: u64 = 64 << 20;
 /// Left free on the disk.
 const RESERVE_BYTES: u64 = 256 << 20;
@@ -22,7 +22,7 @@ const MAX_RATIO: u64 = 100;
 /// The smallest file that may be an archive: one header and the two empty blocks of its end.
 const TAR_BLOCK_BYTES: usize = 512;
 
-/// Whether the file starts as one compressed with gzip does.
+/// Returns true if the file starts with a gzip header.
 pub(super) fn is_gzip(bytes: &[u8]) -> bool {
     bytes.starts_with(b"\x1f\x8b")
 }
@@ -87,7 +87,7 @@ fn fill(source: &mut impl Read, piece: &mut [u8]) -> std::io::Result<usize> {
     Ok(filled)
 }
 
-/// Whether the first block is a header of ustar or PAX, or of the form before, by its checksum's place.
+/// Returns true if the first block is a ustar, PAX or older tar header, judging by its checksum.
 fn starts_as_tar(bytes: &[u8]) -> bool {
     let Some(header) = bytes.first_chunk::<TAR_BLOCK_BYTES>() else { return false };
     let field = &header[148..156];

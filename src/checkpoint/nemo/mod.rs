@@ -27,7 +27,7 @@ mod torch_dist;
 mod weights;
 mod zarr;
 
-use artifacts::TokenizerFile;
+use artifacts::TokenizerArtifact;
 use config::NemoConfig;
 use container::Container;
 use ranks::Ranks;
@@ -38,7 +38,7 @@ const CONFIG: &str = "model_config.yaml";
 const DISTRIBUTED: &str = "model_weights/";
 const METADATA: &str = "model_weights/metadata.json";
 
-/// Whether `path` looks like a `.nemo` or the folder of one, by its first bytes and the names of its files.
+/// Returns true if `path` looks like a `.nemo` or an unpacked one, by its first bytes and the names of its files.
 pub(super) fn looks_like_one(path: &Path) -> bool {
     if path.is_dir() {
         return path.join(CONFIG).is_file();
@@ -58,8 +58,8 @@ fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     let config_path = container.member_path(CONFIG);
     let config = config::read(&config_path, container.bytes(yaml)?)?;
 
-    let layout = Layout::find(&container)?;
-    if let (Layout::Ranks(_), Some(2..)) = (&layout, config.virtual_pipeline) {
+    let layout = NemoLayout::find(&container)?;
+    if let (NemoLayout::Ranks(_), Some(2..)) = (&layout, config.virtual_pipeline) {
         let detail = "virtual_pipeline_model_parallel_size is set, and its stages' layers are interleaved; save the model \
                       without it, or as a distributed checkpoint";
         return Err(Error::unsupported(&config_path, detail));
@@ -94,20 +94,20 @@ fn open_container(path: &Path, options: &OpenOptions<'_>) -> Result<Container> {
     Container::of_archive(path, file)
 }
 
-/// How the weights are kept.
+/// Storage format of the weights.
 #[derive(Debug)]
-enum Layout {
+enum NemoLayout {
     Ranks(Ranks),
     Zarr,
     TorchDist,
 }
 
-impl Layout {
-    fn find(container: &Container) -> Result<Layout> {
+impl NemoLayout {
+    fn find(container: &Container) -> Result<NemoLayout> {
         let ranks = Ranks::find(container)?;
         let distributed = distributed(container)?;
         match (ranks, distributed) {
-            (Some(ranks), None) => Ok(Layout::Ranks(ranks)),
+            (Some(ranks), None) => Ok(NemoLayout::Ranks(ranks)),
             (None, Some(layout)) => Ok(layout),
             (Some(ranks), Some(_)) => {
                 let detail = format!(
@@ -130,23 +130,23 @@ impl Layout {
 
     fn describe(&self) -> String {
         match self {
-            Layout::Ranks(ranks) => ranks.describe(),
-            Layout::Zarr => "a distributed checkpoint, zarr".to_owned(),
-            Layout::TorchDist => "a distributed checkpoint, torch_dist".to_owned(),
+            NemoLayout::Ranks(ranks) => ranks.describe(),
+            NemoLayout::Zarr => "a distributed checkpoint, zarr".to_owned(),
+            NemoLayout::TorchDist => "a distributed checkpoint, torch_dist".to_owned(),
         }
     }
 
     fn tensors(&self, container: &Container, num_layers: usize) -> Result<Vec<(String, ShardedTensor)>> {
         match self {
-            Layout::Ranks(ranks) => ranks.tensors(container, num_layers),
-            Layout::Zarr => zarr::tensors(container, DISTRIBUTED),
-            Layout::TorchDist => torch_dist::tensors(container, DISTRIBUTED),
+            NemoLayout::Ranks(ranks) => ranks.tensors(container, num_layers),
+            NemoLayout::Zarr => zarr::tensors(container, DISTRIBUTED),
+            NemoLayout::TorchDist => torch_dist::tensors(container, DISTRIBUTED),
         }
     }
 }
 
 /// The kind of distributed checkpoint in the container: as its metadata.json says, or by its files where it has none.
-fn distributed(container: &Container) -> Result<Option<Layout>> {
+fn distributed(container: &Container) -> Result<Option<NemoLayout>> {
     if container.below(DISTRIBUTED).next().is_none() {
         return Ok(None);
     }
@@ -160,8 +160,8 @@ fn distributed(container: &Container) -> Result<Option<Layout>> {
             ));
         }
         return match parse_object(&path, bytes)?.get("sharded_backend") {
-            Some(Value::String(backend)) if backend == "zarr" => Ok(Some(Layout::Zarr)),
-            Some(Value::String(backend)) if backend == "torch_dist" => Ok(Some(Layout::TorchDist)),
+            Some(Value::String(backend)) if backend == "zarr" => Ok(Some(NemoLayout::Zarr)),
+            Some(Value::String(backend)) if backend == "torch_dist" => Ok(Some(NemoLayout::TorchDist)),
             other => {
                 let found = other.map_or_else(|| "nothing".to_owned(), super::json::shown);
                 Err(Error::unsupported(
@@ -172,10 +172,10 @@ fn distributed(container: &Container) -> Result<Option<Layout>> {
         };
     }
     if container.below(DISTRIBUTED).any(|(name, _)| name.ends_with("/.zarray")) {
-        return Ok(Some(Layout::Zarr));
+        return Ok(Some(NemoLayout::Zarr));
     }
     if container.find("model_weights/.metadata").is_some() {
-        return Ok(Some(Layout::TorchDist));
+        return Ok(Some(NemoLayout::TorchDist));
     }
     let detail = format!("{DISTRIBUTED} has neither metadata.json, nor .metadata, nor arrays of zarr");
     Err(Error::format(container.path(), detail))
@@ -185,21 +185,21 @@ fn distributed(container: &Container) -> Result<Option<Layout>> {
 fn tokenizer(container: &Container, config: &NemoConfig) -> Result<Option<TokenizerSource>> {
     let Some(tokenizer) = &config.tokenizer else { return Ok(None) };
     let (name, is_json) = match artifacts::tokenizer_file(container, tokenizer)? {
-        TokenizerFile::SentencePiece(name) => (name, false),
-        TokenizerFile::HuggingFace(name) => (name, true),
+        TokenizerArtifact::SentencePiece(name) => (name, false),
+        TokenizerArtifact::HuggingFace(name) => (name, true),
     };
     let place = container.get(&name)?;
     let path = container.member_path(&name);
     Ok(Some(TokenizerSource { path, place: Some((place.file, place.bytes.clone())), is_json }))
 }
 
-/// Whether `name` is a state of Transformer Engine, which computing with the weights does not need.
+/// Returns true if `name` is Transformer Engine state, which inference does not need.
 fn is_extra_state(name: &str) -> bool {
     name.contains("_extra_state")
 }
 
-/// What else is known about the file, for people: name and value.
-fn details(config: &NemoConfig, layout: &Layout) -> Vec<(&'static str, String)> {
+/// Further facts about the file, for the user: names and values.
+fn details(config: &NemoConfig, layout: &NemoLayout) -> Vec<(&'static str, String)> {
     let mut details = vec![("layout", layout.describe())];
     let trained = [("tensor", config.tensor_parallel), ("pipeline", config.pipeline_parallel)];
     let trained: Vec<String> = trained.iter().map(|(kind, ranks)| format!("{kind} parallel {ranks}")).collect();

@@ -1,4 +1,4 @@
-//! What the tensors of a `.nemo` are called, and what they are.
+//! Names of a `.nemo`'s tensors, and their roles.
 //!
 //! Two generations of code wrote them: NeMo's own GPT (`model.language_model.encoder.layers.3.…`) and Megatron-Core
 //! (`model.decoder.layers.3.…`), the latter with Transformer Engine's layers, which fuse a norm with the product behind
@@ -51,7 +51,7 @@ impl NemoTensor {
         Some(whole)
     }
 
-    /// What it is called in messages about one that is missing.
+    /// Its name in messages about a missing one.
     pub fn described(self, layer: Option<usize>) -> String {
         let NemoNames { legacy, core, .. } = &self.first.spec().nemo;
         let (legacy, core) = (legacy[0], core[0]);
@@ -94,7 +94,7 @@ impl Naming {
     }
 }
 
-/// What a name means.
+/// Meaning of a tensor's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning {
     /// A tensor of the architecture. A layer's tensor without a layer is the stack of all layers'.
@@ -109,7 +109,7 @@ pub(super) enum Meaning {
     Unknown,
 }
 
-/// What the tensor called `name` is.
+/// Identifies the tensor called `name`.
 pub(super) fn meaning(name: &str) -> Meaning {
     let mut name = name.replace("._orig_mod", "");
     // Wrappers: `model.` always, `module.` where a model in half precision was wrapped.

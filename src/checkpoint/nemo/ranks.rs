@@ -57,7 +57,7 @@ impl Ranks {
         Ok(Some(Ranks { members: (0..stages).map(|_| members.by_ref().take(ranks).collect()).collect() }))
     }
 
-    /// How the layout is called, for people.
+    /// Name of the layout, for the user.
     pub fn describe(&self) -> String {
         match (self.members.len(), self.members.first().map_or(1, Vec::len)) {
             (1, 1) => "one torch file".to_owned(),
@@ -68,7 +68,7 @@ impl Ranks {
     }
 
     /// Reads what the files hold and merges the ranks: every tensor as it would be in one file, in order of its name.
-    /// What is no part of the architecture comes under its own name, for the caller to refuse.
+    /// Tensors that are not part of the architecture keep their own name, for the caller to refuse.
     ///
     /// # Errors
     /// [`Error::Format`] for a damaged file, or ranks that do not fit together; names the file and the tensor.

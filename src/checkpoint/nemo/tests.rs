@@ -79,7 +79,7 @@ fn an_unpacked_folder_is_the_archive() {
     }
 }
 
-/// What opening an unpacked archive says once `change` was made to its folder.
+/// The error of opening an unpacked archive after `change` was made to its folder.
 #[track_caller]
 fn refused(name: &str, change: impl FnOnce(&Path), reason: &str) {
     let folder = tempfile::tempdir().unwrap();

@@ -9,10 +9,10 @@ use std::collections::HashMap;
 use super::container::Container;
 use super::is_extra_state;
 use crate::checkpoint::sharded::{Shard, ShardedTensor};
-use crate::checkpoint::torch::{self, Chunk, ChunkedTensor, Item};
+use crate::checkpoint::torch::{self, ChunkedTensor, MetadataItem, TensorChunk};
 use crate::error::{Error, Result, clip};
 
-/// What describes a checkpoint, in its folder.
+/// File that describes a checkpoint, in its folder.
 const METADATA: &str = ".metadata";
 
 /// The tensors that `<prefix>.metadata` of `container` lists, by name, each chunk a shard.
@@ -49,19 +49,19 @@ type Key<'m> = (&'m str, Option<&'m [usize]>);
 /// The places of chunks that have not been read yet: none is read twice, so that reading all takes no longer than the
 /// files are.
 struct Items<'m> {
-    by_key: HashMap<Key<'m>, &'m Item<'m>>,
+    by_key: HashMap<Key<'m>, &'m MetadataItem<'m>>,
 }
 
 impl<'m> Items<'m> {
     /// Refuses places that overlap, and two for one chunk.
-    fn new(items: &'m [Item<'m>]) -> Result<Items<'m>, String> {
+    fn new(items: &'m [MetadataItem<'m>]) -> Result<Items<'m>, String> {
         let mut by_key = HashMap::new();
         for item in items {
             if by_key.insert((item.name, item.origin.as_deref()), item).is_some() {
                 return Err(format!("{} is in `storage_data` twice", shown(item)));
             }
         }
-        let mut in_order: Vec<&Item<'_>> = items.iter().collect();
+        let mut in_order: Vec<&MetadataItem<'_>> = items.iter().collect();
         in_order.sort_by_key(|item| (item.file, item.bytes.start, item.bytes.end));
         for (before, after) in in_order.iter().zip(in_order.iter().skip(1)) {
             if before.file == after.file && before.bytes.end > after.bytes.start {
@@ -79,7 +79,7 @@ impl<'m> Items<'m> {
     }
 
     /// Where `chunk` lies. A tensor that was saved whole may be listed without an origin.
-    fn take(&mut self, tensor: &'m ChunkedTensor<'m>, chunk: &'m Chunk) -> Option<&'m Item<'m>> {
+    fn take(&mut self, tensor: &'m ChunkedTensor<'m>, chunk: &'m TensorChunk) -> Option<&'m MetadataItem<'m>> {
         match self.by_key.remove(&(tensor.name, Some(&chunk.origin))) {
             None if chunk.shape == tensor.shape => self.by_key.remove(&(tensor.name, None)),
             item => item,
@@ -87,7 +87,7 @@ impl<'m> Items<'m> {
     }
 }
 
-fn shown(item: &Item<'_>) -> String {
+fn shown(item: &MetadataItem<'_>) -> String {
     match &item.origin {
         Some(origin) => format!("the chunk of `{}` at {origin:?}", clip(item.name)),
         None => format!("`{}`", clip(item.name)),
@@ -102,7 +102,7 @@ struct Reader<'m> {
 
 impl<'m> Reader<'m> {
     /// The tensor that was saved as `chunk` of `tensor`, compared with what the metadata says of it.
-    fn read(&mut self, tensor: &'m ChunkedTensor<'m>, chunk: &'m Chunk) -> Result<ShardedTensor> {
+    fn read(&mut self, tensor: &'m ChunkedTensor<'m>, chunk: &'m TensorChunk) -> Result<ShardedTensor> {
         let container = self.container;
         let metadata = container.member_path(&format!("{}{METADATA}", self.prefix));
         let name = format!("tensor `{}`: chunk at {:?}", clip(tensor.name), chunk.origin);

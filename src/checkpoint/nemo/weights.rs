@@ -80,7 +80,7 @@ impl Parts {
     /// All weights of the model in the order of use.
     ///
     /// # Errors
-    /// What is missing, too much, or does not fit `config`, by the names in the file.
+    /// Missing and unexpected tensors, and those that do not fit `config`, by their names in the file.
     pub fn into_weights(self, config: &ModelConfig, files: &[MappedFile]) -> Result<Vec<Weight>, String> {
         let mut problems = Problems::default();
         let mut weights = Vec::new();

@@ -10,14 +10,14 @@ use std::collections::HashSet;
 
 use serde_json::{Map, Value};
 
-use super::container::{Container, Place};
+use super::container::{Container, MemberLocation};
 use super::is_extra_state;
 use crate::checkpoint::json;
 use crate::checkpoint::sharded::{Shard, ShardedTensor};
 use crate::checkpoint::torch::ElementType;
 use crate::error::{Error, Result, clip};
 
-/// What describes an array in its folder. Its attributes may lie beside it.
+/// File that describes an array, in its folder. Its attributes may lie beside it.
 const DESCRIPTION: &str = ".zarray";
 const ATTRIBUTES: &str = ".zattrs";
 /// The longest description that is read; one has some 300 bytes.
@@ -66,13 +66,13 @@ struct Array<'c> {
     chunk_bytes: usize,
     /// Number of chunks along each axis; at most [`MAX_CHUNKS`] in all.
     grid: Vec<usize>,
-    /// What stands between the indices in a chunk's name.
+    /// Separator between the indices in a chunk's name.
     separator: &'static str,
 }
 
 impl<'c> Array<'c> {
     /// Reads the description at `place`.
-    fn read(container: &'c Container, folder: String, place: &Place) -> Result<Array<'c>> {
+    fn read(container: &'c Container, folder: String, place: &MemberLocation) -> Result<Array<'c>> {
         let path = container.member_path(&format!("{folder}{DESCRIPTION}"));
         let damaged = |detail: String| Error::format(&path, detail);
         let bytes = container.bytes(place)?;
@@ -162,7 +162,7 @@ impl<'c> Array<'c> {
         parts.join(self.separator)
     }
 
-    fn chunk_place(&self, name: &str) -> Result<&'c Place> {
+    fn chunk_place(&self, name: &str) -> Result<&'c MemberLocation> {
         let member = format!("{}{name}", self.folder);
         let place = self.container.find(&member).ok_or_else(|| {
             let path = self.container.member_path(&format!("{}{DESCRIPTION}", self.folder));
@@ -262,7 +262,7 @@ fn row_major(sizes: &[usize]) -> Vec<usize> {
     strides
 }
 
-/// What follows `index` in row-major order of `sizes`; `None` behind the last.
+/// Successor of `index` in row-major order over `sizes`; `None` after the last.
 fn following(mut index: Vec<usize>, sizes: &[usize]) -> Option<Vec<usize>> {
     for (at, size) in index.iter_mut().zip(sizes).rev() {
         *at += 1;

@@ -1,4 +1,4 @@
-//! What must hold of the readers of torch's files; see [`crate::fuzzing`].
+//! Fuzz targets of the readers of torch's files; see [`crate::fuzzing`].
 
 use std::cell::Cell;
 use std::collections::HashMap;

@@ -2,7 +2,7 @@
 
 use super::ElementType;
 
-/// What a pickle is read as, which decides what it may name and how large it may be.
+/// Purpose of a pickle, which decides the globals it may name and its maximum size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dialect {
     /// An object that `torch.save` wrote: tensors, storages and containers.
@@ -38,7 +38,7 @@ impl Dialect {
         }
     }
 
-    /// What may be named, in words.
+    /// The globals allowed, for messages.
     pub const fn allowed(self) -> &'static str {
         match self {
             Dialect::Saved => "a checkpoint may name tensors, storages and containers alone",
@@ -46,7 +46,7 @@ impl Dialect {
         }
     }
 
-    /// What `module.name` means, if it may be named.
+    /// Resolves `module.name`, if that is allowed.
     pub fn global(self, module: &str, name: &str) -> Option<Global> {
         match self {
             Dialect::Saved => saved(module, name),
@@ -119,7 +119,7 @@ impl Class {
     }
 }
 
-/// What `torch.NAME` may be a dtype of.
+/// Resolves `torch.NAME` as a dtype.
 const DTYPES: &[&str] = &[
     "bfloat16",
     "bool",

@@ -1,5 +1,5 @@
-//! What `.metadata` of `torch.distributed.checkpoint` says: the tensors that were saved, the chunks each was saved in,
-//! and where in which file a chunk lies.
+//! Reader of `torch.distributed.checkpoint`'s `.metadata`: the tensors saved, the chunks of each, and the file and
+//! offset of each chunk.
 //!
 //! The file is a pickle of records. Only their fields are read, by name; see [`super::pickle`].
 
@@ -23,11 +23,11 @@ const MAX_NAME_BYTES: usize = 1024;
 /// The most fields of a record; none has ten.
 const MAX_FIELDS: usize = 64;
 
-/// What a checkpoint holds. Names are those in the file.
+/// Contents of a checkpoint. Names are those in the file.
 #[derive(Debug)]
 pub(in crate::checkpoint) struct Metadata<'p> {
     pub tensors: Vec<ChunkedTensor<'p>>,
-    pub items: Vec<Item<'p>>,
+    pub items: Vec<MetadataItem<'p>>,
 }
 
 /// A tensor that was saved in chunks; each lies inside its shape. That they cover it is not checked.
@@ -37,19 +37,19 @@ pub(in crate::checkpoint) struct ChunkedTensor<'p> {
     pub dtype: ElementType,
     /// The product of the sizes, in bytes, fits an `isize`.
     pub shape: Vec<usize>,
-    pub chunks: Vec<Chunk>,
+    pub chunks: Vec<TensorChunk>,
 }
 
 /// A rectangle of a tensor; lists have an entry for each of its axes.
 #[derive(Debug)]
-pub(in crate::checkpoint) struct Chunk {
+pub(in crate::checkpoint) struct TensorChunk {
     pub origin: Vec<usize>,
     pub shape: Vec<usize>,
 }
 
 /// Where a chunk, or an object that is no tensor, was saved.
 #[derive(Debug)]
-pub(in crate::checkpoint) struct Item<'p> {
+pub(in crate::checkpoint) struct MetadataItem<'p> {
     /// The tensor's or object's name.
     pub name: &'p str,
     /// The chunk's origin; an object has none.
@@ -75,7 +75,7 @@ pub(in crate::checkpoint) fn read_metadata<'p>(
 ) -> Result<Metadata<'p>> {
     let read = || {
         let pickle = Pickle::read(Dialect::Metadata, bytes)?;
-        let root = Fields::of_object(&pickle, pickle.root(), Class::Metadata)?;
+        let root = MetadataFields::of_object(&pickle, pickle.root(), Class::Metadata)?;
         let tensors = tensors(&pickle, root.get("state_dict_metadata")?, wanted)?;
         let items = items(&pickle, root.get("storage_data")?)?;
         Ok(Metadata { tensors, items })
@@ -115,7 +115,7 @@ fn tensor<'p>(
     object: &Object<'p>,
     chunks_left: &mut usize,
 ) -> Result<ChunkedTensor<'p>, String> {
-    let fields = Fields::of_object(pickle, object, Class::Tensor)?;
+    let fields = MetadataFields::of_object(pickle, object, Class::Tensor)?;
     let dtype = dtype(pickle, fields.get("properties")?)?;
     let shape = counts(pickle, fields.get("size")?).map_err(|found| format!("its size is {found}"))?;
     check_bytes(&shape, dtype)?;
@@ -152,8 +152,8 @@ fn dtype(pickle: &Pickle<'_>, properties: Id) -> Result<ElementType, String> {
     }
 }
 
-fn chunk(pickle: &Pickle<'_>, id: Id, whole: &[usize]) -> Result<Chunk, String> {
-    let fields = Fields::of(pickle, id, Class::Chunk)?;
+fn chunk(pickle: &Pickle<'_>, id: Id, whole: &[usize]) -> Result<TensorChunk, String> {
+    let fields = MetadataFields::of(pickle, id, Class::Chunk)?;
     let origin = counts(pickle, fields.get("offsets")?).map_err(|found| format!("its offsets are {found}"))?;
     let shape = counts(pickle, fields.get("sizes")?).map_err(|found| format!("its sizes are {found}"))?;
     let ends_inside =
@@ -162,10 +162,10 @@ fn chunk(pickle: &Pickle<'_>, id: Id, whole: &[usize]) -> Result<Chunk, String> 
     if !same_axes || !origin.iter().zip(&shape).zip(whole).all(ends_inside) {
         return Err(format!("sizes {shape:?} at {origin:?} do not lie in the tensor's {whole:?}"));
     }
-    Ok(Chunk { origin, shape })
+    Ok(TensorChunk { origin, shape })
 }
 
-fn items<'p>(pickle: &Pickle<'p>, entries: Id) -> Result<Vec<Item<'p>>, String> {
+fn items<'p>(pickle: &Pickle<'p>, entries: Id) -> Result<Vec<MetadataItem<'p>>, String> {
     let entries = dict(pickle, entries).map_err(|found| format!("`storage_data` is {found}"))?;
     if entries.len() > MAX_ITEMS {
         return Err(format!("{} places in `storage_data`; at most {MAX_ITEMS} are accepted", entries.len()));
@@ -177,8 +177,8 @@ fn items<'p>(pickle: &Pickle<'p>, entries: Id) -> Result<Vec<Item<'p>>, String> 
     Ok(items)
 }
 
-fn item<'p>(pickle: &Pickle<'p>, key: Id, value: Id) -> Result<Item<'p>, String> {
-    let index = Fields::of(pickle, key, Class::Index)?;
+fn item<'p>(pickle: &Pickle<'p>, key: Id, value: Id) -> Result<MetadataItem<'p>, String> {
+    let index = MetadataFields::of(pickle, key, Class::Index)?;
     let name = name(pickle, index.get("fqn")?).map_err(|found| format!("its name is {found}"))?;
     let in_item = |detail: String| format!("`{}`: {detail}", clip(name));
     // The attribute of an object that has no origin is left out, or None.
@@ -187,7 +187,7 @@ fn item<'p>(pickle: &Pickle<'p>, key: Id, value: Id) -> Result<Item<'p>, String>
         None => None,
     };
     let read = || {
-        let info = Fields::of(pickle, value, Class::StorageInfo)?;
+        let info = MetadataFields::of(pickle, value, Class::StorageInfo)?;
         let file = self::name(pickle, info.get("relative_path")?).map_err(|found| format!("its file is {found}"))?;
         let start = count(pickle, info.get("offset")?).map_err(|found| format!("its offset is {found}"))?;
         let length = count(pickle, info.get("length")?).map_err(|found| format!("its length is {found}"))?;
@@ -199,7 +199,7 @@ fn item<'p>(pickle: &Pickle<'p>, key: Id, value: Id) -> Result<Item<'p>, String>
         Ok((file, start..end, transform))
     };
     let (file, bytes, transform) = read().map_err(in_item)?;
-    Ok(Item { name, origin, file, bytes, transform })
+    Ok(MetadataItem { name, origin, file, bytes, transform })
 }
 
 /// The first of a list of names, if it has any.
@@ -233,25 +233,29 @@ fn name<'p>(pickle: &Pickle<'p>, id: Id) -> Result<&'p str, String> {
 }
 
 /// The fields of a record.
-struct Fields<'a, 'p> {
+struct MetadataFields<'a, 'p> {
     pickle: &'a Pickle<'p>,
     class: Class,
     entries: &'a [(Id, Id)],
 }
 
-impl<'a, 'p> Fields<'a, 'p> {
-    fn of(pickle: &'a Pickle<'p>, id: Id, class: Class) -> Result<Fields<'a, 'p>, String> {
-        Fields::of_object(pickle, pickle.get(id), class)
+impl<'a, 'p> MetadataFields<'a, 'p> {
+    fn of(pickle: &'a Pickle<'p>, id: Id, class: Class) -> Result<MetadataFields<'a, 'p>, String> {
+        MetadataFields::of_object(pickle, pickle.get(id), class)
     }
 
-    fn of_object(pickle: &'a Pickle<'p>, object: &'a Object<'p>, class: Class) -> Result<Fields<'a, 'p>, String> {
+    fn of_object(
+        pickle: &'a Pickle<'p>,
+        object: &'a Object<'p>,
+        class: Class,
+    ) -> Result<MetadataFields<'a, 'p>, String> {
         let expected = class.kind();
         let state = match object {
             Object::Record(found, state) if *found == class => state,
             other => return Err(format!("it is {}, expected {expected}", other.kind())),
         };
         match state.map(|state| pickle.get(state)) {
-            Some(Object::Dict(entries)) if entries.len() <= MAX_FIELDS => Ok(Fields { pickle, class, entries }),
+            Some(Object::Dict(entries)) if entries.len() <= MAX_FIELDS => Ok(MetadataFields { pickle, class, entries }),
             Some(Object::Dict(entries)) => {
                 Err(format!("it is {expected} of {} fields; at most {MAX_FIELDS} are accepted", entries.len()))
             }

@@ -1,4 +1,4 @@
-//! What torch saves, read in place: the `.ckpt` members of a `.nemo`, and the parts of a distributed checkpoint.
+//! Reads files saved by torch in place: the `.ckpt` members of a `.nemo`, and the parts of a distributed checkpoint.
 //!
 //! A file of `torch.save` is an uncompressed zip archive. `<prefix>/data.pkl` is a pickle of the saved object, in which
 //! each tensor is a call that names a storage, an offset, a shape and strides; the storages are the members
@@ -23,7 +23,7 @@ mod state_dict;
 mod zip;
 
 use globals::Dialect;
-pub(super) use metadata::{Chunk, ChunkedTensor, Item, read_metadata};
+pub(super) use metadata::{ChunkedTensor, MetadataItem, TensorChunk, read_metadata};
 use pickle::Pickle;
 use state_dict::FindStorage;
 
@@ -72,7 +72,7 @@ impl ElementType {
         all.into_iter().find(|dtype| dtype.name() == name)
     }
 
-    /// What torch calls it, as a dtype.
+    /// Its name as a torch dtype.
     const fn name(self) -> &'static str {
         match self {
             ElementType::Bool => "bool",
@@ -211,7 +211,7 @@ fn read_saved<T>(
     extract(&pickle, &storage).map_err(in_pickle)
 }
 
-/// What the names of all members start with: the folder of the only `data.pkl`.
+/// Common prefix of all member names: the folder of the only `data.pkl`.
 fn prefix<'a>(members: &zip::Members<'a>) -> Result<&'a str, String> {
     let mut prefixes = members.names().filter_map(|name| name.strip_suffix("/data.pkl"));
     match (prefixes.next(), prefixes.next()) {

@@ -33,7 +33,7 @@ pub(super) enum Object<'p> {
     Global(Global),
     /// A call of [`Global::RebuildTensor`] with this tuple of arguments.
     Tensor(Id),
-    /// What the pickle leaves to its reader to supply, described by this object.
+    /// A persistent id: an object that the reader must supply, described by this value.
     Persistent(Id),
     /// An object of this class, and its state: a dict of its fields, or what it chose to write instead.
     Record(Class, Option<Id>),
@@ -42,7 +42,7 @@ pub(super) enum Object<'p> {
 }
 
 impl Object<'_> {
-    /// What kind of object it is, with its article.
+    /// The kind of object, with its article.
     pub fn kind(&self) -> &'static str {
         match self {
             Object::None => "None",
@@ -72,13 +72,13 @@ impl<'p> Pickle<'p> {
     /// Reads the pickle that is all of `bytes`, of a file of this kind.
     ///
     /// # Errors
-    /// What is damaged, refused or over a limit, with its offset, for the caller to put the member's name before.
+    /// The problem (damaged, refused, or over a limit), with its offset; the caller prefixes the member's name.
     pub fn read(dialect: Dialect, bytes: &'p [u8]) -> Result<Pickle<'p>, String> {
         let limit = dialect.max_bytes();
         if bytes.len() > limit {
             return Err(format!("{} bytes of pickle; at most {limit} are accepted", bytes.len()));
         }
-        let mut machine = Machine {
+        let mut machine = PickleMachine {
             dialect,
             bytes,
             at: 0,
@@ -104,12 +104,12 @@ impl<'p> Pickle<'p> {
 
     /// The object with this number.
     pub fn get(&self, id: Id) -> &Object<'p> {
-        // Every `Id` was made by `Machine::push`, which put its object here, and none is ever removed.
+        // Every `Id` was made by `PickleMachine::push`, which put its object here, and none is ever removed.
         &self.objects[id.0 as usize]
     }
 }
 
-struct Machine<'p> {
+struct PickleMachine<'p> {
     dialect: Dialect,
     bytes: &'p [u8],
     at: usize,
@@ -122,7 +122,7 @@ struct Machine<'p> {
 
 const TRUNCATED: &str = "the pickle is truncated";
 
-impl<'p> Machine<'p> {
+impl<'p> PickleMachine<'p> {
     /// Executes one opcode. Returns the result at the end.
     fn step(&mut self) -> Result<Option<Id>, String> {
         let start = self.at;
@@ -323,7 +323,7 @@ impl<'p> Machine<'p> {
         self.push(Object::Global(global))
     }
 
-    /// What calling `function` with the tuple `arguments` gives, as far as it is known without calling it.
+    /// Result of calling `function` with the tuple `arguments`, as far as it is known without calling it.
     fn call(&mut self, function: Id, arguments: Id, new: bool) -> Result<(), String> {
         let (global, items) = match (self.object(function), self.object(arguments)) {
             (Object::Global(global), Object::Tuple(items)) => (*global, items.as_slice()),

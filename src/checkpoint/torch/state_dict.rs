@@ -19,10 +19,10 @@ const MAX_AXES: usize = 8;
 pub(super) type FindStorage<'f> = dyn Fn(&str) -> Option<Range<usize>> + 'f;
 
 /// The tensors of a state dict, and name and kind of its other entries.
-type Entries = (Vec<StoredTensor>, Vec<(String, &'static str)>);
+type StateDictEntries = (Vec<StoredTensor>, Vec<(String, &'static str)>);
 
 /// The entries of the state dict that `pickle` is or has under the key `state_dict`, in its order.
-pub(super) fn extract(pickle: &Pickle<'_>, storage: &FindStorage<'_>) -> Result<Entries, String> {
+pub(super) fn extract(pickle: &Pickle<'_>, storage: &FindStorage<'_>) -> Result<StateDictEntries, String> {
     let Object::Dict(entries) = pickle.root() else {
         return Err(format!("it holds {}, expected a dict of tensors", pickle.root().kind()));
     };

@@ -251,7 +251,7 @@ struct Tensor {
     offset: i64,
     shape: Vec<i64>,
     strides: Vec<i64>,
-    /// What the file has of the storage.
+    /// Bytes of the storage that the file contains.
     bytes: usize,
 }
 

@@ -52,7 +52,7 @@ impl<'a> Members<'a> {
     }
 }
 
-/// Whether `bytes` start as a zip archive with a member does.
+/// Returns true if `bytes` start like a zip archive with a member.
 pub(super) fn looks_like_one(bytes: &[u8]) -> bool {
     bytes.starts_with(LOCAL)
 }
@@ -60,10 +60,10 @@ pub(super) fn looks_like_one(bytes: &[u8]) -> bool {
 /// Lists the archive that is all of `bytes`.
 ///
 /// # Errors
-/// What is damaged or not supported, with the member's name and the offset, for the caller to put the file's name before.
+/// The problem (damaged or unsupported), with the member's name and the offset; the caller prefixes the file's name.
 pub(super) fn members(bytes: &[u8]) -> Result<Members<'_>, String> {
     let directory = find_directory(bytes)?;
-    let mut entries = Fields { bytes: &bytes[..directory.range.end], at: directory.range.start };
+    let mut entries = ZipFields { bytes: &bytes[..directory.range.end], at: directory.range.start };
     // The count is only a claim until that many entries have been read.
     let mut by_name = HashMap::new();
     let mut spans: Vec<(Range<usize>, &str)> = Vec::new();
@@ -97,12 +97,12 @@ pub(super) fn members(bytes: &[u8]) -> Result<Members<'_>, String> {
 }
 
 /// Reads little-endian fields one after the other.
-struct Fields<'a> {
+struct ZipFields<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Fields<'a> {
+impl<'a> ZipFields<'a> {
     fn take(&mut self, count: usize) -> Option<&'a [u8]> {
         let taken = self.bytes.get(self.at..)?.get(..count)?;
         self.at += count;
@@ -140,7 +140,7 @@ fn find_directory(bytes: &[u8]) -> Result<Directory, String> {
         .find(|at| bytes[*at..].starts_with(END) && comment_fits(bytes, *at))
         .ok_or("zip: no end record at the end of the archive: it is truncated or followed by something else")?;
     let truncated = || format!("zip: the end record at {end_at} is truncated");
-    let mut fields = Fields { bytes, at: end_at + END.len() };
+    let mut fields = ZipFields { bytes, at: end_at + END.len() };
     let mut end = || {
         let disks = [fields.u16()?, fields.u16()?];
         let members = [fields.u16()?, fields.u16()?];
@@ -186,9 +186,9 @@ fn find_directory(bytes: &[u8]) -> Result<Directory, String> {
     }
 }
 
-/// Whether the comment behind the end record at `at` ends with `bytes`.
+/// Returns true if the comment after the end record at `at` ends with `bytes`.
 fn comment_fits(bytes: &[u8], at: usize) -> bool {
-    let length = Fields { bytes, at: at + END_BYTES - 2 }.u16();
+    let length = ZipFields { bytes, at: at + END_BYTES - 2 }.u16();
     length.is_some_and(|length| at + END_BYTES + usize::from(length) == bytes.len())
 }
 
@@ -199,7 +199,7 @@ fn end64(bytes: &[u8], end_at: usize) -> Result<Option<(usize, [u64; 6])>, Strin
         return Ok(None);
     }
     let damaged = || format!("zip: the ZIP64 locator at {locator_at} does not point at a ZIP64 end record before it");
-    let mut locator = Fields { bytes, at: locator_at + LOCATOR64.len() };
+    let mut locator = ZipFields { bytes, at: locator_at + LOCATOR64.len() };
     let mut read = || Some((locator.u32()?, locator.u64()?, locator.u32()?));
     let (disk, offset, disks) = read().ok_or_else(damaged)?;
     if disk != 0 || disks > 1 {
@@ -207,7 +207,7 @@ fn end64(bytes: &[u8], end_at: usize) -> Result<Option<(usize, [u64; 6])>, Strin
     }
     let at = usize::try_from(offset).ok().filter(|at| at.checked_add(END64_BYTES).is_some_and(|end| end <= locator_at));
     let at = at.ok_or_else(damaged)?;
-    let mut fields = Fields { bytes, at };
+    let mut fields = ZipFields { bytes, at };
     let mut read = || {
         let (signature, length) = (fields.array::<4>()?, fields.u64()?);
         let _versions = fields.u32()?;
@@ -223,18 +223,18 @@ fn end64(bytes: &[u8], end_at: usize) -> Result<Option<(usize, [u64; 6])>, Strin
     Ok(Some((at, values)))
 }
 
-/// What the central directory says of one member.
-struct Entry<'a> {
+/// A member's entry in the central directory.
+struct ZipEntry<'a> {
     name: &'a str,
-    /// Of the data, stored as it is.
+    /// Size of the data, which is stored uncompressed.
     size: u64,
     local_header: u64,
 }
 
-fn central_entry<'a>(fields: &mut Fields<'a>) -> Result<Entry<'a>, String> {
+fn central_entry<'a>(fields: &mut ZipFields<'a>) -> Result<ZipEntry<'a>, String> {
     let at = fields.at;
     let truncated = || format!("zip: the central directory is truncated in the entry at {at}");
-    let mut fixed = Fields { bytes: fields.take(CENTRAL_BYTES).ok_or_else(truncated)?, at: 0 };
+    let mut fixed = ZipFields { bytes: fields.take(CENTRAL_BYTES).ok_or_else(truncated)?, at: 0 };
     let mut read = || {
         let signature = fixed.array::<4>()?;
         let _versions = fixed.u32()?;
@@ -281,29 +281,29 @@ fn central_entry<'a>(fields: &mut Fields<'a>) -> Result<Entry<'a>, String> {
     if size != compressed {
         return Err(refused(format!("it is stored, yet has {size} bytes in {compressed}")));
     }
-    Ok(Entry { name, size, local_header })
+    Ok(ZipEntry { name, size, local_header })
 }
 
 /// The content of the ZIP64 field among the extra fields of a member; empty if there is none.
-fn zip64_extra(extra: &[u8]) -> Result<Fields<'_>, String> {
-    let mut fields = Fields { bytes: extra, at: 0 };
+fn zip64_extra(extra: &[u8]) -> Result<ZipFields<'_>, String> {
+    let mut fields = ZipFields { bytes: extra, at: 0 };
     // Some writers pad with fewer bytes than a field's head takes.
     while let (Some(id), Some(length)) = (fields.u16(), fields.u16()) {
         let content = fields.take(length.into()).ok_or("its extra fields are truncated")?;
         if id == ZIP64_EXTRA {
-            return Ok(Fields { bytes: content, at: 0 });
+            return Ok(ZipFields { bytes: content, at: 0 });
         }
     }
-    Ok(Fields { bytes: &[], at: 0 })
+    Ok(ZipFields { bytes: &[], at: 0 })
 }
 
 /// Where a member lies: with its local header, and its data alone.
-fn place(bytes: &[u8], entry: &Entry<'_>, directory_start: usize) -> Result<(Range<usize>, Range<usize>), String> {
-    let Entry { name, size, local_header } = *entry;
+fn place(bytes: &[u8], entry: &ZipEntry<'_>, directory_start: usize) -> Result<(Range<usize>, Range<usize>), String> {
+    let ZipEntry { name, size, local_header } = *entry;
     let refused = |detail: &str| format!("zip: member `{}` at {local_header}: {detail}", clip(name));
     let start = usize::try_from(local_header).ok().filter(|start| *start < directory_start);
     let start = start.ok_or_else(|| refused("outside the archive"))?;
-    let mut header = Fields { bytes: &bytes[..directory_start], at: start };
+    let mut header = ZipFields { bytes: &bytes[..directory_start], at: start };
     let mut read = || {
         let signature = header.array::<4>()?;
         let _version = header.u16()?;

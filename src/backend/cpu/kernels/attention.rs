@@ -3,7 +3,7 @@
 //!
 //! **Cache.** One head of one slot holds `capacity` positions, a multiple of [`LANES`]; `padded_dim` is the head's
 //! width rounded up to [`LANES`].
-//! - keys `[capacity / LANES, padded_dim, LANES]`: one vector lane computes one key's product, so nothing is summed
+//! - keys `[capacity / LANES, padded_dim, LANES]`: one vector lane computes one key's dot product, so nothing is summed
 //!   across lanes;
 //! - values `[capacity, padded_dim]`.
 //!
@@ -11,7 +11,7 @@
 //! sums run over dimensions, then keys, in order. Four queries share the loads of the blocks that all of them see
 //! whole; the rest of its keys each query takes alone. Both ways compute a query's numbers in the same order.
 
-use super::{Element, mul_add};
+use super::{FloatElement, mul_add};
 use crate::isa::dispatch;
 
 /// Keys per block.
@@ -26,7 +26,7 @@ const GROUPS: usize = KEY_BLOCK / LANES;
 
 /// One head of one slot's cache.
 #[derive(Debug, Clone, Copy)]
-pub struct Head<'a, C> {
+pub struct CachedHead<'a, C> {
     /// `[capacity / LANES, padded_dim, LANES]`
     pub keys: &'a [C],
     /// `[capacity, padded_dim]`
@@ -46,8 +46,8 @@ dispatch! {
     /// # Panics
     /// If `head_dim > MAX_HEAD_DIM` or the cache is shorter than the positions; plans and steps are checked before
     /// they run.
-    pub fn attend[C: Element, O: Element](
-        rows: usize, q: &[f32], q_stride: usize, head: Head<'_, C>, len: usize, scale: f32,
+    pub fn attend[C: FloatElement, O: FloatElement](
+        rows: usize, q: &[f32], q_stride: usize, head: CachedHead<'_, C>, len: usize, scale: f32,
         out: &mut [O], out_stride: usize,
     ) {
         avx512 => attend_body::<C, O, true>,
@@ -58,11 +58,11 @@ dispatch! {
 
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn attend_body<C: Element, O: Element, const FMA: bool>(
+fn attend_body<C: FloatElement, O: FloatElement, const FMA: bool>(
     rows: usize,
     q: &[f32],
     q_stride: usize,
-    head: Head<'_, C>,
+    head: CachedHead<'_, C>,
     len: usize,
     scale: f32,
     out: &mut [O],
@@ -77,32 +77,34 @@ fn attend_body<C: Element, O: Element, const FMA: bool>(
     }
 }
 
-/// A query on its way through the keys.
+/// Online-softmax state of one query: what it has accumulated over the keys seen so far.
 #[derive(Clone, Copy)]
 struct Query {
     q: [f32; MAX_HEAD_DIM],    // scaled
-    sums: [f32; MAX_HEAD_DIM], // Σ exp(score − peak) · value
-    peak: f32,                 // largest score so far
-    total: f32,                // Σ exp(score − peak)
+    sums: [f32; MAX_HEAD_DIM], // Σ exp(score − running_max) · value
+    running_max: f32,          // largest score so far
+    total: f32,                // Σ exp(score − running_max)
 }
 
 #[inline(always)]
-fn attend_group<C: Element, O: Element, const FMA: bool, const M: usize>(
+fn attend_group<C: FloatElement, O: FloatElement, const FMA: bool, const M: usize>(
     q: &[f32],
     q_stride: usize,
-    head: Head<'_, C>,
+    head: CachedHead<'_, C>,
     len: usize,
     scale: f32,
     out: &mut [O],
     out_stride: usize,
 ) {
-    let start = Query { q: [0.0; MAX_HEAD_DIM], sums: [0.0; MAX_HEAD_DIM], peak: f32::NEG_INFINITY, total: 0.0 };
+    let start = Query { q: [0.0; MAX_HEAD_DIM], sums: [0.0; MAX_HEAD_DIM], running_max: f32::NEG_INFINITY, total: 0.0 };
     let mut queries = [start; M];
     for (m, query) in queries.iter_mut().enumerate() {
         for (scaled, q) in query.q.iter_mut().zip(&q[m * q_stride..][..head.head_dim]) {
             *scaled = q * scale;
         }
     }
+    // Blocks that every query of the group sees whole are visited together; the rest, where the causal mask differs
+    // from row to row, query by query. Both paths add up in the same order.
     let shared = len / KEY_BLOCK * KEY_BLOCK;
     for first in (0..shared).step_by(KEY_BLOCK) {
         visit_block::<C, FMA, M>(&mut queries, head, first, KEY_BLOCK);
@@ -121,11 +123,11 @@ fn attend_group<C: Element, O: Element, const FMA: bool, const M: usize>(
     }
 }
 
-/// Takes the queries through keys `first .. first + count`, a block or its beginning.
+/// Updates the queries' state with keys `first .. first + count`, a block or its beginning.
 #[inline(always)]
-fn visit_block<C: Element, const FMA: bool, const M: usize>(
+fn visit_block<C: FloatElement, const FMA: bool, const M: usize>(
     queries: &mut [Query; M],
-    head: Head<'_, C>,
+    head: CachedHead<'_, C>,
     first: usize,
     count: usize,
 ) {
@@ -140,13 +142,14 @@ fn visit_block<C: Element, const FMA: bool, const M: usize>(
     }
     for (query, weights) in queries.iter_mut().zip(&mut weights) {
         let weights = &mut weights[..count];
-        let peak = weights.iter().copied().fold(query.peak, f32::max);
-        let shrink = (query.peak - peak).exp(); // 0 for the first block
-        query.peak = peak;
+        let running_max = weights.iter().copied().fold(query.running_max, f32::max);
+        // Rescale what was accumulated under the old maximum.
+        let shrink = (query.running_max - running_max).exp(); // 0 for the first block
+        query.running_max = running_max;
         query.total *= shrink;
         query.sums[..head.padded_dim].iter_mut().for_each(|s| *s *= shrink);
         for weight in weights.iter_mut() {
-            *weight = (*weight - peak).exp();
+            *weight = (*weight - running_max).exp();
             query.total += *weight;
         }
     }
@@ -169,10 +172,10 @@ fn visit_block<C: Element, const FMA: bool, const M: usize>(
 /// `weights[m][(group + g) · LANES + lane] = q[m] · key`, dimensions in order.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // plain indices keep the sums in registers
-fn score_keys<C: Element, const FMA: bool, const M: usize, const G: usize>(
+fn score_keys<C: FloatElement, const FMA: bool, const M: usize, const G: usize>(
     queries: &[Query; M],
     keys: &[C],
-    head: Head<'_, C>,
+    head: CachedHead<'_, C>,
     group: usize,
     weights: &mut [[f32; KEY_BLOCK]; M],
 ) {
@@ -196,7 +199,7 @@ fn score_keys<C: Element, const FMA: bool, const M: usize, const G: usize>(
 /// `sums[m] += Σ weights[m][j] · values[j]` for `N` vectors of columns, keys in order.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // plain indices keep the sums in registers
-fn add_values<C: Element, const FMA: bool, const M: usize, const N: usize>(
+fn add_values<C: FloatElement, const FMA: bool, const M: usize, const N: usize>(
     queries: &mut [Query; M],
     weights: &[[f32; KEY_BLOCK]; M],
     values: &[C],
@@ -226,7 +229,7 @@ fn add_values<C: Element, const FMA: bool, const M: usize, const N: usize>(
 }
 
 #[inline(always)]
-fn widen<C: Element>(lanes: &[C; LANES]) -> [f32; LANES] {
+fn widen<C: FloatElement>(lanes: &[C; LANES]) -> [f32; LANES] {
     let mut wide = [0f32; LANES];
     for i in 0..LANES {
         wide[i] = lanes[i].to_f32();
@@ -244,7 +247,7 @@ fn add_scaled<const FMA: bool>(mut sums: [f32; LANES], scale: f32, lanes: [f32; 
 }
 
 /// Writes one position's keys of one head, `[head_dim]`, to its place in `[capacity / LANES, padded_dim, LANES]`.
-pub fn store_keys<T: Element, C: Element>(x: &[T], padded_dim: usize, position: usize, keys: &mut [C]) {
+pub fn store_keys<T: FloatElement, C: FloatElement>(x: &[T], padded_dim: usize, position: usize, keys: &mut [C]) {
     let group = &mut keys[position / LANES * padded_dim * LANES..][..padded_dim * LANES];
     for (lanes, x) in group.as_chunks_mut::<LANES>().0.iter_mut().zip(x) {
         lanes[position % LANES] = C::from_f32(x.to_f32());
@@ -252,7 +255,7 @@ pub fn store_keys<T: Element, C: Element>(x: &[T], padded_dim: usize, position: 
 }
 
 /// Writes one position's values of one head, `[head_dim]`, to its place in `[capacity, padded_dim]`.
-pub fn store_values<T: Element, C: Element>(x: &[T], padded_dim: usize, position: usize, values: &mut [C]) {
+pub fn store_values<T: FloatElement, C: FloatElement>(x: &[T], padded_dim: usize, position: usize, values: &mut [C]) {
     for (out, x) in values[position * padded_dim..][..padded_dim].iter_mut().zip(x) {
         *out = C::from_f32(x.to_f32());
     }
@@ -286,9 +289,9 @@ mod tests {
             Case { head_dim, keys, values, cache }
         }
 
-        fn head(&self) -> Head<'_, f32> {
+        fn head(&self) -> CachedHead<'_, f32> {
             let [keys, values] = &self.cache;
-            Head { keys, values, head_dim: self.head_dim, padded_dim: self.head_dim.next_multiple_of(LANES) }
+            CachedHead { keys, values, head_dim: self.head_dim, padded_dim: self.head_dim.next_multiple_of(LANES) }
         }
 
         /// Softmax attention in double precision.

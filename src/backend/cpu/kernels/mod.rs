@@ -8,20 +8,20 @@ pub mod rowwise;
 
 /// Rows of equal width inside a larger buffer: row `i` is `data[i * stride .. i * stride + width]`.
 #[derive(Debug, Clone, Copy)]
-pub struct Rows<'a, T> {
+pub struct RowsRef<'a, T> {
     data: &'a [T],
     stride: usize,
     width: usize,
 }
 
-impl<'a, T> Rows<'a, T> {
+impl<'a, T> RowsRef<'a, T> {
     /// Rows of `width`, `stride` apart, the first at the start of `data`.
     ///
     /// # Panics
     /// If a row would be wider than the stride; plans are validated before they run.
-    pub fn new(data: &'a [T], stride: usize, width: usize) -> Rows<'a, T> {
+    pub fn new(data: &'a [T], stride: usize, width: usize) -> RowsRef<'a, T> {
         assert!(width <= stride, "rows of {width} cannot be {stride} apart");
-        Rows { data, stride, width }
+        RowsRef { data, stride, width }
     }
 
     /// Row `index`, `[width]`.
@@ -36,7 +36,7 @@ impl<'a, T> Rows<'a, T> {
         self.width
     }
 
-    /// Whether there are this many rows.
+    /// Returns true if there are at least this many rows.
     pub fn has_rows(&self, rows: usize) -> bool {
         let len = rows.checked_sub(1).map_or(Some(0), |last| last.checked_mul(self.stride)?.checked_add(self.width));
         len.is_some_and(|len| len <= self.data.len())
@@ -47,8 +47,8 @@ impl<'a, T> Rows<'a, T> {
     /// # Panics
     /// If there is no such row.
     #[inline(always)]
-    pub fn starting_at(self, index: usize) -> Rows<'a, T> {
-        Rows { data: &self.data[index * self.stride..], ..self }
+    pub fn starting_at(self, index: usize) -> RowsRef<'a, T> {
+        RowsRef { data: &self.data[index * self.stride..], ..self }
     }
 
     /// Everything from the start of row `index`, and the distance to the next row.
@@ -68,14 +68,14 @@ pub fn round_bf16(value: f32) -> half::bf16 {
 }
 
 /// An element that activations are kept in.
-pub trait Element: bytemuck::Pod + Send + Sync {
+pub trait FloatElement: bytemuck::Pod + Send + Sync {
     /// From FP32, ties to even.
     fn from_f32(value: f32) -> Self;
     /// To FP32, exactly.
     fn to_f32(self) -> f32;
 }
 
-impl Element for f32 {
+impl FloatElement for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> f32 {
         value
@@ -86,7 +86,7 @@ impl Element for f32 {
     }
 }
 
-impl Element for half::bf16 {
+impl FloatElement for half::bf16 {
     #[inline(always)]
     fn from_f32(value: f32) -> half::bf16 {
         round_bf16(value)

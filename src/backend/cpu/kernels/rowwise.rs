@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Element, Rows, mul_add};
+use super::{FloatElement, RowsRef, mul_add};
 use crate::isa::{Isa, dispatch};
 use crate::quantize::{round_f8, round_integer};
 
@@ -36,13 +36,20 @@ impl<T: Send> RowsMut<'_, T> {
 
 /// LayerNorm: `(x − mean) / sqrt(var + eps) · gamma + beta`, population variance, two passes, FP32 inside.
 /// `gamma` and `beta` are `[width]`.
-pub fn layer_norm<O: Element>(isa: Isa, x: Rows<'_, f32>, gamma: &[f32], beta: &[f32], eps: f32, out: RowsMut<'_, O>) {
+pub fn layer_norm<O: FloatElement>(
+    isa: Isa,
+    x: RowsRef<'_, f32>,
+    gamma: &[f32],
+    beta: &[f32],
+    eps: f32,
+    out: RowsMut<'_, O>,
+) {
     out.for_each(|i, out| layer_norm_row(isa, x.row(i), gamma, beta, eps, out));
 }
 
 dispatch! {
     /// One row of [`layer_norm`].
-    pub fn layer_norm_row[O: Element](x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [O]) {
+    pub fn layer_norm_row[O: FloatElement](x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [O]) {
         avx512 => layer_norm_body::<O, true>,
         avx2 => layer_norm_body::<O, true>,
         portable => layer_norm_body::<O, false>,
@@ -50,7 +57,7 @@ dispatch! {
 }
 
 #[inline(always)]
-fn layer_norm_body<O: Element, const FMA: bool>(x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [O]) {
+fn layer_norm_body<O: FloatElement, const FMA: bool>(x: &[f32], gamma: &[f32], beta: &[f32], eps: f32, out: &mut [O]) {
     let width = x.len() as f32;
     let mean = sum_lanes(x, |v| v) / width;
     let variance = sum_lanes(x, |v| (v - mean) * (v - mean)) / width;
@@ -78,11 +85,11 @@ fn sum_lanes(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 
 /// Rotates dims `(j, j + half)` of each head of `head_dim` by the row's angle and copies the others;
 /// `cos` and `sin` have rows of `half`.
-pub fn rotary<O: Element>(
+pub fn rotary<O: FloatElement>(
     isa: Isa,
-    x: Rows<'_, f32>,
-    cos: Rows<'_, f32>,
-    sin: Rows<'_, f32>,
+    x: RowsRef<'_, f32>,
+    cos: RowsRef<'_, f32>,
+    sin: RowsRef<'_, f32>,
     head_dim: usize,
     out: RowsMut<'_, O>,
 ) {
@@ -91,7 +98,7 @@ pub fn rotary<O: Element>(
 
 dispatch! {
     /// One row of [`rotary`].
-    pub fn rotary_row[O: Element](x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) {
+    pub fn rotary_row[O: FloatElement](x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) {
         avx512 => rotary_body::<O>,
         avx2 => rotary_body::<O>,
         portable => rotary_body::<O>,
@@ -99,7 +106,7 @@ dispatch! {
 }
 
 #[inline(always)]
-fn rotary_body<O: Element>(x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) {
+fn rotary_body<O: FloatElement>(x: &[f32], cos: &[f32], sin: &[f32], head_dim: usize, out: &mut [O]) {
     let half = cos.len();
     for (x, out) in x.chunks_exact(head_dim).zip(out.chunks_exact_mut(head_dim)) {
         let (x1, x2, pass) = (&x[..half], &x[half..2 * half], &x[2 * half..]);
@@ -124,12 +131,12 @@ pub enum Unary {
     Relu2,
     /// `x + scalar`
     AddScalar(f32),
-    /// The scale times the nearest E4M3 float to `x / scale`.
-    RoundToF8(f32),
+    /// The scale times the E4M3 float nearest to `x / scale`.
+    FakeQuantizeF8(f32),
 }
 
 /// Applies `op` to each element.
-pub fn unary<T: Element, O: Element>(op: Unary, x: Rows<'_, T>, out: RowsMut<'_, O>) {
+pub fn unary<T: FloatElement, O: FloatElement>(op: Unary, x: RowsRef<'_, T>, out: RowsMut<'_, O>) {
     out.for_each(|i, out| {
         for (out, x) in out.iter_mut().zip(x.row(i)) {
             let x = x.to_f32();
@@ -138,15 +145,15 @@ pub fn unary<T: Element, O: Element>(op: Unary, x: Rows<'_, T>, out: RowsMut<'_,
                 Unary::Relu2 if x < 0.0 => 0.0, // NaN passes
                 Unary::Relu2 => x * x,
                 Unary::AddScalar(scalar) => x + scalar,
-                Unary::RoundToF8(scale) => round_f8(x / scale) * scale,
+                Unary::FakeQuantizeF8(scale) => round_f8(x / scale) * scale,
             });
         }
     });
 }
 
 /// Quantizes each row to 8-bit integers by its largest magnitude: `x[i] ≈ scale · codes[i]`, codes in -127..=127, ties to
-/// even. `scales` has rows of one. A row with a number that is not finite gets the scale NaN, so that its products do too.
-pub fn quantize<T: Element>(isa: Isa, x: Rows<'_, T>, codes: RowsMut<'_, i8>, scales: RowsMut<'_, f32>) {
+/// even. `scales` has rows of one. A row with a number that is not finite gets the scale NaN, so that its dot products are NaN too.
+pub fn quantize<T: FloatElement>(isa: Isa, x: RowsRef<'_, T>, codes: RowsMut<'_, i8>, scales: RowsMut<'_, f32>) {
     let RowsMut { data, stride, rows } = scales;
     let scales = &mut data[..rows * stride];
     let quantize = |i: usize, codes: &mut [i8], scale: &mut f32| quantize_row(isa, x.row(i), codes, scale);
@@ -169,7 +176,7 @@ pub fn quantize<T: Element>(isa: Isa, x: Rows<'_, T>, codes: RowsMut<'_, i8>, sc
 
 dispatch! {
     /// One row of [`quantize`].
-    pub fn quantize_row[T: Element](x: &[T], codes: &mut [i8], scale: &mut f32) {
+    pub fn quantize_row[T: FloatElement](x: &[T], codes: &mut [i8], scale: &mut f32) {
         avx512 => quantize_row_body::<T>,
         avx2 => quantize_row_body::<T>,
         portable => quantize_row_body::<T>,
@@ -177,7 +184,7 @@ dispatch! {
 }
 
 #[inline(always)]
-fn quantize_row_body<T: Element>(x: &[T], codes: &mut [i8], scale: &mut f32) {
+fn quantize_row_body<T: FloatElement>(x: &[T], codes: &mut [i8], scale: &mut f32) {
     // Magnitudes compare as their bits do, and NaN is above all numbers.
     let largest = x.iter().fold(0, |most, x| (x.to_f32().to_bits() & 0x7fff_ffff).max(most));
     let largest = f32::from_bits(largest);
@@ -190,7 +197,7 @@ fn quantize_row_body<T: Element>(x: &[T], codes: &mut [i8], scale: &mut f32) {
 }
 
 /// `x + y`.
-pub fn add(x: Rows<'_, f32>, y: Rows<'_, f32>, out: RowsMut<'_, f32>) {
+pub fn add(x: RowsRef<'_, f32>, y: RowsRef<'_, f32>, out: RowsMut<'_, f32>) {
     out.for_each(|i, out| {
         for ((out, x), y) in out.iter_mut().zip(x.row(i)).zip(y.row(i)) {
             *out = x + y;
@@ -202,7 +209,7 @@ pub fn add(x: Rows<'_, f32>, y: Rows<'_, f32>, out: RowsMut<'_, f32>) {
 ///
 /// # Panics
 /// If an index is outside the table; steps are checked before they run.
-pub fn gather<T: Element>(table: Rows<'_, T>, indices: &[u32], out: RowsMut<'_, f32>) {
+pub fn gather<T: FloatElement>(table: RowsRef<'_, T>, indices: &[u32], out: RowsMut<'_, f32>) {
     out.for_each(|i, out| {
         for (out, value) in out.iter_mut().zip(table.row(indices[i] as usize)) {
             *out = value.to_f32();
@@ -227,7 +234,7 @@ mod tests {
         let beta: Vec<f32> = (0..width).map(|i| i as f32 * -0.02).collect();
         for isa in Isa::available() {
             let mut got = vec![f32::NAN; 2 * width];
-            layer_norm(isa, Rows::new(&x, width, width), &gamma, &beta, 1e-5, out(&mut got, width));
+            layer_norm(isa, RowsRef::new(&x, width, width), &gamma, &beta, 1e-5, out(&mut got, width));
             for (got, x) in got.chunks(width).zip(x.chunks(width)) {
                 let mean = x.iter().map(|v| *v as f64).sum::<f64>() / width as f64;
                 let var = x.iter().map(|v| (*v as f64 - mean).powi(2)).sum::<f64>() / width as f64;
@@ -244,8 +251,8 @@ mod tests {
         let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         let (cos, sin) = ([0.0, 1.0], [1.0, 0.0]);
         let mut got = [f32::NAN; 6];
-        let (cos, sin) = (Rows::new(&cos[..], 2, 2), Rows::new(&sin[..], 2, 2));
-        rotary(Isa::detect(), Rows::new(&x, 6, 6), cos, sin, 6, out(&mut got, 6));
+        let (cos, sin) = (RowsRef::new(&cos[..], 2, 2), RowsRef::new(&sin[..], 2, 2));
+        rotary(Isa::detect(), RowsRef::new(&x, 6, 6), cos, sin, 6, out(&mut got, 6));
         assert_eq!(got, [-3.0, 2.0, 1.0, 4.0, 5.0, 6.0]);
     }
 
@@ -258,7 +265,7 @@ mod tests {
         for isa in Isa::available() {
             let (mut codes, mut scales) = (vec![99i8; 3 * width], [f32::NAN; 3]);
             let out = RowsMut { data: &mut codes, stride: width, rows: 3 };
-            quantize(isa, Rows::new(&x, width, width), out, RowsMut { data: &mut scales, stride: 1, rows: 3 });
+            quantize(isa, RowsRef::new(&x, width, width), out, RowsMut { data: &mut scales, stride: 1, rows: 3 });
             for (x, code) in x[..width].iter().zip(&codes) {
                 assert!((x - f32::from(*code) * scales[0]).abs() <= scales[0] * 0.500_01, "{isa}: {x} {code}");
             }
@@ -272,9 +279,9 @@ mod tests {
     fn elementwise_and_gather() {
         let x = [-2.0, 3.0, f32::NAN, 1.0];
         let mut got = [0.0; 4];
-        unary(Unary::Relu2, Rows::new(&x, 2, 2), out(&mut got, 2));
+        unary(Unary::Relu2, RowsRef::new(&x, 2, 2), out(&mut got, 2));
         assert!(got[0] == 0.0 && got[1] == 9.0 && got[2].is_nan() && got[3] == 1.0);
-        gather(Rows::new(&x, 2, 2), &[1, 0], out(&mut got, 2));
+        gather(RowsRef::new(&x, 2, 2), &[1, 0], out(&mut got, 2));
         assert!(got[0].is_nan() && got[1..] == [1.0, -2.0, 3.0]);
     }
 }

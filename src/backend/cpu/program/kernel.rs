@@ -1,5 +1,5 @@
-//! The kernels of a program, and one description of each one's operands. What a kernel reads and writes, how it is shown,
-//! and what is checked before it runs are all derived from [`Kernel::operands`]; a new kernel is a variant, its
+//! The kernels of a program, each with one description of its operands. [`ProgramKernel::operands`] determines a
+//! kernel's reads and writes, its listing, and the checks made before it runs. A new kernel takes a variant, its
 //! description, and its call in [`super::super::run`].
 
 use serde::{Deserialize, Serialize};
@@ -28,7 +28,7 @@ pub enum Indices {
     TokenIds,
     /// The tokens' positions, below `max_sequence_tokens`.
     Positions,
-    /// Rows of the step whose logits are wanted, below its tokens.
+    /// Rows of the step whose logits are requested, below its tokens.
     LogitsRows,
 }
 
@@ -45,25 +45,25 @@ pub enum Table {
 /// Keys or values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum CacheKind {
+pub enum KeysOrValues {
     /// Keys.
     Keys,
     /// Values.
     Values,
 }
 
-/// One call. Views that are read and written never overlap. `out` is a buffer's index; `weight`, `scales`, `gamma` and
-/// `beta` are weights'.
+/// One kernel call. The views it reads and the buffers it writes never overlap. `out` is a buffer index; `weight`,
+/// `scales`, `gamma` and `beta` are weight indices.
 #[allow(missing_docs)] // the fields are the operands that each variant's line names
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Kernel {
-    /// Rows of a table to `out` (F32).
+pub enum ProgramKernel {
+    /// Gathers rows of a table into `out` (F32).
     Gather { indices: Indices, table: Table, out: usize },
     /// LayerNorm of `x` (F32).
     LayerNorm { x: View, gamma: usize, beta: usize, eps: f32, out: usize },
-    /// `x · weightᵀ` by the kernel that the weight is packed for; `scales` are those of its codes, one for `group` inputs,
-    /// and `x_scales`, `[rows, 1]`, those of an `x` of 8-bit integers.
+    /// `x · weightᵀ` by the kernel that the weight is packed for. `scales` belong to the weight's codes, with group
+    /// size `group`; `x_scales`, `[rows, 1]`, belong to an `x` of 8-bit integers.
     Linear {
         x: View,
         x_scales: Option<View>,
@@ -73,17 +73,17 @@ pub enum Kernel {
         epilogue: Epilogue,
         out: usize,
     },
-    /// `x` as 8-bit integers with a scale for each row, in `out` and `scales`.
+    /// Quantizes `x` to 8-bit integers in `out`, with per-row scales in `scales`.
     Quantize { x: View, out: usize, scales: usize },
-    /// `scale` times the nearest E4M3 float to `x / scale`, within its range
-    RoundToF8 { x: View, scale: f32, out: usize },
+    /// Quantizes to E4M3 and back: `scale` times the E4M3 float nearest to `x / scale`, saturating.
+    FakeQuantizeF8 { x: View, scale: f32, out: usize },
     /// Rotates the heads of `x` (F32) by `cos` and `sin`.
     Rotary { x: View, cos: View, sin: View, head_dim: usize, out: usize },
-    /// Writes `x` to the cache behind each sequence's past tokens.
-    Store { x: View, layer: usize, kind: CacheKind },
+    /// Appends `x` to the cache, after each sequence's past tokens.
+    Store { x: View, layer: usize, kind: KeysOrValues },
     /// Attention of `q` (F32) over the layer's cache.
     Attention { q: View, layer: usize, scale: f32, out: usize },
-    /// To the dtype of `out`.
+    /// Converts to the dtype of `out`.
     Convert { x: View, out: usize },
     /// `max(x, 0)²`
     Relu2 { x: View, out: usize },
@@ -97,11 +97,11 @@ const F32: &[DType] = &[DType::F32];
 const FLOATS: &[DType] = &[DType::F32, DType::BF16];
 const BYTES: &[DType] = &[DType::I8];
 
-impl Kernel {
-    /// The description of its operands.
+impl ProgramKernel {
+    /// Describes its operands.
     pub fn operands(&self) -> Operands {
         match *self {
-            Kernel::Gather { indices, table, out } => {
+            ProgramKernel::Gather { indices, table, out } => {
                 let of_logits = indices == Indices::LogitsRows;
                 let rows = if of_logits { RowCount::LogitsRows } else { RowCount::Tokens };
                 let gather = Operands::new("gather").attribute(format!("{indices:?}"));
@@ -116,13 +116,13 @@ impl Kernel {
                         .write(out, Width::Exactly(v.width), F32, Some(rows)),
                 }
             }
-            Kernel::LayerNorm { x, gamma, beta, eps, out } => Operands::new("layer_norm")
+            ProgramKernel::LayerNorm { x, gamma, beta, eps, out } => Operands::new("layer_norm")
                 .read(x, Width::Any, F32, RowRule::AsWritten)
                 .weight(gamma, WeightRule::Vector(x.width))
                 .weight(beta, WeightRule::Vector(x.width))
                 .require(eps.is_finite() && eps > 0.0, || format!("eps is {eps}"))
                 .write(out, Width::Exactly(x.width), FLOATS, None),
-            Kernel::Linear { x, x_scales, weight, scales, group, epilogue, out } => {
+            ProgramKernel::Linear { x, x_scales, weight, scales, group, epilogue, out } => {
                 let dtypes = if x_scales.is_some() { BYTES } else { FLOATS };
                 let mut linear = Operands::new("linear")
                     .attribute(format!("{epilogue:?}"))
@@ -139,16 +139,16 @@ impl Kernel {
                     Epilogue::Store | Epilogue::Relu2 => linear.write(out, Width::RowsOf(weight), FLOATS, None),
                 }
             }
-            Kernel::Quantize { x, out, scales } => Operands::new("quantize")
+            ProgramKernel::Quantize { x, out, scales } => Operands::new("quantize")
                 .read(x, Width::Any, FLOATS, RowRule::AsWritten)
                 .write(out, Width::Exactly(x.width), BYTES, None)
                 .write(scales, Width::Exactly(1), F32, None),
-            Kernel::RoundToF8 { x, scale, out } => Operands::new("round_to_f8")
+            ProgramKernel::FakeQuantizeF8 { x, scale, out } => Operands::new("fake_quantize_f8")
                 .attribute(scale.to_string())
                 .read(x, Width::Any, FLOATS, RowRule::AsWritten)
                 .require(scale.is_finite() && scale > 0.0, || format!("scale is {scale}"))
                 .write(out, Width::Exactly(x.width), F32, None),
-            Kernel::Rotary { x, cos, sin, head_dim, out } => Operands::new("rotary")
+            ProgramKernel::Rotary { x, cos, sin, head_dim, out } => Operands::new("rotary")
                 .read(x, Width::Any, F32, RowRule::AsWritten)
                 .read(cos, Width::Any, F32, RowRule::AsWritten)
                 .read(sin, Width::Exactly(cos.width), F32, RowRule::AsWritten)
@@ -156,45 +156,47 @@ impl Kernel {
                     format!("heads of {head_dim} do not fit {} columns", x.width)
                 })
                 .write(out, Width::Exactly(x.width), F32, None),
-            Kernel::Store { x, layer, kind } => Operands::new("store")
+            ProgramKernel::Store { x, layer, kind } => Operands::new("store")
                 .read(x, Width::CacheRow, FLOATS, RowRule::Exactly(RowCount::Tokens))
                 .cache(CacheUse { layer, written: Some(kind) }),
-            Kernel::Attention { q, layer, scale, out } => Operands::new("attention")
+            ProgramKernel::Attention { q, layer, scale, out } => Operands::new("attention")
                 .read(q, Width::MultipleOfCacheRow, F32, RowRule::AsWritten)
                 .require(scale.is_finite(), || format!("scale is {scale}"))
                 .cache(CacheUse { layer, written: None })
                 .write(out, Width::Exactly(q.width), FLOATS, Some(RowCount::Tokens)),
-            Kernel::Convert { x, out } => {
+            ProgramKernel::Convert { x, out } => {
                 Operands::unary("convert", x).write(out, Width::Exactly(x.width), FLOATS, None)
             }
-            Kernel::Relu2 { x, out } => Operands::unary("relu2", x).write(out, Width::Exactly(x.width), FLOATS, None),
-            Kernel::AddScalar { x, scalar, out } => Operands::unary("add_scalar", x)
+            ProgramKernel::Relu2 { x, out } => {
+                Operands::unary("relu2", x).write(out, Width::Exactly(x.width), FLOATS, None)
+            }
+            ProgramKernel::AddScalar { x, scalar, out } => Operands::unary("add_scalar", x)
                 .attribute(scalar.to_string())
                 .write(out, Width::Exactly(x.width), FLOATS, None),
-            Kernel::Add { x, y, out } => Operands::new("add")
+            ProgramKernel::Add { x, y, out } => Operands::new("add")
                 .read(x, Width::Any, F32, RowRule::AsWritten)
                 .read(y, Width::Exactly(x.width), F32, RowRule::AsWritten)
                 .write(out, Width::Exactly(x.width), F32, None),
         }
     }
 
-    /// The columns it reads, not those that it updates in place.
+    /// Columns that it reads, except those that it updates in place.
     pub fn reads(&self) -> Vec<View> {
         self.operands().reads.iter().map(|read| read.view).collect()
     }
 
-    /// The buffers it writes.
+    /// Buffers that it writes.
     pub fn writes(&self) -> Vec<usize> {
         self.operands().writes.iter().map(|write| write.buffer).collect()
     }
 }
 
-/// A kernel's operands: what it reads, writes and needs to hold.
+/// Description of a kernel's operands: reads, writes and requirements.
 #[derive(Debug)]
 pub struct Operands {
     /// The kernel's name.
     pub name: &'static str,
-    /// What else it is given, as it is shown.
+    /// Its other arguments, formatted for the listing.
     pub attributes: Vec<String>,
     /// Columns it reads.
     pub reads: Vec<Read>,
@@ -223,7 +225,7 @@ pub struct Read {
 pub struct Write {
     /// Which.
     pub buffer: usize,
-    /// Whether it is read too.
+    /// True if it is read too (updated in place).
     pub updates: bool,
     width: Width,
     dtypes: &'static [DType],
@@ -235,7 +237,7 @@ pub struct Write {
 pub struct WeightUse {
     /// Which.
     pub index: usize,
-    /// What it must be.
+    /// Requirement on it.
     pub rule: WeightRule,
 }
 
@@ -244,8 +246,8 @@ pub struct WeightUse {
 pub struct CacheUse {
     /// Which.
     pub layer: usize,
-    /// What is written there, if something is.
-    pub written: Option<CacheKind>,
+    /// The half of it that is written, if any.
+    pub written: Option<KeysOrValues>,
 }
 
 /// A number of columns.
@@ -265,17 +267,17 @@ enum Width {
 /// The rows of a buffer that is read.
 #[derive(Debug, Clone, Copy)]
 enum RowRule {
-    /// Those of what is written.
+    /// As many as the output has.
     AsWritten,
     Exactly(RowCount),
 }
 
-/// What a weight must be.
+/// Requirement on a weight.
 #[derive(Debug, Clone, Copy)]
 pub enum WeightRule {
     /// Row-major, with a row for each index.
     Table(Indices),
-    /// Row-major, one row of so many FP32.
+    /// Row-major, one row of this many FP32 values.
     Vector(usize),
     /// A linear kernel's weight, which takes what is in buffer `x`.
     Linear {
@@ -283,14 +285,14 @@ pub enum WeightRule {
         x: usize,
         /// The scales' index.
         scales: Option<usize>,
-        /// Inputs that share a scale.
+        /// Quantization group size in inputs.
         group: usize,
     },
     /// The scales of a linear kernel's weight.
     ScalesOf {
         /// The weight's index.
         weight: usize,
-        /// Inputs that share a scale.
+        /// Quantization group size in inputs.
         group: usize,
     },
 }
@@ -387,7 +389,7 @@ impl Operands {
         self.check_overlaps(program)
     }
 
-    /// What is written shares no byte with anything else that is written or read.
+    /// Checks that an output shares no byte with any other operand.
     fn check_overlaps(&self, program: &Program) -> Result<(), String> {
         let bytes = |b: &BufferSpec| b.offset..b.offset + b.max_bytes(&program.limits).unwrap_or(0);
         for (index, write) in self.writes.iter().enumerate() {

@@ -2,8 +2,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// What a `.nemo` of the 8B holds after alignment: the keys of NeMo's pre-training, of its fine-tuning and of
-/// NeMo-Aligner's PPO, as OmegaConf writes them.
+/// The config of an 8B `.nemo` after alignment: the keys of NeMo's pre-training, of its fine-tuning and of
+/// NeMo-Aligner's PPO, as written by OmegaConf.
 const ALIGNED_8B: &str = include_str!("8b.yaml");
 
 /// The least that makes a model.

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use serde_json::Value;
 
 use super::*;
-use crate::checkpoint::nemo::container::Place;
+use crate::checkpoint::nemo::container::MemberLocation;
 use crate::checkpoint::testing::stored_elements;
 
 const FC1: &str = "model.decoder.layers.mlp.linear_fc1.weight";
@@ -19,12 +19,12 @@ fn fixture(name: &str) -> Vec<u8> {
 }
 
 /// The folder of a checkpoint.
-struct Folder(tempfile::TempDir);
+struct SavedFolder(tempfile::TempDir);
 
-impl Folder {
-    /// What torch wrote into the folder `name`.
-    fn of(name: &str) -> Folder {
-        let folder = Folder(tempfile::tempdir().unwrap());
+impl SavedFolder {
+    /// A checkpoint written by torch, copied from the folder `name`.
+    fn of(name: &str) -> SavedFolder {
+        let folder = SavedFolder(tempfile::tempdir().unwrap());
         fs::create_dir(folder.0.path().join("model_weights")).unwrap();
         for entry in fs::read_dir(Path::new("tests/data/torch_dist").join(name)).unwrap() {
             let path = entry.unwrap().path();
@@ -34,8 +34,8 @@ impl Folder {
     }
 
     /// The files of `one-rank` with this metadata.
-    fn with(metadata: impl AsRef<[u8]>) -> Folder {
-        let folder = Folder::of("one-rank");
+    fn with(metadata: impl AsRef<[u8]>) -> SavedFolder {
+        let folder = SavedFolder::of("one-rank");
         folder.write(".metadata", metadata);
         folder
     }
@@ -62,7 +62,7 @@ impl Folder {
                 if !shape.contains(&0) {
                     let last: usize = shape.iter().zip(strides).map(|(size, stride)| (size - 1) * stride).sum();
                     let bytes = start + last * tensor.dtype.bytes()..start + (last + 1) * tensor.dtype.bytes();
-                    assert!(!container.bytes(&Place { file: *file, bytes }).unwrap().is_empty());
+                    assert!(!container.bytes(&MemberLocation { file: *file, bytes }).unwrap().is_empty());
                 }
             }
         }
@@ -81,7 +81,7 @@ impl Folder {
 }
 
 #[track_caller]
-fn check_one(folder: &Folder, expected: &str) {
+fn check_one(folder: &SavedFolder, expected: &str) {
     let all: Value = serde_json::from_slice(&fixture("expected.json")).unwrap();
     let expected = all[expected].as_object().unwrap();
     let container = folder.container();
@@ -98,16 +98,16 @@ fn check_one(folder: &Folder, expected: &str) {
 
 #[test]
 fn reads_what_torch_saved() {
-    check_one(&Folder::of("one-rank"), "one-rank");
-    check_one(&Folder::of("two-ranks"), "two-ranks");
+    check_one(&SavedFolder::of("one-rank"), "one-rank");
+    check_one(&SavedFolder::of("two-ranks"), "two-ranks");
     for metadata in ["older.metadata", "megatron-0.15.metadata"] {
-        check_one(&Folder::with(fixture(metadata)), "one-rank");
+        check_one(&SavedFolder::with(fixture(metadata)), "one-rank");
     }
 }
 
 #[test]
 fn finds_the_chunks_of_layers_and_ranks() {
-    let folder = Folder::of("two-ranks");
+    let folder = SavedFolder::of("two-ranks");
     let container = folder.container();
     let found = tensors(&container, "model_weights/").unwrap();
     let origins = |name: &str| {
@@ -127,8 +127,8 @@ fn finds_the_chunks_of_layers_and_ranks() {
 
 #[test]
 fn executes_nothing() {
-    let error =
-        Folder::with(fixture("hostile.metadata")).refused(".metadata", "asks for `posix.system`, which is refused");
+    let error = SavedFolder::with(fixture("hostile.metadata"))
+        .refused(".metadata", "asks for `posix.system`, which is refused");
     assert!(error.to_string().ends_with("may name its own records alone; nothing was executed"), "{error}");
     let pickles: &[(&[u8], &str)] = &[
         (b"\x80\x04cbuiltins\ngetattr\n.", "asks for `builtins.getattr`"),
@@ -158,7 +158,7 @@ fn executes_nothing() {
         (b"\x80\x06N.", "protocol 6, expected 2 to 5"),
     ];
     for (pickle, reason) in pickles {
-        Folder::with(pickle).refused(".metadata", reason);
+        SavedFolder::with(pickle).refused(".metadata", reason);
     }
 }
 
@@ -273,8 +273,8 @@ impl Saved {
         self.items.iter().map(item).collect()
     }
 
-    fn folder(&self) -> Folder {
-        Folder::with(metadata(&[(text(FC1), self.tensor())], &self.items()))
+    fn folder(&self) -> SavedFolder {
+        SavedFolder::with(metadata(&[(text(FC1), self.tensor())], &self.items()))
     }
 }
 
@@ -283,7 +283,7 @@ fn reads_metadata_written_by_hand() {
     let folder = Saved::good().folder();
     let container = folder.container();
     let found = tensors(&container, "model_weights/").unwrap();
-    let whole = Folder::of("one-rank");
+    let whole = SavedFolder::of("one-rank");
     let other = whole.container();
     let expected = tensors(&other, "model_weights/").unwrap();
     let (_, expected) = expected.iter().find(|(name, _)| name == FC1).unwrap();
@@ -379,7 +379,7 @@ fn refuses_metadata_that_does_not_fit_the_files() {
     let mut saved = Saved::good();
     (saved.items[1].start, saved.items[1].length) = (i64::MAX, i64::MAX);
     saved.folder().refused("__0_0.distcp", "9223372036854775807 bytes at 9223372036854775807 are said to be it");
-    let empty = Folder(tempfile::tempdir().unwrap());
+    let empty = SavedFolder(tempfile::tempdir().unwrap());
     let error = empty.read().unwrap_err().to_string();
     assert!(error.contains("it has no `model_weights/.metadata`"), "{error}");
 }
@@ -463,7 +463,7 @@ fn refuses_records_that_make_no_sense() {
         ),
     ];
     for (pickle, reason) in cases {
-        Folder::with(pickle).refused(".metadata", reason);
+        SavedFolder::with(pickle).refused(".metadata", reason);
     }
 }
 
@@ -479,7 +479,8 @@ fn keeps_shared_parts_small() {
     );
     let mut tensors = vec![(text("0"), [&tensor[..], b"q\x02"].concat())];
     tensors.extend((1..100).map(|index| (text(&index.to_string()), b"h\x02".to_vec())));
-    Folder::with(metadata(&tensors, &[])).refused(".metadata", "tensor `6`: with it there are more than 65536 chunks");
+    SavedFolder::with(metadata(&tensors, &[]))
+        .refused(".metadata", "tensor `6`: with it there are more than 65536 chunks");
 
     // Tensors without number.
     let empty = fields(
@@ -492,31 +493,31 @@ fn keeps_shared_parts_small() {
     );
     let mut tensors = vec![(text("0"), [&empty[..], b"q\x02"].concat())];
     tensors.extend((1..20_000).map(|index| (text(&index.to_string()), b"h\x02".to_vec())));
-    Folder::with(metadata(&tensors, &[])).refused(".metadata", "more than 16384 tensors");
+    SavedFolder::with(metadata(&tensors, &[])).refused(".metadata", "more than 16384 tensors");
 
     // Places without number, all the same.
     let (key, value) = Saved::good().items().swap_remove(0);
     let mut items = vec![([&key[..], b"q\x03"].concat(), [&value[..], b"q\x04"].concat())];
     items.extend(vec![(b"h\x03".to_vec(), b"h\x04".to_vec()); 300_000]);
-    Folder::with(metadata(&[], &items)).refused(".metadata", "300001 places in `storage_data`; at most 262144");
+    SavedFolder::with(metadata(&[], &items)).refused(".metadata", "300001 places in `storage_data`; at most 262144");
 
     for (opcode, limit) in [(&b"N"[..], "objects"), (&b"("[..], "marks")] {
         let pickle = [b"\x80\x04", opcode.repeat((1 << 20) + 1).as_slice()].concat();
-        Folder::with(pickle).refused(".metadata", &format!("more than 1048576 {limit}"));
+        SavedFolder::with(pickle).refused(".metadata", &format!("more than 1048576 {limit}"));
     }
     let pickle = vec![b'N'; (32 << 20) + 1];
-    Folder::with(pickle).refused(".metadata", "33554433 bytes of pickle; at most 33554432 are accepted");
+    SavedFolder::with(pickle).refused(".metadata", "33554433 bytes of pickle; at most 33554432 are accepted");
 }
 
 #[test]
 fn refuses_truncated_files() {
     let metadata = fixture("two-ranks/.metadata");
-    let folder = Folder::of("two-ranks");
+    let folder = SavedFolder::of("two-ranks");
     for end in (0..metadata.len()).step_by(41).chain([metadata.len() - 1]) {
         folder.write(".metadata", &metadata[..end]);
         folder.refused(".metadata", "pickle at ");
     }
-    let folder = Folder::of("two-ranks");
+    let folder = SavedFolder::of("two-ranks");
     let file = fixture("two-ranks/__1_0.distcp");
     for end in (0..file.len()).step_by(167).chain([file.len() - 1]) {
         folder.write("__1_0.distcp", &file[..end]);
@@ -538,7 +539,7 @@ proptest! {
             let at = at.index(bytes.len());
             bytes[at] = value;
         }
-        let _ = Folder::with(bytes).read();
+        let _ = SavedFolder::with(bytes).read();
     }
 
     /// So are damaged chunks.
@@ -546,7 +547,7 @@ proptest! {
     fn survives_damaged_chunks(
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..20),
     ) {
-        let folder = Folder::of("one-rank");
+        let folder = SavedFolder::of("one-rank");
         let mut bytes = fixture("one-rank/__0_0.distcp");
         for (at, value) in changes {
             let at = at.index(bytes.len());

@@ -9,11 +9,11 @@ use super::*;
 use crate::checkpoint::testing::stored_elements;
 
 /// The folder of a checkpoint.
-struct Folder(tempfile::TempDir);
+struct ZarrFolder(tempfile::TempDir);
 
-impl Folder {
-    fn new() -> Folder {
-        Folder(tempfile::tempdir().unwrap())
+impl ZarrFolder {
+    fn new() -> ZarrFolder {
+        ZarrFolder(tempfile::tempdir().unwrap())
     }
 
     fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
@@ -102,7 +102,7 @@ type Written<'a> = (&'a str, (&'a str, usize), &'a [usize], &'a [usize], &'a str
 
 #[test]
 fn reads_chunks_back() {
-    let folder = Folder::new();
+    let folder = ZarrFolder::new();
     let arrays: &[Written] = &[
         ("model.decoder.final_layernorm.weight", F32, &[6], &[6], "."),
         ("model.decoder.layers.mlp.linear_fc1.weight", BF16, &[3, 8, 6], &[1, 4, 6], "."),
@@ -134,7 +134,7 @@ fn reads_chunks_back() {
 
 #[test]
 fn reads_an_archive_in_place() {
-    let folder = Folder::new();
+    let folder = ZarrFolder::new();
     let expected = folder.add("w", BF16, &[3, 8, 6], &[1, 4, 6], ".");
     let file = folder.0.path().join("x.nemo");
     let names = ["-cf", file.to_str().unwrap(), "-C", folder.0.path().to_str().unwrap(), "./model_weights"];
@@ -167,7 +167,7 @@ fn knows_the_types_that_numpy_writes() {
         ("<c8", ElementType::Complex64),
         ("<c16", ElementType::Complex128),
     ] {
-        let folder = Folder::new();
+        let folder = ZarrFolder::new();
         let expected = folder.add("w", (name, dtype.bytes()), &[2, 3], &[1, 3], ".");
         let container = folder.container();
         let found = tensors(&container, "model_weights/").unwrap();
@@ -178,7 +178,7 @@ fn knows_the_types_that_numpy_writes() {
 
 #[test]
 fn leaves_out_what_is_no_weight() {
-    let folder = Folder::new();
+    let folder = ZarrFolder::new();
     folder.add("w", F32, &[2], &[2], ".");
     folder.write("model_weights/common.pt", "PK");
     folder.write("model_weights/metadata.json", "{}");
@@ -191,16 +191,16 @@ fn leaves_out_what_is_no_weight() {
     let names: Vec<String> = folder.read().unwrap().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["w"]);
     // An array without elements has no chunks.
-    let folder = Folder::new();
+    let folder = ZarrFolder::new();
     folder.add("empty", F32, &[0, 3], &[1, 3], ".");
     let found = folder.read().unwrap();
     assert_eq!((found[0].1.shape.as_slice(), found[0].1.shards.len()), (&[0, 3][..], 0));
-    assert!(Folder::new().read().unwrap().is_empty());
+    assert!(ZarrFolder::new().read().unwrap().is_empty());
 }
 
 #[test]
 fn refuses_descriptions_of_other_arrays() {
-    let folder = Folder::new();
+    let folder = ZarrFolder::new();
     folder.add("w", F32, &[4, 6], &[2, 6], ".");
     let good = description("<f4", &[4, 6], &[2, 6]);
     let with = |key: &str, value: Value| {
@@ -270,7 +270,7 @@ fn refuses_descriptions_of_other_arrays() {
 
 #[test]
 fn refuses_chunks_that_do_not_fit() {
-    let folder = Folder::new();
+    let folder = ZarrFolder::new();
     folder.add("w", F32, &[4, 6], &[2, 6], ".");
     let restore = || folder.write("model_weights/w/1.0", [0; 48]);
     // An axis that claims more than there is stops at the first chunk that is missing.
@@ -301,11 +301,11 @@ fn refuses_chunks_that_do_not_fit() {
     }
     assert_eq!(folder.read().unwrap().len(), 1);
     // An edge cut to the shape, as other writers may store it.
-    let folder = Folder::new();
+    let folder = ZarrFolder::new();
     folder.add("edge", BF16, &[5, 3], &[2, 3], "/");
     folder.write("model_weights/edge/2/0", [0; 6]);
     folder.refused("edge/2/0", "a chunk of 6 bytes, expected 12 for [2, 3] of bfloat16");
-    let folder = Folder::new();
+    let folder = ZarrFolder::new();
     folder.add("empty", F32, &[0, 3], &[1, 3], ".");
     folder.write("model_weights/empty/0.0", [0; 12]);
     folder.refused("empty/0.0", "chunk `0.0` is not in the grid of [0, 1]");
@@ -319,7 +319,7 @@ proptest! {
     fn survives_damage(
         changes in prop::collection::vec((any::<prop::sample::Index>(), prop::sample::select(b"0123456789[]{},.:\"-FCf<>|n\0\xff".to_vec())), 1..5),
     ) {
-        let folder = Folder::new();
+        let folder = ZarrFolder::new();
         folder.add("w", BF16, &[3, 4, 5], &[1, 2, 5], ".");
         let mut text = description("bfloat16", &[3, 4, 5], &[1, 2, 5]).to_string().into_bytes();
         for (at, value) in changes {
@@ -346,7 +346,7 @@ proptest! {
         chunks in prop::collection::vec(prop_oneof![0..9u64, any::<u64>()], 0..5),
         dtype in prop::sample::select(vec!["<f4", "bfloat16", "|u1", "<c16"]),
     ) {
-        let folder = Folder::new();
+        let folder = ZarrFolder::new();
         let mut description = description(dtype, &[], &[]);
         (description["shape"], description["chunks"]) = (shape.into(), chunks.into());
         folder.write("model_weights/w/.zarray", description.to_string());

@@ -11,11 +11,11 @@
 //! beside it, on the thread, or on how rows are blocked.
 //!
 //! **Cost.** A code is widened to FP32 before it is multiplied: about three instructions for 8 or 16 weights where a float
-//! has one load. With few rows that is hidden behind memory; with many, codes are decoded once for all rows of a task.
+//! has one load. With few rows that is hidden behind memory; with many, codes are dequantized once for all rows of a task.
 
 use super::{
-    Activations, Element, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, Rows, TileSize, pack_scales,
-    unpack_scales,
+    Activations, FloatElement, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize,
+    pack_scales, unpack_scales,
 };
 use crate::backend::cpu::kernels::mul_add;
 use crate::error::Result;
@@ -36,7 +36,7 @@ const NR: usize = 64;
 const MR: usize = 4;
 /// Rows of `x` that one task carries.
 const MC: usize = 32;
-/// Inputs whose decoded weights many rows share: 64 × 64 FP32 stay in the L1 cache.
+/// Inputs whose dequantized weights many rows share: 64 × 64 FP32 stay in the L1 cache.
 const KC: usize = 64;
 
 /// The kernel of a kind of code.
@@ -170,7 +170,7 @@ pub(super) trait Coding: Copy + Send + Sync {
 
     /// The codes of input `k`, for every output of the panel.
     #[inline(always)]
-    fn decode(self, codes: &[[u8; NR]], k: usize) -> [f32; NR] {
+    fn dequantize(self, codes: &[[u8; NR]], k: usize) -> [f32; NR] {
         let bytes = &codes[k / Self::PER_BYTE];
         let mut values = [0f32; NR];
         for lane in 0..NR {
@@ -222,7 +222,7 @@ impl Coding for FloatByte {
 
 dispatch! {
     /// `sums.len()` rows of `x` by one panel, into `sums`, which are zero.
-    fn tile[C: Coding, T: Element](coding: C, x: Rows<'_, T>, panel: Panel<'_>, sums: &mut [[f32; NR]]) {
+    fn tile[C: Coding, T: FloatElement](coding: C, x: RowsRef<'_, T>, panel: Panel<'_>, sums: &mut [[f32; NR]]) {
         avx512 => tile_body::<C, T, true>,
         avx2 => tile_body::<C, T, true>,
         portable => tile_body::<C, T, false>,
@@ -230,9 +230,9 @@ dispatch! {
 }
 
 #[inline(always)]
-fn tile_body<C: Coding, T: Element, const FMA: bool>(
+fn tile_body<C: Coding, T: FloatElement, const FMA: bool>(
     coding: C,
-    x: Rows<'_, T>,
+    x: RowsRef<'_, T>,
     panel: Panel<'_>,
     sums: &mut [[f32; NR]],
 ) {
@@ -245,15 +245,15 @@ fn tile_body<C: Coding, T: Element, const FMA: bool>(
             // Few rows: codes go from memory to registers.
             for_row_tiles!(group_sums, |rows, sums| {
                 let x = rows.map(|row| &x.row(row)[start..end]);
-                accumulate::<T, _, FMA>(x, sums, |k| coding.decode(panel.codes, start + k));
+                accumulate::<T, _, FMA>(x, sums, |k| coding.dequantize(panel.codes, start + k));
             });
         } else {
-            // Many rows: they share what is decoded, some inputs at a time.
+            // Many rows: they share the dequantized weights, KC inputs at a time.
             for start in (start..end).step_by(KC) {
                 let end = end.min(start + KC);
                 let mut weights = [[0f32; NR]; KC];
                 for (weights, k) in weights.iter_mut().zip(start..end) {
-                    *weights = coding.decode(panel.codes, k);
+                    *weights = coding.dequantize(panel.codes, k);
                 }
                 for_row_tiles!(group_sums, |rows, sums| {
                     let x = rows.map(|row| &x.row(row)[start..end]);
@@ -272,7 +272,7 @@ fn tile_body<C: Coding, T: Element, const FMA: bool>(
 /// Adds `x · weights` to `sums`, input after input; `x` are rows of one length, and `weights(k)` those of input `k`.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // one index for several rows
-fn accumulate<T: Element, const ROWS: usize, const FMA: bool>(
+fn accumulate<T: FloatElement, const ROWS: usize, const FMA: bool>(
     x: [&[T]; ROWS],
     sums: &mut [[f32; NR]; ROWS],
     weights: impl Fn(usize) -> [f32; NR],

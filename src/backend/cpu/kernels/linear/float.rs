@@ -16,7 +16,9 @@ use std::marker::PhantomData;
 
 use half::bf16;
 
-use super::{Activations, Element, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, Rows, TileSize};
+use super::{
+    Activations, FloatElement, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize,
+};
 use crate::error::Result;
 use crate::isa::{Isa, dispatch};
 use crate::tensor::DType;
@@ -41,17 +43,17 @@ const PACK_INPUTS: usize = 64;
 pub(super) struct Float<T>(PhantomData<T>);
 
 /// An element type of weights.
-trait Weight: Element {
+trait Weight: FloatElement {
     const NAME: &'static str;
     const DTYPE: DType;
     /// Inputs that lie side by side.
     const GROUP: usize;
 
     /// The activations of this type, if these are.
-    fn rows<'a>(x: Activations<'a>) -> Option<Rows<'a, Self>>;
+    fn rows<'a>(x: Activations<'a>) -> Option<RowsRef<'a, Self>>;
 
     /// Adds one panel's products to `sums`.
-    fn tile(isa: Isa, x: Rows<'_, Self>, panel: &[Self], sums: &mut [[f32; NR]]);
+    fn tile(isa: Isa, x: RowsRef<'_, Self>, panel: &[Self], sums: &mut [[f32; NR]]);
 }
 
 impl Weight for f32 {
@@ -59,11 +61,11 @@ impl Weight for f32 {
     const DTYPE: DType = DType::F32;
     const GROUP: usize = 1;
 
-    fn rows<'a>(x: Activations<'a>) -> Option<Rows<'a, f32>> {
+    fn rows<'a>(x: Activations<'a>) -> Option<RowsRef<'a, f32>> {
         if let Activations::F32(rows) = x { Some(rows) } else { None }
     }
 
-    fn tile(isa: Isa, x: Rows<'_, f32>, panel: &[f32], sums: &mut [[f32; NR]]) {
+    fn tile(isa: Isa, x: RowsRef<'_, f32>, panel: &[f32], sums: &mut [[f32; NR]]) {
         tile_f32(isa, x, panel, sums);
     }
 }
@@ -73,11 +75,11 @@ impl Weight for bf16 {
     const DTYPE: DType = DType::BF16;
     const GROUP: usize = 2;
 
-    fn rows<'a>(x: Activations<'a>) -> Option<Rows<'a, bf16>> {
+    fn rows<'a>(x: Activations<'a>) -> Option<RowsRef<'a, bf16>> {
         if let Activations::Bf16(rows) = x { Some(rows) } else { None }
     }
 
-    fn tile(isa: Isa, x: Rows<'_, bf16>, panel: &[bf16], sums: &mut [[f32; NR]]) {
+    fn tile(isa: Isa, x: RowsRef<'_, bf16>, panel: &[bf16], sums: &mut [[f32; NR]]) {
         tile_bf16(isa, x, panel, sums);
     }
 }
@@ -154,7 +156,7 @@ impl<T: Weight> LinearKernel for Float<T> {
 }
 
 dispatch! {
-    fn tile_f32[](x: Rows<'_, f32>, panel: &[f32], sums: &mut [[f32; NR]]) {
+    fn tile_f32[](x: RowsRef<'_, f32>, panel: &[f32], sums: &mut [[f32; NR]]) {
         avx512 => tile_body::<x86::F32Avx512, 4>,
         avx2 => tile_body::<x86::F32Avx2, 1>,
         portable => tile_body::<portable::F32, 1>,
@@ -162,7 +164,7 @@ dispatch! {
 }
 
 dispatch! {
-    fn tile_bf16[](x: Rows<'_, bf16>, panel: &[bf16], sums: &mut [[f32; NR]]) {
+    fn tile_bf16[](x: RowsRef<'_, bf16>, panel: &[bf16], sums: &mut [[f32; NR]]) {
         avx512_bf16 => tile_body::<x86::Bf16Dot, 4>,
         avx512 => tile_body::<x86::Bf16Avx512, 4>,
         avx2 => tile_body::<x86::Bf16Avx2, 1>,
@@ -191,7 +193,7 @@ trait Lanes {
 /// One task: `sums.len()` rows by one panel, [`KC`] inputs at a time. The instructions of `L` must be present, which the
 /// dispatchers above see to.
 #[inline(always)]
-fn tile_body<L: Lanes, const VECTORS: usize>(x: Rows<'_, L::Weight>, panel: &[L::Weight], sums: &mut [[f32; NR]]) {
+fn tile_body<L: Lanes, const VECTORS: usize>(x: RowsRef<'_, L::Weight>, panel: &[L::Weight], sums: &mut [[f32; NR]]) {
     let (inputs, rows) = (x.width(), sums.len());
     assert!(panel.len() == inputs.next_multiple_of(L::Weight::GROUP) * NR && x.has_rows(rows));
     let (data, stride) = x.from_row(0);

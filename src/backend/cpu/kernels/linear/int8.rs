@@ -15,14 +15,14 @@
 #![allow(unsafe_code)]
 
 use super::{
-    Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, Rows, TileSize, pack_scales,
+    Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize, pack_scales,
     unpack_scales,
 };
 use crate::error::Result;
 use crate::isa::{CpuFeatures, Isa, dispatch};
 use crate::tensor::DType;
 
-/// For AVX2 and CPUs without byte products.
+/// For AVX2 and CPUs without byte dot products.
 pub(super) static QUADS: Int8 = Int8 { name: "int8-quads", has_offsets: false };
 /// For AVX-512 VNNI.
 pub(super) static VNNI: Int8 = Int8 { name: "int8-quads-vnni", has_offsets: true };
@@ -43,7 +43,7 @@ const MAX_INPUTS: usize = i32::MAX as usize / (127 * 127);
 /// A packing for 8-bit activations.
 pub(super) struct Int8 {
     name: &'static str,
-    /// Whether a panel ends with a row of `128 · Σ codes`.
+    /// True if each panel ends with a row of `128 · Σ codes`.
     has_offsets: bool,
 }
 
@@ -77,7 +77,7 @@ impl LinearKernel for Int8 {
 
     fn check(&self, shape: LinearShape) -> Result<(), String> {
         if shape.group < shape.inputs {
-            return Err(format!("8-bit products have per-channel scales, not groups of {}", shape.group));
+            return Err(format!("the int8 kernel has per-channel scales, not groups of {}", shape.group));
         }
         match shape.inputs > MAX_INPUTS {
             true => Err(format!("sums over {} inputs may overflow 32 bits; at most {MAX_INPUTS} fit", shape.inputs)),
@@ -158,7 +158,7 @@ impl LinearKernel for Int8 {
 
 dispatch! {
     /// `dots[r] = Σ x[r] · weights` over a panel, `[quads, NR, QUAD]`.
-    fn dot[](x: Rows<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
+    fn dot[](x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
         avx2 => dot_body::<x86::Avx2, 2, 8>,
         portable => dot_body::<Portable, 1, 4>,
     }
@@ -166,7 +166,7 @@ dispatch! {
 
 dispatch! {
     /// The same, with `offsets` of 128 times the weights' sums.
-    fn dot_offset[](x: Rows<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
+    fn dot_offset[](x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
         avx512_vnni => dot_offset_body,
         avx2 => dot_without_offset_body::<x86::Avx2, 2, 8>,
         portable => dot_without_offset_body::<Portable, 1, 4>,
@@ -176,7 +176,7 @@ dispatch! {
 /// The sums of `x + 128` and what that adds taken away; both may wrap, their difference does not.
 #[inline(always)]
 #[cfg(target_arch = "x86_64")]
-fn dot_offset_body(x: Rows<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
+fn dot_offset_body(x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
     dot_body::<x86::Vnni, 4, 4>(x, quads, dots);
     for dots in dots {
         for (dot, offset) in dots.iter_mut().zip(offsets) {
@@ -188,7 +188,7 @@ fn dot_offset_body(x: Rows<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; 
 /// For tiles that take signed inputs as they are.
 #[inline(always)]
 fn dot_without_offset_body<B: Bytes, const VECTORS: usize, const ALONE: usize>(
-    x: Rows<'_, i8>,
+    x: RowsRef<'_, i8>,
     quads: &[[[i8; QUAD]; NR]],
     _: &[[i8; QUAD]; NR],
     dots: &mut [[i32; NR]],
@@ -214,11 +214,11 @@ trait Bytes {
 }
 
 /// Adds the products of `dots.len()` rows with a panel, [`KC`] inputs at a time: [`MR`] rows by `VECTORS` vectors of outputs
-/// in registers, or one row by `ALONE`, which is the whole panel, so that it is read once from start to end. The instructions of `B` must be present,
-/// which the dispatchers above see to.
+/// in registers, or one row by `ALONE`, which is the whole panel, so that it is read once from start to end. The
+/// instructions of `B` must be present, which the dispatchers above see to.
 #[inline(always)]
 fn dot_body<B: Bytes, const VECTORS: usize, const ALONE: usize>(
-    x: Rows<'_, i8>,
+    x: RowsRef<'_, i8>,
     quads: &[[[i8; QUAD]; NR]],
     dots: &mut [[i32; NR]],
 ) {
@@ -290,7 +290,7 @@ fn register_tile<B: Bytes, const VECTORS: usize, const ROWS: usize>(
     }
 }
 
-/// The oracle of the others, and what runs where there are no byte products.
+/// The oracle of the others, and what runs where there are no byte dot products.
 struct Portable;
 
 impl Bytes for Portable {

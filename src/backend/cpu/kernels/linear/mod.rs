@@ -22,7 +22,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::rowwise::RowsMut;
-use super::{Element, Rows};
+use super::{FloatElement, RowsRef};
 use crate::error::{Error, Result, clip};
 use crate::isa::{CpuFeatures, Isa, dispatch};
 use crate::tensor::DType;
@@ -90,13 +90,13 @@ pub trait LinearKernel: Sync {
     /// Its tile.
     fn tile_size(&self) -> TileSize;
 
-    /// Whether the weight has scales beside it.
+    /// Returns true if the weight is stored with scales.
     fn has_scales(&self) -> bool;
 
     /// Checks that it can compute with a weight of this shape.
     ///
     /// # Errors
-    /// What it cannot.
+    /// The reason it cannot.
     fn check(&self, shape: LinearShape) -> Result<(), String>;
 
     /// Element type and shape of one panel of an operand, NR rows of `columns` values.
@@ -313,15 +313,15 @@ impl<'a> PackedWeight<'a> {
 #[derive(Debug, Clone, Copy)]
 pub enum Activations<'a> {
     /// FP32.
-    F32(Rows<'a, f32>),
+    F32(RowsRef<'a, f32>),
     /// BF16.
-    Bf16(Rows<'a, bf16>),
+    Bf16(RowsRef<'a, bf16>),
     /// 8-bit integers, each row with its scale: the row stands for `scales[row] · codes[row]`.
     I8 {
         /// `[rows, inputs]`
-        codes: Rows<'a, i8>,
+        codes: RowsRef<'a, i8>,
         /// `[rows, 1]`
-        scales: Rows<'a, f32>,
+        scales: RowsRef<'a, f32>,
     },
 }
 
@@ -344,7 +344,7 @@ impl<'a> Activations<'a> {
         }
     }
 
-    /// Whether there are this many rows.
+    /// Returns true if there are at least this many rows.
     fn has_rows(&self, rows: usize) -> bool {
         match self {
             Activations::F32(x) => x.has_rows(rows),
@@ -371,7 +371,7 @@ impl<'a> Activations<'a> {
     }
 }
 
-/// What a linear layer does with a sum.
+/// Final step of a linear layer, applied to each sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Epilogue {
@@ -388,7 +388,7 @@ pub enum Epilogue {
 /// # Errors
 /// [`Error::Internal`] if `x` or `out` is too short or of another type than the kernel takes; plans are validated before
 /// they run.
-pub fn linear<O: Element>(
+pub fn linear<O: FloatElement>(
     isa: Isa,
     x: Activations<'_>,
     weight: PackedWeight<'_>,
@@ -475,7 +475,7 @@ impl<T> Disjoint<T> {
 
 dispatch! {
     /// One row's sums to its outputs; those past the outputs are padding.
-    fn finish_row[O: Element](epilogue: Epilogue, sums: &[f32], out: &mut [O]) {
+    fn finish_row[O: FloatElement](epilogue: Epilogue, sums: &[f32], out: &mut [O]) {
         avx512 => finish_row_body::<O>,
         avx2 => finish_row_body::<O>,
         portable => finish_row_body::<O>,
@@ -483,7 +483,7 @@ dispatch! {
 }
 
 #[inline(always)]
-fn finish_row_body<O: Element>(epilogue: Epilogue, sums: &[f32], out: &mut [O]) {
+fn finish_row_body<O: FloatElement>(epilogue: Epilogue, sums: &[f32], out: &mut [O]) {
     match epilogue {
         Epilogue::Store => out.iter_mut().zip(sums).for_each(|(o, s)| *o = O::from_f32(*s)),
         Epilogue::Relu2 => out.iter_mut().zip(sums).for_each(|(o, s)| {

@@ -8,7 +8,7 @@ fn random(seed: &mut u32) -> f32 {
 }
 
 /// A weight packed for a kernel, and the numbers that it stands for.
-struct Packed {
+struct PackedCase {
     packing: Packing,
     weight: Vec<u8>,
     scales: Vec<u8>,
@@ -16,8 +16,8 @@ struct Packed {
     values: Vec<f32>, // [outputs, inputs]
 }
 
-impl Packed {
-    fn new(packing: Packing, weight: &[f32], outputs: usize, inputs: usize) -> Packed {
+impl PackedCase {
+    fn new(packing: Packing, weight: &[f32], outputs: usize, inputs: usize) -> PackedCase {
         let scheme = match packing.weight_dtype() {
             DType::I8 => Scheme::INT8,
             DType::I4 => Scheme::INT4,
@@ -27,7 +27,7 @@ impl Packed {
                 let values: Vec<f32> = weight.iter().map(round).collect();
                 let packed = packing.pack(Operand::Weight, &values, inputs);
                 let shape = LinearShape { outputs, inputs, group: inputs };
-                return Packed { packing, weight: packed, scales: Vec::new(), shape, values };
+                return PackedCase { packing, weight: packed, scales: Vec::new(), shape, values };
             }
         };
         let (groups, group) = (scheme.blocks(inputs), scheme.block().unwrap_or(inputs));
@@ -37,7 +37,7 @@ impl Packed {
         let values = codes.iter().enumerate().map(value).collect();
         let shape = LinearShape { outputs, inputs, group };
         let packed = packing.pack(Operand::Weight, &codes, inputs);
-        Packed { packing, weight: packed, scales: packing.pack(Operand::Scales, &scales, groups), shape, values }
+        PackedCase { packing, weight: packed, scales: packing.pack(Operand::Scales, &scales, groups), shape, values }
     }
 
     fn view(&self) -> PackedWeight<'_> {
@@ -46,7 +46,7 @@ impl Packed {
 }
 
 /// Rows of activations in one of the types that a kernel takes, and the numbers that they stand for.
-struct Input {
+struct InputCase {
     dtype: DType,
     f32: Vec<f32>,
     bf16: Vec<bf16>,
@@ -57,15 +57,15 @@ struct Input {
     inputs: usize,
 }
 
-impl Input {
-    fn new(dtype: DType, x: Vec<f32>, stride: usize, inputs: usize) -> Input {
+impl InputCase {
+    fn new(dtype: DType, x: Vec<f32>, stride: usize, inputs: usize) -> InputCase {
         let rows = x.len() / stride;
         let bf16: Vec<bf16> = x.iter().map(|x| bf16::from_f32(*x)).collect();
         let (mut codes, mut scales) = (vec![0; x.len()], vec![0.0; rows]);
         let out = RowsMut { data: &mut codes, stride, rows };
         rowwise::quantize(
             Isa::detect(),
-            Rows::new(&x, stride, inputs),
+            RowsRef::new(&x, stride, inputs),
             out,
             RowsMut { data: &mut scales, stride: 1, rows },
         );
@@ -74,17 +74,17 @@ impl Input {
             DType::BF16 => bf16.iter().map(|x| x.to_f32()).collect(),
             _ => codes.iter().enumerate().map(|(i, code)| f32::from(*code) * scales[i / stride]).collect(),
         };
-        Input { dtype, f32: x, bf16, codes, scales, values, stride, inputs }
+        InputCase { dtype, f32: x, bf16, codes, scales, values, stride, inputs }
     }
 
     fn rows_from(&self, row: usize) -> Activations<'_> {
         let at = row * self.stride;
         match self.dtype {
-            DType::F32 => Activations::F32(Rows::new(&self.f32[at..], self.stride, self.inputs)),
-            DType::BF16 => Activations::Bf16(Rows::new(&self.bf16[at..], self.stride, self.inputs)),
+            DType::F32 => Activations::F32(RowsRef::new(&self.f32[at..], self.stride, self.inputs)),
+            DType::BF16 => Activations::Bf16(RowsRef::new(&self.bf16[at..], self.stride, self.inputs)),
             _ => Activations::I8 {
-                codes: Rows::new(&self.codes[at..], self.stride, self.inputs),
-                scales: Rows::new(&self.scales[row..], 1, 1),
+                codes: RowsRef::new(&self.codes[at..], self.stride, self.inputs),
+                scales: RowsRef::new(&self.scales[row..], 1, 1),
             },
         }
     }
@@ -95,7 +95,14 @@ fn cases() -> impl Iterator<Item = (Packing, DType)> {
     Packing::all().flat_map(|packing| packing.activation_dtypes().iter().map(move |dtype| (packing, *dtype)))
 }
 
-fn run<O: Element>(isa: Isa, x: Activations<'_>, weight: &Packed, epilogue: Epilogue, out: &mut [O], stride: usize) {
+fn run<O: FloatElement>(
+    isa: Isa,
+    x: Activations<'_>,
+    weight: &PackedCase,
+    epilogue: Epilogue,
+    out: &mut [O],
+    stride: usize,
+) {
     let rows = out.len() / stride;
     linear(isa, x, weight.view(), epilogue, RowsMut { data: out, stride, rows }).unwrap();
 }
@@ -110,9 +117,9 @@ fn layers_are_sums_in_f64_and_rows_do_not_depend_on_their_batch() {
             [(1, 1, 1), (1, 33, 65), (3, 33, 65), (5, 64, 64), (7, 130, 130), (97, 48, 3), (200, 5, 70), (13, 4101, 66)]
         {
             let (x_stride, out_stride) = (inputs + 3, outputs + 5);
-            let x = Input::new(dtype, (0..rows * x_stride).map(|_| random(&mut seed)).collect(), x_stride, inputs);
+            let x = InputCase::new(dtype, (0..rows * x_stride).map(|_| random(&mut seed)).collect(), x_stride, inputs);
             let weight: Vec<f32> = (0..outputs * inputs).map(|_| random(&mut seed)).collect();
-            let weight = Packed::new(packing, &weight, outputs, inputs);
+            let weight = PackedCase::new(packing, &weight, outputs, inputs);
             for isa in Isa::available() {
                 let name = format!("{packing:?} {dtype} {isa} {rows}x{inputs}x{outputs}");
                 let mut out = vec![f32::NAN; rows * out_stride];
@@ -140,7 +147,7 @@ fn layers_are_sums_in_f64_and_rows_do_not_depend_on_their_batch() {
 fn packings_of_8_bit_products_give_the_same_bits_on_every_cpu() {
     let (rows, inputs, outputs) = (9, 517, 70);
     let mut seed = 3;
-    let x = Input::new(DType::I8, (0..rows * inputs).map(|_| random(&mut seed)).collect(), inputs, inputs);
+    let x = InputCase::new(DType::I8, (0..rows * inputs).map(|_| random(&mut seed)).collect(), inputs, inputs);
     let weight: Vec<f32> = (0..outputs * inputs).map(|_| random(&mut seed)).collect();
     let mut all = Vec::new();
     for (packing, _) in cases().filter(|(_, dtype)| *dtype == DType::I8) {
@@ -149,7 +156,7 @@ fn packings_of_8_bit_products_give_the_same_bits_on_every_cpu() {
             run(
                 isa,
                 x.rows_from(0),
-                &Packed::new(packing, &weight, outputs, inputs),
+                &PackedCase::new(packing, &weight, outputs, inputs),
                 Epilogue::Store,
                 &mut out,
                 outputs,
@@ -166,12 +173,12 @@ fn packings_of_8_bit_products_give_the_same_bits_on_every_cpu() {
 #[test]
 fn epilogues() {
     for (packing, dtype) in cases() {
-        let weight = Packed::new(packing, &[1.0, -1.0], 2, 1);
+        let weight = PackedCase::new(packing, &[1.0, -1.0], 2, 1);
         let near = |got: [f32; 2], expected: [f32; 2]| {
             got.iter().zip(expected).all(|(got, expected)| (got - expected).abs() <= 0.02 * expected.abs())
         };
         for isa in Isa::available() {
-            let x = Input::new(dtype, vec![3.0], 1, 1);
+            let x = InputCase::new(dtype, vec![3.0], 1, 1);
             let mut out = [f32::NAN; 2];
             run(isa, x.rows_from(0), &weight, Epilogue::Relu2, &mut out, 2);
             assert!(near(out, [9.0, 0.0]) && out[1] == 0.0, "{packing:?} {isa}: {out:?}");
@@ -187,9 +194,9 @@ fn epilogues() {
 #[test]
 fn a_nan_is_not_swallowed() {
     for (packing, dtype) in cases() {
-        let weight = Packed::new(packing, &[1.0, -1.0], 1, 2);
+        let weight = PackedCase::new(packing, &[1.0, -1.0], 1, 2);
         for isa in Isa::available() {
-            let x = Input::new(dtype, vec![f32::NAN, 2.0], 2, 2);
+            let x = InputCase::new(dtype, vec![f32::NAN, 2.0], 2, 2);
             let mut out = [0.0f32];
             run(isa, x.rows_from(0), &weight, Epilogue::Relu2, &mut out, 1);
             assert!(out[0].is_nan(), "{packing:?} {dtype} {isa}");
@@ -243,11 +250,11 @@ fn operands_that_do_not_fit_are_refused() {
     assert!(!fits(DType::I4, 3, 2, shape(6, 3)), "a byte with two scales");
     assert!(fits(DType::I4, 3, 2, shape(6, 4)));
 
-    let weight = Packed::new(choose(DType::F32, DType::F32, CpuFeatures::PORTABLE).unwrap(), &[1.0; 4], 2, 2);
+    let weight = PackedCase::new(choose(DType::F32, DType::F32, CpuFeatures::PORTABLE).unwrap(), &[1.0; 4], 2, 2);
     let x = [1.0f32; 8];
     let refused = |rows: usize, stride: usize, x_stride: usize, width: usize| {
         let mut out = [0.0f32; 8];
-        let x = Activations::F32(Rows::new(&x, x_stride, width));
+        let x = Activations::F32(RowsRef::new(&x, x_stride, width));
         let out = RowsMut { data: &mut out, stride, rows };
         let error = linear(Isa::detect(), x, weight.view(), Epilogue::Store, out);
         matches!(error, Err(Error::Internal { .. }))
@@ -259,7 +266,7 @@ fn operands_that_do_not_fit_are_refused() {
     assert!(refused(4, 2, 2, 1), "another width");
     assert!(refused(3, usize::MAX / 2 + 1, 2, 2), "sizes that wrap");
     let bf16 = [bf16::ONE; 8];
-    let x = Activations::Bf16(Rows::new(&bf16, 2, 2));
+    let x = Activations::Bf16(RowsRef::new(&bf16, 2, 2));
     let out = RowsMut { data: &mut [0.0f32; 8], stride: 2, rows: 4 };
     let error = linear(Isa::detect(), x, weight.view(), Epilogue::Store, out).unwrap_err().to_string();
     assert!(error.contains("activations in bf16 for f32"), "{error}");
