@@ -1,7 +1,8 @@
 // Execution of plans: the second half of shim.inl, which includes this file inside its namespace.
 
 // A runtime and its listener. Members are destroyed in reverse order of declaration, here and below: TensorRT requires
-// contexts to be destroyed before their engine and engines before their runtime; the listener receives their last lines.
+// contexts to be destroyed before their engine and engines before their runtime; the listener receives their last
+// lines.
 struct RuntimeState {
     Listening listening;
     std::unique_ptr<IRuntime> runtime;

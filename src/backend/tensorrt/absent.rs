@@ -153,7 +153,9 @@ unreachable_layers! {
     fn layer_norm(x: NetworkTensor, scale: NetworkTensor, bias: NetworkTensor, eps: f32) -> NetworkTensor;
     fn rotary(x: NetworkTensor, cos: NetworkTensor, sin: NetworkTensor, rotary_dims: u32) -> NetworkTensor;
     fn cache_update(cache: NetworkTensor, update: NetworkTensor, indices: NetworkTensor) -> NetworkTensor;
-    fn attention(q: NetworkTensor, keys: NetworkTensor, values: NetworkTensor, lengths: Option<NetworkTensor>) -> NetworkTensor;
+    fn attention(
+        q: NetworkTensor, keys: NetworkTensor, values: NetworkTensor, lengths: Option<NetworkTensor>
+    ) -> NetworkTensor;
     fn top_k(x: NetworkTensor, k: u32) -> (NetworkTensor, NetworkTensor);
 }
 

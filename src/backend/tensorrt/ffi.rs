@@ -107,9 +107,8 @@ pub(super) mod bridge {
     // SAFETY: this asserts that the C++ functions below may be called with any arguments from safe code. They validate
     // their arguments (tensor indices, number of dimensions) and TensorRT's results (null pointers) and throw, which
     // cxx turns into an `Err`; they keep no reference to an argument past their return, and what they return is owned
-    // by its
-    // `UniquePtr` or, for libraries, lives until the process ends. The ABI of the loaded library is checked by its
-    // version (library.rs) before anything else in it is called.
+    // by its `UniquePtr` or, for libraries, lives until the process ends. The ABI of the loaded library is checked by
+    // its version (library.rs) before anything else in it is called.
     unsafe extern "C++" {
         include!("aotron/cpp/shim.h");
 

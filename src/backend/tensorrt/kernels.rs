@@ -3,8 +3,7 @@
 //! A build with [`BuildOptions::list_kernels`](super::BuildOptions::list_kernels) ends its log with a line for each
 //! kernel of each profile, in launch order, with everything it reads and writes. This needs no GPU. The format is meant
 //! for people and changes between versions of TensorRT, so lines that cannot be parsed are kept and counted, and are
-//! not an error.
-//! [`super::analysis`] summarizes the kernels of a step.
+//! not an error. [`super::analysis`] summarizes the kernels of a step.
 
 use std::fmt;
 use std::ops::ControlFlow;

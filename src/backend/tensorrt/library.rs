@@ -82,8 +82,7 @@ impl TensorRtLibrary {
     ///
     /// # Safety
     /// Opening runs the library's initializers, and later calls run its code: the file must be the TensorRT library
-    /// that
-    /// `kind` names.
+    /// that `kind` names.
     ///
     /// # Errors
     /// [`Error::TensorRt`] if the file is not a library, a different library, or a version incompatible with the

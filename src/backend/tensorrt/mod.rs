@@ -6,10 +6,9 @@
 //! | TensorRT for RTX 1.7 ([`LibraryKind::Rtx`]) | SM 8.0 (A100), 8.6, 8.9, 12.0 as named targets | anywhere; needs neither GPU nor driver |
 //! | TensorRT 11.4 ([`LibraryKind::TensorRt`]) | the GPU in the machine, H100 included | on that GPU |
 //!
-//! Both are opened on first use ([`TensorRtLibrary::find`]), so the program runs without them. Their C++
-//! API is reached through the shim in `cpp/`; [`TensorRtLibrary`], [`Network`] and [`SerializedPlan`] are its safe
-//! wrappers for building,
-//! `TensorRtRuntime`, `CudaEngine` and `ExecutionContext` for running. The GPU itself is behind `device`, and
+//! Both are opened on first use ([`TensorRtLibrary::find`]), so the program runs without them. Their C++ API is reached
+//! through the shim in `cpp/`; [`TensorRtLibrary`], [`Network`] and [`SerializedPlan`] are its safe wrappers for
+//! building, `TensorRtRuntime`, `CudaEngine` and `ExecutionContext` for running. The GPU itself is behind `device`, and
 //! [`TensorRtExecutor`] puts the two together.
 //!
 //! Without the feature `tensorrt` the shim is not compiled: looking for a library or for GPUs fails with an error that

@@ -1,6 +1,6 @@
 // A fake TensorRT for RTX, libtensorrt_rtx.so.1, on the GPU of cuda.cpp. Its plans are text: bindings and profiles.
-// Running one writes each token into the caches and returns logits that depend on the weights and on every token the row
-// may attend to, so that a wrong slot, position, length or address changes them.
+// Running one writes each token into the caches and returns logits that depend on the weights and on every token the
+// row may attend to, so that a wrong slot, position, length or address changes them.
 #define nvinfer1 nvinfer1_rtx
 #include AOTRON_HEADER
 

@@ -320,9 +320,9 @@ pub(super) fn fit(
         }
         if slots == 1 {
             return Err(format!(
-                "not even one sequence fits: {}, of which {} stay reserved for the driver and kernels. Stop other programs on the \
-                 GPU, build for shorter sequences (--max-sequence-tokens) or with smaller weights (--precision int8), \
-                 or use a GPU with more memory",
+                "not even one sequence fits: {}, of which {} stay reserved for the driver and kernels. Stop other \
+                 programs on the GPU, build for shorter sequences (--max-sequence-tokens) or with smaller weights \
+                 (--precision int8), or use a GPU with more memory",
                 sum(&layout, constraints, machine),
                 gigabytes(RESERVE_BYTES)
             ));

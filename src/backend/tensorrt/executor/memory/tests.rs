@@ -85,13 +85,19 @@ proptest! {
         layers in 1..5usize,
         kv_heads in 1..5usize,
         weights in prop::collection::vec(1..10_000usize, 0..8),
-        (decode_sequences, prefill_sequences, prefill_tokens, prefill_logits_rows) in (1..30usize, 1..3usize, 1..70usize, 1..40usize),
+        (decode_sequences, prefill_sequences, prefill_tokens, prefill_logits_rows) in
+            (1..30usize, 1..3usize, 1..70usize, 1..40usize),
         top_tokens in 1..80usize,
         vocab_size in 1..3000usize,
         slots in 1..30usize,
     ) {
         let sizes = Sizes {
-            max_sequence_tokens: 128, decode_sequences, prefill_sequences, prefill_tokens, prefill_logits_rows, top_tokens,
+            max_sequence_tokens: 128,
+            decode_sequences,
+            prefill_sequences,
+            prefill_tokens,
+            prefill_logits_rows,
+            top_tokens,
         };
         let info = info(layers, kv_heads, 16, &weights, sizes.clone(), vocab_size);
         let mut constraints = constraints(&sizes, vocab_size);
