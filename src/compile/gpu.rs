@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::{Calibration, Precision, Progress, Recipe, Report, optimized_graph};
+use super::{Calibration, PassReport, Precision, Progress, Recipe, optimized_graph};
 use crate::backend::Limits;
 use crate::backend::tensorrt::lower::{Attends, Constants, Lowered, Weight, lower};
 use crate::backend::tensorrt::{BuildOptions, Kind, Library, Monitor, Plan, Severity, Traced, devices};
@@ -101,7 +101,7 @@ pub struct GpuPlan {
     sizes: Sizes,
     graph: Graph,
     /// What the passes did.
-    pub reports: Vec<Report>,
+    pub reports: Vec<PassReport>,
     /// What is to be packed.
     pub weights: Vec<Weight>,
     bindings: Vec<Binding>,
