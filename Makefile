@@ -1,10 +1,10 @@
-# demo: build the program, build tiny-chat into an engine package, and talk to it
-# test: everything that can be tested without a GPU; the last line says what was skipped
-# test-cpus: the same, once for each instruction set this machine has
-# check: formatting, lints, tests, documentation, dependencies, half a minute of fuzzing for each reader
-# dist: the program to hand out, dist/aotron, with its symbols and line numbers beside it
-# tensorrt: the library of TensorRT for RTX, into .tensorrt/ (95 MB from PyPI; no GPU needed)
-# bench: tokens per second of an engine (ENGINE=folder), tiny-chat if none is named
+# demo: build the program, build tiny-chat into an engine package, and chat with it
+# test: run all tests that do not need a GPU; the last line lists the skipped ones
+# test-cpus: the same, once per instruction set of this machine
+# check: formatting, lints, tests, documentation, dependencies, and half a minute of fuzzing per reader
+# dist: the distributable program, dist/aotron, with its symbols and line numbers beside it
+# tensorrt: download the TensorRT for RTX library into .tensorrt/ (95 MB from PyPI; no GPU needed)
+# bench: tokens per second of an engine (ENGINE=folder), by default tiny-chat
 # fuzz: one fuzz target (TARGET=tar) for SECONDS=1200; fuzz-all: all of them, two at a time; fuzz-smoke: 30 seconds each
 
 AOTRON := target/release/aotron
@@ -31,12 +31,13 @@ test:
 test-cpus:
 	tools/test.sh cpus
 
-# The quickest to fail first. All of it is the release profile's, so that nothing is compiled twice.
+# Fastest to fail first. Everything uses the release profile, so that nothing is compiled twice.
 check:
 	cargo fmt --check
 	cargo fmt --check --manifest-path fuzz/Cargo.toml
 	tools/deny.sh
 	cargo clippy --release --locked --all-targets -- -D warnings
+	cargo clippy --release --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
 	tools/test.sh
 	$(MAKE) fuzz-smoke

@@ -1,8 +1,8 @@
-//! Compiles the shim over TensorRT (`cpp/`), once against the headers of each of its two libraries. Neither library is
-//! needed, here or to run the program: they are opened at run time.
+//! Compiles the TensorRT shim (`cpp/`), once against the headers of each of the two libraries. Neither library is
+//! needed to build or start the program: they are opened at run time.
 //!
-//! The headers are those that the crate `trtx-sys` carries, which no platform compiles but cargo fetches, unless
-//! `TENSORRT_INCLUDE_DIR` (TensorRT 11) and `TENSORRT_RTX_INCLUDE_DIR` (TensorRT for RTX 1) name others.
+//! The headers come from the source of the crate `trtx-sys`, a dependency that cargo fetches but never compiles, unless
+//! `TENSORRT_INCLUDE_DIR` (TensorRT 11) or `TENSORRT_RTX_INCLUDE_DIR` (TensorRT for RTX 1) names another folder.
 //!
 //! Without the feature `tensorrt` there is nothing to do.
 
@@ -12,7 +12,7 @@ mod shim {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    /// The variable that names the folder, the folder in the crate, and the macro that the shim includes by.
+    /// Environment variable of the folder, folder in the crate, and macro of the include path in the shim.
     const HEADERS: [(&str, &str, &str); 2] = [
         ("TENSORRT_INCLUDE_DIR", "TRT-Enterprise-11.4", "AOTRON_TENSORRT_HEADER"),
         ("TENSORRT_RTX_INCLUDE_DIR", "TRT-RTX-1.7", "AOTRON_TENSORRT_RTX_HEADER"),
@@ -39,19 +39,20 @@ mod shim {
             let header = include.join("NvInfer.h");
             if !header.is_file() {
                 return Err(format!(
-                    "{} does not exist; {variable} names the folder it is looked for in",
+                    "{} does not exist; set {variable} to the folder that contains it",
                     header.display()
                 ));
             }
-            // Given whole: both sets have files of these names, and each finds its neighbours first.
+            // An absolute path, since both sets of headers use the same file names; each finds its own neighbours
+            // first.
             shim.define(header_macro, format!("\"{}\"", header.display()).as_str());
-            // For the tests, which compile a stand-in for the library.
+            // For the tests, which compile a fake library.
             println!("cargo::rustc-env={header_macro}={}", header.display());
         }
         shim.std("c++17")
             .include("cpp/cuda")
             .files(SOURCES)
-            // TensorRT's headers declare functions this program does not use, some of them deprecated.
+            // For warnings in TensorRT's own headers.
             .flag_if_supported("-Wno-unused-parameter")
             .flag_if_supported("-Wno-deprecated-declarations")
             .try_compile("aotron_tensorrt")
@@ -61,7 +62,7 @@ mod shim {
         Ok(())
     }
 
-    /// The folder with the headers in the source of `trtx-sys`.
+    /// Folder of the headers in the source of `trtx-sys`.
     fn carried_headers() -> Result<PathBuf, String> {
         let cargo = env::var_os("CARGO").ok_or("CARGO is not set: build with cargo")?;
         let root = env::var_os("CARGO_MANIFEST_DIR").ok_or("CARGO_MANIFEST_DIR is not set: build with cargo")?;
@@ -74,7 +75,7 @@ mod shim {
             let words = String::from_utf8_lossy(&output.stderr).replace('\n', " ");
             return Err(format!("cargo metadata, which finds TensorRT's headers, failed: {words}"));
         }
-        // The only value that ends so; a JSON parser for one string would take longer to compile than all the rest.
+        // Searched as text: a JSON parser as a build dependency would take longer to compile than the shim.
         let text = String::from_utf8_lossy(&output.stdout);
         let manifest = text
             .split("\"manifest_path\":\"")
@@ -88,12 +89,12 @@ mod shim {
 }
 
 fn main() {
-    // Rebuilt for no file of the package but itself, unless the shim asks for more.
+    // Rerun only if this file changes, unless the shim adds more files.
     println!("cargo::rerun-if-changed=build.rs");
     #[cfg(feature = "tensorrt")]
     {
         println!("cargo::rerun-if-env-changed=DOCS_RS");
-        // docs.rs has no network, so no headers; documentation needs none of what is compiled here.
+        // docs.rs has no network and thus no headers, and documentation does not need the shim.
         if std::env::var_os("DOCS_RS").is_none()
             && let Err(message) = shim::build()
         {

@@ -1,4 +1,4 @@
-//! What each precision costs in quality and saves in bytes, measured on tiny-chat. Writes docs/quantization.md:
+//! Measures the quality and size of each precision on tiny-chat, and writes docs/quantization.md:
 //!
 //! ```sh
 //! cargo bench --bench quantization
@@ -20,42 +20,42 @@ use serde_json::Value;
 
 const CHECKPOINT: &str = "tests/data/tiny-chat";
 const PAGE: &str = "docs/quantization.md";
-/// Longer than any answer.
+/// Limit on tokens, longer than any answer.
 const MAX_TOKENS: usize = 200;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
-/// What is above the table.
+/// Text above the table.
 const HEAD: &str = "\
 # Quantization
 
-What `aotron build --precision` keeps of a weight, and what it costs, measured on tiny-chat with the CPU executor.
-`cargo bench --bench quantization` measures again and writes this page.
+The number formats of `aotron build --precision` and their effect on quality, measured on tiny-chat with the CPU executor.
+`cargo bench --bench quantization` repeats the measurement and writes this page.
 
 | precision | weights of linear layers | their inputs | embedding, head, KV cache |
 | --- | --- | --- | --- |
 | `f32` | FP32 | FP32 | FP32 |
 | `bf16` | BF16 | BF16 | BF16 |
-| `int8` | 8-bit integers, -127 to 127, an FP32 scale for each output | BF16 | BF16 |
-| `int4` | 4-bit integers, -8 to 7, an FP32 scale for each 128 inputs of an output | BF16 | BF16 |
-| `fp8` | E4M3 floats, an FP32 scale for each output | E4M3 floats, one calibrated scale for each layer | BF16 |
+| `int8` | 8-bit integers, -127 to 127, per-channel FP32 scales | BF16 | BF16 |
+| `int4` | 4-bit integers, -8 to 7, FP32 scales with group size 128 | BF16 | BF16 |
+| `fp8` | E4M3 floats, per-channel FP32 scales | E4M3 floats, one calibrated scale per layer | BF16 |
 
-Sums, norms, softmax and the residual stream are FP32 in all of them. A scale is the one, of several, that leaves the
-smallest sum of squared errors in its weights (`src/quantize.rs`); the head stays in BF16.
+Accumulators, norms, softmax and the residual stream are FP32 in all of them. Each scale is chosen from several candidates
+to minimize the sum of squared errors of its weights (`src/quantize.rs`); the LM head stays in BF16.
 
 ";
 
-/// What is below it.
+/// Text below the table.
 const LEGEND: &str = "
-- **exact**: of the 500 held-out conversations, those in which every answer is the expected one. The model's own
-  answers are the history of later turns. Greedy.
-- **same answers**: conversations in which every answer is FP32's, token for token.
-- **same token**: of the tokens of FP32's answers, those that are the most probable ones after FP32's prompt and the
-  answer's beginning.
-- **KL**: mean Kullback-Leibler divergence of the next-token distribution from FP32's, in nats, over the same tokens of
-  answers, and over all tokens of prompts and answers.
+- **exact**: conversations, of the 500 held-out ones, in which every answer is the expected one. Decoding is greedy, and the
+  model's own answers are the history of later turns.
+- **same answers**: conversations in which every answer equals FP32's, token for token.
+- **same token**: tokens of FP32's answers that are also the most probable ones here, given the prompt and FP32's answer up
+  to that token.
+- **KL**: mean Kullback-Leibler divergence of the next-token distribution from FP32's, in nats, over the tokens of
+  the answers, and over all tokens of prompts and answers.
 - **weights**: the weights file. tiny-chat's embedding and head, 2 · 2816 · 192 elements of BF16, are a third of its
-  parameters; of the 8B's they are a quarter.
+  parameters; in the 8B model they are a quarter.
 ";
 
 struct Quiet;
@@ -65,7 +65,7 @@ impl Progress for Quiet {
     fn warn(&self, _: &str) {}
 }
 
-/// One precision's numbers.
+/// Results for one precision.
 #[derive(Default)]
 struct Measured {
     weight_bytes: u64,
@@ -177,7 +177,7 @@ fn hold_conversations(package: &Package, asked: &[Value], answered: &[Value], me
     Ok(())
 }
 
-/// Next-token distributions of both packages after the same ids: every prompt with FP32's answer.
+/// Compares the packages' next-token distributions after the same ids: every prompt, followed by FP32's answer.
 fn compare(reference: &Package, package: &Package, answered: &[Value], measured: &mut Measured) -> Outcome<()> {
     let session =
         |package: &Package| -> Outcome<Session> { Ok(Session::new(open(package, &ExecutorOptions::default())?, None)) };
@@ -201,7 +201,7 @@ fn compare(reference: &Package, package: &Package, answered: &[Value], measured:
     Ok(())
 }
 
-/// `Σ p · ln(p / q)` of the distributions that logits `p` and `q` mean.
+/// KL divergence `Σ p · ln(p / q)` of the softmax distributions of logits `p` and `q`.
 fn divergence(p: &[f32], q: &[f32]) -> f64 {
     let (p_sum, q_sum) = (log_sum(p), log_sum(q));
     p.iter()

@@ -1,12 +1,12 @@
-//! Encodes and decodes lines with a tokenizer, one thread, and says how long that took: what
-//! tools/compare_tokenizer.py puts beside SentencePiece.
+//! Encodes and decodes lines with a tokenizer on one thread and reports the time taken, for the comparison with
+//! SentencePiece in tools/compare_tokenizer.py.
 //!
 //! ```text
 //! cargo bench --bench tokenizer -- TOKENIZER LINES.jsonl RUNS
 //! ```
 //!
-//! LINES.jsonl has one JSON string a line. Standard output is JSON: ids and decoded text of every line, seconds of
-//! every run over all of them, and seconds of loading the tokenizer.
+//! LINES.jsonl has one JSON string per line. Standard output is JSON: the ids and decoded text of every line, the
+//! seconds of every run over all of them, and the seconds it took to load the tokenizer.
 
 use std::path::Path;
 use std::time::Instant;
@@ -16,7 +16,7 @@ use aotron::text::Tokenizer;
 use serde_json::json;
 
 fn main() -> anyhow::Result<()> {
-    // Cargo adds `--bench`.
+    // Cargo passes `--bench`.
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let [tokenizer, lines, runs] = arguments.as_slice() else {
         bail!("usage: tokenizer TOKENIZER LINES.jsonl RUNS");
@@ -29,7 +29,7 @@ fn main() -> anyhow::Result<()> {
     let lines: Vec<String> = lines.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
     let (mut encode_seconds, mut decode_seconds) = (Vec::new(), Vec::new());
     let (mut ids, mut texts) = (Vec::new(), Vec::new());
-    for _ in 0..runs.parse().context("RUNS is a number")? {
+    for _ in 0..runs.parse().context("RUNS must be a number")? {
         let started = Instant::now();
         ids = lines.iter().map(|line| tokenizer.encode(line)).collect::<Result<Vec<_>, _>>()?;
         encode_seconds.push(started.elapsed().as_secs_f64());

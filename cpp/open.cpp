@@ -1,4 +1,4 @@
-// The libraries that are open, for as long as the process lives.
+// Registry of open libraries, which stay open until the process ends.
 #include <map>
 #include <mutex>
 #include <string>

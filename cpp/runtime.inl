@@ -1,13 +1,13 @@
-// Running plans: the second half of shim.inl, which includes it inside its namespace.
+// Execution of plans: the second half of shim.inl, which includes this file inside its namespace.
 
-// A runtime and what hears it. The order of members is that of destruction, backwards, here and below: TensorRT wants
-// contexts gone before their engine, engines before their runtime, and the listener hears them all to the end.
+// A runtime and its listener. Members are destroyed in reverse order of declaration, here and below: TensorRT requires
+// contexts to be destroyed before their engine and engines before their runtime; the listener receives their last lines.
 struct RuntimeState {
     Listening listening;
     std::unique_ptr<IRuntime> runtime;
 
-    // A runtime and what is made with it are used by one thread, not always the same. What is said from now on belongs
-    // to what this thread is about to do.
+    // A runtime and its objects are used by one thread at a time, not always the same. Called at the start of an
+    // operation to attribute what is logged from now on to this thread.
     void begin() const
     {
         listening->belongs_here();
@@ -62,8 +62,8 @@ public:
         , mConfig(mState->configuration())
     {
 #if AOTRON_KEEPS_KERNELS
-        // Kernels for exact sizes are compiled either before the first run of these sizes, or beside the runs, which
-        // use slower ones until then.
+        // Kernels for exact shapes are compiled either eagerly, before their first run, or in the background while runs
+        // use slower, generic ones.
         mConfig->setDynamicShapesKernelSpecializationStrategy(specialize
                 ? DynamicShapesKernelSpecializationStrategy::kEAGER
                 : DynamicShapesKernelSpecializationStrategy::kLAZY);
@@ -133,7 +133,7 @@ private:
     std::shared_ptr<EngineState> mState;
     std::unique_ptr<IRuntimeConfig> mConfig;
     std::unique_ptr<IExecutionContext> mContext;
-    std::string mName; // kept for its memory: shapes and addresses are set in every step
+    std::string mName; // a member to reuse its allocation: shapes and addresses are set in every step
 };
 
 class EngineOf final : public Engine {
@@ -188,11 +188,11 @@ public:
 #if AOTRON_KEEPS_KERNELS
         mState->runtime->begin();
         if (mState->kernels) {
-            throw std::runtime_error("the engine has kernels, which its contexts may use");
+            throw std::runtime_error("the engine already has a kernel cache, which its contexts may use");
         }
         mState->kernels.reset(mState->configuration()->createRuntimeCache());
         if (!mState->kernels) {
-            mState->runtime->fail("create a cache of kernels");
+            mState->runtime->fail("create a kernel cache");
         }
         return !bytes.empty() && mState->kernels->deserialize(bytes.data(), bytes.size());
 #else
@@ -211,7 +211,7 @@ public:
         }
         return std::make_unique<PlanOf>(std::move(memory));
 #else
-        throw std::runtime_error("cannot write the compiled kernels: this library's plans hold them");
+        throw std::runtime_error("cannot write the compiled kernels: with this library they are part of the plan");
 #endif
     }
 
@@ -246,7 +246,7 @@ public:
         Validity found{};
 #if AOTRON_KEEPS_KERNELS
         mState->begin();
-        // The header is read whole, whatever is given.
+        // TensorRT reads the whole header regardless of the number of bytes given.
         found.checked = static_cast<std::int64_t>(plan.size()) >= mState->runtime->getEngineHeaderSize();
         if (found.checked) {
             auto const verdict = mState->runtime->getEngineValidity(

@@ -1,8 +1,8 @@
-// What Rust sees of TensorRT. The interface is free of TensorRT's own headers, because it is implemented once against
+// The interface of the TensorRT shim. It does not include TensorRT's headers, because it is implemented once against
 // those of TensorRT (tensorrt.cpp) and once against those of TensorRT for RTX (tensorrt_rtx.cpp).
 //
-// Every function that can fail throws std::runtime_error with TensorRT's own last error lines; the bridge makes it a
-// Rust `Err`. Tensors of a network are named by their index, which is checked on every use.
+// Functions that can fail throw std::runtime_error with TensorRT's last error lines, which the bridge turns into a Rust
+// `Err`. Tensors of a network are referred to by index, which is checked on every use.
 #pragma once
 
 #include <cstdint>
@@ -34,15 +34,15 @@ class Network {
 public:
     virtual ~Network() = default;
 
-    // Names the layers that are added from here on.
+    // Sets the name prefix of the layers that follow.
     virtual void scope(rust::Str name) = 0;
-    // -1 is a dimension that a profile bounds.
+    // Dimensions of -1 are dynamic, bounded by a profile.
     virtual std::uint32_t input(rust::Str name, Element element, rust::Slice<const std::int64_t> dims) = 0;
     virtual void output(std::uint32_t tensor, rust::Str name) = 0;
 
     virtual std::uint32_t constant_f32(float value, std::uint32_t rank) = 0; // [1, 1, ...]
     virtual std::uint32_t constant_i64(rust::Slice<const std::int64_t> values) = 0; // [n]
-    // The bytes stay where they are, and their owner alive, until the network is gone.
+    // The bytes are read in place, and their owner is kept alive until the network is destroyed.
     virtual std::uint32_t constant_of(
         rust::Box<ConstantBytes> bytes, Element element, rust::Slice<const std::int64_t> dims)
         = 0;
@@ -53,8 +53,9 @@ public:
     virtual std::uint32_t reshape(std::uint32_t x, rust::Slice<const std::int64_t> dims) = 0;
     virtual std::uint32_t reshape_to(std::uint32_t x, std::uint32_t shape) = 0;
     virtual std::uint32_t transpose(std::uint32_t x, rust::Slice<const std::int32_t> order) = 0;
-    // From `start` (constant) as many as `size` (a shape tensor) says.
+    // Slice from `start` (constant) of the extents in `size` (a shape tensor).
     virtual std::uint32_t slice(std::uint32_t x, rust::Slice<const std::int64_t> start, std::uint32_t size) = 0;
+    // Elementwise; dimensions of 1 broadcast.
     virtual std::uint32_t sum(std::uint32_t x, std::uint32_t y) = 0;
     virtual std::uint32_t product(std::uint32_t x, std::uint32_t y) = 0;
     virtual std::uint32_t relu(std::uint32_t x) = 0;
@@ -62,38 +63,38 @@ public:
     virtual std::uint32_t linear(std::uint32_t x, std::uint32_t weight) = 0;
     // x [n, in] times weight [in, out].
     virtual std::uint32_t matmul(std::uint32_t x, std::uint32_t weight) = 0;
-    // x over scale, rounded to codes; one scale [1].
+    // x / scale rounded to codes; per-tensor scale [1].
     virtual std::uint32_t quantize(std::uint32_t x, std::uint32_t scale, Element element) = 0;
-    // codes times scale: one scale [], one for each index of `axis`, or, if there are as many dimensions, one a block.
+    // codes * scale: per tensor [], per channel along `axis`, or per block if the scale has the rank of the codes.
     virtual std::uint32_t dequantize(std::uint32_t codes, std::uint32_t scale, std::int32_t axis, Element element) = 0;
     // Over the last of two dimensions; scale and bias [1, width].
     virtual std::uint32_t layer_norm(std::uint32_t x, std::uint32_t scale, std::uint32_t bias, float eps) = 0;
-    // x [B, heads, T, head_dim], cos and sin [B, T, rotary_dims / 2]; halves rotate against each other.
+    // x [B, heads, T, head_dim], cos and sin [B, T, rotary_dims / 2]; dimension j is paired with j + rotary_dims / 2.
     virtual std::uint32_t rotary(std::uint32_t x, std::uint32_t cos, std::uint32_t sin, std::uint32_t rotary_dims) = 0;
     // cache [B, heads, S, head_dim] with update [B, heads, T, head_dim] written at indices [B].
     virtual std::uint32_t cache_update(std::uint32_t cache, std::uint32_t update, std::uint32_t indices) = 0;
-    // Causal, the last query at the last key. Over all keys, or the first lengths[b] of each sequence.
+    // Lower-right causal mask, over all keys or the first lengths[b] of each sequence.
     virtual std::uint32_t attention(std::uint32_t q, std::uint32_t keys, std::uint32_t values) = 0;
     virtual std::uint32_t attention_with_lengths(
         std::uint32_t q, std::uint32_t keys, std::uint32_t values, std::uint32_t lengths)
         = 0;
-    // The k largest along the last of two dimensions.
+    // The k largest elements along the last of two dimensions.
     virtual TopK top_k(std::uint32_t x, std::uint32_t k) = 0;
 
     virtual std::uint32_t layers() const = 0;
     virtual LayerInfo layer(std::uint32_t index) const = 0;
 
     virtual std::unique_ptr<Plan> build(BuildOptions const& options) = 0;
-    // Whether the last build ended because its observer asked for it.
+    // True if the observer cancelled the last build.
     virtual bool cancelled() const = 0;
 };
 
-// An engine set up to run one profile. It keeps its engine alive; addresses and the stream are the GPU's.
+// An engine set up to run one profile. It keeps its engine alive; addresses are device addresses.
 class Context {
 public:
     virtual ~Context() = default;
 
-    // Memory for what happens between inputs and outputs; contexts that never run at once may share it.
+    // Sets the scratch memory. Contexts that never run concurrently may share it.
     virtual void memory(std::uint64_t address, std::uint64_t bytes) = 0;
     virtual void shape(rust::Str name, rust::Slice<const std::int64_t> dims) = 0;
     virtual void address(rust::Str name, std::uint64_t address) = 0;
@@ -109,14 +110,14 @@ public:
     virtual std::uint32_t profiles() const = 0;
     virtual rust::Vec<std::int64_t> largest(rust::Str input, std::uint32_t profile) const = 0;
     virtual std::uint64_t memory_bytes() const = 0; // of a context, for any profile
-    // Kernels compiled by an earlier process; false if there are none or they are of another GPU, driver or library.
-    // From then on contexts keep theirs with them.
+    // Loads kernels compiled by an earlier process; returns false if there are none or if they belong to another GPU,
+    // driver or library. From then on, contexts add the kernels they compile.
     virtual bool load_kernels(rust::Slice<const std::uint8_t> bytes) = 0;
     virtual std::unique_ptr<Plan> kernels() const = 0;
     virtual std::unique_ptr<Context> context(std::uint32_t profile, bool specialize, std::uint64_t stream) const = 0;
 };
 
-// Reads plans.
+// Deserializes plans.
 class Runtime {
 public:
     virtual ~Runtime() = default;
@@ -135,9 +136,9 @@ public:
     virtual std::unique_ptr<Runtime> runtime(rust::Box<Observer> observer) const = 0;
 };
 
-// Opens a library, or finds it open. A path without a slash is searched as the system does.
+// Opens a library unless it is already open. A path without a slash is searched for on the system's library path.
 Library const& open_library(bool rtx, rust::Slice<const std::uint8_t> path);
-// The version whose headers the shim was compiled against, as TensorRT counts it.
+// Version of the headers the shim was compiled against, in TensorRT's numbering.
 std::int32_t header_version(bool rtx);
 
 // The two implementations.

@@ -27,7 +27,7 @@ namespace {
 
 using namespace nvinfer1;
 
-// Error lines kept for a message, and the length each is cut to.
+// Maximum number of error lines in a message, and the length each is truncated to.
 constexpr std::size_t kERROR_LINES = 6;
 constexpr std::size_t kLINE_BYTES = 2000;
 
@@ -36,7 +36,7 @@ rust::Slice<const std::uint8_t> bytes_of(char const* text)
     return {reinterpret_cast<std::uint8_t const*>(text), std::strlen(text)};
 }
 
-// Hears what TensorRT says while one network or runtime is alive.
+// Receives TensorRT's log lines for one network or runtime.
 class Listener {
 public:
     explicit Listener(rust::Box<Observer> observer)
@@ -44,7 +44,7 @@ public:
     {
     }
 
-    // A network is used by the thread that made it alone, a runtime by the one that it is said to belong to.
+    // A network is only used by the thread that created it, a runtime by the thread that last called belongs_here().
     bool is_of_this_thread() const
     {
         return mThread == std::this_thread::get_id();
@@ -67,13 +67,13 @@ public:
         mObserver->log(static_cast<std::int32_t>(severity), bytes_of(line));
     }
 
-    // The last error lines, which are forgotten: those of this thread, or else, where a thread of TensorRT's own found
-    // the error, all.
+    // Takes the last error lines: those of this thread, or all if there are none, since then one of TensorRT's own
+    // threads reported the error.
     std::string errors()
     {
         std::lock_guard<std::mutex> lock(mMutex);
         auto const is_other_thread = [](Line const& line) { return line.thread != std::this_thread::get_id(); };
-        // Where there is no driver, TensorRT says so after every other error.
+        // Without a driver, TensorRT logs that after every other error.
         auto const is_no_driver = [](Line const& line) { return line.text.find("cudaError 35:") != std::string::npos; };
         drop_unless_all(is_other_thread);
         drop_unless_all(is_no_driver);
@@ -85,7 +85,7 @@ public:
         return text.empty() ? "TensorRT gives no reason" : text;
     }
 
-    // What was said before has no part in the next error.
+    // Drops earlier error lines, which have nothing to do with the next error.
     void forget()
     {
         std::lock_guard<std::mutex> lock(mMutex);
@@ -116,14 +116,14 @@ private:
     std::deque<Line> mErrors;
 };
 
-// TensorRT keeps one logger for the whole process, so this one lives as long as its library. What a thread says that
-// has networks or runtimes goes to these; what TensorRT's own threads say goes to all that are alive.
+// TensorRT keeps one logger for the whole process, so this one lives as long as its library. Lines logged on a thread
+// with networks or runtimes go to these; lines from TensorRT's own threads go to all live listeners.
 class Logger final : public ILogger {
 public:
     void log(Severity severity, AsciiChar const* line) noexcept override
     {
         try {
-            // Listeners are called without the lock, which one of them may want.
+            // Listeners are called without the lock, since one of them may take it.
             auto const all = listeners();
             auto const is_mine = [](auto const& listener) { return listener->is_of_this_thread(); };
             bool const any_mine = std::any_of(all.begin(), all.end(), is_mine);
@@ -133,7 +133,7 @@ public:
                 }
             }
         } catch (...) {
-            // Out of memory: the line is lost, which is better than the process.
+            // Out of memory: losing the line is better than terminating the process.
         }
     }
 
@@ -162,7 +162,7 @@ private:
     std::vector<std::shared_ptr<Listener>> mListeners;
 };
 
-// A listener's time among the logger's.
+// Registration of a listener with the logger.
 class Listening {
 public:
     Listening(Logger& logger, std::shared_ptr<Listener> listener)
@@ -339,7 +339,7 @@ public:
         if (!mNetwork) {
             fail("create a network");
         }
-        // Without a driver TensorRT calls it an error that there is none, and goes on.
+        // Without a driver, TensorRT logs an error and continues.
         mListening->forget();
     }
 
@@ -569,7 +569,7 @@ public:
         info.name = rust::String::lossy(layer.getName());
         info.kind = rust::String::lossy(name_of(layer.getType()));
         for (std::int32_t i = 0; i < layer.getNbInputs(); ++i) {
-            // Optional inputs that are not given are null.
+            // Absent optional inputs are null.
             if (ITensor const* tensor = layer.getInput(i)) {
                 info.inputs.push_back(rust::String::lossy(describe(*tensor)));
             }
@@ -601,7 +601,7 @@ public:
         config->setProfilingVerbosity(
             options.list_kernels ? ProfilingVerbosity::kDETAILED : ProfilingVerbosity::kLAYER_NAMES_ONLY);
         for (auto const& ranges : options.profiles) {
-            // Owned by the builder.
+            // The builder owns the profile.
             IOptimizationProfile* profile = mBuilder->createOptimizationProfile();
             if (profile == nullptr) {
                 fail("create an optimization profile");
@@ -622,7 +622,7 @@ public:
         }
         Monitor monitor(mListening->observer());
         config->setProgressMonitor(&monitor);
-        // One at a time: builds for different compute capabilities disturb each other inside TensorRT.
+        // Serialized: concurrent builds for different compute capabilities interfere inside TensorRT.
         static std::mutex building;
         std::lock_guard<std::mutex> const lock(building);
         std::unique_ptr<IHostMemory> memory(mBuilder->buildSerializedNetwork(*mNetwork, *config));
@@ -644,7 +644,7 @@ private:
         throw std::runtime_error("cannot " + action + ": " + mListening->errors());
     }
 
-    // For another GPU than the one at hand, which TensorRT for RTX alone can.
+    // Targets another GPU than the one in this machine, which only TensorRT for RTX can.
     void target(IBuilderConfig& config, std::int32_t capability) const
     {
         auto const action = "build for compute capability " + std::to_string(capability);
@@ -654,7 +654,7 @@ private:
             fail(action);
         }
 #else
-        throw std::runtime_error("cannot " + action + ": this library builds for the GPU at hand only");
+        throw std::runtime_error("cannot " + action + ": this library only builds for the GPU in this machine");
 #endif
     }
 
@@ -675,7 +675,7 @@ private:
         return static_cast<std::uint32_t>(mTensors.size() - 1);
     }
 
-    // A layer, or an attention, by its first output.
+    // Names a layer or an attention, and registers its first output.
     template <typename Layer, typename = std::enable_if_t<!std::is_same_v<Layer, ITensor>>>
     std::uint32_t keep(Layer* layer, char const* operation)
     {
@@ -687,7 +687,7 @@ private:
         layer->setName(name.c_str());
         ITensor* tensor = layer->getOutput(0);
         if (tensor != nullptr) {
-            // Asking for its shape makes TensorRT infer it now, where an error can name the place.
+            // Querying the shape makes TensorRT infer it now, so that an error can name the layer.
             if (tensor->getDimensions().nbDims < 0) {
                 fail(action);
             }
@@ -712,9 +712,9 @@ private:
         return keep(attention, "attention");
     }
 
-    // The order is that of destruction, backwards: the listener hears what the builder says to the end.
+    // Destroyed in reverse order: the listener receives the builder's last lines.
     Listening mListening;
-    std::deque<std::vector<char>> mConstants; // read by TensorRT until the network is gone
+    std::deque<std::vector<char>> mConstants; // read by TensorRT until the network is destroyed
     std::vector<rust::Box<ConstantBytes>> mBorrowed; // likewise
     std::unique_ptr<IBuilder> mBuilder;
     std::unique_ptr<INetworkDefinition> mNetwork;
@@ -781,7 +781,7 @@ private:
     {
         void* const address = dlsym(mHandle, name);
         if (address == nullptr) {
-            throw std::runtime_error(std::string("it has no function ") + name + ", so it is another library");
+            throw std::runtime_error(std::string("it has no function ") + name + ", so it is a different library");
         }
         return reinterpret_cast<Function>(address);
     }

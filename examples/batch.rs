@@ -1,4 +1,4 @@
-//! Many questions answered together: one a line from standard input, answers in their order.
+//! Answers many questions together: reads one per line from standard input and prints the answers in order.
 //!
 //! ```sh
 //! cargo run --release --example batch -- engines/tiny-chat < questions.txt
@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     run(&path, &mut io::stdin().lock(), &mut io::stdout().lock())
 }
 
-/// The program, apart from its arguments, so that a test can run it.
+/// The program without argument parsing, so that a test can run it.
 pub fn run(path: &str, input: &mut dyn BufRead, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {
     let model = Model::open(path)?;
     let engine = model.engine()?;
@@ -23,7 +23,7 @@ pub fn run(path: &str, input: &mut dyn BufRead, out: &mut dyn Write) -> Result<(
     for question in input.lines() {
         let question = question?;
         let request = model.chat_request(&[Message::user(&question)])?;
-        // Waits while as many run and wait as may, rather than hold all of the input's requests in memory.
+        // Blocks while the queue is full, instead of holding all of the input's requests in memory.
         answers.push((question, handle.submit_wait(request)?));
     }
     for (question, answer) in answers {

@@ -1,4 +1,4 @@
-//! A conversation: lines from standard input, answers as they are computed.
+//! A conversation: reads messages from standard input and prints answers as they are computed.
 //!
 //! ```sh
 //! cargo run --release --example chat -- engines/tiny-chat
@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     run(&path, &mut io::stdin().lock(), &mut io::stdout().lock())
 }
 
-/// The program, apart from its arguments, so that a test can run it.
+/// The program without argument parsing, so that a test can run it.
 pub fn run(path: &str, input: &mut dyn BufRead, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {
     let mut chat = Model::open(path)?.chat()?;
     for line in input.lines() {

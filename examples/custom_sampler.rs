@@ -1,5 +1,5 @@
-//! A sampler of one's own: top-nσ, which keeps the tokens whose logits are within n standard deviations of the largest
-//! (<https://arxiv.org/abs/2411.07641>), and draws among them.
+//! A custom sampler: top-nσ, which keeps the tokens whose logits are within n standard deviations of the largest
+//! (<https://arxiv.org/abs/2411.07641>), and samples among them.
 //!
 //! ```sh
 //! cargo run --release --example custom_sampler -- engines/tiny-chat "What is the capital of France?"
@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     run(&path, &question, 1.0, &mut io::stdout().lock())
 }
 
-/// The program, apart from its arguments, so that a test can run it.
+/// The program without argument parsing, so that a test can run it.
 pub fn run(path: &str, question: &str, n: f32, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {
     let model = Model::open(path)?;
     let request = model.chat_request(&[Message::user(question)])?;
@@ -32,7 +32,7 @@ pub fn run(path: &str, question: &str, n: f32, out: &mut dyn Write) -> Result<()
     Ok(())
 }
 
-/// Draws an id; `uniform` is in [0, 1). The logits are numbers: the caller has checked that.
+/// Samples an id; `uniform` is in [0, 1). The caller has checked that the logits are finite.
 pub fn top_n_sigma(logits: &[f32], n: f32, uniform: f64) -> u32 {
     let finite = || logits.iter().filter(|logit| logit.is_finite()).map(|logit| f64::from(*logit));
     let count = finite().count().max(1) as f64;
@@ -53,7 +53,7 @@ pub fn top_n_sigma(logits: &[f32], n: f32, uniform: f64) -> u32 {
     chosen
 }
 
-/// A small random generator, of 53 bits a draw.
+/// A small random number generator with 53 bits per draw.
 struct Xorshift(u64);
 
 impl Xorshift {

@@ -1,4 +1,4 @@
-//! The perplexity of texts: one a line from standard input.
+//! The perplexity of texts, read one per line from standard input.
 //!
 //! ```sh
 //! cargo run --release --example score -- engines/tiny-chat < texts.txt
@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     run(&path, &mut io::stdin().lock(), &mut io::stdout().lock())
 }
 
-/// The program, apart from its arguments, so that a test can run it.
+/// The program without argument parsing, so that a test can run it.
 pub fn run(path: &str, input: &mut dyn BufRead, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {
     let model = Model::open(path)?;
     let tokenizer = model.tokenizer().ok_or("this package has no tokenizer")?;
@@ -22,7 +22,7 @@ pub fn run(path: &str, input: &mut dyn BufRead, out: &mut dyn Write) -> Result<(
     for text in input.lines() {
         let text = text?;
         let ids = tokenizer.encode(&text)?;
-        // The first token has nothing before it, so one score fewer than tokens.
+        // The first token has no context, so there is one score fewer than tokens.
         let scores = session.score(&ids, &mut |_, _| {})?;
         if scores.is_empty() {
             writeln!(out, "{text}: too short to score")?;

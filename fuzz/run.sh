@@ -2,13 +2,13 @@
 # Builds and runs the fuzz targets with stable Rust, without cargo-fuzz (docs/fuzzing.md).
 #
 #   fuzz/run.sh build            compiles all targets
-#   fuzz/run.sh seed TARGET      fills fuzz/corpus/TARGET with what the tests read
+#   fuzz/run.sh seed TARGET      fills fuzz/corpus/TARGET with files from the tests
 #   fuzz/run.sh run TARGET SECONDS [libFuzzer's flags]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build() {
-    # What cargo-fuzz asks of rustc. Naming a target keeps it from build scripts and procedural macros.
+    # The flags that cargo-fuzz passes to rustc. With --target they do not apply to build scripts and procedural macros.
     local flags=(
         -Cpasses=sancov-module
         -Cllvm-args=-sanitizer-coverage-level=4
@@ -42,17 +42,17 @@ seed() {
     done
 }
 
-# A file as a seed that is named for where it comes from.
+# Copies a file to the corpus, named after its origin.
 copy() {
     cp "$1" "$2/$(tr / - <<<"${1#tests/data/}")"
 }
 
-# A folder as a tar archive, if there is something to pack it with.
+# Packs a folder into a tar archive, if a tool for that is installed.
 pack() {
     tar --format=ustar -C "$1" -cf "$2" . 2>/dev/null || true
 }
 
-# The pickle in a file that torch.save wrote, if it is a zip archive and there is something to unpack it with.
+# Extracts the pickle from a file written by torch.save, if it is a zip archive and a tool for that is installed.
 pickle() {
     python3 - "$1" "$2/$(basename "$1" .pt).pkl" 2>/dev/null <<'PYTHON' || true
 import sys, zipfile

@@ -1,9 +1,9 @@
-"""What TensorRT for RTX accepts on this GPU, whether what it builds computes the right thing, and how fast: for plans built
-for the GPU at hand (`CURRENT`, and nothing said) and for SM 8.0, 8.9 and 12.0. One JSON object.
+"""Checks which plans TensorRT for RTX builds and runs on this GPU, whether they compute correct results, and how fast: for
+the GPU in the machine (`CURRENT`, and no target) and for SM 8.0, 8.9 and 12.0. Prints one JSON object.
 
-The network is the hard part of a layer in small: a product, KVCacheUpdate in place, and attention over the cache. The
-product is built once with its weight as an input and once as a constant, which answers what inputs cost. Needs torch with
-CUDA, and the bindings and library that pack.sh packs."""
+The network has the critical parts of a layer: a linear layer, an in-place KVCacheUpdate, and attention over the cache. The
+linear layer is built once with its weight as an input and once as a constant, to measure the cost of inputs. Needs torch
+with CUDA, and the Python bindings and the library that pack.sh packs."""
 
 import json
 import math
@@ -33,7 +33,7 @@ logger = Logger()
 
 
 def network(builder, weight):
-    """`weight`: None for an input, else host memory of a constant."""
+    """Adds the weight as an input if `weight` is None, else as a constant in this host memory."""
     net = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     bf16, i32 = trt.bfloat16, trt.int32
     x = net.add_input("x", bf16, (-1, INNER))
@@ -174,7 +174,7 @@ def main() -> None:
                 plan, answer[key] = build(mode, constant)
                 if plan is not None:
                     answer[key] |= run(plan, weight)
-            except Exception as error:  # its words are the answer
+            except Exception as error:  # the message is the answer
                 answer[key] = {**answer.get(key, {}), "exception": repr(error)[:400], "log": LINES[-6:]}
     print(json.dumps(answer, indent=1))
 

@@ -1,7 +1,7 @@
-"""compare_logits.py AOTRON ENGINE TARGET: a GPU plan's logits and greedy answers against the CPU plan's of the same package.
+"""compare_logits.py AOTRON ENGINE TARGET: compares a GPU plan's logits and greedy answers with the CPU plan's.
 
-Relative error is the largest difference over the largest magnitude, row by row. For plans of one precision only the order
-of sums and BF16's rounding of intermediate values differ."""
+Relative error is the largest difference divided by the largest magnitude, per row. Between plans of the same precision,
+only the summation order and the BF16 rounding of intermediate values differ."""
 
 import json
 import random
@@ -16,7 +16,7 @@ PROMPTS = ["What is the capital of France?", "What is 17 + 25?", 'What is "water
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """FP32 tensors of a file, without the safetensors package."""
+    """Reads the FP32 tensors of a safetensors file without the safetensors package."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

@@ -1,4 +1,4 @@
-"""The GPU, its driver and the versions of what runs on it; with --bandwidth, the rate at which it copies memory."""
+"""Prints the GPU, its driver and the software versions; with --bandwidth, also its memory copy bandwidth."""
 
 import json
 import subprocess

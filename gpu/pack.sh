@@ -1,5 +1,5 @@
 #!/bin/bash
-# Packs what answers docs/gpu.md's questions into parts under 60 MB, for a GPU host that reaches no network.
+# Packs what is needed to answer the questions in docs/gpu.md into parts under 60 MB, for a GPU host without network.
 #
 #   make tensorrt && cargo build --release && gpu/pack.sh OUT        # PY=3.11 if the host's Python is not 3.12
 #   on the host:  cat OUT/aotron-gpu.part-* | xz -d | tar x -C DIR && DIR/run.sh RESULTS
@@ -30,7 +30,7 @@ for precision in bf16 fp8 int8 int4; do
     "$dir/aotron" build tests/data/tiny-chat --recipe "cpu:$precision,h100:$precision" --prepare -o "$dir/engines/h100-$precision"
 done
 
-# The Python bindings, for what is asked of TensorRT itself. Their library is the one above.
+# The Python bindings, for the questions about TensorRT itself. They use the library above.
 python3 -m pip download -q --no-deps --only-binary=:all: --python-version "$python" --implementation cp \
     --platform manylinux_2_28_x86_64 -d "$dir/wheels" "tensorrt-rtx-cu13-bindings==$version"
 for wheel in "$dir"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$dir/site"; done

@@ -1,5 +1,5 @@
-"""peer.py CHECKPOINT: transformers in BF16 with torch.compile and a static cache, on the work of `aotron bench`: 512 prompt
-tokens and 128 decoded ones at batch 1, 8 and 32. Tokens per second over all sequences, medians of five."""
+"""peer.py CHECKPOINT: transformers in BF16 with torch.compile and a static cache, on the workload of `aotron bench`: 512
+prompt tokens and 128 decoded tokens at batch 1, 8 and 32. Tokens per second over all sequences, medians of five."""
 
 import json
 import statistics
@@ -47,7 +47,7 @@ def main() -> None:
                     "decode_tokens_per_second": batch * DECODED / statistics.median(decode_seconds),
                 }
             )
-        except Exception as error:  # what it says is the answer
+        except Exception as error:  # the message is the answer
             answer["figures"].append({"batch": batch, "error": repr(error)[:400]})
     print(json.dumps(answer, indent=1))
 

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs on the GPU host, in the folder that pack.sh's parts unpack to: run.sh RESULTS [8b|mid]. Each question's answer is a
-# JSON file in RESULTS; what fails leaves its words in a .err file beside it, and the next question goes on.
+# Runs on the GPU host, in the folder that pack.sh's parts unpack to: run.sh RESULTS [8b|mid]. Each answer is a JSON
+# file in RESULTS; a failure leaves its message in a .err file beside it, and the script goes on.
 set -u
 results=$(mkdir -p "${1:?usage: run.sh RESULTS [8b|mid]}" && cd "$1" && pwd)
 shape=${2:-mid}
@@ -16,7 +16,7 @@ ask() { # name, command…: standard output is the answer
     [ -s "$results/$name.json" ] || rm -f "$results/$name.json"
 }
 
-# 1. What is here, and what do the libraries accept?
+# 1. The machine, and the plans that the libraries accept.
 ask machine python3 machine.py
 ask doctor ./aotron doctor --format json
 ask acceptance python3 acceptance.py
@@ -28,7 +28,7 @@ case $(python3 -c 'import torch; print(*torch.cuda.get_device_capability())') in
 *) target=none ;;
 esac
 
-# 2. Logits and answers against the CPU's, for each precision. Prepared packages are finished first.
+# 2. Logits and answers compared with the CPU's, for each precision. Prepared packages are finished first.
 for engine in engines/$target-*; do
     [ -d "$engine" ] || continue
     name=${engine##*/}
@@ -52,7 +52,7 @@ for precision in bf16 fp8 int8 int4; do
     ask "speed-$precision-no-graphs" $speed --no-cuda-graphs
 done
 
-# 4. The same work by transformers with torch.compile, and the card's limits.
+# 4. The same workload in transformers with torch.compile, and the card's bandwidth.
 ask peer python3 peer.py checkpoint-$shape
 ask bandwidth python3 machine.py --bandwidth
 

@@ -1,4 +1,4 @@
-"""summary.py RESULTS: what run.sh found, as Markdown for docs/gpu.md."""
+"""summary.py RESULTS: formats the results of run.sh as Markdown for docs/gpu.md."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ def main() -> None:
     print(f"{machine.get('gpu')}, driver {machine.get('driver')}, CUDA {machine.get('cuda')}, torch {machine.get('torch')}")
     if rate := machine.get("copy_bytes_per_second"):
         print(f"copies {rate / 1e12:.2f} TB/s (read and written)")
-    print("\n| TensorRT for RTX | builds | runs | product error | attention error | us, 1 token |\n|---|---|---|---|---|---|")
+    print("\n| TensorRT for RTX | builds | runs | linear error | attention error | us, 1 token |\n|---|---|---|---|---|---|")
     for mode, answer in found.get("acceptance", {}).items():
         if isinstance(answer, dict):
             one = answer.get("tokens_1", {})

@@ -1,4 +1,4 @@
-"""Runs a command; prints its seconds, exit code and last lines as JSON."""
+"""Runs a command and prints its duration, exit code and last lines as JSON."""
 
 import json
 import subprocess

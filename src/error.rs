@@ -1,4 +1,4 @@
-//! The library's error: one closed enum whose messages name the thing that is wrong and what to do about it.
+//! The library's error type: one enum whose messages name what is wrong and what to do about it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,18 +7,18 @@ mod refusal;
 
 pub use refusal::{PlanRefusal, PlanRefusals, RefusalReason};
 
-/// What every fallible function of this crate returns.
+/// The result of every fallible function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why something could not be done. Every message stands alone: it names the file, tensor, op or
-/// limit concerned, what was expected, what was found and, where there is one, the way out.
+/// The reason why an operation failed. Every message stands alone: it names the file, tensor, op or limit concerned,
+/// what was expected, what was found and, where there is one, the remedy.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused an action on a file.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was attempted, as a verb: "open", "write".
+        /// The attempted action, as a verb: "open", "write".
         action: &'static str,
         /// The file or folder concerned.
         path: PathBuf,
@@ -30,28 +30,28 @@ pub enum Error {
     Format {
         /// The file concerned.
         path: PathBuf,
-        /// What is wrong, with names and offsets, and what was expected.
+        /// The defect, with names and offsets, and what was expected.
         detail: String,
     },
-    /// A file is well formed but asks for something this version does not compute.
+    /// A file is well-formed but requires a feature that this version lacks.
     #[error("{}: unsupported: {detail}", path.display())]
     Unsupported {
-        /// The file that asks for it.
+        /// The file.
         path: PathBuf,
         /// The key and value, and what is supported.
         detail: String,
     },
-    /// A graph does not type-check, or a pass or lowering met something it cannot express.
+    /// A graph does not type-check, or a pass or a lowering cannot handle something in it.
     #[error("graph: op {op} ({name}): {detail}")]
     Graph {
         /// The op's kind.
         op: String,
         /// The value it defines.
         name: String,
-        /// Shapes and dtypes found and expected.
+        /// Shapes and dtypes, found and expected.
         detail: String,
     },
-    /// There is no folder where an engine package was to be.
+    /// There is no folder at the path of an engine package.
     #[error("engine package {}: there is no such folder; `aotron build` makes one", path.display())]
     NoSuchPackage {
         /// The path.
@@ -63,12 +63,12 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
-    /// None of an engine package's plans runs on this machine.
+    /// None of an engine package's plans can run on this machine.
     #[error("engine package {}: {refusals}", path.display())]
     NoPlan {
         /// The package folder.
         path: PathBuf,
-        /// Every plan that was considered, and what it lacks.
+        /// Every plan that was considered, and what it is missing.
         refusals: PlanRefusals,
     },
     /// An engine package cannot be used as it is.
@@ -76,10 +76,10 @@ pub enum Error {
     Package {
         /// The package folder.
         path: PathBuf,
-        /// Which file or field, found and expected, and the command that mends it.
+        /// The file or field, what was found and expected, and the command that fixes it.
         detail: String,
     },
-    /// A recipe has a key or value that does not fit.
+    /// A recipe has an invalid key or value.
     #[error("recipe {name}: {detail}")]
     Recipe {
         /// The recipe's name or file.
@@ -87,10 +87,10 @@ pub enum Error {
         /// The key, its value and what is accepted.
         detail: String,
     },
-    /// A step breaks the limits the engine was built with.
+    /// A step exceeds the limits that the engine was built with.
     #[error("step refused: {0}")]
     Step(String),
-    /// A prompt leaves no room for an answer.
+    /// The prompt leaves no room for an answer.
     #[error(
         "the prompt has {prompt_tokens} tokens, but this engine holds {max_sequence_tokens} tokens per sequence, \
          prompt and answer together; shorten the prompt to at most {} tokens", max_sequence_tokens.saturating_sub(1)
@@ -98,7 +98,7 @@ pub enum Error {
     PromptTooLong {
         /// Tokens of the prompt, template included.
         prompt_tokens: usize,
-        /// The engine's limit.
+        /// Tokens per sequence that the engine holds.
         max_sequence_tokens: usize,
     },
     /// A conversation has outgrown the engine: its turns leave no room for an answer.
@@ -110,48 +110,49 @@ pub enum Error {
     ConversationFull {
         /// Tokens of the conversation, the new message and the template included.
         conversation_tokens: usize,
-        /// The engine's limit.
+        /// Tokens per sequence that the engine holds.
         max_sequence_tokens: usize,
     },
-    /// The model produced numbers that are not numbers.
+    /// The model produced NaN or infinite numbers.
     #[error("numerics: {0}")]
     Numerics(String),
     /// A request has a value out of range.
     #[error("invalid request: {0}")]
     Request(String),
-    /// There is no room for another request; a later one may find some.
+    /// The queue is full; a later request may succeed.
     #[error("all {slots} slots are busy and {queued} requests wait, the most this server queues; try again later")]
     QueueFull {
         /// Sequences that run at once.
         slots: usize,
-        /// Requests that wait.
+        /// Requests in the queue.
         queued: usize,
     },
-    /// The engine that was to serve a request has stopped, or is about to.
+    /// The engine has stopped, or is about to, and did not serve the request.
     #[error("the engine has stopped{reason}")]
     EngineStopped {
-        /// Empty if it was told to; else why it did, after a colon.
+        /// Empty if the engine was told to stop, otherwise a colon and the reason.
         reason: String,
     },
-    /// One failure of several requests: a step that all of them were in.
+    /// One failure shared by several requests: all of them were part of the same step.
     #[error("{0}")]
     Shared(Arc<Error>),
     /// The tokenizer refused its file or a text.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
-    /// TensorRT is not here, or refused something; its own words are quoted.
+    /// TensorRT is missing or reported an error; its own message is quoted.
     #[error("TensorRT: {0}")]
     TensorRt(String),
-    /// The GPU or its driver is not here, refused something, or failed.
+    /// The GPU or its driver is missing, refused an operation, or failed.
     #[error("GPU: {0}")]
     Gpu(String),
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
-    /// The code reached a state that it rules out. No file and no request can cause it: it is a bug in this crate.
+    /// The code reached a state that should be impossible. No file and no request can cause it: it is a bug in this
+    /// crate.
     #[error("internal error: {found}, expected {expected}; this is a bug in aotron, please report it")]
     Internal {
-        /// The state found, with the name of the thing concerned.
+        /// The state found, and where.
         found: String,
         /// The state that earlier code guarantees.
         expected: String,
@@ -159,7 +160,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// An [`Error::Io`] maker for `map_err`.
+    /// Returns a closure for `map_err` that makes an [`Error::Io`].
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
         move |source| Error::Io { action, path, source }
@@ -175,7 +176,7 @@ impl Error {
         Error::Unsupported { path: path.as_ref().to_path_buf(), detail: detail.into() }
     }
 
-    /// The error itself, where it is one that several requests [share](Error::Shared).
+    /// The underlying error, if this one is [shared](Error::Shared) between requests.
     pub fn root(&self) -> &Error {
         match self {
             Error::Shared(error) => error.root(),
@@ -188,13 +189,13 @@ impl Error {
         Error::Package { path: path.as_ref().to_path_buf(), detail: detail.into() }
     }
 
-    /// An [`Error::Internal`], in place of a quiet default where an earlier check rules a state out.
+    /// An [`Error::Internal`], returned instead of a silent default where an earlier check rules a state out.
     pub(crate) fn internal(found: impl Into<String>, expected: impl Into<String>) -> Error {
         Error::Internal { found: found.into(), expected: expected.into() }
     }
 }
 
-/// Text that came from a file, made fit for one line of a message: control characters escaped, cut at 200 characters.
+/// Text from a file, made fit for one line of a message: control characters escaped, truncated to 200 characters.
 pub(crate) fn clip(text: impl std::fmt::Display) -> String {
     const LONGEST: usize = 200;
     let text = text.to_string();

@@ -1,8 +1,9 @@
-//! What the fuzz targets in `fuzz/` run: each reader of untrusted files on bytes in memory, and what must hold of its
-//! answer whatever the bytes. A refusal is an answer too, of one short line.
+//! The fuzz targets of `fuzz/`: each runs one reader of untrusted files on bytes in memory and checks invariants that
+//! hold for any bytes. Refusing the input is fine, with a short message of one line.
 //!
-//! This is no part of the library. It is compiled for the fuzz targets, which set `cfg(fuzzing)`, and for the tests,
-//! which run the same checks over inputs that once failed them (`tests/data/fuzz`). Each room has its own.
+//! This is not part of the library's API. It is compiled only for the fuzz targets, which set `cfg(fuzzing)`, and for
+//! the tests, which run the same checks on inputs that once failed them (`tests/data/fuzz`). Each module has its own
+//! checks.
 
 use crate::error::Error;
 
@@ -12,17 +13,17 @@ pub use crate::engine::fuzzing::manifest;
 pub use crate::tensor_file::fuzzing::safetensors;
 pub use crate::text::fuzzing::sentencepiece;
 
-/// The longest message: a few names, of which each is clipped to 200 characters, and the words around them.
+/// The longest message: a few names, each clipped to 200 characters, and the words around them.
 const MAX_MESSAGE_BYTES: usize = 4096;
 
-/// Checks a message of refusal: text that came from the file has neither line breaks nor escape sequences for the
-/// terminal it will be shown on, and does not fill it.
+/// Checks the message of a refusal: text from the file may neither contain line breaks or terminal escape sequences nor
+/// flood the terminal.
 pub(crate) fn check_message(message: &str) {
     assert!(!message.is_empty() && message.len() <= MAX_MESSAGE_BYTES, "a message of {} bytes", message.len());
     assert!(!message.chars().any(char::is_control), "a message with control characters: {message:?}");
 }
 
-/// As [`check_message`].
+/// Checks the message of an error as [`check_message`] does.
 pub(crate) fn check_refusal(error: &Error) {
     check_message(&error.to_string());
 }
@@ -32,10 +33,10 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    /// What a target does with an input.
+    /// The check that a target runs on an input.
     type Check = fn(&[u8]);
 
-    /// Every target.
+    /// All targets.
     const TARGETS: &[(&str, Check)] = &[
         ("json", super::json),
         ("manifest", super::manifest),
@@ -52,7 +53,7 @@ mod tests {
         ("zip", super::zip),
     ];
 
-    /// Runs a target's check over every file of a folder.
+    /// Runs a target's check on every file in a folder, and returns their number.
     fn run(folder: &Path, check: Check) -> usize {
         let Ok(files) = fs::read_dir(folder) else { return 0 };
         let files = files.map(|file| file.unwrap().path());

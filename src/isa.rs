@@ -208,6 +208,7 @@ macro_rules! dispatch {
     // Generics, arguments and result come twice: to be taken apart here, and whole to be handed to each arm.
     (@define [$($head:tt)*] $name:ident [$($g:ident: $bound:path),*] ($($arg:ident: $ty:ty),* $(,)?) ($($out:ty)?)
      $generics:tt $args:tt $result:tt $arms:tt) => {
+        #[allow(clippy::too_many_arguments)]
         $($head)* fn $name<$($g: $bound),*>(isa: $crate::isa::Isa, $($arg: $ty),*) $(-> $out)? {
             let _ = isa;
             $crate::isa::dispatch! { @arms isa $generics $args $result $arms }

@@ -1,11 +1,11 @@
 //! An ahead-of-time compiler and a lightweight runtime for NVIDIA's Nemotron-3-8B-Chat-4k-RLHF and its architecture.
 //!
-//! A *builder* compiles a checkpoint into an **engine package**, one folder with everything that running the model needs
-//! (`aotron build`, or [`build`](build())). This page shows the other half: a package answers.
+//! The *compiler* turns a checkpoint into an **engine package**, one folder with everything needed to run the model
+//! (`aotron build`, or [`build`](build())). This page is about the other half: running a package.
 //!
 //! # Load
 //!
-//! A [`Model`] is a package that is open: plan, weights, tokenizer and chat format, with the plan that suits this machine.
+//! A [`Model`] is an opened package: tokenizer, chat format, weights, and the plan that suits this machine.
 //!
 //! ```no_run
 //! # fn main() -> aotron::Result<()> {
@@ -19,8 +19,8 @@
 //!
 //! # Chat and stream
 //!
-//! A [`Chat`] keeps the messages of a conversation. An answer is an iterator over its text, computed as it is asked for;
-//! at its end there is a [`Completion`]. ([`Chat::send_with`] takes a callback instead.)
+//! A [`Chat`] keeps the messages of a conversation. An answer is an iterator over its text, computed on demand, which
+//! ends in a [`Completion`]. ([`Chat::send_with`] takes a callback instead.)
 //!
 //! ```no_run
 //! use std::io::Write;
@@ -47,13 +47,14 @@
 //! }
 //! ```
 //!
-//! Below a chat is a [`Session`]: a [`GenerationRequest`] for any token ids, [scores](Session::score) of a text, and
-//! [tokens of your own choice](TextStream::choosing).
+//! A chat runs on a [`Session`], which also accepts a [`GenerationRequest`] with any token ids, computes
+//! [scores](Session::score) of a text, and lets you [choose the tokens](TextStream::choosing).
 //!
 //! # Batch
 //!
-//! An [`Engine`] serves many requests together on a thread of its own. Its handles can be cloned and used from any thread;
-//! a response that is dropped is cancelled, and a full queue refuses. What a request gets does not depend on the others.
+//! An [`Engine`] serves many requests together on a thread of its own. Its handles can be cloned and used from any
+//! thread. Dropping a response cancels its request, and a full queue refuses requests. The result of a request does not
+//! depend on the others.
 //!
 //! ```no_run
 //! # fn main() -> aotron::Result<()> {
@@ -74,14 +75,14 @@
 //! # }
 //! ```
 //!
-//! A [`Batcher`] does the same step by step on the caller's thread. Whole programs are in `examples/`: a chat, a batch,
-//! scores, a sampler of one's own.
+//! A [`Batcher`] does the same step by step on the caller's thread. Complete programs are in `examples/`: a chat, a
+//! batch, scores, and a custom sampler.
 //!
 //! # Features
 //!
-//! Both are on by default. A library user without them compiles Rust alone: no C++, nothing of the command line.
+//! Both are on by default. Without them the library is pure Rust: no C++, and no command-line dependencies.
 //!
-//! | feature | what it adds |
+//! | feature | adds |
 //! | --- | --- |
 //! | `cli` | the program `aotron` |
 //! | `tensorrt` | plans for NVIDIA GPUs: the shim over TensorRT (C++) and the GPU's driver, both opened at run time |
@@ -99,35 +100,35 @@
 //!             stops, template)       knows no text)
 //! ```
 //!
-//! # The rooms
+//! # The modules
 //!
-//! Imports go downward only, in this order; a room may use those above it in the list.
+//! Imports go one way only: a module may use those above it in this list.
 //!
-//! | room | what lives there |
+//! | module | contents |
 //! | --- | --- |
 //! | `error`, `tensor`, `isa`, `mmap`, `tensor_file` | the error type, element types and borrowed tensors, CPU features, mapped files, safetensors |
-//! | `checkpoint` | readers: a `.nemo` or a Hugging Face folder becomes a config and named, validated, mapped tensors |
-//! | `quantize` | how a row of weights becomes small codes and scales |
+//! | `checkpoint` | readers: from a `.nemo` file or a Hugging Face folder to a config and named, validated, memory-mapped tensors |
+//! | `quantize` | quantization of a row of weights into codes and scales |
 //! | `graph` | the typed intermediate representation of one forward step |
 //! | `text` | tokenizer, streaming decoder, chat template |
-//! | `model` | the architecture: a config becomes a graph |
+//! | `model` | the architecture: builds a graph from a config |
 //! | `engine` | the package: manifest, limits, opening and writing |
-//! | `backend` | `Step`, the `Executor` trait, the files of weights written in one pass, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering, running on a GPU) |
-//! | `compile` | recipes, passes, and [`build`](build()), which runs the upper half of the picture |
-//! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread); it sees neither graphs nor checkpoints |
+//! | `backend` | `Step`, the `Executor` trait, weight files written in one pass, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering, running on a GPU) |
+//! | `compile` | recipes, passes, and [`build`](build()), which runs the upper half of the diagram |
+//! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread); it depends on neither graphs nor checkpoints |
 //!
 //! The program's command line is not part of the library.
 //!
-//! # What holds everywhere
+//! # Guarantees
 //!
 //! - **Same request, same tokens.** On the CPU a sequence's logits are bit-identical whatever else is in the batch and
-//!   however its prompt was cut into chunks.
-//! - **Nothing half-written is taken for whole.** A package appears by one rename, after all of it is on disk.
+//!   however its prompt was split into chunks.
+//! - **No half-written packages.** A package appears by a single rename, after all of it is on disk.
 //! - **Files and requests are not trusted.** Everything read is validated before it is used; errors name the file,
 //!   tensor, op or limit and what was expected.
 
-// Modules that other parts of this repository use, but no promise to anyone else: all that is public and documented is
-// re-exported below.
+// Modules for other parts of this repository, with no stability promise: the public, documented API is re-exported
+// below.
 #[doc(hidden)]
 pub mod backend;
 #[doc(hidden)]
@@ -163,8 +164,8 @@ pub mod text;
 
 pub use error::{Error, PlanRefusal, PlanRefusals, RefusalReason, Result};
 
-/// Executors, which run the steps of a [`Session`], a [`Batcher`] or an [`Engine`]. A [`Model`] opens those of its plan;
-/// these are the types to write another one with.
+/// Executors run the steps of a [`Session`], a [`Batcher`] or an [`Engine`]. A [`Model`] opens those of its plan; use
+/// these types to write your own.
 pub mod executor {
     pub use crate::backend::{Chunk, DeferredLogits, Executor, Logits, NextToken, Rows, Span, Step, Top};
 }

@@ -1,4 +1,4 @@
-//! Chat formats and generation defaults of checkpoints, as their authors leave them: built by the program, and asked.
+//! Chat formats and generation defaults of checkpoints as published, from building with the program to the answers.
 //! Each case is tiny-chat with some of its files replaced.
 
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::cli::{Ran, aotron, aotron_with};
 const TINY_CHAT: &str = "tests/data/tiny-chat";
 const QUESTION: &str = "What is the capital of France?";
 
-/// A copy of tiny-chat with these files, and where its package goes.
+/// A copy of tiny-chat with some files replaced, and the path of its package.
 struct Case {
     folder: TempDir,
 }
@@ -117,7 +117,7 @@ fn named_templates_are_chosen_by_name_and_files_go_first() {
     case.write("chat_template.jinja", golden("mini").0);
     case.build(&[]).ok();
     assert_eq!(case.ids(&mini[1].0, &[]), mini[1].1);
-    case.build(&["--chat-format", "nope"]).fails(1, &["no chat format `nope`", "nemotron, raw, chatml, default"]);
+    case.build(&["--chat-format", "nope"]).fails(1, &["unknown chat format `nope`", "nemotron, raw, chatml, default"]);
     let only_named = Case::new(&[("tokenizer_config.json", &config(json!([{"name": "rag", "template": "x"}])))]);
     only_named.build(&[]).fails(1, &["the chat templates rag and none called default", "--chat-format"]);
     let broken = Case::new(&[("chat_template.jinja", "a\n{% for %}")]);
@@ -135,7 +135,7 @@ fn a_template_may_refuse_a_conversation() {
     aotron(&tokenize).fails(1, &["Conversation roles must alternate user/assistant/user/assistant/..."]);
     std::fs::write(&file, r#"{"role": "user"}"#).unwrap();
     aotron(&tokenize).fails(1, &["is not a list of messages"]);
-    // Other roles reach the template.
+    // Other roles are passed on to the template.
     std::fs::write(&file, r#"{"messages": [{"role": "tool", "content": "found", "name": "f"}]}"#).unwrap();
     let own = case.folder.path().join("own.jinja");
     std::fs::write(&own, "{{ messages[0].role + '/' + messages[0].name }}").unwrap();
@@ -169,7 +169,7 @@ fn generation_config_gives_the_defaults() {
     assert_eq!(manifest["manifest"]["generation"]["unused"], json!(["bad_words_ids", "num_beams"]));
     let inspected = aotron(&["inspect", case.checkpoint().to_str().unwrap()]).ok();
     assert!(inspected.out.contains("bad_words_ids, num_beams"), "{}", inspected.out);
-    // Sampled by default: seeds differ. A flag makes it greedy.
+    // Sampled by default, so seeds matter. A flag makes it greedy.
     let answer = |more: &[&str]| case.run(&[&["--format", "json"], more].concat()).ok().json()["token_ids"].clone();
     let hot = |seed: &str| answer(&["--temperature", "20", "--min-tokens", "20", "-n", "20", "--seed", seed]);
     assert_ne!(hot("1"), hot("2"));
@@ -187,7 +187,7 @@ fn markers_of_nemo_are_honoured_or_refused() {
     build(other, &engine, &["--chat-format", "nemotron"]).ok();
     build(other, &engine, &["--chat-format", "raw"]).ok();
 
-    // Control pieces are encoded as what the template means.
+    // Control pieces that the template uses are encoded as such.
     let control = Path::new("tests/data/reports/21-extra-control.nemo");
     let built = build(control, &engine, &[]).ok();
     assert!(built.err.contains("`<extra_id_0>`, `<extra_id_1>`: encoded whole"), "{}", built.err);
@@ -197,7 +197,7 @@ fn markers_of_nemo_are_honoured_or_refused() {
     }
 }
 
-/// tiny-chat with its SentencePiece model alone, and two tokens added to it.
+/// tiny-chat with only its SentencePiece model, and two tokens added to it.
 fn with_added_tokens(rows: usize) -> Case {
     let case = Case::new(&[
         ("added_tokens.json", r#"{"<|im_start|>": 2816, "<|im_end|>": 2817}"#),
@@ -238,7 +238,7 @@ fn tokens_added_to_a_sentencepiece_model_are_whole_and_end_answers() {
     assert!(built.out.contains("ended by id 2817, \"<|im_end|>\""), "{}", built.out);
     let ids = case.ids(&json!([{"role": "user", "content": "Hi"}]), &[]);
     assert_eq!((ids[0], ids.iter().filter(|id| **id >= 2816).count()), (2816, 3), "{ids:?}");
-    // It can be sampled, and ends the answer.
+    // The token can be sampled and ends the answer.
     let ran = case.run(&["--logit-bias", "2817=100", "--format", "json"]).ok().json();
     assert_eq!((&ran["token_ids"], &ran["finish_reason"]), (&json!([2817]), &json!("stop")));
     // Without the file the id cannot be sampled, so no answer would end there.

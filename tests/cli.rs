@@ -1,11 +1,11 @@
-//! The real executable, one fresh folder a test.
+//! Tests of the real executable, each in a fresh folder.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 
-use aotron::backend::tensorrt::{Kind, Library};
+use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 use aotron::compile::Precision;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -16,7 +16,7 @@ use crate::skips::skip;
 const CHAT: &str = "tests/data/tiny-chat";
 const ODD: &str = "tests/data/shapes/odd";
 
-/// A chat model's package, and one without a tokenizer; built once, only ever read.
+/// A chat model's package, and one without a tokenizer; built once and never modified.
 static PACKAGES: LazyLock<(TempDir, PathBuf, PathBuf)> = LazyLock::new(|| {
     let folder = tempfile::tempdir().unwrap();
     let (chat, odd) = (folder.path().join("chat"), folder.path().join("odd"));
@@ -33,7 +33,7 @@ fn odd() -> &'static str {
     PACKAGES.2.to_str().unwrap()
 }
 
-/// What a command did.
+/// Outcome of a command.
 pub struct Ran {
     pub code: Option<i32>,
     pub out: String,
@@ -45,13 +45,14 @@ impl Ran {
         serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {}{}", self.out, self.err))
     }
 
-    /// The command was to succeed.
+    /// Asserts that the command succeeded.
     pub fn ok(self) -> Ran {
         assert_eq!(self.code, Some(0), "{}", self.err);
         self
     }
 
-    /// The command was to fail with this code and these words on standard error, and nothing on standard output.
+    /// Asserts that the command failed with this exit code and these words on standard error, and printed nothing on
+    /// standard output.
     pub fn fails(self, code: i32, words: &[&str]) {
         assert_eq!(self.code, Some(code), "{}{}", self.out, self.err);
         assert_eq!(self.out, "");
@@ -95,12 +96,12 @@ fn a_dry_run_says_what_a_build_takes_and_writes_nothing() {
     let output = folder.path().join("engine");
     let dry = ["build", CHAT, "--recipe", "cpu:int8", "--dry-run", "-o", text(&output)];
     let ran = aotron(&dry).ok();
-    for line in ["reads 6.3 MiB of weights", "weights/cpu-int8.safetensors", "disk ", "memory "] {
+    for line in ["reads 6.29 MiB of weights", "weights/cpu-int8.safetensors", "disk ", "memory "] {
         assert!(ran.err.contains(line), "{line}: {}", ran.err);
     }
     assert_eq!(ran.out, "");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
-    // What is there is refused before anything is read.
+    // An existing output is refused before anything is read.
     aotron(&["build", CHAT, "-o", text(&output)]).ok();
     aotron(&dry).fails(1, &["--force"]);
 }
@@ -117,12 +118,16 @@ fn inspect_describes_a_nemo() {
     ] {
         assert!(ran.out.contains(line), "{line}: {}", ran.out);
     }
-    assert!(ran.err.contains("not as on the model card: hidden_size is 16, the card's model has 4096"), "{}", ran.err);
+    assert!(
+        ran.err.contains("differs from the model card: hidden_size is 16, the card's model has 4096"),
+        "{}",
+        ran.err
+    );
     let json = aotron(&["inspect", "tests/data/nemo/zarr-tp2.nemo", "--format", "json"]).ok().json();
     assert_eq!((&json["format"], &json["ends"]), (&json!("nemo"), &json!([3, 5])));
     assert_eq!(json["tokenizer"]["special_ids"]["<extra_id_1>"], 5);
     assert!(json["differences_from_model_card"].as_array().unwrap().len() > 5, "{json}");
-    // A tokenizer can be looked at too.
+    // The checkpoint's tokenizer can be inspected too.
     let ids = aotron(&["tokenize", "tests/data/nemo/zarr-tp2.nemo", "--text", "Hi"]).ok();
     assert!(ids.out.contains("<extra_id_1>"), "{}", ids.out);
 }
@@ -149,7 +154,7 @@ fn build_makes_a_package_that_runs() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside the package");
 }
 
-/// The checkpoint has the same tokenizer in both forms, so with either the answers are the same.
+/// The checkpoint has the same tokenizer in both formats, so the answers are the same with either.
 #[test]
 fn a_sentencepiece_model_is_a_tokenizer_too() {
     let folder = tempfile::tempdir().unwrap();
@@ -174,7 +179,7 @@ fn a_sentencepiece_model_is_a_tokenizer_too() {
     for package in [output, chat()] {
         assert!(Path::new(package).join("tokenizer.aotron").is_file(), "{package} keeps the tokenizer in the one form");
     }
-    // `</s>` is a piece that no text contains; in a tokenizer.json it may be one that a text does.
+    // `</s>` is a piece that text never encodes to; with a tokenizer.json it may be one that it does.
     let ids = aotron(&["tokenize", output, "--raw", "--text", "</s>"]).ok().json();
     assert!(ids["ids"].as_array().unwrap().len() > 1, "{ids}");
     let answer = aotron_with(&["chat", output, "-n", "20"], b"What is the capital of France?\n").ok().out;
@@ -455,7 +460,7 @@ fn chat_answers_piped_questions() {
 #[test]
 fn chat_ends_at_an_error_in_its_input() {
     let ran = aotron_with(&["chat", chat()], b"/nonsense\nHello\n");
-    ran.fails(1, &["there is no command /nonsense"]);
+    ran.fails(1, &["unknown command /nonsense"]);
     aotron_with(&["chat", chat()], b"\xff\n").fails(1, &["standard input is not UTF-8"]);
     let ran = aotron_with(&["chat", chat()], "word ".repeat(2000).as_bytes());
     assert_eq!(ran.code, Some(1));
@@ -493,12 +498,12 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
     aotron(&["inspect", CHAT, "--kernels=some"]).fails(2, &["expected nothing or `all`"]);
     aotron(&["inspect", CHAT, "--kernels", "--recipe", "cpu"]).fails(2, &["recipe cpu is not for a GPU"]);
     aotron(&["inspect", CHAT, "--network", "--precision", "fp8"]).fails(1, &["fp8 is not for a100"]);
-    if let Err(error) = Library::find(Kind::Rtx) {
+    if let Err(error) = TensorRtLibrary::find(LibraryKind::Rtx) {
         skip("tensorrt", "inspect_shows_what_tensorrt_makes_of_a_model", error);
         aotron(&["inspect", CHAT, "--network"]).fails(1, &["TensorRT for RTX (libtensorrt_rtx.so.1) is not installed"]);
         return;
     }
-    // A config is enough, and a package has one.
+    // A config suffices, and a package contains one.
     let folder = tempfile::tempdir().unwrap();
     std::fs::copy(Path::new(CHAT).join("config.json"), folder.path().join("config.json")).unwrap();
     let network = aotron(&["inspect", CHAT, "--network"]).ok().out;
@@ -509,7 +514,8 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
     assert!(network.contains("layers 1 to 4, all alike") && all.contains("\nlayer 4\n"), "{network}{all}");
 
     let kernels = aotron(&["inspect", CHAT, "--kernels"]).ok().out;
-    for words in ["compiled for SM 8.0", "decode: 43 kernels, 8 in each of 5 layers", "first chunk: 48 kernels", "A100"]
+    for words in
+        ["compiled for SM 8.0", "decode: 43 kernels, 8 in each of 5 layers", "context prefill: 48 kernels", "A100"]
     {
         assert!(kernels.contains(words), "no {words} in {kernels}");
     }
@@ -523,7 +529,7 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
         assert_eq!(step["analysis"]["weight_copies"], Value::Array(vec![]), "{}", step["name"]);
     }
     let int4 = aotron(&["inspect", CHAT, "--kernels=all", "--precision", "int4"]).ok().out;
-    for words in [" before the layers\n", " layer 4\n", "in the plan", "of them part of the plan"] {
+    for words in [" before the layers\n", " layer 4\n", "in the plan", "of them embedded in the plan"] {
         assert!(int4.contains(words), "no {words} in {int4}");
     }
 }

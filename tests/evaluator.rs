@@ -1,24 +1,24 @@
-//! Evaluates networks: takes the layers that TensorRT takes and computes each one when it is added, by what TensorRT's
-//! documentation says of it. It is as strict as a strongly typed network: types are never converted without a cast, and
-//! only dimensions of 1 are repeated. Where the documentation leaves a choice (docs/tensorrt.md, "Known limits"), it is
-//! made here as the lowering assumes it.
+//! An evaluator of networks: it implements the layers TensorRT offers and computes each as it is added, following
+//! TensorRT's documentation. It is as strict as a strongly typed network: there are no implicit casts, and only
+//! dimensions of 1 broadcast. Where the documentation leaves a choice (docs/tensorrt.md, "Known limits"), it makes the
+//! choice the lowering assumes.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use aotron::Error;
-use aotron::backend::tensorrt::{ConstantBytes, Layers, Tensor};
+use aotron::backend::tensorrt::{ConstantBytes, Layers, NetworkTensor};
 use aotron::quantize::{f8_value, round_f8};
 use aotron::tensor::DType;
 use half::{bf16, f16};
 
 type Result<T> = aotron::Result<T>;
 
-/// The type of a value of a network.
+/// Element type of a network tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
     Stored(DType),
-    /// Sizes.
+    /// Sizes, for shape tensors.
     I64,
 }
 
@@ -41,7 +41,8 @@ impl Element {
     }
 }
 
-/// A value of a network. Numbers of every type are kept as FP32, which has all of them: indices and sizes are below 2²⁴.
+/// A network tensor. Elements of every type are stored as FP32, which represents them exactly: indices and sizes are
+/// below 2²⁴.
 #[derive(Debug, Clone)]
 pub struct Array {
     pub element: Element,
@@ -50,21 +51,21 @@ pub struct Array {
 }
 
 impl Array {
-    /// Of numbers as they are.
+    /// An array of values that are already representable in the type.
     fn of(element: Element, dims: &[usize], values: impl IntoIterator<Item = f32>) -> Array {
         let values: Arc<[f32]> = values.into_iter().collect();
         assert_eq!(values.len(), dims.iter().product::<usize>(), "{dims:?}");
         Array { element, dims: dims.to_vec(), values }
     }
 
-    /// Of numbers that are rounded to the type.
+    /// An array of values rounded to the type.
     pub fn new(dtype: DType, dims: &[usize], values: impl IntoIterator<Item = f32>) -> Array {
         let element = Element::Stored(dtype);
         Array::of(element, dims, values.into_iter().map(|value| element.round(value)))
     }
 
-    /// Little-endian, row-major, two I4 in a byte with the first in its low half; `None` if there are more or fewer
-    /// bytes than that takes.
+    /// Decodes little-endian, row-major bytes; two I4 per byte, the first in the low half. `None` if the length is
+    /// wrong.
     pub fn of_bytes(dtype: DType, dims: &[usize], bytes: &[u8]) -> Option<Array> {
         let values: Vec<f32> = match dtype {
             DType::F32 => bytes.as_chunks().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect(),
@@ -86,17 +87,17 @@ impl Array {
         self.dims.len()
     }
 
-    /// Sizes, indices or positions.
+    /// The elements as sizes, indices or positions.
     fn sizes(&self) -> Vec<usize> {
         self.values.iter().map(|value| *value as usize).collect()
     }
 
-    /// How far neighbours along each dimension are apart.
+    /// Row-major strides, in elements.
     fn strides(&self) -> Vec<usize> {
         (0..self.rank()).map(|dim| self.dims[dim + 1..].iter().product()).collect()
     }
 
-    /// `dims` elements, each `strides` apart from `start` on.
+    /// A strided view from `start`, copied to an array of shape `dims`.
     fn strided(&self, start: usize, dims: &[usize], strides: &[usize]) -> Array {
         let total = dims.iter().product::<usize>();
         let value = |index: usize| {
@@ -115,36 +116,36 @@ impl Array {
     }
 }
 
-/// What is rounded to the type that the network says it has.
+/// Values that are rounded to their type in the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rounding {
-    /// What the CPU's plans round: the results of casts, but queries are read as they were before theirs. So a wrong
-    /// layer can be told from a rounded one.
+    /// The values that CPU plans round: results of casts, except that queries are read unrounded. With the same
+    /// rounding, a remaining difference means a wrong layer.
     AsCpu,
-    /// Every layer's result; inside attention the probabilities, which a fused kernel multiplies in that type.
+    /// Every layer's result, and the probabilities inside attention, which a fused kernel multiplies in that type.
     Results,
-    /// The scores of attention as well, as if layers of their own computed it: the documentation does not say.
+    /// Attention scores as well, as if separate layers computed them: the documentation does not say.
     Scores,
 }
 
-/// A network and the values of a step.
+/// A network under evaluation, and the inputs of a step.
 pub struct Evaluator<'w> {
     inputs: HashMap<String, Array>,
-    /// `None`: inputs that are not given are ones, or zeros if they are indices, of the shortest shape. It serves to
-    /// see what a network takes.
+    /// With `None`, missing inputs are ones (zeros for indices) of the smallest shape, which serves to discover a
+    /// network's inputs.
     weights: Option<&'w HashMap<String, Array>>,
     rounding: Rounding,
     scope: String,
     arrays: Vec<Array>,
-    /// Names that were taken.
+    /// Names in use.
     named: HashSet<String>,
-    /// Values that are inputs.
-    given: HashSet<Tensor>,
+    /// Tensors that are inputs.
+    given: HashSet<NetworkTensor>,
     /// Caches after an update.
-    updated: HashSet<Tensor>,
-    /// Of the result of a cast, what was cast.
-    casts: HashMap<Tensor, Tensor>,
-    outputs: Vec<(String, Tensor)>,
+    updated: HashSet<NetworkTensor>,
+    /// Operand of each cast, by result.
+    casts: HashMap<NetworkTensor, NetworkTensor>,
+    outputs: Vec<(String, NetworkTensor)>,
 }
 
 impl<'w> Evaluator<'w> {
@@ -156,7 +157,7 @@ impl<'w> Evaluator<'w> {
         Evaluator { weights: Some(weights), rounding, ..Evaluator::blank(inputs) }
     }
 
-    /// One whose weights are not known.
+    /// An evaluator without weights.
     pub fn blank(inputs: HashMap<String, Array>) -> Evaluator<'w> {
         Evaluator {
             inputs,
@@ -172,20 +173,20 @@ impl<'w> Evaluator<'w> {
         }
     }
 
-    /// The results by name.
+    /// The outputs, by name.
     pub fn finish(self) -> HashMap<String, Array> {
-        let is_output = |tensor: &Tensor| self.outputs.iter().any(|(_, output)| output == tensor);
+        let is_output = |tensor: &NetworkTensor| self.outputs.iter().any(|(_, output)| output == tensor);
         assert!(self.updated.iter().all(is_output), "a cache that is updated is an output");
         assert!(self.inputs.keys().all(|name| self.named.contains(name)), "the network does not take all it is given");
         self.outputs.iter().map(|(name, tensor)| (name.clone(), self.arrays[tensor.0 as usize].clone())).collect()
     }
 
-    fn keep(&mut self, array: Array) -> Result<Tensor> {
+    fn keep(&mut self, array: Array) -> Result<NetworkTensor> {
         self.arrays.push(array);
-        Ok(Tensor(self.arrays.len() as u32 - 1))
+        Ok(NetworkTensor(self.arrays.len() as u32 - 1))
     }
 
-    fn at(&self, tensor: Tensor) -> Array {
+    fn at(&self, tensor: NetworkTensor) -> Array {
         self.arrays[tensor.0 as usize].clone()
     }
 
@@ -197,8 +198,13 @@ impl<'w> Evaluator<'w> {
         Err(Error::TensorRt(format!("{}: {what}: {}", self.scope, of.join(", "))))
     }
 
-    /// Keeps what a layer computed.
-    fn result(&mut self, element: Element, dims: &[usize], values: impl IntoIterator<Item = f32>) -> Result<Tensor> {
+    /// Stores the result of a layer.
+    fn result(
+        &mut self,
+        element: Element,
+        dims: &[usize],
+        values: impl IntoIterator<Item = f32>,
+    ) -> Result<NetworkTensor> {
         let rounds = self.rounding != Rounding::AsCpu;
         let values = values.into_iter().map(|value| if rounds { element.round(value) } else { value });
         self.keep(Array::of(element, dims, values))
@@ -209,7 +215,7 @@ impl<'w> Evaluator<'w> {
         self.check(is_new, &format!("{name} is there twice"), &[array])
     }
 
-    fn elementwise(&mut self, x: Tensor, y: Tensor, op: fn(f32, f32) -> f32) -> Result<Tensor> {
+    fn elementwise(&mut self, x: NetworkTensor, y: NetworkTensor, op: fn(f32, f32) -> f32) -> Result<NetworkTensor> {
         let (x, y) = (self.at(x), self.at(y));
         let same = x.element.is_float() && x.element == y.element && x.rank() == y.rank();
         self.check(same, "operands are of one type and as many dimensions", &[&x, &y])?;
@@ -226,7 +232,7 @@ impl<'w> Evaluator<'w> {
         self.result(x.element, &dims, values)
     }
 
-    fn reshaped(&mut self, x: Tensor, dims: &[i64]) -> Result<Tensor> {
+    fn reshaped(&mut self, x: NetworkTensor, dims: &[i64]) -> Result<NetworkTensor> {
         let x = self.at(x);
         let known: usize = dims.iter().filter(|n| **n > 0).map(|n| *n as usize).product();
         let plain = dims.iter().all(|n| *n > 0 || *n == -1) && dims.iter().filter(|n| **n == -1).count() <= 1;
@@ -238,10 +244,17 @@ impl<'w> Evaluator<'w> {
         self.keep(Array { dims, ..x })
     }
 
-    /// `x [n, in]` times `[in, out]`, whose column `o` is `weight`'s elements `o · across + i · along`.
-    fn multiply(&mut self, x: &Array, weight: &Array, out: usize, [across, along]: [usize; 2]) -> Result<Tensor> {
+    /// GEMM of `x [n, in]` and an `[in, out]` matrix whose element `(i, o)` is element `o · across + i · along` of
+    /// `weight`.
+    fn multiply(
+        &mut self,
+        x: &Array,
+        weight: &Array,
+        out: usize,
+        [across, along]: [usize; 2],
+    ) -> Result<NetworkTensor> {
         let same = x.element.is_float() && x.element == weight.element;
-        self.check(same, "operands of a product are of one type", &[x, weight])?;
+        self.check(same, "the operands of a GEMM have the same type", &[x, weight])?;
         let (rows, width) = (x.dims[0], x.dims[1]);
         let mut values = vec![0f32; rows * out];
         for (row, values) in values.chunks_exact_mut(out).enumerate() {
@@ -262,7 +275,7 @@ impl Layers for Evaluator<'_> {
         self.scope = name.into();
     }
 
-    fn input(&mut self, name: &str, dtype: DType, dims: &[i64]) -> Result<Tensor> {
+    fn input(&mut self, name: &str, dtype: DType, dims: &[i64]) -> Result<NetworkTensor> {
         let given = self.inputs.get(name).or_else(|| self.weights?.get(name)).cloned();
         let given = match (given, self.weights) {
             (Some(given), _) => given,
@@ -283,22 +296,22 @@ impl Layers for Evaluator<'_> {
         Ok(tensor)
     }
 
-    fn output(&mut self, tensor: Tensor, name: &str) -> Result<()> {
+    fn output(&mut self, tensor: NetworkTensor, name: &str) -> Result<()> {
         let array = self.at(tensor);
         self.name(name, &array)?;
         self.outputs.push((name.into(), tensor));
         Ok(())
     }
 
-    fn scalar(&mut self, value: f32, rank: u32) -> Result<Tensor> {
+    fn scalar(&mut self, value: f32, rank: u32) -> Result<NetworkTensor> {
         self.keep(Array::new(DType::F32, &vec![1; rank as usize], [value]))
     }
 
-    fn integers(&mut self, values: &[i64]) -> Result<Tensor> {
+    fn integers(&mut self, values: &[i64]) -> Result<NetworkTensor> {
         self.keep(Array::of(Element::I64, &[values.len()], values.iter().map(|n| *n as f32)))
     }
 
-    fn constant(&mut self, bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Result<Tensor> {
+    fn constant(&mut self, bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Result<NetworkTensor> {
         let dims: Vec<usize> = dims.iter().map(|n| *n as usize).collect();
         let bytes = bytes.as_slice();
         let refuse = || Error::TensorRt(format!("{}: {} bytes are no {dtype}{dims:?}", self.scope, bytes.len()));
@@ -306,12 +319,12 @@ impl Layers for Evaluator<'_> {
         self.keep(array)
     }
 
-    fn shape(&mut self, x: Tensor) -> Result<Tensor> {
+    fn shape(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
         let dims = self.at(x).dims;
         self.keep(Array::of(Element::I64, &[dims.len()], dims.iter().map(|n| *n as f32)))
     }
 
-    fn concat(&mut self, parts: &[Tensor]) -> Result<Tensor> {
+    fn concat(&mut self, parts: &[NetworkTensor]) -> Result<NetworkTensor> {
         let parts: Vec<Array> = parts.iter().map(|part| self.at(*part)).collect();
         let all: Vec<&Array> = parts.iter().collect();
         let (element, rest) = (parts[0].element, parts[0].dims[1..].to_vec());
@@ -321,7 +334,7 @@ impl Layers for Evaluator<'_> {
         self.keep(Array::of(element, &dims, parts.iter().flat_map(|part| part.values.iter().copied())))
     }
 
-    fn gather(&mut self, table: Tensor, indices: Tensor) -> Result<Tensor> {
+    fn gather(&mut self, table: NetworkTensor, indices: NetworkTensor) -> Result<NetworkTensor> {
         let (table, indices) = (self.at(table), self.at(indices));
         self.check(indices.element.is_index(), "indices are integers", &[&table, &indices])?;
         let fits = indices.values.iter().all(|index| *index >= 0.0 && (*index as usize) < table.dims[0]);
@@ -332,7 +345,7 @@ impl Layers for Evaluator<'_> {
         self.keep(Array::of(table.element, &dims, values))
     }
 
-    fn cast(&mut self, of: Tensor, dtype: DType) -> Result<Tensor> {
+    fn cast(&mut self, of: NetworkTensor, dtype: DType) -> Result<NetworkTensor> {
         let x = self.at(of);
         self.check(x.element.is_float() && dtype.is_float(), &format!("not cast to {dtype}"), &[&x])?;
         let cast = self.keep(Array::new(dtype, &x.dims, x.values.iter().copied()))?;
@@ -340,18 +353,18 @@ impl Layers for Evaluator<'_> {
         Ok(cast)
     }
 
-    fn reshape(&mut self, x: Tensor, dims: &[i64]) -> Result<Tensor> {
+    fn reshape(&mut self, x: NetworkTensor, dims: &[i64]) -> Result<NetworkTensor> {
         self.reshaped(x, dims)
     }
 
-    fn reshape_to(&mut self, x: Tensor, shape: Tensor) -> Result<Tensor> {
+    fn reshape_to(&mut self, x: NetworkTensor, shape: NetworkTensor) -> Result<NetworkTensor> {
         let shape = self.at(shape);
         self.check(shape.element.is_index() && shape.rank() == 1, "a shape is a vector of integers", &[&shape])?;
         let dims: Vec<i64> = shape.values.iter().map(|n| *n as i64).collect();
         self.reshaped(x, &dims)
     }
 
-    fn transpose(&mut self, x: Tensor, order: &[i32]) -> Result<Tensor> {
+    fn transpose(&mut self, x: NetworkTensor, order: &[i32]) -> Result<NetworkTensor> {
         let x = self.at(x);
         let order: Vec<usize> = order.iter().map(|dim| *dim as usize).collect();
         let distinct: HashSet<usize> = order.iter().copied().collect();
@@ -362,7 +375,7 @@ impl Layers for Evaluator<'_> {
         self.keep(x.strided(0, &pick(&x.dims), &pick(&strides)))
     }
 
-    fn slice(&mut self, x: Tensor, start: &[i64], size: Tensor) -> Result<Tensor> {
+    fn slice(&mut self, x: NetworkTensor, start: &[i64], size: NetworkTensor) -> Result<NetworkTensor> {
         let (x, size) = (self.at(x), self.at(size));
         self.check(size.element.is_index() && size.dims == [x.rank()], "a size for each dimension", &[&x, &size])?;
         let (start, size): (Vec<usize>, _) = (start.iter().map(|n| *n as usize).collect(), size.sizes());
@@ -373,23 +386,23 @@ impl Layers for Evaluator<'_> {
         self.keep(x.strided(first, &size, &strides))
     }
 
-    fn sum(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
+    fn sum(&mut self, x: NetworkTensor, y: NetworkTensor) -> Result<NetworkTensor> {
         self.elementwise(x, y, |x, y| x + y)
     }
 
-    fn product(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
+    fn product(&mut self, x: NetworkTensor, y: NetworkTensor) -> Result<NetworkTensor> {
         self.elementwise(x, y, |x, y| x * y)
     }
 
-    fn relu(&mut self, x: Tensor) -> Result<Tensor> {
+    fn relu(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
         let x = self.at(x);
         self.check(x.element.is_float(), "not a float", &[&x])?;
-        // Unlike `max`, keeps a NaN.
+        // Unlike `max`, propagates NaN.
         let values = x.values.iter().map(|value| if *value < 0.0 { 0.0 } else { *value });
         self.result(x.element, &x.dims, values)
     }
 
-    fn linear(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor> {
+    fn linear(&mut self, x: NetworkTensor, weight: NetworkTensor) -> Result<NetworkTensor> {
         let (x, weight) = (self.at(x), self.at(weight));
         let fits = x.rank() == 2 && weight.rank() == 2 && x.dims[1] == weight.dims[1];
         self.check(fits, "not [n, in] and [out, in]", &[&x, &weight])?;
@@ -397,7 +410,7 @@ impl Layers for Evaluator<'_> {
         self.multiply(&x, &weight, out, [width, 1])
     }
 
-    fn matmul(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor> {
+    fn matmul(&mut self, x: NetworkTensor, weight: NetworkTensor) -> Result<NetworkTensor> {
         let (x, weight) = (self.at(x), self.at(weight));
         let fits = x.rank() == 2 && weight.rank() == 2 && x.dims[1] == weight.dims[0];
         self.check(fits, "not [n, in] and [in, out]", &[&x, &weight])?;
@@ -405,7 +418,7 @@ impl Layers for Evaluator<'_> {
         self.multiply(&x, &weight, out, [1, out])
     }
 
-    fn quantize(&mut self, x: Tensor, scale: Tensor, dtype: DType) -> Result<Tensor> {
+    fn quantize(&mut self, x: NetworkTensor, scale: NetworkTensor, dtype: DType) -> Result<NetworkTensor> {
         let (x, scale) = (self.at(x), self.at(scale));
         let typed = x.element.is_float() && [Element::Stored(DType::F32), x.element].contains(&scale.element);
         self.check(typed && dtype == DType::F8, &format!("not quantized to {dtype}"), &[&x, &scale])?;
@@ -415,7 +428,13 @@ impl Layers for Evaluator<'_> {
         self.keep(Array::new(dtype, &x.dims, values))
     }
 
-    fn dequantize(&mut self, codes: Tensor, scale: Tensor, axis: Option<u8>, dtype: DType) -> Result<Tensor> {
+    fn dequantize(
+        &mut self,
+        codes: NetworkTensor,
+        scale: NetworkTensor,
+        axis: Option<u8>,
+        dtype: DType,
+    ) -> Result<NetworkTensor> {
         let (codes, scale) = (self.at(codes), self.at(scale));
         let Element::Stored(code) = codes.element else {
             return Err(Error::TensorRt(format!("{}: sizes are no codes", self.scope)));
@@ -424,7 +443,7 @@ impl Layers for Evaluator<'_> {
             code.is_code() && dtype.is_float() && [DType::F32, dtype].map(Element::Stored).contains(&scale.element);
         self.check(typed, &format!("not dequantized to {dtype}"), &[&codes, &scale])?;
         self.check(scale.values.iter().all(|scale| *scale > 0.0), "scales are positive", &[&codes, &scale])?;
-        // The scale of an element, by its position.
+        // Index of an element's scale.
         let mut dims = vec![1; codes.rank()];
         match (scale.rank(), axis) {
             (0, None) => {}
@@ -456,7 +475,13 @@ impl Layers for Evaluator<'_> {
         self.result(Element::Stored(dtype), &codes.dims, values)
     }
 
-    fn layer_norm(&mut self, x: Tensor, scale: Tensor, bias: Tensor, eps: f32) -> Result<Tensor> {
+    fn layer_norm(
+        &mut self,
+        x: NetworkTensor,
+        scale: NetworkTensor,
+        bias: NetworkTensor,
+        eps: f32,
+    ) -> Result<NetworkTensor> {
         let (x, scale, bias) = (self.at(x), self.at(scale), self.at(bias));
         let typed = x.element.is_float() && scale.element == x.element && bias.element == x.element;
         self.check(typed, "operands are of one type", &[&x, &scale, &bias])?;
@@ -475,8 +500,15 @@ impl Layers for Evaluator<'_> {
         self.result(x.element, &x.dims, values)
     }
 
-    /// Not interleaved: dimension `j` of the first half of the rotated ones turns with dimension `j` of the second.
-    fn rotary(&mut self, x: Tensor, cos: Tensor, sin: Tensor, rotary_dims: u32) -> Result<Tensor> {
+    /// Not interleaved: dimension `j` of the first half of the rotated dimensions is paired with dimension `j` of the
+    /// second.
+    fn rotary(
+        &mut self,
+        x: NetworkTensor,
+        cos: NetworkTensor,
+        sin: NetworkTensor,
+        rotary_dims: u32,
+    ) -> Result<NetworkTensor> {
         let (x, cos, sin) = (self.at(x), self.at(cos), self.at(sin));
         let typed = x.element.is_float() && cos.element == x.element && sin.element == x.element;
         self.check(typed, "operands are of one type", &[&x, &cos, &sin])?;
@@ -501,7 +533,12 @@ impl Layers for Evaluator<'_> {
         self.result(x.element, &x.dims, values)
     }
 
-    fn cache_update(&mut self, cache: Tensor, update: Tensor, indices: Tensor) -> Result<Tensor> {
+    fn cache_update(
+        &mut self,
+        cache: NetworkTensor,
+        update: NetworkTensor,
+        indices: NetworkTensor,
+    ) -> Result<NetworkTensor> {
         let is_input = self.given.contains(&cache);
         let (cache, update, indices) = (self.at(cache), self.at(update), self.at(indices));
         self.check(is_input, "a cache is an input", &[&cache])?;
@@ -527,8 +564,14 @@ impl Layers for Evaluator<'_> {
         Ok(updated)
     }
 
-    /// Causal from the lower right: the last query sees the last of a sequence's keys, each one before it a key less.
-    fn attention(&mut self, q: Tensor, keys: Tensor, values: Tensor, lengths: Option<Tensor>) -> Result<Tensor> {
+    /// Lower-right causal mask: the last query attends to all keys of its sequence, each query before it to one fewer.
+    fn attention(
+        &mut self,
+        q: NetworkTensor,
+        keys: NetworkTensor,
+        values: NetworkTensor,
+        lengths: Option<NetworkTensor>,
+    ) -> Result<NetworkTensor> {
         let unrounded = self.casts.get(&q).filter(|_| self.rounding == Rounding::AsCpu).map(|before| self.at(*before));
         let (q, keys, values) = (self.at(q), self.at(keys), self.at(values));
         let typed = q.element.is_float() && keys.element == q.element && values.element == q.element;
@@ -579,7 +622,7 @@ impl Layers for Evaluator<'_> {
         self.result(q.element, &q.dims, mixed)
     }
 
-    fn top_k(&mut self, x: Tensor, k: u32) -> Result<(Tensor, Tensor)> {
+    fn top_k(&mut self, x: NetworkTensor, k: u32) -> Result<(NetworkTensor, NetworkTensor)> {
         let (x, k) = (self.at(x), k as usize);
         let fits = x.element.is_float() && x.rank() == 2 && (1..=x.dims[1]).contains(&k);
         self.check(fits, &format!("not the {k} largest of each row"), &[&x])?;

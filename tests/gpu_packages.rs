@@ -1,4 +1,4 @@
-//! Packages with plans for GPUs: built with the real TensorRT for RTX where it is found, opened where there is no GPU.
+//! Packages with GPU plans: built with the real TensorRT for RTX if it is installed, opened on a machine without a GPU.
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Read};
@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use aotron::compile::{FinishRequest, Precision, Recipe, finish};
-use aotron::engine::tensorrt::{Extent, LibraryKind, Role};
+use aotron::engine::tensorrt::{BindingRole, Extent, LibraryKind};
 use aotron::engine::{Package, PlanInfo};
 use aotron::tensor_file::TensorFile;
 
@@ -25,7 +25,7 @@ fn plan<'p>(package: &'p Package, target: &str) -> &'p PlanInfo {
     package.manifest().plans.iter().find(|plan| plan.target == target).unwrap()
 }
 
-/// Every file's digest, by its name.
+/// The digest of every file, by name.
 fn digests(package: &Package) -> Vec<(String, String)> {
     package.manifest().files.iter().map(|file| (file.path.clone(), file.sha256.clone())).collect()
 }
@@ -47,22 +47,23 @@ fn a100_plans_build_in_every_precision() {
         assert_eq!((info.compute_capability, compiled.library), (80, LibraryKind::Rtx));
         assert!(compiled.version.starts_with("1."), "{}", compiled.version);
         assert_eq!(plan.kv_bytes_per_token, 2 * 5 * 6 * 32 * 2);
-        // Weights that are part of the plan would be on the GPU once more in a second one.
-        assert_eq!(compiled.first_chunk_plan.is_some(), precision != Precision::Int4);
+        // Embedded weights would be on the GPU twice with a second plan.
+        assert_eq!(compiled.context_plan.is_some(), precision != Precision::Int4);
         for file in plan.files().filter(|file| file.ends_with(".engine")) {
             assert!(package.manifest().file(file).unwrap().bytes > 100_000, "{file}");
         }
-        // Each binding has a name of its own, and each weight among them is in the file as the plan takes it.
+        // Binding names are unique, and each weight is in the file with the type and shape the plan expects.
         let names: HashSet<&str> = info.bindings.iter().map(|binding| binding.name.as_str()).collect();
         assert_eq!(names.len(), info.bindings.len());
         let weights = TensorFile::open(&package.file_path(&plan.weights)).unwrap();
-        for binding in info.bindings.iter().filter(|binding| binding.role == Role::Weight) {
+        for binding in info.bindings.iter().filter(|binding| binding.role == BindingRole::Weight) {
             let (stored, _) = weights.tensor(&binding.name).unwrap_or_else(|| panic!("{} is not there", binding.name));
             let shape: Vec<Extent> = stored.shape.iter().map(|n| Extent::Fixed(*n)).collect();
             assert_eq!(shape, binding.shape, "{binding}");
             assert_eq!(stored.bytes.len(), stored.shape.iter().product::<usize>() * binding.dtype.bytes(), "{binding}");
         }
-        let caches = info.bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_) | Role::ValueCache(_)));
+        let caches =
+            info.bindings.iter().filter(|b| matches!(b.role, BindingRole::KeyCache(_) | BindingRole::ValueCache(_)));
         assert_eq!(caches.count(), 10);
     }
 }
@@ -75,7 +76,7 @@ fn h100_is_refused_prepared_and_left_whole() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("engine");
     let fp8 = [("h100", Precision::Fp8)];
-    // Before the checkpoint is looked at.
+    // Refused before the checkpoint is read.
     let error = build_recipes(Path::new("nonesuch"), &fp8, false, &output).unwrap_err().to_string();
     assert!(error.contains("SM 9.0") && error.contains("--prepare") && error.contains("--finish"), "{error}");
     assert!(!output.exists());
@@ -87,7 +88,7 @@ fn h100_is_refused_prepared_and_left_whole() {
     let info = plan(&package, "h100").tensorrt.as_ref().unwrap();
     assert_eq!((info.compute_capability, info.compiled.as_ref()), (90, None));
     assert!(plan(&package, "h100").plan.is_none());
-    // Four layers a block, and the head, which stays in BF16.
+    // Four linear layers per block are quantized; the head stays in BF16.
     assert_eq!(info.activation_scales.len(), 4 * 5 + 1);
     assert!(info.activation_scales.values().all(|scale| *scale > 0.0));
 
@@ -208,7 +209,7 @@ fn the_program_builds_finishes_and_says_where_plans_run() {
     let (code, text, errors) = run(&["build", output, "--finish", "--recipe", "a100"]);
     assert_eq!(code, Some(0), "{errors}");
     assert!(text.contains("for a100 in int8"), "{text}");
-    // Flags of a build from a checkpoint mean nothing then.
+    // Flags of a build from a checkpoint do not apply to --finish.
     assert_eq!(run(&["build", output, "--finish", "--precision", "int4"]).0, Some(2));
 
     let (code, text, _) = run(&["inspect", output]);
@@ -227,7 +228,7 @@ fn an_interrupted_build_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("engine");
     let mut child = aotron(&["build", TINY_CHAT, "--recipe", "a100", "-o", output.to_str().unwrap()]).spawn().unwrap();
-    // Behind what the build will take, a line says that TensorRT is at work.
+    // After the estimate of the build, a line reports that TensorRT is compiling.
     let mut errors = BufReader::new(child.stderr.take().unwrap());
     let mut said = String::new();
     while !said.contains("compiling a100") {

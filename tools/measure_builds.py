@@ -25,7 +25,7 @@ HEAD = """# Building for a GPU, on a machine without one
 
 Made by `tools/measure_builds.py`, {date}, with `{checkpoint}` ({gigabytes:.1f} GB of weights, {parameters}), on {cores} cores
 of a shared machine ({memory:.0f} GB, no GPU). Private memory leaves out mapped files: the checkpoint and the package's own
-weights. *compiling* is TensorRT's part: the plan for decoding and later chunks, and the one for first chunks if it is
+weights. *compiling* is TensorRT's part: the main plan, and the context plan if it is
 built; *packing* reads, hashes, converts, quantizes and writes the weights. *disk alone* is
 `sha256sum` of the checkpoint and a flushed copy of the package, one after the other.
 

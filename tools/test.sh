@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The tests, from the release profile, and a last line that says which were skipped.
+# Runs the tests in the release profile; the last line lists the skipped ones.
 #
 #   tools/test.sh [cargo test's arguments]      what `make test` runs
 #   tools/test.sh cpus                          all of them on each instruction set this machine has
 #
-# AOTRON_REQUIRE=tensorrt,avx512 makes a failure of a test that is skipped for want of one of these (tests/skips.rs).
+# With AOTRON_REQUIRE=tensorrt,avx512, a test that is skipped because one of these is missing fails (tests/skips.rs).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 AOTRON_SKIPS=$(mktemp)
 trap 'rm -f "$AOTRON_SKIPS"' EXIT
 export AOTRON_SKIPS
-# Steps start with an arena of NaN, so that a kernel which reads what none wrote is seen.
+# Fill the arena with NaN before each step, so that a kernel that reads uninitialized values is noticed.
 export AOTRON_CPU_POISON=1
 
 status=0

@@ -1,7 +1,7 @@
-//! What the fuzz targets share: running a check within bounds of memory.
+//! Support for the fuzz targets: runs a check within memory limits.
 //!
-//! libFuzzer's own limit on allocations needs a sanitizer, which stable Rust has none of. So the allocator of the
-//! targets counts, and ends a run that takes more than its input warrants.
+//! libFuzzer's own allocation limit needs a sanitizer, which stable Rust does not have. So the targets use a counting
+//! allocator, which aborts a run that allocates more than its input warrants.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,13 +11,13 @@ pub mod repair;
 #[doc(hidden)]
 pub use libfuzzer_sys;
 
-/// What a reader may have allocated at once, whatever it reads.
+/// Bytes that a reader may have allocated at any time, whatever its input.
 const BASE_BYTES: usize = 16 << 20;
-/// And for each byte of its input.
+/// Additional bytes per byte of input.
 const BYTES_PER_BYTE: usize = 64;
 
-/// A target whose inputs go to `aotron::fuzzing::$check`. With `repair`, seven of eight mutated inputs pass through that
-/// function first.
+/// Defines a target that passes its inputs to `aotron::fuzzing::$check`. With `repair`, seven of eight mutated inputs
+/// pass through that function first.
 #[macro_export]
 macro_rules! target {
     ($check:ident) => {
@@ -35,7 +35,7 @@ macro_rules! target {
     };
 }
 
-/// Runs `check` on `bytes`; aborts if it takes too much memory.
+/// Runs `check` on `bytes`; aborts if it allocates too much memory.
 pub fn run(check: fn(&[u8]), bytes: &[u8]) {
     let allowed = BASE_BYTES + BYTES_PER_BYTE * bytes.len();
     LIMIT.store(LIVE.load(Ordering::Relaxed).saturating_add(allowed), Ordering::Relaxed);
@@ -43,7 +43,7 @@ pub fn run(check: fn(&[u8]), bytes: &[u8]) {
     LIMIT.store(usize::MAX, Ordering::Relaxed);
 }
 
-/// Bytes that are allocated, and the most there may be.
+/// Bytes currently allocated, and the limit.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
 
@@ -56,7 +56,7 @@ impl Bounded {
     fn grow(bytes: usize) {
         let live = LIVE.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         let limit = LIMIT.load(Ordering::Relaxed);
-        // A panic is reported with as much as that takes.
+        // While panicking, reporting may allocate as much as it needs.
         if live > limit && !std::thread::panicking() {
             LIMIT.store(usize::MAX, Ordering::Relaxed);
             eprintln!("out of bounds: an allocation of {bytes} bytes makes {live}; at most {limit} are allowed here");
@@ -69,30 +69,30 @@ impl Bounded {
     }
 }
 
-// SAFETY: every call is passed on to the system's allocator unchanged.
+// SAFETY: every call is forwarded to the system allocator unchanged.
 unsafe impl GlobalAlloc for Bounded {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         Self::grow(layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         Self::grow(layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         Self::shrink(layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         Self::grow(new_size);
         Self::shrink(layout.size());
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { System.realloc(pointer, layout, new_size) }
     }
 }

@@ -1,9 +1,10 @@
-//! Makes mutated inputs fit themselves again: checksums, lengths and offsets, without which a reader sees little of
-//! what was mutated. Bytes that are not of the form in question stay as they are.
+//! Repairs mutated inputs: checksums, lengths and offsets, without which a reader would reject them before it sees most
+//! of the mutations. Bytes that do not look like the format in question are left alone.
 
 use std::ops::Range;
 
-/// Writes the checksum of every header block of a tar archive: those that their sizes lead to, and those with a magic.
+/// Fixes the checksum of every header block of a tar archive: those found by following sizes, and those with a magic
+/// number.
 pub fn tar(bytes: &mut [u8]) {
     const BLOCK_BYTES: usize = 512;
     const CHECKSUM: Range<usize> = 148..156;
@@ -23,7 +24,7 @@ pub fn tar(bytes: &mut [u8]) {
     }
 }
 
-/// Writes the length of a safetensors header: to the end of its JSON and of the spaces behind that.
+/// Fixes the length of a safetensors header, so that it covers the JSON and the spaces after it.
 pub fn safetensors(bytes: &mut [u8]) {
     let Some((length, rest)) = bytes.split_first_chunk_mut::<8>() else { return };
     let (mut depth, mut in_string, mut escaped) = (0i32, false, false);
@@ -44,8 +45,8 @@ pub fn safetensors(bytes: &mut [u8]) {
     }
 }
 
-/// Writes where the members of a zip archive and its central directory are, taking each entry of the directory for the
-/// local header at its place in the file's order, and what is between two headers for the data of the first.
+/// Fixes the offsets of a zip archive's members and central directory. Directory entries are matched with local headers
+/// in file order, and the bytes between two headers are taken as the data of the first.
 pub fn zip(bytes: &mut [u8]) {
     let find = |bytes: &[u8], magic: &[u8]| -> Vec<usize> {
         bytes.windows(magic.len()).enumerate().filter(|(_, found)| *found == magic).map(|(at, _)| at).collect()
@@ -69,7 +70,7 @@ pub fn zip(bytes: &mut [u8]) {
     put(bytes, end + 16, directory);
 }
 
-/// Writes a value of four bytes, unless the one there says that the value is elsewhere.
+/// Writes a four-byte value, unless the one there says that the value is stored elsewhere.
 fn put(bytes: &mut [u8], at: usize, value: usize) {
     if let (Some(field), Ok(value)) = (bytes.get_mut(at..at.saturating_add(4)), u32::try_from(value))
         && field != [0xFF; 4]

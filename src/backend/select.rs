@@ -3,7 +3,7 @@
 use super::Executor;
 use super::cpu::executor::{CpuExecutor, CpuModel, CpuOptions};
 use super::cpu::program::{PROGRAM_VERSION, Program};
-use super::tensorrt::{DeviceInfo, GpuOptions, Kind, Library, TensorRtExecutor, devices, gpu_words};
+use super::tensorrt::{DeviceInfo, GpuOptions, LibraryKind, TensorRtExecutor, TensorRtLibrary, devices, gpu_words};
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, PlanRefusal, PlanRefusals, RefusalReason, Result, clip};
 use crate::tensor_file::TensorFile;
@@ -35,7 +35,7 @@ pub struct HostProbe<'a> {
     /// Lists the GPUs, or says why they cannot be listed.
     pub devices: &'a dyn Fn() -> Result<Vec<DeviceInfo>, String>,
     /// Checks that a library is installed and usable, or says why not.
-    pub library: &'a dyn Fn(Kind) -> Result<(), String>,
+    pub library: &'a dyn Fn(LibraryKind) -> Result<(), String>,
 }
 
 /// Chooses a plan: the first one for a GPU that is present along with its library, else the CPU's; with a target, only
@@ -105,7 +105,7 @@ fn place(plan: &PlanInfo, machine: &HostProbe<'_>, device: Option<usize>) -> Res
 pub fn select(package: &Package, options: &ExecutorOptions) -> Result<Selection> {
     let machine = HostProbe {
         devices: &|| devices().map_err(words),
-        library: &|kind| Library::find(kind).map(drop).map_err(words),
+        library: &|kind| TensorRtLibrary::find(kind).map(drop).map_err(words),
     };
     let plans = &package.manifest().plans;
     choose(plans, &machine, options.target.as_deref(), options.gpu.device)
@@ -219,7 +219,7 @@ mod tests {
     use crate::engine::Limits;
     use crate::engine::tensorrt::{Compiled, Sizes, TensorRtInfo};
 
-    fn plan(target: &str, compute_capability: Option<u16>, library: Option<Kind>) -> PlanInfo {
+    fn plan(target: &str, compute_capability: Option<u16>, library: Option<LibraryKind>) -> PlanInfo {
         let sizes = Sizes {
             max_sequence_tokens: 8,
             decode_sequences: 1,
@@ -230,7 +230,7 @@ mod tests {
         };
         let info = |compute_capability| TensorRtInfo {
             compute_capability,
-            compiled: library.map(|library| Compiled { library, version: "1.7.1".into(), first_chunk_plan: None }),
+            compiled: library.map(|library| Compiled { library, version: "1.7.1".into(), context_plan: None }),
             sizes,
             bindings: Vec::new(),
             kv_cache_gib: BTreeMap::new(),
@@ -261,15 +261,15 @@ mod tests {
     ) -> Result<(usize, Option<usize>, String), String> {
         let machine = HostProbe {
             devices: &|| gpus.map(<[DeviceInfo]>::to_vec).ok_or("no NVIDIA driver is loaded".into()),
-            library: &|kind| if kind == Kind::Rtx { Ok(()) } else { Err("TensorRT is not installed".into()) },
+            library: &|kind| if kind == LibraryKind::Rtx { Ok(()) } else { Err("TensorRT is not installed".into()) },
         };
         let chosen = choose(plans, &machine, target, device).map_err(|refusals| refusals.to_string());
         chosen.map(|found| (found.plan, found.device, found.reason))
     }
 
     fn plans() -> Vec<PlanInfo> {
-        let (cpu, h100) = (plan("cpu", None, None), plan("h100", Some(90), Some(Kind::TensorRt)));
-        vec![cpu, plan("a100", Some(80), Some(Kind::Rtx)), h100]
+        let (cpu, h100) = (plan("cpu", None, None), plan("h100", Some(90), Some(LibraryKind::TensorRt)));
+        vec![cpu, plan("a100", Some(80), Some(LibraryKind::Rtx)), h100]
     }
 
     #[test]
@@ -301,7 +301,7 @@ mod tests {
 
     #[test]
     fn a_package_without_a_plan_that_fits_says_what_each_lacks() {
-        let prepared = [plan("h100", Some(90), None), plan("a100", Some(80), Some(Kind::Rtx))];
+        let prepared = [plan("h100", Some(90), None), plan("a100", Some(80), Some(LibraryKind::Rtx))];
         let error = choice(&prepared, Some(&[gpu(0, "H200", 90)]), None, None).unwrap_err();
         assert!(
             error.starts_with("none of its plans runs here; plan h100 (bf16) does not: it was prepared only"),
@@ -327,10 +327,10 @@ mod tests {
         let without_driver = HostProbe { devices: &no_driver, library: &no_library };
         let with_gpu = HostProbe { devices: &one_gpu, library: &no_library };
         assert_eq!(lacks(plan("h100", Some(90), None), &without_driver), RefusalReason::PreparedOnly);
-        let h100 = || plan("h100", Some(90), Some(Kind::TensorRt));
+        let h100 = || plan("h100", Some(90), Some(LibraryKind::TensorRt));
         assert!(matches!(lacks(h100(), &without_driver), RefusalReason::NoDriver(_)));
         assert!(matches!(lacks(h100(), &with_gpu), RefusalReason::NoLibrary(_)));
-        let a100 = plan("a100", Some(80), Some(Kind::Rtx));
+        let a100 = plan("a100", Some(80), Some(LibraryKind::Rtx));
         assert!(matches!(lacks(a100, &with_gpu), RefusalReason::OtherGpu { .. }));
         assert_eq!(lacks(plan("tpu", None, None), &with_gpu), RefusalReason::UnknownTarget);
     }

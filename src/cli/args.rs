@@ -1,4 +1,4 @@
-//! The program's arguments, and the groups of flags that several commands share.
+//! Command-line arguments, and groups of flags shared by several commands.
 
 use std::path::PathBuf;
 
@@ -26,23 +26,23 @@ pub enum Command {
     Chat(chat::Flags),
     /// Answer one prompt
     Run(run::Flags),
-    /// Compute how probable given token ids are, and their logits
+    /// Compute the probabilities of given token ids, and their logits
     Score(score::Flags),
-    /// Show the token ids of a text
+    /// Show the token ids of a text or a conversation
     Tokenize(tokenize::Flags),
-    /// Show what is in an engine package or a checkpoint
+    /// Show the contents of an engine package or a checkpoint
     Inspect(inspect::Flags),
     /// Measure prefill and decode speed
     Bench(bench::Flags),
-    /// Say what this machine can build and run
+    /// Report what this machine can build and run
     Doctor(doctor::Flags),
-    /// Print the completions of a shell
+    /// Print shell completions
     Completions(shell::CompletionFlags),
     /// Print the manual page
     Man(shell::ManFlags),
 }
 
-/// How results are printed.
+/// Output format of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Format {
     #[default]
@@ -50,10 +50,10 @@ pub enum Format {
     Json,
 }
 
-/// An engine and how to run it.
+/// Flags that select an engine and configure its execution.
 #[derive(Debug, clap::Args)]
 pub struct EngineFlags {
-    /// Engine package, a folder that `aotron build` made
+    /// Engine package, a folder written by `aotron build`
     pub engine: PathBuf,
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = count(1024))]
@@ -61,10 +61,10 @@ pub struct EngineFlags {
     /// Instruction set of the CPU kernels
     #[arg(long, value_name = "NAME", hide = true, value_parser = isa)]
     pub isa: Option<Isa>,
-    /// Which of the package's plans to run: cpu, a100, h100 [default: that of a GPU which is here, else cpu]
+    /// Target whose plan to run: cpu, a100, h100 [default: that of a GPU in this machine, otherwise cpu]
     #[arg(long, value_name = "NAME")]
     pub target: Option<String>,
-    /// Which GPU to run on, by its number [default: the first that a plan is for]
+    /// Index of the GPU to run on [default: the first one that a plan was compiled for]
     #[arg(long, value_name = "N")]
     pub device: Option<usize>,
     /// Launch the GPU's kernels one by one rather than as CUDA graphs
@@ -72,20 +72,20 @@ pub struct EngineFlags {
     pub no_cuda_graphs: bool,
 }
 
-/// How a conversation becomes a prompt.
+/// Flags for the chat format.
 #[derive(Debug, clap::Args)]
 pub struct ChatFlags {
     /// Chat format instead of the package's: nemotron, raw, chatml, the name of one of the checkpoint's templates, or a
-    /// file with one
+    /// template file
     #[arg(long, value_name = "NAME|FILE.jinja")]
     pub chat_format: Option<String>,
-    /// Encode markers and special tokens that a message spells as plain text
+    /// Encode markers and special tokens in messages as plain text
     #[arg(long)]
     pub escape_markers: bool,
 }
 
 impl ChatFlags {
-    /// The format to use where a package or a checkpoint has this one.
+    /// The format to use instead of `format`, that of the package or checkpoint.
     pub fn apply(&self, format: &ChatFormat, tokenizer: &Tokenizer) -> aotron::Result<ChatFormat> {
         let mut format = match &self.chat_format {
             Some(choice) => format.with_choice(choice, tokenizer)?,
@@ -96,44 +96,45 @@ impl ChatFlags {
     }
 }
 
-/// How tokens are chosen. Nothing set means as the package says, which is greedy unless its checkpoint samples.
+/// Sampling flags. Without any, the package's defaults apply, which are greedy unless its checkpoint samples.
 #[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Sampling (the package's defaults, mostly greedy, if none is given)")]
+#[command(next_help_heading = "Sampling (default: the package's settings, usually greedy)")]
 pub struct SamplingFlags {
-    /// Divide the logits by this; below 1 is more predictable, 0 is greedy
+    /// Divide the logits by X; below 1 is more predictable, 0 is greedy
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
-    /// Choose among the K most likely tokens; 1 is greedy, 0 is off
+    /// Sample from the K most likely tokens; 1 is greedy, 0 is off
     #[arg(long, value_name = "K")]
     pub top_k: Option<u32>,
-    /// Choose among the most likely tokens that together have probability P; 1 is off
+    /// Sample from the most likely tokens that together have probability P; 1 is off
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
-    /// Choose among tokens at least P times as likely as the most likely one
+    /// Sample from tokens at least P times as likely as the most likely one
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
-    /// Weaken tokens that are in the prompt or the answer; 1 is off
+    /// Penalize tokens in the prompt or the answer by factor X; 1 is off
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
-    /// Subtract this from the logits of tokens that are in the answer
+    /// Subtract X from the logits of tokens in the answer
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub presence_penalty: Option<f32>,
-    /// Subtract this for each time a token is in the answer
+    /// Subtract X from a token's logit for each time it is in the answer
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub frequency_penalty: Option<f32>,
     /// Add BIAS to the logit of token ID; can be repeated
     #[arg(long, value_name = "ID=BIAS", value_parser = bias)]
     pub logit_bias: Vec<(u32, f32)>,
-    /// Do not end the answer before it has this many tokens
+    /// Do not end the answer before it has N tokens
     #[arg(long, value_name = "N")]
     pub min_tokens: Option<usize>,
-    /// Make the random choices repeatable
+    /// Seed of the random choices, to make them repeatable
     #[arg(long, value_name = "SEED")]
     pub seed: Option<u64>,
 }
 
 impl SamplingFlags {
-    /// The library's settings, without those that have no effect. Those left out are the package's, `default`.
+    /// The resulting settings, without those that have no effect. Flags not given are taken from the package's
+    /// `default`.
     pub fn params(&self, default: &SamplingParams) -> SamplingParams {
         self.over(default).effective()
     }
@@ -153,7 +154,7 @@ impl SamplingFlags {
         params
     }
 
-    /// Flags that were given and do nothing, in a sentence.
+    /// A sentence that names flags that were given but have no effect.
     pub fn without_effect(&self, default: &SamplingParams) -> Option<String> {
         let given = [
             ("temperature", self.temperature.is_some()),
@@ -172,13 +173,13 @@ impl SamplingFlags {
     }
 }
 
-/// A parser of a number from 1 to `most`.
+/// Returns a parser for numbers from 1 to `most`.
 pub fn count(most: u64) -> impl clap::builder::TypedValueParser<Value = usize> {
     use clap::builder::TypedValueParser;
     clap::value_parser!(u64).range(1..=most).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
 }
 
-/// An error about the arguments that parsing alone cannot find; exit code 2.
+/// An error about the arguments that parsing alone cannot detect; exit code 2.
 pub fn usage(message: impl std::fmt::Display) -> anyhow::Error {
     clap::Error::raw(ErrorKind::ValueValidation, format!("{message}\n")).into()
 }

@@ -1,4 +1,4 @@
-//! `aotron bench`: how fast an engine is here, beside how fast this machine's memory is.
+//! `aotron bench`: measures an engine's speed and this machine's memory bandwidth.
 
 use std::io::Write;
 use std::time::Instant;
@@ -17,29 +17,29 @@ use serde::Serialize;
 use super::args::{EngineFlags, Format, count, usage};
 use super::term;
 
-/// Read by the bandwidth probe: far more than any cache holds, if there is that much memory.
+/// Buffer size of the bandwidth probe: far larger than any cache, if there is enough memory.
 const PROBE_BYTES: u64 = 1 << 30;
-/// Passes over it; the fastest counts.
+/// Passes over the buffer; the fastest counts.
 const PROBE_PASSES: usize = 4;
 
-/// What to measure.
+/// Flags of `aotron bench`.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
     #[command(flatten)]
     engine: EngineFlags,
-    /// Tokens of each prompt
+    /// Tokens per prompt
     #[arg(long, value_name = "N", default_value = "128", value_parser = count(1 << 20))]
     prompt_tokens: usize,
-    /// Tokens decoded after it
+    /// Tokens to decode after each prompt
     #[arg(long, value_name = "N", default_value = "32", value_parser = count(1 << 20))]
     decode_tokens: usize,
-    /// Sequences at once, with commas
+    /// Numbers of concurrent sequences, comma-separated
     #[arg(long, value_name = "N", default_value = "1", value_delimiter = ',', value_parser = count(1024))]
     batch: Vec<usize>,
-    /// Runs of each measurement, of which medians are printed
+    /// Repetitions of each measurement; the median is reported
     #[arg(long, value_name = "N", default_value = "5", value_parser = count(1000))]
     repeat: usize,
-    /// How the figures are printed
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
@@ -60,7 +60,7 @@ impl Flags {
     }
 }
 
-/// Median, least and most of several measurements.
+/// Median, minimum and maximum of several measurements.
 #[derive(Debug, Clone, Copy, Serialize)]
 struct Spread {
     median: f64,
@@ -79,35 +79,35 @@ impl Spread {
     }
 }
 
-/// Figures of one batch size, in tokens per second over all its sequences.
+/// Results for one batch size, in tokens per second over all its sequences.
 #[derive(Debug, Serialize)]
 struct Figures {
     batch: usize,
     prefill_tokens_per_second: Spread,
     decode_tokens_per_second: Spread,
-    /// Bytes of weights and, on average, of KV cache that one decode step reads.
+    /// Bytes of weights and, on average, of KV cache read by one decode step.
     decode_step_bytes: f64,
-    /// What part of the memory's bandwidth that is, at the median. Of a CPU.
+    /// Fraction of the memory bandwidth used by decoding at the median; CPU only.
     decode_bandwidth_fraction: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
-struct Results {
-    /// What the plan is for: "cpu", "a100", "h100".
+struct BenchResults {
+    /// The plan's target: "cpu", "a100", "h100".
     target: String,
-    /// Why it is this plan.
+    /// The reason for selecting this plan.
     selected: String,
     load_seconds: f64,
-    /// Of a CPU.
+    /// CPU only.
     threads: Option<usize>,
     instructions: Option<String>,
     precision: String,
     prompt_tokens: usize,
     decode_tokens: usize,
     repeat: usize,
-    /// Bytes of weights that each decode step reads, whatever the batch.
+    /// Bytes of weights read by each decode step, whatever the batch.
     weight_bytes: u64,
-    /// Read from memory by all threads. Of a CPU.
+    /// Read bandwidth of all threads together; CPU only.
     memory_gigabytes_per_second: Option<f64>,
     figures: Vec<Figures>,
 }
@@ -136,7 +136,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     for batch in &flags.batch {
         let runs = (0..=flags.repeat).map(|index| {
             let times = measure(&mut *executor, *batch, flags.prompt_tokens, flags.decode_tokens);
-            // The first run touches weights and memory for the first time: it does not count.
+            // The first run is a warm-up, because it touches weights and memory for the first time.
             if index > 0 {
                 bar.inc(1);
             }
@@ -159,7 +159,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         });
     }
     bar.finish_and_clear();
-    let results = Results {
+    let results = BenchResults {
         target: plan.target.clone(),
         selected,
         load_seconds,
@@ -213,7 +213,7 @@ fn measure(
     Ok(Times { prefill_seconds, decode_seconds: started.elapsed().as_secs_f64() })
 }
 
-/// Ids that look random and are the same each time.
+/// Pseudorandom ids, the same in every run.
 struct Ids {
     state: u64,
     vocab_size: usize,
@@ -226,7 +226,7 @@ impl Ids {
     }
 }
 
-/// Bytes of weights that every decode step reads whole: all but the tables it looks single rows up in.
+/// Bytes of weights that every decode step reads in full: all except tables that it looks up single rows in.
 fn decode_weight_bytes(program: &Program) -> u64 {
     let mut read = vec![false; program.weights.len()];
     let used = program.kernels.iter().flat_map(|kernel| kernel.operands().weights);
@@ -239,7 +239,7 @@ fn decode_weight_bytes(program: &Program) -> u64 {
     bytes.sum::<usize>() as u64
 }
 
-/// The same of a GPU's plan, whose kernels the package does not list: its weights file without the tables.
+/// The same for a GPU plan, whose kernels the package does not list: its weights file without the tables.
 fn gpu_weight_bytes(package: &Package, plan: &PlanInfo) -> anyhow::Result<u64> {
     let file = TensorFile::open(&package.file_path(&plan.weights))?;
     let is_tied = package.manifest().model.tie_word_embeddings;
@@ -248,13 +248,13 @@ fn gpu_weight_bytes(package: &Package, plan: &PlanInfo) -> anyhow::Result<u64> {
     Ok(read.map(|tensor| tensor.bytes.len() as u64).sum())
 }
 
-/// Bytes per second that `threads` threads read from memory: a sum over a large buffer.
+/// Measures the bytes per second that `threads` threads read from memory, by summing a large buffer.
 fn memory_bandwidth(threads: usize) -> anyhow::Result<f64> {
     let bytes = PROBE_BYTES.min(available_memory_bytes().unwrap_or(PROBE_BYTES) / 4).max(1 << 20);
     let elements = (bytes / 8) as usize;
     let mut buffer: Vec<u64> = Vec::new();
     if buffer.try_reserve_exact(elements).is_err() {
-        bail!("cannot reserve {} to measure the memory with", term::bytes(bytes));
+        bail!("cannot reserve {} to measure the memory bandwidth", term::bytes(bytes));
     }
     buffer.resize(elements, 1);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
@@ -269,7 +269,7 @@ fn memory_bandwidth(threads: usize) -> anyhow::Result<f64> {
     Ok((elements * 8) as f64 / best)
 }
 
-/// Eight sums side by side, which the compiler keeps in vectors.
+/// Eight independent sums, which the compiler keeps in vector registers.
 fn sum(values: &[u64]) -> u64 {
     let mut sums = [0u64; 8];
     for group in values.as_chunks::<8>().0 {
@@ -280,10 +280,10 @@ fn sum(values: &[u64]) -> u64 {
     sums.iter().fold(0, |all, sum| all.wrapping_add(*sum))
 }
 
-fn print(results: &Results) -> anyhow::Result<()> {
+fn print(results: &BenchResults) -> anyhow::Result<()> {
     let style = term::on_stdout();
     let mut out = std::io::stdout().lock();
-    let Results { target, threads, instructions, precision, prompt_tokens, decode_tokens, repeat, .. } = results;
+    let BenchResults { target, threads, instructions, precision, prompt_tokens, decode_tokens, repeat, .. } = results;
     let on = match (threads, instructions) {
         (Some(threads), Some(instructions)) => format!("{}, {instructions}", term::plural(*threads, "thread")),
         _ => target.to_uppercase(),
@@ -292,8 +292,8 @@ fn print(results: &Results) -> anyhow::Result<()> {
     let weights = term::bytes(results.weight_bytes);
     let memory = results.memory_gigabytes_per_second.map(|memory| format!("memory reads {memory:.1} GB/s; "));
     writeln!(out, "{}a decode step reads {weights} of weights", memory.unwrap_or_default())?;
-    writeln!(out, "tokens per second, median of {repeat} (least to most):")?;
-    let part = if threads.is_some() { "decode's part of the bandwidth" } else { "decode reads" };
+    writeln!(out, "tokens per second, median of {repeat} (minimum to maximum):")?;
+    let part = if threads.is_some() { "decode's share of the bandwidth" } else { "decode reads" };
     let header = format!("{:>6}  {:<28}  {:<28}  {part}", "batch", "prefill", "decode");
     writeln!(out, "{}", style.dim(header))?;
     for f in &results.figures {

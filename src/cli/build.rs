@@ -1,4 +1,4 @@
-//! `aotron build`: a checkpoint becomes an engine package.
+//! `aotron build`: compiles a checkpoint into an engine package.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,54 +18,56 @@ use super::args::{count, usage};
 use super::inspect::text_facts;
 use super::term::{self, Stages};
 
-/// What to build, from what, to where.
+/// Flags of `aotron build`.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
-    /// Checkpoint: the .nemo or the folder that was downloaded; with --finish, an engine package
+    /// Checkpoint, a .nemo file or Hugging Face folder; with --finish, an engine package
     #[arg(value_name = "CHECKPOINT|ENGINE")]
     source: PathBuf,
-    /// What to build for: names of recipes (cpu, a100, h100) or files with one, with commas between them; a precision may
-    /// follow each: cpu,a100:int8 [default: cpu]
+    /// Targets to build for, comma-separated: recipe names (cpu, a100, h100) or recipe files, each optionally followed
+    /// by a precision: cpu,a100:int8 [default: cpu]
     #[arg(long, value_name = "NAME|FILE[,…]", value_delimiter = ',')]
     recipe: Vec<String>,
-    /// Number format of weights; of the KV cache too, which the 8- and 4-bit ones keep in bf16 [default: the recipe's]
+    /// Number format of the weights, and of the KV cache except with 8- and 4-bit weights, where it stays bf16
+    /// [default: the recipe's]
     #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8")]
     precision: Option<Precision>,
-    /// CPU to pack the CPU plan's weights for: native (this machine's), avx512-bf16, avx512-vnni, avx512, avx2, portable.
-    /// The plan runs on others too, only not as fast
+    /// CPU to pack the CPU plan's weights for: native (this machine's), avx512-bf16, avx512-vnni, avx512, avx2,
+    /// portable. The plan runs on other CPUs too, but more slowly
     #[arg(long, value_name = "NAME", value_parser = cpu)]
     cpu: Option<CpuFeatures>,
-    /// Longest sequence, prompt and answer together [default: the model's]
+    /// Maximum sequence length, prompt and answer together [default: the model's]
     #[arg(long, value_name = "N", value_parser = count(1 << 20))]
     max_sequence_tokens: Option<usize>,
-    /// Sequences at once [default: the recipe's]
+    /// Maximum number of concurrent sequences [default: the recipe's]
     #[arg(long, value_name = "N", value_parser = count(1024))]
     slots: Option<usize>,
-    /// Prompts that fp8 takes the ranges of activations from: lines of JSON, {"messages": [{"role", "content"}, …]} or
-    /// {"token_ids": […]} [default: built-in conversations]
+    /// Prompts for calibrating the activation ranges of fp8, as lines of JSON: {"messages": [{"role", "content"}, …]}
+    /// or {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,
-    /// Chat format instead of the checkpoint's own: nemotron, raw (no template), chatml, the name of one of its templates,
-    /// or a file with one
+    /// Chat format instead of the checkpoint's own: nemotron, raw (no template), chatml, the name of one of its
+    /// templates, or a template file
     #[arg(long, value_name = "NAME|FILE.jinja")]
     chat_format: Option<String>,
-    /// Where a plan cannot be compiled on this machine, do everything else; --finish does the rest on its GPU
+    /// If a plan cannot be compiled on this machine, do everything else; --finish compiles it later on its GPU
     #[arg(long)]
     prepare: bool,
-    /// Compile the plans of an engine package that were only prepared, or else all that are for GPUs, from its own
-    /// weights; with --recipe, one more for that GPU, or with --recipe cpu, pack the CPU plan again for this CPU or --cpu
+    /// Compile the plans of an engine package that were only prepared, or recompile all GPU plans if there are none,
+    /// from the package's own weights; with --recipe, add a plan for that GPU, or with --recipe cpu, repack the CPU
+    /// plan for this CPU or --cpu
     #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "prepare", "output", "force"])]
     finish: bool,
-    /// Where the engine package goes [default: engines/ and the checkpoint's name]
+    /// Output folder of the engine package [default: engines/ and the checkpoint's name]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Replace the engine package that is there
+    /// Replace an existing engine package
     #[arg(long)]
     force: bool,
-    /// Print what the build will take, and stop there
+    /// Print the resources that the build will need, without building
     #[arg(long, conflicts_with = "finish")]
     dry_run: bool,
-    /// Print what each pass of the compiler did
+    /// Print a report of each compiler pass
     #[arg(short, long)]
     verbose: bool,
 }
@@ -76,13 +78,13 @@ impl Flags {
         let names = if self.recipe.is_empty() { &cpu } else { &self.recipe[..] };
         let recipes = names.iter().map(|name| self.one_recipe(name)).collect::<aotron::Result<Vec<_>>>()?;
         if self.cpu.is_some() && recipes.iter().all(|recipe| recipe.target != Target::Cpu) {
-            return Err(usage("--cpu is for a CPU plan, and no --recipe is for the target cpu"));
+            return Err(usage("--cpu applies to a CPU plan, but no --recipe has the target cpu"));
         }
         Ok(recipes)
     }
 
     fn one_recipe(&self, name: &str) -> aotron::Result<Recipe> {
-        // A file's name may have a colon too.
+        // File names may contain a colon too.
         let of_one = name.rsplit_once(':').and_then(|(name, after)| Some((name, precision(after).ok()?)));
         let (name, of_one) = of_one.map_or((name, None), |(name, precision)| (name, Some(precision)));
         let mut recipe = Recipe::load(name)?;
@@ -103,7 +105,7 @@ impl Flags {
             recipe.cpu = Some(features);
             overridden.push(format!("--cpu {features}"));
         }
-        // The package keeps the recipe's text, so it has to say what was not taken from there.
+        // The package stores the recipe's text, so it has to record the values that override it.
         for line in overridden {
             recipe.text.push_str(&format!("\n# On the command line: {line}\n"));
         }
@@ -142,7 +144,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let stages = Arc::new(Stages::new());
     let follower: Arc<dyn Progress> = stages.clone();
     let cancelled = stages.clone();
-    // Asked to end, a build removes what it has begun. Without a handler it would leave that to the next one.
+    // When interrupted, a build removes its partial output. Without a handler that is left to the next build.
     let _ = ctrlc::set_handler(move || cancelled.cancel());
     let summary = match flags.finish {
         true => compile::finish(&flags.finish_request()?, &follower)?,
@@ -168,7 +170,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     print(&summary, &took)
 }
 
-/// Says on standard error what a build will take.
+/// Prints a build's resource estimate on standard error.
 fn print_prediction(prediction: &Prediction) {
     let style = term::on_stderr();
     let line = |name: &str, text: String| {
@@ -240,7 +242,7 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A path to paste into a shell.
+/// A path quoted for pasting into a shell.
 fn shell_word(path: &Path) -> String {
     let text = path.display().to_string();
     let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%".contains(c);
@@ -250,7 +252,7 @@ fn shell_word(path: &Path) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// A CPU by its name, or `native`.
+/// Parses the name of a CPU, or `native`.
 fn cpu(name: &str) -> Result<CpuFeatures, String> {
     match name {
         "native" => Ok(Isa::detect().features()),
@@ -261,7 +263,7 @@ fn cpu(name: &str) -> Result<CpuFeatures, String> {
     }
 }
 
-/// A precision by its name.
+/// Parses the name of a precision.
 pub fn precision(name: &str) -> Result<Precision, String> {
     precision_of(name).ok_or_else(|| {
         let names: Vec<String> = Precision::ALL.iter().map(Precision::to_string).collect();

@@ -1,4 +1,4 @@
-//! `aotron chat`: a conversation, typed or piped in.
+//! `aotron chat`: an interactive or piped conversation.
 
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
@@ -14,11 +14,11 @@ use aotron::runtime::{Chat, Completion, FinishReason, SamplingParams};
 use super::args::{ChatFlags, EngineFlags, SamplingFlags};
 use super::editor::{LineEditor, Typed};
 use super::prompt::{next_line, without_byte_order_mark};
-use super::run::{Answer, per_second, why_cut};
+use super::run::{AnswerPrinter, per_second, why_cut};
 use super::term::{self, Style};
 use super::whole_file::WholeFile;
 
-/// Commands of the conversation: name, what follows it.
+/// Slash commands of the conversation: name and argument.
 const COMMANDS: &[(&str, &str)] =
     &[("/system", "TEXT"), ("/reset", ""), ("/save", "FILE"), ("/stats", ""), ("/help", ""), ("/quit", "")];
 
@@ -31,17 +31,17 @@ const HELP: &str = "\
 /quit          leave; Ctrl-D does too
 A line that ends in \\ goes on in the next one. Ctrl-C ends an answer.";
 
-/// Whom to talk with, and how.
+/// Flags of `aotron chat`.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
     #[command(flatten)]
     engine: EngineFlags,
-    /// The system message
+    /// System message
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
     #[command(flatten)]
     chat: ChatFlags,
-    /// Most tokens of an answer [default: the engine's, mostly 200]
+    /// Maximum tokens per answer [default: the engine's, usually 200]
     #[arg(short = 'n', long, value_name = "N")]
     max_tokens: Option<usize>,
     #[command(flatten)]
@@ -76,7 +76,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 }
 
 /// A line of input.
-enum Line<'a> {
+enum InputLine<'a> {
     Empty,
     Message(&'a str),
     System(&'a str),
@@ -88,22 +88,22 @@ enum Line<'a> {
     Unknown(&'a str),
 }
 
-impl Line<'_> {
-    /// A command starts with a slash; a message that does so too starts with a space.
-    fn parse(line: &str) -> Line<'_> {
+impl InputLine<'_> {
+    /// Parses a line: commands start with a slash; a message that starts with one needs a leading space.
+    fn parse(line: &str) -> InputLine<'_> {
         let text = line.trim();
         if !line.starts_with('/') {
-            return if text.is_empty() { Line::Empty } else { Line::Message(text) };
+            return if text.is_empty() { InputLine::Empty } else { InputLine::Message(text) };
         }
         let (name, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
         match (name, rest.trim()) {
-            ("/system", text) => Line::System(text),
-            ("/save", file) => Line::Save(file),
-            ("/reset", "") => Line::Reset,
-            ("/stats", "") => Line::Stats,
-            ("/help" | "/?", "") => Line::Help,
-            ("/quit" | "/exit", "") => Line::Quit,
-            _ => Line::Unknown(text),
+            ("/system", text) => InputLine::System(text),
+            ("/save", file) => InputLine::Save(file),
+            ("/reset", "") => InputLine::Reset,
+            ("/stats", "") => InputLine::Stats,
+            ("/help" | "/?", "") => InputLine::Help,
+            ("/quit" | "/exit", "") => InputLine::Quit,
+            _ => InputLine::Unknown(text),
         }
     }
 }
@@ -126,14 +126,14 @@ struct Totals {
 }
 
 impl Conversation {
-    /// With a person at the terminal: an error is shown and the conversation goes on.
+    /// Interactive: errors are shown and the conversation goes on.
     fn typed(&mut self, name: &str) -> anyhow::Result<()> {
         let interrupt = Interrupt::install()?;
         let mut editor = LineEditor::new(COMMANDS, self.style)?;
         let PlanInfo { target, precision, limits, .. } = &self.plan;
-        let about = format!("{target}, {precision}, {} tokens a conversation", limits.max_sequence_tokens);
+        let about = format!("{target}, {precision}, {} tokens per conversation", limits.max_sequence_tokens);
         self.say(&format!("{} {}", self.style.bold(name), self.style.dim(format!("({about})"))))?;
-        self.say(&self.style.dim("/help lists commands, Ctrl-C ends an answer, Ctrl-D leaves"))?;
+        self.say(&self.style.dim("/help lists commands, Ctrl-C ends an answer, Ctrl-D quits"))?;
         self.say("")?;
         loop {
             let line = match editor.read()? {
@@ -141,9 +141,9 @@ impl Conversation {
                 Typed::Discarded => continue,
                 Typed::End => return Ok(()),
             };
-            match Line::parse(&line) {
-                Line::Quit => return Ok(()),
-                Line::Message(text) => {
+            match InputLine::parse(&line) {
+                InputLine::Quit => return Ok(()),
+                InputLine::Message(text) => {
                     if let Err(error) = self.answer(text, Some(&interrupt)) {
                         self.complain(error)?;
                     }
@@ -158,20 +158,20 @@ impl Conversation {
         }
     }
 
-    /// With lines from a file or a program: an error ends the conversation.
+    /// Piped: an error ends the conversation.
     fn piped(&mut self) -> anyhow::Result<()> {
         let mut input = std::io::stdin().lock();
         let mut is_first = true;
         while let Some(line) = next_line(&mut input, "standard input")? {
             let line = if std::mem::take(&mut is_first) { without_byte_order_mark(&line) } else { &line };
-            match Line::parse(line) {
-                Line::Quit => break,
-                Line::Message(text) => {
+            match InputLine::parse(line) {
+                InputLine::Quit => break,
+                InputLine::Message(text) => {
                     self.say(&format!("> {text}"))?;
                     self.answer(text, None)?;
                     self.say("")?;
                 }
-                Line::Unknown(command) => bail!("there is no command {command}"),
+                InputLine::Unknown(command) => bail!("unknown command {command}"),
                 command => self.obey(&command)?,
             }
         }
@@ -186,7 +186,7 @@ impl Conversation {
         self.say(&self.style.dim(text))
     }
 
-    /// Shows an error, or returns it if nothing can be shown any more.
+    /// Shows an error, or returns it if the output is gone.
     fn complain(&self, error: anyhow::Error) -> anyhow::Result<()> {
         if error.is::<std::io::Error>() {
             return Err(error);
@@ -199,7 +199,7 @@ impl Conversation {
     }
 
     fn answer(&mut self, text: &str, interrupt: Option<&Interrupt>) -> anyhow::Result<()> {
-        let mut answer = Answer::new();
+        let mut answer = AnswerPrinter::new();
         let mut waiting = Waiting::start(self.style);
         let stops = || interrupt.is_some_and(Interrupt::is_stopping);
         if let Some(interrupt) = interrupt {
@@ -234,29 +234,31 @@ impl Conversation {
         Ok(())
     }
 
-    fn obey(&mut self, command: &Line<'_>) -> anyhow::Result<()> {
+    fn obey(&mut self, command: &InputLine<'_>) -> anyhow::Result<()> {
         match command {
-            Line::System("") => {
+            InputLine::System("") => {
                 self.chat.set_system("");
                 self.aside("no system message")
             }
-            Line::System(text) => {
+            InputLine::System(text) => {
                 self.chat.set_system(text);
                 self.aside("the system message is set")
             }
-            Line::Reset => {
+            InputLine::Reset => {
                 self.chat.reset();
                 self.aside("a new conversation")
             }
-            Line::Save("") => bail!("/save needs a file's name"),
-            Line::Save(file) => {
+            InputLine::Save("") => bail!("/save needs a file's name"),
+            InputLine::Save(file) => {
                 self.save(Path::new(file))?;
                 self.aside(&format!("saved {} to {file}", term::plural(self.chat.messages().len(), "message")))
             }
-            Line::Stats => self.print_stats(),
-            Line::Help => self.say(HELP),
-            Line::Unknown(name) => bail!("there is no command {name}; /help lists them (put a space before a message)"),
-            Line::Empty | Line::Message(_) | Line::Quit => Ok(()),
+            InputLine::Stats => self.print_stats(),
+            InputLine::Help => self.say(HELP),
+            InputLine::Unknown(name) => bail!(
+                "unknown command {name}; /help lists the commands (to send this as a message, put a space in front)"
+            ),
+            InputLine::Empty | InputLine::Message(_) | InputLine::Quit => Ok(()),
         }
     }
 
@@ -270,7 +272,7 @@ impl Conversation {
 
     fn print_stats(&self) -> anyhow::Result<()> {
         let speed = |tokens, seconds| match per_second(tokens, seconds) {
-            Some(speed) => format!("{speed:.1} tokens a second"),
+            Some(speed) => format!("{speed:.1} tokens per second"),
             None => "not measured".into(),
         };
         let fact = |name: &str, text: String| self.say(&format!("{} {text}", self.style.dim(format!("{name:<12}"))));
@@ -291,7 +293,7 @@ impl Conversation {
     }
 }
 
-/// A sign that the prompt is being read, until the first text comes.
+/// A progress indicator while the prompt is being processed, until the first text arrives.
 struct Waiting {
     is_shown: bool,
 }
@@ -313,7 +315,7 @@ impl Waiting {
     }
 }
 
-/// Ctrl-C: ends the answer that is being written, and the program when there is none or at the second time.
+/// Ctrl-C handling: ends the current answer, or the program if there is none or at the second Ctrl-C.
 struct Interrupt {
     state: Arc<AtomicU8>,
 }
@@ -321,7 +323,7 @@ struct Interrupt {
 const IDLE: u8 = 0;
 const ANSWERING: u8 = 1;
 const STOPPING: u8 = 2;
-/// What a shell reports for a program that Ctrl-C ended.
+/// Exit code that shells report for a program ended by Ctrl-C.
 const INTERRUPTED: i32 = 130;
 
 impl Interrupt {
@@ -329,6 +331,7 @@ impl Interrupt {
         let state = Arc::new(AtomicU8::new(IDLE));
         let shared = state.clone();
         ctrlc::set_handler(move || {
+            // No answer to stop, or a step that takes too long to notice: leave at once.
             if shared.compare_exchange(ANSWERING, STOPPING, Ordering::SeqCst, Ordering::SeqCst).is_err() {
                 std::process::exit(INTERRUPTED);
             }
@@ -355,14 +358,14 @@ mod tests {
 
     #[test]
     fn commands_start_the_line() {
-        assert!(matches!(Line::parse("  "), Line::Empty));
-        assert!(matches!(Line::parse(" hi "), Line::Message("hi")));
-        assert!(matches!(Line::parse(" /etc is what?"), Line::Message("/etc is what?")));
-        assert!(matches!(Line::parse("/etc is what?"), Line::Unknown(_)));
-        assert!(matches!(Line::parse("/system  Be brief. "), Line::System("Be brief.")));
-        assert!(matches!(Line::parse("/system"), Line::System("")));
-        assert!(matches!(Line::parse("/save a b.json"), Line::Save("a b.json")));
-        assert!(matches!(Line::parse("/reset now"), Line::Unknown("/reset now")));
-        assert!(matches!(Line::parse("/quit"), Line::Quit));
+        assert!(matches!(InputLine::parse("  "), InputLine::Empty));
+        assert!(matches!(InputLine::parse(" hi "), InputLine::Message("hi")));
+        assert!(matches!(InputLine::parse(" /etc is what?"), InputLine::Message("/etc is what?")));
+        assert!(matches!(InputLine::parse("/etc is what?"), InputLine::Unknown(_)));
+        assert!(matches!(InputLine::parse("/system  Be brief. "), InputLine::System("Be brief.")));
+        assert!(matches!(InputLine::parse("/system"), InputLine::System("")));
+        assert!(matches!(InputLine::parse("/save a b.json"), InputLine::Save("a b.json")));
+        assert!(matches!(InputLine::parse("/reset now"), InputLine::Unknown("/reset now")));
+        assert!(matches!(InputLine::parse("/quit"), InputLine::Quit));
     }
 }

@@ -1,11 +1,11 @@
-//! `aotron doctor`: what this machine can build and run.
+//! `aotron doctor`: reports what this machine can build and run.
 
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use aotron::backend::tensorrt::{DeviceInfo, Kind, Library, devices};
-use aotron::compile::gpu::{Means, sm};
+use aotron::backend::tensorrt::{DeviceInfo, LibraryKind, TensorRtLibrary, devices};
+use aotron::compile::gpu::{PlanCompiler, sm};
 use aotron::compile::{Precision, Target, available_memory_bytes, free_bytes, total_memory_bytes};
 use aotron::isa::Isa;
 use serde::Serialize;
@@ -13,21 +13,21 @@ use serde::Serialize;
 use super::args::Format;
 use super::term;
 
-/// Weights of Nemotron-3-8B.
+/// Number of parameters of Nemotron-3-8B.
 const PARAMETERS_8B: u64 = 8_540_135_424;
-/// Those of its linear layers but the head: 32 layers of queries, keys, values and outputs, and of the MLP.
+/// Parameters of its linear layers except the LM head: QKV and output projections and the MLP of 32 layers.
 const LINEAR_8B: u64 = 32 * (4 * 4096 * 4096 + 2 * 4096 * 16384);
-/// Its keys and values of 4096 tokens, in BF16: 32 layers of 2 · 32 heads · 128.
+/// Bytes of its KV cache for 4096 tokens in BF16: 32 layers of 2 · 32 heads · 128.
 const KV_BYTES_8B: u64 = 4096 * 32 * 2 * 32 * 128 * 2;
 
-/// Compute capabilities that TensorRT for RTX may compile for, and GPUs that have them.
+/// Compute capabilities that TensorRT for RTX may compile for, each with a GPU that has it.
 const COMPUTE_CAPABILITIES: [(u16, &str); 5] =
     [(80, "A100"), (86, "RTX A6000"), (89, "L40"), (90, "H100"), (120, "RTX PRO 6000")];
 
-/// How to say it.
+/// Flags of `aotron doctor`.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
-    /// How the findings are printed
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
@@ -36,18 +36,18 @@ pub struct Flags {
 struct Findings {
     version: &'static str,
     cpu: Option<String>,
-    /// Instruction sets that kernels exist for and this CPU has, plainest first; the last is used.
+    /// Instruction sets supported by both this CPU and the kernels, simplest first; the last one is used.
     instruction_sets: Vec<String>,
-    /// Cores this process may use.
+    /// Cores that this process may use.
     cores: usize,
     memory_bytes: Option<u64>,
-    /// Without swapping, and within the limit of the control group.
+    /// Without swapping, and within the control group's limit.
     memory_available_bytes: Option<u64>,
-    /// Free in the current folder.
+    /// Free space in the current folder.
     disk_free_bytes: Option<u64>,
-    /// GPUs that CUDA sees.
+    /// GPUs visible to CUDA.
     gpus: Vec<String>,
-    /// Why it sees none.
+    /// The reason why there are none.
     gpu_problem: Option<String>,
     tensorrt: Vec<TensorRtFinding>,
     targets: Vec<TargetFinding>,
@@ -58,18 +58,18 @@ struct Findings {
 struct TensorRtFinding {
     name: &'static str,
     file: &'static str,
-    /// This program was compiled against.
+    /// The version that this program was compiled against.
     header_version: Option<String>,
     version: Option<String>,
     path: Option<PathBuf>,
-    /// What a product was compiled for, just now.
+    /// Targets for which a test network was compiled just now.
     compiles_for: Vec<String>,
-    /// What it refused, or why there is no library, and what to do.
+    /// Compilation errors, or the reason why there is no library, with remedies.
     problems: Vec<String>,
 }
 
 impl TensorRtFinding {
-    fn gather(kind: Kind) -> TensorRtFinding {
+    fn gather(kind: LibraryKind) -> TensorRtFinding {
         let mut finding = TensorRtFinding {
             name: kind.name(),
             file: kind.file_name(),
@@ -79,7 +79,7 @@ impl TensorRtFinding {
             compiles_for: Vec::new(),
             problems: Vec::new(),
         };
-        match Library::find(kind) {
+        match TensorRtLibrary::find(kind) {
             Ok(library) => {
                 finding.version = Some(library.version().to_string());
                 finding.path = Some(library.path());
@@ -90,13 +90,13 @@ impl TensorRtFinding {
         finding
     }
 
-    fn try_out(&mut self, library: &Library) {
+    fn try_out(&mut self, library: &TensorRtLibrary) {
         let gpus = match library.kind() {
-            Kind::Rtx => COMPUTE_CAPABILITIES
+            LibraryKind::Rtx => COMPUTE_CAPABILITIES
                 .iter()
                 .map(|(sm, gpu)| (Some(*sm), format!("SM {}.{} ({gpu})", sm / 10, sm % 10)))
                 .collect(),
-            Kind::TensorRt => vec![(None, "the GPU of this machine".to_owned())],
+            LibraryKind::TensorRt => vec![(None, "the GPU of this machine".to_owned())],
         };
         for (compute_capability, gpu) in gpus {
             match library.compiles_for(compute_capability) {
@@ -120,7 +120,7 @@ impl TensorRtFinding {
     }
 }
 
-/// An error of TensorRT without the name, which stands at the head of its line.
+/// The message of a TensorRT error without the prefix, which already starts its line.
 fn words(error: &aotron::Error) -> String {
     match error {
         aotron::Error::TensorRt(words) | aotron::Error::Gpu(words) => words.clone(),
@@ -133,7 +133,7 @@ struct TargetFinding {
     name: &'static str,
     builds: bool,
     runs: bool,
-    /// What compiles its plans here, or why none can be compiled and what to do.
+    /// The library that compiles its plans here, or the reason why none does, with remedies.
     how: String,
 }
 
@@ -144,7 +144,7 @@ impl TargetFinding {
             return TargetFinding { name, builds: true, runs: true, how: String::new() };
         };
         let runs = devices.iter().any(|device| device.compute_capability == capability);
-        match Means::find(name, capability, false) {
+        match PlanCompiler::find(name, capability, false) {
             Ok(means) => TargetFinding { name, builds: true, runs, how: means.describe() },
             Err(error) => TargetFinding { name, builds: false, runs, how: words(&error) },
         }
@@ -155,7 +155,7 @@ impl TargetFinding {
         match (self.builds, self.runs) {
             (true, _) if self.how.is_empty() => "builds and runs here".into(),
             (true, true) => format!("builds here with {} and runs here", self.how),
-            (true, false) => format!("builds here with {}; runs on an {gpu}, which this machine has not", self.how),
+            (true, false) => format!("builds here with {}; runs on an {gpu}, which this machine lacks", self.how),
             (false, true) => format!("an {gpu} is here, but {}", self.how),
             (false, false) => self.how.clone(),
         }
@@ -176,7 +176,7 @@ impl Findings {
             memory_bytes: total_memory_bytes(),
             memory_available_bytes: available_memory_bytes(),
             disk_free_bytes: free_bytes(Path::new(".")),
-            tensorrt: Kind::ALL.into_iter().map(TensorRtFinding::gather).collect(),
+            tensorrt: LibraryKind::ALL.into_iter().map(TensorRtFinding::gather).collect(),
             targets: Target::ALL.into_iter().map(|target| TargetFinding::gather(target, &gpus)).collect(),
             gpus: gpus.iter().map(gpu_words).collect(),
             gpu_problem,
@@ -232,15 +232,15 @@ fn print(found: &Findings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Bytes of Nemotron-3-8B's weights and of the keys and values of 4096 tokens.
+/// Bytes of Nemotron-3-8B's weights plus the KV cache for 4096 tokens.
 fn bytes_8b(precision: Precision) -> u64 {
     let rest = PARAMETERS_8B - LINEAR_8B;
     match precision {
         Precision::F32 => PARAMETERS_8B * 4 + KV_BYTES_8B * 2,
         Precision::Bf16 => PARAMETERS_8B * 2 + KV_BYTES_8B,
-        // An FP32 scale for each output is too little to count.
+        // The per-channel FP32 scales are negligible.
         Precision::Int8 | Precision::Fp8 => LINEAR_8B + rest * 2 + KV_BYTES_8B,
-        // Half a byte, and an FP32 scale for 128 weights.
+        // Half a byte per weight, plus an FP32 scale per group of 128.
         Precision::Int4 => LINEAR_8B / 2 + LINEAR_8B / 32 + rest * 2 + KV_BYTES_8B,
     }
 }

@@ -1,4 +1,4 @@
-//! The line that a message is typed on: editing, history, completion of commands.
+//! The input line for messages: editing, history and completion of commands.
 
 use std::borrow::Cow;
 use std::cell::Cell;
@@ -17,14 +17,14 @@ use rustyline::{ColorMode, CompletionType, Config, Context, Editor, Helper};
 
 use super::term::Style;
 
-/// Messages that the history keeps.
+/// Maximum number of messages in the history.
 const HISTORY_SIZE: usize = 1000;
 
-/// What was typed.
+/// Result of reading a line.
 pub enum Typed {
-    /// A message or a command. Lines that end in a backslash go on in the next.
+    /// A message or a command. A line that ends in a backslash continues on the next one.
     Line(String),
-    /// Ctrl-C on a line with something on it, which is gone.
+    /// Ctrl-C on a non-empty line, which is discarded.
     Discarded,
     /// Ctrl-D, or Ctrl-C on an empty line.
     End,
@@ -38,7 +38,7 @@ pub struct LineEditor {
 }
 
 impl LineEditor {
-    /// An editor that completes `commands`, each with what follows it: `/save FILE`.
+    /// Creates an editor that completes `commands`, each with its argument: `/save FILE`.
     pub fn new(commands: &'static [(&'static str, &'static str)], style: Style) -> anyhow::Result<LineEditor> {
         let config = Config::builder().max_history_size(HISTORY_SIZE)?.history_ignore_dups(true)?;
         let colours = if style.has_colours() { ColorMode::Enabled } else { ColorMode::Disabled };
@@ -47,14 +47,14 @@ impl LineEditor {
         editor.set_helper(Some(Assistant { commands, style, line_is_empty: Cell::new(true) }));
         let history = history_file();
         if let Some(path) = &history {
-            // There is none yet, or it cannot be read: either way nothing is remembered.
+            // A missing or unreadable history only means an empty one.
             let _ = editor.load_history(path);
         }
         editor.set_auto_add_history(false);
         Ok(LineEditor { editor, history, prompt: ("> ", style.bold_cyan("> ")) })
     }
 
-    /// Reads what is typed next.
+    /// Reads the next input.
     pub fn read(&mut self) -> anyhow::Result<Typed> {
         if let Some(assistant) = self.editor.helper() {
             assistant.line_is_empty.set(true);
@@ -77,7 +77,7 @@ impl LineEditor {
     }
 
     fn remember(&mut self, line: &str) {
-        // A history that cannot be written is no reason to stop a conversation.
+        // A history that cannot be written should not stop a conversation.
         let added = self.editor.add_history_entry(line).unwrap_or(false);
         if let (true, Some(path)) = (added, &self.history) {
             let _ = self.editor.append_history(path);
@@ -85,7 +85,7 @@ impl LineEditor {
     }
 }
 
-/// `aotron/history` in the user's folder for state, which is made if it is not there.
+/// `aotron/history` in the user's state folder, which is created if necessary.
 fn history_file() -> Option<PathBuf> {
     let absolute = |path: PathBuf| path.is_absolute().then_some(path);
     let state = env::var_os("XDG_STATE_HOME").map(PathBuf::from).and_then(absolute);
@@ -95,7 +95,7 @@ fn history_file() -> Option<PathBuf> {
     Some(folder.join("history"))
 }
 
-/// Completes commands, shows what follows them, and knows whether anything is typed.
+/// Completes commands, hints at their arguments, and tracks whether the line is empty.
 struct Assistant {
     commands: &'static [(&'static str, &'static str)],
     style: Style,
@@ -120,7 +120,7 @@ impl Hinter for Assistant {
 
     fn hint(&self, line: &str, pos: usize, _: &Context<'_>) -> Option<String> {
         self.line_is_empty.set(line.is_empty());
-        // Without colours a hint would look as if it had been typed.
+        // Without colours, a hint would look like typed text.
         if pos < line.len() || line.len() < 2 || !line.starts_with('/') || !self.style.has_colours() {
             return None;
         }

@@ -1,11 +1,11 @@
-//! Opening an engine package for a command.
+//! Opens engine packages for the commands.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
 use aotron::backend::cpu::CpuOptions;
-use aotron::backend::tensorrt::{Event, GpuOptions, Report};
+use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
 use aotron::backend::{Executor, ExecutorOptions, Selection, open_selected, select};
 use aotron::compile::Progress;
 use aotron::engine::{Package, PlanInfo};
@@ -16,7 +16,7 @@ use super::args::EngineFlags;
 use super::term::{self, Stages};
 
 /// An opened package, ready to run.
-pub struct Engine {
+pub struct OpenedEngine {
     pub package: Package,
     pub tokenizer: Option<Arc<Tokenizer>>,
     pub executor: Box<dyn Executor>,
@@ -25,62 +25,62 @@ pub struct Engine {
 }
 
 impl EngineFlags {
-    /// The package alone.
+    /// The package only, without opening its plan.
     pub fn package(&self) -> aotron::Result<Package> {
         Package::open(&self.engine)
     }
 
-    /// How to run its CPU plan; KV memory is reserved for that many sequences.
+    /// Options for running its CPU plan, with KV memory for `slots` sequences.
     pub fn cpu_options(&self, slots: usize) -> CpuOptions {
         CpuOptions { threads: self.threads, isa: self.isa, slots: Some(slots) }
     }
 
-    /// How to run its plan; KV memory is reserved for that many sequences.
+    /// Options for running its plan, with KV memory for `slots` sequences.
     pub fn options(&self, slots: usize) -> ExecutorOptions {
         let stages = Arc::new(Stages::new());
-        let hear = move |event: &Event<'_>| match event {
-            Event::Fact(text) => term::note(text),
-            Event::Loading { done_bytes: 0, total_bytes } => stages.stage("loading", *total_bytes),
-            Event::Loading { done_bytes, total_bytes } if done_bytes == total_bytes => stages.finish(),
-            Event::Loading { done_bytes, .. } => stages.reach(*done_bytes),
+        let hear = move |event: &GpuEvent<'_>| match event {
+            GpuEvent::Fact(text) => term::note(text),
+            GpuEvent::Loading { done_bytes: 0, total_bytes } => stages.stage("loading", *total_bytes),
+            GpuEvent::Loading { done_bytes, total_bytes } if done_bytes == total_bytes => stages.finish(),
+            GpuEvent::Loading { done_bytes, .. } => stages.reach(*done_bytes),
         };
         let gpu = GpuOptions {
             device: self.device,
             slots: Some(slots),
             no_graphs: self.no_cuda_graphs,
-            report: Report::to(hear),
+            report: GpuReport::to(hear),
         };
         ExecutorOptions { target: self.target.clone(), cpu: self.cpu_options(slots), gpu }
     }
 
-    /// The plan that would run.
+    /// The plan that would be selected.
     pub fn plan(&self, slots: usize) -> anyhow::Result<PlanInfo> {
         let package = self.package()?;
         let selection = select(&package, &self.options(slots))?;
         package.manifest().plans.get(selection.plan).cloned().context("the plan that runs is not in the manifest")
     }
 
-    /// Opens the package, its tokenizer and its plan, for one sequence at a time.
-    pub fn open(&self) -> aotron::Result<Engine> {
+    /// Opens the package, its tokenizer and its plan for one sequence at a time.
+    pub fn open(&self) -> aotron::Result<OpenedEngine> {
         self.open_for(1)
     }
 
-    /// Opens the package, its tokenizer and its plan, for so many sequences.
-    pub fn open_for(&self, slots: usize) -> aotron::Result<Engine> {
+    /// Opens the package, its tokenizer and its plan for `slots` sequences.
+    pub fn open_for(&self, slots: usize) -> aotron::Result<OpenedEngine> {
         let started = Instant::now();
         let package = self.package()?;
         let tokenizer = package.tokenizer()?.map(Arc::new);
         let options = self.options(slots);
         let selection = select(&package, &options)?;
-        // Where there was no choice, nobody asks which it was.
+        // Do not report the selection if there was no choice.
         if package.manifest().plans.len() > 1 || selection.device.is_some() {
             term::note(&selection.reason);
         }
         let executor = open_selected(&package, &selection, &options)?;
-        Ok(Engine { package, tokenizer, executor, selection, load_seconds: started.elapsed().as_secs_f64() })
+        Ok(OpenedEngine { package, tokenizer, executor, selection, load_seconds: started.elapsed().as_secs_f64() })
     }
 
-    /// Checks every byte of the package against its digests.
+    /// Verifies the digests of all files in the package.
     pub fn verify(&self) -> aotron::Result<()> {
         let package = self.package()?;
         let stages = Stages::new();
@@ -89,20 +89,20 @@ impl EngineFlags {
     }
 }
 
-impl Engine {
-    /// The plan that runs.
+impl OpenedEngine {
+    /// The selected plan.
     pub fn plan(&self) -> anyhow::Result<PlanInfo> {
         let plan = self.package.manifest().plans.get(self.selection.plan);
         plan.cloned().context("the plan that runs is not in the manifest")
     }
 
-    /// A session over the engine; its tokenizer and plan remain in use there.
+    /// Turns the opened engine into a session, which keeps its tokenizer and plan.
     pub fn into_session(self) -> Session {
         Session::new(self.executor, self.tokenizer)
     }
 }
 
-/// Whether a package has a tokenizer, told to those who might expect text.
+/// Notes that the output will be token ids, if the package has no tokenizer.
 pub fn note_ids_only(package: &Package) {
     term::note(format!("{} has no tokenizer: the answer is token ids", package.path().display()));
 }

@@ -1,4 +1,4 @@
-//! `aotron inspect`: what is in a package or a checkpoint.
+//! `aotron inspect`: shows the contents of a package or a checkpoint.
 
 mod checkpoint;
 mod kernels;
@@ -27,7 +27,7 @@ use checkpoint::Facts;
 use super::args::Format;
 use super::term::{self, Stages, Style};
 
-/// What to look at.
+/// Flags of `aotron inspect`.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
     /// Engine package or checkpoint
@@ -39,10 +39,10 @@ pub struct Flags {
     /// Print the kernels of the CPU plan
     #[arg(long)]
     program: bool,
-    /// Print what each pass of the compiler does, and what it leaves and why
+    /// Print what each compiler pass does, and what it skips and why
     #[arg(long)]
     passes: bool,
-    /// How the facts are printed
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     format: Format,
     #[command(flatten)]
@@ -89,7 +89,7 @@ enum Subject {
     Config(PathBuf, Box<ModelConfig>),
 }
 
-/// What the compiler makes of the model, as far as it was asked for.
+/// Compiler output for the model, as far as requested.
 #[derive(Default)]
 struct Dumps {
     passes: Option<Vec<PassReport>>,
@@ -151,7 +151,7 @@ impl Dumps {
 }
 
 impl Subject {
-    /// The model, and how it is compiled: a package as it was, a checkpoint with the recipe for CPUs.
+    /// The model and its compilation settings: the package's own, or for a checkpoint those of the CPU recipe.
     fn compiled_as(&self) -> anyhow::Result<(&ModelConfig, Precision, Limits, Calibration)> {
         match self {
             Subject::Engine(package) => {
@@ -217,7 +217,7 @@ impl Subject {
     }
 
     fn lines(&self) -> anyhow::Result<Vec<String>> {
-        let mut lines = Lines { style: term::on_stdout(), lines: Vec::new() };
+        let mut lines = FactLines { style: term::on_stdout(), lines: Vec::new() };
         match self {
             Subject::Engine(package) => lines.engine(package),
             Subject::Checkpoint(checkpoint) => lines.checkpoint(checkpoint)?,
@@ -230,7 +230,7 @@ impl Subject {
     }
 }
 
-/// The chat format and the defaults of a package: names and texts.
+/// A package's chat format and generation defaults, as labelled texts.
 pub fn text_facts(manifest: &Manifest) -> Vec<(&'static str, String)> {
     let (format, settings) = (&manifest.chat_format, &manifest.generation);
     let mut facts = vec![("chat", format.template.describe()), ("generation", generation(format, settings))];
@@ -240,7 +240,7 @@ pub fn text_facts(manifest: &Manifest) -> Vec<(&'static str, String)> {
     facts
 }
 
-/// Ends and defaults of a generation, for people.
+/// A summary of stops and generation defaults.
 fn generation(format: &ChatFormat, settings: &GenerationSettings) -> String {
     let stops = format.stop_ids().into_iter().map(|id| format!("id {id}"));
     let stops: Vec<String> = stops.chain(format.chat_stop_strings().iter().map(|s| format!("{s:?}"))).collect();
@@ -255,15 +255,15 @@ fn generation(format: &ChatFormat, settings: &GenerationSettings) -> String {
     how.extend(params.top_p.filter(|p| *p < 1.0).map(|top_p| format!("top-p {top_p}")));
     how.extend(params.min_p.filter(|p| *p > 0.0).map(|min_p| format!("min-p {min_p}")));
     how.extend(params.repetition_penalty.filter(|p| *p != 1.0).map(|p| format!("repetition penalty {p}")));
-    format!("ended by {stops}, or after {} tokens unless told; {}", settings.max_tokens, how.join(", "))
+    format!("ended by {stops}, or after {} tokens by default; {}", settings.max_tokens, how.join(", "))
 }
 
-struct Lines {
+struct FactLines {
     style: Style,
     lines: Vec<String>,
 }
 
-impl Lines {
+impl FactLines {
     fn fact(&mut self, name: &str, text: impl std::fmt::Display) {
         let text = term::harmless(&text.to_string());
         self.lines.push(format!("{} {text}", self.style.dim(format!("{name:<12}"))));
@@ -279,7 +279,7 @@ impl Lines {
             Some(tokenizer) => {
                 self.fact("tokenizer", format!("{} ids, from a {}", tokenizer.vocab_size, tokenizer.source))
             }
-            None => self.fact("tokenizer", "none: takes and gives token ids only"),
+            None => self.fact("tokenizer", "none: token ids only"),
         }
         for (name, text) in text_facts(manifest) {
             self.fact(name, text);
@@ -293,7 +293,7 @@ impl Lines {
             self.fact(
                 "  limits",
                 format!(
-                    "{} of {} tokens; a step takes {} new tokens and gives {} rows of logits",
+                    "{} of {} tokens; a step takes up to {} new tokens and returns up to {} rows of logits",
                     term::plural(limits.slots, "sequence"),
                     limits.max_sequence_tokens,
                     limits.max_step_tokens,
@@ -306,7 +306,7 @@ impl Lines {
             self.fact(
                 "  KV memory",
                 format!(
-                    "{per_token} bytes a token, {} a sequence, {} for all",
+                    "{per_token} bytes per token, {} per sequence, {} for all",
                     term::bytes(per_sequence),
                     term::bytes(all)
                 ),
@@ -331,7 +331,7 @@ impl Lines {
             self.fact(name, text);
         }
         let kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim;
-        self.fact("KV memory", format!("{} bytes a token in bf16, {} in f32", 2 * kv_values, 4 * kv_values));
+        self.fact("KV memory", format!("{} bytes per token in bf16, {} in f32", 2 * kv_values, 4 * kv_values));
         self.fact("chat", facts.text.format.template.describe());
         self.fact("generation", generation(&facts.text.format, &facts.text.generation));
         for note in &facts.text.notes {
@@ -348,7 +348,7 @@ impl Lines {
             term::warn(term::harmless(warning));
         }
         for difference in facts.differences {
-            term::warn(term::harmless(&format!("not as on the model card: {difference}")));
+            term::warn(term::harmless(&format!("differs from the model card: {difference}")));
         }
         Ok(())
     }
@@ -379,7 +379,7 @@ fn short(digest: &str) -> &str {
     digest.get(..12).unwrap_or(digest)
 }
 
-/// Tensors that differ in nothing but their layer.
+/// A group of tensors that differ only in their layer.
 #[derive(Debug, Serialize)]
 struct TensorGroup {
     name: String,

@@ -1,6 +1,6 @@
 //! The command line, the only layer that prints: data goes to standard output, everything else to standard error.
 //!
-//! A command is a module with its raw flags and a `run`, which makes the library's objects from them.
+//! A command is a module with its raw flags and a `run` function, which builds the library's objects from them.
 
 mod args;
 mod bench;
@@ -25,7 +25,7 @@ use clap::Parser;
 
 use args::{Args, Command};
 
-/// Parses the arguments, runs the command, and reports its error: exit code 1, or 2 for arguments that do not fit.
+/// Parses the arguments, runs the command and reports its error. The exit code is 1, or 2 for invalid arguments.
 pub fn main() -> ExitCode {
     let command = Args::parse().command;
     show_log();
@@ -35,7 +35,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Shows what TensorRT logs on standard error, as AOTRON_LOG says: `info`, or `tensorrt=debug`. Nothing if it is unset.
+/// Prints TensorRT's log to standard error at the level set by AOTRON_LOG: `info`, or `tensorrt=debug`. Off if it is
+/// unset.
 fn show_log() {
     let Some(filter) = std::env::var("AOTRON_LOG").ok().filter(|filter| !filter.is_empty()) else { return };
     let filter = tracing_subscriber::EnvFilter::new(filter);
@@ -62,7 +63,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
         let _ = usage.print();
         return ExitCode::from(2);
     }
-    // Whoever reads the output has had enough of it, `head` for example.
+    // The reader of our output has closed it, as `head` does.
     let is_closed_pipe = |e: &std::io::Error| e.kind() == ErrorKind::BrokenPipe;
     if error.chain().any(|cause| cause.downcast_ref().is_some_and(is_closed_pipe)) {
         return ExitCode::SUCCESS;
@@ -71,7 +72,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// The error and its causes in one line each, without those that their consequence quotes.
+/// The error and its causes on one line, skipping causes that are already quoted by their consequence.
 fn message(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {

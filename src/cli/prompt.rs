@@ -1,4 +1,4 @@
-//! Where the prompt of `aotron run` comes from.
+//! Sources of the prompt of `aotron run`.
 
 use std::io::{BufRead, IsTerminal, Read};
 use std::path::{Path, PathBuf};
@@ -7,28 +7,28 @@ use anyhow::{Context, anyhow, bail};
 
 use super::args::usage;
 
-/// A longer prompt is refused unread: it would not fit any model.
+/// Limit on the size of a prompt: more would not fit any model.
 const MAX_PROMPT_BYTES: u64 = 16 << 20;
 
-/// How messages call standard input.
+/// Name of standard input in messages.
 const STDIN: &str = "standard input";
 
-/// The prompt's flags: one of them, or piped standard input.
+/// Prompt flags: exactly one of them, or piped standard input.
 #[derive(Debug, clap::Args)]
 #[group(multiple = false)]
 pub struct PromptFlags {
     /// The prompt
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
-    /// Read the prompt from a file, `-` for standard input [default: standard input, if it is not a terminal]
+    /// Read the prompt from FILE, `-` for standard input [default: standard input, unless it is a terminal]
     #[arg(short = 'f', long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
-    /// The prompt's token ids, with commas; nothing is added to them
+    /// The prompt's token ids, comma-separated; nothing is added to them
     #[arg(long, value_name = "IDS", value_parser = token_ids, conflicts_with_all = ["raw", "system"])]
     token_ids: Option<TokenIds>,
 }
 
-/// Ids as one argument.
+/// A list of ids as a single argument.
 #[derive(Debug, Clone)]
 struct TokenIds(Vec<u32>);
 
@@ -40,8 +40,8 @@ pub enum Prompt {
 }
 
 impl PromptFlags {
-    /// Reads the prompt. With `as_message`, the line break at the end of a file is not part of it. A byte order mark at the
-    /// start of a file is not part of the text.
+    /// Reads the prompt. A byte order mark at the start of a file is dropped and, with `as_message`, so is the line
+    /// break at its end.
     pub fn read(&self, as_message: bool) -> anyhow::Result<Prompt> {
         if let Some(text) = &self.prompt {
             return Ok(Prompt::Text(text.clone()));
@@ -71,7 +71,7 @@ impl PromptFlags {
     }
 }
 
-/// The text of a file, `-` for standard input.
+/// Reads a text file, `-` for standard input.
 pub fn read_file(path: &Path) -> anyhow::Result<String> {
     if path == Path::new("-") {
         return text_of(std::io::stdin().lock(), STDIN);
@@ -80,12 +80,12 @@ pub fn read_file(path: &Path) -> anyhow::Result<String> {
     text_of(file, &path.display().to_string())
 }
 
-/// A text without the byte order mark that some editors put at the start of a file.
+/// Strips the byte order mark that some editors put at the start of a file.
 pub fn without_byte_order_mark(text: &str) -> &str {
     text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
-/// `1,2,3`, spaces and brackets allowed.
+/// Parses `1,2,3`; spaces and brackets are allowed.
 fn token_ids(text: &str) -> Result<TokenIds, String> {
     let text = text.trim();
     let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
@@ -93,7 +93,7 @@ fn token_ids(text: &str) -> Result<TokenIds, String> {
     inner.split(',').map(id).collect::<Result<_, _>>().map(TokenIds)
 }
 
-/// The next line of `reader`, without its end; `None` at the end of the text.
+/// Reads the next line without its line break; `None` at the end of the input.
 pub fn next_line(reader: &mut impl BufRead, name: &str) -> anyhow::Result<Option<String>> {
     let mut bytes = Vec::new();
     let read = reader.take(MAX_PROMPT_BYTES + 1).read_until(b'\n', &mut bytes);
@@ -112,7 +112,7 @@ fn text_of(reader: impl Read, name: &str) -> anyhow::Result<String> {
 
 fn as_text(bytes: Vec<u8>, name: &str) -> anyhow::Result<String> {
     if bytes.len() as u64 > MAX_PROMPT_BYTES {
-        bail!("{name} has more than {MAX_PROMPT_BYTES} bytes, the most that is read as a prompt");
+        bail!("{name} has more than {MAX_PROMPT_BYTES} bytes, the limit for a prompt");
     }
     String::from_utf8(bytes)
         .map_err(|error| anyhow!("{name} is not UTF-8 text: byte {} is wrong", error.utf8_error().valid_up_to()))

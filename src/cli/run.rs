@@ -14,37 +14,37 @@ use super::engine::note_ids_only;
 use super::prompt::{Prompt, PromptFlags};
 use super::term;
 
-/// What to answer, and how.
+/// Flags of `aotron run`.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
     #[command(flatten)]
     engine: EngineFlags,
     #[command(flatten)]
     prompt: PromptFlags,
-    /// Continue the text as it is, without the chat template
+    /// Continue the text itself, without the chat template
     #[arg(long, conflicts_with_all = ["system", "chat_format", "escape_markers"])]
     raw: bool,
-    /// With --raw: put the id that begins a text in front, as the tokenizer would
+    /// With --raw: start with the begin-of-text id, as the tokenizer would
     #[arg(long, requires = "raw")]
     bos: bool,
     #[command(flatten)]
     chat: ChatFlags,
-    /// The system message of the chat template
+    /// System message of the chat template
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Most tokens of the answer [default: the engine's, mostly 200]
+    /// Maximum tokens of the answer [default: the engine's, usually 200]
     #[arg(short = 'n', long, value_name = "N")]
     max_tokens: Option<usize>,
-    /// Also end the answer before this text; can be repeated
+    /// Also end the answer before TEXT; can be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    /// How the answer is printed
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     format: Format,
-    /// Print the answer when it is complete, not as it comes
+    /// Print the answer once it is complete instead of streaming it
     #[arg(long)]
     no_stream: bool,
-    /// First check every byte of the engine package against its digests
+    /// First verify the digests of all files in the engine package
     #[arg(long)]
     verify: bool,
     #[command(flatten)]
@@ -66,7 +66,7 @@ impl Flags {
         let request = match (prompt, tokenizer) {
             (Prompt::TokenIds(ids), _) => without_template(ids),
             (Prompt::Text(_), None) => bail!(
-                "{} has no tokenizer, so it takes no text: pass --token-ids, or build it from a checkpoint with a \
+                "{} has no tokenizer, so it cannot take text: pass --token-ids, or build it from a checkpoint with a \
                  tokenizer.json or a tokenizer.model",
                 self.engine.engine.display()
             ),
@@ -87,15 +87,15 @@ impl Flags {
         Ok(request.sampling(sampling).max_tokens(max_tokens).stop_strings(&self.stop))
     }
 
-    /// The ids of a text by itself. The id that begins a text is in front if it is asked for; a tokenizer that would put
-    /// it there is named.
+    /// The ids of a text without the chat template, preceded by the begin-of-text id if requested. Otherwise notes if
+    /// the tokenizer would have added one.
     fn raw_ids(&self, text: &str, tokenizer: &Tokenizer, manifest: &Manifest) -> anyhow::Result<Vec<u32>> {
         let usual = tokenizer.prefix()?;
         let pieces = |ids: &[u32]| -> String {
             ids.iter().map(|id| format!("{} ({id})", tokenizer.piece(*id).unwrap_or_default())).collect()
         };
         let mut ids = match (self.bos, &usual[..], manifest.model.bos_token_id) {
-            (true, [], None) => bail!("--bos: the package names no id that begins a text"),
+            (true, [], None) => bail!("--bos: the package has no begin-of-text id"),
             (true, [], Some(bos)) => vec![bos],
             (true, usual, _) => usual.to_vec(),
             (false, [], _) => Vec::new(),
@@ -126,7 +126,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }
 
     let streams = flags.format == Format::Text && !flags.no_stream && has_text;
-    let mut answer = Answer::new();
+    let mut answer = AnswerPrinter::new();
     let completion = engine.into_session().generate(&request, &mut |text| match streams {
         true => answer.show(text),
         false => ControlFlow::Continue(()),
@@ -156,16 +156,16 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Text on standard output as it comes; ends the generation when nobody reads it any more.
-pub struct Answer {
+/// Streams text to standard output; ends the generation when the reader is gone.
+pub struct AnswerPrinter {
     is_terminal: bool,
     ends_line: bool,
     failure: Option<std::io::Error>,
 }
 
-impl Answer {
-    pub fn new() -> Answer {
-        Answer { is_terminal: std::io::stdout().is_terminal(), ends_line: true, failure: None }
+impl AnswerPrinter {
+    pub fn new() -> AnswerPrinter {
+        AnswerPrinter { is_terminal: std::io::stdout().is_terminal(), ends_line: true, failure: None }
     }
 
     pub fn show(&mut self, text: &str) -> ControlFlow<()> {
@@ -185,7 +185,7 @@ impl Answer {
         }
     }
 
-    /// Ends the last line, or returns what writing failed with.
+    /// Ends the last line, or returns the error of an earlier write.
     pub fn end_line(self) -> anyhow::Result<()> {
         match self.failure {
             Some(failure) => Err(failure.into()),
@@ -195,14 +195,14 @@ impl Answer {
     }
 }
 
-/// Why an answer ended without an end of its own.
+/// The reason why an answer was cut off.
 pub fn why_cut(completion: &Completion, max_tokens: usize) -> String {
     let answer = completion.completion_tokens;
     if answer >= max_tokens {
-        return format!("the answer was cut at {}, see --max-tokens", term::plural(answer, "token"));
+        return format!("the answer was cut off at {}, see --max-tokens", term::plural(answer, "token"));
     }
     let all = completion.prompt_tokens + answer;
-    format!("the answer was cut: prompt and answer have the {all} tokens that the engine holds")
+    format!("the answer was cut off: prompt and answer fill the {all} tokens that the engine holds")
 }
 
 fn as_json(completion: &Completion, has_text: bool, load_seconds: f64) -> Value {
@@ -224,7 +224,7 @@ fn as_json(completion: &Completion, has_text: bool, load_seconds: f64) -> Value 
     })
 }
 
-/// Tokens per second; `None` where nothing was measured.
+/// Tokens per second; `None` if nothing was measured.
 pub fn per_second(tokens: usize, seconds: f64) -> Option<f64> {
     (tokens > 0 && seconds > 0.0).then(|| tokens as f64 / seconds)
 }

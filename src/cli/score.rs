@@ -1,4 +1,4 @@
-//! `aotron score`: how probable given ids are.
+//! `aotron score`: the probabilities of given token ids.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -14,33 +14,33 @@ use super::args::{EngineFlags, Format};
 use super::term;
 use super::whole_file::WholeFile;
 
-/// A longer file of ids is refused unread.
+/// Limit on the size of a file of ids.
 const MAX_IDS_BYTES: u64 = 256 << 20;
 
-/// What to score.
+/// Flags of `aotron score`.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
     #[command(flatten)]
     engine: EngineFlags,
-    /// JSON file: a list of lists of token ids
+    /// JSON file with a list of lists of token ids
     #[arg(long, value_name = "FILE")]
     ids: PathBuf,
     /// Also write the logits of every token: tensors logits.0, logits.1, … of F32 [tokens, vocabulary]
     #[arg(long, value_name = "FILE.safetensors")]
     logits: Option<PathBuf>,
-    /// How the scores are printed
+    /// Output format
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
 
-/// The score of some ids: each but the first of a list, given those before it.
+/// Score of lists of ids: every id of a list except the first is scored, given the ids before it.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 struct Score {
-    /// All ids, the first of each list included.
+    /// Number of ids, including the first of each list.
     tokens: usize,
     /// Natural logarithm.
     log_probability: f64,
-    /// Log-probability of one id; none where no id was scored.
+    /// Mean log-probability per scored id; `None` if there are none.
     mean: Option<f64>,
     /// `exp(-mean)`
     perplexity: Option<f64>,
@@ -102,17 +102,17 @@ fn read_ids(path: &Path) -> anyhow::Result<Vec<Vec<u32>>> {
     let mut bytes = Vec::new();
     file.take(MAX_IDS_BYTES + 1).read_to_end(&mut bytes).map_err(aotron::Error::io("read", path))?;
     if bytes.len() as u64 > MAX_IDS_BYTES {
-        bail!("{} has more than {MAX_IDS_BYTES} bytes, the most that is read", path.display());
+        bail!("{} has more than {MAX_IDS_BYTES} bytes, the limit for a file of ids", path.display());
     }
     let lists: Vec<Vec<u32>> = serde_json::from_slice(&bytes)
         .with_context(|| format!("{}: expected a JSON list of lists of token ids", path.display()))?;
     if lists.is_empty() {
-        bail!("{}: there is no list of ids in it", path.display());
+        bail!("{}: it contains no list of ids", path.display());
     }
     Ok(lists)
 }
 
-/// Finds what the engine would refuse before hours are spent on what comes before it.
+/// Detects input that the engine would refuse before spending hours on what precedes it.
 fn check(lists: &[Vec<u32>], limits: &Limits) -> anyhow::Result<()> {
     for (index, ids) in lists.iter().enumerate() {
         let most = limits.max_sequence_tokens;

@@ -1,4 +1,4 @@
-//! What printing needs: styles that know whether they are seen, sizes for people, progress.
+//! Terminal output: colours, human-readable sizes, progress.
 
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
@@ -13,7 +13,7 @@ use aotron::compile::Progress;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-/// How often a long stage says how far it is where there is no terminal to draw a bar on.
+/// Interval of progress lines for long stages when there is no terminal to draw a bar on.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 const DIM: anstyle::Style = anstyle::Style::new().dimmed();
@@ -22,7 +22,7 @@ const BOLD_CYAN: anstyle::Style = AnsiColor::Cyan.on_default().bold();
 const BOLD_RED: anstyle::Style = AnsiColor::Red.on_default().bold();
 const YELLOW: anstyle::Style = AnsiColor::Yellow.on_default();
 
-/// Colours, if whoever reads the stream sees them.
+/// Colours, if the stream's reader can see them.
 #[derive(Debug, Clone, Copy)]
 pub struct Style {
     colours: bool,
@@ -39,13 +39,13 @@ pub fn on_stderr() -> Style {
 }
 
 impl Style {
-    /// Colours on a terminal that has them, unless NO_COLOR or CLICOLOR=0 asks for none.
+    /// Colours on a terminal that supports them, unless NO_COLOR or CLICOLOR=0 disables them.
     fn on(stream: &impl RawStream) -> Style {
-        // Only a terminal: what is painted here also says whether to draw, which CLICOLOR_FORCE does not ask for.
+        // Require a terminal, even with CLICOLOR_FORCE: this also decides whether to draw progress bars.
         Style { colours: stream.is_terminal() && AutoStream::choice(stream) != ColorChoice::Never }
     }
 
-    /// Whether colours are seen.
+    /// Returns true if colours are visible.
     pub fn has_colours(self) -> bool {
         self.colours
     }
@@ -75,12 +75,12 @@ impl Style {
     }
 }
 
-/// Tells the user something on standard error.
+/// Prints a note on standard error.
 pub fn note(message: impl Display) {
     let _ = writeln!(std::io::stderr(), "{} {message}", on_stderr().dim("note:"));
 }
 
-/// Warns the user on standard error.
+/// Prints a warning on standard error.
 pub fn warn(message: impl Display) {
     let _ = writeln!(std::io::stderr(), "{} {message}", on_stderr().yellow("warning:"));
 }
@@ -91,12 +91,12 @@ pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout().lock(), "{text}")?)
 }
 
-/// A size for people, as the bars show it: `7.86 MiB`.
+/// A human-readable size in the format of the progress bars: `7.86 MiB`.
 pub fn bytes(bytes: u64) -> String {
     HumanBytes(bytes).to_string()
 }
 
-/// A duration for people: `85 ms`, `3.2 s`, `2 min 5 s`.
+/// A human-readable duration: `85 ms`, `3.2 s`, `2 min 5 s`.
 pub fn duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     if seconds < 0.9995 {
@@ -114,12 +114,12 @@ pub fn plural(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// Text of a model or a file, fit for a terminal: characters that would drive it are shown as U+FFFD.
+/// Text from a model or a file, made safe for a terminal: control characters are shown as U+FFFD.
 pub fn harmless(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
 }
 
-/// A bar over `total` things, drawn on standard error if that is a terminal.
+/// A progress bar over `total` items, drawn on standard error if that is a terminal.
 pub fn bar(name: &str, total: u64, template: &str) -> ProgressBar {
     let bar = ProgressBar::new(total).with_prefix(name.to_owned());
     match ProgressStyle::with_template(template) {
@@ -128,15 +128,15 @@ pub fn bar(name: &str, total: u64, template: &str) -> ProgressBar {
     }
 }
 
-/// The look of a bar over bytes.
+/// Template of a progress bar over bytes.
 pub const BYTES: &str = "{prefix:>10} {bar:32} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta} left";
-/// The look of a bar over tokens.
+/// Template of a progress bar over tokens.
 pub const TOKENS: &str = "{prefix:>10} {bar:32} {pos}/{len} tokens {per_sec} {eta} left";
 
-/// The look of work whose end is not known.
+/// Template of a spinner, for work of unknown length.
 const WORK: &str = "{prefix:>10} {spinner} {elapsed}";
 
-/// Follows stages of bytes: a bar on a terminal, a line now and then elsewhere.
+/// Progress of stages measured in bytes: a bar on a terminal, an occasional line elsewhere.
 pub struct Stages {
     stage: Mutex<Option<Stage>>,
     cancelled: AtomicBool,
@@ -155,7 +155,7 @@ impl Stages {
         Stages { stage: Mutex::new(None), cancelled: AtomicBool::new(false) }
     }
 
-    /// Prints a line without tearing the bar.
+    /// Prints a line without garbling the bar.
     fn aside(&self, print: &dyn Fn()) {
         match self.stage.lock() {
             Ok(stage) => match stage.as_ref() {
@@ -166,12 +166,12 @@ impl Stages {
         }
     }
 
-    /// Asks whoever reports here to end.
+    /// Asks the stage that reports here to stop.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// So many bytes of the stage are done.
+    /// Reports that this many bytes of the stage are done.
     pub fn reach(&self, bytes: u64) {
         let done = match self.stage.lock() {
             Ok(stage) => stage.as_ref().map_or(bytes, |stage| stage.done),

@@ -1,4 +1,4 @@
-//! `aotron tokenize`: the ids of a text or a conversation.
+//! `aotron tokenize`: the token ids of a text or a conversation.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -13,19 +13,19 @@ use super::args::ChatFlags;
 use super::prompt::read_file;
 use super::term::{self, Stages};
 
-/// Whose tokens, and of which text.
+/// Flags of `aotron tokenize`.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
     /// Engine package or checkpoint
     #[arg(value_name = "ENGINE|CHECKPOINT")]
     path: PathBuf,
-    /// The text
+    /// Text to encode
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, required_unless_present = "messages")]
     text: Option<String>,
-    /// A conversation: a JSON file with a list of {"role", "content"}, `-` for standard input
+    /// Conversation to encode: a JSON file with a list of {"role", "content"}, `-` for standard input
     #[arg(long, value_name = "FILE.json", conflicts_with_all = ["text", "raw"])]
     messages: Option<PathBuf>,
-    /// Encode the text as it is, not as a user's message in the chat template
+    /// Encode the text itself, not as a user message in the chat template
     #[arg(long, conflicts_with_all = ["chat_format", "escape_markers"])]
     raw: bool,
     #[command(flatten)]
@@ -56,7 +56,7 @@ fn open(flags: &Flags) -> anyhow::Result<(Tokenizer, ChatFormat)> {
         (package.tokenizer()?, package.manifest().chat_format.clone())
     } else {
         let checkpoint = open_checkpoint(&flags.path, &Stages::new())?;
-        // A chosen format has a say in what the tokenizer takes for a marker.
+        // The chosen format affects what the tokenizer treats as a marker.
         let text = CheckpointText::of(&checkpoint, flags.chat.chat_format.as_deref())?;
         text.refusals.iter().for_each(|reason| term::warn(term::harmless(reason)));
         (text.tokenizer.map(|(_, tokenizer)| tokenizer), text.format)
@@ -67,7 +67,7 @@ fn open(flags: &Flags) -> anyhow::Result<(Tokenizer, ChatFormat)> {
     Ok((tokenizer, format))
 }
 
-/// A list of messages, by itself or under the key `messages`.
+/// A list of messages, at the top level or under the key `messages`.
 fn messages(path: &Path) -> anyhow::Result<Vec<Value>> {
     let text = read_file(path)?;
     let json: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;

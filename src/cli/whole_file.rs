@@ -1,4 +1,4 @@
-//! A file that appears whole or not at all: written beside its place and renamed when it is complete.
+//! Atomic file output: a file is written next to its destination and renamed once it is complete.
 
 use std::fs::Permissions;
 use std::io::{BufWriter, Write};
@@ -8,18 +8,18 @@ use std::path::{Path, PathBuf};
 use aotron::{Error, Result};
 use tempfile::NamedTempFile;
 
-/// A file being written. Dropped before [`WholeFile::finish`], it leaves nothing.
+/// A file being written. If dropped before [`WholeFile::finish`], it leaves nothing behind.
 pub struct WholeFile {
     target: PathBuf,
     out: BufWriter<NamedTempFile>,
 }
 
 impl WholeFile {
-    /// Starts the file that will be at `target`, in place of what is there.
+    /// Starts a file that will replace whatever is at `target`.
     ///
     /// # Errors
-    /// [`Error::Io`] if there is no such folder or it cannot be written to; [`Error::Request`] for a path that names
-    /// something else than a file, such as a folder or a device.
+    /// [`Error::Io`] if the folder does not exist or cannot be written to; [`Error::Request`] if the path is something
+    /// other than a file, such as a folder or a device.
     pub fn create(target: &Path) -> Result<WholeFile> {
         let Some(name) = target.file_name().filter(|_| target.is_file() || !target.exists()) else {
             return Err(Error::Request(format!("cannot write {}: it is not a file", target.display())));
@@ -28,7 +28,7 @@ impl WholeFile {
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(".part-");
-        // A temporary file is its owner's alone; this one becomes a file like any other, as the umask says.
+        // Temporary files are created private to their owner; restore the permissions that the umask gives.
         let file = tempfile::Builder::new()
             .prefix(&hidden)
             .permissions(Permissions::from_mode(0o666))
@@ -40,15 +40,15 @@ impl WholeFile {
     /// Appends to the file.
     ///
     /// # Errors
-    /// [`Error::Io`], on a full disk for example.
+    /// [`Error::Io`], for example on a full disk.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.out.write_all(bytes).map_err(Error::io("write", &self.target))
     }
 
-    /// Makes the file appear.
+    /// Moves the file to its destination.
     ///
     /// # Errors
-    /// [`Error::Io`]; what was at its place is still there then.
+    /// [`Error::Io`]; the destination is unchanged then.
     pub fn finish(self) -> Result<()> {
         let file = self.out.into_inner().map_err(|error| Error::io("write", &self.target)(error.into_error()))?;
         file.as_file().sync_all().map_err(Error::io("flush to disk", &self.target))?;

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::calibration::{self, Calibration};
-use super::gpu::{Engines, GpuPlan, Means};
+use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
 use super::{
     BuildRequest, BuildSummary, CheckpointText, PassReport, PlanSummary, Precision, Progress, Recipe, add_engines,
@@ -16,7 +16,7 @@ use super::{
 use crate::backend::Limits;
 use crate::backend::cpu;
 use crate::backend::packing::{self, PackItem};
-use crate::backend::tensorrt::lower::{Constants, Weight};
+use crate::backend::tensorrt::lower::{Constants, PlanWeight};
 use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
@@ -53,7 +53,7 @@ impl LoweredPlan {
         config: &ModelConfig,
         recipe: &Recipe,
         limits: &Limits,
-        means: Option<Means>,
+        means: Option<PlanCompiler>,
         calibration: Option<&Calibration>,
     ) -> Result<LoweredPlan> {
         match means {
@@ -83,7 +83,7 @@ impl LoweredPlan {
         }
     }
 
-    fn means(&self) -> Option<Means> {
+    fn means(&self) -> Option<PlanCompiler> {
         match self {
             LoweredPlan::Cpu { .. } => None,
             LoweredPlan::Gpu(plan) => Some(plan.means()),
@@ -94,7 +94,7 @@ impl LoweredPlan {
     fn bytes_in_plan(&self) -> u64 {
         match self {
             LoweredPlan::Cpu { .. } => 0,
-            LoweredPlan::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(Weight::bytes).sum(),
+            LoweredPlan::Gpu(plan) => plan.weights.iter().filter(|weight| weight.in_plan).map(PlanWeight::bytes).sum(),
         }
     }
 }
@@ -258,7 +258,7 @@ impl PlannedBuild {
         self.prediction.check(&self.request.output)?;
         let mut writer = PackageWriter::create(&self.request.output, self.request.replace)?;
         // Plans that need no weights are compiled first, so that TensorRT's rejections surface within seconds.
-        let mut engines: Vec<Option<Engines>> = Vec::with_capacity(self.plans.len());
+        let mut engines: Vec<Option<CompiledPlans>> = Vec::with_capacity(self.plans.len());
         for Planned { recipe, lowered, .. } in &self.plans {
             engines.push(match lowered {
                 LoweredPlan::Gpu(plan) if !plan.holds_weights() && !recipe.precision.needs_calibration() => {
@@ -447,9 +447,9 @@ fn recipe_names(recipes: &[Recipe]) -> String {
 }
 
 /// The way to compile a recipe's plan on this machine; `None` for the CPU, which needs no compiler.
-fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<Means>> {
+fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<PlanCompiler>> {
     let capability = recipe.target.compute_capability();
-    capability.map(|capability| Means::find(recipe.target.name(), capability, prepare)).transpose()
+    capability.map(|capability| PlanCompiler::find(recipe.target.name(), capability, prepare)).transpose()
 }
 
 /// Reports the choices made about tokenizer, template and stops, and rejects a format that would never stop or that the

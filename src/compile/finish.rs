@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::gpu::{GpuPlan, Means, precision_of};
+use super::gpu::{GpuPlan, PlanCompiler, precision_of};
 use super::repack::repack;
 use super::{BuildSummary, Calibration, PlanSummary, Progress, Recipe, Target, add_engines, plan_info};
 use crate::backend::tensorrt::lower::Constants;
@@ -42,11 +42,11 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
     }
     let work = plans_to_compile(&package, request.recipe.as_ref())?;
     // Fail on anything that cannot be compiled here before any work.
-    let means: Vec<Means> = work
+    let means: Vec<PlanCompiler> = work
         .iter()
         .map(|(recipe, plan)| {
             let capability = recipe.target.compute_capability().ok_or_else(|| not_for_gpus(&package, plan))?;
-            Means::find(recipe.target.name(), capability, false)
+            PlanCompiler::find(recipe.target.name(), capability, false)
         })
         .collect::<Result<_>>()?;
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 pub use build::{PlannedBuild, build, open_checkpoint};
 pub use calibration::Calibration;
 pub use finish::{FinishRequest, finish};
-use gpu::{Engines, GpuPlan, Means};
+use gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 pub use passes::{PassReport, Precision};
 pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
 pub use recipe::{Recipe, Target, TensorRtOptions};
@@ -123,7 +123,7 @@ pub fn optimized_graph(
 }
 
 impl PlanSummary {
-    fn of(info: &PlanInfo, means: Option<Means>, reports: Vec<PassReport>) -> PlanSummary {
+    fn of(info: &PlanInfo, means: Option<PlanCompiler>, reports: Vec<PassReport>) -> PlanSummary {
         PlanSummary {
             target: info.target.clone(),
             precision: info.precision.clone(),
@@ -153,21 +153,21 @@ fn add_engines(
     writer: &mut PackageWriter,
     recipe: &Recipe,
     plan: GpuPlan,
-    engines: Option<Engines>,
+    engines: Option<CompiledPlans>,
 ) -> Result<(Option<String>, TensorRtInfo)> {
     let Some(engines) = engines else { return Ok((None, plan.info(None))) };
     let target = recipe.target.name();
     let file = format!("plans/{target}.engine");
     writer.add(&file, |write| write(engines.plan.bytes()))?;
-    let first_chunk = match engines.first_chunk {
+    let context_plan = match engines.context_plan {
         Some(engine) => {
-            let file = format!("plans/{target}-first-chunk.engine");
+            let file = format!("plans/{target}-context.engine");
             writer.add(&file, |write| write(engine.bytes()))?;
             Some(file)
         }
         None => None,
     };
-    Ok((Some(file), plan.info(first_chunk)))
+    Ok((Some(file), plan.info(context_plan)))
 }
 
 /// Default output folder: `engines/<checkpoint's name>`, without the extension for a `.nemo`.

@@ -58,8 +58,8 @@ pub struct TensorRtOptions {
     pub top_tokens: usize,
     /// Sequences per prefill step.
     pub prefill_sequences: usize,
-    /// Whether first chunks have a plan of their own; `None`: unless weights are part of the plan.
-    pub first_chunk_plan: Option<bool>,
+    /// Builds a context plan for prefill without a past; `None` means yes unless weights are embedded in the plan.
+    pub context_plan: Option<bool>,
     /// TensorRT 11's builder optimization level, 0 to 5.
     pub optimization_level: usize,
     /// GiB of KV cache on a GPU, by the GPU's memory in GB.

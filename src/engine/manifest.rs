@@ -135,8 +135,8 @@ impl PlanInfo {
     /// All files that it needs.
     pub fn files(&self) -> impl Iterator<Item = &String> {
         let compiled = self.tensorrt.as_ref().and_then(|t| t.compiled.as_ref());
-        let first_chunk = compiled.and_then(|c| c.first_chunk_plan.as_ref());
-        self.plan.iter().chain(first_chunk).chain([&self.weights])
+        let context_plan = compiled.and_then(|c| c.context_plan.as_ref());
+        self.plan.iter().chain(context_plan).chain([&self.weights])
     }
 }
 

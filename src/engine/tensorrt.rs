@@ -1,5 +1,5 @@
-//! What a manifest says of a TensorRT plan: what compiled it, for which GPU and which steps, and what it is to be given.
-//! The builder writes it and the executor binds memory by it, so the two cannot disagree on a name or a shape.
+//! Manifest entry of a TensorRT plan: the library that compiled it, its GPU, sizes and bindings. The builder writes the
+//! entry and the executor binds memory by it, so the two cannot disagree on a name or a shape.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,28 +8,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::tensor::DType;
 
-/// A TensorRT plan's half of its entry in the manifest.
+/// The TensorRT part of a plan's manifest entry.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorRtInfo {
-    /// Of the GPUs it runs on: 80 is SM 8.0.
+    /// Compute capability of the GPUs it runs on: 80 is SM 8.0.
     pub compute_capability: u16,
-    /// What compiled it; nothing did where the package was only prepared.
+    /// Compiler and files; `None` if the package was only prepared.
     pub compiled: Option<Compiled>,
-    /// The steps it was built for.
+    /// Sizes it was built for.
     pub sizes: Sizes,
-    /// Everything that is bound to it: weights first, in the order of their file.
+    /// Inputs and outputs: weights first, in the order of the weights file.
     pub bindings: Vec<Binding>,
     /// GiB of KV cache to use on a GPU, by the GPU's memory in GB.
     pub kv_cache_gib: BTreeMap<u32, u32>,
-    /// What an E4M3 one stands for in the inputs of each linear layer, by its weight's name; empty but for FP8.
+    /// Activation scales of the linear layers' inputs, by weight name; empty except for FP8.
     pub activation_scales: BTreeMap<String, f32>,
 }
 
 impl TensorRtInfo {
     /// Bytes of KV cache per token of one sequence.
     pub fn kv_bytes_per_token(&self) -> usize {
-        let caches = self.bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_) | Role::ValueCache(_)));
+        let caches =
+            self.bindings.iter().filter(|b| matches!(b.role, BindingRole::KeyCache(_) | BindingRole::ValueCache(_)));
         let bytes = |binding: &Binding| match binding.shape[..] {
             [_, Extent::Fixed(heads), _, Extent::Fixed(head_dim)] => {
                 heads.saturating_mul(head_dim).saturating_mul(binding.dtype.bytes())
@@ -40,27 +41,27 @@ impl TensorRtInfo {
     }
 }
 
-/// What compiled a plan, and into which files beside [`PlanInfo::plan`](super::PlanInfo::plan), which decodes and
-/// prefills.
+/// The library that compiled a plan, and the plan files in addition to [`PlanInfo::plan`](super::PlanInfo::plan), which
+/// decodes and prefills.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Compiled {
-    /// Which library: a plan of one is nothing to the other.
+    /// Library that compiled it. The two libraries cannot read each other's plans.
     pub library: LibraryKind,
-    /// Its version.
+    /// Version of the library.
     pub version: String,
-    /// The file of the plan for first chunks, whose sequences have no past. Without one they run as later ones do.
-    pub first_chunk_plan: Option<String>,
+    /// File of the context plan, which prefills sequences without a past. Without it, the main plan prefills them too.
+    pub context_plan: Option<String>,
 }
 
-/// The two libraries.
+/// TensorRT's two libraries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LibraryKind {
-    /// TensorRT, for data-centre GPUs; compiles for the GPU at hand.
+    /// TensorRT, for data-centre GPUs; compiles for the GPU in the machine.
     #[serde(rename = "tensorrt")]
     TensorRt,
-    /// TensorRT for RTX; compiles for a named compute capability, on any machine.
+    /// TensorRT for RTX; cross-compiles for a given compute capability on any machine.
     #[serde(rename = "tensorrt-rtx")]
     Rtx,
 }
@@ -69,68 +70,68 @@ pub enum LibraryKind {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sizes {
-    /// Capacity of one sequence in the cache.
+    /// Cache capacity per sequence, S.
     pub max_sequence_tokens: usize,
-    /// Most sequences of a step that decodes, one token each.
+    /// Maximum sequences in a decode step, one token each.
     pub decode_sequences: usize,
-    /// Most sequences of a step that prefills.
+    /// Maximum sequences in a prefill step.
     pub prefill_sequences: usize,
-    /// Most tokens per sequence of a step that prefills; all its sequences have equally many.
+    /// Maximum tokens per sequence in a prefill step; all its sequences have the same number.
     pub prefill_tokens: usize,
-    /// Most rows of logits of a step that prefills.
+    /// Maximum logits rows of a prefill step.
     pub prefill_logits_rows: usize,
-    /// Columns of the outputs [`Role::TopLogits`] and [`Role::TopIds`], or the vocabulary if that is less.
+    /// Columns of the outputs [`BindingRole::TopLogits`] and [`BindingRole::TopIds`], capped at the vocabulary size.
     pub top_tokens: usize,
 }
 
-/// A tensor that a plan reads or writes.
+/// An input or output of a plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Binding {
-    /// Its name in the plan, and in the weights file if it is a weight.
+    /// Name in the plan, and in the weights file for a weight.
     pub name: String,
-    /// What it is.
-    pub role: Role,
+    /// Role in a step.
+    pub role: BindingRole,
     /// Element type.
     pub dtype: DType,
     /// Row-major shape.
     pub shape: Vec<Extent>,
 }
 
-/// A size of a binding.
+/// A dimension of a binding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Extent {
     /// The same in every step.
     Fixed(usize),
-    /// The step's own.
+    /// Dynamic, given by the step.
     Step(StepSize),
 }
 
-/// A size that differs from step to step.
+/// A dynamic dimension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum StepSize {
-    /// Sequences.
+    /// Number of sequences.
     B,
-    /// New tokens of each sequence.
+    /// New tokens per sequence.
     T,
-    /// Rows of logits.
+    /// Number of logits rows.
     R,
 }
 
-/// What a binding is to a step.
+/// Role of a binding in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Role {
-    /// An input that never changes.
+pub enum BindingRole {
+    /// Constant input.
     Weight,
     /// Input `i32[B, T]`.
     TokenIds,
     /// Input `i32[B, T]`: each token's position in its sequence.
     Positions,
-    /// Input `i32[B]`: tokens of each sequence before the step, where the new ones are written.
+    /// Input `i32[B]`: length of each sequence before the step, the position where new entries are written.
     PastTokens,
-    /// Input `i32[B]`: tokens of each sequence after the step. The plan for first chunks has none.
+    /// Input `i32[B]`: length of each sequence after the step. The context plan does not have it.
     TotalTokens,
     /// Input `i32[R]`: indices into the step's B · T tokens.
     LogitsRows,
@@ -138,22 +139,29 @@ pub enum Role {
     KeyCache(usize),
     /// Input: a layer's values.
     ValueCache(usize),
-    /// Output: a layer's keys after the step, in the memory of [`Role::KeyCache`].
+    /// Output: a layer's keys after the step, in the memory of [`BindingRole::KeyCache`].
     UpdatedKeys(usize),
-    /// Output: a layer's values after the step, in the memory of [`Role::ValueCache`].
+    /// Output: a layer's values after the step, in the memory of [`BindingRole::ValueCache`].
     UpdatedValues(usize),
     /// Output `f32[R, vocab]`.
     Logits,
-    /// Output `f32[R, k]`: the largest logits of each row, largest first.
+    /// Output `f32[R, k]`: the largest logits of each row in descending order.
     TopLogits,
     /// Output `i32[R, k]`: their token ids.
     TopIds,
 }
 
-impl Role {
-    /// Whether the plan writes it.
+impl BindingRole {
+    /// Returns true if the plan writes it.
     pub fn is_output(self) -> bool {
-        matches!(self, Role::UpdatedKeys(_) | Role::UpdatedValues(_) | Role::Logits | Role::TopLogits | Role::TopIds)
+        matches!(
+            self,
+            BindingRole::UpdatedKeys(_)
+                | BindingRole::UpdatedValues(_)
+                | BindingRole::Logits
+                | BindingRole::TopLogits
+                | BindingRole::TopIds
+        )
     }
 }
 

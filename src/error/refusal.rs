@@ -2,19 +2,19 @@
 
 use std::fmt;
 
-/// Why none of a package's plans runs here.
+/// The reasons why none of a package's plans can run here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlanRefusals {
-    /// The target that was asked for, if one was.
+    /// The requested target, if any.
     pub target: Option<String>,
-    /// Targets the package has plans for.
+    /// Targets that the package has plans for.
     pub targets: Vec<String>,
-    /// The plans that were considered; none where the package has no plan for the target.
+    /// The plans that were considered; empty if the package has no plan for the target.
     pub plans: Vec<PlanRefusal>,
 }
 
-/// A plan that does not run here.
+/// A plan that cannot run here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlanRefusal {
@@ -22,28 +22,28 @@ pub struct PlanRefusal {
     pub target: String,
     /// The plan's precision.
     pub precision: String,
-    /// What it lacks.
+    /// The missing requirement.
     pub reason: RefusalReason,
 }
 
-/// What a plan lacks to run on a machine.
+/// A requirement for running a plan that a machine does not meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RefusalReason {
-    /// It is for a target of another version of aotron.
+    /// The target belongs to another version of aotron.
     UnknownTarget,
-    /// Its weights are packed, but it was not compiled.
+    /// The weights are packed, but the plan was not compiled.
     PreparedOnly,
-    /// The GPU's driver is missing or does not start; its words.
+    /// The GPU driver is missing or does not start; its message.
     NoDriver(String),
-    /// There is a driver, but no GPU that the plan was compiled for.
+    /// There is a driver, but none of the GPUs that the plan was compiled for.
     OtherGpu {
         /// The GPU it was compiled for.
         wanted: String,
         /// The GPUs that may be used.
         found: String,
     },
-    /// The library that compiled it is missing or does not fit; what to do.
+    /// The library that compiled it is missing or has the wrong version; the remedy.
     NoLibrary(String),
 }
 

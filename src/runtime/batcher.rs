@@ -1,10 +1,10 @@
-//! Many requests over the slots of one executor.
+//! Continuous batching: many requests over the slots of one executor.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 
-use super::generation::{Generation, Vocabulary};
+use super::generation::{Generation, OutputVocabulary};
 use super::request::{Completion, GenerationRequest};
 use super::slots::Slots;
 use crate::backend::{Chunk, Executor, Limits, NextToken, Rows, Step};
@@ -14,7 +14,7 @@ use crate::text::Tokenizer;
 #[cfg(test)]
 mod tests;
 
-/// A request of one batcher. Never used twice.
+/// Identifies a request within one batcher. Never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(u64);
 
@@ -24,31 +24,31 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// What happened to a request. [`Event::Done`] or [`Event::Failed`] is its last.
+/// Progress of a request. [`Event::Done`] or [`Event::Failed`] is the last one.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Event {
-    /// More of its text, never empty.
+    /// More text, never empty.
     Text(String),
-    /// It is finished.
+    /// The request is finished.
     Done(Completion),
-    /// It cannot go on. Shared, because one failed step fails every request that ran.
+    /// The request failed. Shared, because a failed step fails every request in it.
     Failed(Arc<Error>),
 }
 
-/// Serves requests together, one forward step at a time. What a request gets does not depend on the others.
+/// Serves requests together, one forward step at a time. The result of a request does not depend on the others.
 ///
-/// Requests take a slot in the order they came, and wait while none is free. Steps alternate between prefill and
-/// decode while there is work of both kinds, so a long prompt, `max_step_tokens` at a time, at most halves the speed
-/// of those that are decoding.
+/// Requests take slots in the order they arrived, and wait while none is free. Steps alternate between prefill and
+/// decode while there is work of both kinds, so a long prompt, computed `max_step_tokens` at a time, at most halves the
+/// speed of requests that are decoding.
 ///
-/// A request whose logits are not numbers fails alone. When the executor itself reports an error, all requests that
-/// hold a slot fail, those that wait stay, and the batcher goes on with empty slots.
+/// A request whose logits are not finite fails alone. If the executor itself reports an error, all requests that hold a
+/// slot fail, the queued ones stay, and the batcher goes on with empty slots.
 pub struct Batcher {
     executor: Box<dyn Executor>,
-    vocabulary: Vocabulary,
+    vocabulary: OutputVocabulary,
     slots: Slots,
-    /// Requests with a slot. In the order they came, but for decoding ones that just had their turn, which go last.
+    /// Requests that hold a slot, oldest first, except that those decoded by the last step move to the end.
     active: Vec<Active>,
     queue: VecDeque<(RequestId, Generation)>,
     max_queued: usize,
@@ -64,21 +64,21 @@ struct Active {
     outcome: Option<Result<(), Arc<Error>>>,
 }
 
-/// What a step computes of one request.
-struct Part {
+/// One request's share of a step.
+struct StepPart {
     /// Index into [`Batcher::active`].
     index: usize,
-    /// The new tokens.
+    /// The tokens to compute.
     tokens: Vec<u32>,
-    /// Whether it returns a row of logits.
+    /// True if the step returns a row of logits for it.
     has_row: bool,
 }
 
 impl Batcher {
-    /// A batcher over an executor it owns, with at most `max_queued` requests waiting for a slot. `tokenizer` as
-    /// in [`Session::new`](super::Session::new).
+    /// Creates a batcher over an executor that it owns, with at most `max_queued` requests waiting for a slot.
+    /// `tokenizer` is as in [`Session::new`](super::Session::new).
     pub fn new(executor: Box<dyn Executor>, tokenizer: Option<Arc<Tokenizer>>, max_queued: usize) -> Batcher {
-        let vocabulary = Vocabulary::new(executor.limits(), tokenizer);
+        let vocabulary = OutputVocabulary::new(executor.limits(), tokenizer);
         let slots = Slots::new(executor.limits().slots);
         Batcher {
             executor,
@@ -92,7 +92,7 @@ impl Batcher {
         }
     }
 
-    /// What the engine was built for.
+    /// The limits that the engine was built with.
     pub fn limits(&self) -> &Limits {
         self.executor.limits()
     }
@@ -102,25 +102,25 @@ impl Batcher {
         self.vocabulary.tokenizer()
     }
 
-    /// Requests that hold a slot.
+    /// Number of requests that hold a slot.
     pub fn active(&self) -> usize {
         self.active.len()
     }
 
-    /// Requests that wait for a slot.
+    /// Number of requests that wait for a slot.
     pub fn queued(&self) -> usize {
         self.queue.len()
     }
 
-    /// Whether [`Batcher::step`] has nothing to do.
+    /// Returns true if [`Batcher::step`] has nothing to do.
     pub fn is_idle(&self) -> bool {
         self.active.is_empty() && self.queue.is_empty()
     }
 
-    /// Accepts a request. It is checked whole here; what happens to it comes from [`Batcher::step`].
+    /// Accepts a request. All validation happens here; results come from [`Batcher::step`].
     ///
     /// # Errors
-    /// [`Error::QueueFull`] when as many wait as may; [`Error::Request`] or [`Error::PromptTooLong`] for a request
+    /// [`Error::QueueFull`] if the queue is full; [`Error::Request`] or [`Error::PromptTooLong`] for a request that
     /// this engine cannot serve.
     pub fn submit(&mut self, request: GenerationRequest) -> Result<RequestId> {
         let generation = Generation::new(request, self.executor.limits(), &self.vocabulary)?;
@@ -131,7 +131,7 @@ impl Batcher {
         Ok(self.enqueue(generation))
     }
 
-    /// Accepts a request that was checked, however many wait.
+    /// Accepts a validated request, however long the queue is.
     pub(super) fn enqueue(&mut self, generation: Generation) -> RequestId {
         let id = RequestId(self.next_id);
         self.next_id += 1;
@@ -140,8 +140,8 @@ impl Batcher {
         id
     }
 
-    /// Ends a request and frees its slot at once; no event follows. Returns what it has, with finish reason
-    /// [`FinishReason::Cancelled`](super::FinishReason::Cancelled), or `None` for a request that is already over.
+    /// Ends a request and frees its slot at once, without another event. Returns the partial completion, with finish
+    /// reason [`FinishReason::Cancelled`](super::FinishReason::Cancelled), or `None` if the request is already over.
     pub fn cancel(&mut self, id: RequestId) -> Option<Completion> {
         if let Some(index) = self.queue.iter().position(|(queued, _)| *queued == id) {
             return self.queue.remove(index).map(|(_, generation)| generation.complete());
@@ -152,12 +152,12 @@ impl Batcher {
         Some(active.generation.complete())
     }
 
-    /// Gives free slots to those who wait, in order.
+    /// Assigns free slots to queued requests, in order.
     fn admit(&mut self) {
         while self.slots.has_free()
             && let Some((id, mut generation)) = self.queue.pop_front()
         {
-            // There is a free slot, so this is never `None`.
+            // The loop checked that a slot is free, so this is never `None`.
             let Some((slot, reused)) = self.slots.acquire(generation.prompt()) else { return };
             generation.start(reused);
             let outcome = generation.is_finished().then_some(Ok(()));
@@ -165,12 +165,12 @@ impl Batcher {
         }
     }
 
-    /// Runs one forward step, if there is anything to compute, and returns what happened, in the order it did. Never
-    /// fails as a whole: errors are the requests'.
+    /// Runs one forward step, if there is anything to compute, and returns the resulting events in order. Never fails
+    /// as a whole: errors are reported per request.
     pub fn step(&mut self) -> Vec<(RequestId, Event)> {
         self.admit();
         let mut events = Vec::new();
-        // Requests for no tokens at all are over before they begin.
+        // Requests for zero tokens are finished before the first step.
         self.retire(&mut events);
         self.admit();
         let parts = self.schedule();
@@ -179,7 +179,8 @@ impl Batcher {
                 let error = Arc::new(error);
                 self.slots.forget_all();
                 for active in &mut self.active {
-                    // A row that cannot be fetched may come after one that ended its request.
+                    // The fetch of a later row may fail after an earlier row has already finished its request; keep
+                    // that outcome.
                     active.outcome.get_or_insert_with(|| Err(error.clone()));
                 }
             }
@@ -189,11 +190,11 @@ impl Batcher {
         events
     }
 
-    /// Chooses the parts of the next step. All are prefill or all are decode.
-    fn schedule(&mut self) -> Vec<Part> {
+    /// Plans the next step, which is either all prefill or all decode.
+    fn schedule(&mut self) -> Vec<StepPart> {
         let limits = self.executor.limits();
         let (max_tokens, max_rows) = (limits.max_step_tokens, limits.max_logits_rows);
-        let (mut prefill, mut decode): (Vec<Part>, Vec<Part>) = (Vec::new(), Vec::new());
+        let (mut prefill, mut decode): (Vec<StepPart>, Vec<StepPart>) = (Vec::new(), Vec::new());
         let mut tokens_left = max_tokens;
         for (index, active) in self.active.iter().enumerate() {
             if active.outcome.is_some() {
@@ -201,23 +202,23 @@ impl Batcher {
             }
             if let Some(token) = active.generation.last() {
                 if decode.len() < max_tokens.min(max_rows) {
-                    decode.push(Part { index, tokens: vec![token], has_row: true });
+                    decode.push(StepPart { index, tokens: vec![token], has_row: true });
                 }
             } else if tokens_left > 0 && prefill.len() < max_rows {
                 let rest = active.generation.prompt().get(self.slots.len(active.slot)..).unwrap_or_default();
                 let tokens = rest.get(..tokens_left).unwrap_or(rest);
                 tokens_left -= tokens.len();
-                prefill.push(Part { index, tokens: tokens.to_vec(), has_row: tokens.len() == rest.len() });
+                prefill.push(StepPart { index, tokens: tokens.to_vec(), has_row: tokens.len() == rest.len() });
             }
         }
         self.last_was_prefill = decode.is_empty() || (!prefill.is_empty() && !self.last_was_prefill);
         if self.last_was_prefill { prefill } else { decode }
     }
 
-    /// Computes the parts. An error is the executor's; one request's own goes to its outcome.
-    fn forward(&mut self, parts: &[Part], events: &mut Vec<(RequestId, Event)>) -> Result<()> {
+    /// Runs the step. Returns the executor's errors; an error of a single request goes to its outcome.
+    fn forward(&mut self, parts: &[StepPart], events: &mut Vec<(RequestId, Event)>) -> Result<()> {
         let limits = self.executor.limits();
-        let slot_of = |part: &Part| self.active.get(part.index).map_or(usize::MAX, |active| active.slot);
+        let slot_of = |part: &StepPart| self.active.get(part.index).map_or(usize::MAX, |active| active.slot);
         let step = if self.last_was_prefill {
             let chunks: Vec<Chunk<'_>> = parts
                 .iter()
@@ -262,7 +263,7 @@ impl Batcher {
             row += 1;
         }
         if !self.last_was_prefill {
-            // Where one step cannot take all, those that waited come first in the next.
+            // If one step cannot take all requests, those left out come first in the next.
             let decoded = |index: &usize| parts.iter().any(|part| part.index == *index);
             let (last, first): (Vec<_>, Vec<_>) =
                 std::mem::take(&mut self.active).into_iter().enumerate().partition(|(index, _)| decoded(index));
@@ -271,7 +272,7 @@ impl Batcher {
         Ok(())
     }
 
-    /// Removes requests that are over and frees their slots.
+    /// Removes finished requests and frees their slots.
     fn retire(&mut self, events: &mut Vec<(RequestId, Event)>) {
         for mut active in std::mem::take(&mut self.active) {
             let event = match active.outcome.take() {
@@ -281,7 +282,7 @@ impl Batcher {
                 }
                 Some(Ok(())) => Event::Done(active.generation.complete()),
                 Some(Err(error)) => {
-                    // Keys and values that led to NaN are not to be reused.
+                    // Keys and values that led to NaN must not be reused.
                     self.slots.forget(active.slot);
                     Event::Failed(error)
                 }

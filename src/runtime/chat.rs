@@ -10,41 +10,42 @@ use super::stream::TextStream;
 use crate::error::{Error, Result};
 use crate::text::{ChatFormat, Message, Role, Tokenizer};
 
-/// A user's message, and how it is to be answered where that differs from the conversation's settings.
+/// A user message, and settings for its answer that override those of the conversation.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Turn {
-    /// The message.
+    /// The message text.
     pub content: String,
     /// Overrides [`Chat::set_sampling`].
     pub sampling: Option<SamplingParams>,
     /// Overrides [`Chat::set_max_tokens`].
     pub max_tokens: Option<usize>,
-    /// Texts that end this answer, beside those of the chat format; neither they nor anything after them is shown.
+    /// Strings that end this answer, in addition to those of the chat format; neither they nor anything after them is
+    /// shown.
     pub stop_strings: Vec<String>,
 }
 
 impl Turn {
-    /// A message, answered by the conversation's settings.
+    /// A message to be answered with the conversation's settings.
     pub fn new(content: impl Into<String>) -> Turn {
         Turn { content: content.into(), sampling: None, max_tokens: None, stop_strings: Vec::new() }
     }
 
-    /// Sets the sampling settings of this answer.
+    /// Overrides the sampling settings for this answer.
     #[must_use]
     pub fn sampling(mut self, sampling: SamplingParams) -> Turn {
         self.sampling = Some(sampling);
         self
     }
 
-    /// Sets the most tokens of this answer.
+    /// Limits the tokens of this answer.
     #[must_use]
     pub fn max_tokens(mut self, max_tokens: usize) -> Turn {
         self.max_tokens = Some(max_tokens);
         self
     }
 
-    /// Adds a text that ends this answer.
+    /// Adds a string that ends this answer.
     #[must_use]
     pub fn stop_string(mut self, text: impl Into<String>) -> Turn {
         self.stop_strings.push(text.into());
@@ -70,8 +71,8 @@ impl From<String> for Turn {
     }
 }
 
-/// Keeps the messages of a conversation and asks the session for each answer. The whole conversation is the prompt
-/// each time; the session computes only what is new in it.
+/// Keeps the messages of a conversation and generates each answer on a session. Every prompt is the whole conversation;
+/// the session computes only the part that is new.
 ///
 /// ```no_run
 /// use std::io::Write;
@@ -103,10 +104,11 @@ pub struct Chat {
 }
 
 impl Chat {
-    /// An empty conversation, in the format of the package: greedy, and with answers as long as there is room for.
+    /// Creates an empty conversation in the given chat format, with greedy sampling and answers as long as there is
+    /// room for.
     ///
     /// # Errors
-    /// [`Error::Request`] where the session has no tokenizer.
+    /// [`Error::Request`] if the session has no tokenizer.
     pub fn new(session: Session, format: Arc<ChatFormat>) -> Result<Chat> {
         let Some(tokenizer) = session.tokenizer().cloned() else {
             return Err(Error::Request("a chat needs a tokenizer, and this session has none".into()));
@@ -122,12 +124,12 @@ impl Chat {
         })
     }
 
-    /// Sets the sampling settings of answers whose turn does not say.
+    /// Sets the sampling settings for answers whose turn does not override them.
     pub fn set_sampling(&mut self, sampling: SamplingParams) {
         self.sampling = sampling;
     }
 
-    /// Sets the most tokens of answers whose turn does not say.
+    /// Sets the token limit for answers whose turn does not override it.
     pub fn set_max_tokens(&mut self, max_tokens: usize) {
         self.max_tokens = max_tokens;
     }
@@ -137,12 +139,12 @@ impl Chat {
         &self.messages
     }
 
-    /// Continues another conversation, such as a saved one; it is checked when the next message is sent.
+    /// Replaces the conversation, for example by a saved one; it is validated when the next message is sent.
     pub fn set_messages(&mut self, messages: Vec<Message>) {
         self.messages = messages;
     }
 
-    /// Sets the system message for what follows; an empty one, which the model card recommends, removes it. The
+    /// Sets the system message from here on; an empty one, which the model card recommends, removes it. The rest of the
     /// conversation is kept.
     pub fn set_system(&mut self, content: &str) {
         self.messages.retain(|message| message.role != Role::System);
@@ -151,7 +153,7 @@ impl Chat {
         }
     }
 
-    /// Starts over: everything but the system message is forgotten.
+    /// Starts over, keeping only the system message.
     pub fn reset(&mut self) {
         self.messages.retain(|message| message.role == Role::System);
     }
@@ -161,25 +163,25 @@ impl Chat {
         &self.session
     }
 
-    /// The session, for what is not chat. The conversation stays as it is, whatever is run there.
+    /// The session, for other uses. Running something on it does not change the conversation.
     pub fn session_mut(&mut self) -> &mut Session {
         &mut self.session
     }
 
-    /// The last answer, however it ended; none before the first.
+    /// The last answer, however it ended; `None` before the first.
     pub fn last_completion(&self) -> Option<&Completion> {
         self.last.as_ref()
     }
 
-    /// Sends a message and returns its answer as an iterator over text, which computes it as it is asked for. A string
-    /// is sent with the conversation's settings; a [`Turn`] can have its own.
+    /// Sends a message and returns the answer as an iterator over its text, computed on demand. A string is sent with
+    /// the conversation's settings; a [`Turn`] can override them.
     ///
-    /// The answer joins the conversation when the iterator is dropped or [finished](Answer::finish), as far as it has
-    /// come. After an error the conversation is what it was before.
+    /// The answer, as far as it was computed, joins the conversation when the iterator is dropped or
+    /// [finished](Answer::finish). After an error the conversation is unchanged.
     ///
     /// # Errors
-    /// As [`Session::stream`] and [`ChatFormat::prompt`]; the conversation is then what it was before. On
-    /// [`Error::ConversationFull`] it has outgrown the engine: nothing is dropped in silence, so the way on is
+    /// As [`Session::stream`] and [`ChatFormat::prompt`]; the conversation is unchanged then.
+    /// [`Error::ConversationFull`] means that it has outgrown the engine: messages are never dropped silently, so call
     /// [`Chat::reset`], or [`Chat::set_messages`] with fewer.
     pub fn send(&mut self, turn: impl Into<Turn>) -> Result<Answer<'_>> {
         let Turn { content, sampling, max_tokens, stop_strings } = turn.into();
@@ -209,7 +211,7 @@ impl Chat {
         }
     }
 
-    /// Sends a message and computes its answer to the end, or until `on_text` breaks it; `on_text` as in
+    /// Sends a message and computes its answer to the end, or until `on_text` breaks; `on_text` is as in
     /// [`Session::generate`].
     ///
     /// # Errors
@@ -229,10 +231,10 @@ impl Chat {
     }
 }
 
-/// An answer as it is computed: an iterator over pieces of its text, as [`TextStream`].
+/// An answer being computed: an iterator over pieces of its text, like [`TextStream`].
 #[derive(Debug)]
 pub struct Answer<'a> {
-    /// None once it has joined the conversation.
+    /// `None` once the answer has joined the conversation.
     stream: Option<TextStream<'a>>,
     messages: &'a mut Vec<Message>,
     last: &'a mut Option<Completion>,
@@ -250,10 +252,10 @@ impl Answer<'_> {
         }
     }
 
-    /// Ends the answer, which joins the conversation as far as it has come, and returns it.
+    /// Ends the answer, adds it to the conversation as far as it was computed, and returns it.
     ///
     /// # Errors
-    /// [`Error::Request`] if it has failed, with an error that was returned before.
+    /// [`Error::Request`] if it failed; that error was returned before.
     pub fn finish(mut self) -> Result<Completion> {
         match self.stream.take() {
             Some(stream) => self.join(stream),
@@ -268,7 +270,7 @@ impl Answer<'_> {
                 self.messages.push(Message::assistant(completion.text.clone()));
                 *self.last = Some(completion.clone());
             }
-            // The question that has no answer goes too.
+            // Remove the unanswered question too.
             Err(_) => drop(self.messages.pop()),
         }
         finished
@@ -286,7 +288,7 @@ impl Iterator for Answer<'_> {
 impl Drop for Answer<'_> {
     fn drop(&mut self) {
         if let Some(stream) = self.stream.take() {
-            // An error was returned when it came.
+            // Any error was already returned by `step`.
             let _ = self.join(stream);
         }
     }

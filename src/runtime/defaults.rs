@@ -1,10 +1,10 @@
-//! A package's defaults as settings of the sampler.
+//! Converts a package's generation defaults to sampling settings.
 
 use super::sampling::SamplingParams;
 use crate::engine::GenerationSettings;
 
 impl From<&GenerationSettings> for SamplingParams {
-    /// Greedy unless the checkpoint asks for sampling; then settings it does not name are off.
+    /// Greedy unless the checkpoint enables sampling; then settings that it does not name are off.
     fn from(settings: &GenerationSettings) -> SamplingParams {
         let mut params = SamplingParams::greedy();
         params.repetition_penalty = settings.repetition_penalty;

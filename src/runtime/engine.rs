@@ -1,4 +1,4 @@
-//! A thread that owns a batcher, and handles to it for any number of other threads.
+//! The serving engine: a thread that owns a batcher, and handles to it for any number of other threads.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use super::batcher::{Batcher, Event, RequestId};
-use super::generation::{Generation, Vocabulary};
+use super::generation::{Generation, OutputVocabulary};
 use super::request::GenerationRequest;
 use super::response::ResponseStream;
 use crate::backend::{Executor, Limits};
@@ -25,7 +25,7 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    /// The most requests that wait for a slot; one more is refused. The default is 64.
+    /// Sets the limit on queued requests; more are refused. The default is 64.
     #[must_use]
     pub fn max_queued(mut self, max_queued: usize) -> EngineOptions {
         self.max_queued = max_queued;
@@ -39,36 +39,36 @@ impl Default for EngineOptions {
     }
 }
 
-/// Which requests an engine still serves when it is told to stop. It accepts no new ones in any case.
+/// The requests that an engine still serves after it was told to stop. New ones are refused in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DrainMode {
-    /// All that it has accepted, those that wait included.
+    /// All accepted requests, including the queued ones.
     Accepted,
-    /// Those that have a slot; the ones that wait fail with [`Error::EngineStopped`].
+    /// Requests that hold a slot; queued ones fail with [`Error::EngineStopped`].
     Running,
-    /// None: all fail with [`Error::EngineStopped`] after the step that is being computed.
+    /// None: all fail with [`Error::EngineStopped`] after the current step.
     Nothing,
 }
 
-/// An engine's load at one moment.
+/// An engine's load at one point in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EngineStatus {
     /// Requests that hold a slot, or are about to.
     pub running: usize,
-    /// Requests that wait for one.
+    /// Requests that wait for a slot.
     pub queued: usize,
-    /// Whether new requests are accepted, if there is room.
+    /// True if new requests are accepted, room permitting.
     pub is_open: bool,
 }
 
 /// Serves many requests together on a thread of its own, which owns a [`Batcher`].
 ///
-/// Requests come through an [`EngineHandle`], which can be cloned and used from any thread. A request is checked on the
-/// thread that submits it, and its text is encoded before that: the engine's thread only runs steps. As in a batcher, the
-/// tokens of a request do not depend on what else runs.
+/// Requests are submitted through an [`EngineHandle`], which can be cloned and used from any thread. They are validated
+/// on the thread that submits them, and their text is encoded before that, so the engine's thread only runs steps. As
+/// in a batcher, the tokens of a request do not depend on other requests.
 ///
-/// Dropping the engine stops it as [`DrainMode::Nothing`] does.
+/// Dropping the engine stops it with [`DrainMode::Nothing`].
 ///
 /// ```no_run
 /// use aotron::{DrainMode, Message, Model};
@@ -96,46 +96,46 @@ pub struct Engine {
     thread: Option<JoinHandle<()>>,
 }
 
-/// A way to an [`Engine`], for one thread or many.
+/// A handle to an [`Engine`], for one thread or many.
 #[derive(Clone)]
 pub struct EngineHandle {
-    shared: Arc<Shared>,
+    shared: Arc<EngineShared>,
 }
 
-/// Takes a request's events on the engine's thread; returns whether it wants more.
-type Sink = Box<dyn FnMut(Event) -> bool + Send>;
+/// Receives a request's events on the engine's thread; returns false to end the request.
+type EventSink = Box<dyn FnMut(Event) -> bool + Send>;
 
-struct Shared {
+struct EngineShared {
     limits: Limits,
-    vocabulary: Vocabulary,
+    vocabulary: OutputVocabulary,
     max_queued: usize,
-    state: Mutex<State>,
-    /// There is something for the engine's thread to look at.
+    state: Mutex<EngineState>,
+    /// Signals the engine's thread that there is something to do.
     work: Condvar,
-    /// There may be room for another request.
+    /// Signals submitters that there may be room in the queue.
     room: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct EngineState {
     queue: VecDeque<Submission>,
-    /// Numbers of running requests to end.
+    /// Numbers of running requests to cancel.
     cancelled: Vec<u64>,
-    /// Requests that were accepted and are not over, those in the queue included.
+    /// Accepted requests that are not finished, including those in the queue.
     outstanding: usize,
     next_number: u64,
     drain: Option<DrainMode>,
-    /// Why the thread is gone, in the words of [`Error::EngineStopped`].
+    /// Set once the thread has ended: the `reason` of [`Error::EngineStopped`].
     stopped: Option<String>,
 }
 
 struct Submission {
     number: u64,
     generation: Generation,
-    sink: Sink,
+    sink: EventSink,
 }
 
-impl State {
+impl EngineState {
     fn is_open(&self) -> bool {
         self.drain.is_none() && self.stopped.is_none()
     }
@@ -145,26 +145,27 @@ impl State {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it holds the lock, and what it guards is whole between any two lines.
+impl EngineShared {
+    fn lock(&self) -> MutexGuard<'_, EngineState> {
+        // Nothing panics while holding the lock, and the state is consistent between any two statements, so a poisoned
+        // lock is safe to use.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Engine {
-    /// Starts an engine over an executor it owns. `tokenizer` as in [`Session::new`](super::Session::new).
+    /// Starts an engine over an executor that it owns. `tokenizer` is as in [`Session::new`](super::Session::new).
     ///
     /// # Errors
-    /// [`Error::Request`] if a thread cannot be started.
+    /// [`Error::Request`] if the thread cannot be started.
     pub fn start(
         executor: Box<dyn Executor>,
         tokenizer: Option<Arc<Tokenizer>>,
         options: EngineOptions,
     ) -> Result<Engine> {
         let limits = executor.limits().clone();
-        let vocabulary = Vocabulary::new(&limits, tokenizer.clone());
-        let shared = Arc::new(Shared {
+        let vocabulary = OutputVocabulary::new(&limits, tokenizer.clone());
+        let shared = Arc::new(EngineShared {
             limits,
             vocabulary,
             max_queued: options.max_queued,
@@ -172,7 +173,7 @@ impl Engine {
             work: Condvar::new(),
             room: Condvar::new(),
         });
-        // The batcher never queues: requests wait here, and go to it when there is a slot.
+        // The batcher's own queue stays unused: requests wait here until there is a slot for them.
         let worker =
             Worker { shared: shared.clone(), batcher: Batcher::new(executor, tokenizer, 0), running: HashMap::new() };
         let thread = std::thread::Builder::new()
@@ -182,15 +183,15 @@ impl Engine {
         Ok(Engine { handle: EngineHandle { shared }, thread: Some(thread) })
     }
 
-    /// A handle, to submit requests with.
+    /// A handle for submitting requests.
     pub fn handle(&self) -> EngineHandle {
         self.handle.clone()
     }
 
-    /// Stops the engine: waits until it has served what `mode` says and its thread has ended.
+    /// Stops the engine and waits until it has served the requests that `mode` selects and its thread has ended.
     ///
     /// # Errors
-    /// [`Error::EngineStopped`] if it had stopped on its own before, with the reason.
+    /// [`Error::EngineStopped`] with the reason, if it had already failed.
     pub fn shutdown(mut self, mode: DrainMode) -> Result<()> {
         self.handle.close(mode);
         self.join();
@@ -203,7 +204,7 @@ impl Engine {
 
     fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // A panic was caught there and is told as the reason.
+            // A panic was caught on that thread and is reported as the reason.
             let _ = thread.join();
         }
     }
@@ -217,26 +218,26 @@ impl Drop for Engine {
 }
 
 impl EngineHandle {
-    /// Submits a request. Its answer comes through the returned stream; dropping that cancels it.
+    /// Submits a request. The answer arrives through the returned stream; dropping the stream cancels the request.
     ///
     /// # Errors
-    /// [`Error::QueueFull`] when as many wait as may; [`Error::EngineStopped`] when the engine was told to stop or has
+    /// [`Error::QueueFull`] if the queue is full; [`Error::EngineStopped`] if the engine was told to stop or has
     /// failed; [`Error::Request`] or [`Error::PromptTooLong`] for a request that it cannot serve.
     pub fn submit(&self, request: GenerationRequest) -> Result<ResponseStream> {
         ResponseStream::open(|sink| self.accept(request, sink, false))
     }
 
-    /// As [`EngineHandle::submit`], but waits while the queue is full.
+    /// As [`EngineHandle::submit`], but blocks while the queue is full.
     ///
     /// # Errors
-    /// As [`EngineHandle::submit`], without [`Error::QueueFull`].
+    /// As [`EngineHandle::submit`], except [`Error::QueueFull`].
     pub fn submit_wait(&self, request: GenerationRequest) -> Result<ResponseStream> {
         ResponseStream::open(|sink| self.accept(request, sink, true))
     }
 
-    /// As [`EngineHandle::submit`], but hands the request's events to `on_event`, which says whether it wants more. This
-    /// is the way to an asynchronous runtime's channel. It is called on the engine's thread, so it must neither block
-    /// nor panic. The request ends when the returned ticket is dropped.
+    /// As [`EngineHandle::submit`], but passes the request's events to `on_event`, which returns false to end the
+    /// request. Use this to feed the channel of an async runtime. It is called on the engine's thread, so it must
+    /// neither block nor panic. Dropping the returned ticket ends the request.
     ///
     /// # Errors
     /// As [`EngineHandle::submit`].
@@ -248,7 +249,7 @@ impl EngineHandle {
         self.accept(request, Box::new(on_event), false)
     }
 
-    fn accept(&self, request: GenerationRequest, sink: Sink, waits: bool) -> Result<Ticket> {
+    fn accept(&self, request: GenerationRequest, sink: EventSink, waits: bool) -> Result<Ticket> {
         let shared = &self.shared;
         let generation = Generation::new(request, &shared.limits, &shared.vocabulary)?;
         let slots = shared.limits.slots;
@@ -274,7 +275,7 @@ impl EngineHandle {
         Ok(Ticket { handle: self.clone(), number })
     }
 
-    /// Tells the engine to stop, and returns at once. A later call can only ask for less to be served.
+    /// Tells the engine to stop, without waiting for it. A later call can only reduce what is still served.
     pub fn close(&self, mode: DrainMode) {
         let mut state = self.shared.lock();
         state.drain = state.drain.max(Some(mode));
@@ -285,12 +286,13 @@ impl EngineHandle {
     /// The engine's load.
     pub fn status(&self) -> EngineStatus {
         let state = self.shared.lock();
-        // A request in the queue has a slot waiting for it if there are fewer requests than slots.
+        // Queued requests count as running while there are fewer requests than slots, because they are about to get
+        // one.
         let running = state.outstanding.min(self.shared.limits.slots);
         EngineStatus { running, queued: state.outstanding - running, is_open: state.is_open() }
     }
 
-    /// The limits of the executor; its slots are the requests that run at once.
+    /// The limits of the executor; its slots are the number of requests that run at once.
     pub fn limits(&self) -> &Limits {
         &self.shared.limits
     }
@@ -320,19 +322,19 @@ impl EngineHandle {
             }
         };
         drop(state);
-        // Its sink is the caller's code, which is not run under the lock.
+        // Drop the sink, the caller's code, outside the lock.
         drop(removed);
     }
 }
 
-/// A request of an engine, which is cancelled when this is dropped, if it is not over.
+/// A request of an engine; dropping this cancels it, unless it is finished.
 pub struct Ticket {
     handle: EngineHandle,
     number: u64,
 }
 
 impl Ticket {
-    /// The engine that serves it.
+    /// The engine that serves the request.
     pub fn engine(&self) -> &EngineHandle {
         &self.handle
     }
@@ -344,41 +346,41 @@ impl Drop for Ticket {
     }
 }
 
-/// The engine's thread.
+/// State of the engine's thread.
 struct Worker {
-    shared: Arc<Shared>,
+    shared: Arc<EngineShared>,
     batcher: Batcher,
     running: HashMap<RequestId, Running>,
 }
 
 struct Running {
     number: u64,
-    sink: Sink,
+    sink: EventSink,
 }
 
-/// Work for one turn of the engine's thread.
+/// Work for one iteration of the engine's thread.
 struct Work {
     admitted: Vec<Submission>,
     cancelled: Vec<u64>,
-    /// Requests that are not served any more.
+    /// Requests that will not be served any more.
     refused: Vec<Submission>,
     ends: bool,
 }
 
 impl Worker {
-    /// Runs until the engine is told to stop. Whatever happens, every request hears of its end.
+    /// Runs until the engine is told to stop. Every request gets a last event, whatever happens.
     fn live(mut self) {
         let panicked = catch_unwind(AssertUnwindSafe(|| self.serve())).err();
         let reason = panicked.map(|payload| format!(": its thread panicked: {}", words_of(&*payload)));
         let mut state = self.shared.lock();
         state.stopped = Some(reason.unwrap_or_default());
-        let queued: Vec<Sink> = state.queue.drain(..).map(|waiting| waiting.sink).collect();
+        let queued: Vec<EventSink> = state.queue.drain(..).map(|waiting| waiting.sink).collect();
         state.outstanding = 0;
         let error = Arc::new(state.stop_error());
         drop(state);
         self.shared.room.notify_all();
         for mut sink in self.running.drain().map(|(_, running)| running.sink).chain(queued) {
-            // One of these may be what panicked.
+            // The panic may have come from one of these sinks.
             let _ = catch_unwind(AssertUnwindSafe(|| sink(Event::Failed(error.clone()))));
         }
     }
@@ -413,7 +415,7 @@ impl Worker {
         }
     }
 
-    /// Waits until there is something to do.
+    /// Blocks until there is something to do.
     fn wait(&self) -> Work {
         let mut state = self.shared.lock();
         loop {
@@ -437,7 +439,7 @@ impl Worker {
         let Some(running) = self.running.get_mut(&id) else { return };
         let is_last = matches!(event, Event::Done(_) | Event::Failed(_));
         if is_last {
-            // Room first: who hears of the end may submit the next request at once.
+            // Make room first, because the receiver of this event may submit its next request at once.
             let sink = self.end(id);
             if let Some(mut sink) = sink {
                 sink(event);
@@ -448,8 +450,8 @@ impl Worker {
         }
     }
 
-    /// Forgets a running request, which makes room for another.
-    fn end(&mut self, id: RequestId) -> Option<Sink> {
+    /// Removes a running request and makes room for another.
+    fn end(&mut self, id: RequestId) -> Option<EventSink> {
         let running = self.running.remove(&id)?;
         self.release();
         Some(running.sink)

@@ -1,5 +1,5 @@
-//! One generation from its first row of logits to its completion: the one piece of code that chooses ids, makes text
-//! of them and decides when it is over.
+//! One generation, from its first row of logits to its completion: the only code that chooses ids, turns them into text
+//! and decides when to stop.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,18 +12,18 @@ use crate::backend::{Limits, Logits};
 use crate::error::{Error, Result};
 use crate::text::{StreamDecoder, Tokenizer};
 
-/// What is shared by all generations of one engine.
+/// State shared by all generations of one engine.
 #[derive(Debug, Clone)]
-pub(super) struct Vocabulary {
+pub(super) struct OutputVocabulary {
     tokenizer: Option<Arc<Tokenizer>>,
-    /// Ids that can be sampled: the model's, without the padding past the tokenizer's.
+    /// Number of ids that can be sampled: the model's, without padding past the tokenizer's vocabulary.
     sampled_ids: usize,
 }
 
-impl Vocabulary {
-    pub(super) fn new(limits: &Limits, tokenizer: Option<Arc<Tokenizer>>) -> Vocabulary {
+impl OutputVocabulary {
+    pub(super) fn new(limits: &Limits, tokenizer: Option<Arc<Tokenizer>>) -> OutputVocabulary {
         let known = tokenizer.as_ref().map_or(limits.vocab_size, |tokenizer| tokenizer.vocab_size());
-        Vocabulary { tokenizer, sampled_ids: known.min(limits.vocab_size) }
+        OutputVocabulary { tokenizer, sampled_ids: known.min(limits.vocab_size) }
     }
 
     pub(super) fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
@@ -31,7 +31,7 @@ impl Vocabulary {
     }
 }
 
-/// The caller's own choice of the next id.
+/// A caller-supplied choice of the next id.
 pub(super) struct ChooseToken(Box<ChooseFn>);
 
 type ChooseFn = dyn FnMut(&[f32], &[u32]) -> Result<u32> + Send;
@@ -48,17 +48,17 @@ impl fmt::Debug for ChooseToken {
     }
 }
 
-/// A checked request and how far it has come.
+/// A validated request and its progress.
 #[derive(Debug)]
 pub(super) struct Generation {
     prompt: Vec<u32>,
     stop_ids: Vec<u32>,
-    /// Most ids to sample, at most what the sequence has room for.
+    /// Limit on ids to sample, capped by the room in the sequence.
     budget: usize,
     sampler: Sampler,
-    /// Chooses in place of the sampler.
+    /// Replaces the sampler if set.
     choose: Option<ChooseToken>,
-    /// Ids that can be chosen: 0 to this - 1.
+    /// Ids below this can be chosen.
     sampled_ids: usize,
     decoder: Option<StreamDecoder>,
     filter: StopFilter,
@@ -72,18 +72,19 @@ pub(super) struct Generation {
 }
 
 impl Generation {
-    /// Checks a request against the engine. Nothing of it is refused later.
-    pub(super) fn new(request: GenerationRequest, limits: &Limits, vocabulary: &Vocabulary) -> Result<Generation> {
+    /// Validates a request against the engine's limits. A request that passes is never refused later.
+    pub(super) fn new(
+        request: GenerationRequest,
+        limits: &Limits,
+        vocabulary: &OutputVocabulary,
+    ) -> Result<Generation> {
         if limits.slots == 0 || limits.max_step_tokens == 0 || limits.max_logits_rows == 0 {
-            return Err(Error::Step(format!("an engine with these limits can run nothing: {limits:?}")));
+            return Err(Error::Step(format!("an engine with these limits cannot run anything: {limits:?}")));
         }
         let GenerationRequest { prompt, sampling, max_tokens, stop_strings, stop_ids, trim } = request;
         let room = check_prompt(&prompt, limits)?;
         if let Some(id) = stop_ids.iter().find(|id| **id as usize >= limits.vocab_size) {
-            return Err(Error::Request(format!(
-                "stop id {id}; accepted are 0 to {}",
-                limits.vocab_size.saturating_sub(1)
-            )));
+            return Err(Error::Request(format!("stop id {id}; expected 0 to {}", limits.vocab_size.saturating_sub(1))));
         }
         let decoder = vocabulary.tokenizer.clone().map(StreamDecoder::continuing);
         if decoder.is_none() && !stop_strings.is_empty() {
@@ -112,23 +113,23 @@ impl Generation {
         })
     }
 
-    /// Has ids chosen by the caller from here on.
+    /// Lets the caller choose ids from here on.
     pub(super) fn choose_by(&mut self, choose: ChooseToken) {
         self.choose = Some(choose);
     }
 
-    /// The clock starts; `reused_tokens` of the prompt are in the KV cache.
+    /// Starts the clock; `reused_tokens` of the prompt are already in the KV cache.
     pub(super) fn start(&mut self, reused_tokens: usize) {
         self.reused_tokens = reused_tokens;
         self.started = Some(Instant::now());
     }
 
-    /// Chooses an id from row `row` of a step's logits and appends the text it makes certain to `delta`. The row is
-    /// fetched only where its largest logits do not decide.
+    /// Chooses an id from row `row` of a step's logits and appends to `delta` the text that it makes certain. The row
+    /// is fetched only if its largest logits do not decide the choice.
     ///
     /// # Errors
-    /// The outer one is the executor's, for a row that is missing or cannot be fetched; the inner one is this
-    /// generation's own.
+    /// The outer error is the executor's, for a row that is missing or cannot be fetched; the inner error concerns this
+    /// generation only.
     pub(super) fn accept(&mut self, logits: &mut Logits<'_>, row: usize, delta: &mut String) -> Result<Result<()>> {
         if self.choose.is_some() {
             let chosen = self.chosen(logits.row(row)?);
@@ -142,7 +143,7 @@ impl Generation {
         Ok(id.and_then(|id| self.push(id, delta)))
     }
 
-    /// The id that the caller chooses from a row.
+    /// Asks the caller for an id.
     fn chosen(&mut self, row: &[f32]) -> Result<u32> {
         check_row(row)?;
         let allowed = row.get(..self.sampled_ids).unwrap_or(row);
@@ -152,12 +153,12 @@ impl Generation {
         let id = choose(allowed, &self.ids)?;
         if id as usize >= allowed.len() {
             let most = allowed.len().saturating_sub(1);
-            return Err(Error::Request(format!("id {id} was chosen as the next token; accepted are 0 to {most}")));
+            return Err(Error::Request(format!("id {id} was chosen as the next token; expected 0 to {most}")));
         }
         Ok(id)
     }
 
-    /// Takes `id` as the next one of the output.
+    /// Appends `id` to the output.
     fn push(&mut self, id: u32, delta: &mut String) -> Result<()> {
         let now = Instant::now();
         self.first_id.get_or_insert(now);
@@ -182,8 +183,9 @@ impl Generation {
         Ok(())
     }
 
-    /// Ends the text: what was held back shows, unless it completes a stop string.
+    /// Ends the text: text that was held back is shown, unless it completes a stop string.
     fn end(&mut self, reason: FinishReason, delta: &mut String) {
+        // Bytes that the decoder held back may complete a stop string, which then is the reason instead.
         self.finish = Some(reason);
         let (mut decoded, mut shown) = (String::new(), String::new());
         if let Some(decoder) = &mut self.decoder {
@@ -219,7 +221,7 @@ impl Generation {
         self.finish.is_some()
     }
 
-    /// The completion so far; cancelled if it has not ended.
+    /// The completion so far; marked as cancelled if the generation has not ended.
     pub(super) fn complete(self) -> Completion {
         let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
             (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64(),
@@ -245,10 +247,10 @@ impl Generation {
     }
 }
 
-/// Room left for an answer, in tokens, at least 1.
+/// Returns the room left for an answer in tokens, at least 1.
 fn check_prompt(prompt: &[u32], limits: &Limits) -> Result<usize> {
     if prompt.is_empty() {
-        return Err(Error::Request("the prompt is empty; it has at least one token".into()));
+        return Err(Error::Request("the prompt is empty; it needs at least one token".into()));
     }
     let room = limits.max_sequence_tokens.saturating_sub(prompt.len());
     if room == 0 {
@@ -261,11 +263,11 @@ fn check_prompt(prompt: &[u32], limits: &Limits) -> Result<usize> {
     Ok(room)
 }
 
-/// Refuses ids the model has no embedding for.
+/// Refuses ids that the model has no embedding for.
 pub(super) fn check_ids(ids: &[u32], limits: &Limits) -> Result<()> {
     match ids.iter().position(|id| *id as usize >= limits.vocab_size) {
         Some(index) => Err(Error::Request(format!(
-            "token {index} of the prompt has id {}; accepted are 0 to {}",
+            "token {index} of the prompt has id {}; expected 0 to {}",
             ids.get(index).copied().unwrap_or_default(),
             limits.vocab_size.saturating_sub(1)
         ))),

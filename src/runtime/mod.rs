@@ -1,13 +1,13 @@
 //! The runtime: from a prompt's ids to an answer, over any [`Executor`](crate::backend::Executor).
 //!
-//! A [`GenerationRequest`] says what is wanted. A [`Session`] serves one conversation on one slot, a [`Batcher`] many
-//! requests on all slots; both hand every row of logits to the same state machine, which runs
+//! A [`GenerationRequest`] describes one generation. A [`Session`] serves one conversation on one slot, a [`Batcher`]
+//! many requests on all slots. Both pass every row of logits to the same state machine, which runs
 //!
 //! ```text
 //! logits -> Sampler -> id -> stop ids -> StreamDecoder -> StopFilter -> text
 //! ```
 //!
-//! so that the same request gives the same tokens in either. A [`Chat`] keeps the messages of a conversation on top of
+//! so the same request gives the same tokens in either. A [`Chat`] keeps the messages of a conversation on top of
 //! a session.
 
 mod batcher;

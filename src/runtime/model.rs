@@ -1,4 +1,4 @@
-//! One handle over everything a package needs to answer.
+//! The library's entry point: an opened package, and everything that can be started from it.
 
 use std::fmt;
 use std::path::Path;
@@ -11,13 +11,13 @@ use super::request::GenerationRequest;
 use super::sampling::SamplingParams;
 use super::session::Session;
 use crate::backend::cpu::{CpuModel, CpuOptions};
-use crate::backend::tensorrt::{Event, GpuOptions, Report};
+use crate::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
 use crate::backend::{Executor, ExecutorOptions, Limits, Selection, open_cpu_model, open_selected, select};
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::text::{ChatFormat, Message, Tokenizer};
 
-/// Options of opening a [`Model`]. The defaults suit one user of this machine.
+/// Options for opening a [`Model`]. The defaults suit a single user of this machine.
 #[derive(Debug, Clone, Default)]
 pub struct ModelOptions {
     executor: ExecutorOptions,
@@ -25,49 +25,51 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// The target whose plan is to run: `"cpu"`, `"a100"`, `"h100"`. By default that of a GPU which is here with its
-    /// library, else the CPU's.
+    /// Selects the plan's target: `"cpu"`, `"a100"`, `"h100"`. By default the target of a GPU that is present with its
+    /// library, otherwise `"cpu"`.
     #[must_use]
     pub fn target(mut self, target: impl Into<String>) -> ModelOptions {
         self.executor.target = Some(target.into());
         self
     }
 
-    /// The GPU to run on, by its number. By default the first that a plan is for.
+    /// Selects the GPU by index. By default the first one that a plan was compiled for.
     #[must_use]
     pub fn device(mut self, index: usize) -> ModelOptions {
         self.executor.gpu.device = Some(index);
         self
     }
 
-    /// Threads of a CPU plan, which everything opened from the model shares. By default one per core that this process
-    /// may use.
+    /// Number of threads of a CPU plan, shared by everything opened from the model. By default one per core that this
+    /// process may use.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> ModelOptions {
         self.executor.cpu.threads = Some(threads);
         self
     }
 
-    /// Sequences that an [`Engine`] or a [`Batcher`] of this model runs at once, at most and by default as many as the
-    /// plan was built for. KV memory is reserved for so many. A session and a chat take one whatever this says.
+    /// Number of sequences that an [`Engine`] or a [`Batcher`] of this model runs at once, and for which KV memory is
+    /// reserved. The number that the plan was built for is both the default and the limit. A session or a chat always
+    /// uses one.
     #[must_use]
     pub fn slots(mut self, slots: usize) -> ModelOptions {
         self.slots = Some(slots);
         self
     }
 
-    /// Hears facts for people while a model is opened: which plan is taken and why, what memory a GPU is given.
+    /// Receives information for people while a model is opened: the plan that was selected and why, and the memory a
+    /// GPU needs.
     #[must_use]
     pub fn on_fact(mut self, hear: impl Fn(&str) + Send + Sync + 'static) -> ModelOptions {
-        self.executor.gpu.report = Report::to(move |event| {
-            if let Event::Fact(text) = event {
+        self.executor.gpu.report = GpuReport::to(move |event| {
+            if let GpuEvent::Fact(text) = event {
                 hear(text);
             }
         });
         self
     }
 
-    /// The instruction set of the CPU's kernels, and other options of executors that are not promised to stay.
+    /// The instruction set of the CPU's kernels and other executor options without a stability promise.
     #[doc(hidden)]
     #[must_use]
     pub fn executor_options(mut self, executor: ExecutorOptions) -> ModelOptions {
@@ -75,7 +77,7 @@ impl ModelOptions {
         self
     }
 
-    /// Opens the engine package at `path`, a folder that `aotron build` made.
+    /// Opens the engine package at `path`, a folder written by `aotron build`.
     ///
     /// # Errors
     /// As [`Model::open`].
@@ -83,7 +85,7 @@ impl ModelOptions {
         self.open_package(Package::open(path.as_ref())?)
     }
 
-    /// Opens a package that was opened before.
+    /// Opens a model from a package that is already open.
     ///
     /// # Errors
     /// As [`Model::open`].
@@ -103,16 +105,16 @@ impl ModelOptions {
             Error::internal(format!("plan {} was selected", selection.plan), "the index of a plan in the manifest")
         })?;
         let format = package.chat_format();
-        let shared = Shared { package, plan, selection, options: self, tokenizer, format, cpu };
+        let shared = ModelShared { package, plan, selection, options: self, tokenizer, format, cpu };
         Ok(Model { shared: Arc::new(shared) })
     }
 }
 
-/// An engine package that is open: plan, weights, tokenizer and chat format. Cloning it is cheap.
+/// An opened engine package: plan, weights, tokenizer and chat format. Cheap to clone.
 ///
-/// Everything opened from a model of a CPU plan shares its mapped weights and its threads; each session, chat, batcher or
-/// engine has KV memory of its own. On a GPU each of them loads the weights for itself, so there one [`Engine`] for many
-/// conversations is the way to share.
+/// Everything opened from a model with a CPU plan shares its mapped weights and its threads; each session, chat,
+/// batcher or engine has its own KV memory. On a GPU each of them loads its own copy of the weights, so there a single
+/// [`Engine`] is the way to serve several conversations.
 ///
 /// ```no_run
 /// use aotron::Model;
@@ -126,40 +128,40 @@ impl ModelOptions {
 /// ```
 #[derive(Clone)]
 pub struct Model {
-    shared: Arc<Shared>,
+    shared: Arc<ModelShared>,
 }
 
-struct Shared {
+struct ModelShared {
     package: Package,
     plan: PlanInfo,
     selection: Selection,
     options: ModelOptions,
     tokenizer: Option<Arc<Tokenizer>>,
     format: Arc<ChatFormat>,
-    /// Where a CPU plan runs.
+    /// Set if a CPU plan runs.
     cpu: Option<CpuModel>,
 }
 
 impl Model {
-    /// Opens the engine package at `path`, a folder that `aotron build` made, with the plan that suits this machine.
+    /// Opens the engine package at `path`, a folder written by `aotron build`, with the plan that suits this machine.
     ///
     /// # Errors
-    /// [`Error::NoSuchPackage`] or [`Error::NotAPackage`]; [`Error::NoPlan`] with what each plan lacks, if none runs
-    /// here; [`Error::Package`] or [`Error::Format`] for a package that is damaged; [`Error::Request`] for an option out
+    /// [`Error::NoSuchPackage`] or [`Error::NotAPackage`]; [`Error::NoPlan`] with the reason for each plan, if none
+    /// runs here; [`Error::Package`] or [`Error::Format`] for a damaged package; [`Error::Request`] for an option out
     /// of range.
     pub fn open(path: impl AsRef<Path>) -> Result<Model> {
         Model::options().open(path)
     }
 
-    /// Options to open a model with.
+    /// Options for opening a model.
     pub fn options() -> ModelOptions {
         ModelOptions::default()
     }
 
-    /// A conversation, in the package's chat format and with its defaults for sampling and the length of answers.
+    /// Starts a conversation in the package's chat format, with its defaults for sampling and the length of answers.
     ///
     /// # Errors
-    /// [`Error::Request`] where the package has no tokenizer; as [`Model::session`].
+    /// [`Error::Request`] if the package has no tokenizer; otherwise as [`Model::session`].
     pub fn chat(&self) -> Result<Chat> {
         let mut chat = Chat::new(self.session()?, self.shared.format.clone())?;
         chat.set_sampling(self.default_sampling());
@@ -167,15 +169,15 @@ impl Model {
         Ok(chat)
     }
 
-    /// A session: generations one after the other, on a sequence of its own.
+    /// Opens a session: one generation after another, on its own sequence.
     ///
     /// # Errors
-    /// [`Error::Request`] if its KV memory cannot be reserved; what a GPU's executor reports of opening it.
+    /// [`Error::Request`] if its KV memory cannot be reserved; errors of opening the GPU executor.
     pub fn session(&self) -> Result<Session> {
         Ok(Session::new(self.executor(Some(1))?, self.shared.tokenizer.clone()))
     }
 
-    /// A batcher: many requests together, step by step on the caller's thread, with at most `max_queued` waiting.
+    /// Opens a batcher: many requests together, step by step on the caller's thread, with at most `max_queued` waiting.
     ///
     /// # Errors
     /// As [`Model::session`], and [`Error::Request`] for more slots than the plan has.
@@ -183,7 +185,7 @@ impl Model {
         Ok(Batcher::new(self.executor(self.shared.options.slots)?, self.shared.tokenizer.clone(), max_queued))
     }
 
-    /// An engine: many requests together, from any thread.
+    /// Starts an engine: many requests together, from any thread.
     ///
     /// # Errors
     /// As [`Model::batcher`].
@@ -199,23 +201,23 @@ impl Model {
         Engine::start(self.executor(self.shared.options.slots)?, self.shared.tokenizer.clone(), options)
     }
 
-    /// A request that continues a text: its ids are encoded as they are, without the chat template, and the package's
-    /// stops and defaults hold.
+    /// A request that continues a text. The text is encoded as it is, without the chat template; the package's stops
+    /// and defaults apply.
     ///
     /// # Errors
-    /// [`Error::Request`] where the package has no tokenizer; [`Error::Tokenizer`] for a text it refuses.
+    /// [`Error::Request`] if the package has no tokenizer; [`Error::Tokenizer`] if the text cannot be encoded.
     pub fn text_request(&self, text: &str) -> Result<GenerationRequest> {
         let ids = self.needed_tokenizer()?.encode(text)?;
         let request = GenerationRequest::new(ids).stop_ids(self.shared.format.stop_ids());
         Ok(self.with_defaults(request.stop_strings(&self.shared.format.stop_strings)))
     }
 
-    /// A request for the assistant's next turn, in the package's chat format and with its defaults. This renders and
-    /// encodes on the caller's thread.
+    /// A request for the assistant's next turn, in the package's chat format and with its defaults. Rendering and
+    /// encoding happen on the caller's thread.
     ///
     /// # Errors
-    /// [`Error::Request`] where the package has no tokenizer or the chat format does not take these messages;
-    /// [`Error::Tokenizer`] for a text it refuses.
+    /// [`Error::Request`] if the package has no tokenizer or the chat format rejects these messages;
+    /// [`Error::Tokenizer`] if the text cannot be encoded.
     pub fn chat_request(&self, messages: &[Message]) -> Result<GenerationRequest> {
         Ok(self.with_defaults(GenerationRequest::chat(self.needed_tokenizer()?, &self.shared.format, messages)?))
     }
@@ -235,13 +237,13 @@ impl Model {
     fn needed_tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer().map(AsRef::as_ref).ok_or_else(|| {
             let path = self.path().display();
-            Error::Request(format!("{path} has no tokenizer, so it takes token ids only: GenerationRequest::new"))
+            Error::Request(format!("{path} has no tokenizer, so it only accepts token ids: GenerationRequest::new"))
         })
     }
 
-    /// An executor of the plan.
+    /// Opens an executor for the plan.
     fn executor(&self, slots: Option<usize>) -> Result<Box<dyn Executor>> {
-        let Shared { package, selection, options, cpu, .. } = &*self.shared;
+        let ModelShared { package, selection, options, cpu, .. } = &*self.shared;
         if let Some(cpu) = cpu {
             return Ok(Box::new(cpu.executor(slots)?));
         }
@@ -259,7 +261,7 @@ impl Model {
         self.shared.package.path()
     }
 
-    /// The tokenizer; a package without one takes and gives token ids only.
+    /// The tokenizer; a package without one works with token ids only.
     pub fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
         self.shared.tokenizer.as_ref()
     }
@@ -269,27 +271,27 @@ impl Model {
         &self.shared.format
     }
 
-    /// The limits the plan was built for. Of its slots an engine or a batcher may use fewer.
+    /// The limits that the plan was built for. An engine or a batcher may use fewer slots.
     pub fn limits(&self) -> &Limits {
         &self.shared.plan.limits
     }
 
-    /// The target whose plan runs: `"cpu"`, `"a100"`, `"h100"`.
+    /// The target of the running plan: `"cpu"`, `"a100"`, `"h100"`.
     pub fn target(&self) -> &str {
         &self.shared.plan.target
     }
 
-    /// The precision of the plan that runs.
+    /// The precision of the running plan.
     pub fn precision(&self) -> &str {
         &self.shared.plan.precision
     }
 
-    /// The number of the GPU it runs on; none for the CPU.
+    /// The index of the GPU that the plan runs on; `None` for the CPU.
     pub fn device(&self) -> Option<usize> {
         self.shared.selection.device
     }
 
-    /// A sentence that says which plan runs and why it is this one.
+    /// A sentence that names the selected plan and the reason for selecting it.
     pub fn selection_reason(&self) -> &str {
         &self.shared.selection.reason
     }

@@ -1,4 +1,4 @@
-//! What a generation is asked for and what it gives back.
+//! The request for a generation and its result.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +6,7 @@ use super::sampling::SamplingParams;
 use crate::error::Result;
 use crate::text::{ChatFormat, Message, Tokenizer};
 
-/// One generation: a prompt, and settings that builder methods change.
+/// One generation: a prompt, and settings changed by builder methods.
 ///
 /// ```
 /// use aotron::{GenerationRequest, SamplingParams};
@@ -19,24 +19,24 @@ use crate::text::{ChatFormat, Message, Tokenizer};
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct GenerationRequest {
-    /// The prompt's ids, at least one.
+    /// The ids of the prompt, at least one.
     pub prompt: Vec<u32>,
-    /// How ids are chosen.
+    /// Sampling settings.
     pub sampling: SamplingParams,
-    /// Most ids to sample, the one that ends the generation included. What the engine holds per sequence bounds it
-    /// too, so `usize::MAX` asks for all there is room for. With 0 nothing is computed: the completion is empty and
-    /// its finish reason [`FinishReason::Length`].
+    /// Limit on ids to sample, including the one that ends the generation. The room in the sequence is a limit too, so
+    /// `usize::MAX` asks for as many as fit. With 0 nothing is computed: the completion is empty and its finish reason
+    /// is [`FinishReason::Length`].
     pub max_tokens: usize,
-    /// Texts that end the generation; neither they nor anything after them is shown. They need a tokenizer.
+    /// Strings that end the generation; neither they nor anything after them is shown. They require a tokenizer.
     pub stop_strings: Vec<String>,
-    /// Ids that end the generation and are not shown, EOS among them: none is built in.
+    /// Ids that end the generation and are not shown. EOS has to be among them: none is built in.
     pub stop_ids: Vec<u32>,
-    /// Whether whitespace around the answer is removed, as the model card's code does for chat.
+    /// Trims whitespace around the answer, as the model card's code does for chat.
     pub trim: bool,
 }
 
 impl GenerationRequest {
-    /// A greedy generation of as many ids as there is room for, without stops or trimming.
+    /// Greedy generation of as many ids as there is room for, without stops or trimming.
     pub fn new(prompt: Vec<u32>) -> GenerationRequest {
         GenerationRequest {
             prompt,
@@ -55,21 +55,21 @@ impl GenerationRequest {
         self
     }
 
-    /// Sets the most ids to sample.
+    /// Limits the number of ids to sample.
     #[must_use]
     pub fn max_tokens(mut self, max_tokens: usize) -> GenerationRequest {
         self.max_tokens = max_tokens;
         self
     }
 
-    /// Adds a text that ends the generation.
+    /// Adds a string that ends the generation.
     #[must_use]
     pub fn stop_string(mut self, text: impl Into<String>) -> GenerationRequest {
         self.stop_strings.push(text.into());
         self
     }
 
-    /// Adds texts that end the generation.
+    /// Adds strings that end the generation.
     #[must_use]
     pub fn stop_strings(mut self, texts: impl IntoIterator<Item = impl Into<String>>) -> GenerationRequest {
         self.stop_strings.extend(texts.into_iter().map(Into::into));
@@ -83,14 +83,14 @@ impl GenerationRequest {
         self
     }
 
-    /// Sets whether whitespace around the answer is removed.
+    /// Turns trimming of whitespace around the answer on or off.
     #[must_use]
     pub fn trim(mut self, trim: bool) -> GenerationRequest {
         self.trim = trim;
         self
     }
 
-    /// The assistant's next turn in a conversation: rendered, encoded, ended and trimmed as `format` says.
+    /// The assistant's next turn in a conversation, with the rendering, stops and trimming of `format`.
     ///
     /// # Errors
     /// As [`ChatFormat::prompt`].
@@ -104,20 +104,20 @@ impl GenerationRequest {
     }
 }
 
-/// Why a generation ended.
+/// The reason why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum FinishReason {
-    /// A stop id or a stop string.
+    /// A stop id or a stop string was sampled.
     Stop,
-    /// `max_tokens`, or the sequence is as long as the engine holds.
+    /// `max_tokens` was reached, or the sequence is full.
     Length,
-    /// The caller ended it; only the caller who did sees this.
+    /// The caller cancelled the generation; nobody else gets to see this.
     Cancelled,
 }
 
-/// Where the time of a generation went.
+/// Time spent in a generation, by phase.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Timings {
@@ -125,30 +125,30 @@ pub struct Timings {
     pub prefill_seconds: f64,
     /// Wall time from the first id to the last, in seconds.
     pub decode_seconds: f64,
-    /// Prompt tokens computed in that time: those not already in the KV cache.
+    /// Prompt tokens computed in that time, not counting those already in the KV cache.
     pub prefill_tokens: usize,
-    /// Tokens computed one at a time: the sampled ones but the last.
+    /// Tokens computed one at a time: all sampled ones except the last.
     pub decode_tokens: usize,
 }
 
-/// What a generation gave.
+/// The result of a generation.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Completion {
-    /// The text shown, equal to all the pieces that were streamed; empty without a tokenizer.
+    /// The text shown, equal to all streamed pieces together; empty without a tokenizer.
     pub text: String,
-    /// Every sampled id, the one that ended the generation included.
+    /// Every sampled id, including the one that ended the generation.
     pub token_ids: Vec<u32>,
-    /// Why it ended.
+    /// The reason why it ended.
     pub finish_reason: FinishReason,
-    /// Tokens of the prompt.
+    /// Number of tokens in the prompt.
     pub prompt_tokens: usize,
-    /// Those of them that were already in the KV cache.
+    /// Number of prompt tokens that were already in the KV cache.
     pub reused_tokens: usize,
     /// Length of `token_ids`.
     pub completion_tokens: usize,
-    /// The seed of the random draws, whether the request named one or not.
+    /// The seed of the random draws, whether or not the request specified one.
     pub seed: u64,
-    /// Where the time went.
+    /// Time spent, by phase.
     pub timings: Timings,
 }

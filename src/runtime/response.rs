@@ -1,4 +1,4 @@
-//! The answer to one request of an engine, on the thread that asked for it.
+//! The answer to one request of an engine, received by the thread that submitted it.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
@@ -9,14 +9,15 @@ use super::engine::{EngineHandle, Ticket};
 use super::request::Completion;
 use crate::error::{Error, Result};
 
-/// The answer to a request, as it is computed: an iterator over pieces of text, none of them empty, which together are
-/// the completion's text. An error is its last item. Dropping it before its end cancels the request and frees its place.
+/// The answer to a request, as it is computed: an iterator over pieces of text. No piece is empty, and together they
+/// are the completion's text. An error is the last item. Dropping the stream before its end cancels the request and
+/// frees its slot.
 ///
-/// A slow reader slows nobody else down: what it has not read yet is kept, which is at most one short piece for each of
-/// the request's `max_tokens`.
+/// A slow reader does not slow anybody else down: unread pieces are buffered, at most one short piece per token of the
+/// request's `max_tokens`.
 #[derive(Debug)]
 pub struct ResponseStream {
-    /// None once the request is over.
+    /// `None` once the request is over.
     ticket: Option<Ticket>,
     handle: EngineHandle,
     events: Receiver<Event>,
@@ -39,8 +40,8 @@ impl ResponseStream {
         Some(self.seen(received.unwrap_or_else(|_| self.lost())))
     }
 
-    /// Waits for the next event, but no longer than `timeout`: `None` if there is none by then, or after the last, which
-    /// [`ResponseStream::is_over`] tells apart.
+    /// Waits for the next event for at most `timeout`. Returns `None` on a timeout and after the last event;
+    /// [`ResponseStream::is_over`] tells the two apart.
     pub fn recv_timeout(&mut self, timeout: Duration) -> Option<Event> {
         self.ticket.as_ref()?;
         match self.events.recv_timeout(timeout) {
@@ -50,7 +51,7 @@ impl ResponseStream {
         }
     }
 
-    /// The next event if it is there already.
+    /// The next event, if there is one already.
     pub fn try_recv(&mut self) -> Option<Event> {
         self.ticket.as_ref()?;
         match self.events.try_recv() {
@@ -60,16 +61,16 @@ impl ResponseStream {
         }
     }
 
-    /// Whether the last event was received.
+    /// Returns true once the last event was received.
     pub fn is_over(&self) -> bool {
         self.ticket.is_none()
     }
 
-    /// Waits for the end and returns the completion, text and all. Pieces that were not read are only in there.
+    /// Waits for the end and returns the completion, whose text includes any unread pieces.
     ///
     /// # Errors
-    /// The request's: [`Error::Numerics`], what the executor reported, [`Error::EngineStopped`]. [`Error::Request`] if
-    /// that was received before.
+    /// The error of the request: [`Error::Numerics`], [`Error::EngineStopped`], or whatever the executor reports.
+    /// [`Error::Request`] if that was received before.
     pub fn wait(mut self) -> Result<Completion> {
         while let Some(event) = self.recv() {
             if let Event::Failed(error) = event {
@@ -80,12 +81,12 @@ impl ResponseStream {
         self.completion.take().ok_or_else(failed)
     }
 
-    /// The completion, once the request is over and has not failed.
+    /// The completion, once the request has finished without an error.
     pub fn completion(&self) -> Option<&Completion> {
         self.completion.as_ref()
     }
 
-    /// Takes note of an event's being the last.
+    /// Records that the request is over if this is its last event.
     fn seen(&mut self, event: Event) -> Event {
         match &event {
             Event::Text(_) => return event,
@@ -96,7 +97,7 @@ impl ResponseStream {
         event
     }
 
-    /// The event for an engine that is gone without a word.
+    /// The event to report if the engine's thread is gone without sending a last one.
     fn lost(&self) -> Event {
         Event::Failed(Arc::new(self.handle.stop_error()))
     }
@@ -114,7 +115,7 @@ impl Iterator for ResponseStream {
     }
 }
 
-/// An error that is no one else's, or a share of one.
+/// Unwraps the error if nobody else holds it, and wraps it in [`Error::Shared`] otherwise.
 fn unshared(error: Arc<Error>) -> Error {
     Arc::try_unwrap(error).unwrap_or_else(Error::Shared)
 }

@@ -1,4 +1,4 @@
-//! From one row of logits to one id, with the settings as TensorRT-LLM and NeMo define them.
+//! The sampler: from one row of logits to one id, with the settings as defined by TensorRT-LLM and NeMo.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -16,32 +16,33 @@ mod tests;
 #[cfg(test)]
 mod top_tests;
 
-/// Temperatures below this are greedy: dividing logits by less would leave the range of f32.
+/// Lower temperatures are greedy, because dividing logits by them would overflow f32.
 pub(super) const MIN_TEMPERATURE: f32 = 1e-3;
 
-/// The settings of [`SamplingParams`] as numbers. The default is greedy.
+/// The settings of [`SamplingParams`], resolved to numbers. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Settings {
-    /// Logits are divided by it; 0 to 100. Below 0.001 the choice is greedy.
+    /// Divides the logits; 0 to 100. Below 0.001 sampling is greedy.
     pub temperature: f32,
-    /// Choose among this many of the largest logits; 1 is greedy whatever the temperature, 0 is off.
+    /// Sample from this many of the largest logits; 1 is greedy at any temperature, 0 is off.
     pub top_k: u32,
-    /// Choose among the most probable ids that together reach this probability; 0 to 1. 1 is off; 0 is off
-    /// where `top_k` is set, and with `top_k` 0 it means greedy.
+    /// Sample from the most probable ids that together reach this probability; 0 to 1. 1 is off; 0 is off if `top_k` is
+    /// set, and greedy if `top_k` is 0.
     pub top_p: f32,
-    /// Choose among ids at least this fraction as probable as the most probable one; 0 to 1, 0 is off.
+    /// Sample from ids at least this fraction as probable as the most probable one; 0 to 1, 0 is off.
     pub min_p: f32,
-    /// Logits of ids in the prompt or the output are divided by it, or multiplied where negative; 0.01 to 100, 1 is off.
+    /// Divides the logits of ids in the prompt or the output, or multiplies them if negative; 0.01 to 100, 1 is off.
     pub repetition_penalty: f32,
-    /// Subtracted from the logits of ids in the output; -100 to 100, 0 is off. As OpenAI's, the prompt does not count.
+    /// Subtracted from the logits of ids in the output; -100 to 100, 0 is off. As in OpenAI's API, the prompt does not
+    /// count.
     pub presence_penalty: f32,
-    /// Subtracted once for each time an id is in the output; -100 to 100, 0 is off. The prompt does not count.
+    /// Subtracted once per occurrence of an id in the output; -100 to 100, 0 is off. The prompt does not count.
     pub frequency_penalty: f32,
-    /// Added to single ids' logits; -100 to 100 each. An id named twice gets both.
+    /// Added to the logits of single ids; -100 to 100 each. The biases of an id listed twice add up.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Stop ids are not chosen before the output has this many tokens. Stop strings still end it.
+    /// Stop ids are not chosen before the output has this many tokens. Stop strings can still end it.
     pub min_tokens: usize,
-    /// Fixes the random draws; draw i depends on the seed and i alone. `None` takes one from the operating system,
+    /// Seed of the random draws; draw i depends on the seed and on i only. `None` takes one from the operating system,
     /// which the completion reports.
     pub seed: Option<u64>,
 }
@@ -64,10 +65,10 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Checks every field; `vocab_size` is the number of ids that can be chosen.
+    /// Validates every field; `vocab_size` is the number of ids that can be chosen.
     ///
     /// # Errors
-    /// [`Error::Request`] with the field, its value and what is accepted.
+    /// [`Error::Request`] with the field, its value and the accepted range.
     pub(super) fn validate(&self, vocab_size: usize) -> Result<()> {
         let ranges = [
             ("temperature", self.temperature, 0.0, 100.0),
@@ -78,75 +79,75 @@ impl Settings {
             ("frequency_penalty", self.frequency_penalty, -100.0, 100.0),
         ];
         for (field, value, low, high) in ranges {
-            // Not a pair of comparisons: NaN has to fail too.
+            // `contains` rather than two comparisons, because NaN has to fail too.
             if !(low..=high).contains(&value) {
-                return Err(Error::Request(format!("{field} is {value}; accepted are {low} to {high}")));
+                return Err(Error::Request(format!("{field} is {value}; expected {low} to {high}")));
             }
         }
         for (id, bias) in &self.logit_bias {
             if *id as usize >= vocab_size {
                 return Err(Error::Request(format!(
-                    "logit_bias names id {id}; accepted are 0 to {}",
+                    "logit_bias names id {id}; expected 0 to {}",
                     vocab_size.saturating_sub(1)
                 )));
             }
             if !(-100.0..=100.0).contains(bias) {
-                return Err(Error::Request(format!("logit_bias of id {id} is {bias}; accepted are -100 to 100")));
+                return Err(Error::Request(format!("logit_bias of id {id} is {bias}; expected -100 to 100")));
             }
         }
         Ok(())
     }
 
-    /// Whether the largest logit is always chosen, so that temperature, top-p, min-p and seed have no effect.
+    /// Returns true if the largest logit is always chosen, so that temperature, top-p, min-p and seed have no effect.
     pub(super) fn is_greedy(&self) -> bool {
         self.top_k == 1 || self.temperature < MIN_TEMPERATURE || (self.top_k == 0 && self.top_p == 0.0)
     }
 }
 
-/// An id with its logit after all adjustments.
+/// An id and its logit after all adjustments.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
     logit: f32,
     id: u32,
 }
 
-/// Larger logits first, then lower ids. Logits are not NaN.
+/// Orders by descending logit, then by ascending id. Logits must not be NaN.
 fn best_first(a: &Candidate, b: &Candidate) -> Ordering {
     b.logit.partial_cmp(&a.logit).unwrap_or(Ordering::Equal).then(a.id.cmp(&b.id))
 }
 
-/// The logits of ids 0, 1, and so on as candidates.
+/// Pairs each logit with its index as a candidate.
 fn numbered(logits: &[f32]) -> impl Iterator<Item = Candidate> + '_ {
     logits.iter().enumerate().map(|(id, logit)| Candidate { logit: *logit, id: id as u32 })
 }
 
-/// Chooses the ids of one generation, and remembers them for the penalties.
+/// Chooses the ids of one generation and tracks them for the penalties.
 #[derive(Debug)]
 pub struct Sampler {
-    /// As requested, but `logit_bias` in the order of ids.
+    /// As requested, with `logit_bias` sorted by id.
     params: Settings,
     is_greedy: bool,
-    /// What logits are divided by.
+    /// Divisor of the logits.
     temperature: f32,
-    /// Ids that can be chosen: 0 to this - 1.
+    /// Ids below this can be chosen.
     vocab_size: usize,
     stop_ids: Vec<u32>,
     seed: u64,
     rng: ChaCha20Rng,
-    /// Ids in prompt or output and how often each is in the output; kept where a penalty needs it.
+    /// Ids in the prompt or output, with their count in the output; only maintained if a penalty needs it.
     seen: HashMap<u32, u32>,
     generated: usize,
-    /// `[vocab_size]`, adjusted logits of a full row.
+    /// `[vocab_size]`, the adjusted logits of a full row.
     logits: Vec<f32>,
-    /// Those among a row's largest logits that can be chosen, in the order of ids.
+    /// The choosable ids among a row's largest logits, in ascending order of ids.
     top: Vec<Candidate>,
-    /// What top-k, top-p and min-p leave.
+    /// The candidates that survive top-k, top-p and min-p.
     candidates: Vec<Candidate>,
 }
 
 impl Sampler {
-    /// A sampler for one generation. `vocab_size` is the number of ids that can be chosen, at most the columns of the
-    /// logits; `prompt` counts for the repetition penalty, `stop_ids` for `min_tokens`.
+    /// Creates a sampler for one generation. `vocab_size` is the number of ids that can be chosen, at most the number
+    /// of logits in a row; `prompt` counts for the repetition penalty, `stop_ids` for `min_tokens`.
     ///
     /// # Errors
     /// As [`SamplingParams::validate`].
@@ -158,13 +159,13 @@ impl Sampler {
     fn with_settings(params: &Settings, vocab_size: usize, stop_ids: &[u32], prompt: &[u32]) -> Result<Sampler> {
         params.validate(vocab_size)?;
         let mut params = params.clone();
-        // Stable, so that the entries of an id named twice are added in their order.
+        // A stable sort, so that the biases of an id listed twice are added in the order given.
         params.logit_bias.sort_by_key(|(id, _)| *id);
         let seed = params.seed.unwrap_or_else(random_seed);
         let mut key = [0; 32];
         let (low, _) = key.split_at_mut(8);
         low.copy_from_slice(&seed.to_le_bytes());
-        // A greedy choice is the same at every temperature, penalties included.
+        // A greedy choice does not depend on the temperature, even with penalties.
         let is_greedy = params.is_greedy();
         let mut sampler = Sampler {
             is_greedy,
@@ -186,7 +187,7 @@ impl Sampler {
         Ok(sampler)
     }
 
-    /// The seed of the draws: the request's, or the one taken.
+    /// The seed of the draws, whether requested or taken from the operating system.
     pub fn seed(&self) -> u64 {
         self.seed
     }
@@ -194,8 +195,8 @@ impl Sampler {
     /// Chooses the next id from `row`, one row of logits over the model's vocabulary, and counts it as output.
     ///
     /// # Errors
-    /// [`Error::Numerics`] naming the index of a NaN or an infinite logit, or where no id can be chosen because every
-    /// logit is negative infinity; nothing is counted then.
+    /// [`Error::Numerics`] with the index of a NaN or infinite logit, or if no id can be chosen because every logit is
+    /// negative infinity; nothing is counted then.
     pub fn sample(&mut self, row: &[f32]) -> Result<u32> {
         check_row(row)?;
         let Some(allowed) = row.get(..self.vocab_size) else {
@@ -210,23 +211,24 @@ impl Sampler {
         self.choose(best)
     }
 
-    /// Chooses the next id from the largest logits of a row as [`Sampler::sample`] does from the whole row, and counts
-    /// it as output; or returns `None` and counts nothing, because the id depends on the rest of the row. That is so
+    /// Chooses the next id from a row's largest logits, with the same result as [`Sampler::sample`] on the whole row,
+    /// and counts it as output. Returns `None`, and counts nothing, if the choice depends on the rest of the row. That
+    /// is the case
     ///
-    /// - without top-k, unless min-p drops the rest, and where top-k takes more ids than are known to be the largest:
+    /// - without top-k, unless min-p drops the rest, and if top-k takes more ids than are known to be the largest:
     ///   the probabilities depend on all candidates;
-    /// - where a penalty or a bias may put an id of the rest above one of these.
+    /// - if a penalty or a bias may lift an id of the rest above one of these.
     ///
-    /// The ids of the rest are taken to be as large as the least of `top`, which they are at most. So an id counts
-    /// only if its adjusted logit is above what any of them could have: an equal one might have a lower id. The order
-    /// within `top` plays no part.
+    /// The ids of the rest are assumed to have the least logit of `top`, which is an upper bound. So an id is chosen
+    /// only if its adjusted logit is strictly above the bound for all of them: an equal one might have a lower id. The
+    /// order within `top` does not matter.
     ///
     /// # Errors
     /// [`Error::Numerics`] where [`Sampler::sample`] would report one, [`Error::Step`] if `top` does not pair each
     /// logit with an id of its own; nothing is counted then.
     pub fn sample_top(&mut self, top: Top<'_>) -> Result<Option<u32>> {
         let rest = self.adjust_top(top)?;
-        // Even where there is a rest, it cannot be chosen if all of it is negative infinity.
+        // Even if there is a rest, it cannot be chosen if all of it is negative infinity.
         let is_all = rest == f32::NEG_INFINITY;
         if self.top.is_empty() && !is_all {
             return Ok(None);
@@ -243,7 +245,7 @@ impl Sampler {
         self.choose(best).map(Some)
     }
 
-    /// Chooses the best, or draws among `candidates`, and counts the choice as output.
+    /// Chooses the best candidate, or draws among `candidates`, and counts the choice as output.
     fn choose(&mut self, best: Candidate) -> Result<u32> {
         let id = if self.is_greedy { best.id } else { self.draw(best.logit)? };
         self.generated += 1;
@@ -258,27 +260,28 @@ impl Sampler {
         p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0
     }
 
-    /// How many of the best candidates top-k keeps, or `None` for all.
+    /// Number of best candidates that top-k keeps, or `None` for all.
     fn top_k(&self) -> Option<usize> {
         let k = self.params.top_k as usize;
         (k > 0 && k < self.vocab_size).then_some(k)
     }
 
-    /// Whether top-p leaves anything out.
+    /// Returns true if top-p drops anything.
     fn has_top_p(&self) -> bool {
         self.params.top_p > 0.0 && self.params.top_p < 1.0
     }
 
-    /// Whether min-p alone is sure to drop every candidate with a logit of at most `logit`. `max` is the largest logit.
+    /// Returns true if min-p alone is sure to drop every candidate with a logit of at most `logit`. `max` is the
+    /// largest logit.
     fn drops_by_min_p(&self, logit: f32, max: f32) -> bool {
-        // More than f32's `exp` gives for this or any smaller logit, however it rounds.
+        // An upper bound of f32's `exp` for this and any smaller logit, however it rounds.
         let most = f64::from(logit - max).exp() * (1.0 + 1e-6) + f64::from(f32::from_bits(1));
         !self.has_top_p() && most < f64::from(self.params.min_p)
     }
 
-    /// One id's logit after bias, temperature and penalties, in TensorRT-LLM's order. `times` is how often it is in the
-    /// output if it is in prompt or output. The larger `logit`, the larger is the result, or equal: every operation,
-    /// rounding included, keeps the order.
+    /// One id's logit after bias, temperature and penalties, in TensorRT-LLM's order. `times` is the id's count in the
+    /// output, if it is in the prompt or output. Monotonic in `logit`: every operation preserves order, rounding
+    /// included.
     fn adjusted(&self, id: u32, logit: f32, times: Option<u32>) -> f32 {
         let p = &self.params;
         let first = p.logit_bias.partition_point(|(biased, _)| *biased < id);
@@ -289,7 +292,8 @@ impl Sampler {
         if times > 0 { logit - (p.presence_penalty + p.frequency_penalty * times as f32) } else { logit }
     }
 
-    /// The ids that more than the temperature may change, with what [`Sampler::adjusted`] needs. An id can come twice.
+    /// The ids whose logits may change by more than the temperature, with the arguments of [`Sampler::adjusted`]. May
+    /// list an id twice.
     fn special_ids(&self) -> impl Iterator<Item = (u32, Option<u32>)> + '_ {
         let biased = self.params.logit_bias.iter().map(|(id, _)| (*id, self.seen.get(id).copied()));
         biased.chain(self.seen.iter().map(|(id, times)| (*id, Some(*times))))
@@ -300,11 +304,12 @@ impl Sampler {
         if self.generated < self.params.min_tokens { &self.stop_ids } else { &[] }
     }
 
-    /// Fills `logits` with those of `row`, `[vocab_size]`, adjusted.
+    /// Fills `logits` with the adjusted logits of `row`, `[vocab_size]`.
     fn adjust(&mut self, row: &[f32]) {
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
         logits.extend_from_slice(row);
+        // A plain loop, which vectorizes; the few ids with further adjustments are redone from the raw row below.
         if self.temperature != 1.0 {
             for logit in &mut logits {
                 *logit /= self.temperature;
@@ -323,8 +328,8 @@ impl Sampler {
         self.logits = logits;
     }
 
-    /// Fills `top` with the ids of a row's largest logits that can be chosen and whose adjusted logits are above those
-    /// of the rest. Returns what the adjusted logits of the rest are at most: negative infinity if there is no rest.
+    /// Fills `top` with the ids from a row's largest logits that can be chosen and whose adjusted logits exceed those
+    /// of the rest. Returns an upper bound for the adjusted logits of the rest: negative infinity if there is no rest.
     fn adjust_top(&mut self, top: Top<'_>) -> Result<f32> {
         let Top { values, ids } = top;
         if values.len() != ids.len() {
@@ -335,7 +340,7 @@ impl Sampler {
         kept.extend(values.iter().zip(ids).map(|(logit, id)| Candidate { logit: *logit, id: *id }));
         kept.sort_unstable_by_key(|candidate| candidate.id);
         if let Some([first, _]) = kept.array_windows().find(|[a, b]| a.id == b.id) {
-            return Err(Error::Step(format!("id {} is twice among the largest logits of a row", first.id)));
+            return Err(Error::Step(format!("id {} is listed twice among the largest logits of a row", first.id)));
         }
         if let Some(wrong) = kept.iter().find(|candidate| is_wrong(candidate.logit)) {
             return Err(Error::Numerics(format!(
@@ -344,10 +349,12 @@ impl Sampler {
             )));
         }
         let least = values.iter().copied().fold(f32::INFINITY, f32::min);
+        // Padding ids, which cannot be chosen, sort last.
         kept.truncate(kept.partition_point(|candidate| (candidate.id as usize) < self.vocab_size));
         let mut rest = f32::NEG_INFINITY;
         if kept.len() < self.vocab_size {
             rest = least / self.temperature;
+            // A penalty or bias may lift single ids of the rest above what the temperature alone makes of `least`.
             for (id, times) in self.special_ids() {
                 let most = self.adjusted(id, least, times);
                 if most > rest && kept.binary_search_by_key(&id, |candidate| candidate.id).is_err() {
@@ -363,7 +370,7 @@ impl Sampler {
         Ok(rest)
     }
 
-    /// The largest adjusted logit, of the lowest id that has it; the ids ascend.
+    /// The largest adjusted logit and the lowest id that has it; ids must ascend.
     fn best(&self, possible: impl Iterator<Item = Candidate>) -> Result<Candidate> {
         let mut best = Candidate { logit: f32::NEG_INFINITY, id: 0 };
         for candidate in possible {
@@ -383,14 +390,14 @@ impl Sampler {
         Ok(best)
     }
 
-    /// Draws among what top-p and min-p leave of `candidates`. `max` is the largest logit.
+    /// Draws from the `candidates` that survive top-p and min-p. `max` is the largest logit.
     fn draw(&mut self, max: f32) -> Result<u32> {
         let weight = |candidate: &Candidate| f64::from((candidate.logit - max).exp());
         if self.has_top_p() {
             let total: f64 = self.candidates.iter().map(weight).sum();
             let mass = f64::from(self.params.top_p) * total;
-            // All candidates lighter than this weigh less than `total - mass` together, so none of them is among the
-            // best that reach `mass`. A little slack outweighs the rounding of f32.
+            // All candidates lighter than this together weigh less than `total - mass`, so none of them is among the
+            // best that reach `mass`. The slack outweighs f32 rounding.
             let least = (total - mass) / self.candidates.len() as f64;
             let least_logit = max + least.ln() as f32 - 0.01;
             self.candidates.retain(|candidate| candidate.logit >= least_logit);
@@ -401,13 +408,14 @@ impl Sampler {
             self.candidates.retain(|candidate| weight(candidate) >= least);
         }
         let total: f64 = self.candidates.iter().map(weight).sum();
-        // 53 random bits, uniform in [0, 1). Each draw takes two 32-bit words of the stream, at its own place.
+        // 53 random bits, uniform in [0, 1). Each draw takes two 32-bit words at its own position of the stream.
         self.rng.set_word_pos(2 * self.generated as u128);
         let mut left = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64 * total;
         let mut last = None;
         for candidate in &self.candidates {
             let weight = weight(candidate);
             if weight > 0.0 {
+                // Rounding may leave `left` at or above 0 after the last candidate, which is then the one drawn.
                 last = Some(candidate.id);
                 left -= weight;
                 if left < 0.0 {
@@ -418,8 +426,8 @@ impl Sampler {
         last.ok_or_else(|| Error::Numerics("no candidate has a positive probability".into()))
     }
 
-    /// Cuts `candidates` to the best ones whose weights reach `mass`, the one that reaches it included. Sorts only a
-    /// prefix, four times as long each time it was too short.
+    /// Truncates `candidates` to the best ones whose weights reach `mass`, including the one that reaches it. Sorts
+    /// only a prefix, which grows fourfold each time it was too short.
     fn keep_top_p(&mut self, mass: f64, weight: impl Fn(&Candidate) -> f64) {
         let mut reached = 0.0;
         let mut sorted = 0;
@@ -443,18 +451,19 @@ impl Sampler {
     }
 }
 
-/// Fills `kept` with the `top_k` best of those that can be chosen, best first, or with all of them in the order of ids,
-/// in which they come. Time is linear in their number: `kept` is cut back to the best k each time there are 2k.
+/// Fills `kept` with the `top_k` best candidates, best first, or with all of them in the order given, that of ids.
+/// Takes linear time: `kept` is cut back to the best k whenever it holds 2k.
 fn keep_top_k(kept: &mut Vec<Candidate>, all: impl Iterator<Item = Candidate>, top_k: Option<usize>) {
     kept.clear();
     let possible = all.filter(|candidate| candidate.logit != f32::NEG_INFINITY);
     let Some(k) = top_k else { return kept.extend(possible) };
     let mut worst_kept = f32::NEG_INFINITY;
     for candidate in possible {
-        // Ids come in ascending order, so an equal logit ranks behind those kept.
+        // Ids ascend, so an equal logit ranks behind those kept.
         if candidate.logit > worst_kept {
             kept.push(candidate);
             if kept.len() >= 2 * k {
+                // Amortized linear: a selection in 2k candidates makes room for k more.
                 let (_, kth, _) = kept.select_nth_unstable_by(k - 1, best_first);
                 worst_kept = kth.logit;
                 kept.truncate(k);
@@ -468,7 +477,7 @@ fn keep_top_k(kept: &mut Vec<Candidate>, all: impl Iterator<Item = Candidate>, t
     kept.sort_unstable_by(best_first);
 }
 
-/// NaN and positive infinity, which no model computes on purpose.
+/// Returns true for NaN and positive infinity, which no model computes on purpose.
 fn is_wrong(logit: f32) -> bool {
     logit.is_nan() || logit == f32::INFINITY
 }
@@ -485,11 +494,11 @@ pub(crate) fn check_row(row: &[f32]) -> Result<()> {
     }
 }
 
-/// Natural logarithm of the probability the softmax over all of `row` gives to `id`, in f64.
+/// Natural logarithm of the probability of `id` under the softmax over all of `row`, in f64.
 ///
 /// # Errors
-/// [`Error::Numerics`] for a NaN or infinite logit or a row of negative infinity, [`Error::Request`] for an id
-/// outside the row.
+/// [`Error::Numerics`] for a NaN or infinite logit or a row of negative infinity, [`Error::Request`] for an id outside
+/// the row.
 pub fn log_probability(row: &[f32], id: u32) -> Result<f64> {
     check_row(row)?;
     let Some(logit) = row.get(id as usize) else {
@@ -506,8 +515,8 @@ pub fn log_probability(row: &[f32], id: u32) -> Result<f64> {
     Ok(f64::from(*logit) - f64::from(max) - sum.ln())
 }
 
-/// A seed from the operating system. It has 53 bits, so that it survives JSON readers that hold numbers as f64.
+/// A seed from the operating system. It has 53 bits, so that it survives JSON readers that store numbers as f64.
 fn random_seed() -> u64 {
-    // A kernel that hands out no randomness has still seeded the standard library's hashers as well as it can.
+    // Even if the OS call fails, the standard library has seeded its hashers as well as it can.
     getrandom::u64().unwrap_or_else(|_| RandomState::new().hash_one("sampler seed")) >> 11
 }

@@ -1,19 +1,19 @@
-//! Sampling settings and the one rule that reads them, for the command line, the library and whatever serves requests.
+//! Sampling settings and the one rule that interprets them, for the command line, the library and servers.
 
 use serde::{Deserialize, Serialize};
 
 use super::sampler::{MIN_TEMPERATURE, Settings};
 use crate::error::{Error, Result};
 
-/// How the next token is chosen: greedy, or sampled from the model's distribution.
+/// Settings for choosing the next token: greedily, or sampled from the model's distribution.
 ///
-/// Nothing set is greedy, as the model card's `top_k=1, top_p=0.0`. As soon as one of `temperature`, `top_k`, `top_p` and
-/// `min_p` is set, tokens are sampled and those left out are off, so each of them has an effect by itself. Sampling is
-/// greedy all the same where a setting leaves a single token: a temperature below 0.001, `top_k` 1, or `top_p` 0 without
-/// `top_k`. These are the rules and meanings of TensorRT-LLM.
+/// With nothing set the choice is greedy, like the model card's `top_k=1, top_p=0.0`. As soon as one of `temperature`,
+/// `top_k`, `top_p` and `min_p` is set, tokens are sampled and the unset ones are off, so each has an effect by itself.
+/// Sampling is still greedy if a setting leaves a single token: a temperature below 0.001, `top_k` 1, or `top_p` 0
+/// without `top_k`. These rules and meanings are those of TensorRT-LLM.
 ///
 /// A request is refused if it sets something that has no effect, such as a temperature beside `top_k` 1:
-/// [`SamplingParams::without_effect`] names such settings and [`SamplingParams::effective`] drops them.
+/// [`SamplingParams::without_effect`] lists such settings and [`SamplingParams::effective`] drops them.
 ///
 /// ```
 /// use aotron::SamplingParams;
@@ -25,47 +25,47 @@ use crate::error::{Error, Result};
 /// ```
 ///
 /// The settings apply in this order: logit bias, temperature, repetition penalty, presence and frequency penalty, the
-/// ban of stop ids before `min_tokens`, top-k, top-p, min-p. Ids the tokenizer does not have are never chosen. Of equal
-/// logits the lowest id comes first.
+/// ban on stop ids before `min_tokens`, top-k, top-p, min-p. Ids outside the tokenizer's vocabulary are never chosen.
+/// Ties go to the lowest id.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct SamplingParams {
-    /// Logits are divided by it; 0 to 100. Below 0.001 the choice is greedy. Off is 1.
+    /// Divides the logits; 0 to 100. Below 0.001 sampling is greedy. 1 is off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
-    /// Choose among this many of the largest logits; 1 is greedy, 0 is off.
+    /// Sample from this many of the largest logits; 1 is greedy, 0 is off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
-    /// Choose among the most probable ids that together reach this probability; 0 to 1. 1 is off; 0 is off where `top_k`
-    /// is set, and greedy where it is not.
+    /// Sample from the most probable ids that together reach this probability; 0 to 1. 1 is off; 0 is off if `top_k` is
+    /// set, and greedy otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f32>,
-    /// Choose among ids at least this fraction as probable as the most probable one; 0 to 1, 0 is off.
+    /// Sample from ids at least this fraction as probable as the most probable one; 0 to 1, 0 is off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_p: Option<f32>,
-    /// Logits of ids in the prompt or the output are divided by it, or multiplied where negative; 0.01 to 100. Off is 1.
+    /// Divides the logits of ids in the prompt or the output, or multiplies them if negative; 0.01 to 100. 1 is off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repetition_penalty: Option<f32>,
-    /// Subtracted from the logits of ids in the output; -100 to 100. As OpenAI's, the prompt does not count.
+    /// Subtracted from the logits of ids in the output; -100 to 100. As in OpenAI's API, the prompt does not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub presence_penalty: Option<f32>,
-    /// Subtracted once for each time an id is in the output; -100 to 100. The prompt does not count.
+    /// Subtracted once per occurrence of an id in the output; -100 to 100. The prompt does not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frequency_penalty: Option<f32>,
-    /// Added to single ids' logits; -100 to 100 each. An id named twice gets both.
+    /// Added to the logits of single ids; -100 to 100 each. The biases of an id listed twice add up.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub logit_bias: Vec<(u32, f32)>,
-    /// Stop ids are not chosen before the output has this many tokens. Stop strings still end it.
+    /// Stop ids are not chosen before the output has this many tokens. Stop strings can still end it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_tokens: Option<usize>,
-    /// Fixes the random draws; draw i depends on the seed and i alone. `None` takes one from the operating system,
+    /// Seed of the random draws; draw i depends on the seed and on i only. `None` takes one from the operating system,
     /// which the completion reports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
 }
 
-/// Defines builder methods that set one field.
+/// Defines builder methods that set one field each.
 macro_rules! setters {
     ($($(#[$doc:meta])* $field:ident: $type:ty;)*) => {
         $($(#[$doc])*
@@ -78,12 +78,12 @@ macro_rules! setters {
 }
 
 impl SamplingParams {
-    /// The most likely token, always. The same as the default.
+    /// Always the most likely token. Same as the default.
     pub fn greedy() -> SamplingParams {
         SamplingParams::default()
     }
 
-    /// Tokens drawn from the whole distribution at this temperature.
+    /// Samples from the whole distribution at this temperature.
     pub fn sampled(temperature: f32) -> SamplingParams {
         SamplingParams { temperature: Some(temperature), ..SamplingParams::default() }
     }
@@ -116,12 +116,12 @@ impl SamplingParams {
         self
     }
 
-    /// Whether the largest logit is always chosen.
+    /// Returns true if the largest logit is always chosen.
     pub fn is_greedy(&self) -> bool {
         self.settings().is_greedy()
     }
 
-    /// Settings that are given and change nothing, by name. Each only matters to a random choice, and there is none.
+    /// Names of settings that were given but have no effect: they only matter to random choices, and there are none.
     pub fn without_effect(&self) -> Vec<&'static str> {
         if !self.is_greedy() {
             return Vec::new();
@@ -136,8 +136,8 @@ impl SamplingParams {
         given.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect()
     }
 
-    /// The same choice, without the settings that have no effect: what a client's habits send along, such as a `top_p`
-    /// beside a temperature of 0.
+    /// The same settings without those that have no effect, which clients tend to send anyway, such as a `top_p` beside
+    /// a temperature of 0.
     #[must_use]
     pub fn effective(self) -> SamplingParams {
         if !self.is_greedy() {
@@ -146,11 +146,11 @@ impl SamplingParams {
         SamplingParams { temperature: None, top_k: None, top_p: None, min_p: None, ..self }
     }
 
-    /// Checks every setting; `vocab_size` is the number of ids that can be chosen.
+    /// Validates every setting; `vocab_size` is the number of ids that can be chosen.
     ///
     /// # Errors
-    /// [`Error::Request`] with the setting, its value and what is accepted; or naming those that have no effect. A seed
-    /// is never one of these: a greedy choice is as repeatable as it asks for.
+    /// [`Error::Request`] with the setting, its value and the accepted range, or with the settings that have no effect.
+    /// A seed never counts as one of those: a greedy choice is as repeatable as it asks for.
     pub fn validate(&self, vocab_size: usize) -> Result<()> {
         self.settings().validate(vocab_size)?;
         let idle: Vec<&str> = self.without_effect().into_iter().filter(|name| *name != "seed").collect();
@@ -169,7 +169,7 @@ impl SamplingParams {
         )))
     }
 
-    /// The settings as numbers: the rule of this type in one place.
+    /// Resolves the settings to numbers: the one place that implements the rules above.
     pub(super) fn settings(&self) -> Settings {
         let samples =
             self.temperature.is_some() || self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some();
@@ -230,7 +230,7 @@ mod tests {
             assert_eq!(effective.seed, params.seed);
         }
         assert_eq!(SamplingParams::sampled(0.7).effective(), SamplingParams::sampled(0.7));
-        assert!(refused(&SamplingParams::sampled(-1.0)).contains("temperature is -1; accepted are 0 to 100"));
+        assert!(refused(&SamplingParams::sampled(-1.0)).contains("temperature is -1; expected 0 to 100"));
     }
 
     #[test]

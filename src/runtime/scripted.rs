@@ -1,5 +1,5 @@
-//! An executor without a model, for tests: its logits are a hash of the ids in the slot, so any mistake in slots,
-//! lengths or chunks changes the answer. A script can overrule it.
+//! An executor without a model, for tests. Its logits are a hash of the ids in the slot, so any mistake in slots,
+//! lengths or chunks changes the answer. A script can override them.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -7,22 +7,22 @@ use std::sync::{Arc, Mutex};
 use crate::backend::{DeferredLogits, Executor, Limits, Logits, Span, Step, Top};
 use crate::error::{Error, Result};
 
-/// What the executor answers for one row.
-pub(super) enum Answer {
+/// The executor's output for one row.
+pub(super) enum ScriptedRow {
     /// Logits between -4 and 4 that depend on every id of the sequence.
     Hash,
-    /// This id, clearly.
+    /// Logits with this id far ahead.
     Id(u32),
-    /// The hash with this value at this index.
+    /// The hash, with this value at this index.
     Spoiled(usize, f32),
-    /// The hash, but no row of the step can be fetched.
+    /// The hash, but none of the step's rows can be fetched.
     Lost,
     /// An error of the whole step.
     Fail,
 }
 
-/// Decides the answer from the step's number, from 0, and the sequence so far.
-type Script = Box<dyn FnMut(usize, &[u32]) -> Answer + Send>;
+/// Chooses the output from the step's index and the sequence so far.
+type Script = Box<dyn FnMut(usize, &[u32]) -> ScriptedRow + Send>;
 
 /// The spans of every step, in order.
 pub(super) type Log = Arc<Mutex<Vec<Vec<Span>>>>;
@@ -33,7 +33,7 @@ pub(super) struct Scripted {
     script: Script,
     logits: Vec<f32>,
     log: Log,
-    /// How many of a row's largest logits it has at hand; `None` for whole rows.
+    /// Number of a row's largest logits that are available at once; `None` for whole rows.
     top_tokens: Option<usize>,
     /// `[rows, top_tokens]` each.
     top: (Vec<f32>, Vec<u32>),
@@ -42,12 +42,12 @@ pub(super) struct Scripted {
 }
 
 impl Scripted {
-    /// One that answers with hashes.
+    /// Creates an executor that answers with hashes.
     pub(super) fn hashing(limits: &Limits) -> Scripted {
-        Scripted::new(limits, |_, _| Answer::Hash)
+        Scripted::new(limits, |_, _| ScriptedRow::Hash)
     }
 
-    pub(super) fn new(limits: &Limits, script: impl FnMut(usize, &[u32]) -> Answer + Send + 'static) -> Scripted {
+    pub(super) fn new(limits: &Limits, script: impl FnMut(usize, &[u32]) -> ScriptedRow + Send + 'static) -> Scripted {
         Scripted {
             limits: limits.clone(),
             slots: vec![Vec::new(); limits.slots],
@@ -61,13 +61,13 @@ impl Scripted {
         }
     }
 
-    /// Has the `top_tokens` largest logits of a row at hand, and the row itself only on request.
+    /// Makes the `top_tokens` largest logits of a row available at once, and the row itself only on request.
     pub(super) fn deferred(mut self, top_tokens: Option<usize>) -> Scripted {
         self.top_tokens = top_tokens.map(|k| k.min(self.limits.vocab_size));
         self
     }
 
-    /// Counts the rows that were fetched.
+    /// Counter of the rows that were fetched.
     pub(super) fn fetches(&self) -> Arc<AtomicUsize> {
         self.fetches.clone()
     }
@@ -100,11 +100,11 @@ impl Executor for Scripted {
                 let start = self.logits.len();
                 self.logits.extend(hashed(slot, self.limits.vocab_size));
                 match (self.script)(number, slot) {
-                    Answer::Hash => {}
-                    Answer::Id(id) => self.logits[start + id as usize] = 100.0,
-                    Answer::Spoiled(at, value) => self.logits[start + at] = value,
-                    Answer::Lost => self.is_lost = true,
-                    Answer::Fail => failed = true,
+                    ScriptedRow::Hash => {}
+                    ScriptedRow::Id(id) => self.logits[start + id as usize] = 100.0,
+                    ScriptedRow::Spoiled(at, value) => self.logits[start + at] = value,
+                    ScriptedRow::Lost => self.is_lost = true,
+                    ScriptedRow::Fail => failed = true,
                 }
             }
         }
@@ -145,7 +145,8 @@ impl DeferredLogits for Scripted {
     }
 }
 
-/// The `k` largest of a row with their ids, NaN first, and of equal ones the highest id first, which sampling has last.
+/// The `k` largest logits of a row with their ids: NaN first, and the highest id first among equals, the reverse of the
+/// sampler's order.
 pub(super) fn largest(row: &[f32], k: usize) -> (Vec<f32>, Vec<u32>) {
     let mut ids: Vec<u32> = (0..row.len() as u32).rev().collect();
     let key = |id: &u32| row[*id as usize];

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::generation::{Generation, Vocabulary, check_ids};
+use super::generation::{Generation, OutputVocabulary, check_ids};
 use super::request::{Completion, GenerationRequest};
 use super::sampler::log_probability;
 use super::slots::reusable;
@@ -15,30 +15,31 @@ use crate::text::Tokenizer;
 #[cfg(test)]
 mod tests;
 
-/// The one slot a session uses.
+/// The only slot that a session uses.
 const SLOT: usize = 0;
 
-/// Runs generations one after the other on one slot of an executor.
+/// Runs one generation after another on one slot of an executor.
 ///
-/// The slot's keys and values outlive a generation: of the next prompt only what differs from the ids already there
-/// is computed, which changes the time it takes and nothing else. After an error the slot counts as empty, after a
+/// The slot's keys and values outlive a generation: only the part of the next prompt that differs from the ids already
+/// there is computed, which affects speed but not the result. After an error the slot counts as empty; after a
+/// cancellation it holds what was computed. Either way the next generation gives the result of a fresh session.
 /// cancel it holds what was computed; either way the next generation gives what a fresh session would.
 pub struct Session {
     executor: Box<dyn Executor>,
-    vocabulary: Vocabulary,
+    vocabulary: OutputVocabulary,
     /// Ids whose keys and values are in the slot.
     cached: Vec<u32>,
 }
 
 impl Session {
-    /// A session over an executor it owns. Without a tokenizer there are ids only: texts stay empty, and stop strings
-    /// are refused. With one, ids past its vocabulary, the model's padding, are never sampled.
+    /// Creates a session over an executor that it owns. Without a tokenizer it works on ids only: texts stay empty, and
+    /// stop strings are refused. With one, ids past its vocabulary, the model's padding, are never sampled.
     pub fn new(executor: Box<dyn Executor>, tokenizer: Option<Arc<Tokenizer>>) -> Session {
-        let vocabulary = Vocabulary::new(executor.limits(), tokenizer);
+        let vocabulary = OutputVocabulary::new(executor.limits(), tokenizer);
         Session { executor, vocabulary, cached: Vec::new() }
     }
 
-    /// What the engine was built for.
+    /// The limits that the engine was built with.
     pub fn limits(&self) -> &Limits {
         self.executor.limits()
     }
@@ -48,7 +49,7 @@ impl Session {
         self.vocabulary.tokenizer()
     }
 
-    /// Forgets what the slot holds: the next prompt is computed whole.
+    /// Discards the contents of the slot, so that the next prompt is computed in full.
     pub fn reset(&mut self) {
         self.cached.clear();
     }
@@ -56,7 +57,7 @@ impl Session {
     /// Starts a generation, whose text comes from the returned iterator. It runs until a stop, `max_tokens` or the
     /// engine's limit:
     ///
-    /// 1. find how much of the prompt is in the slot;
+    /// 1. find the prefix of the prompt that is in the slot;
     /// 2. prefill the rest, at most `max_step_tokens` at a time;
     /// 3. choose an id, show its text, and unless it ends the generation
     /// 4. decode it and go to 3.
@@ -73,11 +74,11 @@ impl Session {
         Ok(TextStream::new(self, generation))
     }
 
-    /// Runs a generation to its end, or until `on_text` breaks it. `on_text` is called after every step with the text
-    /// that became certain in it, empty while a prompt is prefilled or text is held back, so that `Break` ends a long
-    /// prefill too. A generation ended that way returns what it has, with
-    /// [`FinishReason::Cancelled`](super::FinishReason::Cancelled); one whose last step was done is finished, whatever
-    /// `on_text` says.
+    /// Runs a generation to its end, or until `on_text` breaks. `on_text` is called after every step with the text that
+    /// became certain in it, which is empty during prefill or while text is held back, so that `Break` can end a long
+    /// prefill too. A generation ended this way returns what it has, with
+    /// [`FinishReason::Cancelled`](super::FinishReason::Cancelled); after its last step it is finished, whatever
+    /// `on_text` returns.
     ///
     /// # Errors
     /// As [`Session::stream`] and [`TextStream::step`].
@@ -95,20 +96,20 @@ impl Session {
         stream.finish()
     }
 
-    /// Runs one step of a generation that is not finished.
+    /// Runs one step of an unfinished generation.
     pub(super) fn advance(&mut self, generation: &mut Generation, delta: &mut String) -> Result<()> {
         let advanced = match generation.last() {
             None => self.prefill(generation, delta),
             Some(token) => self.decode(token, generation, delta),
         };
         if advanced.is_err() {
-            // Keys and values that led to NaN, or that a failed step left behind, are not to be reused.
+            // Keys and values that led to NaN, or that a failed step left behind, must not be reused.
             self.cached.clear();
         }
         advanced
     }
 
-    /// Computes the id sampled last; chooses the next.
+    /// Computes the last sampled id and chooses the next one.
     fn decode(&mut self, token: u32, generation: &mut Generation, delta: &mut String) -> Result<()> {
         let next = NextToken { slot: SLOT, past_tokens: self.cached.len(), token };
         let step = Step::decode(self.executor.limits(), &[next])?;
@@ -117,7 +118,7 @@ impl Session {
         generation.accept(&mut logits, 0, delta)?
     }
 
-    /// Computes the next chunk of the prompt; the last one gives the first id.
+    /// Computes the next chunk of the prompt; the last chunk gives the first id.
     fn prefill(&mut self, generation: &mut Generation, delta: &mut String) -> Result<()> {
         let past_tokens = self.cached.len();
         let limits = self.executor.limits();
@@ -134,18 +135,18 @@ impl Session {
         Ok(())
     }
 
-    /// Scores a text: the log-probability (natural, softmax over all columns) of each id but the first, given the
-    /// ids before it; `[ids.len() - 1]`. `on_row` sees every row of logits, `[vocab_size]`, with the index of the id
-    /// it follows. All of it is computed, whatever the slot holds; afterwards the slot holds `ids`.
+    /// Scores a text: the log-probability (natural, softmax over all columns) of each id except the first, given the
+    /// ids before it; `[ids.len() - 1]`. `on_row` receives every row of logits, `[vocab_size]`, and the index of the id
+    /// that it follows. All ids are computed, whatever the slot holds; afterwards it holds `ids`.
     ///
     /// # Errors
-    /// [`Error::Request`] for no ids, more than a sequence holds, or an id out of range; [`Error::Numerics`] naming
-    /// the index of a logit that is NaN or infinite; whatever the executor reports.
+    /// [`Error::Request`] if there are no ids, more than a sequence holds, or one out of range; [`Error::Numerics`]
+    /// with the index of a NaN or infinite logit; whatever the executor reports.
     pub fn score(&mut self, ids: &[u32], on_row: &mut dyn FnMut(usize, &[f32])) -> Result<Vec<f64>> {
         let limits = self.executor.limits().clone();
         if ids.is_empty() || ids.len() > limits.max_sequence_tokens {
             return Err(Error::Request(format!(
-                "{} ids to score; accepted are 1 to {}",
+                "{} ids to score; expected 1 to {}",
                 ids.len(),
                 limits.max_sequence_tokens
             )));

@@ -1,12 +1,12 @@
-//! Which slot of the KV cache holds which ids, and which are free.
+//! Tracks which ids each slot of the KV cache holds, and which slots are free.
 
 /// Length of the longest common prefix.
 pub(super) fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Prompt tokens that need not be computed again: the longest prefix in the cache, but never the whole prompt, because
-/// the logits of its last token are wanted.
+/// Prompt tokens that need not be computed again: the longest cached prefix, but never the whole prompt, because the
+/// logits of its last token are needed.
 pub(super) fn reusable(cached: &[u32], prompt: &[u32]) -> usize {
     common_prefix(cached, prompt).min(prompt.len().saturating_sub(1))
 }
@@ -14,13 +14,13 @@ pub(super) fn reusable(cached: &[u32], prompt: &[u32]) -> usize {
 /// The slots of one executor.
 #[derive(Debug)]
 pub(super) struct Slots {
-    slots: Vec<Slot>,
-    /// Counts releases, so that the slot unused for longest can be found.
+    slots: Vec<CacheSlot>,
+    /// Counts releases, to find the slot that has been free the longest.
     releases: u64,
 }
 
 #[derive(Debug, Default)]
-struct Slot {
+struct CacheSlot {
     /// Ids whose keys and values the slot holds.
     ids: Vec<u32>,
     busy: bool,
@@ -29,7 +29,7 @@ struct Slot {
 
 impl Slots {
     pub(super) fn new(count: usize) -> Slots {
-        Slots { slots: (0..count).map(|_| Slot::default()).collect(), releases: 0 }
+        Slots { slots: (0..count).map(|_| CacheSlot::default()).collect(), releases: 0 }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -40,8 +40,8 @@ impl Slots {
         self.slots.iter().any(|slot| !slot.busy)
     }
 
-    /// Takes the free slot that holds most of the prompt already, then the one unused for longest. Returns it and how
-    /// many tokens it holds; `None` when all are busy.
+    /// Takes the free slot that holds the longest prefix of the prompt; of equals, the one that has been free the
+    /// longest. Returns its index and the tokens to reuse, or `None` if all are busy.
     pub(super) fn acquire(&mut self, prompt: &[u32]) -> Option<(usize, usize)> {
         let free = self.slots.iter_mut().enumerate().filter(|(_, slot)| !slot.busy);
         let ranked = free.map(|(index, slot)| (reusable(&slot.ids, prompt), index, slot));
@@ -52,7 +52,7 @@ impl Slots {
         Some((index, reused))
     }
 
-    /// Frees a slot; what it holds can be reused.
+    /// Frees a slot; its contents stay reusable.
     pub(super) fn release(&mut self, index: usize) {
         self.releases += 1;
         if let Some(slot) = self.slots.get_mut(index) {
@@ -61,28 +61,28 @@ impl Slots {
         }
     }
 
-    /// Records that the executor has written `ids` behind what the slot held.
+    /// Records that the executor has appended `ids` to the slot.
     pub(super) fn extend(&mut self, index: usize, ids: &[u32]) {
         if let Some(slot) = self.slots.get_mut(index) {
             slot.ids.extend_from_slice(ids);
         }
     }
 
-    /// Forgets what a slot holds: its numbers are not to be trusted.
+    /// Discards the contents of a slot whose values cannot be trusted.
     pub(super) fn forget(&mut self, index: usize) {
         if let Some(slot) = self.slots.get_mut(index) {
             slot.ids.clear();
         }
     }
 
-    /// Forgets what all slots hold.
+    /// Discards the contents of all slots.
     pub(super) fn forget_all(&mut self) {
         for slot in &mut self.slots {
             slot.ids.clear();
         }
     }
 
-    /// Tokens a slot holds.
+    /// Number of tokens in a slot.
     pub(super) fn len(&self, index: usize) -> usize {
         self.slots.get(index).map_or(0, |slot| slot.ids.len())
     }

@@ -1,23 +1,23 @@
-//! Stop strings and trimming, on text that comes in pieces.
+//! Stop strings and trimming, on text that arrives in pieces.
 
 use crate::error::{Error, Result};
 
 #[cfg(test)]
 mod tests;
 
-/// Most stop strings of one request.
+/// Limit on the stop strings of one request.
 pub(crate) const MAX_STOP_STRINGS: usize = 64;
 
-/// Longest stop string, in bytes.
+/// Limit on the length of a stop string, in bytes.
 pub(crate) const MAX_STOP_BYTES: usize = 1024;
 
-/// Ends a text at the first stop string and, if asked, trims it, while it comes in pieces.
+/// Ends a text at the first stop string and optionally trims it, while it arrives in pieces.
 ///
-/// The stop string that is complete first wins; of several complete at the same character, the longest. So what is
-/// shown depends on the text alone, never on how it was split. Neither the stop string nor anything after it is
-/// shown, and of the text so far only what could still be part of a stop string is held back.
+/// The stop string that completes first wins; of several that complete at the same character, the longest. So the
+/// result depends only on the text, never on how it was split. Neither the stop string nor anything after it is shown,
+/// and only text that may still become part of a stop string is held back.
 ///
-/// Trimming removes leading and trailing Unicode whitespace of what is shown; whitespace is held back until something
+/// Trimming removes leading and trailing Unicode whitespace of the shown text; whitespace is held back until something
 /// follows it.
 #[derive(Debug)]
 pub struct StopFilter {
@@ -25,19 +25,19 @@ pub struct StopFilter {
     trim: bool,
     /// Text that may be the start of a stop string.
     held: String,
-    /// Whitespace that shows if something follows it; used when trimming.
+    /// Whitespace to show once something follows it; only used when trimming.
     spaces: String,
     shown_any: bool,
     stopped: bool,
 }
 
-/// Knuth-Morris-Pratt over one stop string.
+/// Knuth-Morris-Pratt matcher of one stop string.
 #[derive(Debug)]
 struct Matcher {
     pattern: Vec<u8>,
-    /// `fallback[n]`: length of the longest proper prefix of the pattern that ends its first n + 1 bytes.
+    /// `fallback[n]`: length of the longest proper prefix of the pattern that is a suffix of its first n + 1 bytes.
     fallback: Vec<usize>,
-    /// Length of the longest prefix of the pattern that ends the text.
+    /// Length of the longest prefix of the pattern that is a suffix of the text.
     matched: usize,
 }
 
@@ -69,7 +69,7 @@ impl Matcher {
 }
 
 impl StopFilter {
-    /// A filter for one text.
+    /// Creates a filter for one text.
     ///
     /// # Errors
     /// [`Error::Request`] for an empty stop string, one over 1024 bytes, or more than 64 of them.
@@ -82,7 +82,7 @@ impl StopFilter {
         }
         if let Some(index) = stop_strings.iter().position(|s| s.is_empty() || s.len() > MAX_STOP_BYTES) {
             return Err(Error::Request(format!(
-                "stop string {index} has {} bytes; accepted are 1 to {MAX_STOP_BYTES}",
+                "stop string {index} has {} bytes; expected 1 to {MAX_STOP_BYTES}",
                 stop_strings.get(index).map_or(0, String::len)
             )));
         }
@@ -96,8 +96,8 @@ impl StopFilter {
         })
     }
 
-    /// Takes the next piece of text and appends to `out` what can be shown. Returns whether a stop string is
-    /// complete; after that nothing is taken any more.
+    /// Takes the next piece of text and appends the text that can be shown to `out`. Returns true once a stop string is
+    /// complete; anything after that is ignored.
     pub fn push(&mut self, text: &str, out: &mut String) -> bool {
         if self.stopped {
             return true;
@@ -123,7 +123,7 @@ impl StopFilter {
         false
     }
 
-    /// The text has ended: appends what was held back and is no stop string.
+    /// Ends the text: appends what was held back, which is not a stop string after all.
     pub fn flush(&mut self, out: &mut String) {
         let rest = std::mem::take(&mut self.held);
         self.show(&rest, out);

@@ -7,14 +7,14 @@ use super::request::Completion;
 use super::session::Session;
 use crate::error::{Error, Result};
 
-/// The text of a generation on a [`Session`], piece by piece as it is computed. Nothing is computed ahead: each call of
+/// The text of a generation on a [`Session`], in pieces as it is computed. Nothing is computed ahead: each call of
 /// `next` runs forward steps until there is text to show.
 ///
-/// Pieces are never empty and together are the completion's text. An error is the last item. Dropping the stream ends
-/// the generation; [`TextStream::finish`] does so too and returns what it has.
+/// Pieces are never empty, and together they are the completion's text. An error is the last item. Dropping the stream
+/// ends the generation; so does [`TextStream::finish`], which returns what it has.
 pub struct TextStream<'a> {
     session: &'a mut Session,
-    /// None once it has failed.
+    /// `None` once it has failed.
     generation: Option<Generation>,
     delta: String,
 }
@@ -24,8 +24,8 @@ impl<'a> TextStream<'a> {
         TextStream { session, generation: Some(generation), delta: String::new() }
     }
 
-    /// Has each token chosen by `choose` instead of the request's sampling settings. It is given a row of logits, one
-    /// for each id that can be chosen, and the ids chosen so far; stops and limits hold as ever.
+    /// Chooses each token with `choose` instead of the request's sampling settings. It receives a row of logits, one
+    /// for each id that can be chosen, and the ids chosen so far; stops and limits apply as usual.
     #[must_use]
     pub fn choosing(mut self, choose: impl FnMut(&[f32], &[u32]) -> Result<u32> + Send + 'static) -> TextStream<'a> {
         if let Some(generation) = &mut self.generation {
@@ -35,10 +35,10 @@ impl<'a> TextStream<'a> {
     }
 
     /// Runs one forward step. Returns the text that became certain in it, which may be empty, or `None` if the
-    /// generation had ended before.
+    /// generation has already ended.
     ///
     /// # Errors
-    /// [`Error::Numerics`] for logits that are not numbers; whatever the executor reports. There is no text after that.
+    /// [`Error::Numerics`] for NaN or infinite logits; whatever the executor reports. No text follows an error.
     pub fn step(&mut self) -> Result<Option<&str>> {
         self.delta.clear();
         let Some(generation) = &mut self.generation else { return Ok(None) };
@@ -59,11 +59,11 @@ impl<'a> TextStream<'a> {
         self.generation.as_ref().map_or(&[], Generation::ids)
     }
 
-    /// Ends the generation and returns what it gave, with finish reason
-    /// [`FinishReason::Cancelled`](super::FinishReason::Cancelled) if it was not over.
+    /// Ends the generation and returns its result, with finish reason
+    /// [`FinishReason::Cancelled`](super::FinishReason::Cancelled) if it was not finished.
     ///
     /// # Errors
-    /// [`Error::Request`] if it has failed, with an error that was returned before.
+    /// [`Error::Request`] if it failed; that error was returned before.
     pub fn finish(self) -> Result<Completion> {
         let failed = || Error::Request("the generation has failed; its error was returned before".into());
         self.generation.map(Generation::complete).ok_or_else(failed)

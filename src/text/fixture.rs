@@ -87,7 +87,7 @@ pub(crate) fn tokenizer() -> Arc<Tokenizer> {
     Arc::new(tokenizer_with(&sentencepiece_decoder()))
 }
 
-/// The id of the piece of a byte.
+/// The id of a byte's fallback piece.
 pub(crate) fn byte_id(byte: u8) -> u32 {
     4 + u32::from(byte)
 }

@@ -1,4 +1,4 @@
-//! What must hold of the reader of SentencePiece models; see [`crate::fuzzing`].
+//! Invariants of the SentencePiece model reader; see [`crate::fuzzing`].
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,13 +6,13 @@ use std::sync::Arc;
 use super::{StreamDecoder, Tokenizer};
 use crate::fuzzing::check_refusal;
 
-/// Stands between a model and a text.
+/// Separates the model from the text in an input.
 const END_OF_MODEL: &[u8] = &[0xFF; 4];
-/// What every model that loads encodes too.
+/// Text that every model that loads must encode.
 const TEXT: &str = "  The <s> ▁▁quick\u{a0}ﬁ bröwn 狐 🦊 jumps\n over\t\0 1,234\u{e9}e\u{301} <0x41></s> ";
 
-/// A SentencePiece model, and behind [`END_OF_MODEL`] a text: whatever the model, every id of an encoded text has a
-/// piece, and ids decode to the same text at once and one by one.
+/// Input: a SentencePiece model, optionally followed by [`END_OF_MODEL`] and a text. Whatever the model, every id of an
+/// encoded text has a piece, and decoding ids all at once or one by one gives the same text.
 pub fn sentencepiece(bytes: &[u8]) {
     let end = bytes.windows(END_OF_MODEL.len()).rposition(|four| four == END_OF_MODEL);
     let (model, text) = end.map_or((bytes, &[][..]), |end| (&bytes[..end], &bytes[end + END_OF_MODEL.len()..]));
@@ -34,7 +34,7 @@ pub fn sentencepiece(bytes: &[u8]) {
     let ids: Vec<u32> = (0..tokenizer.vocab_size() as u32).collect();
     check_decoding(&tokenizer, &ids);
     for id in ids {
-        // Of two pieces of one name the reserved one is found.
+        // Where two pieces share a name, lookup finds the reserved one.
         let piece = tokenizer.piece(id).unwrap();
         assert_eq!(tokenizer.piece(tokenizer.id(&piece).unwrap()), Some(piece));
     }

@@ -1,7 +1,7 @@
-//! Text: the tokenizer, the decoder that turns sampled ids into text as they come, and the chat template.
+//! Text: the tokenizer, the streaming decoder and the chat template.
 //!
-//! The template writes the special pieces as text and its output is encoded whole, with nothing added, so there is
-//! one place that knows them.
+//! The template writes special pieces as text and its output is encoded in one call with nothing added, so only the
+//! template has to know about them.
 
 mod chat;
 #[cfg(any(test, fuzzing))]

@@ -1,17 +1,17 @@
-//! The form in which a package keeps a tokenizer, whichever file it came from: a folder's tokenizer.json, its
+//! The format of the tokenizer in a package, whichever file it came from: a folder's tokenizer.json, its
 //! tokenizer.model, or the model in a `.nemo`.
 //!
 //! ```text
 //! {"format":"aotron-tokenizer","version":1,"rules":"sentencepiece","bytes":40960}
-//! what the rules are made of, so many bytes
+//! the tokenizer's content, exactly that many bytes
 //! ```
 //!
-//! The first line says by whose rules a text is encoded, so that no reader guesses it from the content. The rest is in
-//! the words of those rules, and one kind is not turned into the other: neither can say all of the other
-//! ([`super::sentencepiece`] has a list), and an id that differs is a wrong answer. What is kept is what decides about
-//! ids and texts: of a SentencePiece model, which also has the folders and settings of its training, only the
-//! fields that are read, so that equal tokenizers are equal files. A tokenizer.json is kept to the byte, for writing
-//! its numbers anew could change them.
+//! The first line names the rules by which text is encoded, so that no reader has to guess them from the content. The
+//! rest is in those rules' own format. The formats are not converted into each other: neither can express everything
+//! the other can ([`super::sentencepiece`] has a list), and a single differing id is a wrong answer. A SentencePiece
+//! model is reduced to the fields that affect ids or text, without the paths and settings of its training, so that
+//! equal tokenizers give equal files. A tokenizer.json is kept byte for byte, because rewriting its numbers could
+//! change them.
 
 use std::path::Path;
 
@@ -20,47 +20,47 @@ use serde::{Deserialize, Serialize};
 use super::{Tokenizer, sentencepiece};
 use crate::error::{Error, Result, clip};
 
-/// What `format` says.
+/// The value of `format`.
 const FORMAT: &str = "aotron-tokenizer";
 const VERSION: u32 = 1;
-/// The first line is refused past this size.
+/// Longer first lines are refused.
 const MAX_HEADER_BYTES: usize = 1 << 10;
 
-/// The first line.
+/// The first line of the file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Header {
+struct TokenizerHeader {
     format: String,
     version: u32,
     rules: RuleKind,
-    /// Of what follows.
+    /// Length of the content that follows.
     bytes: usize,
 }
 
-/// By whose rules a text is encoded.
+/// The rules by which text is encoded.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum RuleKind {
-    /// Those of a tokenizer.json, by the reference implementation.
+    /// A tokenizer.json, encoded by the reference implementation.
     TokenizerJson,
-    /// SentencePiece's: a model's file.
+    /// A SentencePiece model file.
     Sentencepiece,
-    /// Those of a tokenizer.json, with more special tokens than it lists: a line of JSON with these, and the file.
+    /// A tokenizer.json with more special tokens than it lists: one line of JSON with those tokens, then the file.
     TokenizerJsonWithAddedTokens,
-    /// SentencePiece's, between tokens added to its model: a line of JSON with these, and the model's file.
+    /// A SentencePiece model with tokens added to it: one line of JSON with those tokens, then the model file.
     SentencepieceWithAddedTokens,
 }
 
 impl Tokenizer {
-    /// The name of a package's tokenizer.
+    /// File name of the tokenizer in a package.
     pub const PACKAGE_FILE: &str = "tokenizer.aotron";
 
-    /// What a package keeps of this tokenizer, which was read from `source`, the content of a file of that name.
+    /// The package form of this tokenizer, which was read from `source`, the content of the file `name`.
     ///
     /// # Errors
-    /// Those of [`Tokenizer::from_bytes`], where it was not read from that.
+    /// As [`Tokenizer::from_bytes`], if `source` is not the file that this tokenizer was read from.
     pub fn to_package(&self, name: &Path, source: &[u8]) -> Result<Vec<u8>> {
-        let unwritten = |source| Error::format(name, format!("the tokenizer cannot be kept: {source}"));
+        let unwritten = |source| Error::format(name, format!("the tokenizer cannot be written: {source}"));
         let source = match self.sentencepiece() {
             Some(_) => sentencepiece::essential(name, source)?.into(),
             None => std::borrow::Cow::Borrowed(source),
@@ -78,7 +78,7 @@ impl Tokenizer {
                 }
             }
         };
-        let header = Header { format: FORMAT.into(), version: VERSION, rules, bytes: content.len() };
+        let header = TokenizerHeader { format: FORMAT.into(), version: VERSION, rules, bytes: content.len() };
         let mut bytes = serde_json::to_vec(&header).map_err(unwritten)?;
         bytes.push(b'\n');
         bytes.extend_from_slice(&content);
@@ -88,30 +88,33 @@ impl Tokenizer {
     /// Reads a package's tokenizer. `name` is the file named in errors.
     ///
     /// # Errors
-    /// [`Error::Format`] where it is not what [`Tokenizer::to_package`] writes; those of [`Tokenizer::from_bytes`].
+    /// [`Error::Format`] if the file is not in the form that [`Tokenizer::to_package`] writes; otherwise as
+    /// [`Tokenizer::from_bytes`].
     pub fn from_package(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
         let refused = |detail: String| Error::format(name, format!("not a package's tokenizer: {detail}"));
         let start = &bytes[..bytes.len().min(MAX_HEADER_BYTES)];
         let Some(end) = start.iter().position(|byte| *byte == b'\n') else {
             return Err(refused(format!("no line ends within its first {} bytes", start.len())));
         };
-        // Of a later version nothing but these is known.
+        // Only these two fields are known to exist in later versions.
         #[derive(Deserialize)]
-        struct Head {
+        struct HeaderVersion {
             format: String,
             version: u64,
         }
         let line = &bytes[..end];
-        let head: Head = serde_json::from_slice(line).map_err(|source| refused(format!("its first line: {source}")))?;
+        let head: HeaderVersion =
+            serde_json::from_slice(line).map_err(|source| refused(format!("its first line: {source}")))?;
         if head.format != FORMAT {
             return Err(refused(format!("its format is \"{}\", expected \"{FORMAT}\"", clip(&head.format))));
         }
         if head.version != u64::from(VERSION) {
             let found = head.version;
-            let detail = format!("tokenizer version {found}; version {VERSION} is read. Build the package again");
+            let detail =
+                format!("tokenizer version {found}; this aotron reads version {VERSION}. Build the package again");
             return Err(Error::unsupported(name, detail));
         }
-        let header: Header =
+        let header: TokenizerHeader =
             serde_json::from_slice(line).map_err(|source| refused(format!("its first line: {source}")))?;
         let content = &bytes[end + 1..];
         if content.len() != header.bytes {

@@ -1,6 +1,6 @@
-//! What each id contributes to a text, and the rules that hold between ids: read once from the `decoder` of a
-//! tokenizer.json or from a SentencePiece model, so that decoding is a table look-up and the same code serves whole
-//! texts and streams.
+//! Maps ids to text. The table of each id's bytes and the rules that apply between ids are built once, from the
+//! `decoder` of a tokenizer.json or from a SentencePiece model, so that decoding is a table lookup and whole texts and
+//! streams share one implementation.
 
 use std::collections::HashSet;
 
@@ -9,28 +9,28 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// Bytes of every id and the rules at the start of a text.
+/// The bytes of every id, and the rules for the start of a text.
 #[derive(Debug)]
 pub(super) struct PieceTable {
-    /// The bytes of all ids, one after the other.
+    /// The bytes of all ids, concatenated.
     bytes: Vec<u8>,
     /// `[vocab_size + 1]`: id i has `bytes[ends[i]..ends[i + 1]]`.
     ends: Vec<usize>,
-    /// Ids with a space of their own, not a replaced `▁`: it shows at the start of a text too.
+    /// Ids whose leading space is literal rather than a replaced `▁`: it is kept at the start of a text too.
     own_space: HashSet<u32>,
-    rules: Rules,
+    rules: DecodingRules,
 }
 
-/// How pieces become text.
+/// Rules that turn pieces into text.
 #[derive(Debug, Default, Clone)]
-pub(super) struct Rules {
-    /// Replaced in every piece, in order: `▁` to a space.
+pub(super) struct DecodingRules {
+    /// Replaced in every piece, in this order: `▁` by a space.
     replacements: Vec<(String, String)>,
     /// `▁` is dropped from the first piece of a text instead of being replaced (Metaspace with a prepend scheme).
     drops_in_first: bool,
-    /// Up to this many of this character are cut from the start of a text (Strip).
+    /// Up to this many of this character are stripped from the start of a text (Strip).
     strip_start: Option<(char, usize)>,
-    /// Put between pieces: a tokenizer.json without a decoder separates by a space.
+    /// Inserted between pieces: a tokenizer.json without a decoder separates them by spaces.
     separator: &'static str,
     bytes: ByteRule,
     fused: bool,
@@ -38,39 +38,39 @@ pub(super) struct Rules {
     start: StartRule,
 }
 
-/// What a SentencePiece model takes from the start of a text.
+/// Spaces that a SentencePiece model strips from the start of a text.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum StartRule {
     #[default]
     Nothing,
     /// One `▁`.
     OneSpace,
-    /// One `▁` of every piece until there is some text.
+    /// One `▁` of every piece until some text has been emitted.
     SpacesBeforeText,
 }
 
-/// What an id of a SentencePiece model contributes.
+/// The contribution of one id of a SentencePiece model.
 pub(super) enum PieceText<'a> {
     Byte(u8),
-    /// This text as it is.
+    /// Literal text.
     Plain(&'a str),
-    /// This text, in which a space is spelled `▁`.
+    /// Text in which a space is written as `▁`.
     Spelled(&'a str),
 }
 
-/// How pieces name bytes that are not characters by themselves.
+/// Encoding of bytes that are not characters by themselves.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum ByteRule {
     /// Pieces are characters.
     #[default]
     None,
-    /// SentencePiece's `<0x0A>` pieces; a byte that is part of no character becomes one U+FFFD.
+    /// SentencePiece's `<0x0A>` pieces; each byte that is not part of a valid character becomes one U+FFFD.
     Fallback,
     /// GPT-2's printable stand-ins for all 256 bytes; a malformed sequence becomes one U+FFFD.
     Level,
 }
 
-/// The decoders of a tokenizer.json this crate computes.
+/// The decoders of a tokenizer.json that this crate supports.
 #[derive(Deserialize)]
 #[serde(tag = "type")]
 enum DecoderSpec {
@@ -88,31 +88,32 @@ enum PatternSpec {
     String(String),
 }
 
-impl Rules {
+impl DecodingRules {
     /// Reads the `decoder` value of a tokenizer.json; `None` where it has none.
-    pub(super) fn read(decoder: Option<&Value>) -> Result<Rules> {
+    pub(super) fn read(decoder: Option<&Value>) -> Result<DecodingRules> {
         let Some(decoder) = decoder else {
-            return Ok(Rules { separator: " ", ..Rules::default() });
+            return Ok(DecodingRules { separator: " ", ..DecodingRules::default() });
         };
         let spec = DecoderSpec::deserialize(decoder).map_err(|source| {
             Error::Tokenizer(format!(
-                "decoder {decoder} is not one this version computes ({source}); supported: Sequence, Replace of a \
+                "decoder {decoder} is not supported by this version ({source}); supported: Sequence, Replace of a \
                  string, Metaspace, ByteFallback, ByteLevel, Fuse, Strip"
             ))
         })?;
-        let mut rules = Rules::default();
+        let mut rules = DecodingRules::default();
         rules.add(spec)?;
         Ok(rules)
     }
 
-    /// The rules of a SentencePiece model: whether it takes a leading space away, and then of how many pieces.
-    pub(super) fn sentencepiece(takes_space: bool, takes_all: bool) -> Rules {
+    /// The rules of a SentencePiece model: `takes_space` if it strips a leading space, `takes_all` if it does so from
+    /// every piece until there is text.
+    pub(super) fn sentencepiece(takes_space: bool, takes_all: bool) -> DecodingRules {
         let start = match (takes_space, takes_all) {
             (false, _) => StartRule::Nothing,
             (true, false) => StartRule::OneSpace,
             (true, true) => StartRule::SpacesBeforeText,
         };
-        Rules { bytes: ByteRule::Fallback, start, ..Rules::default() }
+        DecodingRules { bytes: ByteRule::Fallback, start, ..DecodingRules::default() }
     }
 
     fn add(&mut self, spec: DecoderSpec) -> Result<()> {
@@ -122,7 +123,8 @@ impl Rules {
                     self.add(decoder)?;
                 }
             }
-            // Beside ByteFallback the order matters only to a `▁` spelled in byte pieces: it stays, as in SentencePiece.
+            // With ByteFallback present, the order only matters to a `▁` spelled in byte pieces: it is kept, as in
+            // SentencePiece.
             DecoderSpec::Replace { pattern: PatternSpec::String(pattern), content } => {
                 if self.fused || pattern.is_empty() {
                     return Err(Error::Tokenizer(format!(
@@ -151,7 +153,7 @@ impl Rules {
         Ok(())
     }
 
-    /// Appends the bytes `piece` contributes anywhere but at the start of a text.
+    /// Appends the bytes that `piece` contributes anywhere but at the start of a text.
     fn piece_bytes(&self, piece: &str, out: &mut Vec<u8>) {
         if self.bytes == ByteRule::Fallback
             && let Some(byte) = fallback_byte(piece)
@@ -170,7 +172,7 @@ impl Rules {
             let start = out.len();
             for c in text.chars() {
                 let Some(byte) = level_byte(c) else {
-                    // An added token may hold characters outside the table; it then stands for its own text.
+                    // An added token may contain characters outside the byte alphabet; then it stands for its own text.
                     out.truncate(start);
                     break;
                 };
@@ -185,9 +187,9 @@ impl Rules {
 }
 
 impl PieceTable {
-    /// A table of `vocab_size` ids; `piece` gives an id's piece, or `None` where the vocabulary has a hole, which
+    /// Builds a table of `vocab_size` ids. `piece` returns an id's piece, or `None` for a hole in the vocabulary, which
     /// contributes nothing.
-    pub(super) fn new(vocab_size: usize, rules: Rules, piece: impl Fn(u32) -> Option<String>) -> PieceTable {
+    pub(super) fn new(vocab_size: usize, rules: DecodingRules, piece: impl Fn(u32) -> Option<String>) -> PieceTable {
         let ends = Vec::with_capacity(vocab_size + 1);
         let mut table = PieceTable { bytes: Vec::new(), ends, own_space: HashSet::new(), rules };
         table.ends.push(0);
@@ -203,8 +205,8 @@ impl PieceTable {
         table
     }
 
-    /// A table of a SentencePiece model's ids, in order.
-    pub(super) fn of_texts<'a>(rules: Rules, texts: impl Iterator<Item = PieceText<'a>>) -> PieceTable {
+    /// Builds the table of a SentencePiece model's ids, in order.
+    pub(super) fn of_texts<'a>(rules: DecodingRules, texts: impl Iterator<Item = PieceText<'a>>) -> PieceTable {
         let mut table = PieceTable { bytes: Vec::new(), ends: vec![0], own_space: HashSet::new(), rules };
         for (id, text) in texts.enumerate() {
             let has_own_space = match text {
@@ -245,21 +247,21 @@ impl PieceTable {
     }
 }
 
-/// Decoding in progress: what a sequence of ids has not said for certain yet, at most 3 bytes.
+/// State of decoding a sequence of ids; holds back at most 3 bytes of an incomplete character.
 #[derive(Debug, Clone)]
 pub(super) struct Decoding {
-    /// Start of a character whose other bytes have not come.
+    /// Start of a character whose remaining bytes have not arrived yet.
     pending: Vec<u8>,
-    /// No id has come (with SentencePiece's rule: no text), and the ids start a text.
+    /// True until the first id (under SentencePiece's rule: the first text), if the ids start a text.
     at_first_piece: bool,
-    /// How many characters Strip may still cut.
+    /// Number of characters that Strip may still remove.
     strip_left: usize,
-    /// Whether a separator goes before the next piece.
+    /// True if a separator goes before the next piece.
     separate: bool,
 }
 
 impl Decoding {
-    /// `continuing`: the ids follow others, so the rules at the start of a text do not apply.
+    /// `continuing` means that the ids follow others, so the rules for the start of a text do not apply.
     pub(super) fn new(table: &PieceTable, continuing: bool) -> Decoding {
         let strip_left = table.rules.strip_start.map_or(0, |(_, count)| count);
         Decoding {
@@ -270,7 +272,7 @@ impl Decoding {
         }
     }
 
-    /// Appends to `out` what is certain after `id`.
+    /// Appends to `out` all text that is certain after `id`.
     pub(super) fn push(&mut self, table: &PieceTable, id: u32, out: &mut String) -> Result<()> {
         let Some(bytes) = table.bytes_of(id) else {
             return Err(Error::Tokenizer(format!(
@@ -282,10 +284,12 @@ impl Decoding {
             self.pending.extend_from_slice(table.rules.separator.as_bytes());
         }
         if table.rules.start != StartRule::Nothing {
+            // The space to strip is a replaced `▁`; a literal space belongs to the text.
             let space = match bytes {
                 [b' ', ..] => usize::from(self.at_first_piece && !table.own_space.contains(&id)),
                 _ => 0,
             };
+            // Stay at the start while nothing is shown: `OneSpace` is then used up, `SpacesBeforeText` goes on.
             let takes_more = space == 0 || table.rules.start == StartRule::SpacesBeforeText;
             self.at_first_piece &= bytes.len() == space && takes_more;
             self.add(table, &bytes[space..], out);
@@ -293,7 +297,7 @@ impl Decoding {
         }
         let drops = table.rules.drops_in_first && !table.own_space.contains(&id);
         if std::mem::take(&mut self.at_first_piece) && drops {
-            // Metaspace's `▁` is a space by now.
+            // By now Metaspace has replaced its `▁` by a space.
             self.pending.extend(bytes.iter().filter(|byte| **byte != b' '));
             self.drain(table, false, out);
         } else {
@@ -302,7 +306,7 @@ impl Decoding {
         Ok(())
     }
 
-    /// Appends what is certain after these bytes: most pieces are whole characters.
+    /// Appends all text that is certain after these bytes. Fast path: most pieces are whole characters.
     fn add(&mut self, table: &PieceTable, bytes: &[u8], out: &mut String) {
         match std::str::from_utf8(bytes) {
             Ok(text) if self.pending.is_empty() => self.emit(table, text, out),
@@ -313,7 +317,7 @@ impl Decoding {
         }
     }
 
-    /// Appends what is left: bytes that will never become a character, as U+FFFD.
+    /// Appends the rest, with U+FFFD for bytes that will never complete a character.
     pub(super) fn flush(&mut self, table: &PieceTable, out: &mut String) {
         self.drain(table, true, out);
     }
@@ -324,7 +328,7 @@ impl Decoding {
         for chunk in pending.utf8_chunks() {
             self.emit(table, chunk.valid(), out);
             let invalid = chunk.invalid();
-            // `invalid` is a truncated character exactly when it could still be completed; only the last chunk can be.
+            // `invalid` is a truncated character exactly if it could still be completed, so only in the last chunk.
             let at_end = invalid.as_ptr_range().end == pending.as_ptr_range().end;
             if !last && at_end && is_truncated(invalid) {
                 kept = invalid;
@@ -352,20 +356,20 @@ impl Decoding {
     }
 }
 
-/// Whether more bytes could make these a character.
+/// Returns true if more bytes could complete this character.
 fn is_truncated(bytes: &[u8]) -> bool {
     std::str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none())
 }
 
-/// The byte of a `<0x0A>` piece.
+/// The byte that a `<0x0A>` piece stands for.
 fn fallback_byte(piece: &str) -> Option<u8> {
     let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
     let is_hex = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
     if is_hex { u8::from_str_radix(digits, 16).ok() } else { None }
 }
 
-/// The byte a character of GPT-2's byte alphabet stands for: printable Latin-1 stands for itself, and the other 68
-/// bytes, in order, for U+0100 to U+0143.
+/// The byte that a character of GPT-2's byte alphabet stands for: printable Latin-1 characters stand for themselves,
+/// and U+0100 to U+0143 for the other 68 bytes, in order.
 fn level_byte(c: char) -> Option<u8> {
     let stands_for_itself = |code: u32| matches!(code, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
     match u32::from(c) {

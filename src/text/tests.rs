@@ -36,7 +36,7 @@ fn text_survives_the_round_trip_whole() {
     let tokenizer = shared();
     for text in ["Hello world", "the\nUser", "é日", "🙂 مرحبا 你好 \u{0}", " two  spaces ", "a▁b", ""] {
         let ids = tokenizer.encode(text).unwrap();
-        // The fixture adds no space in front, so the text is read as a continuation; `▁` is how a space is spelled.
+        // The fixture adds no space in front, so the text is decoded as a continuation; a space is spelled `▁`.
         assert_eq!(tokenizer.decode_continuation(&ids).unwrap(), text.replace('▁', " "), "{ids:?}");
     }
     let hello = tokenizer.id("▁Hello").unwrap();
@@ -152,7 +152,7 @@ fn a_package_keeps_both_kinds_in_one_form() {
             assert!(Tokenizer::from_package(Path::new("t"), &kept[..len]).is_err(), "{len}");
         }
     }
-    // Where a model was trained is not kept: field 1 of trainer_spec, which is field 2.
+    // The training paths are dropped: field 1 of trainer_spec, which is field 2.
     let trained = [model.as_slice(), b"\x12\x06\x0a\x04/tmp"].concat();
     let tokenizer = Tokenizer::from_bytes(Path::new("t"), &trained).unwrap();
     let kept = tokenizer.to_package(Path::new("t"), &trained).unwrap();
@@ -177,7 +177,7 @@ fn what_is_no_packages_tokenizer_says_why() {
     refused(&[kept.as_slice(), b" "].concat(), "bytes should follow its first line");
     let with = |from: &str, to: &str| String::from_utf8(kept.clone()).unwrap().replacen(from, to, 1).into_bytes();
     refused(&with("aotron-tokenizer", "other"), "its format is \"other\"");
-    refused(&with("\"version\":1", "\"version\":2"), "unsupported: tokenizer version 2; version 1 is read");
+    refused(&with("\"version\":1", "\"version\":2"), "unsupported: tokenizer version 2; this aotron reads version 1");
     refused(&with("tokenizer-json", "word-piece"), "unknown variant `word-piece`");
     refused(&with("tokenizer-json", "sentencepiece"), "not a SentencePiece model");
     refused(&with("\"bytes\"", "\"pad\":0,\"bytes\""), "unknown field `pad`");
@@ -196,7 +196,7 @@ proptest! {
         let tokenizer = shared();
         let all = stream(&tokenizer, &bytes_as_ids(text.as_bytes())).concat();
         prop_assert_eq!(&all, text.strip_prefix(' ').unwrap_or(&text));
-        // Whatever follows, what was shown before stays as it is.
+        // Text that was shown stays as it is, whatever follows.
         let bytes = [b"x", text.as_bytes(), &junk].concat();
         let with_junk = stream(&tokenizer, &bytes_as_ids(&bytes)).concat();
         let shown = format!("x{text}");

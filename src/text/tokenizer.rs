@@ -1,5 +1,5 @@
-//! The tokenizer: a tokenizer.json over the reference implementation, or a SentencePiece model, for encoding, and a
-//! table for decoding.
+//! The tokenizer. Encoding uses either the reference implementation over a tokenizer.json or our own SentencePiece;
+//! decoding uses a lookup table for both.
 
 use std::cell::Cell;
 use std::fmt::Display;
@@ -11,35 +11,35 @@ use serde::de::IgnoredAny;
 use tokenizers::{Model as _, Normalizer as _, OffsetType, PreTokenizedString, PreTokenizer as _};
 
 use super::chat::PromptPart;
-use super::pieces::{Decoding, PieceTable, Rules};
+use super::pieces::{Decoding, DecodingRules, PieceTable};
 use super::sentencepiece::{self, AddedTokens, SentencePieceFacts};
 use crate::checkpoint::AddedToken;
 use crate::error::{Error, Result, clip};
 
-/// Vocabularies past this are taken for damaged files; the largest known ones have under 300,000 pieces.
+/// A larger vocabulary means a damaged file; the largest known ones have under 300,000 pieces.
 const MAX_VOCAB_SIZE: usize = 1 << 24;
 
-/// Turns text into token ids and back. Immutable, so it is shared by `Arc` between sessions and threads.
+/// Converts text to token ids and back. Immutable, so sessions and threads share it through an `Arc`.
 #[derive(Debug)]
 pub struct Tokenizer {
     encoder: Encoder,
     pieces: PieceTable,
 }
 
-/// What encodes, by the kind of the file.
+/// The encoder, by file format.
 #[derive(Debug)]
 enum Encoder {
     HuggingFace { inner: Box<tokenizers::Tokenizer>, added: Vec<AddedToken> },
-    SentencePiece { model: Box<sentencepiece::Model>, added: AddedTokens },
+    SentencePiece { model: Box<sentencepiece::SentencePieceModel>, added: AddedTokens },
 }
 
 impl Tokenizer {
-    /// Reads a tokenizer.json, or a SentencePiece model where the content is one. `name` is the file named in errors.
-    /// Truncation and padding a tokenizer.json may ask for are off: a prompt is never cut in silence.
+    /// Reads a tokenizer.json or a SentencePiece model; the content decides which. `name` is the file named in errors.
+    /// Truncation and padding requested by a tokenizer.json are turned off: a prompt is never cut silently.
     ///
     /// # Errors
-    /// [`Error::Format`] where the file is neither; [`Error::Unsupported`] where it asks for something this version
-    /// does not compute.
+    /// [`Error::Format`] if the file is neither; [`Error::Unsupported`] if it requires a feature that this version
+    /// lacks.
     pub fn from_bytes(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
         if sentencepiece::is_model(bytes) {
             Self::from_sentencepiece(name, bytes)
@@ -51,19 +51,20 @@ impl Tokenizer {
     /// Reads a SentencePiece model (`tokenizer.model`). `name` is the file named in errors.
     ///
     /// # Errors
-    /// [`Error::Format`] where the file is not one, or contradicts itself; [`Error::Unsupported`] where it is of a type
-    /// other than BPE and unigram, or changes decoded text.
+    /// [`Error::Format`] if the file is not a model or contradicts itself; [`Error::Unsupported`] if its type is
+    /// neither BPE nor unigram, or if it changes decoded text.
     pub fn from_sentencepiece(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
         Self::from_sentencepiece_and(name, bytes, Vec::new())
     }
 
-    /// As [`Tokenizer::from_sentencepiece`], with tokens that were added to the model: wherever a text has one it is that
-    /// token, whatever the model makes of the rest. They may be control pieces of the model, or follow its pieces.
+    /// As [`Tokenizer::from_sentencepiece`], with tokens added to the model. Each occurrence of an added token in a
+    /// text is that token, and the model encodes only the text in between. Added tokens may be control pieces of the
+    /// model or have ids past its pieces.
     ///
     /// # Errors
     /// As [`Tokenizer::from_sentencepiece`], and [`Error::Format`] for a token that contradicts the model.
     pub fn from_sentencepiece_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
-        let model = sentencepiece::Model::from_bytes(name, bytes)?;
+        let model = sentencepiece::SentencePieceModel::from_bytes(name, bytes)?;
         let added = AddedTokens::new(name, &model, added)?;
         let pieces = model.piece_table(&added);
         Ok(Tokenizer { encoder: Encoder::SentencePiece { model: Box::new(model), added }, pieces })
@@ -72,20 +73,19 @@ impl Tokenizer {
     /// Reads a tokenizer.json. `name` is the file named in errors.
     ///
     /// # Errors
-    /// [`Error::Format`] where the file is not one; [`Error::Unsupported`] where its decoder is one this version does
-    /// not compute.
+    /// [`Error::Format`] if the file is not one; [`Error::Unsupported`] if this version does not support its decoder.
     pub fn from_json(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
         Self::from_json_and(name, bytes, Vec::new())
     }
 
-    /// As [`Tokenizer::from_json`], with pieces of its vocabulary that are special tokens though the file does not list
-    /// them so: wherever a text has one it is that token.
+    /// As [`Tokenizer::from_json`], and treats `added`, pieces of its vocabulary that the file does not list as
+    /// special, as special tokens: each occurrence in a text is that token.
     ///
     /// # Errors
-    /// As [`Tokenizer::from_json`], and [`Error::Format`] for a token that is no piece of that id.
+    /// As [`Tokenizer::from_json`], and [`Error::Format`] for a token that is not the piece of its id.
     pub fn from_json_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
         let refused = |source: &dyn Display| Error::format(name, format!("not a tokenizer.json: {source}"));
-        // A truncated file is found here, with its line and column.
+        // Catches a truncated file early, with line and column.
         serde_json::from_slice::<IgnoredAny>(bytes).map_err(|source| refused(&source))?;
         let mut inner = contained(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(|source| refused(&source))?;
         inner
@@ -105,24 +105,28 @@ impl Tokenizer {
         };
         let vocab_size = largest as usize + 1;
         if vocab_size > MAX_VOCAB_SIZE {
-            return Err(Error::format(name, format!("largest id {largest}; at most {} is read", MAX_VOCAB_SIZE - 1)));
+            return Err(Error::format(
+                name,
+                format!("largest id {largest}; at most {} is accepted", MAX_VOCAB_SIZE - 1),
+            ));
         }
         let decoder = inner
             .get_decoder()
             .map(serde_json::to_value)
             .transpose()
             .map_err(|source| Error::format(name, format!("decoder: {source}")))?;
-        let rules = Rules::read(decoder.as_ref()).map_err(|error| Error::unsupported(name, error.to_string()))?;
+        let rules =
+            DecodingRules::read(decoder.as_ref()).map_err(|error| Error::unsupported(name, error.to_string()))?;
         let pieces = PieceTable::new(vocab_size, rules, |id| inner.id_to_token(id));
         Ok(Tokenizer { encoder: Encoder::HuggingFace { inner: Box::new(inner), added }, pieces })
     }
 
-    /// The ids of `text`, encoded in one call; no special tokens are added. Special pieces written in the text become
-    /// their ids, which is how the chat template's reach the model; but control pieces of a SentencePiece model, such as
-    /// `</s>`, are plain characters in a text.
+    /// Encodes `text` in one call; no special tokens are added. Special pieces written in the text become their ids,
+    /// which is how those of the chat template reach the model. Control pieces of a SentencePiece model, such as
+    /// `</s>`, are ordinary characters in a text, however.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] where the tokenizer has no way to write the text.
+    /// [`Error::Tokenizer`] if the tokenizer cannot represent the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let inner = match &self.encoder {
             Encoder::HuggingFace { inner, .. } => inner,
@@ -133,11 +137,11 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of `ids` as a text of its own: the leading space a tokenizer adds in front of a text is removed
-    /// where the file says so. Every id of a tokenizer.json shows, special ones too (`</s>`): which ids end a
-    /// generation and stay out of sight is for the stop logic to say. Control pieces of a SentencePiece model have no
-    /// text, and its unknown piece has the one the model says, ` ⁇ ` if it says none. Bytes that make no character become U+FFFD, for byte-fallback
-    /// pieces one for each byte, as SentencePiece does.
+    /// Decodes `ids` as a complete text: the space that the tokenizer adds in front of a text is removed if the file
+    /// says so. All ids of a tokenizer.json are shown, special ones such as `</s>` included; hiding the ids that end a
+    /// generation is up to the stop logic. Control pieces of a SentencePiece model have no text, and its unknown piece
+    /// has the text that the model defines, by default ` ⁇ `. Bytes that form no character become U+FFFD; with
+    /// byte-fallback pieces one per byte, as in SentencePiece.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] for an id at or past [`Tokenizer::vocab_size`].
@@ -145,8 +149,8 @@ impl Tokenizer {
         self.decode_all(ids, false)
     }
 
-    /// The text of `ids` that follow other ids: as [`Tokenizer::decode`], but a leading space is kept. What a
-    /// model adds to a prompt is decoded this way, so that `decode(prompt)` followed by it is the text of both.
+    /// Decodes `ids` that follow other ids: as [`Tokenizer::decode`], but a leading space is kept. Model output is
+    /// decoded this way, so that `decode(prompt)` followed by it is the text of both.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
@@ -164,7 +168,7 @@ impl Tokenizer {
         Ok(text)
     }
 
-    /// The piece of an id as the vocabulary spells it: `▁the`, `<0x0A>`, `</s>`.
+    /// The piece of an id as it appears in the vocabulary: `▁the`, `<0x0A>`, `</s>`.
     pub fn piece(&self, id: u32) -> Option<String> {
         match &self.encoder {
             Encoder::HuggingFace { inner, .. } => inner.id_to_token(id),
@@ -172,7 +176,7 @@ impl Tokenizer {
         }
     }
 
-    /// The id of a piece as the vocabulary spells it.
+    /// The id of a piece as it appears in the vocabulary.
     pub fn id(&self, piece: &str) -> Option<u32> {
         match &self.encoder {
             Encoder::HuggingFace { inner, .. } => inner.token_to_id(piece),
@@ -180,12 +184,12 @@ impl Tokenizer {
         }
     }
 
-    /// Largest id + 1, added tokens included. Ids past it are padding of the model's vocabulary.
+    /// Largest id + 1, added tokens included. Ids past it pad the model's vocabulary.
     pub fn vocab_size(&self) -> usize {
         self.pieces.vocab_size()
     }
 
-    /// What the SentencePiece model says about itself, where this is one.
+    /// Properties of the SentencePiece model, if this is one.
     pub fn sentencepiece(&self) -> Option<&SentencePieceFacts> {
         match &self.encoder {
             Encoder::HuggingFace { .. } => None,
@@ -193,7 +197,7 @@ impl Tokenizer {
         }
     }
 
-    /// The usual name of the file it is read from: `tokenizer.json` or `tokenizer.model`.
+    /// Usual name of the file that holds such a tokenizer: `tokenizer.json` or `tokenizer.model`.
     pub fn file_name(&self) -> &'static str {
         match &self.encoder {
             Encoder::HuggingFace { .. } => "tokenizer.json",
@@ -201,7 +205,7 @@ impl Tokenizer {
         }
     }
 
-    /// Tokens that were added to those of the tokenizer's file.
+    /// Tokens added to those of the tokenizer's file.
     pub fn added_tokens(&self) -> &[AddedToken] {
         match &self.encoder {
             Encoder::HuggingFace { added, .. } => added,
@@ -209,9 +213,9 @@ impl Tokenizer {
         }
     }
 
-    /// Texts that are one token wherever they stand, with their ids: the added tokens of a tokenizer.json; of a
-    /// SentencePiece model those too, and the user-defined pieces that look like markers: between two signs, for others
-    /// are plain words, digits or runs of spaces.
+    /// Texts that are a single token wherever they occur, with their ids: the added tokens of either file format and,
+    /// of a SentencePiece model, the user-defined pieces that look like markers, which is to say start and end with
+    /// punctuation; other user-defined pieces are plain words, digits or runs of spaces.
     pub fn markers(&self) -> Vec<(String, u32)> {
         let looks_like_one = |text: &str| {
             let sign = |c: Option<char>| c.is_some_and(|c| c.is_ascii_punctuation());
@@ -233,7 +237,8 @@ impl Tokenizer {
         markers
     }
 
-    /// Whether `id` is a piece of a SentencePiece model that no text contains, unless it was added as a token.
+    /// Returns true if `id` is a control piece of a SentencePiece model, which text never encodes to unless it was also
+    /// added as a token.
     pub fn is_control(&self, id: u32) -> bool {
         match &self.encoder {
             Encoder::HuggingFace { .. } => false,
@@ -250,13 +255,14 @@ impl Tokenizer {
         model.into_iter().flatten()
     }
 
-    /// The ids that a tokenizer.json puts in front of a text when special tokens are asked for, which
+    /// The ids that a tokenizer.json puts in front of a text when asked to add special tokens, which
     /// [`Tokenizer::encode`] never does.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] where it cannot encode.
+    /// [`Error::Tokenizer`] if encoding fails.
     pub fn prefix(&self) -> Result<Vec<u32>> {
         let Encoder::HuggingFace { inner, .. } = &self.encoder else { return Ok(Vec::new()) };
+        // The post-processor may add ids on both sides: those before the ids of "a" are the prefix.
         let encoded = contained(|| inner.encode("", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
         let with = contained(|| inner.encode("a", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
         let alone = contained(|| inner.encode("a", false)).map_err(|source| Error::Tokenizer(source.to_string()))?;
@@ -265,7 +271,7 @@ impl Tokenizer {
         Ok(start.map_or_else(|| encoded.get_ids().to_vec(), |start| with[..start].to_vec()))
     }
 
-    /// The id of a template's marker: its piece, or for a single byte the piece of that byte.
+    /// The id of a template's marker: that of its piece or, for a single byte, of its byte-fallback piece.
     pub fn marker_id(&self, marker: &str) -> Option<u32> {
         let of_byte = || match marker.as_bytes() {
             [byte] => self.id(&format!("<0x{byte:02X}>")),
@@ -274,9 +280,9 @@ impl Tokenizer {
         self.id(marker).or_else(of_byte)
     }
 
-    /// The ids of a prompt whose parts are encoded as they are or, where a content spells a marker, as plain text. As
-    /// transformers does it: each part for itself, and behind a line break that is taken off again, so that none but the
-    /// first gets the space that a tokenizer puts in front of a text.
+    /// Encodes a prompt part by part; markers spelled in message contents are encoded as plain text. As in
+    /// transformers, each part is encoded separately, behind a line break whose ids are then dropped, so that only the
+    /// first part gets the space that a tokenizer adds in front of a text.
     pub(crate) fn encode_parts(&self, parts: &[PromptPart<'_>]) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
         for (index, part) in parts.iter().enumerate() {
@@ -288,7 +294,7 @@ impl Tokenizer {
                     if self.id(text).is_some_and(|id| spelled.contains(&id)) {
                         let text = clip(text);
                         return Err(Error::Tokenizer(format!(
-                            "`{text}` cannot be escaped: the tokenizer makes that token of its letters too"
+                            "`{text}` cannot be escaped: the tokenizer encodes its letters as that token too"
                         )));
                     }
                     ids.extend(spelled);
@@ -298,7 +304,7 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The ids of a marker's letters.
+    /// Encodes a marker as plain text, letter by letter if need be.
     fn encode_spelled(&self, text: &str) -> Result<Vec<u32>> {
         match &self.encoder {
             Encoder::HuggingFace { inner, .. } => behind_a_line_break(text, &|text| {
@@ -306,7 +312,8 @@ impl Tokenizer {
                     Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len()))
                 })
             }),
-            // Pieces are found by their text, so the text is cut where every marker is.
+            // User-defined pieces are matched by their text; splitting the text after its first character prevents
+            // that.
             Encoder::SentencePiece { model, .. } => {
                 let first = text.chars().next().map_or(0, char::len_utf8);
                 let (first, rest) = text.split_at(first);
@@ -322,7 +329,7 @@ impl Tokenizer {
     }
 }
 
-/// The ids of a text that follows another.
+/// Encodes a text that follows another one.
 fn behind_a_line_break(text: &str, encode: &dyn Fn(&str) -> Result<Vec<u32>>) -> Result<Vec<u32>> {
     if text.is_empty() {
         return Ok(Vec::new());
@@ -335,7 +342,7 @@ fn behind_a_line_break(text: &str, encode: &dyn Fn(&str) -> Result<Vec<u32>>) ->
     }
 }
 
-/// The reference implementation's steps but for the first, which finds added tokens.
+/// The reference implementation's steps except the first, which finds added tokens.
 fn encode_without_added_tokens(inner: &tokenizers::Tokenizer, text: &str) -> tokenizers::Result<Vec<u32>> {
     let mut pieces = PreTokenizedString::from(text);
     if let Some(normalizer) = inner.get_normalizer() {
@@ -348,12 +355,13 @@ fn encode_without_added_tokens(inner: &tokenizers::Tokenizer, text: &str) -> tok
     Ok(pieces.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
 }
 
-/// Runs the reference implementation, which panics on some damaged files (a merge shorter than the model's prefix,
-/// for one), and makes such a panic an error, silently. What it may leave behind is a cache, which it rebuilds.
+/// Runs the reference implementation, which panics on some damaged files (for example a merge shorter than the model's
+/// prefix), and silently turns such a panic into an error. All it can leave behind is an inconsistent cache, which it
+/// rebuilds.
 fn contained<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
     static HOOK: Once = Once::new();
     thread_local!(static CONTAINED: Cell<bool> = const { Cell::new(false) });
-    // Panics are reported by a hook before they can be caught: this one passes on all but the contained.
+    // The panic hook runs before a panic can be caught; this one stays quiet for contained panics only.
     HOOK.call_once(|| {
         let report = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {

@@ -1,4 +1,4 @@
-//! Reading a file that torch or tar wrote, whole or damaged, takes little memory whatever the file claims.
+//! Reading a file written by torch or tar, intact or damaged, takes little memory, whatever the file claims.
 
 use std::fs;
 use std::path::Path;
@@ -10,12 +10,12 @@ use rand_core::{Rng, SeedableRng};
 
 use crate::{HELD, PEAK};
 
-/// No file of a few kilobytes may take more.
+/// Limit for a file of a few kilobytes.
 const MAX_BYTES: usize = 1 << 20;
-/// No file at all may take more, its tensors aside.
+/// Limit for any file, not counting its tensors.
 const MAX_BOMB_BYTES: usize = 50 << 20;
 
-/// Reads `bytes`; returns the most bytes held at once on top of those held before.
+/// Reads `bytes` and returns the peak memory use on top of that before.
 fn peak(bytes: &[u8]) -> usize {
     let before = HELD.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
@@ -23,7 +23,7 @@ fn peak(bytes: &[u8]) -> usize {
     PEAK.load(Ordering::Relaxed) - before
 }
 
-/// A zip archive of this one member.
+/// A zip archive with this single member.
 fn archive(name: &str, data: &[u8]) -> Vec<u8> {
     let size = (data.len() as u32).to_le_bytes();
     let name_bytes = (name.len() as u16).to_le_bytes();
@@ -35,7 +35,7 @@ fn archive(name: &str, data: &[u8]) -> Vec<u8> {
 }
 
 fn bombs_take_little_memory() {
-    // As many objects, places in the memo and values as a pickle of the longest length can ask for, and a bit more.
+    // Slightly more objects, memo entries and values than a pickle of the maximum length can create.
     let bombs: &[(&[u8], &[u8])] = &[
         (b"}", b"\x85"),
         (b"", b"]"),

@@ -1,4 +1,4 @@
-//! A step allocates nothing: the arena, the cache and the step's indices are made when an engine is opened.
+//! A step allocates nothing: the arena, the KV cache and the step's indices are allocated when an engine is opened.
 
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -35,6 +35,6 @@ fn check(package: &aotron::engine::Package) {
         executor.forward(&decode).unwrap();
     }
     let bytes = ALLOCATED.load(Ordering::Relaxed) - before;
-    // The thread pool's queue grows by a block now and then; a kernel that allocated would take a row at the least.
+    // The thread pool's queue occasionally grows by a block; a kernel that allocated would take at least a row.
     assert!(bytes / (2 * STEPS) < 64, "{bytes} bytes in {STEPS} prefill and decode steps");
 }

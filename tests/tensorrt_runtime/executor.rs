@@ -1,15 +1,15 @@
-//! The executor on the stand-ins. They take the place of libraries that a process opens once, so each test is a process
-//! of its own: a test that is ignored, run by one that sets its environment.
+//! The executor on the fake libraries. A process opens these once, so each test runs in a process of its own: an
+//! ignored test, started by one that sets its environment.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use aotron::backend::tensorrt::{Event, GpuOptions, Report, TensorRtExecutor, devices};
+use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport, TensorRtExecutor, devices};
 use aotron::backend::{self, Chunk, Executor, ExecutorOptions, NextToken, Rows, Step};
 use aotron::checkpoint::Checkpoint;
-use aotron::engine::tensorrt::{Binding, Compiled, Extent, LibraryKind, Role, Sizes, StepSize, TensorRtInfo};
+use aotron::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, LibraryKind, Sizes, StepSize, TensorRtInfo};
 use aotron::engine::{CheckpointInfo, GenerationSettings, Limits, Manifest, Package, PackageWriter, PlanInfo};
 use aotron::tensor::DType;
 use aotron::tensor_file::encode_header;
@@ -29,7 +29,7 @@ const SIZES: Sizes = Sizes {
     top_tokens: TOP,
 };
 
-/// A folder with both stand-ins, compiled once for this process.
+/// A folder with both fake libraries, compiled once per process.
 fn stand_ins() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     let compile = || {
@@ -53,7 +53,7 @@ fn stand_ins() -> &'static Path {
     FOLDER.get_or_init(compile).path()
 }
 
-/// Runs an ignored test of this file on the stand-ins; gives what it printed.
+/// Runs an ignored test of this file on the fakes, and returns its output.
 fn run(test: &str, environment: &[(&str, &str)]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(std::env::current_exe().unwrap())
@@ -78,25 +78,26 @@ fn bindings() -> Vec<Binding> {
     use Extent::{Fixed, Step};
     use StepSize::{B, R, T};
     let binding = |name: String, role, dtype, shape: &[Extent]| Binding { name, role, dtype, shape: shape.to_vec() };
-    let weight = |(i, n): (usize, &usize)| binding(format!("weight.{i}"), Role::Weight, DType::BF16, &[Fixed(*n)]);
+    let weight =
+        |(i, n): (usize, &usize)| binding(format!("weight.{i}"), BindingRole::Weight, DType::BF16, &[Fixed(*n)]);
     let mut all: Vec<Binding> = WEIGHTS.iter().enumerate().map(weight).collect();
     all.extend([
-        binding("token_ids".into(), Role::TokenIds, DType::I32, &[Step(B), Step(T)]),
-        binding("positions".into(), Role::Positions, DType::I32, &[Step(B), Step(T)]),
-        binding("past_tokens".into(), Role::PastTokens, DType::I32, &[Step(B)]),
-        binding("total_tokens".into(), Role::TotalTokens, DType::I32, &[Step(B)]),
-        binding("logits_rows".into(), Role::LogitsRows, DType::I32, &[Step(R)]),
-        binding("logits".into(), Role::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
-        binding("top_logits".into(), Role::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
-        binding("top_ids".into(), Role::TopIds, DType::I32, &[Step(R), Fixed(TOP)]),
+        binding("token_ids".into(), BindingRole::TokenIds, DType::I32, &[Step(B), Step(T)]),
+        binding("positions".into(), BindingRole::Positions, DType::I32, &[Step(B), Step(T)]),
+        binding("past_tokens".into(), BindingRole::PastTokens, DType::I32, &[Step(B)]),
+        binding("total_tokens".into(), BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+        binding("logits_rows".into(), BindingRole::LogitsRows, DType::I32, &[Step(R)]),
+        binding("logits".into(), BindingRole::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
+        binding("top_logits".into(), BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
+        binding("top_ids".into(), BindingRole::TopIds, DType::I32, &[Step(R), Fixed(TOP)]),
     ]);
     let cache = [Step(B), Fixed(3), Fixed(SIZES.max_sequence_tokens), Fixed(4)];
     for layer in 0..LAYERS {
         for (name, role) in [
-            (format!("keys.{layer}"), Role::KeyCache(layer)),
-            (format!("values.{layer}"), Role::ValueCache(layer)),
-            (format!("new_keys.{layer}"), Role::UpdatedKeys(layer)),
-            (format!("new_values.{layer}"), Role::UpdatedValues(layer)),
+            (format!("keys.{layer}"), BindingRole::KeyCache(layer)),
+            (format!("values.{layer}"), BindingRole::ValueCache(layer)),
+            (format!("new_keys.{layer}"), BindingRole::UpdatedKeys(layer)),
+            (format!("new_values.{layer}"), BindingRole::UpdatedValues(layer)),
         ] {
             all.push(binding(name, role, DType::BF16, &cache));
         }
@@ -104,14 +105,14 @@ fn bindings() -> Vec<Binding> {
     all
 }
 
-/// A plan of the stand-in.
-fn plan_text(first_chunk: bool) -> String {
+/// A plan in the fake library's text format.
+fn plan_text(context_plan: bool) -> String {
     let mut text = String::new();
-    for binding in bindings().iter().filter(|b| !(first_chunk && b.role == Role::TotalTokens)) {
+    for binding in bindings().iter().filter(|b| !(context_plan && b.role == BindingRole::TotalTokens)) {
         let role = match binding.role {
-            Role::Weight => "weight",
-            Role::KeyCache(_) | Role::ValueCache(_) => "cache",
-            Role::UpdatedKeys(_) | Role::UpdatedValues(_) => "updated",
+            BindingRole::Weight => "weight",
+            BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => "cache",
+            BindingRole::UpdatedKeys(_) | BindingRole::UpdatedValues(_) => "updated",
             _ => binding.name.as_str(),
         };
         let alias = binding.name.strip_prefix("new_").unwrap_or("-");
@@ -126,7 +127,7 @@ fn plan_text(first_chunk: bool) -> String {
         text.push('\n');
     }
     text += &format!("profile 1 {} {}\n", SIZES.prefill_tokens, SIZES.prefill_logits_rows);
-    if !first_chunk {
+    if !context_plan {
         text += &format!("profile {n} 1 {n}\n", n = SIZES.decode_sequences);
     }
     text
@@ -136,7 +137,7 @@ fn weight_bytes() -> Vec<u8> {
     (0..2 * WEIGHTS.iter().sum::<usize>()).map(|i| (i * i + 3 * i) as u8).collect()
 }
 
-/// A package with one plan, for GPU 1 of the stand-in, at `name` in the test's folder.
+/// A package with one plan, for GPU 1 of the fake driver, at `name` in the test's folder.
 fn package(name: &str, plan: &str) -> Package {
     let path = folder().join(name);
     let mut writer = PackageWriter::create(&path, false).unwrap();
@@ -145,7 +146,7 @@ fn package(name: &str, plan: &str) -> Package {
     let tensors: Vec<(&str, Dtype, Vec<usize>)> = tensors.iter().map(|(n, d, s)| (n.as_str(), *d, s.clone())).collect();
     let files = [
         ("plans/a100.plan", plan.as_bytes().to_vec()),
-        ("plans/a100-first.plan", plan_text(true).into_bytes()),
+        ("plans/a100-context.plan", plan_text(true).into_bytes()),
         ("weights/bf16.safetensors", [encode_header(&tensors).unwrap(), weight_bytes()].concat()),
     ];
     for (file, bytes) in files {
@@ -174,7 +175,7 @@ fn package(name: &str, plan: &str) -> Package {
             compiled: Some(Compiled {
                 library: LibraryKind::Rtx,
                 version: "1.7.1".into(),
-                first_chunk_plan: Some("plans/a100-first.plan".into()),
+                context_plan: Some("plans/a100-context.plan".into()),
             }),
             sizes: SIZES,
             bindings: bindings(),
@@ -186,25 +187,25 @@ fn package(name: &str, plan: &str) -> Package {
     Package::open(&path).unwrap()
 }
 
-/// The row of logits that the stand-in returns for a sequence.
+/// The row of logits that the fake library returns for a sequence.
 fn expected(tokens: &[u32]) -> Vec<f32> {
     let weights = weight_bytes().iter().fold(0u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(u32::from(*byte)));
     let hash = tokens.iter().fold(weights, |hash, token| hash.wrapping_mul(31).wrapping_add(token + 1));
     (0..VOCAB as u32).map(|v| ((hash ^ v.wrapping_mul(2_654_435_761)) >> 8) as f32).collect()
 }
 
-/// Facts that were reported.
-fn listening() -> (Report, Arc<Mutex<Vec<String>>>) {
+/// A report callback, and the facts it records.
+fn listening() -> (GpuReport, Arc<Mutex<Vec<String>>>) {
     let heard = Arc::new(Mutex::new(Vec::new()));
     let copy = heard.clone();
-    let hear = move |event: &Event<'_>| match event {
-        Event::Fact(text) => copy.lock().unwrap().push((*text).to_owned()),
-        Event::Loading { done_bytes, total_bytes } => assert!(done_bytes <= total_bytes),
+    let hear = move |event: &GpuEvent<'_>| match event {
+        GpuEvent::Fact(text) => copy.lock().unwrap().push((*text).to_owned()),
+        GpuEvent::Loading { done_bytes, total_bytes } => assert!(done_bytes <= total_bytes),
     };
-    (Report::to(hear), heard)
+    (GpuReport::to(hear), heard)
 }
 
-/// Numbers that look random.
+/// A pseudo-random number generator.
 struct Dice(u64);
 
 impl Dice {
@@ -214,7 +215,7 @@ impl Dice {
     }
 }
 
-/// Sequences come, grow, are cut back and make place, in prefill steps of many shapes and decode steps of any slots.
+/// Adds, extends, truncates and replaces sequences, in prefill steps of many shapes and decode steps of any slots.
 fn run_steps(executor: &mut dyn Executor, steps: usize) {
     let limits = executor.limits().clone();
     let mut sequences: Vec<Vec<u32>> = vec![Vec::new(); limits.slots];
@@ -299,13 +300,13 @@ fn on_stand_ins_steps_run() {
     assert_eq!(facts[0], "plan a100 (bf16) runs on GPU 1 (Fake A100-40GB)");
     assert!(facts[1].starts_with("GPU 1 (Fake A100-40GB): weights "), "{facts:?}");
     assert!(facts[1].contains("6 sequences of 64 tokens, 96 bytes a token"), "{facts:?}");
-    assert_eq!(facts[2..], ["kernels are compiled when they are first used, and kept for the next start"]);
+    assert_eq!(facts[2..], ["kernels are compiled on first use and cached for the next start"]);
     assert_eq!(executor.limits().slots, 6);
     run_steps(&mut *executor, 400);
     let refused = heard.lock().unwrap().iter().filter(|fact| fact.contains("without CUDA graphs")).count();
     assert_eq!(refused, usize::from(std::env::var_os("FAKE_NO_CAPTURE").is_some()), "said once");
 
-    // On another thread, with fewer slots, with the kernels of the first.
+    // On another thread, with fewer slots, and with the kernel cache of the first run.
     drop(executor);
     assert_eq!(std::fs::read_dir(package.path().join("kernels")).unwrap().count(), 2);
     let gpu = GpuOptions { slots: Some(3), no_graphs: true, ..GpuOptions::default() };
@@ -332,7 +333,7 @@ fn on_stand_ins_a_gpu_fails() {
     }
     let error = executor.forward(&decode(3)).unwrap_err().to_string();
     assert!(
-        error.starts_with("GPU: GPU 1 (Fake A100-40GB) has failed; start aotron anew to use it again: cannot "),
+        error.starts_with("GPU: GPU 1 (Fake A100-40GB) has failed; restart aotron to use it again: cannot "),
         "{error}"
     );
     assert!(error.contains("an illegal memory access was encountered (FAKE_ILLEGAL_ADDRESS)"), "{error}");
@@ -376,13 +377,13 @@ fn on_stand_ins_plans_are_refused() {
     }
     let changed = plan_text(false).replace("weight.0 bf16 - 1 300", "weight.0 bf16 - 1 30000000000");
     let other = package("large", &changed);
-    large.tensorrt.as_mut().unwrap().compiled.as_mut().unwrap().first_chunk_plan = None;
+    large.tensorrt.as_mut().unwrap().compiled.as_mut().unwrap().context_plan = None;
     let error = refused(&other, &large, &GpuOptions::default());
-    assert!(error.contains("not one sequence fits: weights 60.0 GB"), "{error}");
+    assert!(error.contains("not even one sequence fits: weights 60.0 GB"), "{error}");
 
     let old = package("old", &format!("old {}", plan_text(false)));
     let error = refused(&old, plan, &GpuOptions::default());
-    assert!(error.contains("another version of TensorRT for RTX compiled it"), "{error}");
+    assert!(error.contains("it was compiled by another version of TensorRT for RTX"), "{error}");
     let other =
         package("other", &plan_text(false).replace("input token_ids token_ids i32", "input token_ids token_ids bf16"));
     let error = refused(&other, plan, &GpuOptions::default());

@@ -1,10 +1,12 @@
-//! Stands in for TensorRT and the GPU's driver where the crate is built without the feature `tensorrt`. None of these
-//! types has a value, so nothing here can be reached but the errors.
+//! Stand-ins for TensorRT and the GPU driver in builds without the feature `tensorrt`. These types are uninhabited, so
+//! only the errors are reachable.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{BuildOptions, ConstantBytes, DeviceInfo, GpuOptions, Kind, Layer, Layers, Monitor, Tensor, Version};
+use super::{
+    BuildOptions, ConstantBytes, DeviceInfo, GpuOptions, Layer, Layers, LibraryKind, Monitor, NetworkTensor, Version,
+};
 use crate::backend::{Executor, Limits, Logits, Step};
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, Result};
@@ -13,58 +15,62 @@ use crate::tensor::DType;
 const WORDS: &str =
     "this aotron was built without TensorRT; build it with the feature `tensorrt`, which is on by default";
 
-/// The GPUs that this process may use.
+/// Lists the GPUs visible to this process.
 ///
 /// # Errors
-/// [`Error::Gpu`], always: without the feature `tensorrt` there is nothing to ask.
+/// Always [`Error::Gpu`]: without the feature `tensorrt` there is no driver to ask.
 pub fn devices() -> Result<Vec<DeviceInfo>> {
     Err(Error::Gpu(WORDS.into()))
 }
 
-impl Kind {
-    /// The version whose headers this program was compiled against; none without the feature `tensorrt`.
+impl LibraryKind {
+    /// Version of the headers this program was compiled against; `None` without the feature `tensorrt`.
     pub fn header_version(self) -> Option<Version> {
         None
     }
 }
 
-/// A library that is open; never here.
+/// An open library; uninhabited in this build.
 #[derive(Debug, Clone, Copy)]
-pub enum Library {}
+pub enum TensorRtLibrary {}
 
-impl Library {
+impl TensorRtLibrary {
     /// Finds a library.
     ///
     /// # Errors
     /// [`Error::TensorRt`], always.
-    pub fn find(_kind: Kind) -> Result<Library> {
+    pub fn find(_kind: LibraryKind) -> Result<TensorRtLibrary> {
         Err(Error::TensorRt(WORDS.into()))
     }
 
     /// Opens a library by its path.
     ///
+    /// # Safety
+    /// None is needed: nothing is opened.
+    ///
     /// # Errors
     /// [`Error::TensorRt`], always.
-    pub fn open(kind: Kind, _path: &Path) -> Result<Library> {
-        Library::find(kind)
+    #[allow(unsafe_code)]
+    pub unsafe fn open(kind: LibraryKind, _path: &Path) -> Result<TensorRtLibrary> {
+        TensorRtLibrary::find(kind)
     }
 
-    /// Which it is.
-    pub fn kind(&self) -> Kind {
+    /// The kind of library.
+    pub fn kind(&self) -> LibraryKind {
         match *self {}
     }
 
-    /// Its version.
+    /// The library's version.
     pub fn version(&self) -> Version {
         match *self {}
     }
 
-    /// The file it was opened from.
+    /// Path of the file the library was opened from.
     pub fn path(&self) -> PathBuf {
         match *self {}
     }
 
-    /// Whether it compiles for a GPU.
+    /// Checks that the library can compile for a GPU.
     ///
     /// # Errors
     /// None: there is no library to ask.
@@ -81,7 +87,7 @@ impl Library {
     }
 }
 
-/// A network under construction; never here.
+/// A network under construction; uninhabited in this build.
 #[derive(Debug)]
 pub enum Network {}
 
@@ -103,7 +109,7 @@ impl Network {
     ///
     /// # Errors
     /// None: there is no network.
-    pub fn build(&mut self, _options: &BuildOptions) -> Result<Plan> {
+    pub fn build(&mut self, _options: &BuildOptions) -> Result<SerializedPlan> {
         match *self {}
     }
 }
@@ -124,45 +130,45 @@ macro_rules! unreachable_layers {
 }
 
 unreachable_layers! {
-    fn input(name: &str, dtype: DType, dims: &[i64]) -> Tensor;
-    fn output(tensor: Tensor, name: &str) -> ();
-    fn scalar(value: f32, rank: u32) -> Tensor;
-    fn integers(values: &[i64]) -> Tensor;
-    fn constant(bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Tensor;
-    fn shape(x: Tensor) -> Tensor;
-    fn concat(parts: &[Tensor]) -> Tensor;
-    fn gather(table: Tensor, indices: Tensor) -> Tensor;
-    fn cast(x: Tensor, dtype: DType) -> Tensor;
-    fn reshape(x: Tensor, dims: &[i64]) -> Tensor;
-    fn reshape_to(x: Tensor, shape: Tensor) -> Tensor;
-    fn transpose(x: Tensor, order: &[i32]) -> Tensor;
-    fn slice(x: Tensor, start: &[i64], size: Tensor) -> Tensor;
-    fn sum(x: Tensor, y: Tensor) -> Tensor;
-    fn product(x: Tensor, y: Tensor) -> Tensor;
-    fn relu(x: Tensor) -> Tensor;
-    fn linear(x: Tensor, weight: Tensor) -> Tensor;
-    fn matmul(x: Tensor, weight: Tensor) -> Tensor;
-    fn quantize(x: Tensor, scale: Tensor, dtype: DType) -> Tensor;
-    fn dequantize(codes: Tensor, scale: Tensor, axis: Option<u8>, dtype: DType) -> Tensor;
-    fn layer_norm(x: Tensor, scale: Tensor, bias: Tensor, eps: f32) -> Tensor;
-    fn rotary(x: Tensor, cos: Tensor, sin: Tensor, rotary_dims: u32) -> Tensor;
-    fn cache_update(cache: Tensor, update: Tensor, indices: Tensor) -> Tensor;
-    fn attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Option<Tensor>) -> Tensor;
-    fn top_k(x: Tensor, k: u32) -> (Tensor, Tensor);
+    fn input(name: &str, dtype: DType, dims: &[i64]) -> NetworkTensor;
+    fn output(tensor: NetworkTensor, name: &str) -> ();
+    fn scalar(value: f32, rank: u32) -> NetworkTensor;
+    fn integers(values: &[i64]) -> NetworkTensor;
+    fn constant(bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> NetworkTensor;
+    fn shape(x: NetworkTensor) -> NetworkTensor;
+    fn concat(parts: &[NetworkTensor]) -> NetworkTensor;
+    fn gather(table: NetworkTensor, indices: NetworkTensor) -> NetworkTensor;
+    fn cast(x: NetworkTensor, dtype: DType) -> NetworkTensor;
+    fn reshape(x: NetworkTensor, dims: &[i64]) -> NetworkTensor;
+    fn reshape_to(x: NetworkTensor, shape: NetworkTensor) -> NetworkTensor;
+    fn transpose(x: NetworkTensor, order: &[i32]) -> NetworkTensor;
+    fn slice(x: NetworkTensor, start: &[i64], size: NetworkTensor) -> NetworkTensor;
+    fn sum(x: NetworkTensor, y: NetworkTensor) -> NetworkTensor;
+    fn product(x: NetworkTensor, y: NetworkTensor) -> NetworkTensor;
+    fn relu(x: NetworkTensor) -> NetworkTensor;
+    fn linear(x: NetworkTensor, weight: NetworkTensor) -> NetworkTensor;
+    fn matmul(x: NetworkTensor, weight: NetworkTensor) -> NetworkTensor;
+    fn quantize(x: NetworkTensor, scale: NetworkTensor, dtype: DType) -> NetworkTensor;
+    fn dequantize(codes: NetworkTensor, scale: NetworkTensor, axis: Option<u8>, dtype: DType) -> NetworkTensor;
+    fn layer_norm(x: NetworkTensor, scale: NetworkTensor, bias: NetworkTensor, eps: f32) -> NetworkTensor;
+    fn rotary(x: NetworkTensor, cos: NetworkTensor, sin: NetworkTensor, rotary_dims: u32) -> NetworkTensor;
+    fn cache_update(cache: NetworkTensor, update: NetworkTensor, indices: NetworkTensor) -> NetworkTensor;
+    fn attention(q: NetworkTensor, keys: NetworkTensor, values: NetworkTensor, lengths: Option<NetworkTensor>) -> NetworkTensor;
+    fn top_k(x: NetworkTensor, k: u32) -> (NetworkTensor, NetworkTensor);
 }
 
-/// A compiled network; never here.
+/// A compiled network; uninhabited in this build.
 #[derive(Debug)]
-pub enum Plan {}
+pub enum SerializedPlan {}
 
-impl Plan {
+impl SerializedPlan {
     /// The bytes to write to a file.
     pub fn bytes(&self) -> &[u8] {
         match *self {}
     }
 }
 
-/// The TensorRT executor; never here.
+/// The TensorRT executor; uninhabited in this build.
 #[derive(Debug)]
 pub enum TensorRtExecutor {}
 

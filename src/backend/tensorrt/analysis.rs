@@ -1,25 +1,25 @@
-//! What the kernels of a step amount to: launches, copies that a better lowering would not need, and the memory traffic
-//! that bounds how fast a GPU can decode.
+//! Analysis of the kernels of a step: launches, copies that a better lowering would avoid, and the memory traffic that
+//! bounds decoding speed.
 
 use serde::Serialize;
 
-use super::kernels::{Kernel, KernelKind, KernelTensor};
-use super::lower::Weight;
-use crate::engine::tensorrt::{Binding, Extent, Role};
+use super::kernels::{GpuKernel, KernelKind, KernelTensor};
+use super::lower::PlanWeight;
+use crate::engine::tensorrt::{Binding, BindingRole, Extent};
 use crate::tensor::DType;
 
-/// A GPU, by what bounds decoding.
+/// The memory bandwidth of a GPU model, which bounds decoding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Gpu {
-    /// What NVIDIA calls it.
+    /// NVIDIA's product name.
     pub name: &'static str,
     /// 80 for SM 8.0.
     pub compute_capability: u16,
-    /// Peak bandwidth of its memory.
+    /// Peak memory bandwidth.
     pub bytes_per_second: u64,
 }
 
-/// The GPUs that recipes are for. Bandwidths are the peaks of NVIDIA's data sheets, "NVIDIA A100 Tensor Core GPU" (1,555
+/// The GPUs that recipes target. Bandwidths are the peaks in NVIDIA's data sheets, "NVIDIA A100 Tensor Core GPU" (1,555
 /// GB/s with 40 GB, 2,039 GB/s with 80 GB as SXM) and "NVIDIA H100 Tensor Core GPU" (3.35 TB/s as SXM).
 pub const GPUS: [Gpu; 3] = [
     Gpu { name: "A100 40 GB", compute_capability: 80, bytes_per_second: 1_555_000_000_000 },
@@ -27,66 +27,66 @@ pub const GPUS: [Gpu; 3] = [
     Gpu { name: "H100 SXM", compute_capability: 90, bytes_per_second: 3_350_000_000_000 },
 ];
 
-/// Where in the model a kernel is.
+/// Position of a kernel in the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Place {
+pub enum KernelLocation {
     /// Before the first layer.
     Before,
-    /// In this layer. A kernel with the end of one and the begin of the next is of the next.
+    /// In this layer. A kernel fused across a layer boundary belongs to the later layer.
     Layer(usize),
     /// After the last layer.
     After,
 }
 
-/// A kernel that writes again, in another order or type, what is in memory already.
+/// A kernel that copies data already in memory into another layout or type.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Copied {
-    /// Index in the step's kernels.
+    /// Index among the step's kernels.
     pub kernel: usize,
-    /// The weight, or the first cache that the kernel reads, if it reads one.
+    /// Name of the weight, or of the first cache that the kernel reads, if any.
     pub of: Option<String>,
-    /// What it writes, or for a weight whose copy cannot be told from the kernel's other outputs, what it reads.
+    /// Type and shape of the copy, or, for a weight whose copy cannot be told from the other outputs, of the source.
     pub what: String,
 }
 
-/// [`Copied::of`] and [`Copied::what`] of a kernel.
+/// [`Copied::of`] and [`Copied::what`] for one kernel.
 struct Found {
     of: Option<String>,
     what: String,
 }
 
-/// What one kind of step launches.
+/// Kernel statistics of one kind of step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StepKernels {
-    /// Launches.
+    /// Number of kernel launches.
     pub launches: usize,
-    /// Launches of each layer.
+    /// Launches per layer.
     pub by_layer: Vec<usize>,
-    /// Kernels that are no products and read a whole matrix of weights. One that looks up rows is none.
+    /// Kernels other than GEMMs that read a whole weight matrix. Row lookups do not count.
     pub weight_copies: Vec<Copied>,
-    /// Kernels that write something as large as a layer's cache that is not the cache.
+    /// Kernels that write a tensor as large as a layer's cache other than the cache itself.
     pub cache_copies: Vec<Copied>,
-    /// Where each kernel is, also those on the host.
-    pub places: Vec<Place>,
+    /// Position of each kernel, host steps included.
+    pub places: Vec<KernelLocation>,
 }
 
 impl StepKernels {
-    /// Counts the kernels of a profile. `bindings` are those of the plan.
-    pub fn of(kernels: &[Kernel], bindings: &[Binding]) -> StepKernels {
+    /// Analyzes the kernels of a profile of the plan with these bindings.
+    pub fn of(kernels: &[GpuKernel], bindings: &[Binding]) -> StepKernels {
         let places = places(kernels, bindings);
-        let layers = bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_))).count();
+        let layers = bindings.iter().filter(|b| matches!(b.role, BindingRole::KeyCache(_))).count();
         let mut by_layer = vec![0; layers];
         let launched = || kernels.iter().zip(&places).enumerate().filter(|(_, (kernel, _))| kernel.is_launched());
         for (_, (_, place)) in launched() {
-            if let Place::Layer(layer) = place
+            if let KernelLocation::Layer(layer) = place
                 && let Some(count) = by_layer.get_mut(*layer)
             {
                 *count += 1;
             }
         }
-        let copies = |found: fn(&Kernel, &[Binding]) -> Option<Found>| -> Vec<Copied> {
-            let copied = |(index, (kernel, _)): (usize, (&Kernel, _))| {
+        let copies = |found: fn(&GpuKernel, &[Binding]) -> Option<Found>| -> Vec<Copied> {
+            let copied = |(index, (kernel, _)): (usize, (&GpuKernel, _))| {
                 found(kernel, bindings).map(|Found { of, what }| Copied { kernel: index, of, what })
             };
             launched().filter_map(copied).collect()
@@ -100,14 +100,14 @@ impl StepKernels {
         }
     }
 
-    /// Launches of a layer, if all layers have as many; else the fewest and the most.
+    /// Fewest and most launches of any layer.
     pub fn layer_launches(&self) -> Option<(usize, usize)> {
         Some((*self.by_layer.iter().min()?, *self.by_layer.iter().max()?))
     }
 
-    /// Indices of the kernels of a layer that are launched.
-    pub fn layer<'a>(&'a self, layer: usize, kernels: &'a [Kernel]) -> impl Iterator<Item = &'a Kernel> {
-        let is_here = move |(_, place): &(&Kernel, &Place)| **place == Place::Layer(layer);
+    /// Launched kernels of a layer.
+    pub fn layer<'a>(&'a self, layer: usize, kernels: &'a [GpuKernel]) -> impl Iterator<Item = &'a GpuKernel> {
+        let is_here = move |(_, place): &(&GpuKernel, &KernelLocation)| **place == KernelLocation::Layer(layer);
         kernels.iter().zip(&self.places).filter(is_here).map(|(kernel, _)| kernel).filter(|k| k.is_launched())
     }
 }
@@ -116,11 +116,17 @@ fn binding<'a>(bindings: &'a [Binding], name: &str) -> Option<&'a Binding> {
     bindings.iter().find(|binding| binding.name == name)
 }
 
-fn is_cache(role: Role) -> bool {
-    matches!(role, Role::KeyCache(_) | Role::ValueCache(_) | Role::UpdatedKeys(_) | Role::UpdatedValues(_))
+fn is_cache(role: BindingRole) -> bool {
+    matches!(
+        role,
+        BindingRole::KeyCache(_)
+            | BindingRole::ValueCache(_)
+            | BindingRole::UpdatedKeys(_)
+            | BindingRole::UpdatedValues(_)
+    )
 }
 
-/// A binding's elements, if no step decides how many.
+/// Number of elements of a binding without dynamic dimensions.
 fn elements(binding: &Binding) -> Option<u64> {
     binding.shape.iter().try_fold(1u64, |product, extent| match extent {
         Extent::Fixed(n) => product.checked_mul(*n as u64),
@@ -128,27 +134,28 @@ fn elements(binding: &Binding) -> Option<u64> {
     })
 }
 
-/// Whether it has at least two dimensions that are not 1.
+/// Returns true for a weight with at least two dimensions other than 1.
 fn is_matrix(binding: &Binding) -> bool {
-    binding.role == Role::Weight && binding.shape.iter().filter(|extent| **extent != Extent::Fixed(1)).count() >= 2
+    binding.role == BindingRole::Weight
+        && binding.shape.iter().filter(|extent| **extent != Extent::Fixed(1)).count() >= 2
 }
 
-/// Whether the kernel takes some rows of the matrix: its name says it gathers, or does not say all that it does, and
-/// nothing it writes is as large as the matrix.
-fn looks_up(kernel: &Kernel, matrix: &Binding) -> bool {
+/// Returns true if the kernel only looks up rows of the matrix: its name contains a gather, or is truncated (`Etc`),
+/// and none of its outputs is as large as the matrix.
+fn looks_up(kernel: &GpuKernel, matrix: &Binding) -> bool {
     let operations = kernel.operations();
     let gathers = operations.iter().any(|operation| ["Gath", "Etc"].contains(operation));
     kernel.kind == KernelKind::Fused && gathers && copy_of(kernel, elements(matrix)).is_none()
 }
 
-/// The output that has that many elements.
-fn copy_of(kernel: &Kernel, elements: Option<u64>) -> Option<&KernelTensor> {
+/// The output with this number of elements.
+fn copy_of(kernel: &GpuKernel, elements: Option<u64>) -> Option<&KernelTensor> {
     kernel.outputs.iter().find(|output| elements.is_some() && output.elements() == elements)
 }
 
-/// A matrix that the kernel reads whole without being its product, and its copy.
-fn weight_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
-    if kernel.kind == KernelKind::Product {
+/// Finds a weight matrix that a kernel other than its GEMM reads whole, and the copy it writes.
+fn weight_copy(kernel: &GpuKernel, bindings: &[Binding]) -> Option<Found> {
+    if kernel.kind == KernelKind::Gemm {
         return None;
     }
     let described = |name: &str, read: &KernelTensor, elements| {
@@ -160,7 +167,7 @@ fn weight_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
     if let Some((input, bound)) = matrices.next() {
         return Some(described(&bound.name, input, elements(bound)));
     }
-    // Codes that are part of the plan have no binding. Other constants are the plan's own small tables.
+    // Embedded codes have no binding. Other constants are small tables of the plan's own.
     let is_codes = |constant: &&KernelTensor| {
         let codes = [DType::I8, DType::I4, DType::F8].iter().any(|dtype| dtype.to_string() == constant.dtype);
         codes && constant.dims.iter().filter(|n| **n != 1).count() >= 2
@@ -169,10 +176,10 @@ fn weight_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
     Some(described(&constant.name, constant, constant.elements()))
 }
 
-/// Something the kernel writes that has a layer's cache in it, for one sequence at least: both its tokens and its
-/// head_dim among the sizes, beside one for the heads; or as many elements, if no step decides how many.
-fn cache_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
-    let cache = bindings.iter().find(|binding| matches!(binding.role, Role::KeyCache(_)))?;
+/// Finds an output that holds a layer's cache of at least one sequence: its shape contains both the cache's capacity
+/// and head_dim, in three or more dimensions; or its static extents multiply to the cache's element count.
+fn cache_copy(kernel: &GpuKernel, bindings: &[Binding]) -> Option<Found> {
+    let cache = bindings.iter().find(|binding| matches!(binding.role, BindingRole::KeyCache(_)))?;
     let &[_, Extent::Fixed(kv_heads), Extent::Fixed(tokens), Extent::Fixed(head_dim)] = &cache.shape[..] else {
         return None;
     };
@@ -194,10 +201,10 @@ fn cache_copy(kernel: &Kernel, bindings: &[Binding]) -> Option<Found> {
     Some(Found { of: read.map(|input| input.name.clone()), what: output.ty() })
 }
 
-/// By the weights and caches that kernels read and write, and the names TensorRT gives them. A kernel that has no such
-/// names is where the one before it is.
-fn places(kernels: &[Kernel], bindings: &[Binding]) -> Vec<Place> {
-    let mut place = Place::Before;
+/// Positions inferred from the weights and caches that kernels touch and the names TensorRT gives them. A kernel
+/// without such a hint inherits the position of the kernel before it.
+fn places(kernels: &[GpuKernel], bindings: &[Binding]) -> Vec<KernelLocation> {
+    let mut place = KernelLocation::Before;
     kernels
         .iter()
         .map(|kernel| {
@@ -207,57 +214,60 @@ fn places(kernels: &[Kernel], bindings: &[Binding]) -> Vec<Place> {
         .collect()
 }
 
-fn placed(kernel: &Kernel, bindings: &[Binding], before: Place) -> Place {
+fn placed(kernel: &GpuKernel, bindings: &[Binding], before: KernelLocation) -> KernelLocation {
     let touched = || {
         let tensors = kernel.inputs.iter().chain(&kernel.outputs);
         tensors.filter_map(|tensor| binding(bindings, &tensor.name))
     };
     let layer_of = |bound: &Binding| match bound.role {
-        Role::KeyCache(n) | Role::ValueCache(n) | Role::UpdatedKeys(n) | Role::UpdatedValues(n) => Some(n),
+        BindingRole::KeyCache(n)
+        | BindingRole::ValueCache(n)
+        | BindingRole::UpdatedKeys(n)
+        | BindingRole::UpdatedValues(n) => Some(n),
         _ => layer_number(&bound.name),
     };
-    // The matrix of a product is surer than what the next layer's norm, joined to it, reads.
-    let matrix = touched().filter(|bound| kernel.kind == KernelKind::Product && is_matrix(bound)).find_map(layer_of);
+    // A GEMM may be fused with the next layer's norm: its weight matrix is the more reliable hint.
+    let matrix = touched().filter(|bound| kernel.kind == KernelKind::Gemm && is_matrix(bound)).find_map(layer_of);
     let own_name = || kernel.operations().is_empty().then(|| layer_number(&kernel.name)).flatten();
     if let Some(layer) = matrix.or_else(|| touched().filter_map(layer_of).max()).or_else(own_name) {
-        return Place::Layer(layer);
+        return KernelLocation::Layer(layer);
     }
     let is_of_no_layer = |bound: &Binding| match bound.role {
-        Role::Weight => !is_matrix(bound) || !looks_up(kernel, bound),
-        Role::LogitsRows | Role::Logits | Role::TopLogits | Role::TopIds => true,
+        BindingRole::Weight => !is_matrix(bound) || !looks_up(kernel, bound),
+        BindingRole::LogitsRows | BindingRole::Logits | BindingRole::TopLogits | BindingRole::TopIds => true,
         _ => false,
     };
     match before {
-        Place::Layer(_) if touched().any(is_of_no_layer) => Place::After,
+        KernelLocation::Layer(_) if touched().any(is_of_no_layer) => KernelLocation::After,
         _ => before,
     }
 }
 
-/// 3 of `model.layers.3.mlp.up_proj.weight`.
+/// Layer index: 3 for `model.layers.3.mlp.up_proj.weight`.
 fn layer_number(name: &str) -> Option<usize> {
     let mut parts = name.split('.').skip_while(|part| *part != "layers");
     parts.nth(1)?.parse().ok()
 }
 
-/// What a step that decodes reads from the GPU's memory, at least. Activations, and what is written, are thousands of
-/// times less and not counted.
+/// Lower bound on the device memory a decode step reads. Activations and writes are smaller by orders of magnitude and
+/// not counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Traffic {
-    /// Weights that are read whole, as they are stored, once for all sequences.
+    /// Bytes of weights read in full, as stored, once per step for all sequences.
     pub weight_bytes: u64,
-    /// Rows of tables (the embedding, the rotation's), for each sequence.
+    /// Bytes of table rows (embedding, rotary tables) per sequence.
     pub row_bytes: u64,
-    /// Keys and values, for each token of each sequence.
+    /// Bytes of keys and values per token of each sequence.
     pub kv_bytes_per_token: u64,
 }
 
 impl Traffic {
-    /// The traffic of decoding with these kernels. `weights` are all that the plan has, bound or part of it.
-    pub fn of(decode: &[Kernel], bindings: &[Binding], weights: &[Weight]) -> Traffic {
+    /// Traffic of decoding with these kernels. `weights` are all weights of the plan, bound or embedded.
+    pub fn of(decode: &[GpuKernel], bindings: &[Binding], weights: &[PlanWeight]) -> Traffic {
         let mut traffic = Traffic { weight_bytes: 0, row_bytes: 0, kv_bytes_per_token: 0 };
         for weight in weights {
             let bound = binding(bindings, &weight.name);
-            let reads = |kernel: &&Kernel| kernel.inputs.iter().any(|input| input.name == weight.name);
+            let reads = |kernel: &&GpuKernel| kernel.inputs.iter().any(|input| input.name == weight.name);
             let is_table = bound.is_some_and(|bound| {
                 let mut readers = decode.iter().filter(reads).peekable();
                 is_matrix(bound) && readers.peek().is_some() && readers.all(|kernel| looks_up(kernel, bound))
@@ -267,7 +277,8 @@ impl Traffic {
                 _ => traffic.weight_bytes += weight.bytes(),
             }
         }
-        for cache in bindings.iter().filter(|b| matches!(b.role, Role::KeyCache(_) | Role::ValueCache(_))) {
+        for cache in bindings.iter().filter(|b| matches!(b.role, BindingRole::KeyCache(_) | BindingRole::ValueCache(_)))
+        {
             if let &[_, Extent::Fixed(kv_heads), _, Extent::Fixed(head_dim)] = &cache.shape[..] {
                 traffic.kv_bytes_per_token += (kv_heads * head_dim * cache.dtype.bytes()) as u64;
             }
@@ -275,7 +286,7 @@ impl Traffic {
         traffic
     }
 
-    /// Bytes of a step that decodes a token of each of so many sequences, which have so many each.
+    /// Bytes read by a step that decodes one token for each of `sequences` sequences of `tokens` tokens.
     pub fn decode_bytes(&self, sequences: usize, tokens: usize) -> u64 {
         let (sequences, tokens) = (sequences as u64, tokens as u64);
         let each = self.kv_bytes_per_token.saturating_mul(tokens).saturating_add(self.row_bytes);
@@ -284,7 +295,7 @@ impl Traffic {
 }
 
 impl Gpu {
-    /// The least time that reading so much takes.
+    /// Seconds to read `bytes` at peak bandwidth.
     pub fn seconds(&self, bytes: u64) -> f64 {
         bytes as f64 / self.bytes_per_second as f64
     }

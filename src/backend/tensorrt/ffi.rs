@@ -1,5 +1,5 @@
-//! The bridge to `cpp/`, the only place that sees TensorRT's C++ API. cxx checks both sides against each other when
-//! they are compiled; no pointer crosses.
+//! The bridge to `cpp/`, which alone uses TensorRT's C++ API. cxx checks both sides against each other at compile time;
+//! no raw pointers cross the bridge.
 #![allow(unsafe_code)]
 // The bridge's generated code has no documentation.
 #![allow(missing_docs)]
@@ -33,7 +33,7 @@ pub(super) mod bridge {
         indices: u32,
     }
 
-    /// The shapes one input may have: the smallest, the one to be fastest at, the largest.
+    /// The shapes one input may have: smallest, optimal (tuned for), largest.
     #[derive(Debug, Clone, PartialEq, Eq)]
     struct Range {
         input: String,
@@ -42,25 +42,25 @@ pub(super) mod bridge {
         max: Vec<i64>,
     }
 
-    /// The shapes of one kind of step.
+    /// An optimization profile: the shapes of one kind of step.
     #[derive(Debug, Clone, PartialEq, Eq)]
     struct Profile {
         ranges: Vec<Range>,
     }
 
-    /// How a network is built.
+    /// Options for building a network.
     #[derive(Debug, Clone, PartialEq, Eq)]
     struct BuildOptions {
-        /// 80 for SM 8.0; 0 for the GPU at hand.
+        /// 80 for SM 8.0; 0 for the GPU in this machine.
         compute_capability: i32,
-        /// Of TensorRT 11; -1 is its own default.
+        /// TensorRT 11's builder optimization level; -1 for its default.
         optimization_level: i32,
-        /// Log the plan's kernels.
+        /// Log the plan's kernels in detail.
         list_kernels: bool,
         profiles: Vec<Profile>,
     }
 
-    /// A layer as TensorRT reads it back.
+    /// A layer as TensorRT reports it.
     #[derive(Debug, Clone, PartialEq, Eq)]
     struct LayerInfo {
         name: String,
@@ -75,22 +75,22 @@ pub(super) mod bridge {
         name: String,
         input: bool,
         dtype: String,
-        /// -1 where a profile decides.
+        /// Shape, -1 for dynamic dimensions.
         dims: Vec<i64>,
         /// In the GPU's memory.
         on_device: bool,
-        /// Of an output, the input whose memory it must have; empty if it has its own.
+        /// For an output, the input whose memory it must alias; empty if none.
         alias: String,
     }
 
-    /// What a plan's header says of running it here.
+    /// Result of checking a plan's header against this machine.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     struct Validity {
-        /// The library can tell, and was given enough bytes to.
+        /// The library supports the check and was given enough bytes.
         checked: bool,
         valid: bool,
         suboptimal: bool,
-        /// TensorRT's bits.
+        /// TensorRT's `EngineInvalidityDiagnostics` bits.
         reasons: u64,
     }
 
@@ -104,11 +104,12 @@ pub(super) mod bridge {
         fn as_slice(self: &ConstantBytes) -> &[u8];
     }
 
-    // SAFETY: this promises that the C++ functions below may be called with any arguments from safe code. They check
-    // what they are given (tensor indices, number of dimensions, null results of TensorRT) and throw, which cxx turns
-    // into an `Err`; they keep no reference to an argument past their return, and what they return is owned by its
-    // `UniquePtr` or, for libraries, lives until the process ends. That the loaded library itself keeps TensorRT's ABI is
-    // checked by its version (library.rs) before anything else of it is called.
+    // SAFETY: this asserts that the C++ functions below may be called with any arguments from safe code. They validate
+    // their arguments (tensor indices, number of dimensions) and TensorRT's results (null pointers) and throw, which
+    // cxx turns into an `Err`; they keep no reference to an argument past their return, and what they return is owned
+    // by its
+    // `UniquePtr` or, for libraries, lives until the process ends. The ABI of the loaded library is checked by its
+    // version (library.rs) before anything else in it is called.
     unsafe extern "C++" {
         include!("aotron/cpp/shim.h");
 
@@ -174,8 +175,8 @@ pub(super) mod bridge {
         fn load_kernels(self: Pin<&mut Engine>, bytes: &[u8]) -> Result<bool>;
         fn kernels(self: &Engine) -> Result<UniquePtr<Plan>>;
 
-        // These take a stream or an address of the GPU's memory as a number, so that no pointer crosses: they must be
-        // a stream's handle, and memory that is there for as long as the context runs.
+        // These take streams and device addresses as numbers, so that no pointer crosses. The numbers must be a valid
+        // stream handle, and device memory that stays allocated for as long as the context runs.
         unsafe fn context(self: &Engine, profile: u32, specialize: bool, stream: u64) -> Result<UniquePtr<Context>>;
 
         type Context;
@@ -187,38 +188,39 @@ pub(super) mod bridge {
     }
 }
 
-// SAFETY: what a library changes after it was opened is its list of listeners and, through the creation of builders,
-// TensorRT's own state; a mutex guards each (cpp/shim.inl), and another lets one build run at a time. Builders of
-// different threads share nothing else that is not TensorRT's to guard: it allows one builder per thread. A library is never destroyed.
+// SAFETY: the only mutable state of an open library is its list of listeners and, through the creation of builders,
+// TensorRT's own state; a mutex guards each (cpp/shim.inl), and another serializes builds. Builders on different
+// threads share nothing else except what TensorRT guards itself: it allows one builder per thread. A library is never
+// destroyed.
 unsafe impl Sync for bridge::Library {}
 
-// SAFETY: none is tied to the thread that made it. What they share in C++ allows calls from several threads: TensorRT's
-// runtimes and engines do (a context does not, and is not `Sync`), the listener has a mutex, its observer is `Send` and
-// `Sync`, and an engine's kept kernels are set once.
+// SAFETY: none is tied to the thread that created it. The C++ objects they share are thread-safe: TensorRT's runtimes
+// and engines are (a context is not, and is not `Sync`), the listener has a mutex, its observer is `Send` and `Sync`,
+// and an engine's kernel cache is set once.
 unsafe impl Send for bridge::Runtime {}
 // SAFETY: as above.
 unsafe impl Send for bridge::Engine {}
 // SAFETY: as above.
 unsafe impl Send for bridge::Context {}
 
-/// A context of a profile of an engine, whose set-up goes through the stream.
+/// Creates an execution context for a profile, with its set-up work enqueued on the stream.
 pub(super) fn context(
     engine: &bridge::Engine,
     profile: u32,
     specialize: bool,
     stream: &Stream,
 ) -> Result<UniquePtr<bridge::Context>, cxx::Exception> {
-    // SAFETY: the number is the handle of a stream that is there.
+    // SAFETY: the number is the handle of a live stream.
     unsafe { engine.context(profile, specialize, stream.number()) }
 }
 
-/// Gives a context its memory, which the caller keeps for as long as the context.
+/// Gives a context its scratch memory, which the caller keeps alive as long as the context.
 pub(super) fn memory(context: Pin<&mut bridge::Context>, memory: &Buffer) -> Result<(), cxx::Exception> {
-    // SAFETY: the address is of that many bytes of the GPU's memory.
+    // SAFETY: the address is valid for that many bytes of device memory.
     unsafe { context.memory(memory.address(), memory.bytes()) }
 }
 
-/// Binds a tensor to a part of a buffer, which the caller keeps for as long as the context.
+/// Binds a tensor to a range of a buffer, which the caller keeps alive as long as the context.
 pub(super) fn address(
     context: Pin<&mut bridge::Context>,
     tensor: &str,
@@ -229,28 +231,29 @@ pub(super) fn address(
     let fits = offset.checked_add(bytes).is_some_and(|end| end <= buffer.bytes());
     if !fits || !offset.is_multiple_of(ALIGN) {
         let all = buffer.bytes();
-        let detail =
-            format!("{tensor} cannot be bound to {bytes} bytes at {offset} of {all}: past the end, or not aligned");
+        let detail = format!(
+            "{tensor} cannot be bound to {bytes} bytes at offset {offset} of {all}: past the end or misaligned"
+        );
         return Err(crate::Error::TensorRt(detail));
     }
-    // SAFETY: the address is of that many bytes of the GPU's memory.
+    // SAFETY: the address is valid for that many bytes of device memory.
     Ok(unsafe { context.address(tensor, buffer.address() + offset) })
 }
 
-/// Whether a run of the context can be recorded.
+/// Returns true if a run of the context can be captured as a CUDA graph.
 pub(super) fn capturable(context: &bridge::Context, stream: &Stream) -> bool {
-    // SAFETY: the number is the handle of a stream that is there.
+    // SAFETY: the number is the handle of a live stream.
     unsafe { context.capturable(stream.number()) }
 }
 
-/// Puts a run of a context into a stream.
+/// Enqueues a run of a context on a stream.
 pub(super) fn enqueue(context: Pin<&mut bridge::Context>, stream: &Stream) -> Result<(), cxx::Exception> {
-    // SAFETY: the number is the handle of a stream that is there. What the run reads and writes are addresses that
-    // `address` and `memory` checked, all of them the GPU's.
+    // SAFETY: the number is the handle of a live stream. The run only accesses device addresses that `address` and
+    // `memory` checked.
     unsafe { context.enqueue(stream.number()) }
 }
 
-/// What a network's events reach in Rust. Called from TensorRT's threads.
+/// Receiver of log lines and progress on the Rust side. Called on TensorRT's threads.
 pub(super) struct Observer(pub Arc<dyn Monitor>);
 
 impl Observer {

@@ -1,19 +1,19 @@
-//! GPUs by name and number.
+//! GPU names and compute capabilities.
 
 /// A GPU of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceInfo {
-    /// Its number among those this process may use (`CUDA_VISIBLE_DEVICES` decides which).
+    /// Index among the GPUs visible to this process (see `CUDA_VISIBLE_DEVICES`).
     pub index: usize,
-    /// What NVIDIA calls it: "NVIDIA A100-SXM4-80GB".
+    /// NVIDIA's product name, such as "NVIDIA A100-SXM4-80GB".
     pub name: String,
-    /// 80 is SM 8.0.
+    /// Compute capability as a number: 80 is SM 8.0.
     pub compute_capability: u16,
-    /// Its memory.
+    /// Total device memory.
     pub memory_bytes: u64,
 }
 
-/// GPUs by their compute capability, to name them.
+/// "SM 8.0 (A100)": a compute capability with well-known GPUs that have it.
 pub(crate) fn gpu_words(compute_capability: u16) -> String {
     let known = match compute_capability {
         80 => " (A100)",

@@ -1,9 +1,10 @@
-//! The kernels of a compiled plan, as the log of its build lists them.
+//! The kernels of a compiled plan, parsed from the log of its build.
 //!
-//! A build with [`BuildOptions::list_kernels`](super::BuildOptions::list_kernels) ends its log with a line for each kernel
-//! of each profile, in the order of their launches, with everything it reads and writes. No GPU is needed for that. The
-//! lines are made for people and differ from one version of TensorRT to the next, so one that cannot be read is kept and
-//! counted, and is never an error. What the kernels of a step amount to is [`super::analysis`].
+//! A build with [`BuildOptions::list_kernels`](super::BuildOptions::list_kernels) ends its log with a line for each
+//! kernel of each profile, in launch order, with everything it reads and writes. This needs no GPU. The format is meant
+//! for people and changes between versions of TensorRT, so lines that cannot be parsed are kept and counted, and are
+//! not an error.
+//! [`super::analysis`] summarizes the kernels of a step.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -13,19 +14,19 @@ use serde::Serialize;
 
 use super::{Monitor, Severity};
 
-/// Keeps the lines of the log that list kernels, and passes everything on.
+/// Collects the lines of the log that list kernels, and forwards everything.
 pub struct KernelLog {
     next: Arc<dyn Monitor>,
     lines: Mutex<Vec<String>>,
 }
 
 impl KernelLog {
-    /// A log that passes everything on to `next`.
+    /// A log that forwards everything to `next`.
     pub fn new(next: Arc<dyn Monitor>) -> KernelLog {
         KernelLog { next, lines: Mutex::new(Vec::new()) }
     }
 
-    /// The kernels that were listed so far.
+    /// The kernels listed so far.
     pub fn kernels(&self) -> Kernels {
         let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         Kernels::parse(lines.iter().map(String::as_str))
@@ -58,21 +59,21 @@ impl Monitor for KernelLog {
 /// The kernels of a plan.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Kernels {
-    /// Those of each profile, in the order of their launches.
-    pub profiles: Vec<Vec<Kernel>>,
-    /// Lines that list something which could not be read.
+    /// Kernels of each profile, in launch order.
+    pub profiles: Vec<Vec<GpuKernel>>,
+    /// Lines that could not be parsed.
     pub unread: Vec<String>,
 }
 
-/// More profiles than any plan has: a name that says so is not read.
+/// More profiles than any plan has; a kernel name with a higher index is not trusted.
 const MAX_PROFILES: usize = 64;
 
 impl Kernels {
-    /// Reads lines of a log; those that list no kernel are passed over.
+    /// Parses lines of a log. Lines that do not list a kernel are skipped.
     pub fn parse<'a>(lines: impl IntoIterator<Item = &'a str>) -> Kernels {
         let mut kernels = Kernels::default();
         for line in lines.into_iter().filter(|line| is_listed(line)) {
-            match Kernel::parse(line) {
+            match GpuKernel::parse(line) {
                 Some((profile, kernel)) if profile < MAX_PROFILES => {
                     if kernels.profiles.len() <= profile {
                         kernels.profiles.resize_with(profile + 1, Vec::new);
@@ -85,8 +86,8 @@ impl Kernels {
         kernels
     }
 
-    /// The kernels of a profile, none if it has none.
-    pub fn profile(&self, index: usize) -> &[Kernel] {
+    /// Kernels of a profile; empty if there is no such profile.
+    pub fn profile(&self, index: usize) -> &[GpuKernel] {
         self.profiles.get(index).map_or(&[], Vec::as_slice)
     }
 }
@@ -95,24 +96,25 @@ fn is_listed(line: &str) -> bool {
     line.starts_with("Name: ") && line.contains(", LayerType: ")
 }
 
-/// What a kernel does.
+/// Category of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum KernelKind {
-    /// A matrix product, with what is joined to it.
-    Product,
-    /// Attention.
+    /// GEMM, with the operations fused into it.
+    #[serde(rename = "product")] // the name in `aotron inspect`'s JSON
+    Gemm,
+    /// Fused attention.
     Attention,
-    /// Anything else: operations on elements, rows and indices, joined.
+    /// Anything else: fused elementwise, row and index operations.
     Fused,
-    /// No kernel but a step on the host: shapes, a constant's upload, two streams waiting for each other.
+    /// Host step rather than a kernel: shape computation, upload of a constant, stream synchronization.
     Host,
 }
 
 impl fmt::Display for KernelKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
-            KernelKind::Product => "product",
+            KernelKind::Gemm => "gemm",
             KernelKind::Attention => "attention",
             KernelKind::Fused => "fused",
             KernelKind::Host => "host",
@@ -120,70 +122,70 @@ impl fmt::Display for KernelKind {
     }
 }
 
-/// A launch.
+/// A kernel launch.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Kernel {
-    /// TensorRT's name, without profile and number.
+pub struct GpuKernel {
+    /// TensorRT's name, without the profile and sequence number.
     pub name: String,
-    /// What it does, as far as its name and type say.
+    /// Category, as far as name and type tell.
     pub kind: KernelKind,
-    /// TensorRT's own kind: `gemm`, `kgen` (generated), `runtime_fusion` (specialized when the plan first runs), …
+    /// TensorRT's layer type: `gemm`, `kgen` (generated), `runtime_fusion` (specialized when the plan first runs), …
     pub layer_type: String,
-    /// What it reads.
+    /// Tensors it reads.
     pub inputs: Vec<KernelTensor>,
-    /// What it reads that is part of the plan.
+    /// Constants of the plan it reads.
     pub constants: Vec<KernelTensor>,
-    /// What it writes.
+    /// Tensors it writes.
     pub outputs: Vec<KernelTensor>,
 }
 
-/// Something that a kernel reads or writes.
+/// A tensor that a kernel reads or writes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct KernelTensor {
-    /// A binding's name, or TensorRT's for a value inside the plan.
+    /// Name of the binding, or TensorRT's name for an intermediate value.
     pub name: String,
-    /// Sizes; -1 where the step decides.
+    /// Shape, -1 for dynamic dimensions.
     pub dims: Vec<i64>,
-    /// Element type as in [`DType`](crate::tensor::DType), TensorRT's name for those that it has alone.
+    /// Element type, named as in [`DType`](crate::tensor::DType) where it has it, else as in TensorRT.
     pub dtype: String,
 }
 
 impl KernelTensor {
-    /// Its elements, if no step decides how many.
+    /// Number of elements, unless a dimension is dynamic.
     pub fn elements(&self) -> Option<u64> {
         self.dims.iter().try_fold(1u64, |product, n| product.checked_mul(u64::try_from(*n).ok()?))
     }
 
-    /// `bf16[-1,192]`.
+    /// Type and shape as text: `bf16[-1,192]`.
     pub fn ty(&self) -> String {
         let dims: Vec<String> = self.dims.iter().map(i64::to_string).collect();
         format!("{}[{}]", self.dtype, dims.join(","))
     }
 }
 
-impl Kernel {
-    /// Whether it costs a launch on the GPU.
+impl GpuKernel {
+    /// Returns true if it costs a launch on the GPU.
     pub fn is_launched(&self) -> bool {
         self.kind != KernelKind::Host
     }
 
-    /// The operations that were joined, as TensorRT abbreviates them (`Resh`, `Gath`, `Cast`, `Fc` for a product);
-    /// empty where the name lists none, and ended by `Etc` where it lists not all.
+    /// Fused operations in TensorRT's abbreviations (`Resh`, `Gath`, `Cast`, `Fc` for a GEMM); empty if the name lists
+    /// none, and ending with `Etc` if the list is truncated.
     pub fn operations(&self) -> Vec<&str> {
         operations(&self.name)
     }
 
-    /// A line of the log, and the profile.
-    fn parse(line: &str) -> Option<(usize, Kernel)> {
+    /// Parses a line of the log into the profile and the kernel.
+    fn parse(line: &str) -> Option<(usize, GpuKernel)> {
         let (full_name, rest) = line.strip_prefix("Name: ")?.split_once(", LayerType: ")?;
         let (layer_type, rest) = rest.split_once(", Inputs: [")?;
         let (inputs, rest) = rest.split_once("], Outputs: [")?;
         let (inputs, constants) = inputs.split_once("], Constants: [").unwrap_or((inputs, ""));
-        // What follows is not closed where the line was cut.
+        // A truncated line has no `TacticName`.
         let outputs = rest.split_once("], TacticName: ").map_or(rest, |(outputs, _)| outputs);
         let (name, numbered) = unnumbered(full_name);
         let (name, named) = without_profile(name);
-        let kernel = Kernel {
+        let kernel = GpuKernel {
             kind: kind(&name, layer_type),
             name,
             layer_type: layer_type.to_owned(),
@@ -199,8 +201,8 @@ fn kind(name: &str, layer_type: &str) -> KernelKind {
     match layer_type {
         "signal" | "wait" | "shape_call" => KernelKind::Host,
         "copy" if name.starts_with("copy_h2d") => KernelKind::Host,
-        "gemm" => KernelKind::Product,
-        _ if operations(name).contains(&"Fc") => KernelKind::Product,
+        "gemm" => KernelKind::Gemm,
+        _ if operations(name).contains(&"Fc") => KernelKind::Gemm,
         _ if name.contains("_mha") || name.contains("fmha") => KernelKind::Attention,
         _ => KernelKind::Fused,
     }
@@ -218,7 +220,7 @@ fn operations(name: &str) -> Vec<&str> {
     operations
 }
 
-/// `__myl_FcCast_myl1_2` is `__myl_FcCast` of profile 1, the second of its kernels.
+/// Strips profile and sequence number: `__myl_FcCast_myl1_2` is `__myl_FcCast`, kernel 2 of profile 1.
 fn unnumbered(name: &str) -> (&str, Option<usize>) {
     let parts = name.rsplit_once("_myl").and_then(|(name, suffix)| {
         let (profile, number) = suffix.split_once('_')?;
@@ -228,7 +230,7 @@ fn unnumbered(name: &str) -> (&str, Option<usize>) {
     parts.map_or((name, None), |(name, profile)| (name, Some(profile)))
 }
 
-/// `total_tokens [profile 1]` is `total_tokens` of profile 1; profile 0 is not named.
+/// Strips the profile: `total_tokens [profile 1]` is `total_tokens` in profile 1. Profile 0 is not marked.
 fn without_profile(name: &str) -> (String, Option<usize>) {
     let Some((before, rest)) = name.split_once(" [profile ") else { return (name.to_owned(), None) };
     match rest.split_once(']') {
@@ -237,7 +239,7 @@ fn without_profile(name: &str) -> (String, Option<usize>) {
     }
 }
 
-/// `{ Name: x, Dimensions: [-1,192], …, Datatype: BFloat16, Format: … }, { …`; `None` if one cannot be read.
+/// Parses `{ Name: x, Dimensions: [-1,192], …, Datatype: BFloat16, Format: … }, { …`.
 fn tensors(text: &str) -> Option<Vec<KernelTensor>> {
     text.split("{ Name: ").skip(1).map(tensor).collect()
 }
@@ -285,7 +287,7 @@ mod tests {
         let [none, kernels] = &kernels.profiles[..] else { panic!("{kernels:#?}") };
         assert_eq!(none, &[]);
         let [kernel] = &kernels[..] else { panic!("{kernels:#?}") };
-        assert_eq!((kernel.name.as_str(), kernel.kind), ("layers.0.attention.o/2.linear_U49", KernelKind::Product));
+        assert_eq!((kernel.name.as_str(), kernel.kind), ("layers.0.attention.o/2.linear_U49", KernelKind::Gemm));
         let named = |tensors: &[KernelTensor]| -> Vec<String> {
             tensors.iter().map(|tensor| format!("{} {}", tensor.name, tensor.ty())).collect()
         };
@@ -300,11 +302,11 @@ mod tests {
     fn names_say_what_kernels_do() {
         let kind_of = |name: &str, layer_type: &str| {
             let line = format!("Name: {name}, LayerType: {layer_type}, Inputs: [], Constants: [], Outputs: []");
-            Kernel::parse(&line).map(|(_, kernel)| kernel.kind)
+            GpuKernel::parse(&line).map(|(_, kernel)| kernel.kind)
         };
         for (name, layer_type, kind) in [
-            ("__myl_FcCastReluMulCast_myl1_7", "runtime_fusion", KernelKind::Product),
-            ("__myl_CastMulCastFc_myl0_7", "kgen", KernelKind::Product),
+            ("__myl_FcCastReluMulCast_myl1_7", "runtime_fusion", KernelKind::Gemm),
+            ("__myl_CastMulCastFc_myl0_7", "kgen", KernelKind::Gemm),
             ("_gemv_mha_v1_myl1_4", "kgen", KernelKind::Attention),
             ("__myl_ReshTran_myl0_12", "kgen", KernelKind::Fused),
             ("copy_h2d___mye30246_myl0_1", "copy", KernelKind::Host),
@@ -332,13 +334,13 @@ mod tests {
         ];
         let kernels = Kernels::parse(lines.iter().map(String::as_str));
         assert_eq!((kernels.profiles.len(), kernels.unread), (0, lines.to_vec()));
-        // No line, however it is cut, ends the program.
+        // No truncation of a line makes the parser panic.
         for end in (0..PRODUCT.len()).filter(|end| PRODUCT.is_char_boundary(*end)) {
             Kernels::parse([&PRODUCT[..end]]);
         }
     }
 
-    /// Hears everything too.
+    /// Records every line.
     #[derive(Default)]
     struct Ear(Mutex<Vec<String>>);
 

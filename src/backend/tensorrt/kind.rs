@@ -1,53 +1,53 @@
-//! TensorRT's two libraries: their names, files and versions.
+//! Names, files and versions of TensorRT's two libraries.
 
 use std::fmt;
 
-pub use crate::engine::tensorrt::LibraryKind as Kind;
+pub use crate::engine::tensorrt::LibraryKind;
 
-impl Kind {
-    /// Both.
-    pub const ALL: [Kind; 2] = [Kind::Rtx, Kind::TensorRt];
+impl LibraryKind {
+    /// Both libraries, in the order they are listed to users.
+    pub const ALL: [LibraryKind; 2] = [LibraryKind::Rtx, LibraryKind::TensorRt];
 
-    /// What NVIDIA calls it.
+    /// NVIDIA's name for the library.
     pub fn name(self) -> &'static str {
         match self {
-            Kind::TensorRt => "TensorRT",
-            Kind::Rtx => "TensorRT for RTX",
+            LibraryKind::TensorRt => "TensorRT",
+            LibraryKind::Rtx => "TensorRT for RTX",
         }
     }
 
-    /// The library's file.
+    /// File name of the shared library.
     pub fn file_name(self) -> &'static str {
         match self {
-            Kind::TensorRt => "libnvinfer.so.11",
-            Kind::Rtx => "libtensorrt_rtx.so.1",
+            LibraryKind::TensorRt => "libnvinfer.so.11",
+            LibraryKind::Rtx => "libtensorrt_rtx.so.1",
         }
     }
 
-    /// How to get it.
+    /// Installation instructions, for error messages.
     pub fn remedy(self) -> &'static str {
         match self {
-            Kind::TensorRt => {
-                "`pip install tensorrt-cu13` gets it from NVIDIA's package index; run aotron in the same Python \
-                 environment, or set AOTRON_TENSORRT_DIR to the folder of the library"
+            LibraryKind::TensorRt => {
+                "install it with `pip install tensorrt-cu13` (from NVIDIA's package index) and run aotron in the same \
+                 environment, or set AOTRON_TENSORRT_DIR to the folder that contains the library"
             }
-            Kind::Rtx => {
-                "`make tensorrt` in aotron's source folder downloads it (95 MB) to .tensorrt/; or `pip install \
+            LibraryKind::Rtx => {
+                "run `make tensorrt` in aotron's source folder, which downloads it (95 MB) to .tensorrt/; or `pip install \
                  tensorrt-rtx` and run aotron in the same Python environment; or set AOTRON_TENSORRT_DIR to the folder \
-                 of the library"
+                 that contains the library"
             }
         }
     }
 }
 
-/// A version of a library.
+/// Version of a TensorRT library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
-    /// Programs compiled against another major version do not fit.
+    /// The ABI is compatible only within a major version.
     pub major: u32,
-    /// Functions are added from one to the next.
+    /// A later minor version may add functions.
     pub minor: u32,
-    /// Nothing is added.
+    /// Fixes only.
     pub patch: u32,
 }
 

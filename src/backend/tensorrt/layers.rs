@@ -1,4 +1,4 @@
-//! What a network is made of.
+//! Values, layers and build options of a TensorRT network.
 
 use std::fmt;
 use std::ops;
@@ -8,11 +8,11 @@ use crate::error::{Error, Result};
 use crate::tensor::DType;
 use crate::tensor_file::TensorFile;
 
-/// A value of a network, by its number; only meaningful with the network that made it.
+/// A tensor of a network, by index; only meaningful for the network that returned it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Tensor(pub u32);
+pub struct NetworkTensor(pub u32);
 
-/// Bytes of a constant, which TensorRT reads where they lie: their owner lives until the network is gone.
+/// Bytes of a constant. TensorRT reads them in place, so the owner is kept alive until the network is dropped.
 pub struct ConstantBytes {
     owner: Owner,
     range: ops::Range<usize>,
@@ -24,15 +24,15 @@ enum Owner {
 }
 
 impl ConstantBytes {
-    /// Bytes of a mapped file.
+    /// Borrows a range of a mapped file.
     ///
     /// # Errors
-    /// [`Error::Internal`] if the range is outside.
+    /// [`Error::Internal`] if the range is out of bounds.
     pub fn of_file(file: Arc<TensorFile>, range: ops::Range<usize>) -> Result<ConstantBytes> {
         ConstantBytes { owner: Owner::File(file), range }.checked()
     }
 
-    /// Bytes in memory.
+    /// Borrows a range of a buffer in memory.
     ///
     /// # Errors
     /// As [`ConstantBytes::of_file`].
@@ -63,105 +63,137 @@ impl ConstantBytes {
     }
 }
 
-/// A network under construction, as the lowering sees it: a network of TensorRT, or whatever else takes the same
-/// layers, such as an evaluator that computes each of them when it is added. Every value has the type that its operands
-/// give it. Every method that adds a layer gives its value, or an error that names the place ([`Layers::scope`]).
+/// The network-building interface that the lowering targets: a TensorRT network, or another implementation such as an
+/// evaluator that computes each layer as it is added. Typing is strong: operand types determine the result type.
+/// Methods that add a layer return its result, or an error that names the current scope ([`Layers::scope`]).
 pub trait Layers {
-    /// Names the layers that are added from here on: `name/0.cast`, `name/1.sum`.
+    /// Sets the name prefix of the layers that follow: `name/0.cast`, `name/1.sum`.
     fn scope(&mut self, name: &str);
 
-    /// A value supplied at run time; -1 is a dimension that a [`Profile`] bounds.
+    /// Adds an input. Dimensions of -1 are dynamic, bounded by a profile ([`OptimizationProfile`]).
     ///
     /// # Errors
-    /// Here and in all that follow, [`crate::Error::TensorRt`] with the place and the reason.
-    fn input(&mut self, name: &str, dtype: DType, dims: &[i64]) -> Result<Tensor>;
+    /// [`crate::Error::TensorRt`] with the scope and the reason, as for all methods below.
+    fn input(&mut self, name: &str, dtype: DType, dims: &[i64]) -> Result<NetworkTensor>;
 
-    /// Gives a value a name and makes it a result.
-    fn output(&mut self, tensor: Tensor, name: &str) -> Result<()>;
+    /// Names a tensor and marks it as an output of the network.
+    fn output(&mut self, tensor: NetworkTensor, name: &str) -> Result<()>;
 
-    /// `f32[1, 1, …]` of that rank.
-    fn scalar(&mut self, value: f32, rank: u32) -> Result<Tensor>;
+    /// Scalar constant of shape `f32[1, 1, …]` with `rank` dimensions.
+    fn scalar(&mut self, value: f32, rank: u32) -> Result<NetworkTensor>;
 
-    /// `i64[n]`, for arithmetic with shapes.
-    fn integers(&mut self, values: &[i64]) -> Result<Tensor>;
+    /// Constant `i64[n]`, for shape arithmetic.
+    fn integers(&mut self, values: &[i64]) -> Result<NetworkTensor>;
 
-    /// A value that becomes part of the plan. Its bytes, row-major, are read where they lie.
-    fn constant(&mut self, bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Result<Tensor>;
+    /// Constant embedded in the plan. Its row-major bytes are read in place.
+    fn constant(&mut self, bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Result<NetworkTensor>;
 
-    /// `i64[rank]`: the sizes of `x`.
-    fn shape(&mut self, x: Tensor) -> Result<Tensor>;
+    /// Shape of `x` as `i64[rank]`.
+    fn shape(&mut self, x: NetworkTensor) -> Result<NetworkTensor>;
 
-    /// One after the other, along the first dimension.
-    fn concat(&mut self, parts: &[Tensor]) -> Result<Tensor>;
+    /// Concatenation along the first dimension.
+    fn concat(&mut self, parts: &[NetworkTensor]) -> Result<NetworkTensor>;
 
     /// Rows of `table` along its first dimension.
-    fn gather(&mut self, table: Tensor, indices: Tensor) -> Result<Tensor>;
+    fn gather(&mut self, table: NetworkTensor, indices: NetworkTensor) -> Result<NetworkTensor>;
 
-    /// Rounded to another element type.
-    fn cast(&mut self, x: Tensor, dtype: DType) -> Result<Tensor>;
+    /// Conversion to another element type, rounding if needed.
+    fn cast(&mut self, x: NetworkTensor, dtype: DType) -> Result<NetworkTensor>;
 
-    /// The same elements in order; one dimension may be -1, which takes what is left.
-    fn reshape(&mut self, x: Tensor, dims: &[i64]) -> Result<Tensor>;
+    /// Reshape; one dimension may be -1 and is inferred.
+    fn reshape(&mut self, x: NetworkTensor, dims: &[i64]) -> Result<NetworkTensor>;
 
-    /// As [`Layers::reshape`], to sizes that the network computes.
-    fn reshape_to(&mut self, x: Tensor, shape: Tensor) -> Result<Tensor>;
+    /// Reshape to a shape that the network computes.
+    fn reshape_to(&mut self, x: NetworkTensor, shape: NetworkTensor) -> Result<NetworkTensor>;
 
     /// Dimension `i` of the result is dimension `order[i]` of `x`.
-    fn transpose(&mut self, x: Tensor, order: &[i32]) -> Result<Tensor>;
+    fn transpose(&mut self, x: NetworkTensor, order: &[i32]) -> Result<NetworkTensor>;
 
-    /// From `start` as many as `size`, an `i64[rank]`, says.
-    fn slice(&mut self, x: Tensor, start: &[i64], size: Tensor) -> Result<Tensor>;
+    /// Slice from `start` of the extents in `size`, an `i64[rank]`.
+    fn slice(&mut self, x: NetworkTensor, start: &[i64], size: NetworkTensor) -> Result<NetworkTensor>;
 
-    /// `x + y`; a dimension of 1 is repeated.
-    fn sum(&mut self, x: Tensor, y: Tensor) -> Result<Tensor>;
+    /// Elementwise `x + y`; dimensions of 1 broadcast.
+    fn sum(&mut self, x: NetworkTensor, y: NetworkTensor) -> Result<NetworkTensor>;
 
-    /// `x · y`; a dimension of 1 is repeated.
-    fn product(&mut self, x: Tensor, y: Tensor) -> Result<Tensor>;
+    /// Elementwise `x · y`; dimensions of 1 broadcast.
+    fn product(&mut self, x: NetworkTensor, y: NetworkTensor) -> Result<NetworkTensor>;
 
     /// `max(x, 0)`.
-    fn relu(&mut self, x: Tensor) -> Result<Tensor>;
+    fn relu(&mut self, x: NetworkTensor) -> Result<NetworkTensor>;
 
-    /// `(x [n, in], weight [out, in])`: `x · weightᵀ`, in the type of both.
-    fn linear(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor>;
+    /// Linear layer `x · weightᵀ` for `x [n, in]` and `weight [out, in]` of the same type, which the result has too.
+    fn linear(&mut self, x: NetworkTensor, weight: NetworkTensor) -> Result<NetworkTensor>;
 
-    /// `(x [n, in], weight [in, out])`: `x · weight`, in the type of both.
-    fn matmul(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor>;
+    /// GEMM `x · weight` for `x [n, in]` and `weight [in, out]` of the same type, which the result has too.
+    fn matmul(&mut self, x: NetworkTensor, weight: NetworkTensor) -> Result<NetworkTensor>;
 
-    /// `x / scale` as codes of that type; `scale` is one number.
-    fn quantize(&mut self, x: Tensor, scale: Tensor, dtype: DType) -> Result<Tensor>;
+    /// Quantizes `x / scale` to codes of type `dtype`; `scale` is per tensor.
+    fn quantize(&mut self, x: NetworkTensor, scale: NetworkTensor, dtype: DType) -> Result<NetworkTensor>;
 
-    /// `codes · scale` as floats of that type. `scale` is one number; or one for each index of dimension `axis`; or,
-    /// with as many dimensions as `codes` and no `axis`, one for each block.
-    fn dequantize(&mut self, codes: Tensor, scale: Tensor, axis: Option<u8>, dtype: DType) -> Result<Tensor>;
+    /// Dequantizes to `codes · scale` in type `dtype`. `scale` is per tensor; or per channel along `axis`; or, with the
+    /// rank of `codes` and no `axis`, per block.
+    fn dequantize(
+        &mut self,
+        codes: NetworkTensor,
+        scale: NetworkTensor,
+        axis: Option<u8>,
+        dtype: DType,
+    ) -> Result<NetworkTensor>;
 
-    /// `(x [n, width], scale [1, width], bias [1, width])`: layer normalization of each row.
-    fn layer_norm(&mut self, x: Tensor, scale: Tensor, bias: Tensor, eps: f32) -> Result<Tensor>;
+    /// Layer normalization of each row of `x [n, width]`, with `scale` and `bias` of shape `[1, width]`.
+    fn layer_norm(
+        &mut self,
+        x: NetworkTensor,
+        scale: NetworkTensor,
+        bias: NetworkTensor,
+        eps: f32,
+    ) -> Result<NetworkTensor>;
 
-    /// `(x [B, heads, T, head_dim], cos, sin [B, T, rotary_dims / 2])`: dims `(j, j + rotary_dims / 2)` rotate.
-    fn rotary(&mut self, x: Tensor, cos: Tensor, sin: Tensor, rotary_dims: u32) -> Result<Tensor>;
+    /// Rotary embedding of `x [B, heads, T, head_dim]` by `cos` and `sin`, each `[B, T, rotary_dims / 2]`: dims
+    /// `(j, j + rotary_dims / 2)` form a pair.
+    fn rotary(
+        &mut self,
+        x: NetworkTensor,
+        cos: NetworkTensor,
+        sin: NetworkTensor,
+        rotary_dims: u32,
+    ) -> Result<NetworkTensor>;
 
-    /// `(cache [B, heads, S, head_dim], update [B, heads, T, head_dim], indices i32[B])`: the cache with the update
-    /// written from position `indices[b]` on. The result must be an output, bound to the memory of the cache.
-    fn cache_update(&mut self, cache: Tensor, update: Tensor, indices: Tensor) -> Result<Tensor>;
+    /// Writes `update [B, heads, T, head_dim]` into `cache [B, heads, S, head_dim]` from position `indices[b]` on
+    /// (`i32[B]`). The result must be an output of the network that aliases the memory of the cache.
+    fn cache_update(
+        &mut self,
+        cache: NetworkTensor,
+        update: NetworkTensor,
+        indices: NetworkTensor,
+    ) -> Result<NetworkTensor>;
 
-    /// `(q [B, heads, T, head_dim], keys, values [B, kv_heads, S, head_dim])`: `softmax(q · keysᵀ) · values`, unscaled
-    /// and causal such that the last query reads all keys: of the first `lengths[b]`, an `i32[B]`, or of all S.
-    fn attention(&mut self, q: Tensor, keys: Tensor, values: Tensor, lengths: Option<Tensor>) -> Result<Tensor>;
+    /// Attention `softmax(q · keysᵀ) · values`, unscaled, for `q [B, heads, T, head_dim]` and `keys`, `values`
+    /// `[B, kv_heads, S, head_dim]`. The causal mask is aligned to the lower right: the last query attends to all keys,
+    /// which are the first `lengths[b]` (`i32[B]`) or all S.
+    fn attention(
+        &mut self,
+        q: NetworkTensor,
+        keys: NetworkTensor,
+        values: NetworkTensor,
+        lengths: Option<NetworkTensor>,
+    ) -> Result<NetworkTensor>;
 
-    /// The `k` largest of each row of `x [n, width]`, largest first, and their columns: `[n, k]` and `i32[n, k]`.
-    fn top_k(&mut self, x: Tensor, k: u32) -> Result<(Tensor, Tensor)>;
+    /// The `k` largest elements of each row of `x [n, width]` in descending order, `[n, k]`, and their columns,
+    /// `i32[n, k]`.
+    fn top_k(&mut self, x: NetworkTensor, k: u32) -> Result<(NetworkTensor, NetworkTensor)>;
 }
 
-/// A layer as TensorRT reads it back.
+/// A layer as TensorRT reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layer {
-    /// [`Layers::scope`], a number and an operation.
+    /// Scope ([`Layers::scope`]), number and operation: `scope/0.cast`.
     pub name: String,
-    /// TensorRT's kind of layer.
+    /// TensorRT's layer type.
     pub kind: String,
-    /// `name: dtype[sizes]`; -1 where a profile decides.
+    /// Inputs as `name: dtype[dims]`; dynamic dimensions are -1.
     pub inputs: Vec<String>,
-    /// Likewise.
+    /// Outputs in the same format.
     pub outputs: Vec<String>,
 }
 
@@ -171,36 +203,37 @@ impl fmt::Display for Layer {
     }
 }
 
-/// The sizes one input may have.
+/// The shapes one input may have.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Range {
+pub struct ShapeRange {
     /// The input's name.
     pub input: String,
-    /// The smallest.
+    /// Smallest shape.
     pub min: Vec<i64>,
-    /// Those that kernels are chosen for.
+    /// Shape that kernels are tuned for.
     pub opt: Vec<i64>,
-    /// The largest.
+    /// Largest shape.
     pub max: Vec<i64>,
 }
 
-/// The sizes of one kind of step: a range for every input that has a -1.
+/// An optimization profile: the shapes of one kind of step, as a range for every input with dynamic dimensions.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Profile {
-    /// In any order.
-    pub ranges: Vec<Range>,
+pub struct OptimizationProfile {
+    /// One per dynamic input, in any order.
+    pub ranges: Vec<ShapeRange>,
 }
 
-/// How to compile a network.
+/// Options for compiling a network.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BuildOptions {
-    /// 80 for SM 8.0; `None` is the GPU at hand. TensorRT for RTX alone takes another.
+    /// Target compute capability, 80 for SM 8.0; `None` targets the GPU in this machine. Only TensorRT for RTX
+    /// cross-compiles.
     pub compute_capability: Option<u16>,
-    /// How long TensorRT 11 looks for the fastest kernels, 0 to 5; `None` is its own default. TensorRT for RTX has no
-    /// such choice: it looks when a plan first runs.
+    /// TensorRT 11's effort in kernel selection, 0 to 5; `None` is its default. TensorRT for RTX ignores it, because it
+    /// selects kernels when a plan first runs.
     pub optimization_level: Option<u8>,
-    /// Log the plan's kernels, at [`super::Severity::Verbose`].
+    /// Logs the plan's kernels at [`super::Severity::Verbose`].
     pub list_kernels: bool,
-    /// At least one if any input has a -1; a step runs in one of them.
-    pub profiles: Vec<Profile>,
+    /// Profiles; required if any input is dynamic. A run selects one of them.
+    pub profiles: Vec<OptimizationProfile>,
 }

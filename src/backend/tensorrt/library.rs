@@ -1,4 +1,4 @@
-//! Finding and opening TensorRT's libraries.
+//! Discovery and loading of TensorRT's libraries.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -8,89 +8,91 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::ffi::{Observer, bridge};
-use super::{BuildOptions, Kind, Layers, Monitor, Network, Version};
+use super::{BuildOptions, Layers, LibraryKind, Monitor, Network, Version};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
-/// The version whose headers this program was compiled against.
-fn header_version(kind: Kind) -> Version {
-    Version::from_number(bridge::header_version(kind == Kind::Rtx))
+/// Version of the headers this program was compiled against.
+fn header_version(kind: LibraryKind) -> Version {
+    Version::from_number(bridge::header_version(kind == LibraryKind::Rtx))
 }
 
-impl Kind {
-    /// The version whose headers this program was compiled against; none without the feature `tensorrt`.
+impl LibraryKind {
+    /// Version of the headers this program was compiled against; `None` without the feature `tensorrt`.
     pub fn header_version(self) -> Option<Version> {
         Some(header_version(self))
     }
 
-    /// The folder of its Python package, under site-packages.
+    /// Folder of the Python package under site-packages.
     fn python_package(self) -> &'static str {
         match self {
-            Kind::TensorRt => "tensorrt_libs",
-            Kind::Rtx => "tensorrt_rtx_libs",
+            LibraryKind::TensorRt => "tensorrt_libs",
+            LibraryKind::Rtx => "tensorrt_rtx_libs",
         }
     }
 }
 
 impl Version {
-    /// TensorRT's own number: two decimal digits each for minor and patch.
+    /// Decodes TensorRT's version number, which has two decimal digits each for minor and patch.
     fn from_number(number: i32) -> Version {
         let number = u32::try_from(number).unwrap_or(0);
         Version { major: number / 10000, minor: number / 100 % 100, patch: number % 100 }
     }
 
-    /// Whether a program compiled against `headers` can call a library of this version: its virtual tables only grow,
-    /// and only within a major version.
+    /// Returns true if a program compiled against `headers` can call a library of this version: within a major version,
+    /// virtual tables only grow.
     fn serves(self, headers: Version) -> bool {
         self.major == headers.major && self.minor >= headers.minor
     }
 }
 
-/// A library that is open. It stays open until the process ends, because TensorRT's libraries cannot be unloaded
-/// safely, so nothing made with one can outlive it.
+/// An open library. It stays open until the process ends, because TensorRT cannot be unloaded safely, so nothing
+/// created from it can outlive it.
 #[derive(Clone, Copy)]
-pub struct Library {
-    kind: Kind,
+pub struct TensorRtLibrary {
+    kind: LibraryKind,
     version: Version,
     inner: &'static bridge::Library,
 }
 
-impl fmt::Debug for Library {
+impl fmt::Debug for TensorRtLibrary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Library({} {} at {})", self.kind.name(), self.version, self.path().display())
+        write!(f, "TensorRtLibrary({} {} at {})", self.kind.name(), self.version, self.path().display())
     }
 }
 
-impl Library {
-    /// Opens the first that is found:
+impl TensorRtLibrary {
+    /// Opens the first library found:
     ///
     /// 1. in the folder `AOTRON_TENSORRT_DIR`;
     /// 2. in `.tensorrt` in the current folder, then beside the program, where `make tensorrt` puts it;
-    /// 3. where the system looks for libraries;
-    /// 4. in the Python environment that is active.
+    /// 3. on the system's library search path;
+    /// 4. in the active Python environment.
     ///
-    /// A library that is found but cannot be used is an error; no other is taken in its stead.
+    /// A library that is found but unusable is an error; the search does not continue.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] saying where was looked and how to get it, or what is wrong with the one that was found.
-    pub fn find(kind: Kind) -> Result<Library> {
+    /// [`Error::TensorRt`] with the places searched and installation instructions, or with the problem of the one
+    /// found.
+    pub fn find(kind: LibraryKind) -> Result<TensorRtLibrary> {
         Surroundings::of_this_process().find(kind)
     }
 
     /// Opens a library by its path.
     ///
     /// # Safety
-    /// Opening runs the library's own code, and everything that is called later runs inside it: the file must be the
-    /// TensorRT library that its name says.
+    /// Opening runs the library's initializers, and later calls run its code: the file must be the TensorRT library
+    /// that
+    /// `kind` names.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] if the file is no library, another library, or a version that this program was not compiled
-    /// for.
+    /// [`Error::TensorRt`] if the file is not a library, a different library, or a version incompatible with the
+    /// headers.
     #[allow(unsafe_code)]
-    pub unsafe fn open(kind: Kind, path: &Path) -> Result<Library> {
+    pub unsafe fn open(kind: LibraryKind, path: &Path) -> Result<TensorRtLibrary> {
         let refuse =
             |detail: String| Error::TensorRt(format!("cannot use {} as {}: {detail}", path.display(), kind.name()));
-        let inner = bridge::open_library(kind == Kind::Rtx, path.as_os_str().as_bytes())
+        let inner = bridge::open_library(kind == LibraryKind::Rtx, path.as_os_str().as_bytes())
             .map_err(|error| refuse(error.what().into()))?;
         let version = Version::from_number(inner.version());
         let headers = header_version(kind);
@@ -103,32 +105,32 @@ impl Library {
                 kind.remedy()
             )));
         }
-        Ok(Library { kind, version, inner })
+        Ok(TensorRtLibrary { kind, version, inner })
     }
 
     pub(super) fn inner(&self) -> &'static bridge::Library {
         self.inner
     }
 
-    /// Which it is.
-    pub fn kind(&self) -> Kind {
+    /// The kind of library.
+    pub fn kind(&self) -> LibraryKind {
         self.kind
     }
 
-    /// Its version, as it says itself.
+    /// Version that the library reports.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// The file it was opened from.
+    /// Path of the file the library was opened from.
     pub fn path(&self) -> PathBuf {
         OsString::from_vec(self.inner.path()).into()
     }
 
-    /// Whether it compiles for a GPU, found out by compiling one product for it; `None` is the GPU at hand.
+    /// Checks that the library can compile for a GPU by compiling one linear layer; `None` is the GPU in this machine.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words if it does not.
+    /// [`Error::TensorRt`] with TensorRT's message if it cannot.
     pub fn compiles_for(&self, compute_capability: Option<u16>) -> Result<()> {
         let mut network = self.network(Arc::new(()))?;
         let x = network.input("x", DType::BF16, &[8, 64])?;
@@ -138,25 +140,26 @@ impl Library {
         network.build(&BuildOptions { compute_capability, ..BuildOptions::default() }).map(drop)
     }
 
-    /// An empty network. The monitor hears what TensorRT says on this thread while the network lives, and follows its
-    /// build. What threads of TensorRT's own say, all networks hear that are alive, since the library has one log.
+    /// Creates an empty network. The monitor receives what TensorRT logs on this thread while the network lives, and
+    /// the progress of its build. Lines from TensorRT's own threads go to all live networks, since the library has one
+    /// logger.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words.
+    /// [`Error::TensorRt`] with TensorRT's message.
     pub fn network(&self, monitor: Arc<dyn Monitor>) -> Result<Network> {
         let inner = self.inner.network(Box::new(Observer(monitor)));
         Ok(Network::new(inner.map_err(|error| Error::TensorRt(error.what().into()))?))
     }
 }
 
-/// What decides where libraries are looked for.
+/// The places to search for libraries.
 #[derive(Debug, Clone, Default)]
 struct Surroundings {
     /// `AOTRON_TENSORRT_DIR`.
     chosen: Option<PathBuf>,
-    /// Folders that may have a `.tensorrt`.
+    /// Folders that may contain a `.tensorrt`.
     folders: Vec<PathBuf>,
-    /// Whether the system's own places count.
+    /// Searches the system's library path.
     system: bool,
     /// Roots of active Python environments.
     python: Vec<PathBuf>,
@@ -174,21 +177,21 @@ impl Surroundings {
         }
     }
 
-    fn find(&self, kind: Kind) -> Result<Library> {
-        // SAFETY: these are the places that the user, the system or the Python environment keep TensorRT in; as with any
-        // program that is linked with a library, whoever can replace it there decides what runs.
+    fn find(&self, kind: LibraryKind) -> Result<TensorRtLibrary> {
+        // SAFETY: these are the places where the user, the system or the Python environment installs TensorRT; as with
+        // any dynamically linked program, whoever can replace the library there controls what runs.
         #[allow(unsafe_code)]
-        let open = |path: &Path| unsafe { Library::open(kind, path) };
+        let open = |path: &Path| unsafe { TensorRtLibrary::open(kind, path) };
         let of_chosen = self.chosen.iter().cloned();
         let local = of_chosen.chain(self.folders.iter().map(|folder| folder.join(".tensorrt")));
         let local: Vec<PathBuf> = local.map(|folder| folder.join(kind.file_name())).collect();
         if let Some(path) = local.iter().find(|path| path.exists()) {
             return open(path);
         }
-        // A name without a slash is looked for by the system. Only if it finds nothing is there a next place; what it
-        // says then ("cannot open shared object file") tells no more than that.
+        // The system searches for a name without a slash. Its error ("cannot open shared object file") is dropped, as
+        // it says no more than that nothing was found, and the search goes on.
         let name = Path::new(kind.file_name());
-        if self.system && bridge::open_library(kind == Kind::Rtx, name.as_os_str().as_bytes()).is_ok() {
+        if self.system && bridge::open_library(kind == LibraryKind::Rtx, name.as_os_str().as_bytes()).is_ok() {
             return open(name);
         }
         if let Some(path) = self.python.iter().flat_map(|root| python_libraries(root, kind)).next() {
@@ -197,7 +200,7 @@ impl Surroundings {
         let mut places: Vec<String> =
             local.iter().filter_map(|p| p.parent()).map(|p| p.display().to_string()).collect();
         if self.system {
-            places.push("the system's library folders".into());
+            places.push("the system's library path".into());
         }
         if self.python.is_empty() {
             places.push("a Python environment (none is active)".into());
@@ -213,8 +216,8 @@ impl Surroundings {
     }
 }
 
-/// `<root>/lib/python3.*/site-packages/<package>/<library>`, those that exist.
-fn python_libraries(root: &Path, kind: Kind) -> Vec<PathBuf> {
+/// The existing files among `<root>/lib/python3.*/site-packages/<package>/<library>`.
+fn python_libraries(root: &Path, kind: LibraryKind) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(root.join("lib")) else { return Vec::new() };
     let is_python = |name: &OsStr| name.as_bytes().starts_with(b"python");
     let mut paths: Vec<PathBuf> = entries
@@ -240,7 +243,7 @@ mod tests {
     fn a_library_that_is_missing_is_said_to_be_with_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
         let nowhere = Surroundings { folders: vec![folder.path().into()], ..Surroundings::default() };
-        for kind in Kind::ALL {
+        for kind in LibraryKind::ALL {
             let error = nowhere.find(kind).unwrap_err().to_string();
             assert!(error.starts_with(&format!("TensorRT: {} ({}) is not", kind.name(), kind.file_name())), "{error}");
             assert!(error.contains("pip install tensorrt") && error.contains("AOTRON_TENSORRT_DIR"), "{error}");
@@ -248,11 +251,11 @@ mod tests {
         }
     }
 
-    /// Files that are no libraries, so the error names the one that was taken.
+    /// None of the files is a library, so the error names the one that was tried.
     #[test]
     fn places_are_searched_in_order() {
         let root = tempfile::tempdir().unwrap();
-        let name = Kind::Rtx.file_name();
+        let name = LibraryKind::Rtx.file_name();
         let place = |folder: &str| {
             std::fs::create_dir_all(root.path().join(folder)).unwrap();
             root.path().join(folder).join(name)
@@ -271,7 +274,7 @@ mod tests {
         };
         for place in places.iter().rev() {
             std::fs::write(place, "no library").unwrap();
-            let error = surroundings.find(Kind::Rtx).unwrap_err().to_string();
+            let error = surroundings.find(LibraryKind::Rtx).unwrap_err().to_string();
             assert!(error.starts_with(&format!("TensorRT: cannot use {} as", place.display())), "{error}");
         }
     }
@@ -281,8 +284,8 @@ mod tests {
         let version = |major, minor, patch| Version { major, minor, patch };
         assert_eq!(Version::from_number(110406), version(11, 4, 6));
         assert_eq!(Version::from_number(-1), version(0, 0, 0));
-        assert_eq!(header_version(Kind::TensorRt).major, 11);
-        assert_eq!(header_version(Kind::Rtx).major, 1);
+        assert_eq!(header_version(LibraryKind::TensorRt).major, 11);
+        assert_eq!(header_version(LibraryKind::Rtx).major, 1);
         assert!(version(11, 5, 0).serves(version(11, 4, 2)));
         assert!(version(11, 4, 0).serves(version(11, 4, 2)));
         assert!(!version(11, 3, 9).serves(version(11, 4, 0)));

@@ -1,72 +1,73 @@
-//! Graph to network. The network computes in the types the graph states: FP32 sums, norms, rotations and residuals
-//! around BF16 products. TensorRT joins the conversions with what is before and behind them, so they cost no launches.
+//! Lowering of the graph to a TensorRT network. The network computes in the graph's types: FP32 sums, norms, rotary
+//! embeddings and residuals around BF16 GEMMs. TensorRT fuses the casts with their neighbours, so they cost no
+//! launches.
 //!
-//! Activations are `[B·T, width]` and become `[B, heads, T, head_dim]` between rotation and attention. Weights are
-//! inputs of the network, so that any number of plans share one copy and none has to be compiled into a plan. Codes are
-//! stored `[in, out]`, which TensorRT's products read as they are; `[out, in]` they would be transposed in every step, or,
-//! as constants, while the plan is compiled, which doubles that time. Codes of 4 bits are constants of the network: as
-//! inputs they would be unpacked to BF16 in every step.
+//! Activations are `[B·T, width]`, and `[B, heads, T, head_dim]` from the rotary embedding through attention. Weights
+//! are inputs of the network, so that plans share one copy and need not embed them. Quantized codes are stored `[in,
+//! out]`, which TensorRT's GEMMs read directly; stored `[out, in]`, they would be transposed in every step, or, as
+//! constants, during compilation, which doubles its time. 4-bit codes are constants of the network: as inputs they
+//! would be unpacked to BF16 in every step.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-pub use super::weights::{Constants, Layout, Weight};
-use super::{ConstantBytes, Layers, Network, Profile, Range, Tensor};
+pub use super::weights::{Constants, PlanWeight, WeightLayout};
+use super::{ConstantBytes, Layers, Network, NetworkTensor, OptimizationProfile, ShapeRange};
 use crate::backend::constants::ConstRows;
 pub use crate::engine::tensorrt::Sizes;
-use crate::engine::tensorrt::{Binding, Extent, Role, StepSize};
+use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Graph, Input, Node, Op, Type, Value};
 use crate::tensor::DType;
 
-/// Name of the input with each sequence's tokens after the step, `i32[B]`: what attention reads.
+/// Name of the input with each sequence's length after the step, `i32[B]`: the keys that attention reads.
 pub const TOTAL_TOKENS: &str = "total_tokens";
-/// Name of the output with the logits of the wanted rows, `f32[R, vocab]`.
+/// Name of the output with the logits of the requested rows, `f32[R, vocab]`.
 pub const LOGITS: &str = "logits";
-/// Name of the output with the largest logits of each wanted row, largest first, `f32[R, k]`.
+/// Name of the output with the largest logits of each requested row in descending order, `f32[R, k]`.
 pub const TOP_LOGITS: &str = "top_logits";
 /// Name of the output with their token ids, `i32[R, k]`.
 pub const TOP_IDS: &str = "top_ids";
-/// What codes become before their product, and what it gives.
+/// Element type that codes are dequantized to, and that their GEMM computes in.
 const QUANTIZED_PRODUCTS: DType = DType::BF16;
-/// The most that TensorRT's TopK gives.
+/// TensorRT's limit for k in TopK.
 pub const MOST_TOP_TOKENS: usize = 3840;
 
-/// Which keys and values attention reads.
+/// Source of the keys and values that attention reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attends {
-    /// The cache, as far as each sequence goes: any step. Prefill copies the layer's whole cache once to do so.
+    /// The cache, up to each sequence's length. Works for any step, but in prefill TensorRT copies the layer's whole
+    /// cache.
     Cache,
-    /// The step's own: a first chunk, whose sequences have no past. The cache is written, not read.
+    /// The step's own keys and values, for the context plan: sequences have no past, so the cache is only written.
     Chunk,
 }
 
-/// A network and what it is to be given.
+/// A network with its bindings, weights and profiles.
 #[derive(Debug)]
-pub struct Lowered<N = Network> {
-    /// Ready to be built.
+pub struct LoweredNetwork<N = Network> {
+    /// The network, ready to be built.
     pub network: N,
-    /// Everything that is bound to the plan, weights first.
+    /// Inputs and outputs, weights first.
     pub bindings: Vec<Binding>,
-    /// Its weights: those that are inputs, in the order of the bindings, and those that are part of it.
-    pub weights: Vec<Weight>,
-    /// The steps it can run: prefill, then decode if it attends to the cache.
-    pub profiles: Vec<Profile>,
+    /// Weights: inputs in the order of the bindings, and embedded constants.
+    pub weights: Vec<PlanWeight>,
+    /// Profiles of the steps it can run: prefill, then decode if it attends to the cache.
+    pub profiles: Vec<OptimizationProfile>,
 }
 
 /// Lowers a graph into an empty network.
 ///
 /// # Errors
-/// [`Error::Graph`] naming the op that has no lowering in the place it stands; [`Error::TensorRt`] with TensorRT's own
-/// words.
+/// [`Error::Graph`] naming an op that cannot be lowered where it stands; [`Error::TensorRt`] with TensorRT's message.
 pub fn lower<N: Layers>(
     graph: &Graph,
     network: N,
     attends: Attends,
     sizes: &Sizes,
     constants: &Constants,
-) -> Result<Lowered<N>> {
-    let mut lowering = Lowering {
+) -> Result<LoweredNetwork<N>> {
+    let mut lowering = NetworkLowering {
         graph,
         attends,
         sizes,
@@ -83,7 +84,7 @@ pub fn lower<N: Layers>(
     if attends == Attends::Cache {
         let total = lowering.network.input(TOTAL_TOKENS, DType::I32, &[-1])?;
         lowering.total_tokens = Some(total);
-        lowering.bind(TOTAL_TOKENS, Role::TotalTokens, DType::I32, &[Extent::Step(StepSize::B)]);
+        lowering.bind(TOTAL_TOKENS, BindingRole::TotalTokens, DType::I32, &[Extent::Step(StepSize::B)]);
     }
     for (_, node) in graph.iter() {
         lowering.network.scope(&node.name);
@@ -93,70 +94,70 @@ pub fn lower<N: Layers>(
     lowering.finish()
 }
 
-/// Where a value of the graph is in the network.
+/// Representation of a graph value in the network.
 #[derive(Debug, Clone, Copy)]
-enum Place {
-    /// As the graph has it.
-    Plain(Tensor),
+enum LoweredValue {
+    /// A tensor of the graph's shape.
+    Plain(NetworkTensor),
     /// `[B, heads, T, head_dim]`, where the graph has `[B·T, heads · head_dim]`.
-    Heads { tensor: Tensor, heads: usize, head_dim: usize },
-    /// A layer's cache after the step, `[B, heads, S, head_dim]`, and what was written to it, `[B, heads, T, head_dim]`.
-    Cache { cache: Tensor, new: Tensor },
-    /// An E4M3 number and what one of them stands for.
-    Codes { codes: Tensor, scale: Tensor },
-    /// Codes or scales of a weight, which the product that reads them places.
-    Weight,
+    Heads { tensor: NetworkTensor, heads: usize, head_dim: usize },
+    /// A layer's cache after the step, `[B, heads, S, head_dim]`, and the new entries, `[B, heads, T, head_dim]`.
+    Cache { cache: NetworkTensor, new: NetworkTensor },
+    /// E4M3 codes and their scale.
+    Codes { codes: NetworkTensor, scale: NetworkTensor },
+    /// Codes or scales of a quantized weight, added by the linear layer that reads them.
+    WeightPart,
 }
 
-struct Lowering<'g, N> {
+struct NetworkLowering<'g, N> {
     graph: &'g Graph,
     attends: Attends,
     sizes: &'g Sizes,
     constants: &'g Constants,
-    /// As long as the longest constant, if they are arbitrary.
+    /// Shared content of arbitrary constants, as long as the longest one.
     arbitrary: Arc<[u8]>,
     network: N,
-    places: Vec<Place>,
-    /// `[B·T, width]` values as `[B, T, width]`: the rotation's angles, used in every layer.
-    per_token: HashMap<Value, Tensor>,
+    places: Vec<LoweredValue>,
+    /// `[B·T, width]` values reshaped to `[B, T, width]`, cached because every layer uses the same rotary angles.
+    per_token: HashMap<Value, NetworkTensor>,
     /// `i64[2]`: B and T.
-    step_shape: Option<Tensor>,
-    total_tokens: Option<Tensor>,
-    weights: Vec<Weight>,
+    step_shape: Option<NetworkTensor>,
+    total_tokens: Option<NetworkTensor>,
+    weights: Vec<PlanWeight>,
     bindings: Vec<Binding>,
 }
 
-impl<N: Layers> Lowering<'_, N> {
-    fn node(&mut self, node: &Node) -> Result<Place> {
+impl<N: Layers> NetworkLowering<'_, N> {
+    fn node(&mut self, node: &Node) -> Result<LoweredValue> {
         let dtype = node.ty.dtype;
         match &node.op {
             Op::Input(input) => self.input(node, *input),
-            Op::Const(Const::Codes(..) | Const::Scales { .. }) => Ok(Place::Weight),
+            Op::Const(Const::Codes(..) | Const::Scales { .. }) => Ok(LoweredValue::WeightPart),
             Op::Const(expr) => {
                 let content = plain_form(node, expr, &node.ty)?;
                 let shape: Vec<usize> = match node.ty.shape.len() {
                     1 => vec![content.width()],
                     _ => vec![content.rows(), content.width()],
                 };
-                Ok(Place::Plain(self.weight(Weight::rows(&node.name, dtype, shape, content))?))
+                Ok(LoweredValue::Plain(self.weight(PlanWeight::rows(&node.name, dtype, shape, content))?))
             }
             Op::AddScalar(scalar) => {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scalar = self.network.scalar(*scalar, rank(node)?)?;
                 let scalar = self.typed(scalar, DType::F32, dtype)?;
-                Ok(Place::Plain(self.network.sum(x, scalar)?))
+                Ok(LoweredValue::Plain(self.network.sum(x, scalar)?))
             }
             Op::Cast(to) => {
                 let [x] = operands(node)?;
                 let from = self.graph.node(x).ty.dtype;
                 Ok(match self.place(x) {
-                    Place::Heads { tensor, heads, head_dim } => {
-                        Place::Heads { tensor: self.typed(tensor, from, *to)?, heads, head_dim }
+                    LoweredValue::Heads { tensor, heads, head_dim } => {
+                        LoweredValue::Heads { tensor: self.typed(tensor, from, *to)?, heads, head_dim }
                     }
                     _ => {
                         let x = self.plain(x)?;
-                        Place::Plain(self.typed(x, from, *to)?)
+                        LoweredValue::Plain(self.typed(x, from, *to)?)
                     }
                 })
             }
@@ -165,7 +166,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let from = self.graph.node(table).ty.dtype;
                 let (indices, table) = (self.plain(indices)?, self.plain(table)?);
                 let rows = self.network.gather(table, indices)?;
-                Ok(Place::Plain(self.typed(rows, from, dtype)?))
+                Ok(LoweredValue::Plain(self.typed(rows, from, dtype)?))
             }
             Op::LayerNorm { eps } => {
                 let [x, gamma, beta] = operands(node)?;
@@ -178,14 +179,14 @@ impl<N: Layers> Lowering<'_, N> {
                 };
                 let (gamma, beta) = (row(self, gamma)?, row(self, beta)?);
                 let x = self.plain(x)?;
-                Ok(Place::Plain(self.network.layer_norm(x, gamma, beta, *eps as f32)?))
+                Ok(LoweredValue::Plain(self.network.layer_norm(x, gamma, beta, *eps as f32)?))
             }
             Op::Linear => {
                 let [x, weight] = operands(node)?;
                 let from = self.graph.node(x).ty.dtype;
                 let (x, weight) = (self.plain(x)?, self.plain(weight)?);
                 let product = self.network.linear(x, weight)?;
-                Ok(Place::Plain(self.typed(product, from, dtype)?))
+                Ok(LoweredValue::Plain(self.typed(product, from, dtype)?))
             }
             Op::Columns { start, width } => {
                 let [x] = operands(node)?;
@@ -195,7 +196,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let rows = self.network.gather(shape, first)?;
                 let width = self.network.integers(&[size(Some(*width), node)?])?;
                 let sizes = self.network.concat(&[rows, width])?;
-                Ok(Place::Plain(self.network.slice(x, &[0, size(Some(*start), node)?], sizes)?))
+                Ok(LoweredValue::Plain(self.network.slice(x, &[0, size(Some(*start), node)?], sizes)?))
             }
             Op::RotaryAngle { trig, theta, rotary_dim } => {
                 let [positions] = operands(node)?;
@@ -204,9 +205,9 @@ impl<N: Layers> Lowering<'_, N> {
                 let name = format!("{}.table", node.name);
                 let ty = Type::new(dtype, [rows.into(), (rotary_dim / 2).into()]);
                 let content = plain_form(node, &expr, &ty)?;
-                let table = self.weight(Weight::rows(&name, dtype, vec![rows, rotary_dim / 2], content))?;
+                let table = self.weight(PlanWeight::rows(&name, dtype, vec![rows, rotary_dim / 2], content))?;
                 let positions = self.plain(positions)?;
-                Ok(Place::Plain(self.network.gather(table, positions)?))
+                Ok(LoweredValue::Plain(self.network.gather(table, positions)?))
             }
             Op::Rotary { head_dim } => {
                 let [x, cos, sin] = operands(node)?;
@@ -215,7 +216,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let (cos, sin) = (self.per_token(cos, half)?, self.per_token(sin, half)?);
                 let rotary_dims = u32::try_from(2 * half).map_err(|_| fail(node, "its rotary dims are too many"))?;
                 let tensor = self.network.rotary(tensor, cos, sin, rotary_dims)?;
-                Ok(Place::Heads { tensor, heads, head_dim: *head_dim })
+                Ok(LoweredValue::Heads { tensor, heads, head_dim: *head_dim })
             }
             Op::CacheUpdate => {
                 let [cache, new, past_tokens] = operands(node)?;
@@ -223,7 +224,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let (new, _) = self.heads(node, new, head_dim)?;
                 let (cache, past_tokens) = (self.plain(cache)?, self.plain(past_tokens)?);
                 let cache = self.network.cache_update(cache, new, past_tokens)?;
-                Ok(Place::Cache { cache, new })
+                Ok(LoweredValue::Cache { cache, new })
             }
             Op::Attention { scale } => {
                 let [q, keys, values, _] = operands(node)?;
@@ -233,29 +234,30 @@ impl<N: Layers> Lowering<'_, N> {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let x = self.network.relu(x)?;
-                Ok(Place::Plain(self.network.product(x, x)?))
+                Ok(LoweredValue::Plain(self.network.product(x, x)?))
             }
             Op::Add => {
                 let [x, y] = operands(node)?;
                 let (x, y) = (self.plain(x)?, self.plain(y)?);
-                Ok(Place::Plain(self.network.sum(x, y)?))
+                Ok(LoweredValue::Plain(self.network.sum(x, y)?))
             }
             Op::FakeQuantizeF8 { scale } => {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scale = self.network.scalar(*scale, 0)?;
-                Ok(Place::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
+                Ok(LoweredValue::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
             }
             Op::QuantizedLinear { block } => {
                 let [x, codes, scales] = operands(node)?;
                 let product = self.quantized_linear(node, *block, [x, codes, scales])?;
-                Ok(Place::Plain(self.typed(product, QUANTIZED_PRODUCTS, dtype)?))
+                Ok(LoweredValue::Plain(self.typed(product, QUANTIZED_PRODUCTS, dtype)?))
             }
         }
     }
 
-    /// Step inputs are those of the graph, but tokens stand as `[B, T]`, from which the network learns T.
-    fn input(&mut self, node: &Node, input: Input) -> Result<Place> {
+    /// Adds an input. Inputs have the graph's shapes, except that token ids and positions are `[B, T]`: the network
+    /// takes B and T from the shape of the token ids.
+    fn input(&mut self, node: &Node, input: Input) -> Result<LoweredValue> {
         let [b, t, r] = [StepSize::B, StepSize::T, StepSize::R].map(Extent::Step);
         let cache = || {
             let &[_, kv_heads, _, head_dim] = &node.ty.shape[..] else {
@@ -267,12 +269,12 @@ impl<N: Layers> Lowering<'_, N> {
             Ok(vec![b, Extent::Fixed(kv_heads), Extent::Fixed(self.sizes.max_sequence_tokens), Extent::Fixed(head_dim)])
         };
         let (role, shape) = match input {
-            Input::TokenIds => (Role::TokenIds, vec![b, t]),
-            Input::Positions => (Role::Positions, vec![b, t]),
-            Input::PastTokens => (Role::PastTokens, vec![b]),
-            Input::LogitsRows => (Role::LogitsRows, vec![r]),
-            Input::KeyCache(layer) => (Role::KeyCache(layer), cache()?),
-            Input::ValueCache(layer) => (Role::ValueCache(layer), cache()?),
+            Input::TokenIds => (BindingRole::TokenIds, vec![b, t]),
+            Input::Positions => (BindingRole::Positions, vec![b, t]),
+            Input::PastTokens => (BindingRole::PastTokens, vec![b]),
+            Input::LogitsRows => (BindingRole::LogitsRows, vec![r]),
+            Input::KeyCache(layer) => (BindingRole::KeyCache(layer), cache()?),
+            Input::ValueCache(layer) => (BindingRole::ValueCache(layer), cache()?),
         };
         let dims: Result<Vec<i64>> = shape
             .iter()
@@ -286,19 +288,19 @@ impl<N: Layers> Lowering<'_, N> {
         if input == Input::TokenIds {
             self.step_shape = Some(self.network.shape(tensor)?);
         }
-        Ok(Place::Plain(match input {
+        Ok(LoweredValue::Plain(match input {
             Input::TokenIds | Input::Positions => self.network.reshape(tensor, &[-1])?,
             _ => tensor,
         }))
     }
 
-    fn bind(&mut self, name: &str, role: Role, dtype: DType, shape: &[Extent]) {
+    fn bind(&mut self, name: &str, role: BindingRole, dtype: DType, shape: &[Extent]) {
         self.bindings.push(Binding { name: name.into(), role, dtype, shape: shape.to_vec() });
     }
 
-    /// A weight as an input of the network, or as a constant.
-    fn weight(&mut self, weight: Weight) -> Result<Tensor> {
-        let Weight { name, dtype, shape, in_plan, .. } = &weight;
+    /// Adds a weight as an input or as an embedded constant.
+    fn weight(&mut self, weight: PlanWeight) -> Result<NetworkTensor> {
+        let PlanWeight { name, dtype, shape, in_plan, .. } = &weight;
         let dims: Option<Vec<i64>> = shape.iter().map(|n| i64::try_from(*n).ok()).collect();
         let dims = dims.ok_or_else(|| Error::TensorRt(format!("weight {name} is too large: {shape:?}")))?;
         let tensor = if *in_plan {
@@ -311,7 +313,7 @@ impl<N: Layers> Lowering<'_, N> {
         Ok(tensor)
     }
 
-    fn constant(&mut self, weight: &Weight) -> Result<ConstantBytes> {
+    fn constant(&mut self, weight: &PlanWeight) -> Result<ConstantBytes> {
         match self.constants {
             Constants::File(file) => {
                 let (stored, _) = file.tensor(&weight.name).ok_or_else(|| {
@@ -323,7 +325,7 @@ impl<N: Layers> Lowering<'_, N> {
                 let length = usize::try_from(weight.bytes())
                     .map_err(|_| Error::TensorRt(format!("weight {} is too large", weight.name)))?;
                 if self.arbitrary.len() < length {
-                    // 0.0115 as FP32, since TensorRT refuses scales of zero.
+                    // 0x3c3c3c3c is 0.0115 in FP32: TensorRT rejects scales of zero.
                     self.arbitrary = vec![0x3c; length].into();
                 }
                 ConstantBytes::of_memory(self.arbitrary.clone(), 0..length)
@@ -331,27 +333,27 @@ impl<N: Layers> Lowering<'_, N> {
         }
     }
 
-    /// The weight's codes become numbers just before the product, which TensorRT makes one kernel of.
+    /// Dequantizes the weight right before the GEMM, which TensorRT fuses into one kernel.
     fn quantized_linear(
         &mut self,
         node: &Node,
         block: Option<usize>,
         [x, codes, scales]: [Value; 3],
-    ) -> Result<Tensor> {
+    ) -> Result<NetworkTensor> {
         let graph = self.graph;
         let (codes, scales) = (graph.node(codes), graph.node(scales));
         let (Op::Const(codes_expr), Op::Const(scales_expr)) = (&codes.op, &scales.op) else {
-            return Err(fail(node, "its codes and scales are no constants"));
+            return Err(fail(node, "its codes and scales are not constants"));
         };
         let &[rows, columns] = &codes.ty.shape[..] else {
-            return Err(fail(node, "its codes are no matrix"));
+            return Err(fail(node, "its codes are not a matrix"));
         };
         let (Some(rows), Some(columns)) = (rows.as_fixed(), columns.as_fixed()) else {
             return Err(fail(node, "the sizes of its codes must be known"));
         };
         let from = graph.node(x).ty.dtype;
         let x = match self.place(x) {
-            Place::Codes { codes, scale } => self.network.dequantize(codes, scale, None, QUANTIZED_PRODUCTS)?,
+            LoweredValue::Codes { codes, scale } => self.network.dequantize(codes, scale, None, QUANTIZED_PRODUCTS)?,
             _ => {
                 let x = self.plain(x)?;
                 self.typed(x, from, QUANTIZED_PRODUCTS)?
@@ -359,15 +361,15 @@ impl<N: Layers> Lowering<'_, N> {
         };
         let codes_content = plain_form(codes, codes_expr, &codes.ty)?;
         let scales_content = plain_form(scales, scales_expr, &scales.ty)?;
-        let codes = Weight::rows(&codes.name, codes.ty.dtype, vec![columns, rows], codes_content);
-        let codes = Weight { layout: Layout::Transposed, ..codes };
-        let scales = Weight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_content);
+        let codes = PlanWeight::rows(&codes.name, codes.ty.dtype, vec![columns, rows], codes_content);
+        let codes = PlanWeight { layout: WeightLayout::Transposed, ..codes };
+        let scales = PlanWeight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_content);
         let weight = if let Some(block) = block {
             let unit = common_divisor(block, columns);
-            let codes = self.weight(Weight { in_plan: true, ..codes })?;
-            // Scales of 4-bit codes are BF16's numbers (quantize.rs), because TensorRT takes no others.
-            let (shape, layout) = (vec![columns / unit, rows], Layout::Spread { block, unit });
-            let scales = Weight { dtype: QUANTIZED_PRODUCTS, shape, layout, in_plan: true, ..scales };
+            let codes = self.weight(PlanWeight { in_plan: true, ..codes })?;
+            // TensorRT accepts only BF16 scales here, so quantize.rs chooses scales that BF16 represents exactly.
+            let (shape, layout) = (vec![columns / unit, rows], WeightLayout::Spread { block, unit });
+            let scales = PlanWeight { dtype: QUANTIZED_PRODUCTS, shape, layout, in_plan: true, ..scales };
             let scales = self.weight(scales)?;
             self.network.dequantize(codes, scales, None, QUANTIZED_PRODUCTS)?
         } else {
@@ -377,10 +379,12 @@ impl<N: Layers> Lowering<'_, N> {
         self.network.matmul(x, weight)
     }
 
-    /// TensorRT's attention does not scale, so the queries are, before they are rounded to the cache's type.
-    fn attention(&mut self, node: &Node, scale: f32, [q, keys, values]: [Value; 3]) -> Result<Place> {
-        let (Place::Cache { cache: keys, new: new_keys }, Place::Cache { cache: values, new: new_values }) =
-            (self.place(keys), self.place(values))
+    /// TensorRT's attention does not scale the scores, so the queries are scaled, before rounding to the cache's type.
+    fn attention(&mut self, node: &Node, scale: f32, [q, keys, values]: [Value; 3]) -> Result<LoweredValue> {
+        let (
+            LoweredValue::Cache { cache: keys, new: new_keys },
+            LoweredValue::Cache { cache: values, new: new_values },
+        ) = (self.place(keys), self.place(values))
         else {
             return Err(fail(node, "its keys and values are not caches that the step updated"));
         };
@@ -397,34 +401,34 @@ impl<N: Layers> Lowering<'_, N> {
             Attends::Chunk => self.network.attention(q, new_keys, new_values, None)?,
         };
         let tensor = self.typed(tensor, stored, node.ty.dtype)?;
-        Ok(Place::Heads { tensor, heads, head_dim })
+        Ok(LoweredValue::Heads { tensor, heads, head_dim })
     }
 
-    fn place(&self, value: Value) -> Place {
+    fn place(&self, value: Value) -> LoweredValue {
         self.places[value.index()]
     }
 
-    /// A value in the shape the graph gives it.
-    fn plain(&mut self, value: Value) -> Result<Tensor> {
+    /// A value in its shape in the graph.
+    fn plain(&mut self, value: Value) -> Result<NetworkTensor> {
         match self.place(value) {
-            Place::Plain(tensor) => Ok(tensor),
-            Place::Cache { cache, .. } => Ok(cache),
-            Place::Codes { .. } | Place::Weight => {
-                Err(fail(self.graph.node(value), "only a quantized product can read it"))
+            LoweredValue::Plain(tensor) => Ok(tensor),
+            LoweredValue::Cache { cache, .. } => Ok(cache),
+            LoweredValue::Codes { .. } | LoweredValue::WeightPart => {
+                Err(fail(self.graph.node(value), "only a quantized linear layer can read it"))
             }
-            Place::Heads { tensor, heads, head_dim } => {
+            LoweredValue::Heads { tensor, heads, head_dim } => {
                 let width = size(heads.checked_mul(head_dim), self.graph.node(value))?;
                 let tensor = self.network.transpose(tensor, &[0, 2, 1, 3])?;
                 let tensor = self.network.reshape(tensor, &[-1, width])?;
-                self.places[value.index()] = Place::Plain(tensor);
+                self.places[value.index()] = LoweredValue::Plain(tensor);
                 Ok(tensor)
             }
         }
     }
 
-    /// A value as `[B, heads, T, head_dim]`, and its heads.
-    fn heads(&mut self, user: &Node, value: Value, head_dim: usize) -> Result<(Tensor, usize)> {
-        if let Place::Heads { tensor, heads, head_dim: same } = self.place(value)
+    /// A value as `[B, heads, T, head_dim]`, and the number of heads.
+    fn heads(&mut self, user: &Node, value: Value, head_dim: usize) -> Result<(NetworkTensor, usize)> {
+        if let LoweredValue::Heads { tensor, heads, head_dim: same } = self.place(value)
             && same == head_dim
         {
             return Ok((tensor, heads));
@@ -437,7 +441,7 @@ impl<N: Layers> Lowering<'_, N> {
     }
 
     /// `[B·T, width]` as `[B, T, width]`.
-    fn per_token(&mut self, value: Value, width: i64) -> Result<Tensor> {
+    fn per_token(&mut self, value: Value, width: i64) -> Result<NetworkTensor> {
         if let Some(tensor) = self.per_token.get(&value) {
             return Ok(*tensor);
         }
@@ -449,32 +453,32 @@ impl<N: Layers> Lowering<'_, N> {
     }
 
     /// `[B·T, …]` as `[B, T, inner…]`.
-    fn split(&mut self, user: &Node, tensor: Tensor, inner: &[i64]) -> Result<Tensor> {
+    fn split(&mut self, user: &Node, tensor: NetworkTensor, inner: &[i64]) -> Result<NetworkTensor> {
         let step = self.step_shape.ok_or_else(|| fail(user, "the graph has no token ids before it"))?;
         let inner = self.network.integers(inner)?;
         let shape = self.network.concat(&[step, inner])?;
         self.network.reshape_to(tensor, shape)
     }
 
-    fn typed(&mut self, tensor: Tensor, from: DType, to: DType) -> Result<Tensor> {
+    fn typed(&mut self, tensor: NetworkTensor, from: DType, to: DType) -> Result<NetworkTensor> {
         if from == to { Ok(tensor) } else { self.network.cast(tensor, to) }
     }
 
-    fn finish(mut self) -> Result<Lowered<N>> {
+    fn finish(mut self) -> Result<LoweredNetwork<N>> {
         let refuse = |detail: String| Error::Graph { op: "network".into(), name: "tensorrt".into(), detail };
         let graph = self.graph;
         let mut logits = None;
         for output in graph.outputs() {
             let node = graph.node(*output);
             match self.place(*output) {
-                Place::Cache { cache, .. } => {
+                LoweredValue::Cache { cache, .. } => {
                     self.network.output(cache, &node.name)?;
                     let before = node.operands.first().and_then(|cache| self.binding_of(*cache));
-                    let before = before.ok_or_else(|| fail(node, "what it updates is no input"))?;
+                    let before = before.ok_or_else(|| fail(node, "it updates something other than an input"))?;
                     let role = match before.role {
-                        Role::KeyCache(layer) => Role::UpdatedKeys(layer),
-                        Role::ValueCache(layer) => Role::UpdatedValues(layer),
-                        _ => return Err(fail(node, "what it updates is no cache")),
+                        BindingRole::KeyCache(layer) => BindingRole::UpdatedKeys(layer),
+                        BindingRole::ValueCache(layer) => BindingRole::UpdatedValues(layer),
+                        _ => return Err(fail(node, "it updates something other than a cache")),
                     };
                     let shape = before.shape.clone();
                     self.bind(&node.name, role, node.ty.dtype, &shape);
@@ -494,9 +498,9 @@ impl<N: Layers> Lowering<'_, N> {
         let top_tokens = self.sizes.top_tokens.min(most);
         let (values, ids) = self.network.top_k(logits, top_tokens as u32)?;
         for (tensor, name, role, dtype, width) in [
-            (logits, LOGITS, Role::Logits, DType::F32, vocab_size),
-            (values, TOP_LOGITS, Role::TopLogits, DType::F32, top_tokens),
-            (ids, TOP_IDS, Role::TopIds, DType::I32, top_tokens),
+            (logits, LOGITS, BindingRole::Logits, DType::F32, vocab_size),
+            (values, TOP_LOGITS, BindingRole::TopLogits, DType::F32, top_tokens),
+            (ids, TOP_IDS, BindingRole::TopIds, DType::I32, top_tokens),
         ] {
             self.network.output(tensor, name)?;
             self.bind(name, role, dtype, &[Extent::Step(StepSize::R), Extent::Fixed(width)]);
@@ -505,23 +509,23 @@ impl<N: Layers> Lowering<'_, N> {
         let inputs = self.weights.iter().filter(|weight| !weight.in_plan);
         let weights = inputs.map(|weight| Binding {
             name: weight.name.clone(),
-            role: Role::Weight,
+            role: BindingRole::Weight,
             dtype: weight.dtype,
             shape: weight.shape.iter().map(|n| Extent::Fixed(*n)).collect(),
         });
         let bindings = weights.chain(std::mem::take(&mut self.bindings)).collect();
-        Ok(Lowered { network: self.network, bindings, weights: self.weights, profiles })
+        Ok(LoweredNetwork { network: self.network, bindings, weights: self.weights, profiles })
     }
 
-    /// The binding of a step's input.
+    /// The binding of an input.
     fn binding_of(&self, value: Value) -> Option<&Binding> {
         let name = &self.graph.node(value).name;
         self.bindings.iter().find(|binding| binding.name == *name)
     }
 
-    /// A profile per kind of step. Decoding has one of its own because TensorRT has kernels for T = 1 that read the
-    /// cache where it lies.
-    fn profiles(&self) -> Result<Vec<Profile>> {
+    /// One profile per kind of step. Decoding has its own because TensorRT has kernels for T = 1 that read the cache in
+    /// place.
+    fn profiles(&self) -> Result<Vec<OptimizationProfile>> {
         let s = self.sizes;
         let prefill = (s.prefill_sequences, s.prefill_tokens, s.prefill_logits_rows);
         let decode = (s.decode_sequences, 1, s.decode_sequences);
@@ -532,8 +536,8 @@ impl<N: Layers> Lowering<'_, N> {
         steps.into_iter().map(|(sequences, tokens, rows)| self.profile(sequences, tokens, rows)).collect()
     }
 
-    /// From one sequence, token and row to these; fastest at one sequence of so many tokens.
-    fn profile(&self, sequences: usize, tokens: usize, rows: usize) -> Result<Profile> {
+    /// A profile from one sequence, token and row up to these, tuned for one sequence of `tokens` tokens.
+    fn profile(&self, sequences: usize, tokens: usize, rows: usize) -> Result<OptimizationProfile> {
         let dims = |shape: &[Extent], [b, t, r]: [usize; 3]| -> Result<Vec<i64>> {
             let dim = |extent: &Extent| {
                 let n = match extent {
@@ -547,15 +551,15 @@ impl<N: Layers> Lowering<'_, N> {
             shape.iter().map(dim).collect()
         };
         let inputs = self.bindings.iter().filter(|binding| !binding.role.is_output());
-        let range = |binding: &Binding| -> Result<Range> {
-            Ok(Range {
+        let range = |binding: &Binding| -> Result<ShapeRange> {
+            Ok(ShapeRange {
                 input: binding.name.clone(),
                 min: dims(&binding.shape, [1, 1, 1])?,
                 opt: dims(&binding.shape, [1, tokens, 1])?,
                 max: dims(&binding.shape, [sequences, tokens, rows])?,
             })
         };
-        Ok(Profile { ranges: inputs.map(range).collect::<Result<_>>()? })
+        Ok(OptimizationProfile { ranges: inputs.map(range).collect::<Result<_>>()? })
     }
 }
 
@@ -568,10 +572,10 @@ fn rank(node: &Node) -> Result<u32> {
 }
 
 fn size(n: Option<usize>, node: &Node) -> Result<i64> {
-    n.and_then(|n| i64::try_from(n).ok()).ok_or_else(|| fail(node, "a size that must be known is not, or too large"))
+    n.and_then(|n| i64::try_from(n).ok()).ok_or_else(|| fail(node, "a size must be static and fit an i64"))
 }
 
-/// The operands of an op that takes so many, which the graph has checked.
+/// The operands of an op with `N` operands. The graph has checked the number.
 fn operands<const N: usize>(node: &Node) -> Result<[Value; N]> {
     node.operands[..].try_into().map_err(|_| {
         let found = format!("op {} ({}) has {} operands", node.op.kind(), node.name, node.operands.len());

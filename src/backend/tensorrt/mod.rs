@@ -1,17 +1,19 @@
-//! TensorRT: the graph is lowered to a network, which one of TensorRT's two libraries compiles into a plan.
+//! The TensorRT backend: lowers the graph to a TensorRT network, which one of TensorRT's two libraries compiles to a
+//! plan (a serialized engine).
 //!
 //! | library | compiles for | where |
 //! | --- | --- | --- |
-//! | TensorRT for RTX 1.7 ([`Kind::Rtx`]) | SM 8.0 (A100), 8.6, 8.9, 12.0 by name | anywhere, no GPU or driver needed |
-//! | TensorRT 11.4 ([`Kind::TensorRt`]) | the GPU at hand, H100 among them | on that GPU |
+//! | TensorRT for RTX 1.7 ([`LibraryKind::Rtx`]) | SM 8.0 (A100), 8.6, 8.9, 12.0 as named targets | anywhere; needs neither GPU nor driver |
+//! | TensorRT 11.4 ([`LibraryKind::TensorRt`]) | the GPU in the machine, H100 included | on that GPU |
 //!
-//! Both are opened when they are first asked for ([`Library::find`]), so the program runs where neither is. Their C++
-//! API is reached through the shim in `cpp/`; [`Library`], [`Network`] and [`Plan`] are the safe ends of it for building,
-//! `Runtime`, `Engine` and `Context` for running. The GPU itself is behind `device`, and [`TensorRtExecutor`] puts
-//! the two together.
+//! Both are opened on first use ([`TensorRtLibrary::find`]), so the program runs without them. Their C++
+//! API is reached through the shim in `cpp/`; [`TensorRtLibrary`], [`Network`] and [`SerializedPlan`] are its safe
+//! wrappers for building,
+//! `TensorRtRuntime`, `CudaEngine` and `ExecutionContext` for running. The GPU itself is behind `device`, and
+//! [`TensorRtExecutor`] puts the two together.
 //!
-//! Without the feature `tensorrt` none of the shim is compiled: a library is never found and no GPU is listed, each with
-//! an error that says so (`absent`). Lowering, packing and the manifest are the same with and without it.
+//! Without the feature `tensorrt` the shim is not compiled: looking for a library or for GPUs fails with an error that
+//! says so (`absent`). Lowering, packing and the manifest do not depend on the feature.
 
 #[cfg(not(feature = "tensorrt"))]
 mod absent;
@@ -40,55 +42,55 @@ mod weights;
 use std::ops::ControlFlow;
 
 #[cfg(not(feature = "tensorrt"))]
-pub use absent::{Library, Network, Plan, TensorRtExecutor, devices};
+pub use absent::{Network, SerializedPlan, TensorRtExecutor, TensorRtLibrary, devices};
 #[cfg(feature = "tensorrt")]
 pub use device::devices;
 #[cfg(feature = "tensorrt")]
 pub use executor::TensorRtExecutor;
 pub use gpu::DeviceInfo;
 pub(crate) use gpu::gpu_words;
-pub use kind::{Kind, Version};
-pub use layers::{BuildOptions, ConstantBytes, Layer, Layers, Profile, Range, Tensor};
+pub use kind::{LibraryKind, Version};
+pub use layers::{BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange};
 #[cfg(feature = "tensorrt")]
-pub use library::Library;
+pub use library::TensorRtLibrary;
 #[cfg(feature = "tensorrt")]
-pub use network::{Network, Plan};
-pub use options::{Event, GpuOptions, Report};
+pub use network::{Network, SerializedPlan};
+pub use options::{GpuEvent, GpuOptions, GpuReport};
 #[cfg(feature = "tensorrt")]
-pub use runtime::{Context, Engine, EngineTensor, Runtime, Validity};
+pub use runtime::{CudaEngine, EngineTensor, ExecutionContext, TensorRtRuntime, Validity};
 
-/// How serious TensorRT takes a line of its log.
+/// Severity of a line of TensorRT's log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// What it was asked for cannot be done. The last of these are the text of the [`crate::Error`] that follows.
+    /// The request failed. The last such lines become the text of the [`crate::Error`] that follows.
     Error,
-    /// It goes on, but not as one might expect.
+    /// TensorRT continues, but perhaps not as expected.
     Warning,
-    /// For people.
+    /// Progress and settings, for people.
     Info,
-    /// Thousands of lines; among them, if asked for, the plan's kernels.
+    /// Thousands of lines, including the plan's kernels if requested.
     Verbose,
 }
 
-/// Follows a network from its first layer to its plan, and can stop the build. Called from TensorRT's threads, which
-/// cannot unwind: a panic in here ends the process.
+/// Receives the log and progress of a network from its first layer to its plan, and can cancel the build. Called on
+/// TensorRT's threads, which cannot unwind: a panic in a monitor aborts the process.
 pub trait Monitor: Send + Sync {
-    /// A line of TensorRT's log.
+    /// Called for each line of TensorRT's log.
     fn log(&self, _severity: Severity, _line: &str) {}
 
-    /// A phase of the build begins, in that many steps. Phases nest.
+    /// Called when a build phase of `steps` steps begins. Phases nest.
     fn phase(&self, _name: &str, _steps: usize) {}
 
-    /// A step of the phase is done. `Break` ends the build with [`crate::Error::Cancelled`].
+    /// Called after each step of a phase. `Break` ends the build with [`crate::Error::Cancelled`].
     fn step(&self, _phase: &str, _step: usize) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
 }
 
-/// Hears nothing, stops nothing.
+/// Ignores everything and never cancels.
 impl Monitor for () {}
 
-/// Passes TensorRT's log on to `tracing`.
+/// Forwards TensorRT's log to `tracing`.
 #[derive(Debug, Clone, Copy)]
 pub struct Traced;
 

@@ -1,4 +1,4 @@
-//! A strongly typed network under construction: every value has the type its operands give it.
+//! Safe wrapper of a strongly typed TensorRT network: operand types determine the type of every tensor.
 
 use std::fmt;
 use std::pin::Pin;
@@ -6,12 +6,12 @@ use std::pin::Pin;
 use cxx::UniquePtr;
 
 use super::ffi::bridge::{self, Element};
-use super::{BuildOptions, ConstantBytes, Layer, Layers, Profile, Range, Tensor};
+use super::{BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
-/// A network, its layers added one by one through [`Layers`]. What cannot be added is an [`Error::TensorRt`] with
-/// TensorRT's own words.
+/// A network under construction. Layers are added through [`Layers`]; a layer that TensorRT rejects is an
+/// [`Error::TensorRt`] with its message.
 pub struct Network {
     inner: UniquePtr<bridge::Network>,
 }
@@ -35,8 +35,8 @@ impl Network {
         self.inner.pin_mut()
     }
 
-    fn value(added: std::result::Result<u32, cxx::Exception>) -> Result<Tensor> {
-        added.map(Tensor).map_err(refused)
+    fn value(added: std::result::Result<u32, cxx::Exception>) -> Result<NetworkTensor> {
+        added.map(NetworkTensor).map_err(refused)
     }
 
     /// Number of layers.
@@ -44,7 +44,7 @@ impl Network {
         self.inner.layers() as usize
     }
 
-    /// The layers, as TensorRT reads them back.
+    /// The layers, as TensorRT reports them.
     pub fn layers(&self) -> Result<Vec<Layer>> {
         (0..self.inner.layers())
             .map(|index| {
@@ -57,11 +57,11 @@ impl Network {
     /// Compiles the network.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words; [`Error::Cancelled`] if the monitor broke off.
-    pub fn build(&mut self, options: &BuildOptions) -> Result<Plan> {
-        let ranges = |profile: &Profile| {
-            let range = |range: &Range| {
-                let Range { input, min, opt, max } = range.clone();
+    /// [`Error::TensorRt`] with TensorRT's message; [`Error::Cancelled`] if the monitor cancelled the build.
+    pub fn build(&mut self, options: &BuildOptions) -> Result<SerializedPlan> {
+        let ranges = |profile: &OptimizationProfile| {
+            let range = |range: &ShapeRange| {
+                let ShapeRange { input, min, opt, max } = range.clone();
                 bridge::Range { input, min, opt, max }
             };
             bridge::Profile { ranges: profile.ranges.iter().map(range).collect() }
@@ -73,7 +73,7 @@ impl Network {
             profiles: options.profiles.iter().map(ranges).collect(),
         };
         match self.pin().build(&options) {
-            Ok(inner) => Ok(Plan { inner }),
+            Ok(inner) => Ok(SerializedPlan { inner }),
             Err(_) if self.inner.cancelled() => Err(Error::Cancelled),
             Err(error) => Err(refused(error)),
         }
@@ -85,128 +85,157 @@ impl Layers for Network {
         self.pin().scope(name);
     }
 
-    fn input(&mut self, name: &str, dtype: DType, dims: &[i64]) -> Result<Tensor> {
+    fn input(&mut self, name: &str, dtype: DType, dims: &[i64]) -> Result<NetworkTensor> {
         Network::value(self.pin().input(name, element(dtype), dims))
     }
 
-    fn output(&mut self, tensor: Tensor, name: &str) -> Result<()> {
+    fn output(&mut self, tensor: NetworkTensor, name: &str) -> Result<()> {
         self.pin().output(tensor.0, name).map_err(refused)
     }
 
-    fn scalar(&mut self, value: f32, rank: u32) -> Result<Tensor> {
+    fn scalar(&mut self, value: f32, rank: u32) -> Result<NetworkTensor> {
         Network::value(self.pin().constant_f32(value, rank))
     }
 
-    fn integers(&mut self, values: &[i64]) -> Result<Tensor> {
+    fn integers(&mut self, values: &[i64]) -> Result<NetworkTensor> {
         Network::value(self.pin().constant_i64(values))
     }
 
-    fn constant(&mut self, bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Result<Tensor> {
+    fn constant(&mut self, bytes: ConstantBytes, dtype: DType, dims: &[i64]) -> Result<NetworkTensor> {
         Network::value(self.pin().constant_of(Box::new(bytes), element(dtype), dims))
     }
 
-    fn shape(&mut self, x: Tensor) -> Result<Tensor> {
+    fn shape(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().shape(x.0))
     }
 
-    fn concat(&mut self, parts: &[Tensor]) -> Result<Tensor> {
+    fn concat(&mut self, parts: &[NetworkTensor]) -> Result<NetworkTensor> {
         let parts: Vec<u32> = parts.iter().map(|part| part.0).collect();
         Network::value(self.pin().concat(&parts))
     }
 
-    fn gather(&mut self, table: Tensor, indices: Tensor) -> Result<Tensor> {
+    fn gather(&mut self, table: NetworkTensor, indices: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().gather(table.0, indices.0))
     }
 
-    fn cast(&mut self, x: Tensor, dtype: DType) -> Result<Tensor> {
+    fn cast(&mut self, x: NetworkTensor, dtype: DType) -> Result<NetworkTensor> {
         Network::value(self.pin().cast(x.0, element(dtype)))
     }
 
-    fn reshape(&mut self, x: Tensor, dims: &[i64]) -> Result<Tensor> {
+    fn reshape(&mut self, x: NetworkTensor, dims: &[i64]) -> Result<NetworkTensor> {
         Network::value(self.pin().reshape(x.0, dims))
     }
 
-    fn reshape_to(&mut self, x: Tensor, shape: Tensor) -> Result<Tensor> {
+    fn reshape_to(&mut self, x: NetworkTensor, shape: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().reshape_to(x.0, shape.0))
     }
 
-    fn transpose(&mut self, x: Tensor, order: &[i32]) -> Result<Tensor> {
+    fn transpose(&mut self, x: NetworkTensor, order: &[i32]) -> Result<NetworkTensor> {
         Network::value(self.pin().transpose(x.0, order))
     }
 
-    fn slice(&mut self, x: Tensor, start: &[i64], size: Tensor) -> Result<Tensor> {
+    fn slice(&mut self, x: NetworkTensor, start: &[i64], size: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().slice(x.0, start, size.0))
     }
 
-    fn sum(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
+    fn sum(&mut self, x: NetworkTensor, y: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().sum(x.0, y.0))
     }
 
-    fn product(&mut self, x: Tensor, y: Tensor) -> Result<Tensor> {
+    fn product(&mut self, x: NetworkTensor, y: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().product(x.0, y.0))
     }
 
-    fn relu(&mut self, x: Tensor) -> Result<Tensor> {
+    fn relu(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().relu(x.0))
     }
 
-    fn linear(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor> {
+    fn linear(&mut self, x: NetworkTensor, weight: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().linear(x.0, weight.0))
     }
 
-    fn matmul(&mut self, x: Tensor, weight: Tensor) -> Result<Tensor> {
+    fn matmul(&mut self, x: NetworkTensor, weight: NetworkTensor) -> Result<NetworkTensor> {
         Network::value(self.pin().matmul(x.0, weight.0))
     }
 
-    fn quantize(&mut self, x: Tensor, scale: Tensor, dtype: DType) -> Result<Tensor> {
+    fn quantize(&mut self, x: NetworkTensor, scale: NetworkTensor, dtype: DType) -> Result<NetworkTensor> {
         Network::value(self.pin().quantize(x.0, scale.0, element(dtype)))
     }
 
-    fn dequantize(&mut self, codes: Tensor, scale: Tensor, axis: Option<u8>, dtype: DType) -> Result<Tensor> {
+    fn dequantize(
+        &mut self,
+        codes: NetworkTensor,
+        scale: NetworkTensor,
+        axis: Option<u8>,
+        dtype: DType,
+    ) -> Result<NetworkTensor> {
         let axis = axis.map_or(-1, i32::from);
         Network::value(self.pin().dequantize(codes.0, scale.0, axis, element(dtype)))
     }
 
-    fn layer_norm(&mut self, x: Tensor, scale: Tensor, bias: Tensor, eps: f32) -> Result<Tensor> {
+    fn layer_norm(
+        &mut self,
+        x: NetworkTensor,
+        scale: NetworkTensor,
+        bias: NetworkTensor,
+        eps: f32,
+    ) -> Result<NetworkTensor> {
         Network::value(self.pin().layer_norm(x.0, scale.0, bias.0, eps))
     }
 
-    fn rotary(&mut self, x: Tensor, cos: Tensor, sin: Tensor, rotary_dims: u32) -> Result<Tensor> {
+    fn rotary(
+        &mut self,
+        x: NetworkTensor,
+        cos: NetworkTensor,
+        sin: NetworkTensor,
+        rotary_dims: u32,
+    ) -> Result<NetworkTensor> {
         Network::value(self.pin().rotary(x.0, cos.0, sin.0, rotary_dims))
     }
 
-    fn cache_update(&mut self, cache: Tensor, update: Tensor, indices: Tensor) -> Result<Tensor> {
+    fn cache_update(
+        &mut self,
+        cache: NetworkTensor,
+        update: NetworkTensor,
+        indices: NetworkTensor,
+    ) -> Result<NetworkTensor> {
         Network::value(self.pin().cache_update(cache.0, update.0, indices.0))
     }
 
-    fn attention(&mut self, q: Tensor, keys: Tensor, values: Tensor, lengths: Option<Tensor>) -> Result<Tensor> {
+    fn attention(
+        &mut self,
+        q: NetworkTensor,
+        keys: NetworkTensor,
+        values: NetworkTensor,
+        lengths: Option<NetworkTensor>,
+    ) -> Result<NetworkTensor> {
         Network::value(match lengths {
             Some(lengths) => self.pin().attention_with_lengths(q.0, keys.0, values.0, lengths.0),
             None => self.pin().attention(q.0, keys.0, values.0),
         })
     }
 
-    fn top_k(&mut self, x: Tensor, k: u32) -> Result<(Tensor, Tensor)> {
+    fn top_k(&mut self, x: NetworkTensor, k: u32) -> Result<(NetworkTensor, NetworkTensor)> {
         let top = self.pin().top_k(x.0, k).map_err(refused)?;
-        Ok((Tensor(top.values), Tensor(top.indices)))
+        Ok((NetworkTensor(top.values), NetworkTensor(top.indices)))
     }
 }
 
-/// A compiled network, serialized.
-pub struct Plan {
+/// A compiled, serialized network (TensorRT's "plan").
+pub struct SerializedPlan {
     inner: UniquePtr<bridge::Plan>,
 }
 
-impl Plan {
-    /// What to write to a file.
+impl SerializedPlan {
+    /// The bytes to write to a file.
     pub fn bytes(&self) -> &[u8] {
         self.inner.bytes()
     }
 }
 
-impl fmt::Debug for Plan {
+impl fmt::Debug for SerializedPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Plan({} bytes)", self.bytes().len())
+        write!(f, "SerializedPlan({} bytes)", self.bytes().len())
     }
 }
 

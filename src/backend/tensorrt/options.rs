@@ -1,61 +1,61 @@
-//! Options of a TensorRT executor, and the events it reports while it opens and runs.
+//! Options of the TensorRT executor, and the events it reports while it opens and runs.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// How to run a TensorRT plan on this machine.
+/// Options for running a TensorRT plan on this machine.
 #[derive(Debug, Clone, Default)]
 pub struct GpuOptions {
-    /// The GPU's number; `None` takes the first that the plan was built for.
+    /// Index of the GPU; `None` picks the first one the plan was built for.
     pub device: Option<usize>,
-    /// Sequences to reserve KV memory for; `None` takes as many as plan, recipe and memory allow.
+    /// Sequences to reserve KV memory for; `None` reserves as many as the plan, the recipe and the memory allow.
     pub slots: Option<usize>,
-    /// Do not record decoding as CUDA graphs.
+    /// Disables recording of decode runs as CUDA graphs.
     pub no_graphs: bool,
-    /// Hears of what is going on.
-    pub report: Report,
+    /// Receives events.
+    pub report: GpuReport,
 }
 
-/// Who hears what opening and running a plan has to say.
+/// Callback that receives the events of opening and running a plan; by default there is none.
 #[derive(Clone, Default)]
-pub struct Report(Option<Arc<Hear>>);
+pub struct GpuReport(Option<Arc<Hear>>);
 
-type Hear = dyn Fn(&Event<'_>) + Send + Sync;
+type Hear = dyn Fn(&GpuEvent<'_>) + Send + Sync;
 
-/// What a [`Report`] hears.
+/// Event passed to a [`GpuReport`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event<'a> {
-    /// A sentence for people: what is chosen, what memory is used.
+pub enum GpuEvent<'a> {
+    /// A sentence for people, such as the chosen GPU and its memory use.
     Fact(&'a str),
     /// Weights are being copied to the GPU.
     Loading {
-        /// Bytes that are there.
+        /// Bytes copied so far.
         done_bytes: u64,
-        /// All.
+        /// Bytes to copy in all.
         total_bytes: u64,
     },
 }
 
-impl Report {
-    /// Has it heard. By default nobody does.
-    pub fn to(hear: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Report {
-        Report(Some(Arc::new(hear)))
+impl GpuReport {
+    /// Reports events to `hear`.
+    pub fn to(hear: impl Fn(&GpuEvent<'_>) + Send + Sync + 'static) -> GpuReport {
+        GpuReport(Some(Arc::new(hear)))
     }
 
-    /// Says a sentence.
+    /// Reports a sentence.
     pub fn fact(&self, text: &str) {
-        self.event(&Event::Fact(text));
+        self.event(&GpuEvent::Fact(text));
     }
 
-    pub(super) fn event(&self, event: &Event<'_>) {
+    pub(super) fn event(&self, event: &GpuEvent<'_>) {
         if let Some(hear) = &self.0 {
             hear(event);
         }
     }
 }
 
-impl fmt::Debug for Report {
+impl fmt::Debug for GpuReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Report" } else { "no Report" })
+        f.write_str(if self.0.is_some() { "GpuReport" } else { "no GpuReport" })
     }
 }

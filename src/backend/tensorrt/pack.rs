@@ -1,53 +1,52 @@
-//! How the weights of a TensorRT plan are stored: as its products read them. No more than one matrix of 8-bit codes is in
-//! memory at a time, and of everything else a few rows.
+//! Packing of a TensorRT plan's weights in the layout its GEMMs read. At most one matrix of 8-bit codes, and a few rows
+//! of anything else, is in memory at a time.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
-use super::weights::{Layout, Weight};
+use super::weights::{PlanWeight, WeightLayout};
 use crate::backend::constants::{RowForm, RowSource, stored_dtype};
 use crate::backend::packing::{PackItem, StoreAll, StoreRows};
 use crate::checkpoint::EMBEDDING;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
-/// Columns of a transposed matrix that are gathered at a time: the bytes of a cache line.
+/// Columns transposed at a time: as many bytes as a cache line has.
 const TILE: usize = 64;
 
-/// The safetensors file of a plan's weights, for [`packing`](crate::backend::packing) to write: matrices in the order of
-/// use, the embedding last, as the CPU's plans have it. 4-bit integers are stored as bytes, two in each, the first in the
-/// low half.
+/// Lists the tensors of the weights file, for [`packing`](crate::backend::packing) to write: matrices in order of use,
+/// the embedding last, as in CPU plans. 4-bit codes are packed two per byte, the first in the low half.
 ///
 /// # Errors
 /// [`Error::Graph`] for a weight that is stored in no known way.
-pub fn items(weights: &[Weight]) -> Result<Vec<PackItem<'_>>> {
-    let mut order: Vec<&Weight> = weights.iter().collect();
+pub fn items(weights: &[PlanWeight]) -> Result<Vec<PackItem<'_>>> {
+    let mut order: Vec<&PlanWeight> = weights.iter().collect();
     order.sort_by_key(|weight| is_table(weight));
     order.into_iter().map(item).collect()
 }
 
-/// The embedding comes first in a network.
-fn is_table(weight: &Weight) -> bool {
+/// Returns true for the embedding, which is the first weight of a network.
+fn is_table(weight: &PlanWeight) -> bool {
     matches!(weight.content.source(), RowSource::Tensors(names) if names == &[EMBEDDING])
 }
 
-fn item(weight: &Weight) -> Result<PackItem<'_>> {
+fn item(weight: &PlanWeight) -> Result<PackItem<'_>> {
     let stored = (stored_dtype(weight.dtype), stored_shape(weight)?);
     let (content, columns) = (&weight.content, weight.content.columns());
     let fits = match (weight.layout, &weight.shape[..]) {
-        (Layout::Rows, shape) => shape.iter().product::<usize>() == content.elements(),
-        (Layout::Transposed, shape) => shape == [columns, content.rows()],
-        (Layout::Spread { .. }, [_, rows]) => *rows == content.rows(),
-        (Layout::Spread { .. }, _) => false,
+        (WeightLayout::Rows, shape) => shape.iter().product::<usize>() == content.elements(),
+        (WeightLayout::Transposed, shape) => shape == [columns, content.rows()],
+        (WeightLayout::Spread { .. }, [_, rows]) => *rows == content.rows(),
+        (WeightLayout::Spread { .. }, _) => false,
     };
     if !fits {
         let found = format!("weight `{}` has shape {:?} as {:?}", weight.name, weight.shape, weight.layout);
-        return Err(Error::internal(found, format!("room for {} rows of {}", content.rows(), content.width())));
+        return Err(Error::internal(found, format!("a shape for {} rows of {}", content.rows(), content.width())));
     }
     let mut finish: Option<StoreAll> = None;
     let store: StoreRows<'_> = match (content.form(), weight.layout) {
-        (RowForm::Codes(scheme), Layout::Transposed) => {
+        (RowForm::Codes(scheme), WeightLayout::Transposed) => {
             let is_pairs = weight.dtype == DType::I4;
             finish = Some(Box::new(move |codes, write| match is_pairs {
                 true => write_transposed(codes, columns, &mut |tile| {
@@ -58,13 +57,13 @@ fn item(weight: &Weight) -> Result<PackItem<'_>> {
             }));
             Box::new(move |codes| Ok(codes.iter().map(|code| scheme.bits(*code)).collect()))
         }
-        (RowForm::Codes(_), Layout::Rows | Layout::Spread { .. }) => {
+        (RowForm::Codes(_), WeightLayout::Rows | WeightLayout::Spread { .. }) => {
             return Err(unexpected(weight, "codes are stored as the transpose of a matrix"));
         }
-        (RowForm::Scales(_), Layout::Rows | Layout::Spread { .. }) => {
+        (RowForm::Scales(_), WeightLayout::Rows | WeightLayout::Spread { .. }) => {
             Box::new(move |scales| stored_scales(weight, scales, content.width()))
         }
-        (RowForm::Values, Layout::Rows) => match weight.dtype {
+        (RowForm::Values, WeightLayout::Rows) => match weight.dtype {
             DType::F32 => Box::new(|rows| Ok(bytemuck::cast_slice(rows).to_vec())),
             DType::BF16 => Box::new(|rows| Ok(narrowed(rows, bf16::from_f32))),
             DType::F16 => Box::new(|rows| Ok(narrowed(rows, f16::from_f32))),
@@ -72,35 +71,38 @@ fn item(weight: &Weight) -> Result<PackItem<'_>> {
                 return Err(unexpected(weight, "values are stored as f32, bf16 or f16"));
             }
         },
-        (RowForm::Scales(_) | RowForm::Values, Layout::Transposed) | (RowForm::Values, Layout::Spread { .. }) => {
+        (RowForm::Scales(_) | RowForm::Values, WeightLayout::Transposed)
+        | (RowForm::Values, WeightLayout::Spread { .. }) => {
             return Err(unexpected(weight, "only codes are stored as a transpose, and only scales are spread"));
         }
     };
     Ok(PackItem { name: weight.name.as_str(), stored, content, unit: 1, store, finish })
 }
 
-/// Bytes of that file, header included, or a little more.
-pub fn packed_bytes(weights: &[Weight]) -> u64 {
+/// Upper estimate of the size of the weights file, header included.
+pub fn packed_bytes(weights: &[PlanWeight]) -> u64 {
     weights.iter().map(|weight| weight.bytes() + 256).sum()
 }
 
-/// Shape and element type of a weight in its file.
-pub fn stored(weight: &Weight) -> Result<(Dtype, Vec<usize>)> {
+/// Element type and shape of a weight in the weights file.
+pub fn stored(weight: &PlanWeight) -> Result<(Dtype, Vec<usize>)> {
     Ok((stored_dtype(weight.dtype), stored_shape(weight)?))
 }
 
-fn stored_shape(weight: &Weight) -> Result<Vec<usize>> {
+fn stored_shape(weight: &PlanWeight) -> Result<Vec<usize>> {
     let mut shape = weight.shape.clone();
     if weight.dtype == DType::I4 {
         match shape.last_mut() {
             Some(columns) if columns.is_multiple_of(2) => *columns /= 2,
-            _ => return Err(unexpected(weight, "4-bit codes come in pairs, and it has an odd number of outputs")),
+            _ => {
+                return Err(unexpected(weight, "4-bit codes are stored in pairs, but it has an odd number of outputs"));
+            }
         }
     }
     Ok(shape)
 }
 
-fn unexpected(weight: &Weight, detail: &str) -> Error {
+fn unexpected(weight: &PlanWeight, detail: &str) -> Error {
     let (dtype, shape) = (weight.dtype, &weight.shape);
     Error::Graph { op: "const".into(), name: weight.name.clone(), detail: format!("{dtype}{shape:?}: {detail}") }
 }
@@ -109,14 +111,14 @@ fn narrowed<T: bytemuck::Pod>(rows: &[f32], narrow: fn(f32) -> T) -> Vec<u8> {
     bytemuck::cast_slice(&rows.iter().map(|value| narrow(*value)).collect::<Vec<T>>()).to_vec()
 }
 
-/// Writes `[rows, columns]` as `[columns, rows]`.
+/// Writes the transpose, `[columns, rows]`, of `[rows, columns]` codes.
 fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let rows = codes.len() / columns;
     let mut tile = vec![0u8; TILE * rows];
     for first in (0..columns).step_by(TILE) {
         let width = TILE.min(columns - first);
         let tile = &mut tile[..width * rows];
-        // A column at a time; the cache lines it reads a byte of stay in the cache for its neighbours.
+        // Reads one byte of a cache line per row; the lines stay cached for the neighbouring columns of the tile.
         tile.par_chunks_mut(rows).enumerate().for_each(|(column, out)| {
             let column = &codes[first + column..];
             out.iter_mut().zip(column.iter().step_by(columns)).for_each(|(out, code)| *out = *code);
@@ -126,15 +128,15 @@ fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -
     Ok(())
 }
 
-/// `[rows, blocks]` scales in the type and as often as the plan wants them.
-fn stored_scales(weight: &Weight, scales: &[f32], blocks: usize) -> Result<Vec<u8>> {
+/// Converts `[rows, blocks]` scales to the plan's type and layout, repeating them for [`WeightLayout::Spread`].
+fn stored_scales(weight: &PlanWeight, scales: &[f32], blocks: usize) -> Result<Vec<u8>> {
     let spread: Vec<f32> = match (weight.layout, &weight.shape[..]) {
-        (Layout::Rows, _) => scales.to_vec(),
-        (Layout::Spread { block, unit }, [units, _]) => {
+        (WeightLayout::Rows, _) => scales.to_vec(),
+        (WeightLayout::Spread { block, unit }, [units, _]) => {
             let of_unit = |i: usize| scales.chunks_exact(blocks).filter_map(move |row| row.get(i * unit / block));
             (0..*units).flat_map(of_unit).copied().collect()
         }
-        _ => return Err(unexpected(weight, "its scales are stored in no known way")),
+        _ => return Err(unexpected(weight, "scales cannot be stored in this layout")),
     };
     match weight.dtype {
         DType::F32 => Ok(bytemuck::cast_slice(&spread).to_vec()),
@@ -163,7 +165,7 @@ mod tests {
         Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap()
     }
 
-    fn packed(weights: &[Weight]) -> (tempfile::TempDir, TensorFile) {
+    fn packed(weights: &[PlanWeight]) -> (tempfile::TempDir, TensorFile) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weights.safetensors");
         let mut bytes = Vec::new();
@@ -179,8 +181,8 @@ mod tests {
         (folder, file)
     }
 
-    fn weight(name: &str, dtype: DType, shape: &[usize], content: ConstRows, layout: Layout) -> Weight {
-        Weight { name: name.into(), dtype, shape: shape.to_vec(), content, layout, in_plan: false }
+    fn weight(name: &str, dtype: DType, shape: &[usize], content: ConstRows, layout: WeightLayout) -> PlanWeight {
+        PlanWeight { name: name.into(), dtype, shape: shape.to_vec(), content, layout, in_plan: false }
     }
 
     fn plain(expr: &Const, width: usize) -> ConstRows {
@@ -201,7 +203,7 @@ mod tests {
         rows
     }
 
-    /// What the codes of a scheme stand for, row by row, whichever way they are stored.
+    /// The dequantized weights of a scheme, row-major, independent of the stored layout.
     fn expected(scheme: Scheme) -> Vec<f32> {
         let (mut rows, mut scales) = (original(), vec![0f32; ROWS * scheme.blocks(COLUMNS)]);
         scheme.quantize(COLUMNS, &mut rows, &mut scales);
@@ -219,8 +221,8 @@ mod tests {
         for scheme in [Scheme::INT8, Scheme::FP8] {
             let (codes, scales) = quantized(scheme);
             let (_folder, file) = packed(&[
-                weight("codes", scheme.dtype(), &[COLUMNS, ROWS], codes, Layout::Transposed),
-                weight("scales", DType::F32, &[ROWS], scales, Layout::Rows),
+                weight("codes", scheme.dtype(), &[COLUMNS, ROWS], codes, WeightLayout::Transposed),
+                weight("scales", DType::F32, &[ROWS], scales, WeightLayout::Rows),
             ]);
             let (codes, scales) = (file.tensor("codes").unwrap(), floats(file.tensor("scales").unwrap().1));
             assert_eq!(codes.0.shape, [COLUMNS, ROWS]);
@@ -237,9 +239,9 @@ mod tests {
         let scheme = Scheme::INT4;
         let (codes, scales) = quantized(scheme);
         for unit in [64, 128] {
-            let layout = Layout::Spread { block: 128, unit };
+            let layout = WeightLayout::Spread { block: 128, unit };
             let (_folder, file) = packed(&[
-                weight("codes", DType::I4, &[COLUMNS, ROWS], codes.clone(), Layout::Transposed),
+                weight("codes", DType::I4, &[COLUMNS, ROWS], codes.clone(), WeightLayout::Transposed),
                 weight("scales", DType::BF16, &[COLUMNS / unit, ROWS], scales.clone(), layout),
             ]);
             let ((stored, codes), (_, scales)) = (file.tensor("codes").unwrap(), file.tensor("scales").unwrap());
@@ -258,19 +260,19 @@ mod tests {
     fn scales_without_their_codes_are_computed() {
         let scheme = Scheme::INT8;
         let (_, scales) = quantized(scheme);
-        let (_folder, file) = packed(&[weight("scales", DType::F32, &[ROWS], scales, Layout::Rows)]);
+        let (_folder, file) = packed(&[weight("scales", DType::F32, &[ROWS], scales, WeightLayout::Rows)]);
         let (mut rows, mut scales) = (original(), vec![0f32; ROWS]);
         scheme.quantize(COLUMNS, &mut rows, &mut scales);
         assert_eq!(floats(file.tensor("scales").unwrap().1), scales);
     }
 
     #[test]
-    fn a_shape_without_room_for_the_content_is_an_internal_error() {
+    fn a_shape_that_does_not_fit_the_content_is_an_internal_error() {
         let (codes, scales) = quantized(Scheme::INT4);
         for weight in [
-            weight("codes", DType::I4, &[ROWS, COLUMNS], codes, Layout::Transposed),
-            weight("scales", DType::F32, &[ROWS], scales.clone(), Layout::Rows),
-            weight("scales", DType::F32, &[12, COLUMNS], scales, Layout::Spread { block: 128, unit: 64 }),
+            weight("codes", DType::I4, &[ROWS, COLUMNS], codes, WeightLayout::Transposed),
+            weight("scales", DType::F32, &[ROWS], scales.clone(), WeightLayout::Rows),
+            weight("scales", DType::F32, &[12, COLUMNS], scales, WeightLayout::Spread { block: 128, unit: 64 }),
         ] {
             let error = items(std::slice::from_ref(&weight)).map(|_| ()).unwrap_err();
             assert!(matches!(error, Error::Internal { .. }) && error.to_string().contains(&weight.name), "{error}");
@@ -280,7 +282,7 @@ mod tests {
     #[test]
     fn an_odd_number_of_four_bit_codes_is_refused() {
         let (codes, _) = quantized(Scheme::INT4);
-        let weight = weight("codes", DType::I4, &[3, 5], codes, Layout::Transposed);
+        let weight = weight("codes", DType::I4, &[3, 5], codes, WeightLayout::Transposed);
         let error = items(&[weight]).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("codes") && error.contains("pairs"), "{error}");
     }

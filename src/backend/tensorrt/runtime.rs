@@ -1,49 +1,49 @@
-//! Running plans: a runtime reads them, an engine is one that was read, a context runs one of its profiles.
+//! Execution of plans: a runtime deserializes a plan into an engine, and an execution context runs one of its profiles.
 
 use std::fmt;
 use std::sync::Arc;
 
 use cxx::UniquePtr;
 
-use super::device::{Buffer, Graph, Stream};
+use super::device::{Buffer, CudaGraph, Stream};
 use super::ffi::{self, Observer, bridge};
-use super::{Library, Monitor};
+use super::{Monitor, TensorRtLibrary};
 use crate::error::{Error, Result};
 
 fn refused(error: cxx::Exception) -> Error {
     Error::TensorRt(error.what().into())
 }
 
-/// Reads plans.
-pub struct Runtime {
+/// Deserializes plans (TensorRT's `IRuntime`).
+pub struct TensorRtRuntime {
     inner: UniquePtr<bridge::Runtime>,
 }
 
-/// What a plan's header says of running it on this machine.
+/// Result of checking a plan's header against this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Validity {
-    /// The library cannot tell by the header.
+    /// The library cannot tell from the header.
     Unknown,
-    /// It should run.
+    /// The plan should run.
     Valid,
-    /// It should run, but not as fast as it could.
+    /// The plan should run, but slower than a recompiled one.
     Suboptimal,
-    /// It does not run here: why, in words.
+    /// The plan cannot run here, for these reasons.
     Invalid(Vec<&'static str>),
 }
 
-impl Library {
-    /// A runtime; the monitor hears what TensorRT says about it and all that is made with it.
+impl TensorRtLibrary {
+    /// Creates a runtime. The monitor receives TensorRT's log lines about it and everything created from it.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words.
-    pub fn runtime(&self, monitor: Arc<dyn Monitor>) -> Result<Runtime> {
-        Ok(Runtime { inner: self.inner().runtime(Box::new(Observer(monitor))).map_err(refused)? })
+    /// [`Error::TensorRt`] with TensorRT's message.
+    pub fn runtime(&self, monitor: Arc<dyn Monitor>) -> Result<TensorRtRuntime> {
+        Ok(TensorRtRuntime { inner: self.inner().runtime(Box::new(Observer(monitor))).map_err(refused)? })
     }
 }
 
-impl Runtime {
-    /// Looks at the plan's header. Without a GPU a plan that is well formed is invalid for no reason named.
+impl TensorRtRuntime {
+    /// Checks a plan's header. Without a GPU, even a well-formed plan is invalid, with no reason given.
     pub fn validity(&self, plan: &[u8]) -> Validity {
         let bridge::Validity { checked, valid, suboptimal, reasons } = self.inner.validity(plan);
         match (checked, valid, suboptimal) {
@@ -54,32 +54,32 @@ impl Runtime {
         }
     }
 
-    /// Reads a plan, whole and unchanged: TensorRT checks its frame, not its content, so a caller compares its digest
-    /// first ([`crate::engine::Package::read`] does).
+    /// Deserializes a plan. It must be complete and unmodified: TensorRT validates the framing, not the content, so
+    /// callers verify the digest first ([`crate::engine::Package::read`] does).
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words.
-    pub fn deserialize(&self, plan: &[u8]) -> Result<Engine> {
-        Ok(Engine { inner: self.inner.deserialize(plan).map_err(refused)? })
+    /// [`Error::TensorRt`] with TensorRT's message.
+    pub fn deserialize(&self, plan: &[u8]) -> Result<CudaEngine> {
+        Ok(CudaEngine { inner: self.inner.deserialize(plan).map_err(refused)? })
     }
 }
 
-impl fmt::Debug for Runtime {
+impl fmt::Debug for TensorRtRuntime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Runtime")
+        f.write_str("TensorRtRuntime")
     }
 }
 
-/// TensorRT's `EngineInvalidityDiagnostics`.
+/// Describes the bits of TensorRT's `EngineInvalidityDiagnostics`.
 fn reasons_in_words(reasons: u64) -> Vec<&'static str> {
     let known = [
-        "another version of TensorRT for RTX compiled it",
+        "it was compiled by another version of TensorRT for RTX",
         "it was not compiled for this GPU",
         "the NVIDIA driver is older than it needs",
         "the CUDA runtime is older than it needs",
         "the GPU has too little memory for its weights",
-        "it is not a plan, or damaged",
-        "CUDA does not work here: no NVIDIA driver, or not one that fits",
+        "it is not a plan, or it is damaged",
+        "CUDA does not work here: the NVIDIA driver is missing or incompatible",
     ];
     known.into_iter().enumerate().filter(|(bit, _)| reasons >> bit & 1 == 1).map(|(_, words)| words).collect()
 }
@@ -87,33 +87,33 @@ fn reasons_in_words(reasons: u64) -> Vec<&'static str> {
 /// An input or output of an engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EngineTensor {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
-    /// Whether it is read.
+    /// True for an input, false for an output.
     pub is_input: bool,
-    /// Its element type: `"bf16"`.
+    /// Element type, such as `"bf16"`.
     pub dtype: String,
-    /// Its sizes, -1 where a profile decides.
+    /// Shape, -1 for dynamic dimensions.
     pub dims: Vec<i64>,
-    /// Whether it is in the GPU's memory.
+    /// True if the tensor is in device memory.
     pub on_device: bool,
-    /// The input whose memory an output must have.
+    /// The input whose memory an output must alias.
     pub alias: Option<String>,
 }
 
-/// A plan that was read.
-pub struct Engine {
+/// A deserialized plan (TensorRT's `ICudaEngine`).
+pub struct CudaEngine {
     inner: UniquePtr<bridge::Engine>,
 }
 
-impl fmt::Debug for Engine {
+impl fmt::Debug for CudaEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Engine({} profiles)", self.profiles())
+        write!(f, "CudaEngine({} profiles)", self.profiles())
     }
 }
 
-impl Engine {
-    /// Its inputs and outputs.
+impl CudaEngine {
+    /// Inputs and outputs.
     pub fn tensors(&self) -> Vec<EngineTensor> {
         let convert = |tensor: bridge::TensorInfo| {
             let bridge::TensorInfo { name, input, dtype, dims, on_device, alias } = tensor;
@@ -128,80 +128,81 @@ impl Engine {
         self.inner.profiles()
     }
 
-    /// The largest sizes of an input in a profile.
+    /// Largest shape of an input in a profile.
     pub fn largest(&self, input: &str, profile: u32) -> Vec<i64> {
         self.inner.largest(input, profile)
     }
 
-    /// Memory that a context needs between inputs and outputs, whatever its profile.
+    /// Scratch memory that a context of any profile needs.
     pub fn memory_bytes(&self) -> u64 {
         self.inner.memory_bytes()
     }
 
-    /// Starts to keep kernels that are compiled, with those of an earlier process if the library takes them.
+    /// Starts caching compiled kernels, and loads those of an earlier process. Returns true if the library accepted
+    /// them.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] if kernels are kept already.
+    /// [`Error::TensorRt`] if a kernel cache is already in use.
     pub fn keep_kernels(&mut self, earlier: &[u8]) -> Result<bool> {
         self.inner.pin_mut().load_kernels(earlier).map_err(refused)
     }
 
-    /// The kernels compiled so far, for [`Engine::keep_kernels`].
+    /// Serializes the kernels compiled so far, for [`CudaEngine::keep_kernels`].
     ///
     /// # Errors
-    /// [`Error::TensorRt`] if none are kept.
+    /// [`Error::TensorRt`] without a kernel cache.
     pub fn kernels(&self) -> Result<Vec<u8>> {
         Ok(self.inner.kernels().map_err(refused)?.bytes().to_vec())
     }
 
-    /// A context of a profile. `specialize` compiles kernels for the exact sizes before their first run rather than
-    /// beside it: for few sizes, often used.
+    /// Creates an execution context for a profile. With `specialize`, kernels for the exact shapes are compiled before
+    /// their first run instead of in the background, which suits contexts with few, recurring shapes.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words.
-    pub fn context(&self, profile: u32, specialize: bool, stream: &Stream) -> Result<Context> {
+    /// [`Error::TensorRt`] with TensorRT's message.
+    pub fn context(&self, profile: u32, specialize: bool, stream: &Stream) -> Result<ExecutionContext> {
         stream.device().bind()?;
         let inner = ffi::context(&self.inner, profile, specialize, stream).map_err(refused)?;
-        Ok(Context { inner, memory: None, buffers: Vec::new() })
+        Ok(ExecutionContext { inner, memory: None, buffers: Vec::new() })
     }
 }
 
-/// A profile of an engine, ready to run. It keeps the memory alive that it was given.
-pub struct Context {
+/// An engine set up to run one profile (TensorRT's `IExecutionContext`). It keeps the buffers bound to it alive.
+pub struct ExecutionContext {
     inner: UniquePtr<bridge::Context>,
     memory: Option<Arc<Buffer>>,
     buffers: Vec<Arc<Buffer>>,
 }
 
-impl fmt::Debug for Context {
+impl fmt::Debug for ExecutionContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Context")
+        f.write_str("ExecutionContext")
     }
 }
 
-impl Context {
-    /// Memory for what happens between inputs and outputs; contexts that run in one stream may share it.
+impl ExecutionContext {
+    /// Sets the scratch memory. Contexts that run on the same stream may share it.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words.
+    /// [`Error::TensorRt`] with TensorRT's message.
     pub fn set_memory(&mut self, memory: &Arc<Buffer>) -> Result<()> {
         ffi::memory(self.inner.pin_mut(), memory).map_err(refused)?;
         self.memory = Some(memory.clone());
         Ok(())
     }
 
-    /// The sizes of an input in the next runs.
+    /// Sets the shape of an input for the following runs.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words if the profile does not allow them.
+    /// [`Error::TensorRt`] with TensorRT's message if the profile does not allow the shape.
     pub fn set_shape(&mut self, input: &str, dims: &[i64]) -> Result<()> {
         self.inner.pin_mut().shape(input, dims).map_err(refused)
     }
 
-    /// Where an input or output is: from `offset` bytes on in a buffer.
+    /// Binds an input or output to `bytes` bytes of a buffer, starting at `offset`.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] if there is no such tensor, or its bytes are not in the buffer or not aligned.
+    /// [`Error::TensorRt`] if there is no such tensor, or the range is out of bounds or misaligned.
     pub fn set_address(&mut self, tensor: &str, buffer: &Arc<Buffer>, offset: u64, bytes: u64) -> Result<()> {
         ffi::address(self.inner.pin_mut(), tensor, buffer, offset, bytes)?.map_err(refused)?;
         if !self.buffers.iter().any(|kept| Arc::ptr_eq(kept, buffer)) {
@@ -210,23 +211,23 @@ impl Context {
         Ok(())
     }
 
-    /// Puts a run into the stream.
+    /// Enqueues a run on the stream.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's own words, [`Error::Gpu`] if the GPU has failed.
+    /// [`Error::TensorRt`] with TensorRT's message, [`Error::Gpu`] if the GPU has failed.
     pub fn enqueue(&mut self, stream: &Stream) -> Result<()> {
         stream.device().bind()?;
         ffi::enqueue(self.inner.pin_mut(), stream).map_err(refused)
     }
 
-    /// Records a run, to be replayed with the sizes and addresses of now. A run of these sizes must have gone before,
-    /// in which TensorRT sets up what cannot be recorded.
+    /// Captures a run with the current shapes and addresses. A run with these shapes must have been executed before, as
+    /// TensorRT then does set-up work that cannot be captured.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] or [`Error::Gpu`] if it cannot be recorded; it can still be run.
-    pub(super) fn record(&mut self, stream: &Stream) -> Result<Graph> {
+    /// [`Error::TensorRt`] or [`Error::Gpu`] if it cannot be captured; [`ExecutionContext::enqueue`] still works.
+    pub(super) fn record(&mut self, stream: &Stream) -> Result<CudaGraph> {
         if !ffi::capturable(&self.inner, stream) {
-            return Err(Error::TensorRt("it says that this plan cannot be recorded".into()));
+            return Err(Error::TensorRt("this plan cannot be captured as a CUDA graph".into()));
         }
         stream.record(|| ffi::enqueue(self.inner.pin_mut(), stream).map_err(refused))
     }
@@ -240,7 +241,10 @@ mod tests {
     fn reasons_are_in_words() {
         assert!(reasons_in_words(0).is_empty());
         let words = reasons_in_words(1 | 1 << 5);
-        assert_eq!(words, ["another version of TensorRT for RTX compiled it", "it is not a plan, or damaged"]);
+        assert_eq!(
+            words,
+            ["it was compiled by another version of TensorRT for RTX", "it is not a plan, or it is damaged"]
+        );
         assert_eq!(reasons_in_words(u64::MAX).len(), 7);
     }
 }

@@ -1,4 +1,4 @@
-//! The weights of a plan: what they hold, how they are stored, and whether they are part of it.
+//! The weights of a plan: content, storage layout, and whether they are inputs of the plan or embedded in it.
 
 use std::sync::Arc;
 
@@ -8,56 +8,56 @@ use crate::tensor_file::TensorFile;
 
 /// A weight of a plan, as it is stored.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Weight {
-    /// The input's name.
+pub struct PlanWeight {
+    /// Name of the network input, and of the tensor in the weights file.
     pub name: String,
     /// Element type.
     pub dtype: DType,
     /// Row-major shape.
     pub shape: Vec<usize>,
-    /// Its content, row by row.
+    /// Source of the content, row by row.
     pub content: ConstRows,
-    /// How its rows are stored.
-    pub layout: Layout,
-    /// Part of the plan rather than an input of it.
+    /// Storage layout.
+    pub layout: WeightLayout,
+    /// Embedded in the plan as a constant instead of bound as an input.
     pub in_plan: bool,
 }
 
-impl Weight {
-    /// Stored row after row and given to the plan.
-    pub(super) fn rows(name: &str, dtype: DType, shape: Vec<usize>, content: ConstRows) -> Weight {
-        Weight { name: name.into(), dtype, shape, content, layout: Layout::Rows, in_plan: false }
+impl PlanWeight {
+    /// A row-major weight that is bound as an input.
+    pub(super) fn rows(name: &str, dtype: DType, shape: Vec<usize>, content: ConstRows) -> PlanWeight {
+        PlanWeight { name: name.into(), dtype, shape, content, layout: WeightLayout::Rows, in_plan: false }
     }
 
-    /// Bytes it is stored in.
+    /// Size in the weights file.
     pub fn bytes(&self) -> u64 {
         let elements = self.shape.iter().map(|n| *n as u64).product::<u64>();
         if self.dtype == DType::I4 { elements.div_ceil(2) } else { elements * self.dtype.bytes() as u64 }
     }
 }
 
-/// How the rows of a weight are stored.
+/// Storage layout of a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// Row after row.
+pub enum WeightLayout {
+    /// Row-major, as the graph has it.
     Rows,
-    /// Column after column: `[in, out]`.
+    /// Transposed to `[in, out]`.
     Transposed,
-    /// Scales column after column, `[in / unit, out]`, each as often as the block it is for has `unit` columns: TensorRT's
-    /// blocks are of one size, and where the columns are not whole blocks that is a divisor of both.
+    /// Scales transposed to `[in / unit, out]`, each repeated `block / unit` times. TensorRT requires equal blocks, so
+    /// where `block` does not divide the columns, `unit` is a common divisor of both.
     Spread {
-        /// Columns of a scale.
+        /// Columns that share a scale (the group size).
         block: usize,
-        /// Columns of a stored scale.
+        /// Columns per stored scale.
         unit: usize,
     },
 }
 
-/// Where the weights come from that become part of a plan.
+/// Source of the weights that are embedded in a plan.
 #[derive(Debug, Clone)]
 pub enum Constants {
-    /// The file that the weights are packed in.
+    /// The packed weights file.
     File(Arc<TensorFile>),
-    /// Arbitrary numbers, for a plan that is looked at and not run.
+    /// Arbitrary values, for a plan that is inspected but never run.
     Arbitrary,
 }

@@ -1,4 +1,4 @@
-//! What is known of a checkpoint besides its model: its file, its tokenizer, and where it is not the model card's.
+//! Facts about a checkpoint other than its model: format, tokenizer, and differences from the model card.
 
 use aotron::checkpoint::card::{SYSTEM_MARK as SYSTEM_MARKER, TURN_MARK as TURN_MARKER};
 use aotron::checkpoint::{Checkpoint, card};
@@ -6,16 +6,16 @@ use aotron::compile::CheckpointText;
 use aotron::text::{Message, SentencePieceFacts, Tokenizer};
 use serde_json::{Value, json};
 
-/// A message whose prompt shows what the template becomes.
+/// Sample message that shows the tokens of the template.
 const EXAMPLE: &str = "Hi";
 
-/// Everything found in a checkpoint's files.
+/// Facts found in a checkpoint's files.
 pub struct Facts {
-    /// Tokenizer, template and stops, as a build would take them.
+    /// Tokenizer, template and stops, as a build would use them.
     pub text: CheckpointText,
-    /// Ids of the template around [`EXAMPLE`], and the pieces they are.
+    /// Token ids of the template applied to [`EXAMPLE`], and their pieces.
     pub template: Option<(Vec<u32>, Vec<String>)>,
-    /// Differences of a `.nemo` from the model card's model.
+    /// Differences of a `.nemo` file from the model card.
     pub differences: Vec<String>,
 }
 
@@ -23,7 +23,7 @@ impl Facts {
     pub fn of(checkpoint: &Checkpoint) -> aotron::Result<Facts> {
         let text = CheckpointText::of(checkpoint, None)?;
         let tokenizer = text.tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
-        // A template may refuse a lone message, which the warnings say.
+        // A template may reject a lone message; the warnings report it.
         let ids = tokenizer.and_then(|tokenizer| text.format.prompt(tokenizer, &[Message::user(EXAMPLE)]).ok());
         let template = tokenizer.zip(ids).map(|(tokenizer, ids)| {
             let piece = |id: &u32| tokenizer.piece(*id).unwrap_or_else(|| format!("#{id}"));
@@ -56,7 +56,7 @@ impl Facts {
         })
     }
 
-    /// Names and texts of lines about the tokenizer, in their order.
+    /// Labels and texts of the lines about the tokenizer, in order.
     pub fn tokenizer_lines(&self) -> Vec<(&'static str, String)> {
         let Some(tokenizer) = self.tokenizer() else { return vec![("tokenizer", "none".to_owned())] };
         let mut lines = vec![("tokenizer", format!("{} ids, in {}", tokenizer.vocab_size(), tokenizer.file_name()))];
@@ -68,16 +68,19 @@ impl Facts {
         lines.push(("  special", special.join(", ")));
         if let Some((ids, pieces)) = &self.template {
             let tokens: Vec<String> = ids.iter().zip(pieces).map(|(id, piece)| format!("{piece:?} {id}")).collect();
-            lines.push(("  template", format!("a message {EXAMPLE:?} is {} tokens: {}", ids.len(), tokens.join(", "))));
+            lines.push((
+                "  template",
+                format!("the message {EXAMPLE:?} is {} tokens: {}", ids.len(), tokens.join(", ")),
+            ));
         }
         lines
     }
 }
 
-/// What the card's prompts rest on; `None` for a tokenizer that is no SentencePiece model.
+/// The pieces that the card's prompts rely on; `None` for a tokenizer other than SentencePiece.
 fn card_pieces(tokenizer: &Tokenizer) -> Option<card::Pieces> {
     let facts = tokenizer.sentencepiece()?;
-    // A user-defined piece is one wherever it stands in a text.
+    // A user-defined piece is matched as a whole anywhere in a text.
     let matches_whole = |mark: &str| {
         let id = tokenizer.id(mark)?;
         tokenizer.encode(&format!("a{mark}b")).ok().map(|ids| ids.contains(&id))
@@ -106,9 +109,9 @@ fn sentencepiece_lines(facts: &SentencePieceFacts) -> [(&'static str, String); 2
     let flags = [
         ("byte fallback", facts.byte_fallback),
         ("character rules", facts.has_character_rules),
-        ("a space is added in front", facts.add_dummy_prefix && !facts.treat_whitespace_as_suffix),
-        ("a space is added at the end", facts.add_dummy_prefix && facts.treat_whitespace_as_suffix),
-        ("extra spaces are removed", facts.remove_extra_whitespaces),
+        ("adds a leading space", facts.add_dummy_prefix && !facts.treat_whitespace_as_suffix),
+        ("adds a trailing space", facts.add_dummy_prefix && facts.treat_whitespace_as_suffix),
+        ("removes extra spaces", facts.remove_extra_whitespaces),
     ];
     let on: Vec<&str> = flags.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect();
     let on = if on.is_empty() { String::new() } else { format!(": {}", on.join(", ")) };

@@ -1,52 +1,52 @@
-//! `--kernels`: what a compiled plan launches, and what that costs.
+//! `--kernels`: the kernels a compiled plan launches, and their cost.
 
 use std::fmt;
 
-use aotron::backend::tensorrt::analysis::{Copied, GPUS, Place, StepKernels, Traffic};
-use aotron::backend::tensorrt::kernels::{Kernel, KernelKind, KernelTensor};
+use aotron::backend::tensorrt::analysis::{Copied, GPUS, KernelLocation, StepKernels, Traffic};
+use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelTensor};
 use aotron::compile::gpu::sm;
-use aotron::engine::tensorrt::{Binding, Role};
+use aotron::engine::tensorrt::{Binding, BindingRole};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
-use super::tensorrt::Extent;
+use super::tensorrt::ListingDetail;
 use super::term;
 
-/// Sequences and tokens of each that the time of a step is given for.
+/// Numbers of sequences and of tokens per sequence for which step times are listed.
 const SITUATIONS: [(usize, usize); 2] = [(1, 2048), (8, 2048)];
-/// Widths of the table's columns, which make 100 with the space between them.
+/// Widths of the table's columns, 100 characters with the spaces between them.
 const COLUMNS: [usize; 4] = [9, 19, 41, 26];
 
-/// The kernels of all steps.
+/// The kernels of all kinds of steps.
 pub struct Listing {
     pub target: &'static str,
     pub precision: String,
     pub library: String,
-    /// Of the target.
+    /// Compute capability of the target.
     pub compute_capability: u16,
-    /// What was compiled for.
+    /// Compute capability that the plan was compiled for.
     pub compiled_for: u16,
     pub max_sequence_tokens: usize,
-    /// Weights that are part of the plan.
+    /// Bytes of weights embedded in the plan.
     pub weight_bytes_in_plan: u64,
     pub bindings: Vec<Binding>,
     pub steps: Vec<StepListing>,
     pub traffic: Traffic,
-    /// Lines that could not be read.
+    /// Log lines that could not be parsed.
     pub unread: Vec<String>,
-    pub extent: Extent,
+    pub detail: ListingDetail,
 }
 
-/// The kernels of a step.
+/// The kernels of one kind of step.
 #[derive(Serialize)]
 pub struct StepListing {
     pub name: &'static str,
     pub analysis: StepKernels,
-    pub kernels: Vec<Kernel>,
+    pub kernels: Vec<GpuKernel>,
 }
 
 impl StepListing {
-    /// `8`, or `8 to 9`.
+    /// Launches per layer: `8`, or `8 to 9`.
     fn layer_launches(&self) -> String {
         match self.analysis.layer_launches() {
             Some((fewest, most)) if fewest == most => fewest.to_string(),
@@ -55,12 +55,12 @@ impl StepListing {
         }
     }
 
-    /// What makes two layers alike: the same kernels of the same types in the same order.
+    /// Layers with equal signatures count as alike: the same kernels of the same types in the same order.
     fn signature(&self, layer: usize) -> Vec<Likeness<'_>> {
         self.analysis.layer(layer, &self.kernels).map(likeness).collect()
     }
 
-    /// The layer that most are alike, and those.
+    /// The most common kind of layer: its first layer, and all layers like it.
     fn most_alike(&self) -> Option<(usize, Vec<usize>)> {
         let layers = self.analysis.by_layer.len();
         let signatures: Vec<_> = (0..layers).map(|layer| self.signature(layer)).collect();
@@ -70,22 +70,22 @@ impl StepListing {
         (0..layers).map(|layer| (layer, like(layer))).rev().max_by_key(|(_, alike)| alike.len())
     }
 
-    fn write(&self, f: &mut fmt::Formatter<'_>, bindings: &[Binding], extent: Extent) -> fmt::Result {
+    fn write(&self, f: &mut fmt::Formatter<'_>, bindings: &[Binding], detail: ListingDetail) -> fmt::Result {
         let StepKernels { launches, by_layer, .. } = &self.analysis;
         let (layers, around) = (by_layer.len(), launches - by_layer.iter().sum::<usize>());
         let each = self.layer_launches();
         let layers_text = term::plural(layers, "layer");
         writeln!(f, "{}: {launches} kernels, {each} in each of {layers_text}, {around} around them", self.name)?;
-        let placed: Vec<(&Kernel, Place)> =
+        let placed: Vec<(&GpuKernel, KernelLocation)> =
             self.kernels.iter().zip(self.analysis.places.iter().copied()).filter(|(k, _)| k.is_launched()).collect();
-        if extent == Extent::All {
+        if detail == ListingDetail::All {
             let mut place = None;
             for (kernel, at) in placed {
                 if place != Some(at) {
                     match at {
-                        Place::Before => writeln!(f, " before the layers")?,
-                        Place::Layer(layer) => writeln!(f, " layer {layer}")?,
-                        Place::After => writeln!(f, " after the layers")?,
+                        KernelLocation::Before => writeln!(f, " before the layers")?,
+                        KernelLocation::Layer(layer) => writeln!(f, " layer {layer}")?,
+                        KernelLocation::After => writeln!(f, " after the layers")?,
                     }
                 }
                 place = Some(at);
@@ -108,23 +108,23 @@ impl StepListing {
     }
 }
 
-/// Kind, operations and the types of what is written.
+/// Kind, operations and output types of a kernel.
 type Likeness<'a> = (KernelKind, Vec<&'a str>, Vec<String>);
 
-fn likeness(kernel: &Kernel) -> Likeness<'_> {
+fn likeness(kernel: &GpuKernel) -> Likeness<'_> {
     let mut types: Vec<String> = kernel.outputs.iter().map(KernelTensor::ty).collect();
     types.sort_unstable();
     (kernel.kind, kernel.operations(), types)
 }
 
-/// A weight or cache by the end of its name, which tells it from the others of its layer.
+/// Name of a weight or cache without the prefix of its layer.
 fn short(name: &str) -> &str {
     let name = name.strip_prefix("model.").unwrap_or(name);
     let Some(rest) = name.strip_prefix("layers.") else { return name };
     rest.split_once('.').map_or(name, |(_, name)| name)
 }
 
-/// Bound tensors by name (weights with their type), values inside the plan by type; each once, bound ones first.
+/// Lists bindings by name (weights with their shape) and intermediate values by type, each once, bindings first.
 fn items(tensors: &[KernelTensor], bindings: &[Binding]) -> Vec<String> {
     let mut seen: Vec<&str> = Vec::new();
     let (mut bound, mut inside): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
@@ -134,7 +134,7 @@ fn items(tensors: &[KernelTensor], bindings: &[Binding]) -> Vec<String> {
         }
         seen.push(&tensor.name);
         match bindings.iter().find(|binding| binding.name == tensor.name).map(|binding| binding.role) {
-            Some(Role::Weight) if tensor.dims.len() > 1 => {
+            Some(BindingRole::Weight) if tensor.dims.len() > 1 => {
                 let ty = tensor.ty();
                 let dims = ty.find('[').map_or("", |at| &ty[at..]);
                 bound.push(format!("{}{dims}", short(&tensor.name)));
@@ -143,13 +143,13 @@ fn items(tensors: &[KernelTensor], bindings: &[Binding]) -> Vec<String> {
             None => inside.push(tensor.ty()),
         }
     }
-    // TensorRT lists them in another order from one build to the next.
+    // TensorRT's order differs from build to build.
     bound.sort_unstable();
     bound.append(&mut inside);
     bound
 }
 
-/// Items over as many lines as they need.
+/// Wraps a comma-separated list of items to lines of `width`.
 fn wrapped(items: &[String], width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for (index, item) in items.iter().enumerate() {
@@ -168,8 +168,8 @@ fn wrapped(items: &[String], width: usize) -> Vec<String> {
     lines
 }
 
-/// What the kernel does in TensorRT's abbreviations, cut to its column.
-fn operations(kernel: &Kernel) -> String {
+/// A kernel's operations in TensorRT's abbreviations, truncated to the column.
+fn operations(kernel: &GpuKernel) -> String {
     let operations = kernel.operations();
     let text = match (operations.is_empty(), kernel.layer_type.as_str()) {
         (false, _) => operations.join(" "),
@@ -182,7 +182,7 @@ fn operations(kernel: &Kernel) -> String {
     }
 }
 
-fn write_kernel(f: &mut fmt::Formatter<'_>, kernel: &Kernel, bindings: &[Binding]) -> fmt::Result {
+fn write_kernel(f: &mut fmt::Formatter<'_>, kernel: &GpuKernel, bindings: &[Binding]) -> fmt::Result {
     let mut read = items(&kernel.inputs, bindings);
     let codes = kernel.constants.iter().filter(|constant| constant.dims.iter().filter(|n| **n != 1).count() >= 2);
     read.extend(codes.map(|constant| format!("{} in the plan", constant.ty())));
@@ -207,7 +207,7 @@ impl Listing {
         let stands_in = match self.compute_capability == self.compiled_for {
             true => String::new(),
             false => format!(
-                "\nTensorRT for RTX does not compile for the target's SM {}; TensorRT 11 there may choose other kernels.",
+                "\nTensorRT for RTX cannot compile for the target's SM {}; there, TensorRT 11 may choose other kernels.",
                 sm(self.compute_capability)
             ),
         };
@@ -229,12 +229,16 @@ impl Listing {
         let Some(first) = copies.first() else { return Ok(()) };
         let kernel = step.kernels.get(first.kernel).map(operations).unwrap_or_default();
         let of = first.of.as_deref().map(|of| format!(" of {of}")).unwrap_or_default();
-        writeln!(f, "  {} copies a {what}: `{kernel}`{of} as {}; {} such", step.name, first.what, copies.len())
+        writeln!(f, "  {} copies a {what}: `{kernel}`{of} as {}; {} in all", step.name, first.what, copies.len())
     }
 
     fn write_analysis(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let wide = 13;
-        writeln!(f, "{:<wide$}{:>9}{:>12}{:>15}{:>14}", "step", "kernels", "a layer", "weight copies", "cache copies")?;
+        let wide = 16;
+        writeln!(
+            f,
+            "{:<wide$}{:>9}{:>12}{:>15}{:>14}",
+            "step", "kernels", "per layer", "weight copies", "cache copies"
+        )?;
         for step in &self.steps {
             let StepKernels { launches, weight_copies, cache_copies, .. } = &step.analysis;
             let (weights, caches) = (weight_copies.len(), cache_copies.len());
@@ -246,20 +250,20 @@ impl Listing {
         }
         if !self.unread.is_empty() {
             let lines = term::plural(self.unread.len(), "line");
-            writeln!(f, "{lines} of TensorRT's list could not be read and are not counted (--format json has them)")?;
+            writeln!(f, "{lines} of TensorRT's list could not be parsed and are not counted (see --format json)")?;
         }
         let Traffic { weight_bytes, row_bytes, kv_bytes_per_token } = self.traffic;
-        writeln!(f, "\ndecoding a token of each sequence reads at least")?;
+        writeln!(f, "\ndecoding one token of each sequence reads at least")?;
         let in_plan = match self.weight_bytes_in_plan {
             0 => String::new(),
-            bytes => format!(", {} of them part of the plan", term::bytes(bytes)),
+            bytes => format!(", {} of them embedded in the plan", term::bytes(bytes)),
         };
         writeln!(f, "  {:>10}  of weights, once{in_plan}", term::bytes(weight_bytes))?;
-        writeln!(f, "  {:>10}  of rows of tables for each sequence", term::bytes(row_bytes))?;
-        writeln!(f, "  {:>10}  of keys and values for each token of each sequence", term::bytes(kv_bytes_per_token))?;
+        writeln!(f, "  {:>10}  of table rows per sequence", term::bytes(row_bytes))?;
+        writeln!(f, "  {:>10}  of keys and values per token of each sequence", term::bytes(kv_bytes_per_token))?;
         writeln!(
             f,
-            "\nso memory bandwidth alone allows (least time of a step, most tokens a second of all sequences)"
+            "\nso memory bandwidth bounds decoding to (minimum step time, maximum tokens/s over all sequences)"
         )?;
         let gpus = || GPUS.iter().filter(|gpu| self.precision != "fp8" || gpu.compute_capability >= 89);
         write!(f, "  {:<29}{:>10}", "", "reads")?;
@@ -289,7 +293,7 @@ fn time(seconds: f64) -> String {
     }
 }
 
-/// Three digits.
+/// Rounds to three significant digits.
 fn rounded(rate: f64) -> String {
     match rate {
         r if r < 9.995 => format!("{r:.2}"),
@@ -303,9 +307,9 @@ impl fmt::Display for Listing {
         writeln!(f, "{}\n", self.title())?;
         let [a, b, c, _] = COLUMNS;
         writeln!(f, "  {:<a$} {:<b$} {:<c$} writes", "kind", "operations", "reads")?;
-        // The kernels of later chunks are in the summary, and here if there are no others for prefill.
-        let shown = if self.extent == Extent::All { self.steps.len() } else { 2 };
-        self.steps.iter().take(shown).try_for_each(|step| step.write(f, &self.bindings, self.extent))?;
+        // By default, cached prefill is listed only if there is no context prefill; the summary always has it.
+        let shown = if self.detail == ListingDetail::All { self.steps.len() } else { 2 };
+        self.steps.iter().take(shown).try_for_each(|step| step.write(f, &self.bindings, self.detail))?;
         self.write_analysis(f)
     }
 }

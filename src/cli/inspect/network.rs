@@ -1,33 +1,33 @@
-//! `--network`: what TensorRT is given, as it reads it back.
+//! `--network`: the network passed to TensorRT, as TensorRT reports it.
 
 use std::collections::HashMap;
 use std::fmt;
 
 use aotron::backend::tensorrt::Layer;
-use aotron::engine::tensorrt::{Binding, Role};
+use aotron::engine::tensorrt::{Binding, BindingRole};
 use serde_json::{Value, json};
 
-use super::tensorrt::Extent;
+use super::tensorrt::ListingDetail;
 
-/// The network of a plan, and that of the plan for first chunks.
+/// The network of the main plan, and the layers of the context plan's.
 pub struct Networks {
     pub title: String,
     pub bindings: Vec<Binding>,
     pub layers: Vec<Layer>,
-    pub first_chunk: Option<Vec<Layer>>,
-    pub extent: Extent,
+    pub context_plan: Option<Vec<Layer>>,
+    pub detail: ListingDetail,
 }
 
-/// A layer in columns.
+/// A layer, split into the columns of the listing.
 struct Row {
-    /// The op of the graph that it was lowered from.
+    /// Graph op that the layer was lowered from.
     scope: String,
-    /// Its number and operation there.
+    /// Number and operation within that op.
     name: String,
     kind: String,
-    /// Of its results.
+    /// Types of the outputs.
     types: String,
-    /// Results that have names of their own: outputs of the network.
+    /// Outputs with names of their own: outputs of the network.
     named: Vec<String>,
     inputs: Vec<String>,
 }
@@ -35,7 +35,7 @@ struct Row {
 impl Row {
     fn of(layer: &Layer) -> Row {
         let (scope, name) = layer.name.split_once('/').unwrap_or(("", &layer.name));
-        // TensorRT makes two layers of an attention and names them itself; their kinds tell them apart.
+        // TensorRT turns an attention into two layers and names them itself; their kinds tell them apart.
         let name = name.split_once("_Attention").map_or(name, |(name, _)| name);
         let outputs: Vec<(&str, &str)> = layer.outputs.iter().map(|text| split(text)).collect();
         let is_inside = |name: &&str| name.strip_prefix(scope).is_some_and(|rest| rest.starts_with('/'));
@@ -49,7 +49,8 @@ impl Row {
         }
     }
 
-    /// With what it reads of its own scope by its name there, and of its own decoder layer without that layer's.
+    /// Formats the row. Inputs are abbreviated: without the scope if it is the same, without the prefix of the same
+    /// decoder layer.
     fn line(&self) -> String {
         let own = layer_number(&self.scope);
         let local = |input: &String| match input.split_once('/') {
@@ -65,32 +66,33 @@ impl Row {
     }
 }
 
-/// `name: type`.
+/// Splits `name: type`.
 fn split(text: &str) -> (&str, &str) {
     text.rsplit_once(": ").unwrap_or((text, ""))
 }
 
-/// 3 of `layers.3.mlp.up`.
+/// Layer index: 3 for `layers.3.mlp.up`.
 fn layer_number(scope: &str) -> Option<usize> {
     scope.strip_prefix("layers.")?.split('.').next()?.parse().ok()
 }
 
-/// A name without the decoder layer `own` and the checkpoint's `model`.
+/// Strips the prefixes of the checkpoint (`model.`) and of the decoder layer `own`.
 fn inner(name: &str, own: Option<usize>) -> &str {
     let name = name.strip_prefix("model.").unwrap_or(name);
     let prefix = own.map(|layer| format!("layers.{layer}."));
     prefix.and_then(|prefix| name.strip_prefix(&prefix)).unwrap_or(name)
 }
 
-/// Lines of one decoder layer, or of what is between.
-struct Block {
+/// Lines of one decoder layer, or of the part before or after the layers.
+struct LayerGroup {
     layer: Option<usize>,
     lines: Vec<String>,
 }
 
-impl Block {
-    /// Whether it differs in nothing but its number: what it reads of the layer before, or of one that both read.
-    fn is_alike(&self, other: &Block) -> bool {
+impl LayerGroup {
+    /// Returns true if the groups differ only in their layer number: each reads the preceding layer, or both the same
+    /// one.
+    fn is_alike(&self, other: &LayerGroup) -> bool {
         let (Some(layer), Some(of)) = (self.layer, other.layer) else { return false };
         let before = |layer: usize| format!("layers.{}.", layer.wrapping_sub(1));
         let moved = |line: &str| line.replace(&before(layer), &before(of));
@@ -99,13 +101,13 @@ impl Block {
     }
 }
 
-fn blocks(layers: &[Layer]) -> Vec<Block> {
-    let mut blocks: Vec<Block> = Vec::new();
+fn blocks(layers: &[Layer]) -> Vec<LayerGroup> {
+    let mut blocks: Vec<LayerGroup> = Vec::new();
     let mut scope = None;
     for row in layers.iter().map(Row::of) {
         let layer = layer_number(&row.scope);
         if blocks.last().is_none_or(|block| block.layer != layer) {
-            blocks.push(Block { layer, lines: Vec::new() });
+            blocks.push(LayerGroup { layer, lines: Vec::new() });
         }
         if let Some(block) = blocks.last_mut() {
             if scope.as_ref() != Some(&row.scope) {
@@ -118,16 +120,16 @@ fn blocks(layers: &[Layer]) -> Vec<Block> {
     blocks
 }
 
-/// Decoder layers that differ in nothing but their number are written once.
-fn write_blocks(f: &mut fmt::Formatter<'_>, blocks: &[Block], extent: Extent) -> fmt::Result {
+/// Writes the groups; decoder layers that differ only in their number are written once.
+fn write_blocks(f: &mut fmt::Formatter<'_>, blocks: &[LayerGroup], detail: ListingDetail) -> fmt::Result {
     let mut index = 0;
     while let Some(block) = blocks.get(index) {
-        let alike = |other: &&Block| extent == Extent::Once && block.is_alike(other);
+        let alike = |other: &&LayerGroup| detail == ListingDetail::Once && block.is_alike(other);
         let repeated = blocks[index + 1..].iter().take_while(alike).count();
         match (block.layer, repeated) {
             (Some(layer), 0) => writeln!(f, "\nlayer {layer}")?,
             (Some(layer), _) => {
-                writeln!(f, "\nlayers {layer} to {}, all alike; names are of {layer}", layer + repeated)?
+                writeln!(f, "\nlayers {layer} to {}, all alike; names are those of layer {layer}", layer + repeated)?
             }
             (None, _) if index == 0 => writeln!(f, "\nbefore the layers")?,
             (None, _) => writeln!(f, "\nafter the layers")?,
@@ -141,18 +143,20 @@ fn write_blocks(f: &mut fmt::Formatter<'_>, blocks: &[Block], extent: Extent) ->
 impl fmt::Display for Networks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.layers.len();
-        writeln!(f, "{}: {count} layers, as TensorRT reads them back", self.title)?;
+        writeln!(f, "{}: {count} layers, as TensorRT reports them", self.title)?;
         writeln!(
             f,
-            "By line: number and operation, TensorRT's kind, type of the result (a step decides the sizes that are"
+            "Columns: number and operation, TensorRT's layer type, result type (-1 is a dynamic dimension), inputs, and →"
         )?;
-        writeln!(f, "-1), what it reads, and → the name of an output. In a layer, names are without its `layers.N.`.")?;
-        writeln!(f, "\ninputs of a step")?;
+        writeln!(f, "the name of a network output. Within a layer, names omit its `layers.N.` prefix.")?;
+        writeln!(f, "\nstep inputs")?;
         let mut caches = 0;
         for binding in self.bindings.iter().filter(|binding| !binding.role.is_output()) {
             match binding.role {
-                Role::Weight => continue,
-                Role::KeyCache(layer) | Role::ValueCache(layer) if layer > 0 && self.extent == Extent::Once => {
+                BindingRole::Weight => continue,
+                BindingRole::KeyCache(layer) | BindingRole::ValueCache(layer)
+                    if layer > 0 && self.detail == ListingDetail::Once =>
+                {
                     caches += 1;
                     continue;
                 }
@@ -160,21 +164,21 @@ impl fmt::Display for Networks {
             }
         }
         if caches > 0 {
-            writeln!(f, "  ({caches} more caches, of the other layers)")?;
+            writeln!(f, "  ({caches} more caches of the other layers)")?;
         }
-        writeln!(f, "\nweights that are inputs")?;
+        writeln!(f, "\nweight inputs")?;
         let layers_of = |name: &str| {
             let parts = name.split('.').map(|part| if part.parse::<usize>().is_ok() { "L" } else { part });
             parts.collect::<Vec<&str>>().join(".")
         };
         let mut seen: Vec<(String, usize, &Binding)> = Vec::new();
         let mut at: HashMap<String, usize> = HashMap::new();
-        for binding in self.bindings.iter().filter(|binding| binding.role == Role::Weight) {
+        for binding in self.bindings.iter().filter(|binding| binding.role == BindingRole::Weight) {
             let text = binding.to_string();
             let ty = split(&text).1;
-            let name = match self.extent {
-                Extent::Once => layers_of(&binding.name),
-                Extent::All => binding.name.clone(),
+            let name = match self.detail {
+                ListingDetail::Once => layers_of(&binding.name),
+                ListingDetail::All => binding.name.clone(),
             };
             let index = *at.entry(format!("{name}: {ty}")).or_insert_with(|| {
                 seen.push((format!("{name}: {ty}"), 0, binding));
@@ -190,12 +194,11 @@ impl fmt::Display for Networks {
                 _ => writeln!(f, "  {text}  × {count}")?,
             }
         }
-        write_blocks(f, &blocks(&self.layers), self.extent)?;
-        let Some(first_chunk) = &self.first_chunk else { return Ok(()) };
-        let title = "plan for first chunks";
-        writeln!(f, "\n{title}: {} layers, the same but for these", first_chunk.len())?;
-        let others: Vec<Layer> = first_chunk.iter().filter(|layer| !self.layers.contains(layer)).cloned().collect();
-        write_blocks(f, &blocks(&others), self.extent)
+        write_blocks(f, &blocks(&self.layers), self.detail)?;
+        let Some(context_plan) = &self.context_plan else { return Ok(()) };
+        writeln!(f, "\ncontext plan: {} layers, identical except for these", context_plan.len())?;
+        let others: Vec<Layer> = context_plan.iter().filter(|layer| !self.layers.contains(layer)).cloned().collect();
+        write_blocks(f, &blocks(&others), self.detail)
     }
 }
 
@@ -208,7 +211,7 @@ impl Networks {
         json!({
             "bindings": self.bindings,
             "layers": layers(&self.layers),
-            "first_chunk_layers": self.first_chunk.as_deref().map(layers),
+            "context_layers": self.context_plan.as_deref().map(layers),
         })
     }
 }

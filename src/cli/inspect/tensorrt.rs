@@ -1,4 +1,4 @@
-//! What `--network` and `--kernels` look at: the plans that TensorRT makes of the model.
+//! `--network` and `--kernels`: lowers and compiles the model's TensorRT plans for inspection.
 
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::KernelLog;
-use aotron::backend::tensorrt::lower::{Attends, Constants, Lowered, lower};
-use aotron::backend::tensorrt::{BuildOptions, Kind, Library, Monitor};
+use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, lower};
+use aotron::backend::tensorrt::{BuildOptions, LibraryKind, Monitor, TensorRtLibrary};
 use aotron::checkpoint::ModelConfig;
 use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
 use aotron::engine::tensorrt::Sizes;
@@ -24,18 +24,18 @@ use super::kernels::{Listing, StepListing};
 use super::network::Networks;
 use super::{Subject, term};
 
-/// Which of TensorRT's views to print, and of which plan.
+/// Flags that select a TensorRT listing and the plan to list.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "TensorRT (needs its library, but no GPU and no weights)")]
 pub struct PlanFlags {
-    /// Print the network that TensorRT is given, as it reads it back; `all` layers, or each kind once
-    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = extent)]
-    network: Option<Extent>,
-    /// Compile, and print the kernels of each step, what they copy and how fast memory lets them decode; of `all` layers,
-    /// or of one of each kind
-    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = extent)]
-    kernels: Option<Extent>,
-    /// Recipe of the plan [default: the package's plan, or a100]
+    /// Print the network passed to TensorRT, as TensorRT reports it; repeated layers once, or `all`
+    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = detail)]
+    network: Option<ListingDetail>,
+    /// Compile, and print the kernels of each step, the copies they make and the decoding speed that memory bandwidth
+    /// allows; repeated layers once, or `all`
+    #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = detail)]
+    kernels: Option<ListingDetail>,
+    /// Recipe of the plan [default: the recipe of the package's plan, or a100]
     #[arg(long, value_name = "NAME|FILE")]
     recipe: Option<String>,
     /// Number format of weights [default: the plan's]
@@ -43,30 +43,30 @@ pub struct PlanFlags {
     precision: Option<Precision>,
 }
 
-/// How much to print.
+/// Amount of detail to print.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Extent {
-    /// What repeats, once.
+pub enum ListingDetail {
+    /// Repeated layers once.
     Once,
     /// Everything.
     All,
 }
 
-fn extent(text: &str) -> Result<Extent, String> {
+fn detail(text: &str) -> Result<ListingDetail, String> {
     match text {
-        "" => Ok(Extent::Once),
-        "all" => Ok(Extent::All),
+        "" => Ok(ListingDetail::Once),
+        "all" => Ok(ListingDetail::All),
         _ => Err("expected nothing or `all`".into()),
     }
 }
 
 impl PlanFlags {
-    /// Whether anything of TensorRT is to be printed.
+    /// Returns true if a TensorRT listing was requested.
     pub fn is_wanted(&self) -> bool {
         self.network.is_some() || self.kernels.is_some()
     }
 
-    /// Refuses flags that do nothing.
+    /// Rejects flags that would have no effect.
     pub fn check(&self) -> anyhow::Result<()> {
         let idle = [("--recipe", self.recipe.is_some()), ("--precision", self.precision.is_some())];
         match idle.iter().find(|(_, given)| *given) {
@@ -76,10 +76,10 @@ impl PlanFlags {
     }
 }
 
-/// SM 8.9 stands in for SM 9.0, which TensorRT for RTX does not compile for: the lowest with FP8.
+/// SM 8.9, the lowest with FP8, stands in for SM 9.0, which TensorRT for RTX cannot compile for.
 const STAND_IN: (u16, u16) = (90, 89);
 
-/// The plans to look at.
+/// The plans to list.
 struct Plans<'a> {
     config: &'a ModelConfig,
     target: &'static str,
@@ -87,8 +87,8 @@ struct Plans<'a> {
     calibration: Calibration,
     sizes: Sizes,
     compute_capability: u16,
-    /// `None`: unless weights are part of the plan.
-    has_first_chunk_plan: Option<bool>,
+    /// `None` means yes unless weights are embedded in the plan.
+    has_context_plan: Option<bool>,
 }
 
 impl Plans<'_> {
@@ -110,21 +110,22 @@ impl Plans<'_> {
         };
         recipe.check()?;
         let (Some(options), Some(compute_capability)) = (&recipe.tensorrt, recipe.target.compute_capability()) else {
-            return Err(usage(format!("recipe {name} is not for a GPU: TensorRT has no plan of it")));
+            return Err(usage(format!("recipe {name} is not for a GPU, so it has no TensorRT plan")));
         };
         let config = subject.config();
-        // What a scale is changes no kernel, unless it is 1, which TensorRT leaves out with the rounding.
+        // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
+        // rounding.
         let any_scale = Calibration::uniform(0.01);
-        let (sizes, calibration, has_first_chunk_plan) = match packaged {
+        let (sizes, calibration, has_context_plan) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
                 let calibration = if scales.is_empty() { any_scale } else { Calibration::from_scales(scales) };
-                let first_chunk = info.compiled.as_ref().map(|compiled| compiled.first_chunk_plan.is_some());
-                (info.sizes.clone(), calibration, first_chunk.or(options.first_chunk_plan))
+                let context_plan = info.compiled.as_ref().map(|compiled| compiled.context_plan.is_some());
+                (info.sizes.clone(), calibration, context_plan.or(options.context_plan))
             }
             None => {
                 let sizes = recipe.tensorrt_sizes(options, &recipe.limits(config)?);
-                (sizes, any_scale, options.first_chunk_plan)
+                (sizes, any_scale, options.context_plan)
             }
         };
         Ok(Plans {
@@ -134,7 +135,7 @@ impl Plans<'_> {
             calibration,
             sizes,
             compute_capability,
-            has_first_chunk_plan,
+            has_context_plan,
         })
     }
 
@@ -143,35 +144,35 @@ impl Plans<'_> {
         Ok(optimized_graph(self.config, self.precision, tokens, Some(&self.calibration))?.0)
     }
 
-    fn lowered(&self, graph: &Graph, attends: Attends, monitor: Arc<dyn Monitor>) -> aotron::Result<Lowered> {
-        let library = Library::find(Kind::Rtx)?;
+    fn lowered(&self, graph: &Graph, attends: Attends, monitor: Arc<dyn Monitor>) -> aotron::Result<LoweredNetwork> {
+        let library = TensorRtLibrary::find(LibraryKind::Rtx)?;
         lower(graph, library.network(monitor)?, attends, &self.sizes, &Constants::Arbitrary)
     }
 
-    fn has_first_chunk_plan(&self, lowered: &Lowered) -> bool {
-        self.has_first_chunk_plan.unwrap_or(!lowered.weights.iter().any(|weight| weight.in_plan))
+    fn has_context_plan(&self, lowered: &LoweredNetwork) -> bool {
+        self.has_context_plan.unwrap_or(!lowered.weights.iter().any(|weight| weight.in_plan))
     }
 
-    fn networks(&self, extent: Extent) -> anyhow::Result<Networks> {
+    fn networks(&self, detail: ListingDetail) -> anyhow::Result<Networks> {
         let graph = self.graph()?;
         let cache = self.lowered(&graph, Attends::Cache, Arc::new(()))?;
-        let first_chunk = match self.has_first_chunk_plan(&cache) {
+        let context_plan = match self.has_context_plan(&cache) {
             true => Some(self.lowered(&graph, Attends::Chunk, Arc::new(()))?.network.layers()?),
             false => None,
         };
         let title = format!("network for {} in {}", self.target, self.precision);
-        Ok(Networks { title, bindings: cache.bindings, layers: cache.network.layers()?, first_chunk, extent })
+        Ok(Networks { title, bindings: cache.bindings, layers: cache.network.layers()?, context_plan, detail })
     }
 
-    fn kernels(&self, extent: Extent) -> anyhow::Result<Listing> {
-        let library = Library::find(Kind::Rtx)?;
+    fn kernels(&self, detail: ListingDetail) -> anyhow::Result<Listing> {
+        let library = TensorRtLibrary::find(LibraryKind::Rtx)?;
         let compiled_for = match self.compute_capability {
             capability if capability == STAND_IN.0 => STAND_IN.1,
             capability => capability,
         };
         let graph = self.graph()?;
-        let compile = |attends, name: &str| -> aotron::Result<(Lowered, Arc<KernelLog>)> {
-            let log = Arc::new(KernelLog::new(Arc::new(Follower::new(format!("compiling {name}")))));
+        let compile = |attends, name: &str| -> aotron::Result<(LoweredNetwork, Arc<KernelLog>)> {
+            let log = Arc::new(KernelLog::new(Arc::new(CompileSpinner::new(format!("compiling {name}")))));
             let mut lowered = self.lowered(&graph, attends, log.clone())?;
             lowered.network.build(&BuildOptions {
                 compute_capability: Some(compiled_for),
@@ -181,8 +182,8 @@ impl Plans<'_> {
             })?;
             Ok((lowered, log))
         };
-        let (lowered, log) = compile(Attends::Cache, "the plan that prefills and decodes")?;
-        let Lowered { bindings, weights, .. } = &lowered;
+        let (lowered, log) = compile(Attends::Cache, "the prefill and decode plan")?;
+        let LoweredNetwork { bindings, weights, .. } = &lowered;
         let mut kernels = log.kernels();
         let step = |name, kernels: Vec<_>, bindings: &_| StepListing {
             name,
@@ -190,18 +191,18 @@ impl Plans<'_> {
             kernels,
         };
         let mut taken = |profile: usize| kernels.profiles.get_mut(profile).map(std::mem::take).unwrap_or_default();
-        let (later_chunk, decode) = (taken(0), taken(1));
+        let (cached_prefill, decode) = (taken(0), taken(1));
         let traffic = Traffic::of(&decode, bindings, weights);
         let mut steps = vec![step("decode", decode, bindings)];
         let mut unread = kernels.unread;
-        if self.has_first_chunk_plan(&lowered) {
-            let (lowered, log) = compile(Attends::Chunk, "the plan for first chunks")?;
+        if self.has_context_plan(&lowered) {
+            let (lowered, log) = compile(Attends::Chunk, "the context plan")?;
             let mut kernels = log.kernels();
-            let first_chunk = kernels.profiles.first_mut().map(std::mem::take).unwrap_or_default();
-            steps.push(step("first chunk", first_chunk, &lowered.bindings));
+            let context_plan = kernels.profiles.first_mut().map(std::mem::take).unwrap_or_default();
+            steps.push(step("context prefill", context_plan, &lowered.bindings));
             unread.extend(kernels.unread);
         }
-        steps.push(step("later chunk", later_chunk, bindings));
+        steps.push(step("cached prefill", cached_prefill, bindings));
         let parts = weights.iter().filter(|weight| weight.in_plan).map(|weight| weight.bytes()).sum();
         Ok(Listing {
             target: self.target,
@@ -215,52 +216,52 @@ impl Plans<'_> {
             steps,
             traffic,
             unread,
-            extent,
+            detail,
         })
     }
 }
 
-/// The package's first TensorRT plan, of a target if one is named.
+/// The package's first TensorRT plan, for `target` if given.
 fn packaged<'a>(plans: &'a [PlanInfo], target: Option<&str>) -> Option<(&'a PlanInfo, &'a TensorRtInfo)> {
     let fits = |plan: &&PlanInfo| target.is_none_or(|target| plan.target == target);
     plans.iter().filter(fits).find_map(|plan| Some((plan, plan.tensorrt.as_ref()?)))
 }
 
-/// What the flags ask for.
+/// Creates the listings that the flags request.
 pub fn dump(flags: &PlanFlags, subject: &Subject) -> anyhow::Result<(Option<Networks>, Option<Listing>)> {
     if !flags.is_wanted() {
         return Ok((None, None));
     }
     let plans = Plans::of(flags, subject)?;
-    let network = flags.network.map(|extent| plans.networks(extent)).transpose()?;
-    let kernels = flags.kernels.map(|extent| plans.kernels(extent)).transpose()?;
+    let network = flags.network.map(|detail| plans.networks(detail)).transpose()?;
+    let kernels = flags.kernels.map(|detail| plans.kernels(detail)).transpose()?;
     Ok((network, kernels))
 }
 
-/// How often a compilation says that it goes on where there is no terminal.
+/// Interval of progress lines when standard error is not a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Shows on standard error that a compilation goes on: how far it is, TensorRT does not say.
-struct Follower {
+/// Shows on standard error that a compilation is running. TensorRT does not report how far along it is.
+struct CompileSpinner {
     name: String,
     started: Instant,
     bar: ProgressBar,
     last_line: Mutex<Instant>,
 }
 
-impl Follower {
-    fn new(name: String) -> Follower {
+impl CompileSpinner {
+    fn new(name: String) -> CompileSpinner {
         let bar = ProgressBar::new_spinner().with_message(name.clone());
         let bar = match ProgressStyle::with_template("{spinner} {msg}, {elapsed}") {
             Ok(style) => bar.with_style(style),
             Err(_) => bar,
         };
         bar.enable_steady_tick(Duration::from_millis(100));
-        Follower { name, started: Instant::now(), bar, last_line: Mutex::new(Instant::now()) }
+        CompileSpinner { name, started: Instant::now(), bar, last_line: Mutex::new(Instant::now()) }
     }
 }
 
-impl Monitor for Follower {
+impl Monitor for CompileSpinner {
     fn step(&self, _phase: &str, _step: usize) -> ControlFlow<()> {
         if let Ok(mut last) = self.last_line.lock()
             && last.elapsed() >= LINE_INTERVAL
@@ -273,7 +274,7 @@ impl Monitor for Follower {
     }
 }
 
-impl Drop for Follower {
+impl Drop for CompileSpinner {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
-use super::super::scripted::{Answer, Scripted};
+use super::super::scripted::{Scripted, ScriptedRow};
 use super::super::{FinishReason, SamplingParams, Session};
 use super::*;
 use crate::text::fixture::{EOS, tokenizer};
@@ -17,7 +17,7 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
     GenerationRequest { max_tokens, ..GenerationRequest::new(prompt.to_vec()) }
 }
 
-/// What a session of its own gives.
+/// The completion of a dedicated session.
 fn alone(request: &GenerationRequest, tokenizer: Option<Arc<Tokenizer>>) -> Completion {
     let mut session = Session::new(Box::new(Scripted::hashing(&limits(1, 40))), tokenizer);
     session.generate(request, &mut |_| ControlFlow::Continue(())).unwrap()
@@ -112,7 +112,7 @@ fn all_who_decode_have_their_turn_when_a_step_cannot_take_all() {
 #[test]
 fn one_bad_request_fails_alone() {
     let script = |_: usize, sequence: &[u32]| {
-        if sequence[0] == 9 && sequence.len() > 3 { Answer::Spoiled(17, f32::NAN) } else { Answer::Hash }
+        if sequence[0] == 9 && sequence.len() > 3 { ScriptedRow::Spoiled(17, f32::NAN) } else { ScriptedRow::Hash }
     };
     let mut batcher = Batcher::new(Box::new(Scripted::new(&limits(3, 8), script)), None, 4);
     let good = [request(&[1, 2], 6), request(&[4], 6), request(&[8, 9], 2)];
@@ -126,7 +126,7 @@ fn one_bad_request_fails_alone() {
     for (id, request) in [first, second, third].iter().zip(&good) {
         assert_eq!(outcomes.done[id].token_ids, alone(request, None).token_ids);
     }
-    // What led to NaN is not reused.
+    // A cache that led to NaN is not reused.
     let bad = batcher.submit(request(&[9, 2], 6)).unwrap();
     outcomes.run(&mut batcher);
     assert!(outcomes.failed.contains_key(&bad));
@@ -137,7 +137,7 @@ fn one_bad_request_fails_alone() {
 
 #[test]
 fn when_the_executor_fails_the_batcher_stays_usable() {
-    let script = |step: usize, _: &[u32]| if step == 2 { Answer::Fail } else { Answer::Hash };
+    let script = |step: usize, _: &[u32]| if step == 2 { ScriptedRow::Fail } else { ScriptedRow::Hash };
     let mut batcher = Batcher::new(Box::new(Scripted::new(&limits(2, 8), script)), None, 4);
     let ids: Vec<RequestId> = (0..3).map(|n| batcher.submit(request(&[n, 7], 5)).unwrap()).collect();
     let mut outcomes = Outcomes::default();
@@ -149,7 +149,7 @@ fn when_the_executor_fails_the_batcher_stays_usable() {
 
 #[test]
 fn a_row_that_cannot_be_fetched_fails_who_needs_it_and_who_comes_after() {
-    let script = |step: usize, _: &[u32]| if step == 1 { Answer::Lost } else { Answer::Hash };
+    let script = |step: usize, _: &[u32]| if step == 1 { ScriptedRow::Lost } else { ScriptedRow::Hash };
     let executor = Scripted::new(&limits(3, 8), script).deferred(Some(8));
     let mut batcher = Batcher::new(Box::new(executor), None, 4);
     let needs_the_row = SamplingParams::sampled(1.0).seed(1);
@@ -225,7 +225,7 @@ fn sessions_and_batchers_can_move_to_a_thread() {
     is_send::<Event>();
 }
 
-/// A request whose text, stops and settings vary.
+/// A request with arbitrary text, stops and settings.
 fn any_request() -> impl Strategy<Value = GenerationRequest> {
     let sampling = (0u32..4, any::<u64>(), any::<bool>(), 0usize..4).prop_map(|(top_k, seed, penalty, min_tokens)| {
         let repetition_penalty = if penalty { 1.3 } else { 1.0 };

@@ -2,12 +2,12 @@ use std::ops::ControlFlow;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use super::super::scripted::{Answer, Log, Scripted};
+use super::super::scripted::{Log, Scripted, ScriptedRow};
 use super::super::{Completion, FinishReason, SamplingParams, Session};
 use super::*;
 use crate::text::fixture::{EOS, tokenizer};
 
-/// Long enough for a busy machine; a test that waits so long has failed.
+/// Generous for a busy machine; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn limits(slots: usize) -> Limits {
@@ -26,19 +26,19 @@ fn start(executor: Scripted, max_queued: usize) -> Engine {
     Engine::start(Box::new(executor), Some(tokenizer()), options(max_queued)).unwrap()
 }
 
-/// An engine whose every row waits for a word, and the way to give it.
+/// An engine that blocks on every row until it gets a message, and the sender of those messages.
 fn gated(slots: usize, max_queued: usize) -> (Engine, Sender<()>, Log) {
     let (open, gate): (Sender<()>, Receiver<()>) = channel();
     let executor = Scripted::new(&limits(slots), move |_, _| {
-        // Once nobody holds the other end, all steps run.
+        // Once the sender is dropped, all steps run.
         let _ = gate.recv();
-        Answer::Hash
+        ScriptedRow::Hash
     });
     let log = executor.log();
     (start(executor, max_queued), open, log)
 }
 
-/// The answer of a session that serves nothing else.
+/// The completion of a dedicated session.
 fn alone(request: &GenerationRequest) -> Completion {
     let mut session = Session::new(Box::new(Scripted::hashing(&limits(1))), Some(tokenizer()));
     session.generate(request, &mut |_| ControlFlow::Continue(())).unwrap()
@@ -129,7 +129,7 @@ fn a_drain_serves_what_it_says() {
         let (engine, open, log) = gated(1, 8);
         let handle = engine.handle();
         let streams = [handle.submit(request(&[1], 3)).unwrap(), handle.submit(request(&[2], 3)).unwrap()];
-        // The first one is in the executor's hands.
+        // The executor is running the first one.
         wait_for("a step", || !log.lock().unwrap().is_empty());
         handle.close(mode);
         let refused = handle.submit(request(&[3], 1)).unwrap_err();
@@ -154,7 +154,7 @@ fn a_drain_serves_what_it_says() {
 
 #[test]
 fn a_failed_step_fails_those_in_it_and_the_engine_goes_on() {
-    let executor = Scripted::new(&limits(2), |step, _| if step == 1 { Answer::Fail } else { Answer::Hash });
+    let executor = Scripted::new(&limits(2), |step, _| if step == 1 { ScriptedRow::Fail } else { ScriptedRow::Hash });
     let engine = start(executor, 8);
     let handle = engine.handle();
     let error = handle.submit(request(&[1], 9)).unwrap().wait().unwrap_err();
@@ -166,13 +166,13 @@ fn a_failed_step_fails_those_in_it_and_the_engine_goes_on() {
 fn a_panic_is_told_to_all() {
     let executor = Scripted::new(&limits(1), |step, _| {
         assert!(step < 2, "a bug in a kernel");
-        Answer::Hash
+        ScriptedRow::Hash
     });
     let engine = start(executor, 8);
     let handle = engine.handle();
     let streams: Vec<_> = (0..3).map(|n| handle.submit(request(&[n], 9))).collect();
     for stream in streams {
-        // One that comes after the panic is refused with the same words.
+        // A request after the panic is refused with the same reason.
         let error = stream.and_then(ResponseStream::wait).unwrap_err();
         assert!(matches!(error.root(), Error::EngineStopped { .. }), "{error}");
         assert!(error.to_string().ends_with("its thread panicked: a bug in a kernel"), "{error}");
@@ -210,7 +210,7 @@ fn events_can_be_waited_for_or_sent_elsewhere() {
     let Some(Event::Done(completion)) = events.iter().last() else { panic!("no end") };
     same(&completion, &alone(&request(&[2], 3)));
     drop(ticket);
-    // A sink that wants no more ends its request.
+    // A sink that returns false ends its request.
     let _kept = handle.submit_to(request(&[1], 150), |_| false).unwrap();
     wait_for("ended", || handle.status().running == 0);
 }

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Settings that sample from everything.
+/// Settings that sample from the whole distribution.
 fn sampling() -> Settings {
     Settings { top_k: 0, top_p: 1.0, seed: Some(7), ..Settings::default() }
 }
@@ -12,7 +12,7 @@ fn draws(params: &Settings, row: &[f32], count: usize) -> Vec<u32> {
     (0..count).map(|_| sampler.sample(row).unwrap()).collect()
 }
 
-/// How often each id is drawn, against these probabilities: within 5 standard deviations each.
+/// Checks that the frequency of each id is within 5 standard deviations of its expected probability.
 fn check_distribution(params: &Settings, row: &[f32], expected: &[f64]) {
     let count = 20_000;
     let drawn = draws(params, row, count);
@@ -58,7 +58,7 @@ fn the_adjustments_come_in_their_order() {
         ..sampling()
     };
     let row = [1.0, -1.0, 3.0, 1.0, 0.5];
-    // The prompt has 0 and 3; the output is 1, 1.
+    // Prompt: 0 and 3; output: 1, 1.
     let mut sampler = Sampler::with_settings(&params, 5, &[], &[0, 3]).unwrap();
     sampler.seen.insert(1, 2);
     sampler.adjust(&row);
@@ -114,12 +114,12 @@ fn values_out_of_range_are_named() {
     let base = Settings::default();
     assert!(refused(Settings { temperature: f32::NAN, ..base.clone() }).contains("temperature is NaN"));
     assert!(refused(Settings { temperature: -1.0, ..base.clone() }).contains("0 to 100"));
-    assert!(refused(Settings { top_p: 1.5, ..base.clone() }).contains("top_p is 1.5; accepted are 0 to 1"));
+    assert!(refused(Settings { top_p: 1.5, ..base.clone() }).contains("top_p is 1.5; expected 0 to 1"));
     assert!(refused(Settings { min_p: -0.1, ..base.clone() }).contains("min_p"));
     assert!(refused(Settings { repetition_penalty: 0.0, ..base.clone() }).contains("0.01 to 100"));
     assert!(refused(Settings { presence_penalty: f32::INFINITY, ..base.clone() }).contains("presence"));
     assert!(refused(Settings { frequency_penalty: 101.0, ..base.clone() }).contains("frequency"));
-    assert!(refused(Settings { logit_bias: vec![(10, 1.0)], ..base.clone() }).contains("id 10; accepted are 0 to 9"));
+    assert!(refused(Settings { logit_bias: vec![(10, 1.0)], ..base.clone() }).contains("id 10; expected 0 to 9"));
     assert!(refused(Settings { logit_bias: vec![(1, f32::NAN)], ..base }).contains("id 1 is NaN"));
 }
 
@@ -179,7 +179,7 @@ proptest! {
         top_k in 0u32..1500,
         top_p in 0.0f32..=1.0,
     ) {
-        // Quarters have many ties.
+        // Multiples of a quarter give many ties.
         let row: Vec<f32> = quarters.iter().map(|q| *q as f32 / 4.0).collect();
         let params = Settings { top_k, top_p, ..sampling() };
         prop_assume!(!params.is_greedy());
@@ -197,7 +197,7 @@ proptest! {
             let mass = f64::from(top_p) * weights.iter().sum::<f64>();
             let mut reached = 0.0;
             let kept = weights.iter().position(|w| { reached += w; reached >= mass }).map_or(all.len(), |i| i + 1);
-            // Summing in another order may decide an exact boundary differently.
+            // A different summation order may decide an exact boundary differently.
             prop_assert!(sampler.candidates.len().abs_diff(kept) <= 1);
             all.truncate(sampler.candidates.len().min(kept));
             sampler.candidates.truncate(all.len());

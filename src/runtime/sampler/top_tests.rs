@@ -1,17 +1,17 @@
-//! Sampling from a row's largest logits gives what the whole row would give.
+//! Sampling from a row's largest logits gives the same result as sampling from the whole row.
 
 use proptest::prelude::*;
 
 use super::super::scripted::largest;
 use super::*;
 
-/// Settings that sample from everything.
+/// Settings that sample from the whole distribution.
 fn sampling() -> Settings {
     Settings { top_k: 0, top_p: 1.0, seed: Some(7), ..Settings::default() }
 }
 
-/// Draws several times over `rows` in turn, first from the `k` largest; `stop_ids` are `[1, 3]`. Returns how often
-/// these decided.
+/// Draws several times over `rows` in turn, from the `k` largest logits first; `stop_ids` are `[1, 3]`. Returns how
+/// often those were enough.
 fn decided(params: &Settings, vocab_size: usize, prompt: &[u32], rows: &[Vec<f32>], k: usize) -> usize {
     let mut of_top = Sampler::with_settings(params, vocab_size, &[1, 3], prompt).unwrap();
     let mut of_row = Sampler::with_settings(params, vocab_size, &[1, 3], prompt).unwrap();
@@ -42,12 +42,12 @@ fn decided(params: &Settings, vocab_size: usize, prompt: &[u32], rows: &[Vec<f32
     decided
 }
 
-/// Whether the `k` largest decide one row.
+/// Returns true if the `k` largest logits decide one row.
 fn decides(params: &Settings, row: &[f32], k: usize) -> bool {
     decided(params, row.len(), &[], &[row.to_vec()], k) == 1
 }
 
-/// Rows of a vocabulary whose logits fall off as a model's do, all different.
+/// Rows whose logits decay like a model's, all different.
 fn sloping(vocab_size: usize, rows: usize) -> Vec<Vec<f32>> {
     let logit = |id: usize, row: usize| {
         let place = (id * 7919 + row * 104_729) % vocab_size;
@@ -77,7 +77,7 @@ fn the_common_settings_are_decided_by_64() {
     ] {
         assert_eq!(decided(&params, 4900, &[1, 2, 3, 4, 5], &rows, 64), 40, "{params:?}");
     }
-    // The total needs all of the row.
+    // The normalizing sum needs the whole row.
     for params in [
         sampling(),
         Settings { top_p: 0.5, ..sampling() },
@@ -95,7 +95,7 @@ fn the_common_settings_are_decided_by_64() {
 fn ties_at_the_edge_are_not_decided() {
     let greedy = Settings::default();
     let row = [1.0, 5.0, 5.0, 5.0, 0.0];
-    // `largest` gives the highest of equal ids first.
+    // `largest` lists the highest of equal ids first.
     assert!(!decides(&greedy, &row, 1) && !decides(&greedy, &row, 3), "an equal one may be missing");
     assert!(decides(&greedy, &row, 4));
     let two = Settings { top_k: 2, ..sampling() };
@@ -103,7 +103,7 @@ fn ties_at_the_edge_are_not_decided() {
     assert!(!decides(&two, &row, 2) && !decides(&two, &row, 3));
     assert!(decides(&two, &row, 4), "the lower of the equal ids is chosen from");
     assert!(decides(&Settings { top_k: 1, ..two.clone() }, &row, 2));
-    // The division can make equal what was not.
+    // Division can make unequal logits equal.
     let near: Vec<f32> = (0..9).map(|step| f32::from_bits(1.9f32.to_bits() + step)).collect();
     let low = near.into_iter().find(|logit| logit / 1.8 == logit.next_up() / 1.8).unwrap();
     let row = [low, 3.0, low.next_up(), -1.0];
@@ -172,7 +172,9 @@ fn what_is_wrong_with_the_largest_logits_is_named() {
     let wrong = error(&[f32::INFINITY, 1.0], &[12, 2]);
     assert!(matches!(&wrong, Error::Numerics(detail) if detail.contains("index 12 is inf")), "padding too: {wrong}");
     assert!(matches!(error(&[2.0, 1.0], &[3]), Error::Step(_)));
-    assert!(matches!(error(&[2.0, 1.0, 0.0], &[3, 5, 3]), Error::Step(detail) if detail.contains("id 3 is twice")));
+    assert!(
+        matches!(error(&[2.0, 1.0, 0.0], &[3, 5, 3]), Error::Step(detail) if detail.contains("id 3 is listed twice"))
+    );
     assert_eq!(sampler.sample_top(Top { values: &[], ids: &[] }).unwrap(), None);
     assert_eq!(sampler.generated, 0);
     let hot = Settings { temperature: 0.001, ..sampling() };
@@ -194,7 +196,7 @@ fn the_order_of_the_largest_plays_no_part() {
     assert_eq!(first, draws(&[1.0, 3.0, 4.0, 3.0, 4.0], &[1, 8, 2, 0, 5]));
 }
 
-/// Logits with many ties, steep ones, and now and then one that is no number.
+/// Logits with many ties, with steep rows, and occasionally with NaN or infinity.
 fn any_logit() -> impl Strategy<Value = f32> {
     prop_oneof![
         60 => (-20i32..20).prop_map(|quarters| quarters as f32 / 4.0),
@@ -236,7 +238,7 @@ fn any_params() -> impl Strategy<Value = Settings> {
                 repetition_penalty,
                 presence_penalty,
                 frequency_penalty,
-                // The test takes the ids modulo its vocabulary.
+                // The test reduces the ids modulo its vocabulary.
                 logit_bias: biases.into_iter().map(|(at, bias)| (at.index(1 << 20) as u32, bias)).collect(),
                 min_tokens,
                 seed: Some(seed),

@@ -3,7 +3,7 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
-use super::super::scripted::{Answer, Scripted, hashed};
+use super::super::scripted::{Scripted, ScriptedRow, hashed};
 use super::super::{Chat, FinishReason, SamplingParams, Turn};
 use super::*;
 use crate::text::fixture::{EOS, byte_id, tokenizer};
@@ -23,13 +23,13 @@ fn request(prompt: &[u32], max_tokens: usize) -> GenerationRequest {
 /// A session that answers any prompt of this length with these ids.
 fn saying(prompt_tokens: usize, ids: Vec<u32>) -> Session {
     let script = move |_: usize, sequence: &[u32]| match ids.get(sequence.len() - prompt_tokens) {
-        Some(id) => Answer::Id(*id),
-        None => Answer::Hash,
+        Some(id) => ScriptedRow::Id(*id),
+        None => ScriptedRow::Hash,
     };
     Session::new(Box::new(Scripted::new(&limits(200, 64), script)), Some(tokenizer()))
 }
 
-/// Runs and checks that the streamed pieces are the text.
+/// Runs a request and checks that the streamed pieces add up to the text.
 fn streamed(session: &mut Session, request: &GenerationRequest) -> (Completion, Vec<String>) {
     let mut pieces = Vec::new();
     let mut take = |text: &str| {
@@ -69,7 +69,7 @@ fn only_what_is_new_is_computed() {
     prompt.extend([11, 12, 13, 14, 15]);
     log.lock().unwrap().clear();
     let second = session.generate(&request(&prompt, 1), &mut quiet).unwrap();
-    // The last sampled id was never fed, so 5 of 11 are there; 6 go in chunks of 4.
+    // The last sampled id was never computed, so 5 of 11 are cached; 6 go in chunks of 4.
     assert_eq!((second.reused_tokens, second.timings.prefill_tokens), (5, 6));
     let spans: Vec<(usize, usize)> =
         log.lock().unwrap().iter().map(|step| (step[0].past_tokens, step[0].len)).collect();
@@ -88,7 +88,7 @@ fn what_does_not_fit_is_refused_in_tokens() {
     let mut refused = |request: &GenerationRequest| session.generate(request, &mut quiet).unwrap_err().to_string();
     assert!(refused(&request(&[], 1)).contains("the prompt is empty"));
     assert!(refused(&request(&[1; 8], 1)).contains("the prompt has 8 tokens, but this engine holds 8"));
-    assert!(refused(&request(&[1, 420], 1)).contains("token 1 of the prompt has id 420; accepted are 0 to 419"));
+    assert!(refused(&request(&[1, 420], 1)).contains("token 1 of the prompt has id 420; expected 0 to 419"));
     assert!(refused(&GenerationRequest { stop_ids: vec![420], ..request(&[1], 1) }).contains("stop id 420"));
     assert!(refused(&GenerationRequest { stop_strings: vec!["a".into()], ..request(&[1], 1) }).contains("tokenizer"));
     let completion = session.generate(&request(&[1; 7], usize::MAX), &mut quiet).unwrap();
@@ -99,7 +99,7 @@ fn what_does_not_fit_is_refused_in_tokens() {
     assert_eq!((nothing.completion_tokens, nothing.finish_reason), (0, FinishReason::Length));
     let none = Limits { max_step_tokens: 0, ..limits(8, 1) };
     let mut session = Session::new(Box::new(Scripted::hashing(&none)), None);
-    assert!(session.generate(&request(&[1], 1), &mut quiet).unwrap_err().to_string().contains("can run nothing"));
+    assert!(session.generate(&request(&[1], 1), &mut quiet).unwrap_err().to_string().contains("cannot run anything"));
 }
 
 #[test]
@@ -117,11 +117,11 @@ fn stop_ids_and_strings_end_the_text_unseen() {
     let (completion, pieces) = streamed(&mut saying(2, vec![hello, newline, marker]), &chat);
     assert_eq!((completion.text.as_str(), completion.finish_reason), ("Hello", FinishReason::Stop));
     assert_eq!(pieces, ["Hello", "", ""]);
-    // The marker spelled out in other pieces stops just as well.
+    // The marker spelled in other pieces stops as well.
     let spelled = t.encode("<extra").unwrap().into_iter().chain(bytes("_id_1> more")).collect::<Vec<_>>();
     let (completion, _) = streamed(&mut saying(2, [vec![hello], spelled].concat()), &chat);
     assert_eq!((completion.text.as_str(), completion.finish_reason), ("Hello", FinishReason::Stop));
-    // What only looks like one is shown when the text ends, by length or by id.
+    // A partial match is shown when the text ends, by length or by id.
     let (completion, pieces) =
         streamed(&mut saying(2, vec![hello, newline, angle]), &GenerationRequest { max_tokens: 3, ..chat.clone() });
     assert_eq!((completion.text.as_str(), completion.finish_reason), ("Hello\n<", FinishReason::Length));
@@ -162,7 +162,7 @@ fn a_cancelled_generation_returns_what_it_has_and_the_session_goes_on() {
             .unwrap();
         assert_eq!(cancelled.finish_reason, FinishReason::Cancelled);
         assert_eq!(cancelled.text, shown);
-        // Two of the three prefill steps give no id.
+        // The first two of three prefill steps give no id.
         assert_eq!(cancelled.completion_tokens, stop_after.saturating_sub(2));
         let after = session.generate(&request(&prompt, 30), &mut quiet).unwrap();
         assert_eq!(after.token_ids, fresh(&request(&prompt, 30)).token_ids);
@@ -172,9 +172,9 @@ fn a_cancelled_generation_returns_what_it_has_and_the_session_goes_on() {
 #[test]
 fn after_an_error_the_session_starts_from_nothing() {
     let script = |step: usize, _: &[u32]| match step {
-        1 => Answer::Spoiled(42, f32::NAN),
-        4 => Answer::Fail,
-        _ => Answer::Hash,
+        1 => ScriptedRow::Spoiled(42, f32::NAN),
+        4 => ScriptedRow::Fail,
+        _ => ScriptedRow::Hash,
     };
     let mut session = Session::new(Box::new(Scripted::new(&limits(60, 8), script)), None);
     let error = session.generate(&request(&[1, 2], 9), &mut quiet).unwrap_err();
@@ -214,9 +214,9 @@ fn rows_are_fetched_only_where_their_largest_logits_do_not_decide() {
 #[test]
 fn an_error_of_deferred_logits_empties_the_slot() {
     let script = |step: usize, _: &[u32]| match step {
-        1 => Answer::Spoiled(42, f32::NAN),
-        3 => Answer::Lost,
-        _ => Answer::Hash,
+        1 => ScriptedRow::Spoiled(42, f32::NAN),
+        3 => ScriptedRow::Lost,
+        _ => ScriptedRow::Hash,
     };
     let executor = Scripted::new(&limits(60, 8), script).deferred(Some(8));
     let mut session = Session::new(Box::new(executor), None);
@@ -247,7 +247,7 @@ fn scores_are_log_probabilities_of_the_next_ids() {
     }
     assert_eq!(session.generate(&request(&ids[..6], 1), &mut quiet).unwrap().reused_tokens, 5);
     assert!(session.score(&[], &mut |_, _| {}).is_err());
-    assert!(session.score(&[1; 9], &mut |_, _| {}).unwrap_err().to_string().contains("accepted are 1 to 8"));
+    assert!(session.score(&[1; 9], &mut |_, _| {}).unwrap_err().to_string().contains("expected 1 to 8"));
     assert!(session.score(&[420], &mut |_, _| {}).is_err());
 }
 
@@ -256,11 +256,11 @@ fn a_chat_keeps_its_messages_and_reuses_the_cache() {
     let t = tokenizer();
     let marker = t.id("<extra_id_1>").unwrap();
     let (hello, newline) = (t.id("Hello").unwrap(), t.id("\n").unwrap());
-    // Answers "Hello\n" and the marker after each "Assistant\n", as the model does.
+    // Answers "Hello\n" and the marker after each "Assistant\n", like the model.
     let assistant = t.encode("<extra_id_1>Assistant\n").unwrap();
     let script = move |_: usize, sequence: &[u32]| {
         let said = sequence.len() - sequence.windows(assistant.len()).rposition(|w| w == assistant).unwrap();
-        Answer::Id([hello, newline, marker][said - assistant.len()])
+        ScriptedRow::Id([hello, newline, marker][said - assistant.len()])
     };
     let executor = Scripted::new(&limits(120, 64), script);
     let format = Arc::new(ChatFormat::nemotron(NemotronMarkers::default(), &[EOS], &t));
@@ -307,13 +307,13 @@ proptest! {
     }
 }
 
-/// A conversation whose answers are "Hello, Hello" and so on until they are cut.
+/// A conversation whose answers are "Hello, Hello" and so on until they are cut off.
 fn endless_chat() -> Chat {
     let t = tokenizer();
     let (hello, comma) = (t.id("Hello").unwrap(), byte_id(b','));
     let script = move |_: usize, sequence: &[u32]| match sequence.last() == Some(&hello) {
-        true => Answer::Id(comma),
-        false => Answer::Id(hello),
+        true => ScriptedRow::Id(comma),
+        false => ScriptedRow::Id(hello),
     };
     let format = Arc::new(ChatFormat::nemotron(NemotronMarkers::default(), &[EOS], &t));
     let executor = Scripted::new(&limits(200, 64), script);
@@ -358,7 +358,7 @@ fn a_turn_has_settings_of_its_own() {
 
 #[test]
 fn an_answer_that_fails_leaves_the_conversation_as_it_was() {
-    let script = |step: usize, _: &[u32]| if step == 2 { Answer::Fail } else { Answer::Hash };
+    let script = |step: usize, _: &[u32]| if step == 2 { ScriptedRow::Fail } else { ScriptedRow::Hash };
     let t = tokenizer();
     let format = Arc::new(ChatFormat::nemotron(NemotronMarkers::default(), &[EOS], &t));
     let executor = Scripted::new(&limits(200, 64), script);
@@ -393,5 +393,5 @@ fn the_caller_can_choose_the_tokens() {
     assert_eq!(chosen.len(), 6);
     let mut stream = session.stream(request(&[1], 6)).unwrap().choosing(|_, _| Ok(420));
     let error = stream.next().unwrap().unwrap_err().to_string();
-    assert!(error.contains("id 420 was chosen as the next token; accepted are 0 to 419"), "{error}");
+    assert!(error.contains("id 420 was chosen as the next token; expected 0 to 419"), "{error}");
 }

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::StopFilter;
 
-/// What is shown of `pieces`, whether it stopped, and what every push showed.
+/// The text shown for `pieces`, whether it stopped, and the text that every push showed.
 fn run(stops: &[&str], trim: bool, pieces: &[&str]) -> (String, bool, Vec<String>) {
     let stops: Vec<String> = stops.iter().map(|s| s.to_string()).collect();
     let mut filter = StopFilter::new(&stops, trim).unwrap();
@@ -19,7 +19,7 @@ fn run(stops: &[&str], trim: bool, pieces: &[&str]) -> (String, bool, Vec<String
     (deltas.concat(), stopped, deltas)
 }
 
-/// The definition, on the whole text: the first end of a stop string, and the longest that ends there.
+/// The definition, applied to the whole text: the first end of a stop string, and the longest one that ends there.
 fn by_definition(stops: &[&str], trim: bool, text: &str) -> (String, bool) {
     let ends = (1..=text.len()).filter(|end| text.is_char_boundary(*end));
     let cut = ends.into_iter().find_map(|end| {

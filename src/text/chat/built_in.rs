@@ -1,14 +1,14 @@
-//! The chat formats that `--chat-format` knows by name.
+//! The built-in chat formats of `--chat-format`.
 //!
-//! Another one is a Jinja template in the folder `built_in` and a line here: what ends an answer is found from the
+//! To add one, put a Jinja template in the folder `built_in` and a line here: the end of an answer is derived from the
 //! template itself.
 
 use super::{ChatTemplate, JinjaTemplate, NemotronMarkers};
 
-/// Formats made of a template alone.
+/// Formats that consist of a template only.
 const TEMPLATES: &[(&str, &str)] = &[("chatml", include_str!("built_in/chatml.jinja"))];
 
-/// The format of this name.
+/// Finds a built-in format by name.
 pub(super) fn find(name: &str) -> Option<ChatTemplate> {
     match name {
         "nemotron" => Some(ChatTemplate::Nemotron(NemotronMarkers::default())),
@@ -19,7 +19,7 @@ pub(super) fn find(name: &str) -> Option<ChatTemplate> {
     }
 }
 
-/// All names, as a user is told them.
+/// All names, for messages and `--help`.
 pub(super) fn names() -> Vec<&'static str> {
     ["nemotron", "raw"].into_iter().chain(TEMPLATES.iter().map(|(name, _)| *name)).collect()
 }

@@ -1,12 +1,12 @@
-//! A checkpoint's own chat template: Jinja, in the environment that transformers gives it.
+//! A checkpoint's own chat template: Jinja, in the environment that transformers provides.
 //!
 //! That is Jinja2 with `trim_blocks` and `lstrip_blocks`, loop controls, the functions `raise_exception` and
-//! `strftime_now`, a `tojson` that is Python's `json.dumps`, and Python's methods of strings and dictionaries; templates
-//! get `messages`, `tools`, `documents`, `add_generation_prompt` and the tokenizer's special tokens by their names. The
-//! tags of `{% generation %}`, which mark what the model wrote for training, are read and change nothing.
+//! `strftime_now`, a `tojson` equivalent to Python's `json.dumps`, and Python's string and dictionary methods.
+//! Templates receive `messages`, `tools`, `documents`, `add_generation_prompt` and the tokenizer's special tokens by
+//! name. The tags of `{% generation %}`, which mark assistant text for training, are accepted and have no effect.
 //!
-//! A template is a program from a file that is not trusted. It reaches nothing but its input, and a budget of fuel
-//! bounds its time and memory.
+//! A template is an untrusted program. It can access nothing but its input, and a fuel budget bounds its time and
+//! memory.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,29 +21,29 @@ use super::tojson::dumps;
 use crate::checkpoint::MAX_TEMPLATE_BYTES;
 use crate::error::{Error, Result, clip};
 
-/// One unit is about an instruction, or 64 bytes of text made.
+/// One unit is roughly one instruction, or 64 bytes of output.
 const FUEL: u64 = 256 << 10;
-/// A unit more for so many bytes of messages: room for eight copies of them.
+/// One extra unit for this many bytes of messages, enough to output them eight times.
 const BYTES_PER_FUEL: usize = 8;
-/// More is refused: a million tokens have about so many bytes.
+/// Longer conversations are refused; this is about a million tokens.
 const MAX_MESSAGE_BYTES: usize = 4 << 20;
-/// Values within values are dropped one within the other, which takes stack, and each level costs a template a unit at
-/// least. The stack is reserved, and is memory only as far as it is used.
+/// Nested values are dropped recursively, which takes stack, and each level costs a template at least one unit of fuel.
+/// The stack is only reserved: untouched pages take no memory.
 const STACK_BYTES_PER_FUEL: usize = 640;
-/// A template within templates, a macro that calls itself: each takes a few of these.
+/// Limit on nested templates and recursive macros; each level takes a few of these.
 const RECURSION: usize = 200;
 
-/// A template's name and text.
+/// A Jinja template and its name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JinjaTemplate {
-    /// A checkpoint's name for it, `default` if it has one alone; or the file it was read from.
+    /// The checkpoint's name for it (`default` if there is only one), or the file it was read from.
     pub name: String,
-    /// The template.
+    /// The template text.
     pub source: String,
 }
 
-/// Carries the words of `raise_exception` through the engine's error.
+/// Carries the message of `raise_exception` through minijinja's error.
 #[derive(Debug)]
 struct Raised(String);
 
@@ -56,10 +56,10 @@ impl fmt::Display for Raised {
 impl std::error::Error for Raised {}
 
 impl JinjaTemplate {
-    /// Checks that the template can be read.
+    /// Checks that the template parses.
     ///
     /// # Errors
-    /// The line and the reason where it cannot.
+    /// The line and the reason.
     pub fn check(&self) -> Result<(), String> {
         if self.source.len() > MAX_TEMPLATE_BYTES {
             return Err(format!("{} bytes; a chat template has at most {MAX_TEMPLATE_BYTES}", self.source.len()));
@@ -69,10 +69,10 @@ impl JinjaTemplate {
         environment.template_from_named_str("chat_template", &source).map(|_| ()).map_err(|error| reason(&error))
     }
 
-    /// The prompt of `messages`, a list of objects; `special_tokens` become variables, and `now` is the time.
+    /// Renders `messages`, a list of objects. `special_tokens` become variables, and `now` is the current time.
     ///
     /// # Errors
-    /// [`Error::Request`] with the words of `raise_exception`, or with the line where the template fails.
+    /// [`Error::Request`] with the message of `raise_exception`, or with the line where the template fails.
     pub(super) fn render(
         &self,
         messages: &[serde_json::Value],
@@ -81,7 +81,8 @@ impl JinjaTemplate {
     ) -> Result<String> {
         let message_bytes: usize = messages.iter().map(text_bytes).sum();
         if message_bytes > MAX_MESSAGE_BYTES {
-            let detail = format!("the messages have {message_bytes} bytes; a chat template takes {MAX_MESSAGE_BYTES}");
+            let detail =
+                format!("the messages have {message_bytes} bytes; a chat template accepts at most {MAX_MESSAGE_BYTES}");
             return Err(Error::Request(detail));
         }
         let fuel = FUEL + (message_bytes / BYTES_PER_FUEL) as u64;
@@ -90,8 +91,8 @@ impl JinjaTemplate {
             let thread = std::thread::Builder::new().name("chat template".into()).stack_size(stack_bytes);
             let thread = thread
                 .spawn_scoped(scope, || self.render_here(messages, special_tokens, now, fuel))
-                .map_err(|error| format!("there is no thread to run it on: {error}"))?;
-            thread.join().unwrap_or_else(|_| Err("its engine gave up on it".to_owned()))
+                .map_err(|error| format!("cannot run, because a thread could not be started: {error}"))?;
+            thread.join().unwrap_or_else(|_| Err("crashed the template engine".to_owned()))
         });
         outcome.map_err(|detail| Error::Request(format!("the chat template `{}` {detail}", clip(&self.name))))
     }
@@ -145,7 +146,7 @@ fn environment(now: NaiveDateTime) -> Environment<'static> {
     environment
 }
 
-/// Python's methods: those of `minijinja-contrib`, and a few that templates use beside them.
+/// Python's methods: those of `minijinja-contrib` and a few more that templates use.
 fn methods(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
     if let (Some(text), [arg]) = (value.as_str(), args)
         && let Some(arg) = arg.as_str()
@@ -165,7 +166,7 @@ fn methods(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Re
     minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
 }
 
-/// A value of JSON, as a template sees it; the order of keys stays.
+/// Converts a JSON value, keeping the order of keys.
 fn value_of(json: &serde_json::Value) -> Value {
     use serde_json::Value as Json;
     match json {
@@ -182,7 +183,7 @@ fn value_of(json: &serde_json::Value) -> Value {
     }
 }
 
-/// Bytes of all texts in a value.
+/// Total bytes of all strings in a value.
 fn text_bytes(json: &serde_json::Value) -> usize {
     use serde_json::Value as Json;
     match json {
@@ -193,7 +194,7 @@ fn text_bytes(json: &serde_json::Value) -> usize {
     }
 }
 
-/// Reads `{% generation %}` and `{% endgeneration %}` as a block that is always taken.
+/// Replaces `{% generation %}` and `{% endgeneration %}` by a block that is always taken.
 fn without_generation_tags(source: &str) -> String {
     let mut text = String::with_capacity(source.len());
     let mut rest = source;
@@ -206,7 +207,7 @@ fn without_generation_tags(source: &str) -> String {
         match name {
             "generation" => text.push_str(&format!("{{%{}", inside.replacen("generation", "if true", 1))),
             "endgeneration" => text.push_str(&format!("{{%{}", inside.replacen("endgeneration", "endif", 1))),
-            // The next tag may open inside of this one, if it is a text in quotes.
+            // The next tag may start inside this one, within a quoted string.
             _ => {
                 text.push_str("{%");
                 rest = tag.get(2..).unwrap_or_default();
@@ -219,7 +220,7 @@ fn without_generation_tags(source: &str) -> String {
     text
 }
 
-/// The words of `raise_exception`, if it was that.
+/// The message of `raise_exception`, if that was the error.
 fn raised(error: &minijinja::Error) -> Option<&str> {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(one) = cause {
@@ -231,16 +232,16 @@ fn raised(error: &minijinja::Error) -> Option<&str> {
     None
 }
 
-/// One line about an error of the engine.
+/// One line about an error from minijinja.
 fn reason(error: &minijinja::Error) -> String {
     let line = error.line().map_or(String::new(), |line| format!("line {line}: "));
     match error.kind() {
-        ErrorKind::OutOfFuel => format!("{line}it runs longer, or makes more text, than a chat template may"),
+        ErrorKind::OutOfFuel => format!("{line}it exceeds the time and output limits of a chat template"),
         kind => format!("{line}{}", error.detail().map_or_else(|| kind.to_string(), clip)),
     }
 }
 
-/// The kinds of value that JSON has no word for.
+/// Returns true for the kinds of value that JSON cannot represent.
 pub(super) fn is_missing(value: &Value) -> bool {
     matches!(value.kind(), ValueKind::Undefined | ValueKind::Invalid | ValueKind::Plain)
 }

@@ -1,8 +1,9 @@
-//! Content that spells a marker: told apart from the template's own markers, so that it can be encoded as plain text.
+//! Escapes message contents that spell a marker, so that they are encoded as plain text and not mistaken for the
+//! template's own markers.
 //!
-//! A template is a program, so where a content goes in its output is not known. But marks that are put around a
-//! marker within a content go through the template with it, and are found again in the output. They are characters for
-//! private use, taken out of contents first so that nobody can forge them; transformers uses the same ones.
+//! A template is a program, so there is no telling where a content ends up in its output. Marks placed around a marker
+//! inside a content, however, pass through the template with it and can be found again in the output. They are
+//! private-use characters, removed from contents first so that nobody can forge them; transformers uses the same ones.
 
 use serde_json::Value;
 
@@ -12,14 +13,14 @@ const END: char = '\u{f0001}';
 /// A part of a rendered prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum PromptPart<'a> {
-    /// As the template wrote it: markers are tokens.
+    /// Written by the template: markers are tokens.
     Text(&'a str),
-    /// A marker that a content spells: plain text.
+    /// A marker spelled in a message content: plain text.
     Spelled(&'a str),
 }
 
-/// Marks every one of `markers` in the texts of `value`, whatever keys they are under. Of two that start at the same place
-/// the longer one counts.
+/// Marks every occurrence of `markers` in the strings of `value`, under any key. Of two that start at the same
+/// character the longer one wins.
 pub(super) fn mark(value: &mut Value, markers: &[String]) {
     match value {
         Value::String(text) => *text = mark_text(text, markers),
@@ -52,8 +53,8 @@ fn mark_text(text: &str, markers: &[String]) -> String {
     marked
 }
 
-/// The parts of a prompt rendered from marked messages. A mark that the template tore from its marker still parts the
-/// text on its sides, so that they make no marker together.
+/// Splits a prompt rendered from marked messages into parts. A mark that the template separated from its marker still
+/// splits the text there, so that the text on its two sides cannot form a marker.
 pub(super) fn parts<'a>(text: &'a str, markers: &[String]) -> Vec<PromptPart<'a>> {
     let mut parts = Vec::new();
     let mut pieces = text.split_inclusive([START, END]).peekable();
@@ -75,7 +76,7 @@ pub(super) fn parts<'a>(text: &'a str, markers: &[String]) -> Vec<PromptPart<'a>
     parts
 }
 
-/// A text without marks, for people.
+/// A text without marks, for messages.
 pub(super) fn unmarked(text: &str) -> String {
     text.replace([START, END], "")
 }

@@ -4,13 +4,13 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Who speaks.
+/// The speaker of a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// Instructions that hold for the conversation; the model card recommends none.
+    /// Instructions for the whole conversation; the model card recommends none.
     System,
-    /// The person.
+    /// The human.
     User,
     /// The model.
     Assistant,
@@ -30,9 +30,9 @@ impl fmt::Display for Role {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Message {
-    /// Who speaks.
+    /// The speaker.
     pub role: Role,
-    /// Their words, verbatim.
+    /// The text, verbatim.
     pub content: String,
 }
 

@@ -1,5 +1,5 @@
-//! The chat format of a package: the one source of its template, of the ids and texts that end an answer, and of
-//! whether whitespace around an answer is removed.
+//! The chat format of a package: the single source of its template, of the ids and strings that end an answer, and of
+//! whether whitespace around an answer is trimmed.
 
 mod built_in;
 mod jinja;
@@ -27,28 +27,29 @@ use super::Tokenizer;
 use crate::checkpoint::read_template;
 use crate::error::{Error, Result, clip};
 
-/// How a conversation becomes a prompt.
+/// The template that turns a conversation into a prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum ChatTemplate {
-    /// The model card's, with these markers.
+    /// The model card's template, with these markers.
     Nemotron(NemotronMarkers),
-    /// The checkpoint's own, or the user's.
+    /// A Jinja template, the checkpoint's or the user's.
     Jinja(JinjaTemplate),
-    /// None: the contents one after the other, with nothing added.
+    /// No template: the message contents concatenated, with nothing added.
     Raw,
 }
 
 impl ChatTemplate {
-    /// The format of this name, or in this file: `nemotron`, `raw`, another built-in one, one of the checkpoint's
-    /// templates, `named`; or a file with a Jinja template, whose name ends in `.jinja` or `.jinja2`.
+    /// Resolves a chat format by name or file: `nemotron`, `raw`, another built-in format, one of the checkpoint's
+    /// `named` templates, or a Jinja template file whose name ends in `.jinja` or `.jinja2`.
     ///
     /// # Errors
-    /// [`Error::Request`] with the names there are; [`Error::Io`] and [`Error::Format`] for a file that cannot be read.
+    /// [`Error::Request`] with the known names; [`Error::Io`] and [`Error::Format`] for a file that cannot be read.
     pub fn choose(choice: &str, named: &BTreeMap<String, String>) -> Result<ChatTemplate> {
         let path = Path::new(choice);
         let template = match (built_in::find(choice), named.get(choice)) {
-            // A checkpoint's own template of that name is meant before a built-in one, but these two always mean the same.
+            // A checkpoint's template takes precedence over a built-in one of the same name, except that `nemotron` and
+            // `raw` always mean the built-in formats.
             (Some(template), Some(_)) if !matches!(template, ChatTemplate::Jinja(_)) => template,
             (_, Some(source)) => ChatTemplate::Jinja(JinjaTemplate { name: choice.to_owned(), source: source.clone() }),
             (Some(template), None) => template,
@@ -60,7 +61,7 @@ impl ChatTemplate {
             (None, None) => {
                 let known: Vec<&str> = built_in::names().into_iter().chain(named.keys().map(String::as_str)).collect();
                 return Err(Error::Request(format!(
-                    "there is no chat format `{}`: name one of {}, or a file that ends in .jinja",
+                    "unknown chat format `{}`: name one of {}, or a file that ends in .jinja",
                     clip(choice),
                     known.join(", ")
                 )));
@@ -72,7 +73,7 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// A few words for people.
+    /// A short description for people.
     pub fn describe(&self) -> String {
         match self {
             ChatTemplate::Nemotron(markers) if *markers == NemotronMarkers::default() => "nemotron".to_owned(),
@@ -85,7 +86,7 @@ impl ChatTemplate {
     }
 }
 
-/// A text that ends an answer because the template writes it after one.
+/// A string that ends an answer because the template writes it after one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EndOfTurn {
@@ -95,30 +96,31 @@ pub struct EndOfTurn {
     pub id: Option<u32>,
 }
 
-/// A chat format, as a package keeps it.
+/// A chat format as stored in a package.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChatFormat {
-    /// How a conversation becomes a prompt.
+    /// The template that turns a conversation into a prompt.
     pub template: ChatTemplate,
     /// Ids that end every generation, with or without the template.
     pub eos_token_ids: Vec<u32>,
-    /// Texts that end every generation: the checkpoint's own.
+    /// Strings that end every generation, as set by the checkpoint.
     pub stop_strings: Vec<String>,
-    /// The template's own end of an answer.
+    /// The end-of-answer marker of the template itself.
     pub end_of_turn: Option<EndOfTurn>,
-    /// The tokenizer's special tokens by their names in a template: `bos_token`, `eos_token`.
+    /// The tokenizer's special tokens, under their template names: `bos_token`, `eos_token`.
     pub special_tokens: BTreeMap<String, String>,
-    /// The checkpoint's templates by name, for whoever wants another one than [`ChatFormat::template`].
+    /// The checkpoint's templates by name, the alternatives to [`ChatFormat::template`].
     pub named_templates: BTreeMap<String, String>,
-    /// Markers and special tokens that a content spells are encoded as plain text. By default they count as what they
-    /// spell, as in the model card's code.
+    /// Encodes markers and special tokens that occur in message contents as plain text. Off by default: then they act
+    /// as markers, as in the model card's code.
     #[serde(skip)]
     pub escape_markers: bool,
 }
 
 impl ChatFormat {
-    /// This template, ended by `eos_token_ids` or by what the template itself writes after an answer.
+    /// A format with this template; answers end at `eos_token_ids` or at the marker that the template writes after an
+    /// answer.
     pub fn new(template: ChatTemplate, eos_token_ids: &[u32], tokenizer: &Tokenizer) -> ChatFormat {
         ChatFormat::raw(eos_token_ids).with_template(template, tokenizer)
     }
@@ -128,7 +130,7 @@ impl ChatFormat {
         ChatFormat::new(ChatTemplate::Nemotron(markers), eos_token_ids, tokenizer)
     }
 
-    /// No template, and `eos_token_ids` alone end a generation.
+    /// No template; only `eos_token_ids` end a generation.
     pub fn raw(eos_token_ids: &[u32]) -> ChatFormat {
         ChatFormat {
             template: ChatTemplate::Raw,
@@ -141,14 +143,14 @@ impl ChatFormat {
         }
     }
 
-    /// This format with another template; what ends an answer follows from it.
+    /// This format with another template, and the end of an answer derived from it.
     pub fn with_template(&self, template: ChatTemplate, tokenizer: &Tokenizer) -> ChatFormat {
         let mut format = ChatFormat { template, ..self.clone() };
         format.end_of_turn = format.find_end_of_turn(tokenizer);
         format
     }
 
-    /// This format with the template that [`ChatTemplate::choose`] finds.
+    /// This format with the template resolved by [`ChatTemplate::choose`].
     ///
     /// # Errors
     /// As [`ChatTemplate::choose`].
@@ -156,16 +158,15 @@ impl ChatFormat {
         Ok(self.with_template(ChatTemplate::choose(choice, &self.named_templates)?, tokenizer))
     }
 
-    /// The text of a conversation, ready for the assistant's next answer.
+    /// Renders a conversation, ready for the assistant's next answer.
     ///
     /// # Errors
-    /// [`Error::Request`] where the template does not take these messages: a Jinja template's own words, if it says
-    /// why.
+    /// [`Error::Request`] if the template rejects these messages, with the reason a Jinja template gives, if any.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         self.render_json(&json(messages))
     }
 
-    /// As [`ChatFormat::render`], of messages with whatever roles and keys the template knows.
+    /// As [`ChatFormat::render`], for messages with any roles and keys that the template supports.
     ///
     /// # Errors
     /// As [`ChatFormat::render`].
@@ -184,7 +185,7 @@ impl ChatFormat {
         }
     }
 
-    /// The ids of a conversation, ready for the assistant's next answer.
+    /// Renders and encodes a conversation, ready for the assistant's next answer.
     ///
     /// # Errors
     /// As [`ChatFormat::render`] and [`Tokenizer::encode`].
@@ -192,8 +193,8 @@ impl ChatFormat {
         self.prompt_of_json(tokenizer, &json(messages))
     }
 
-    /// As [`ChatFormat::prompt`], of messages with whatever roles and keys the template knows. Keys whose value is null
-    /// count as absent.
+    /// As [`ChatFormat::prompt`], for messages with any roles and keys that the template supports. Keys whose value is
+    /// null count as absent.
     ///
     /// # Errors
     /// As [`ChatFormat::prompt`].
@@ -214,7 +215,7 @@ impl ChatFormat {
         tokenizer.encode_parts(&marks::parts(&text, &markers))
     }
 
-    /// Ids that end an answer and are not shown, each once.
+    /// Ids that end an answer and are not shown, without duplicates.
     pub fn stop_ids(&self) -> Vec<u32> {
         let end_of_turn = self.end_of_turn.iter().filter_map(|end| end.id);
         let mut ids: Vec<u32> = self.eos_token_ids.iter().copied().chain(end_of_turn).collect();
@@ -223,7 +224,7 @@ impl ChatFormat {
         ids
     }
 
-    /// Texts that end a chat answer and are not shown.
+    /// Strings that end a chat answer and are not shown.
     pub fn chat_stop_strings(&self) -> Vec<String> {
         let end_of_turn = self.end_of_turn.iter().map(|end| &end.text);
         let mut texts: Vec<String> = Vec::new();
@@ -235,12 +236,12 @@ impl ChatFormat {
         texts
     }
 
-    /// Whether whitespace around an answer is removed, as the model card's code does.
+    /// Returns true if whitespace around an answer is trimmed, as the model card's code does.
     pub fn trims(&self) -> bool {
         self.template != ChatTemplate::Raw
     }
 
-    /// Texts that are markers to the tokenizer or to the template.
+    /// Markers of the tokenizer and of the template.
     fn markers(&self, tokenizer: &Tokenizer) -> Vec<String> {
         let mut markers: Vec<String> = tokenizer.markers().into_iter().map(|(text, _)| text).collect();
         if let ChatTemplate::Nemotron(NemotronMarkers { system_turn_start, turn_start, .. }) = &self.template {
@@ -250,8 +251,8 @@ impl ChatFormat {
         markers
     }
 
-    /// What the template writes after an answer and before the next message, as far as it is one marker: of the
-    /// tokenizer's, or at least by its look.
+    /// Finds the marker that the template writes between an answer and the next message: one of the tokenizer's markers
+    /// or, failing that, text that looks like one.
     fn find_end_of_turn(&self, tokenizer: &Tokenizer) -> Option<EndOfTurn> {
         let jinja = match &self.template {
             ChatTemplate::Raw => return None,
@@ -268,7 +269,7 @@ impl ChatFormat {
         let (between, _) = after.split_once(next)?;
         let markers = tokenizer.markers();
         let found = markers.iter().filter_map(|(marker, id)| Some((between.find(marker.as_str())?, marker, *id)));
-        // Of those that start first the longest.
+        // The earliest match, and the longest of those.
         if let Some((_, text, id)) = found.min_by_key(|(at, marker, _)| (*at, usize::MAX - marker.len())) {
             return Some(EndOfTurn { text: text.clone(), id: Some(id) });
         }
@@ -285,7 +286,7 @@ fn json(messages: &[Message]) -> Vec<Value> {
     messages.iter().map(object).collect()
 }
 
-/// Messages for a template that knows roles and contents alone.
+/// Messages for a template that only supports roles and contents.
 fn typed(messages: &[Value]) -> Result<Vec<Message>> {
     let read = |(index, message): (usize, &Value)| {
         Message::deserialize(message).map_err(|error| {

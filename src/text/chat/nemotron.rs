@@ -1,4 +1,4 @@
-//! The chat template of the model card of Nemotron-3-8B-Chat-4k-RLHF, which is that of NeMo's chat fine-tuning.
+//! The chat template of the Nemotron-3-8B-Chat-4k-RLHF model card, which is that of NeMo's chat fine-tuning.
 //!
 //! ```text
 //! <extra_id_0>System
@@ -13,8 +13,8 @@
 //! ```
 //!
 //! The rendered text ends with a newline, after which the model writes its answer and closes it with the marker of the
-//! next turn. It is encoded whole, without BOS. Training may have used other markers: NeMo's configuration names them
-//! under `data.chat_prompt_tokens`.
+//! next turn. It is encoded in one call, without BOS. Training may have used other markers: NeMo's configuration lists
+//! them under `data.chat_prompt_tokens`.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,13 +22,13 @@ use super::message::{Message, Role};
 use crate::checkpoint::NemoPromptTokens;
 use crate::error::{Error, Result};
 
-/// The markers of the template, by NeMo's names.
+/// The template's markers, under NeMo's names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NemotronMarkers {
     /// Opens the system turn, and with it the conversation.
     pub system_turn_start: String,
-    /// Opens every later turn. The model writes it to end its answer: generation stops there and does not show it.
+    /// Opens every later turn. The model ends its answer by writing it: generation stops there and does not show it.
     pub turn_start: String,
     /// Follows the content of a turn.
     pub end_of_turn: String,
@@ -37,7 +37,7 @@ pub struct NemotronMarkers {
 }
 
 impl Default for NemotronMarkers {
-    /// The model card's.
+    /// The model card's markers.
     fn default() -> NemotronMarkers {
         NemotronMarkers {
             system_turn_start: crate::checkpoint::card::SYSTEM_MARK.to_owned(),
@@ -56,14 +56,14 @@ impl From<NemoPromptTokens> for NemotronMarkers {
 }
 
 impl NemotronMarkers {
-    /// Renders a conversation, ready for the assistant's next answer. An optional system message comes first, then user
-    /// and assistant take turns, and a user's message is last.
+    /// Renders a conversation, ready for the assistant's next answer: an optional system message, then user and
+    /// assistant messages in turn, ending with a user message.
     ///
-    /// Contents go in verbatim, as in the card's code: nothing is trimmed. Without a system message the system turn is
-    /// empty, as the card recommends.
+    /// Contents are inserted verbatim, as in the card's code: nothing is trimmed. Without a system message the system
+    /// turn is empty, as the card recommends.
     ///
     /// # Errors
-    /// [`Error::Request`] naming the message by its place, from 1, where the order is another one.
+    /// [`Error::Request`] naming the message by its position, counted from 1, if the roles are in another order.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         let NemotronMarkers { system_turn_start, turn_start, end_of_turn, end_of_name } = self;
         let (system, turns) = match messages {

@@ -3,12 +3,12 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::text::fixture::{EOS, tokenizer};
 
-/// What transformers makes of conversations with several templates and tiny-chat's tokenizer.
+/// Reference prompts by transformers, for several templates and tiny-chat's tokenizer.
 fn golden() -> Value {
     serde_json::from_str(include_str!("../../../tests/data/chat_templates.json")).unwrap()
 }
 
-/// With the special tokens of its config, as transformers has it.
+/// tiny-chat's tokenizer with the special tokens of its config, as in transformers.
 fn tiny_chat() -> Tokenizer {
     let path = Path::new("tests/data/tiny-chat/tokenizer.json");
     let token = |(id, content): (u32, &str)| crate::checkpoint::AddedToken {
@@ -50,14 +50,14 @@ fn prompts_are_those_of_transformers() {
             assert_eq!(rendered.unwrap(), text, "{name}");
             assert_eq!(tokenizer.encode(text).unwrap(), ids(&case["ids"]), "{name}: {text}");
             let mut marked = messages.clone();
-            // transformers leaves a token alone that is neither special nor written by the template.
+            // transformers does not escape a token that is neither special nor written by the template.
             let mut markers = format.markers(&tokenizer);
             let source = template["source"].as_str().unwrap();
             markers.retain(|marker| !marker.starts_with("<extra_id") || source.contains(marker.as_str()));
             marked.iter_mut().for_each(|message| marks::mark(message, &markers));
             let text = format.render_at(&marked, now).unwrap();
             let escaped = tokenizer.encode_parts(&marks::parts(&text, &markers)).unwrap();
-            // The template `kitchen` writes contents as capitals: then no marker of the tokenizer's is left in them.
+            // The template `kitchen` upper-cases contents, which leaves none of the tokenizer's markers in them.
             assert_eq!(escaped, ids(&case["escaped"]), "{name}: {text}");
             prompts += 1;
         }
@@ -137,7 +137,7 @@ fn formats_are_found_by_name_and_by_file() {
     assert_eq!(choose("rag").unwrap(), "jinja template `rag`");
     assert_eq!(choose(path.to_str().unwrap()).unwrap(), "jinja template `own.jinja`");
     let error = choose("llama").unwrap_err().to_string();
-    assert!(error.contains("no chat format `llama`: name one of nemotron, raw, chatml, rag, raw"), "{error}");
+    assert!(error.contains("unknown chat format `llama`: name one of nemotron, raw, chatml, rag, raw"), "{error}");
     std::fs::write(&path, "{% if %}").unwrap();
     let error = choose(path.to_str().unwrap()).unwrap_err().to_string();
     assert!(error.contains("own.jinja: not a chat template: line 1: "), "{error}");
@@ -177,7 +177,7 @@ fn a_raise_in_a_template_is_the_error() {
     assert!(nemotron.render_json(&[tool]).unwrap_err().to_string().contains("message 1: unknown variant `tool`"));
 }
 
-/// Whatever a template does, it ends soon, with little memory and an error.
+/// A hostile template fails quickly, in bounded memory.
 #[test]
 fn hostile_templates_end() {
     let started = Instant::now();
@@ -220,7 +220,7 @@ fn added_tokens_part_a_text() {
     assert_eq!(tokenizer.vocab_size() as u32, pieces + 4);
     assert_eq!(tokenizer.id("<|im_end|>"), Some(pieces + 3));
     assert_eq!((tokenizer.piece(pieces).as_deref(), tokenizer.piece(pieces + 1)), (Some("<|im_start|>"), None));
-    // Each part is a text of its own.
+    // Each part is encoded as a separate text.
     let mut expected = vec![pieces];
     expected.extend(plain.encode("user\nHi").unwrap());
     expected.push(pieces + 3);

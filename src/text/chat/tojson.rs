@@ -6,11 +6,11 @@ use minijinja::{Error, ErrorKind, State, Value};
 
 use super::jinja::is_missing;
 
-/// Deeper values are refused, as the reader of JSON refuses them.
+/// Deeper values are refused, as by the JSON reader.
 const MAX_DEPTH: usize = 128;
 
-/// How values are laid out.
-struct Layout {
+/// Formatting options of `json.dumps`.
+struct JsonStyle {
     indent: Option<String>,
     between_items: String,
     after_key: String,
@@ -18,7 +18,7 @@ struct Layout {
     sorts_keys: bool,
 }
 
-/// The JSON of `value`, with the keywords of `json.dumps` that transformers passes on.
+/// Serializes `value`, with the keyword arguments of `json.dumps` that transformers passes on.
 pub(super) fn dumps(state: &State, value: &Value, args: &Kwargs) -> Result<String, Error> {
     let indent = args.get::<Option<Value>>("indent")?.filter(|indent| !indent.is_none());
     let indent = match indent {
@@ -32,7 +32,7 @@ pub(super) fn dumps(state: &State, value: &Value, args: &Kwargs) -> Result<Strin
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
         None => (", ".to_owned(), ": ".to_owned()),
     };
-    let layout = Layout {
+    let style = JsonStyle {
         indent,
         between_items,
         after_key,
@@ -41,11 +41,11 @@ pub(super) fn dumps(state: &State, value: &Value, args: &Kwargs) -> Result<Strin
     };
     args.assert_all_used()?;
     let mut text = String::new();
-    layout.write(state, value, 0, &mut text)?;
+    style.write(state, value, 0, &mut text)?;
     Ok(text)
 }
 
-impl Layout {
+impl JsonStyle {
     fn write(&self, state: &State, value: &Value, depth: usize, text: &mut String) -> Result<(), Error> {
         if depth > MAX_DEPTH {
             return Err(Error::new(ErrorKind::BadSerialization, format!("tojson: nested more than {MAX_DEPTH} deep")));
@@ -54,7 +54,7 @@ impl Layout {
         match value.kind() {
             ValueKind::None => text.push_str("null"),
             ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
-            // Python's spelling of numbers, which the engine has too; infinities are spelled out in JSON.
+            // minijinja formats numbers as Python does; only NaN and infinities are spelled out here.
             ValueKind::Number => match f64::try_from(value.clone()) {
                 Ok(number) if number.is_nan() => text.push_str("NaN"),
                 Ok(number) if number.is_infinite() => {
@@ -144,7 +144,7 @@ impl Layout {
     }
 }
 
-/// A key as Python writes it: always a string.
+/// An object key as Python writes it: always a string.
 fn key_text(key: &Value) -> String {
     match key.kind() {
         ValueKind::Bool => if key.is_true() { "true" } else { "false" }.to_owned(),

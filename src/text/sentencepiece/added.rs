@@ -1,27 +1,27 @@
-//! Tokens that were added to a SentencePiece model after its training, in files of their own.
+//! Tokens added to a SentencePiece model after its training, listed in separate files.
 //!
-//! The rule is that of Hugging Face's tokenizers without a tokenizer.json (and of NeMo's, with its special tokens): a text
-//! is cut at its added tokens, the first and then the longest one counting, and what is between them is encoded by the
-//! model as texts of their own.
+//! The rule is that of Hugging Face's tokenizers without a tokenizer.json, and of NeMo with its special tokens: a text
+//! is split at its added tokens, the earliest and then the longest match winning, and the model encodes each piece of
+//! text in between separately.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::Model;
+use super::SentencePieceModel;
 use super::trie::Trie;
 use crate::checkpoint::AddedToken;
 use crate::error::{Error, Result, clip};
 
-/// More are taken for a damaged file; no known tokenizer has a hundredth of them.
+/// Longer lists mean a damaged file; no known tokenizer has a hundredth of this.
 const MAX_TOKENS: usize = 1 << 16;
-/// Ids beyond the model's pieces, those without a token included.
+/// Limit on ids past the model's pieces, holes included.
 const MAX_BEYOND: usize = 1 << 16;
 
 /// The added tokens of a model.
 #[derive(Debug)]
 pub(in crate::text) struct AddedTokens {
     tokens: Vec<AddedToken>,
-    /// From a token's text to its place in `tokens`.
+    /// Maps a token's text to its index in `tokens`.
     trie: Trie,
     ids: HashMap<u32, usize>,
     vocab_size: usize,
@@ -29,11 +29,15 @@ pub(in crate::text) struct AddedTokens {
 
 impl AddedTokens {
     /// Checks the tokens against the model. `name` is the model's file, named in errors.
-    pub(in crate::text) fn new(name: &Path, model: &Model, tokens: Vec<AddedToken>) -> Result<AddedTokens> {
+    pub(in crate::text) fn new(
+        name: &Path,
+        model: &SentencePieceModel,
+        tokens: Vec<AddedToken>,
+    ) -> Result<AddedTokens> {
         let pieces = model.facts().pieces;
         if tokens.len() > MAX_TOKENS {
             let count = tokens.len();
-            return Err(Error::format(name, format!("{count} tokens are added; at most {MAX_TOKENS} are read")));
+            return Err(Error::format(name, format!("{count} added tokens; at most {MAX_TOKENS} are accepted")));
         }
         let (mut ids, mut places) = (HashMap::new(), HashMap::new());
         for (place, AddedToken { id, content, .. }) in tokens.iter().enumerate() {
@@ -70,13 +74,13 @@ impl AddedTokens {
         self.tokens.iter().find(|token| token.content == piece).map(|token| token.id)
     }
 
-    /// The model's pieces and the ids that follow them.
+    /// The model's pieces plus the ids that follow them.
     pub(in crate::text) fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The ids of a text.
-    pub(in crate::text) fn encode(&self, model: &Model, text: &str) -> Result<Vec<u32>> {
+    /// Encodes a text.
+    pub(in crate::text) fn encode(&self, model: &SentencePieceModel, text: &str) -> Result<Vec<u32>> {
         if self.tokens.is_empty() {
             return model.encode(text);
         }
@@ -102,6 +106,7 @@ impl AddedTokens {
                     at += len;
                     start = at;
                 }
+                // May land within a character, where no token matches, because tokens are whole characters.
                 None => at += 1,
             }
         }

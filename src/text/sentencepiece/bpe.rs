@@ -1,47 +1,48 @@
 //! Byte-pair encoding: SentencePiece's `bpe::Model`, without dropout.
 //!
-//! Of all neighbours that make a piece, those with the best score are merged, the leftmost of equal ones first, until
-//! no two make one. Where the characters on both sides of a place are side by side in no piece, nothing is ever merged
-//! across it, and what is on one side of it does not matter to the other: so the text is first cut at such places, and
-//! the parts, mostly words, are merged each for itself. Only [`Kind::Unused`] pieces are remembered across a whole text.
+//! Among adjacent symbols that together form a piece, the pair with the best score is merged (the leftmost of equals),
+//! until none is left. If two adjacent characters of the text are not adjacent in any piece, nothing is ever merged
+//! across that boundary and the two sides do not affect each other. So the text is first split at such boundaries, and
+//! the segments, mostly words, are merged independently. Only [`PieceKind::Unused`] pieces require state across the
+//! whole text.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
-use super::vocabulary::{Kind, Vocabulary};
-use super::{Part, character_len};
+use super::vocabulary::{PieceKind, Vocabulary};
+use super::{PieceSpan, character_len};
 
-/// No symbol, no id, no pair.
+/// No symbol, no id or no pair.
 const NONE: u32 = u32::MAX;
 /// The id of a symbol that is never merged.
 const FROZEN: u32 = u32::MAX - 1;
 
-/// Up to so many symbols, looking at all pairs for the best one is faster than keeping them in order.
+/// Up to this many symbols, scanning all pairs for the best one is faster than a priority queue.
 const FEW: usize = 32;
 
-/// What merging needs beside the vocabulary.
+/// The state that merging needs besides the vocabulary.
 #[derive(Debug)]
 pub(super) struct Bpe {
     neighbours: Neighbours,
     has_unused: bool,
 }
 
-/// A part of the text, to be merged with its neighbours.
+/// A span of the text, to be merged with its neighbours.
 #[derive(Debug, Clone, Copy)]
 struct Symbol {
     start: u32,
-    /// Of the piece it was merged to; [`FROZEN`] for a user-defined piece, which is never merged.
+    /// The piece it was merged into; [`FROZEN`] for a user-defined piece, which is never merged.
     id: u32,
-    /// With the symbol on its right.
+    /// The pair it forms with the symbol on its right.
     pair: Pair,
 }
 
-/// Two neighbours that make a piece.
+/// Two adjacent symbols that form a piece.
 #[derive(Debug, Clone, Copy)]
 struct Pair {
-    /// The best score is the least; [`NONE`] is no pair.
+    /// Lower is better; [`NONE`] means no pair.
     rank: u32,
-    /// The piece.
+    /// The piece they form.
     id: u32,
 }
 
@@ -49,11 +50,14 @@ const NO_PAIR: Pair = Pair { rank: NONE, id: NONE };
 
 impl Bpe {
     pub(super) fn new(vocabulary: &Vocabulary) -> Bpe {
-        Bpe { neighbours: Neighbours::new(vocabulary), has_unused: vocabulary.kinds().any(|kind| kind == Kind::Unused) }
+        Bpe {
+            neighbours: Neighbours::new(vocabulary),
+            has_unused: vocabulary.kinds().any(|kind| kind == PieceKind::Unused),
+        }
     }
 
-    /// The parts of a normalized text, which has at most 2^32 - 2 bytes.
-    pub(super) fn encode(&self, vocabulary: &Vocabulary, text: &[u8]) -> Vec<Part> {
+    /// Splits a normalized text of at most 2^32 - 2 bytes into pieces.
+    pub(super) fn encode(&self, vocabulary: &Vocabulary, text: &[u8]) -> Vec<PieceSpan> {
         let mut merging = Merging { vocabulary, text, symbols: Vec::new(), parts: Vec::with_capacity(text.len() / 3) };
         if self.has_unused {
             merging.whole();
@@ -62,6 +66,7 @@ impl Bpe {
         let (mut start, mut left) = (0, 0);
         while start < text.len() {
             let rest = &text[start..];
+            // User-defined pieces match whole and separate the segments around them.
             if let Some(len) = vocabulary.user_defined.longest(rest) {
                 merging.segment(start);
                 merging.push_unmerged(start, start + len);
@@ -86,13 +91,13 @@ impl Bpe {
 struct Merging<'a> {
     vocabulary: &'a Vocabulary,
     text: &'a [u8],
-    /// Of the segment that is being read.
+    /// The symbols of the current segment.
     symbols: Vec<Symbol>,
-    parts: Vec<Part>,
+    parts: Vec<PieceSpan>,
 }
 
 impl Merging<'_> {
-    /// Merges the symbols there are, the last of which ends at `end`, and leaves none.
+    /// Merges the collected symbols, the last of which ends at `end`, and clears them.
     fn segment(&mut self, end: usize) {
         match self.symbols.len() {
             0 => return,
@@ -112,7 +117,7 @@ impl Merging<'_> {
         }
         loop {
             let ranks = self.symbols.iter().map(|symbol| symbol.pair.rank).enumerate();
-            // The first of equal ones.
+            // `min_by_key` returns the first minimum, hence the leftmost pair.
             let Some((best, rank)) = ranks.min_by_key(|(_, rank)| *rank) else { break };
             if rank == NONE {
                 break;
@@ -127,7 +132,7 @@ impl Merging<'_> {
         self.push_all(end);
     }
 
-    /// The pair of a symbol and the one on its right.
+    /// The pair formed by a symbol and its right neighbour.
     fn pair(&self, index: usize, end: u32) -> Pair {
         if index + 1 == self.symbols.len() {
             return NO_PAIR;
@@ -135,7 +140,7 @@ impl Merging<'_> {
         pair(self.vocabulary, &self.text[self.symbols[index].start as usize..self.start(index + 2, end) as usize])
     }
 
-    /// Where a symbol starts; the one past the last, where the segment ends.
+    /// The start of a symbol; for the index past the last one, the end of the segment.
     fn start(&self, index: usize, end: u32) -> u32 {
         self.symbols.get(index).map_or(end, |symbol| symbol.start)
     }
@@ -143,28 +148,32 @@ impl Merging<'_> {
     fn push_all(&mut self, end: u32) {
         for index in 0..self.symbols.len() {
             let (Symbol { start, id, .. }, end) = (self.symbols[index], self.start(index + 1, end));
+            // A reserved piece of the same name takes precedence over the one that merging found.
             if id == NONE || self.vocabulary.has_shadowed() {
                 self.push_unmerged(start as usize, end as usize);
             } else {
-                self.parts.push(Part { len: end - start, id });
+                self.parts.push(PieceSpan { len: end - start, id });
             }
         }
     }
 
-    /// A part that was not made of others.
+    /// Pushes a span that was not merged from others.
     fn push_unmerged(&mut self, start: usize, end: usize) {
         let id = self.vocabulary.lookup(&self.text[start..end]).unwrap_or(self.vocabulary.unknown);
-        self.parts.push(Part { len: (end - start) as u32, id });
+        self.parts.push(PieceSpan { len: (end - start) as u32, id });
     }
 
-    /// Does what [`Merging::merge_few`] does, in time that grows little faster than the text. `met` is told of every
-    /// piece that a pair makes: its id, and the length of its left part.
+    /// Same result as [`Merging::merge_few`], in O(n log n). `met` is called for every piece that a pair forms, with
+    /// its id and the length of its left part.
     fn merge_many(&mut self, end: u32, met: &mut impl FnMut(u32, u32)) {
         let count = self.symbols.len() as u32;
-        let mut list =
-            List { previous: (0..count).map(|index| index.wrapping_sub(1)).collect(), next: (1..=count).collect() };
-        // What can be merged, the best last: at first all there is, then in a heap what merging made. One that has
-        // changed since has another rank by now; if it has the same, it is here twice, and the first stands for both.
+        let mut list = SymbolList {
+            previous: (0..count).map(|index| index.wrapping_sub(1)).collect(),
+            next: (1..=count).collect(),
+        };
+        // Candidate merges, best last: the initial pairs in a sorted list, pairs created by merging in a heap. An entry
+        // is stale if the symbol's rank has changed since; if it has the same rank again, there are two entries for it,
+        // and the first one popped stands for both.
         let mut pairs = Vec::with_capacity(self.symbols.len());
         for left in 0..count {
             pairs.extend(self.consider(left, &list, end, met));
@@ -190,11 +199,12 @@ impl Merging<'_> {
         self.symbols.retain(|symbol| symbol.start != NONE);
     }
 
-    /// Looks at a symbol, if there is one, and the one on its right; gives what to note where they make a piece.
+    /// Recomputes the pair of a symbol, if it exists, and its right neighbour; returns a queue entry if they form a
+    /// piece.
     fn consider(
         &mut self,
         left: u32,
-        list: &List,
+        list: &SymbolList,
         end: u32,
         met: &mut impl FnMut(u32, u32),
     ) -> Option<Reverse<(u32, u32)>> {
@@ -215,7 +225,7 @@ impl Merging<'_> {
         (found.rank != NONE).then_some(Reverse((found.rank, left)))
     }
 
-    /// The whole text at once, with unused pieces.
+    /// Merges the whole text at once, for models with unused pieces.
     fn whole(&mut self) {
         let (vocabulary, text) = (self.vocabulary, self.text);
         let mut start = 0;
@@ -226,40 +236,40 @@ impl Merging<'_> {
             self.symbols.push(Symbol { start: start as u32, id, pair: NO_PAIR });
             start += user_defined.unwrap_or_else(|| character_len(rest));
         }
-        // Of the unused pieces that were met: the length of the left part of the last pair that made them.
+        // For each unused piece seen, the length of the left part of the last pair that formed it.
         let mut unused: HashMap<u32, usize> = HashMap::new();
         self.merge_many(text.len() as u32, &mut |id, left_len| {
-            if vocabulary.kind(id) == Kind::Unused {
+            if vocabulary.kind(id) == PieceKind::Unused {
                 unused.insert(id, left_len as usize);
             }
         });
         let mut open: Vec<&[u8]> = Vec::new();
         for index in 0..self.symbols.len() {
-            // An unused piece is cut into the two it was made of, and so are those.
+            // An unused piece is split into the two parts it was merged from, recursively.
             open.push(&text[self.symbols[index].start as usize..self.start(index + 1, text.len() as u32) as usize]);
             while let Some(text) = open.pop() {
                 let id = vocabulary.lookup(text).unwrap_or(vocabulary.unknown);
                 match unused.get(&id).and_then(|len| text.split_at_checked(*len)) {
                     Some((left, right)) if !left.is_empty() && !right.is_empty() => open.extend([right, left]),
-                    // One that was not made of others, a single character, is not known.
-                    _ if vocabulary.kind(id) == Kind::Unused => {
-                        self.parts.push(Part { len: text.len() as u32, id: vocabulary.unknown });
+                    // An unused piece that was not merged from others, a single character, is unknown.
+                    _ if vocabulary.kind(id) == PieceKind::Unused => {
+                        self.parts.push(PieceSpan { len: text.len() as u32, id: vocabulary.unknown });
                     }
-                    _ => self.parts.push(Part { len: text.len() as u32, id }),
+                    _ => self.parts.push(PieceSpan { len: text.len() as u32, id }),
                 }
             }
         }
     }
 }
 
-/// The symbols on both sides of each; past either end is an index there is no symbol at.
-struct List {
+/// Doubly linked list over the symbols' indices; past either end, the index is out of range.
+struct SymbolList {
     previous: Vec<u32>,
     next: Vec<u32>,
 }
 
-impl List {
-    /// Takes out the symbol on the right of this one, which must have one.
+impl SymbolList {
+    /// Unlinks the right neighbour of this symbol, which must have one.
     fn remove_after(&mut self, left: u32) -> u32 {
         let right = self.next[left as usize];
         let next = self.next[right as usize];
@@ -271,31 +281,32 @@ impl List {
     }
 }
 
-/// The pair that makes this piece, if it is one.
+/// The pair that forms this piece, if it is one.
 #[inline]
 fn pair(vocabulary: &Vocabulary, piece: &[u8]) -> Pair {
     vocabulary.plain(piece).map_or(NO_PAIR, |id| Pair { rank: rank(vocabulary.score(id)), id })
 }
 
-/// A number that is the less the better a score is, equal for equal ones and less than [`NONE`], which no finite score
-/// gives: the order of floats is that of their bits, backwards if negative.
+/// Maps a score to an integer that is lower the better the score, equal for equal scores, and less than [`NONE`], which
+/// no finite score maps to. The order of floats is that of their bits, reversed for negative ones.
 fn rank(score: f32) -> u32 {
     let bits = score.to_bits();
     if bits >> 31 == 1 { bits } else { !bits & !(1 << 31) }
 }
 
-/// Which characters are side by side in pieces, of which some more may be taken for such.
+/// Pairs of characters that are adjacent in some piece: a Bloom filter with one hash, so false positives are possible
+/// and only cost speed.
 #[derive(Debug)]
 struct Neighbours {
-    /// A bit for each hash of two characters.
+    /// One bit per hash of two characters.
     bits: Vec<u64>,
-    /// Takes a hash to its place.
+    /// Shift that reduces a hash to a bit index.
     shift: u32,
 }
 
 impl Neighbours {
     fn new(vocabulary: &Vocabulary) -> Neighbours {
-        // The 8B model's fill a twentieth of 256 KB.
+        // The 8B model's pairs fill a twentieth of 256 KB.
         let bits = (16 * vocabulary.len()).next_power_of_two().clamp(1 << 12, 1 << 21);
         let mut neighbours = Neighbours { bits: vec![0; bits / 64], shift: 64 - bits.ilog2() };
         for id in vocabulary.plain_ids() {
@@ -327,7 +338,7 @@ impl Neighbours {
     }
 }
 
-/// A character's bytes as a number; of more than 4 there is none.
+/// A character's bytes as an integer; 0 for anything longer than 4 bytes.
 #[inline]
 fn packed(character: &[u8]) -> u32 {
     match *character {

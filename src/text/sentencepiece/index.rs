@@ -1,55 +1,55 @@
-//! Ids by the bytes of pieces.
+//! Hash index from a piece's bytes to its id.
 
 use std::hash::{BuildHasher, RandomState};
 
-/// A hash table of pieces whose bytes are kept elsewhere. Encoding asks for a piece about twice a byte, nearly always
-/// for a short one and mostly in vain: one multiplication and one slot is what that should take, where the map of the
-/// standard library takes a hash made for anything and follows a pointer to the key.
+/// An open-addressing hash table of pieces whose bytes are stored elsewhere. Encoding looks up about two candidates per
+/// byte of text, most of them short and most of them absent. That should cost one multiplication and one slot; the
+/// standard library's map uses a general-purpose hash and follows a pointer to the key.
 #[derive(Debug)]
-pub(super) struct Index {
-    /// A power of two, at most half of them taken.
-    slots: Vec<Slot>,
-    /// Differs from run to run, so that no file can be written whose pieces all fall into one place.
+pub(super) struct PieceIndex {
+    /// Power-of-two size, at most half full.
+    slots: Vec<IndexSlot>,
+    /// Random per table, so that no file can be crafted whose pieces all collide.
     seed: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Slot {
-    /// The half of the hash that does not say the place.
+struct IndexSlot {
+    /// The half of the hash that does not choose the slot.
     tag: u32,
-    /// [`FREE`] where there is none.
+    /// [`FREE`] if the slot is empty.
     id: u32,
 }
 
 const FREE: u32 = u32::MAX;
 
-impl Index {
-    /// An empty index with room for so many pieces.
-    pub(super) fn with_capacity(pieces: usize) -> Index {
-        let slots = vec![Slot { tag: 0, id: FREE }; (2 * pieces).next_power_of_two().max(16)];
-        Index { slots, seed: RandomState::new().hash_one(0) }
+impl PieceIndex {
+    /// Creates an empty index with room for this many pieces.
+    pub(super) fn with_capacity(pieces: usize) -> PieceIndex {
+        let slots = vec![IndexSlot { tag: 0, id: FREE }; (2 * pieces).next_power_of_two().max(16)];
+        PieceIndex { slots, seed: RandomState::new().hash_one(0) }
     }
 
-    /// The id of a piece; `bytes_of` gives the bytes of an id that was inserted.
+    /// Looks up a piece; `bytes_of` returns the bytes of an inserted id.
     #[inline]
     pub(super) fn get<'a>(&self, piece: &[u8], bytes_of: impl Fn(u32) -> &'a [u8]) -> Option<u32> {
         self.find(piece, self.hash(piece), bytes_of).ok().map(|at| self.slots[at].id)
     }
 
-    /// Adds a piece; gives the id of an equal one where there is one, which then stays as it is. No more may be added
-    /// than there is room for.
+    /// Inserts a piece, or returns the id of an equal one and leaves it in place. The caller must not exceed the
+    /// capacity.
     pub(super) fn insert<'a>(&mut self, piece: &[u8], id: u32, bytes_of: impl Fn(u32) -> &'a [u8]) -> Option<u32> {
         let hash = self.hash(piece);
         match self.find(piece, hash, bytes_of) {
             Ok(at) => Some(self.slots[at].id),
             Err(at) => {
-                self.slots[at] = Slot { tag: (hash >> 32) as u32, id };
+                self.slots[at] = IndexSlot { tag: (hash >> 32) as u32, id };
                 None
             }
         }
     }
 
-    /// The slot of a piece, or the one it would get.
+    /// The slot of a piece, or the free slot where it would go.
     #[inline]
     fn find<'a>(&self, piece: &[u8], hash: u64, bytes_of: impl Fn(u32) -> &'a [u8]) -> Result<usize, usize> {
         let mask = self.slots.len() - 1;
@@ -76,7 +76,7 @@ impl Index {
             seed = folded(u64::from_le_bytes(*first) ^ seed, MULTIPLIER);
             piece = rest;
         }
-        // Of 16 bytes and fewer two words hold all, overlapping where they are not as many.
+        // Up to 16 bytes are covered by two words, which overlap if there are fewer.
         let (first, last) = if let (Some(first), Some(last)) = (piece.first_chunk(), piece.last_chunk()) {
             (u64::from_le_bytes(*first), u64::from_le_bytes(*last))
         } else if let (Some(first), Some(last)) = (piece.first_chunk(), piece.last_chunk()) {
@@ -93,7 +93,7 @@ impl Index {
 /// 2^64 divided by the golden ratio.
 const MULTIPLIER: u64 = 0x9E37_79B9_7F4A_7C15;
 
-/// Both halves of a product, so that every bit of the factors reaches the low bits too.
+/// XOR of both halves of a 128-bit product, so that every input bit affects the low bits too.
 #[inline]
 fn folded(a: u64, b: u64) -> u64 {
     let product = u128::from(a) * u128::from(b);

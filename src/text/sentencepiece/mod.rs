@@ -1,18 +1,19 @@
-//! Raw SentencePiece models: a `tokenizer.model`, encoded and decoded as SentencePiece itself does.
+//! Raw SentencePiece models: a `tokenizer.model`, encoded and decoded exactly as SentencePiece does.
 //!
-//! This is an encoder of its own and not a conversion to a tokenizer.json, for that form cannot say all of it: there
-//! control pieces written in a text become their ids, which here are plain characters; the space added in front comes
-//! after a leading user-defined piece or not at all, which here comes before it; merges are a list, where here equal
-//! scores are merged from the left; unused pieces are not cut again; and rules for characters apply to grapheme
-//! clusters, which here apply to the longest sequence of bytes. So a package keeps what the model's file says.
+//! This is our own encoder rather than a conversion to a tokenizer.json, because that format cannot express all of it.
+//! There, control pieces written in a text become their ids, whereas here they are ordinary characters; the space added
+//! in front comes after a leading user-defined piece or not at all, whereas here it comes before it; merges are an
+//! ordered list, whereas here equal scores merge from the left; unused pieces are not split again; and character rules
+//! apply to grapheme clusters rather than to the longest byte sequence. So a package stores the model file's own
+//! fields.
 //!
-//! Nor is it a binding to SentencePiece, which would need a C++ compiler and its library: ids and decoded text are equal on
-//! every line of docs/tokenizer.md's comparison (20,000 lines in twelve scripts, eight models), encoding is 1.4 to 2.6 times
-//! and decoding 1.2 to 3.2 times as fast, and a model's file, which is not trusted, is read in safe Rust.
+//! Nor is it a binding to SentencePiece, which would require a C++ compiler and its library. Ids and decoded text are
+//! equal on every line of the comparison in docs/tokenizer.md (20,000 lines in twelve scripts, eight models), encoding
+//! is 1.4 to 2.6 times and decoding 1.2 to 3.2 times as fast, and the untrusted model file is read in safe Rust.
 //!
-//! Encoding takes three steps: [`normalizer`] makes the text one sequence of bytes, [`bpe`] or [`unigram`] cuts it into
-//! parts, and [`Model::encode`] writes parts that are no pieces as bytes or as the unknown piece. Decoding is a table
-//! like that of a tokenizer.json, which [`Model::piece_table`] makes.
+//! Encoding takes three steps: [`normalizer`] turns the text into one byte sequence, [`bpe`] or [`unigram`] splits it
+//! into spans, and [`SentencePieceModel::encode`] writes spans without a piece as bytes or as the unknown piece.
+//! Decoding uses the same kind of table as a tokenizer.json, built by [`SentencePieceModel::piece_table`].
 
 mod added;
 mod bpe;
@@ -31,30 +32,30 @@ use std::path::Path;
 use prost::Message;
 use serde::Serialize;
 
-use super::pieces::{PieceTable, PieceText, Rules};
+use super::pieces::{DecodingRules, PieceTable, PieceText};
 use crate::error::{Error, Result, clip};
 pub(super) use added::AddedTokens;
 use bpe::Bpe;
 use normalizer::Normalizer;
 use unigram::Unigram;
-use vocabulary::{Kind, Vocabulary};
+use vocabulary::{PieceKind, Vocabulary};
 
-/// How pieces spell a space.
+/// The spelling of a space in pieces.
 const SPACE: &str = "▁";
-/// The text of the unknown piece, unless the model says another.
+/// Text of the unknown piece, unless the model defines another.
 const UNKNOWN_SURFACE: &str = " \u{2047} ";
 
-/// The longest text of the unknown piece, which every unknown part of a text decodes to.
+/// Limit on the text of the unknown piece, because every unknown span decodes to it.
 const MAX_SURFACE_BYTES: usize = 256;
 
 /// A SentencePiece model, ready to encode.
 #[derive(Debug)]
-pub(super) struct Model {
+pub(super) struct SentencePieceModel {
     vocabulary: Vocabulary,
     normalizer: Normalizer,
     algorithm: Algorithm,
     facts: SentencePieceFacts,
-    /// What the unknown piece decodes to.
+    /// Text that the unknown piece decodes to.
     unknown_surface: String,
 }
 
@@ -64,39 +65,39 @@ enum Algorithm {
     Unigram(Unigram),
 }
 
-/// A part of a normalized text: so many bytes, and the id of the piece they are, or of the unknown one.
+/// A span of a normalized text: its length in bytes, and the id of its piece or of the unknown piece.
 #[derive(Clone, Copy)]
-struct Part {
+struct PieceSpan {
     len: u32,
     id: u32,
 }
 
-/// What a SentencePiece model says about itself.
+/// Properties of a SentencePiece model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SentencePieceFacts {
     /// `"bpe"` or `"unigram"`.
     pub model_type: &'static str,
-    /// Pieces of all kinds.
+    /// Number of pieces of all kinds.
     pub pieces: usize,
-    /// Pieces that always match whole.
+    /// Number of pieces that always match whole.
     pub user_defined_pieces: usize,
-    /// Pieces that no text contains, such as `<s>`.
+    /// Number of control pieces, such as `<s>`, which text never encodes to.
     pub control_pieces: usize,
-    /// Pieces that are never chosen.
+    /// Number of pieces that are never chosen.
     pub unused_pieces: usize,
-    /// Characters without a piece become the pieces of their bytes; without it, the unknown piece.
+    /// If true, characters without a piece become the pieces of their bytes, otherwise the unknown piece.
     pub byte_fallback: bool,
-    /// The name of the rules for characters: `identity`, `nmt_nfkc`.
+    /// Name of the character rules: `identity`, `nmt_nfkc`.
     pub normalizer: String,
-    /// Whether there are such rules.
+    /// True if there are any character rules.
     pub has_character_rules: bool,
-    /// A space is put in front of a text.
+    /// A space is added in front of a text.
     pub add_dummy_prefix: bool,
-    /// Spaces at the ends of a text and in runs are dropped.
+    /// Leading, trailing and repeated spaces are removed.
     pub remove_extra_whitespaces: bool,
-    /// Spaces are spelled `▁`.
+    /// Spaces are written as `▁`.
     pub escape_whitespaces: bool,
-    /// The space goes to the end of a text, not in front.
+    /// The added space goes to the end of a text instead of the front.
     pub treat_whitespace_as_suffix: bool,
     /// Id of the unknown piece.
     pub unk_id: u32,
@@ -108,28 +109,29 @@ pub struct SentencePieceFacts {
     pub pad_id: Option<u32>,
 }
 
-/// Whether this is the content of a model file, not of a tokenizer.json: the former starts with the key of its first
-/// piece, which to the latter is a line break.
+/// Returns true for the content of a model file, as opposed to a tokenizer.json: a model starts with the protobuf key
+/// of its first piece, which as JSON text would be a line break.
 pub(super) fn is_model(bytes: &[u8]) -> bool {
     bytes.first() == Some(&b'\n') && !matches!(bytes.trim_ascii_start().first(), None | Some(b'{' | b'['))
 }
 
-/// A model's file without what is not read, which decides about no id and no text: where it was trained, and how.
+/// The model file reduced to the fields that are read. The others, such as the paths and settings of its training,
+/// affect neither ids nor text.
 ///
 /// # Errors
-/// As [`Model::from_bytes`], of a file that is none.
+/// As [`SentencePieceModel::from_bytes`], if the file is not a model.
 pub(super) fn essential(name: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(proto::read(name, bytes)?.encode_to_vec())
 }
 
-impl Model {
+impl SentencePieceModel {
     /// Reads a model. `name` is the file named in errors.
-    pub(super) fn from_bytes(name: &Path, bytes: &[u8]) -> Result<Model> {
+    pub(super) fn from_bytes(name: &Path, bytes: &[u8]) -> Result<SentencePieceModel> {
         let proto = proto::read(name, bytes)?;
         let (trainer, spec) = (proto.trainer_spec.unwrap_or_default(), proto.normalizer_spec.unwrap_or_default());
         let rules = proto.denormalizer_spec.and_then(|spec| spec.precompiled_charsmap).unwrap_or_default();
         if !rules.is_empty() {
-            let detail = "denormalizer_spec.precompiled_charsmap: rules that change decoded text are not computed";
+            let detail = "denormalizer_spec.precompiled_charsmap: rules that change decoded text are not supported";
             return Err(Error::unsupported(name, detail));
         }
         if proto.pieces.is_empty() {
@@ -160,14 +162,14 @@ impl Model {
         let count = |kind| vocabulary.ids_of(kind).count();
         let control = |piece: &Option<String>, default: &str| {
             let piece = piece.as_deref().filter(|piece| !piece.is_empty()).unwrap_or(default);
-            vocabulary.lookup(piece.as_bytes()).filter(|id| vocabulary.kind(*id) == Kind::Control)
+            vocabulary.lookup(piece.as_bytes()).filter(|id| vocabulary.kind(*id) == PieceKind::Control)
         };
         let facts = SentencePieceFacts {
             model_type,
             pieces: vocabulary.len(),
-            user_defined_pieces: count(Kind::UserDefined),
-            control_pieces: count(Kind::Control),
-            unused_pieces: count(Kind::Unused),
+            user_defined_pieces: count(PieceKind::UserDefined),
+            control_pieces: count(PieceKind::Control),
+            unused_pieces: count(PieceKind::Unused),
             byte_fallback,
             normalizer: spec.name.clone().unwrap_or_default(),
             has_character_rules: spec.precompiled_charsmap.as_ref().is_some_and(|rules| !rules.is_empty()),
@@ -182,15 +184,16 @@ impl Model {
         };
         if let Some(surface) = trainer.unk_surface.as_ref().filter(|surface| surface.len() > MAX_SURFACE_BYTES) {
             let bytes = surface.len();
-            let detail = format!("trainer_spec.unk_surface has {bytes} bytes; at most {MAX_SURFACE_BYTES} are read");
+            let detail =
+                format!("trainer_spec.unk_surface has {bytes} bytes; at most {MAX_SURFACE_BYTES} are accepted");
             return Err(Error::format(name, detail));
         }
         let mut unknown_surface = trainer.unk_surface.unwrap_or_else(|| UNKNOWN_SURFACE.into());
         unknown_surface.truncate(unknown_surface.find('\0').unwrap_or(unknown_surface.len()));
-        Ok(Model { vocabulary, normalizer, algorithm, facts, unknown_surface })
+        Ok(SentencePieceModel { vocabulary, normalizer, algorithm, facts, unknown_surface })
     }
 
-    /// The ids of a text; nothing is added but what the normalizer adds.
+    /// Encodes a text; nothing is added except by the normalizer.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let normalized = self.normalizer.normalize(text, &self.vocabulary.user_defined);
         if u32::try_from(normalized.len()).is_err() || normalized.len() == u32::MAX as usize {
@@ -203,15 +206,15 @@ impl Model {
         let mut ids = Vec::with_capacity(parts.len());
         let mut rest = normalized.as_slice();
         let mut after_unknown = false;
-        for Part { len, id } in parts {
+        for PieceSpan { len, id } in parts {
             let (part, after) = rest.split_at(len as usize);
             rest = after;
             let is_unknown = id == self.vocabulary.unknown;
             match &self.vocabulary.bytes {
                 Some(bytes) if is_unknown => ids.extend(part.iter().map(|byte| bytes[usize::from(*byte)])),
-                // Unknown parts side by side are one.
+                // Adjacent unknown spans count as one.
                 _ if is_unknown && after_unknown => {}
-                _ if self.vocabulary.kind(id) == Kind::Control => {
+                _ if self.vocabulary.kind(id) == PieceKind::Control => {
                     let piece = clip(self.vocabulary.text(id));
                     return Err(Error::Tokenizer(format!(
                         "the text contains `{piece}`, which SentencePiece cannot encode: the model's piece {id} is a \
@@ -225,16 +228,18 @@ impl Model {
         Ok(ids)
     }
 
-    /// What each id contributes to a text: SentencePiece's `Decode`. Control pieces contribute nothing, and added tokens
-    /// beyond the pieces their own text.
+    /// The text of each id: SentencePiece's `Decode`. Control pieces have none, and added tokens past the pieces stand
+    /// for themselves.
     pub(super) fn piece_table(&self, added: &AddedTokens) -> PieceTable {
         let takes_space = self.facts.add_dummy_prefix || self.facts.remove_extra_whitespaces;
-        let rules = Rules::sentencepiece(takes_space, self.facts.remove_extra_whitespaces);
+        let rules = DecodingRules::sentencepiece(takes_space, self.facts.remove_extra_whitespaces);
         let texts = self.vocabulary.kinds().enumerate().map(|(id, kind)| match kind {
-            Kind::Control => PieceText::Plain(""),
-            Kind::Unknown => PieceText::Plain(&self.unknown_surface),
-            Kind::Byte(byte) => PieceText::Byte(byte),
-            Kind::Normal | Kind::UserDefined | Kind::Unused => PieceText::Spelled(self.vocabulary.text(id as u32)),
+            PieceKind::Control => PieceText::Plain(""),
+            PieceKind::Unknown => PieceText::Plain(&self.unknown_surface),
+            PieceKind::Byte(byte) => PieceText::Byte(byte),
+            PieceKind::Normal | PieceKind::UserDefined | PieceKind::Unused => {
+                PieceText::Spelled(self.vocabulary.text(id as u32))
+            }
         });
         let beyond = (self.vocabulary.len()..added.vocab_size()).map(|id| added.piece(id as u32).unwrap_or_default());
         PieceTable::of_texts(rules, texts.chain(beyond.map(PieceText::Plain)))
@@ -244,19 +249,19 @@ impl Model {
         self.vocabulary.piece(id)
     }
 
-    /// Pieces that match whole wherever a text has them.
+    /// Pieces that match whole wherever they occur in a text.
     pub(super) fn user_defined(&self) -> impl Iterator<Item = (&str, u32)> {
-        self.vocabulary.ids_of(Kind::UserDefined).map(|id| (self.vocabulary.text(id), id))
+        self.vocabulary.ids_of(PieceKind::UserDefined).map(|id| (self.vocabulary.text(id), id))
     }
 
-    /// Pieces that no text contains.
+    /// Control pieces, which text never encodes to.
     pub(super) fn control(&self) -> impl Iterator<Item = &str> {
-        self.vocabulary.ids_of(Kind::Control).filter_map(|id| self.vocabulary.piece(id))
+        self.vocabulary.ids_of(PieceKind::Control).filter_map(|id| self.vocabulary.piece(id))
     }
 
-    /// Whether `id` is a control piece, which no text contains.
+    /// Returns true if `id` is a control piece, which text never encodes to.
     pub(super) fn is_control(&self, id: u32) -> bool {
-        (id as usize) < self.vocabulary.len() && self.vocabulary.kind(id) == Kind::Control
+        (id as usize) < self.vocabulary.len() && self.vocabulary.kind(id) == PieceKind::Control
     }
 
     pub(super) fn id(&self, piece: &str) -> Option<u32> {
@@ -268,7 +273,7 @@ impl Model {
     }
 }
 
-/// How many bytes the first character of `text` has by its first byte, and at most those there are.
+/// Length in bytes of the first character of `text`, derived from its first byte and capped at the length of `text`.
 fn character_len(text: &[u8]) -> usize {
     let len = match text.first() {
         None => 0,

@@ -1,17 +1,17 @@
-//! From a text to the bytes that are cut into pieces: SentencePiece's `Normalizer::Normalize`.
+//! Normalizes a text into the bytes that are split into pieces: SentencePiece's `Normalizer::Normalize`.
 
 use super::proto::{NormalizerSpec, TrainerSpec};
 use super::trie::Trie;
 use super::{SPACE, character_len};
 
-/// The longest replacement of a rule. NFKC's longest has 33 bytes; what a text grows by is bounded by this.
+/// Limit on a rule's replacement, which bounds how much a text can grow. NFKC's longest has 33 bytes.
 const MAX_REPLACEMENT_BYTES: usize = 256;
-/// How far a text is compared with rules: the trie of a damaged file may go round in circles. No real rule is for more
-/// than a few characters.
+/// Limit on the bytes matched against the rules, because the trie of a damaged file may contain cycles. Real rules
+/// cover a few characters at most.
 const MAX_SEQUENCE_BYTES: usize = 1024;
 
-/// What a normalizer does to a text, in this order: rules for characters, spaces at the ends and in runs, one space in
-/// front or at the end, spaces as `▁`.
+/// Normalization steps, in this order: character rules, removal of extra spaces, one added space in front or at the
+/// end, spaces as `▁`.
 #[derive(Debug)]
 pub(super) struct Normalizer {
     rules: Option<CharacterRules>,
@@ -24,7 +24,7 @@ pub(super) struct Normalizer {
 
 impl Normalizer {
     /// # Errors
-    /// What is wrong with the rules for characters.
+    /// The defect of the character rules.
     pub(super) fn new(spec: &NormalizerSpec, trainer: &TrainerSpec, user_defined: &Trie) -> Result<Normalizer, String> {
         let charsmap = spec.precompiled_charsmap.as_deref().unwrap_or_default();
         let rules = (!charsmap.is_empty()).then(|| CharacterRules::new(charsmap)).transpose()?;
@@ -38,13 +38,13 @@ impl Normalizer {
         })
     }
 
-    /// Every character is looked up from now on.
+    /// Disables the shortcuts, so that every character is looked up in the rules.
     #[cfg(test)]
     pub(super) fn look_everything_up(&mut self) {
         self.unchanged.by_first.fill(Stays::Unknown);
     }
 
-    /// The normalized text. Pieces of `user_defined` stay as they are, but for their spaces.
+    /// Normalizes a text. Occurrences of `user_defined` pieces stay as they are except for their spaces.
     pub(super) fn normalize(&self, text: &str, user_defined: &Trie) -> Vec<u8> {
         let mut rest = text.as_bytes();
         if self.remove_extra_whitespaces {
@@ -103,7 +103,7 @@ impl Normalizer {
         normalized
     }
 
-    /// What the start of a text becomes, and how many bytes of it that is; nothing of nothing.
+    /// Replacement of the start of a text, and the number of bytes it replaces; both are empty for an empty text.
     fn prefix<'a>(&'a self, text: &'a [u8], user_defined: &Trie) -> (&'a [u8], usize) {
         if let Some(len) = user_defined.longest(text) {
             return (&text[..len], len);
@@ -114,21 +114,21 @@ impl Normalizer {
         let len = character_len(text);
         match std::str::from_utf8(&text[..len]) {
             Ok(_) => (&text[..len], len),
-            // A rule of a damaged file may have consumed a part of a character.
+            // A rule of a damaged file may have consumed part of a character.
             Err(_) => ("\u{FFFD}".as_bytes(), 1),
         }
     }
 }
 
-/// `precompiled_charsmap`: a double array in the layout of darts-clone, which maps a sequence of bytes to a place in
-/// a blob of texts that end with a zero byte.
+/// `precompiled_charsmap`: a double-array trie in the layout of darts-clone, which maps a byte sequence to an offset
+/// into a blob of NUL-terminated texts.
 #[derive(Debug)]
 struct CharacterRules {
     units: Vec<u32>,
     texts: Vec<u8>,
 }
 
-/// Marks a unit that holds a value.
+/// Flag of a unit that holds a value.
 const IS_VALUE: u32 = 1 << 31;
 
 impl CharacterRules {
@@ -149,18 +149,18 @@ impl CharacterRules {
             if unit & IS_VALUE == 0 && has_value(*unit) {
                 let value = rules.units.get(index ^ offset(*unit)).map(|value| (value & !IS_VALUE) as usize);
                 let Some(text) = value.and_then(|value| rules.text(value)) else {
-                    return refused(format!("unit {index} of its trie leads outside: damaged"));
+                    return refused(format!("unit {index} of its trie points outside it: damaged"));
                 };
                 if text.len() > MAX_REPLACEMENT_BYTES {
                     let most = MAX_REPLACEMENT_BYTES;
-                    return refused(format!("unit {index} of its trie leads to a text of over {most} bytes"));
+                    return refused(format!("unit {index} of its trie points to a text of over {most} bytes"));
                 }
             }
         }
         Ok(rules)
     }
 
-    /// The replacement of the longest sequence `text` starts with that has one, and its length.
+    /// The replacement of the longest prefix of `text` that has one, and the length of that prefix.
     fn longest(&self, text: &[u8]) -> Option<(&[u8], usize)> {
         let mut found = None;
         let mut node = self.root()?;
@@ -175,7 +175,7 @@ impl CharacterRules {
         Some((self.text(start)?, len))
     }
 
-    /// The replacement that starts at `start`; of a longer one than there may be, no more than shows that.
+    /// The replacement that starts at `start`. One over the limit is returned one byte too long, enough to detect it.
     fn text(&self, start: usize) -> Option<&[u8]> {
         let tail = self.texts.get(start..).filter(|tail| !tail.is_empty())?;
         let tail = &tail[..tail.len().min(MAX_REPLACEMENT_BYTES + 1)];
@@ -194,10 +194,10 @@ impl CharacterRules {
     }
 }
 
-/// Where a sequence of bytes leads in the trie.
+/// A node of the trie, reached by a sequence of bytes.
 #[derive(Clone, Copy)]
 struct RuleNode {
-    /// Of its value if it has one; its children are at a distance of their bytes.
+    /// Index of its value if it has one; child `byte` is at `at ^ byte`.
     at: usize,
     has_value: bool,
 }
@@ -210,25 +210,26 @@ fn offset(unit: u32) -> usize {
     ((unit >> 10) << ((unit & 1 << 9) >> 6)) as usize
 }
 
-/// Which characters stay as they are, told by their first byte or by themselves: nearly all, without a look at the rules.
+/// Fast path: most characters are known from their first byte, or from a bitmap, to be left unchanged, without a lookup
+/// in the rules.
 #[derive(Debug)]
 struct Unchanged {
-    /// `[256]`: of the character that starts with this byte.
+    /// `[256]`, indexed by the first byte of a character.
     by_first: Vec<Stays>,
-    /// `[0x10000 / 64]`, for [`Stays::IfNotListed`]: a bit for each character with which a rule starts.
+    /// `[0x10000 / 64]`, for [`Stays::IfNotListed`]: one bit per character that starts a rule.
     listed: Vec<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Stays {
-    /// It has so many bytes.
+    /// A character of this many bytes, always left unchanged.
     Always(u8),
-    /// ASCII with which rules start, but none without a mark that follows it.
+    /// An ASCII character that starts rules, all of which need a non-ASCII mark after it.
     BeforeAsciiOrNothing,
-    /// Of two or three bytes; where it is listed, if no rule applies.
+    /// A character of two or three bytes: unchanged if not listed, otherwise if no rule matches.
     IfNotListed,
     IfNoRule,
-    /// A user-defined piece may start here, or this is no start of a character.
+    /// A user-defined piece may start here, or this is not the first byte of a character.
     Unknown,
 }
 
@@ -267,7 +268,7 @@ impl Unchanged {
         Unchanged { by_first: by_first.collect(), listed }
     }
 
-    /// How many bytes of the start of `text`, whole characters and no spaces, stay for certain.
+    /// Length of the prefix of `text`, in whole characters other than spaces, that is sure to stay unchanged.
     fn len_without_spaces(&self, text: &[u8], rules: Option<&CharacterRules>) -> usize {
         let mut len = 0;
         while let Some(first) = text.get(len)
@@ -292,7 +293,7 @@ impl Unchanged {
         len.min(text.len())
     }
 
-    /// Whether a space at the start of `text` stays one for certain.
+    /// Returns true if a space at the start of `text` is sure to stay unchanged.
     fn has_space(&self, text: &[u8]) -> bool {
         match self.by_first[usize::from(b' ')] {
             Stays::Always(_) => true,
@@ -312,7 +313,7 @@ impl Unchanged {
     }
 }
 
-/// A number whose lowest bit is the first of these.
+/// Packs flags into an integer, lowest bit first.
 fn bits(flags: impl Iterator<Item = bool>) -> u64 {
     flags.enumerate().fold(0, |bits, (index, flag)| bits | u64::from(flag) << index)
 }

@@ -1,7 +1,7 @@
-//! The file: the few fields of SentencePiece's `ModelProto` (sentencepiece_model.proto) that decide how a text is
-//! encoded and decoded. All others are skipped.
+//! Reads the model file: the few fields of SentencePiece's `ModelProto` (sentencepiece_model.proto) that affect
+//! encoding and decoding. All others are skipped.
 //!
-//! Pieces are counted and decoded one at a time, so that a small file cannot ask for much memory and an error can name
+//! Pieces are counted and decoded one at a time, so that a small file cannot claim much memory and an error can name
 //! the piece.
 
 use std::path::Path;
@@ -11,9 +11,9 @@ use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_f
 
 use crate::error::{Error, Result};
 
-/// A file past this is refused; the one of 256,000 pieces has about 5 MB.
+/// Larger files are refused; a model of 256,000 pieces has about 5 MB.
 const MAX_FILE_BYTES: usize = 256 << 20;
-/// A model of more pieces is refused.
+/// Models with more pieces are refused.
 const MAX_PIECES: usize = 1 << 20;
 
 /// The values of `ModelProto.SentencePiece.Type`.
@@ -26,7 +26,7 @@ pub(super) mod kind {
     pub const BYTE: i32 = 6;
 }
 
-/// The values of `TrainerSpec.ModelType` that are read.
+/// The supported values of `TrainerSpec.ModelType`.
 pub(super) mod model_type {
     pub const UNIGRAM: i32 = 1;
     pub const BPE: i32 = 2;
@@ -39,7 +39,7 @@ pub(super) struct SentencePiece {
     pub piece: String,
     #[prost(float, optional, tag = "2")]
     pub score: Option<f32>,
-    /// One of [`kind`]; [`kind::NORMAL`] where it is not given.
+    /// One of [`kind`]; [`kind::NORMAL`] if absent.
     #[prost(int32, optional, tag = "3")]
     pub kind: Option<i32>,
 }
@@ -47,7 +47,7 @@ pub(super) struct SentencePiece {
 /// `TrainerSpec`.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct TrainerSpec {
-    /// One of [`model_type`]; unigram where it is not given.
+    /// One of [`model_type`]; unigram if absent.
     #[prost(int32, optional, tag = "3")]
     pub model_type: Option<i32>,
     #[prost(bool, optional, tag = "24")]
@@ -74,7 +74,7 @@ pub(super) struct TrainerSpec {
     pub pad_piece: Option<String>,
 }
 
-/// `NormalizerSpec`. A flag that is not given is on.
+/// `NormalizerSpec`. Absent flags are on.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct NormalizerSpec {
     #[prost(string, optional, tag = "1")]
@@ -102,10 +102,10 @@ pub(super) struct ModelProto {
     pub denormalizer_spec: Option<NormalizerSpec>,
 }
 
-/// Reads a model within the limits. `name` is the file named in errors.
+/// Reads a model, enforcing the limits. `name` is the file named in errors.
 pub(super) fn read(name: &Path, bytes: &[u8]) -> Result<ModelProto> {
     if bytes.len() > MAX_FILE_BYTES {
-        let detail = format!("{} bytes; a SentencePiece model of at most {MAX_FILE_BYTES} is read", bytes.len());
+        let detail = format!("{} bytes; a SentencePiece model may have at most {MAX_FILE_BYTES}", bytes.len());
         return Err(Error::format(name, detail));
     }
     let mut model = ModelProto::default();

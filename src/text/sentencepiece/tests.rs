@@ -48,7 +48,7 @@ fn stream(tokenizer: &Arc<Tokenizer>, ids: &[u32]) -> String {
     text
 }
 
-/// What SentencePiece made of a text, or of ids alone.
+/// Reference output of SentencePiece for a text, or for ids alone.
 #[derive(Deserialize)]
 struct Golden {
     ids: Vec<u32>,
@@ -61,7 +61,7 @@ fn ids_and_texts_are_sentencepieces_own() {
     assert_eq!(lines.len(), 3000);
     for model in MODELS {
         let bytes = std::fs::read(data(&format!("{model}.model"))).unwrap();
-        // The content says what it is, and what a package keeps is as good.
+        // The content identifies the format, and the reduced model in a package gives the same result.
         let tokenizer = Tokenizer::from_bytes(Path::new("t"), &bytes).unwrap();
         let kept = tokenizer.to_package(Path::new("t"), &bytes).unwrap();
         let tokenizer = Arc::new(Tokenizer::from_package(Path::new("t"), &kept).unwrap());
@@ -77,12 +77,12 @@ fn ids_and_texts_are_sentencepieces_own() {
     }
 }
 
-/// A model with edits, as tools/make_tokenizers.py makes them.
+/// A model edited as by tools/make_tokenizers.py.
 #[derive(Deserialize)]
 struct Variant {
     model: String,
     edits: Map<String, Value>,
-    /// Line of lines.jsonl, its ids, their text.
+    /// Index of a line of lines.jsonl, its ids, and their text.
     encoded: Vec<(usize, Vec<u32>, String)>,
     decoded: Vec<(Vec<u32>, String)>,
 }
@@ -154,7 +154,7 @@ fn a_conversation_is_encoded_with_its_markers_whole() {
     assert_eq!(tokenizer.piece(marker).as_deref(), Some("<extra_id_1>"));
     assert_eq!((tokenizer.vocab_size(), tokenizer.piece(1500)), (1500, None));
     assert!(tokenizer.decode(&[1500]).unwrap_err().to_string().contains("ids 0 to 1499"));
-    // What follows other ids keeps its space; what starts a text loses the one that encoding adds.
+    // Continuations keep their leading space; a text loses the one that encoding adds.
     let tokenizer = load(&proto("nmt_bpe"));
     let ids = tokenizer.encode("the cat").unwrap();
     assert_eq!(tokenizer.decode(&ids).unwrap(), "the cat");
@@ -177,8 +177,8 @@ fn facts_are_the_models() {
 }
 
 proptest! {
-    /// The byte_bpe model has an identity normalizer and byte fallback: what SentencePiece gives back is the text, with
-    /// spaces for `▁`.
+    /// The byte_bpe model has an identity normalizer and byte fallback, so decoding gives the text back, with spaces
+    /// for `▁`.
     #[test]
     fn an_identity_normalizer_gives_the_text_back(
         text in prop::collection::vec(prop_oneof![
@@ -240,7 +240,7 @@ proptest! {
         }
     }
 
-    /// Characters that are known to stay as they are stay so where they are looked up; with damaged rules too.
+    /// Characters on the fast path are left unchanged by the full lookup too, even with damaged rules.
     #[test]
     fn what_is_not_looked_up_would_not_change(
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
@@ -266,7 +266,7 @@ proptest! {
         }
     }
 
-    /// Cutting the text and keeping pairs in order changes nothing: beside it is the rule itself, written plainly.
+    /// Splitting the text and queueing pairs change nothing compared with a naive implementation of the rule.
     #[test]
     fn merging_is_what_the_rule_says(
         pieces in prop::collection::btree_map("[abé▁]{1,5}", (0i32..6, 0usize..8), 0..40), text in "[abcé▁]{0,90}",
@@ -362,9 +362,9 @@ fn a_damaged_model_says_which_piece_or_field() {
     refused(&with(piece("x", 7)), "piece 3: `x` has type 7; types are 1 to 6");
     refused(&with(piece("x\0y", kind::NORMAL)), "piece 3: it contains a zero byte");
     refused(&with(piece(&"x".repeat(5000), kind::NORMAL)), "piece 3: 5000 bytes");
-    refused(&with(piece("?", kind::UNKNOWN)), "piece 0 has that already");
+    refused(&with(piece("?", kind::UNKNOWN)), "its type is unknown, but so is that of piece 0");
     refused(&with(piece("<0x41>", kind::BYTE)), "trainer_spec.byte_fallback is off");
-    refused(&small(pieces().split_off(1)), "none of its 2 pieces has the type unknown");
+    refused(&small(pieces().split_off(1)), "none of its 2 pieces has type unknown");
     refused(&small(Vec::new()), "it has no pieces");
     let with_trainer = |change: fn(&mut TrainerSpec)| {
         let mut proto = small(pieces());
@@ -379,7 +379,7 @@ fn a_damaged_model_says_which_piece_or_field() {
     refused(&with_trainer(|t| t.model_type = Some(3)), "unsupported: trainer_spec.model_type is 3");
     let mut lowercase = with(piece("<0x4a>", kind::BYTE));
     lowercase.trainer_spec.as_mut().unwrap().byte_fallback = Some(true);
-    refused(&lowercase, "`<0x4a>` has the type of bytes");
+    refused(&lowercase, "`<0x4a>` has type byte");
     let with_rules = |rules: Vec<u8>| {
         let mut proto = small(pieces());
         proto.normalizer_spec.as_mut().unwrap().precompiled_charsmap = Some(rules);
@@ -387,18 +387,18 @@ fn a_damaged_model_says_which_piece_or_field() {
     };
     refused(&with_rules(vec![1]), "normalizer_spec.precompiled_charsmap: 1 bytes");
     refused(&with_rules(vec![0xFF, 0xFF, 0xFF, 0xFF, 0, 0]), "a trie of 4294967295 bytes in 2");
-    // One unit whose value is that unit itself, which is past the texts.
+    // One unit whose value is that unit itself, an offset past the texts.
     refused(&with_rules([4u32, 1 << 8].map(u32::to_le_bytes).concat().into_iter().chain([0]).collect()), "unit 0");
-    // Its value is the unit after it, which says that its text starts at 0.
+    // Its value is the next unit, whose text starts at 0.
     let long = [8u32, 1 << 8 | 1 << 10, 1 << 31].map(u32::to_le_bytes).concat();
     let long = |bytes: usize| with_rules([&*long, &*vec![b'x'; bytes], &[0]].concat());
-    refused(&long(257), "unit 0 of its trie leads to a text of over 256 bytes");
+    refused(&long(257), "unit 0 of its trie points to a text of over 256 bytes");
     load(&long(256));
     let mut denormalizer = small(pieces());
     denormalizer.denormalizer_spec =
         Some(NormalizerSpec { precompiled_charsmap: Some(vec![0; 9]), ..NormalizerSpec::default() });
     refused(&denormalizer, "unsupported: denormalizer_spec");
-    // A control piece of the same name as a piece of the text: SentencePiece fails to encode it too.
+    // A control piece with the same name as a piece of the text: SentencePiece fails to encode it too.
     let error = load(&with(piece("a", kind::CONTROL))).encode("ba").unwrap_err().to_string();
     assert!(error.contains("`a`") && error.contains("piece 3"), "{error}");
 }
@@ -422,10 +422,10 @@ fn a_file_that_is_no_model_says_where() {
         let error = Tokenizer::from_sentencepiece(Path::new("m"), &whole[..len]).unwrap_err().to_string();
         assert!(error.starts_with("m: "), "{error}");
     }
-    // Pieces of two bytes: many times the limit in a file that is not too large.
+    // Pieces of two bytes: far over the limit on pieces in a file under the limit on size.
     let many = b"\x0a\x00".repeat((1 << 20) + 1);
     refused(&many, "piece 1048576: a model has at most 1048576 pieces");
-    // By content: what is neither is taken for a tokenizer.json.
+    // The content decides; anything else is parsed as a tokenizer.json.
     for (bytes, words) in
         [(&b"\n{"[..], "not a tokenizer.json"), (b"\n\n", "not a tokenizer.json"), (&whole[..50], "piece")]
     {
@@ -438,7 +438,7 @@ fn a_file_that_is_no_model_says_where() {
 fn what_is_settled_early_is_what_the_whole_text_would_say() {
     let vocabulary = Vocabulary::new(Path::new("m"), proto("unigram").pieces, false).unwrap();
     let mut unigram = Unigram::new(&vocabulary);
-    // Long enough for scores to start from 0 again; with unknown characters and user-defined pieces.
+    // Long enough for scores to be rebased; with unknown characters and user-defined pieces.
     let text = rows::<String>("lines.jsonl").concat().replace(' ', "▁");
     let parts = |unigram: &Unigram| -> Vec<(u32, u32)> {
         unigram.encode(&vocabulary, text.as_bytes()).iter().map(|part| (part.len, part.id)).collect()
@@ -480,8 +480,8 @@ fn long_texts_take_time_in_proportion() {
         for text in ["a".repeat(1 << 20), " ".repeat(1 << 20), letters.clone(), "é".repeat(1 << 19)] {
             let short = time_to_encode(&tokenizer, &text[..1 << 16]).min(time_to_encode(&tokenizer, &text[..1 << 16]));
             let long = time_to_encode(&tokenizer, &text);
-            // 16 times as long: a quadratic encoder would take 256 times the time, which is minutes. Half a second is for
-            // a machine that does other things meanwhile.
+            // 16 times as long: a quadratic encoder would take 256 times the time, which is minutes. The half second allows
+            // for a busy machine.
             assert!(long < short * 100 + Duration::from_millis(500), "{index} {:?}: {short:?}, {long:?}", &text[..4]);
         }
     }

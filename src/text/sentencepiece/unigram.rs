@@ -1,51 +1,52 @@
-//! The unigram model: `unigram::Model::EncodeOptimized` of SentencePiece 0.2.3, in its arithmetic.
+//! The unigram model: `unigram::Model::EncodeOptimized` of SentencePiece 0.2.3, reproducing its arithmetic.
 
 use super::trie::Trie;
-use super::vocabulary::{Kind, Vocabulary};
-use super::{Part, character_len};
+use super::vocabulary::{PieceKind, Vocabulary};
+use super::{PieceSpan, character_len};
 
-/// How far below the worst piece an unknown character lies.
+/// Penalty of an unknown character relative to the worst piece.
 const UNKNOWN_PENALTY: f32 = 10.0;
-/// A way whose score is farther from 0 than this becomes the new 0, which keeps the sums of long texts exact enough.
+/// Once the best path's score exceeds this in magnitude, scores are rebased to 0, which keeps enough f32 precision in
+/// long texts.
 const RESET_THRESHOLD: f32 = 100_000.0;
 
-/// What a search needs beside the vocabulary.
+/// The state that the Viterbi search needs besides the vocabulary.
 #[derive(Debug)]
 pub(super) struct Unigram {
-    /// All that are ever chosen.
+    /// All pieces that can be chosen.
     pieces: Trie,
-    /// Of every id.
+    /// Score of every id.
     scores: Vec<f32>,
-    /// Bytes of the longest piece, and of a character at least.
+    /// Bytes of the longest piece, at least those of one character.
     longest: usize,
     unknown_score: f32,
-    /// [`SETTLED_BYTES`], and all there are in a test.
+    /// [`SETTLED_BYTES`]; tests also disable it.
     pub(super) settled_bytes: usize,
 }
 
-/// The best way to a place in the text.
+/// The best path to a position in the text.
 #[derive(Clone, Copy)]
 struct Best {
     id: u32,
     score: f32,
-    /// Where its last part starts, as the places are numbered; [`NOWHERE`] where no way is known.
+    /// Start of the last span, relative to `base`; [`NOWHERE`] if the position is not reachable yet.
     start: u32,
 }
 
 const NOWHERE: u32 = u32::MAX;
-/// What is decided is noted once there is so much of it.
+/// Decided spans are flushed once there are this many bytes of them.
 const SETTLED_BYTES: usize = 1 << 10;
 
 impl Unigram {
     pub(super) fn new(vocabulary: &Vocabulary) -> Unigram {
-        let normal = vocabulary.ids_of(Kind::Normal).map(|id| vocabulary.score(id));
+        let normal = vocabulary.ids_of(PieceKind::Normal).map(|id| vocabulary.score(id));
         let unknown_score = normal.fold(f32::MAX, f32::min) - UNKNOWN_PENALTY;
         let scores = vocabulary.kinds().enumerate().map(|(id, kind)| match kind {
-            // So much that it is chosen before pieces, whose scores are negative.
-            Kind::UserDefined => (0.1 * (vocabulary.text(id as u32).len() - 1) as f64) as f32,
+            // High enough to win over pieces, whose scores are negative.
+            PieceKind::UserDefined => (0.1 * (vocabulary.text(id as u32).len() - 1) as f64) as f32,
             _ => vocabulary.score(id as u32),
         });
-        let chosen = vocabulary.plain_ids().filter(|id| vocabulary.kind(*id) != Kind::Unused);
+        let chosen = vocabulary.plain_ids().filter(|id| vocabulary.kind(*id) != PieceKind::Unused);
         let chosen = chosen.map(|id| (vocabulary.text(id).as_bytes(), id));
         let longest = chosen.clone().map(|(piece, _)| piece.len()).fold(4, usize::max);
         Unigram {
@@ -57,11 +58,11 @@ impl Unigram {
         }
     }
 
-    /// The parts of a normalized text, which has at most 2^32 - 2 bytes.
-    pub(super) fn encode(&self, vocabulary: &Vocabulary, text: &[u8]) -> Vec<Part> {
+    /// Splits a normalized text of at most 2^32 - 2 bytes into pieces.
+    pub(super) fn encode(&self, vocabulary: &Vocabulary, text: &[u8]) -> Vec<PieceSpan> {
         let mut parts = Vec::with_capacity(text.len() / 3);
-        // The ways to the places from `base` on. Where no part reaches past a place, all ways lead through it: what is
-        // before it is decided then, so that a long text does not take memory for all its places.
+        // Best paths to the positions from `base` on. Where no span crosses a position, all paths pass through it and
+        // everything before it is decided, so a long text does not need memory for all its positions.
         let mut best = vec![Best::UNKNOWN_START];
         let (mut base, mut start, mut farthest) = (0, 0, 0);
         while start < text.len() {
@@ -84,7 +85,7 @@ impl Unigram {
             let score_here = best[here].score;
             let character = character_len(rest);
             best.resize((here + self.longest.min(rest.len()) + 1).max(best.len()), Best::UNKNOWN_START);
-            // By length of the part that starts here and ends there.
+            // Indexed by the length of a span that starts here.
             let ends = &mut best[here..];
             let mut has_character = false;
             let mut longest = 0;
@@ -93,6 +94,7 @@ impl Unigram {
                 longest = len;
                 has_character |= len == character;
             });
+            // Without a piece for it, the character becomes an unknown span, so every position stays reachable.
             if !has_character {
                 ends[character].improve(self.unknown_score + score_here, here, vocabulary.unknown);
                 longest = longest.max(character);
@@ -105,14 +107,14 @@ impl Unigram {
     }
 }
 
-/// Appends the parts of the best way through these places, from the first to the last.
-fn push_parts(best: &[Best], parts: &mut Vec<Part>) {
+/// Appends the spans of the best path through these positions, first to last.
+fn push_parts(best: &[Best], parts: &mut Vec<PieceSpan>) {
     let first = parts.len();
     let mut end = best.len() - 1;
     while end > 0 {
-        // Every end a way leads to has a start before it; were there none, what is left would be one unknown part.
+        // Every reachable position has a predecessor; if one did not, the rest would become a single unknown span.
         let start = if best[end].start == NOWHERE { 0 } else { (best[end].start as usize).min(end - 1) };
-        parts.push(Part { len: (end - start) as u32, id: best[end].id });
+        parts.push(PieceSpan { len: (end - start) as u32, id: best[end].id });
         end = start;
     }
     parts[first..].reverse();

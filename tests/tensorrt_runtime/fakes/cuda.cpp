@@ -1,6 +1,6 @@
-// A stand-in for the NVIDIA driver, libcuda.so.1: two GPUs whose memory is the host's. What is put into a stream runs
-// as late as it may: when something waits for it. So a buffer that is reused too early shows. Fresh memory is all ones,
-// NaN in every float type.
+// A fake NVIDIA driver, libcuda.so.1: two GPUs whose memory is host memory. Stream work runs as late as possible, when
+// something waits for it, which exposes buffers that are reused too early. Fresh memory is all ones, NaN in every float
+// type.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -96,7 +96,7 @@ Status ready()
 
 extern "C" {
 
-// For the stand-in of TensorRT.
+// For the fake TensorRT.
 void fake_put(void* stream, void (*run)(void*), void* argument)
 {
     static_cast<Stream*>(stream)->put([=] {

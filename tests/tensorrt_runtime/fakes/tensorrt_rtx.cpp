@@ -1,6 +1,6 @@
-// A stand-in for TensorRT for RTX, libtensorrt_rtx.so.1, with the GPU of cuda.cpp. Its plans are texts: the bindings and
-// profiles of a plan. Running one writes each token into the caches and returns logits that depend on the weights and on
-// every token the row may attend to, so that a wrong slot, position, length or address changes them.
+// A fake TensorRT for RTX, libtensorrt_rtx.so.1, on the GPU of cuda.cpp. Its plans are text: bindings and profiles.
+// Running one writes each token into the caches and returns logits that depend on the weights and on every token the row
+// may attend to, so that a wrong slot, position, length or address changes them.
 #define nvinfer1 nvinfer1_rtx
 #include AOTRON_HEADER
 
@@ -72,7 +72,7 @@ std::size_t width(DataType dtype)
     return dtype == DataType::kBF16 ? 2 : 4;
 }
 
-// A tensor as a run has it.
+// A tensor with its shape and address in a run.
 struct Bound {
     std::vector<std::int64_t> dims;
     std::uint64_t address = 0;
@@ -123,7 +123,7 @@ struct Run {
         auto const* positions = data<std::int32_t>("positions");
         auto const* past = data<std::int32_t>("past_tokens");
         auto const* total = data<std::int32_t>("total_tokens");
-        // Writes every token to every head, each cache with a mark of its own.
+        // Writes every token to every head, with a distinct mark per cache.
         for (std::size_t c = 0; c < caches.size(); ++c) {
             auto const& [memory, d] = caches[c];
             for (std::int64_t b = 0; b < b_count; ++b) {
@@ -152,7 +152,7 @@ struct Run {
                 auto const& [memory, d] = caches[c];
                 for (std::int64_t h = 0; h < d[1]; ++h) {
                     auto const* head = memory + (b * d[1] + h) * d[2] * d[3];
-                    // What is past the end is multiplied by zero, and must not be NaN.
+                    // Entries past the end are multiplied by zero, so they must not be NaN.
                     sound = sound && std::none_of(head, head + d[2] * d[3], [](std::uint16_t x) { return x == 0xffff; });
                     for (std::int64_t s = 0; s < keys; ++s) {
                         auto const token = static_cast<std::uint16_t>(head[s * d[3] + d[3] - 1] - c);

@@ -1,29 +1,29 @@
 use super::*;
 use crate::backend::constants::ConstRows;
-use crate::backend::tensorrt::lower::Layout;
+use crate::backend::tensorrt::lower::WeightLayout;
 use crate::engine::tensorrt::StepSize;
 use crate::graph::{Const, Dim, Type};
 
 const B: Extent = Extent::Step(StepSize::B);
 
-fn bound(name: &str, role: Role, dtype: DType, shape: &[Extent]) -> Binding {
+fn bound(name: &str, role: BindingRole, dtype: DType, shape: &[Extent]) -> Binding {
     Binding { name: name.into(), role, dtype, shape: shape.to_vec() }
 }
 
-fn weight(name: &str, dtype: DType, shape: &[usize]) -> Weight {
+fn weight(name: &str, dtype: DType, shape: &[usize]) -> PlanWeight {
     let ty = Type::new(dtype, shape.iter().map(|size| Dim::fixed(*size)));
     let content = ConstRows::new(&Const::Tensor(name.into()), &ty).unwrap();
     let shape = shape.to_vec();
-    Weight { name: name.into(), dtype, shape, content, layout: Layout::Rows, in_plan: false }
+    PlanWeight { name: name.into(), dtype, shape, content, layout: WeightLayout::Rows, in_plan: false }
 }
 
-fn weights() -> Vec<Weight> {
+fn weights() -> Vec<PlanWeight> {
     let up = |layer: usize| weight(&format!("model.layers.{layer}.mlp.up_proj.weight.i8"), DType::I8, &[64, 256]);
     let gamma = |layer: usize| weight(&format!("layers.{layer}.mlp.norm.gamma"), DType::F32, &[64]);
     let embedding = weight("embed.bf16", DType::BF16, &[1000, 64]);
     let table = weight("rotary.cos.table", DType::F32, &[512, 8]);
     let head = weight("head.bf16", DType::BF16, &[1000, 64]);
-    let codes = Weight { in_plan: true, ..weight("layers.0.codes", DType::I4, &[64, 64]) };
+    let codes = PlanWeight { in_plan: true, ..weight("layers.0.codes", DType::I4, &[64, 64]) };
     vec![embedding, table, gamma(0), up(0), gamma(1), up(1), weight("norm.gamma", DType::F32, &[64]), head, codes]
 }
 
@@ -32,20 +32,20 @@ fn bindings() -> Vec<Binding> {
     let fixed = |shape: &[usize]| shape.iter().map(|n| Extent::Fixed(*n)).collect::<Vec<Extent>>();
     let inputs = weights().into_iter().filter(|weight| !weight.in_plan);
     let mut bindings: Vec<Binding> =
-        inputs.map(|weight| bound(&weight.name, Role::Weight, weight.dtype, &fixed(&weight.shape))).collect();
+        inputs.map(|weight| bound(&weight.name, BindingRole::Weight, weight.dtype, &fixed(&weight.shape))).collect();
     let cache = [B, Extent::Fixed(2), Extent::Fixed(512), Extent::Fixed(16)];
     for layer in 0..2 {
         for (name, role) in [
-            ("key_cache", Role::KeyCache(layer)),
-            ("value_cache", Role::ValueCache(layer)),
-            ("keys", Role::UpdatedKeys(layer)),
-            ("values", Role::UpdatedValues(layer)),
+            ("key_cache", BindingRole::KeyCache(layer)),
+            ("value_cache", BindingRole::ValueCache(layer)),
+            ("keys", BindingRole::UpdatedKeys(layer)),
+            ("values", BindingRole::UpdatedValues(layer)),
         ] {
             bindings.push(bound(&format!("layers.{layer}.attention.{name}"), role, DType::BF16, &cache));
         }
     }
-    bindings.push(bound("total_tokens", Role::TotalTokens, DType::I32, &[B]));
-    bindings.push(bound("logits_rows", Role::LogitsRows, DType::I32, &[B]));
+    bindings.push(bound("total_tokens", BindingRole::TotalTokens, DType::I32, &[B]));
+    bindings.push(bound("logits_rows", BindingRole::LogitsRows, DType::I32, &[B]));
     bindings
 }
 
@@ -53,9 +53,9 @@ fn tensor(name: &str, dtype: &str, dims: &[i64]) -> KernelTensor {
     KernelTensor { name: name.into(), dims: dims.to_vec(), dtype: dtype.into() }
 }
 
-fn kernel(name: &str, kind: KernelKind, inputs: &[KernelTensor], outputs: &[KernelTensor]) -> Kernel {
+fn kernel(name: &str, kind: KernelKind, inputs: &[KernelTensor], outputs: &[KernelTensor]) -> GpuKernel {
     let (inputs, outputs) = (inputs.to_vec(), outputs.to_vec());
-    Kernel { name: name.into(), kind, layer_type: "kgen".into(), inputs, constants: Vec::new(), outputs }
+    GpuKernel { name: name.into(), kind, layer_type: "kgen".into(), inputs, constants: Vec::new(), outputs }
 }
 
 fn row() -> KernelTensor {
@@ -66,8 +66,8 @@ fn up(layer: usize) -> KernelTensor {
     tensor(&format!("model.layers.{layer}.mlp.up_proj.weight.i8"), "i8", &[64, 256])
 }
 
-fn step() -> Vec<Kernel> {
-    use KernelKind::{Attention, Fused, Host, Product};
+fn step() -> Vec<GpuKernel> {
+    use KernelKind::{Attention, Fused, Gemm, Host};
     let keys = |layer: usize| tensor(&format!("layers.{layer}.attention.keys"), "bf16", &[-1, 2, 512, 16]);
     let gamma = |name: &str| tensor(name, "f32", &[64]);
     vec![
@@ -75,21 +75,21 @@ fn step() -> Vec<Kernel> {
         kernel("__myl_GathCast", Fused, &[tensor("embed.bf16", "bf16", &[1000, 64])], &[row()]),
         kernel("__myl_MeanDiv", Fused, &[gamma("layers.0.mlp.norm.gamma"), row()], &[row()]),
         kernel("_mha", Attention, &[keys(0), tensor("total_tokens", "i32", &[-1])], &[row()]),
-        // The product of one layer, joined to the norm of the next.
-        kernel("__myl_FcMeanDiv", Product, &[up(0), gamma("layers.1.mlp.norm.gamma")], &[row()]),
+        // The GEMM of one layer, fused with the norm of the next.
+        kernel("__myl_FcMeanDiv", Gemm, &[up(0), gamma("layers.1.mlp.norm.gamma")], &[row()]),
         kernel("_mha", Attention, &[keys(1), row()], &[row()]),
-        kernel("__myl_Fc", Product, &[up(1)], &[row()]),
+        kernel("__myl_Fc", Gemm, &[up(1)], &[row()]),
         kernel("__myl_CastAddGath", Fused, &[row(), tensor("logits_rows", "i32", &[-1])], &[row()]),
         kernel("__myl_MeanDiv", Fused, &[gamma("norm.gamma"), row()], &[row()]),
-        kernel("gemm", Product, &[tensor("head.bf16", "bf16", &[64, 1000])], &[row()]),
+        kernel("gemm", Gemm, &[tensor("head.bf16", "bf16", &[64, 1000])], &[row()]),
     ]
 }
 
 #[test]
 fn kernels_are_in_the_layers_whose_tensors_they_touch() {
     let analysis = StepKernels::of(&step(), &bindings());
-    let (before, after) = (Place::Before, Place::After);
-    let (first, second) = (Place::Layer(0), Place::Layer(1));
+    let (before, after) = (KernelLocation::Before, KernelLocation::After);
+    let (first, second) = (KernelLocation::Layer(0), KernelLocation::Layer(1));
     assert_eq!(analysis.places, [before, before, first, first, first, second, second, after, after, after]);
     assert_eq!((analysis.launches, &analysis.by_layer[..]), (9, &[3, 2][..]));
     assert_eq!(analysis.layer_launches(), Some((2, 3)));
@@ -100,7 +100,7 @@ fn kernels_are_in_the_layers_whose_tensors_they_touch() {
 
 #[test]
 fn a_matrix_that_no_product_reads_is_copied() {
-    let copies = |kernel: Kernel| StepKernels::of(&[kernel], &bindings()).weight_copies;
+    let copies = |kernel: GpuKernel| StepKernels::of(&[kernel], &bindings()).weight_copies;
     let fused = |name: &str, inputs: &[KernelTensor], outputs: &[KernelTensor]| {
         copies(kernel(name, KernelKind::Fused, inputs, outputs))
     };
@@ -108,18 +108,18 @@ fn a_matrix_that_no_product_reads_is_copied() {
     let of_up = Copied { kernel: 0, of: Some(up(0).name), what: "bf16[256,64]".into() };
     assert_eq!(fused("__myl_CastMulTran", &[up(0)], std::slice::from_ref(&transposed)), [of_up]);
     assert_eq!(fused("__myl_Sum", &[up(0)], &[row()])[0].what, "i8[64,256]");
-    // Looking up rows is no copy, unless as much is written as the matrix has.
+    // A row lookup is not a copy, unless it writes as much as the whole matrix.
     assert_eq!(fused("__myl_GathCast", &[up(0)], &[row()]), []);
     assert_eq!(fused("__myl_CastReshEtc", &[up(0)], &[row()]), []);
     assert_eq!(fused("__myl_GathCast", &[up(0)], &[transposed]).len(), 1);
     assert_eq!(fused("__myl_MulAdd", &[tensor("layers.0.mlp.norm.gamma", "f32", &[64])], &[row()]), []);
-    // Codes that are part of the plan have names of TensorRT's.
+    // Embedded codes have names that TensorRT made up.
     let unpacked = kernel("__myl_CastMul", KernelKind::Fused, &[], &[tensor("__copy", "bf16", &[64, 64])]);
     let constants = vec![tensor("__const", "f32", &[64, 64]), tensor("__codes", "i4", &[64, 64])];
-    let [copy] = &copies(Kernel { constants: constants.clone(), ..unpacked })[..] else { panic!("one copy") };
+    let [copy] = &copies(GpuKernel { constants: constants.clone(), ..unpacked })[..] else { panic!("one copy") };
     assert_eq!((copy.of.as_deref(), copy.what.as_str()), (Some("__codes"), "bf16[64,64]"));
-    let product = kernel("__myl_CastMulFc", KernelKind::Product, &[], &[row()]);
-    assert_eq!(copies(Kernel { constants, ..product }), []);
+    let product = kernel("__myl_CastMulFc", KernelKind::Gemm, &[], &[row()]);
+    assert_eq!(copies(GpuKernel { constants, ..product }), []);
 }
 
 #[test]
@@ -143,13 +143,13 @@ fn what_is_as_large_as_a_cache_is_a_copy_of_it() {
 #[test]
 fn traffic_is_weights_once_and_the_rest_for_each_sequence() {
     let traffic = Traffic::of(&step(), &bindings(), &weights());
-    // Nobody reads the rotation's table here, so nothing says that its rows are looked up.
+    // No kernel reads the rotary table here, so nothing tells that it is only looked up.
     let whole = 512 * 8 * 4 + 3 * 64 * 4 + 2 * 64 * 256 + 1000 * 64 * 2 + 64 * 64 / 2;
     assert_eq!(traffic, Traffic { weight_bytes: whole, row_bytes: 128, kv_bytes_per_token: 2 * 2 * 2 * 16 * 2 });
     assert_eq!(traffic.decode_bytes(3, 100), whole + 3 * (128 + 100 * 256));
     assert_eq!(traffic.decode_bytes(usize::MAX, usize::MAX), u64::MAX);
-    // An embedding that is the head as well is read whole.
-    let head = kernel("gemm", KernelKind::Product, &[tensor("embed.bf16", "bf16", &[64, 1000])], &[row()]);
+    // A tied embedding is also the output head and read in full.
+    let head = kernel("gemm", KernelKind::Gemm, &[tensor("embed.bf16", "bf16", &[64, 1000])], &[row()]);
     let tied = Traffic::of(&[step(), vec![head]].concat(), &bindings(), &weights());
     assert_eq!(tied.weight_bytes, whole + 1000 * 64 * 2);
     assert!((GPUS[0].seconds(1_555_000_000) - 1e-3).abs() < 1e-9);

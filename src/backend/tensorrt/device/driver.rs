@@ -1,4 +1,4 @@
-//! Starting the driver, the GPUs it lists, and its errors in words.
+//! Driver initialization, GPU enumeration, and driver errors as text.
 
 use std::sync::OnceLock;
 
@@ -8,8 +8,8 @@ use cudarc::driver::sys::{self, CUresult};
 use crate::backend::tensorrt::DeviceInfo;
 use crate::error::{Error, Result};
 
-/// Every function of the driver that this module calls. The bindings end the process for one that is missing, so all
-/// are looked for before the first is called.
+/// Every driver function this module calls. The bindings abort the process on a missing symbol, so all of them are
+/// looked up before the first call.
 const FUNCTIONS: [&str; 33] = [
     "cuInit",
     "cuGetErrorName",
@@ -46,10 +46,10 @@ const FUNCTIONS: [&str; 33] = [
     "cuGraphExecDestroy",
 ];
 
-/// The GPUs that this process may use; none if a driver is loaded that finds none.
+/// Lists the GPUs visible to this process; empty if a driver is loaded but finds none.
 ///
 /// # Errors
-/// [`Error::Gpu`] if there is no driver, or it does not start.
+/// [`Error::Gpu`] if there is no driver, or it fails to initialize.
 pub fn devices() -> Result<Vec<DeviceInfo>> {
     match start_driver() {
         Ok(()) => {}
@@ -66,20 +66,20 @@ enum Start {
     Failed(String),
 }
 
-/// Opens the driver's library and initializes it, once for the process.
+/// Opens and initializes the driver library, once per process.
 fn start_driver() -> Result<(), Start> {
     static STARTED: OnceLock<Result<(), Start>> = OnceLock::new();
     let start = || {
-        // SAFETY: opening the driver's library runs its initializers, which expect nothing of this process.
+        // SAFETY: opening the driver library runs its initializers, which have no preconditions.
         if !unsafe { sys::is_culib_present() } {
             return Err(Start::Failed(
                 "no NVIDIA driver is loaded: libcuda.so.1, which is part of it, cannot be opened".into(),
             ));
         }
-        // SAFETY: as above; it is there, which is what `culib` ends the process without.
+        // SAFETY: as above; the library was found, without which `culib` would abort the process.
         let library = unsafe { sys::culib() };
         for name in FUNCTIONS {
-            // SAFETY: the symbol is looked up, not called.
+            // SAFETY: the symbol is only looked up, not called.
             if unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_err() {
                 return Err(Start::Failed(format!(
                     "libcuda.so.1 has no function {name}: aotron needs a driver for CUDA 12.0 or later"
@@ -102,7 +102,7 @@ fn info(index: usize) -> Result<DeviceInfo> {
     let ask = || {
         let device = result::device::get(i32::try_from(index).unwrap_or(i32::MAX))?;
         let name = result::device::get_name(device)?;
-        // SAFETY: `device` is what the driver gave for this number.
+        // SAFETY: `device` is the handle the driver returned for this index.
         let (major, minor, memory) = unsafe {
             (
                 result::device::get_attribute(device, MAJOR)?,
@@ -120,7 +120,7 @@ fn info(index: usize) -> Result<DeviceInfo> {
     ask().map_err(|error| Error::Gpu(words(&format!("ask about GPU {index}"), error)))
 }
 
-/// What failed, in the driver's words, and what to do where that is known.
+/// Describes a failed action in the driver's words, with a remedy if one is known.
 pub(super) fn words(action: &str, error: DriverError) -> String {
     let text = |found: Result<&std::ffi::CStr, DriverError>| {
         found.map_or_else(|_| format!("{:?}", error.0), |text| text.to_string_lossy().into_owned())
@@ -128,18 +128,18 @@ pub(super) fn words(action: &str, error: DriverError) -> String {
     let (name, meaning) = (text(error.error_name()), text(error.error_string()));
     let remedy = match error.0 {
         CUresult::CUDA_ERROR_STUB_LIBRARY => ": libcuda.so.1 is a stub to link against; remove it from the search path",
-        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => ": restart the machine after the driver's update",
+        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => ": restart the machine, because the driver was updated",
         CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE | CUresult::CUDA_ERROR_INSUFFICIENT_LOADER_VERSION => {
             ": update the NVIDIA driver"
         }
-        CUresult::CUDA_ERROR_SYSTEM_NOT_READY => ": nvidia-fabricmanager is perhaps not running",
+        CUresult::CUDA_ERROR_SYSTEM_NOT_READY => ": nvidia-fabricmanager may not be running",
         _ => "",
     };
     format!("cannot {action}: {meaning} ({name}){remedy}")
 }
 
-/// Whether the GPU refuses everything after this, until its context is gone.
-pub(super) fn is_lasting(error: DriverError) -> bool {
+/// Returns true for a sticky error, after which every call in the context fails.
+pub(super) fn is_sticky(error: DriverError) -> bool {
     use CUresult::*;
     matches!(
         error.0,
@@ -167,7 +167,7 @@ pub(super) fn is_lasting(error: DriverError) -> bool {
 mod tests {
     use super::*;
 
-    /// Where there is a driver, its GPUs make sense.
+    /// On a machine with a driver, checks that the listed GPUs are plausible.
     #[test]
     fn without_a_driver_there_is_one_clear_error() {
         match devices() {
@@ -180,7 +180,7 @@ mod tests {
             Err(error) => {
                 let text = error.to_string();
                 assert!(text.starts_with("GPU: "), "{text}");
-                assert_eq!(devices().unwrap_err().to_string(), text, "it is the same every time");
+                assert_eq!(devices().unwrap_err().to_string(), text, "the error is the same every time");
             }
         }
     }

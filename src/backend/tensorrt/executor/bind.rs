@@ -1,15 +1,15 @@
-//! Inputs and outputs of a context, bound to memory.
+//! Binding of an execution context's inputs and outputs to memory.
 
 use std::sync::Arc;
 
-use super::memory::{Layout, Part, bytes_of, cache_of};
-use super::schedule::Run;
-use crate::backend::tensorrt::Context;
+use super::memory::{BufferRange, MemoryLayout, bytes_of, cache_of};
+use super::schedule::PlanRun;
+use crate::backend::tensorrt::ExecutionContext;
 use crate::backend::tensorrt::device::Buffer;
-use crate::engine::tensorrt::{Binding, Extent, Role, StepSize};
+use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use crate::error::{Error, Result};
 
-/// The memory that a plan runs in.
+/// Device memory of an executor, shared by all its contexts.
 pub(super) struct Buffers {
     pub weights: Arc<Buffer>,
     pub cache: Arc<Buffer>,
@@ -21,40 +21,40 @@ pub(super) struct Buffers {
 /// Binds a context's inputs and outputs to memory.
 pub(super) struct Binder<'a> {
     pub bindings: &'a [Binding],
-    pub layout: &'a Layout,
+    pub layout: &'a MemoryLayout,
     pub buffers: &'a Buffers,
 }
 
 impl Binder<'_> {
-    /// What is the same in every run.
-    pub(super) fn fixed(&self, context: &mut Context, first_chunk: bool) -> Result<()> {
+    /// Binds what is the same in every run: scratch memory, weights and inputs.
+    pub(super) fn fixed(&self, context: &mut ExecutionContext, is_context_plan: bool) -> Result<()> {
         context.set_memory(&self.buffers.scratch)?;
         for weight in &self.layout.weights {
             let name = &self.bindings[weight.binding].name;
             context.set_address(name, &self.buffers.weights, weight.part.offset, weight.part.bytes)?;
         }
         for binding in self.bindings {
-            if let Some(Part { offset, bytes }) = self.input(binding.role, first_chunk) {
+            if let Some(BufferRange { offset, bytes }) = self.input(binding.role, is_context_plan) {
                 context.set_address(&binding.name, &self.buffers.inputs, offset, bytes)?;
             }
         }
         Ok(())
     }
 
-    fn input(&self, role: Role, first_chunk: bool) -> Option<Part> {
+    fn input(&self, role: BindingRole, is_context_plan: bool) -> Option<BufferRange> {
         let inputs = &self.layout.inputs;
         match role {
-            Role::TokenIds => Some(inputs.token_ids),
-            Role::Positions => Some(inputs.positions),
-            Role::PastTokens => Some(inputs.past_tokens),
-            Role::TotalTokens if !first_chunk => Some(inputs.total_tokens),
-            Role::LogitsRows => Some(inputs.logits_rows),
+            BindingRole::TokenIds => Some(inputs.token_ids),
+            BindingRole::Positions => Some(inputs.positions),
+            BindingRole::PastTokens => Some(inputs.past_tokens),
+            BindingRole::TotalTokens if !is_context_plan => Some(inputs.total_tokens),
+            BindingRole::LogitsRows => Some(inputs.logits_rows),
             _ => None,
         }
     }
 
-    /// Keys and values of the run's slots; an updated cache is the cache.
-    pub(super) fn caches(&self, context: &mut Context, run: &Run) -> Result<()> {
+    /// Binds the keys and values of the run's slots. Updated caches alias the caches.
+    pub(super) fn caches(&self, context: &mut ExecutionContext, run: &PlanRun) -> Result<()> {
         for binding in self.bindings {
             let Some(cache) = cache_of(binding.role) else { continue };
             let (Some(part), Some(slot_bytes)) = (self.layout.caches.get(&cache), self.layout.slot_bytes.get(&cache))
@@ -70,30 +70,30 @@ impl Binder<'_> {
         Ok(())
     }
 
-    /// The sizes of the run's inputs, and where its outputs go.
-    pub(super) fn step(&self, context: &mut Context, run: &Run, first_chunk: bool) -> Result<()> {
+    /// Sets the run's input shapes and output addresses.
+    pub(super) fn step(&self, context: &mut ExecutionContext, run: &PlanRun, is_context_plan: bool) -> Result<()> {
         let outputs = &self.layout.outputs;
         for binding in self.bindings {
-            if self.input(binding.role, first_chunk).is_some() {
+            if self.input(binding.role, is_context_plan).is_some() {
                 context.set_shape(&binding.name, &dims(binding, run))?;
                 continue;
             }
             let [values, ids] = outputs.top(run.output_row);
             let offset = match binding.role {
-                Role::Logits => outputs.row(run.output_row).offset,
-                Role::TopLogits => values,
-                Role::TopIds => ids,
-                // Bound once, or by `caches`; inputs that this plan has no use for are not bound.
-                Role::Weight
-                | Role::TokenIds
-                | Role::Positions
-                | Role::PastTokens
-                | Role::TotalTokens
-                | Role::LogitsRows
-                | Role::KeyCache(_)
-                | Role::ValueCache(_)
-                | Role::UpdatedKeys(_)
-                | Role::UpdatedValues(_) => continue,
+                BindingRole::Logits => outputs.row(run.output_row).offset,
+                BindingRole::TopLogits => values,
+                BindingRole::TopIds => ids,
+                // Bound by `fixed` or `caches`, or an input that this plan does not have.
+                BindingRole::Weight
+                | BindingRole::TokenIds
+                | BindingRole::Positions
+                | BindingRole::PastTokens
+                | BindingRole::TotalTokens
+                | BindingRole::LogitsRows
+                | BindingRole::KeyCache(_)
+                | BindingRole::ValueCache(_)
+                | BindingRole::UpdatedKeys(_)
+                | BindingRole::UpdatedValues(_) => continue,
             };
             let bytes = bytes_of(binding, [run.sequences, run.tokens, run.logits_rows.len()]).unwrap_or(u64::MAX);
             context.set_address(&binding.name, &self.buffers.outputs, offset, bytes)?;
@@ -102,8 +102,8 @@ impl Binder<'_> {
     }
 }
 
-/// A binding's sizes in a run. All were checked to fit an `i32` or come from the plan itself.
-fn dims(binding: &Binding, run: &Run) -> Vec<i64> {
+/// Shape of a binding in a run. No cast truncates: all sizes were checked to fit an `i32` or come from the plan itself.
+fn dims(binding: &Binding, run: &PlanRun) -> Vec<i64> {
     let dim = |extent: &Extent| match extent {
         Extent::Fixed(n) => *n,
         Extent::Step(StepSize::B) => run.sequences,

@@ -1,31 +1,35 @@
-//! Whether a plan and this machine belong together, looked at before anything is allocated.
+//! Compatibility checks of a plan with this machine and its manifest, made before anything is allocated.
 
-use crate::backend::tensorrt::{DeviceInfo, EngineTensor, Kind, Version, gpu_words};
-use crate::engine::tensorrt::{Binding, Compiled, Extent, Role, Sizes};
+use crate::backend::tensorrt::{DeviceInfo, EngineTensor, LibraryKind, Version, gpu_words};
+use crate::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, Sizes};
 use crate::tensor::DType;
 
-/// A plan of one compute capability runs on GPUs of exactly this.
+/// Checks the GPU: a plan runs only on GPUs of its own compute capability.
 pub(super) fn device(plan: u16, device: &DeviceInfo) -> Result<(), String> {
     if plan == device.compute_capability {
         return Ok(());
     }
     let (found, name) = (gpu_words(device.compute_capability), &device.name);
-    Err(format!("it was built for {}, and GPU {} is {name}, {found}", gpu_words(plan), device.index))
+    Err(format!("it was built for {}, but GPU {} is {name}, {found}", gpu_words(plan), device.index))
 }
 
-/// TensorRT reads plans of its own version; of TensorRT for RTX, the plan's header tells (`Runtime::validity`).
+/// Checks the version: TensorRT reads plans of its own minor version. For TensorRT for RTX, the plan's header is
+/// checked instead (`TensorRtRuntime::validity`).
 pub(super) fn version(compiled: &Compiled, found: Version) -> Result<(), String> {
     let minor = format!("{}.{}.", found.major, found.minor);
-    if compiled.library == Kind::Rtx || format!("{}.", compiled.version).starts_with(&minor) {
+    if compiled.library == LibraryKind::Rtx || format!("{}.", compiled.version).starts_with(&minor) {
         return Ok(());
     }
     let name = compiled.library.name();
-    Err(format!("{name} {} compiled it, and here is {found}, which does not read it", compiled.version))
+    Err(format!(
+        "it was compiled by {name} {}, but version {found} is installed here, which cannot read it",
+        compiled.version
+    ))
 }
 
-/// The bindings of the manifest against the inputs and outputs that the engine lists.
-pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], first_chunk: bool) -> Result<(), String> {
-    let expected = || bindings.iter().filter(|binding| !(first_chunk && binding.role == Role::TotalTokens));
+/// Compares the manifest's bindings with the inputs and outputs that the engine reports.
+pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_context_plan: bool) -> Result<(), String> {
+    let expected = || bindings.iter().filter(|binding| !(is_context_plan && binding.role == BindingRole::TotalTokens));
     let mut problems: Vec<String> = Vec::new();
     for binding in expected() {
         let Some(tensor) = tensors.iter().find(|tensor| tensor.name == binding.name) else {
@@ -33,15 +37,15 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], first_chu
             continue;
         };
         let alias = match binding.role {
-            Role::UpdatedKeys(layer) => Some(Role::KeyCache(layer)),
-            Role::UpdatedValues(layer) => Some(Role::ValueCache(layer)),
+            BindingRole::UpdatedKeys(layer) => Some(BindingRole::KeyCache(layer)),
+            BindingRole::UpdatedValues(layer) => Some(BindingRole::ValueCache(layer)),
             _ => None,
         };
         let alias = alias.and_then(|role| bindings.iter().find(|b| b.role == role)).map(|b| b.name.as_str());
         let same = tensor.is_input != binding.role.is_output()
             && tensor.on_device
             && tensor.dtype == name_of(binding.dtype)
-            // Not every version names it; the executor binds both to the same memory anyway.
+            // Not every version reports the alias; the executor binds both to the same memory anyway.
             && (tensor.alias.is_none() || tensor.alias.as_deref() == alias)
             && same_shape(binding, &tensor.dims);
         if !same {
@@ -49,7 +53,7 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], first_chu
         }
     }
     for tensor in tensors.iter().filter(|tensor| expected().all(|binding| binding.name != tensor.name)) {
-        problems.push(format!("{}, of which the manifest does not know", describe(tensor)));
+        problems.push(format!("{}, which the manifest does not list", describe(tensor)));
     }
     match problems.len() {
         0 => Ok(()),
@@ -58,22 +62,23 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], first_chu
     }
 }
 
-/// The largest step of each profile against the sizes of the manifest: `largest` asks the engine for an input's.
+/// Compares the largest shapes of each profile with the manifest's sizes. `largest` asks the engine for the largest
+/// shape of an input in a profile.
 pub(super) fn profiles(
     bindings: &[Binding],
     sizes: &Sizes,
     count: u32,
-    first_chunk: bool,
+    is_context_plan: bool,
     largest: &dyn Fn(&str, u32) -> Vec<i64>,
 ) -> Result<(), String> {
     let prefill = [sizes.prefill_sequences, sizes.prefill_tokens, sizes.prefill_logits_rows];
     let decode = [sizes.decode_sequences, 1, sizes.decode_sequences];
-    let expected = if first_chunk { vec![prefill] } else { vec![prefill, decode] };
+    let expected = if is_context_plan { vec![prefill] } else { vec![prefill, decode] };
     if count as usize != expected.len() {
-        return Err(format!("it has {count} profiles, expected are {}", expected.len()));
+        return Err(format!("it has {count} profiles, expected {}", expected.len()));
     }
     for (profile, [b, t, r]) in (0..).zip(expected) {
-        for (role, dims) in [(Role::TokenIds, vec![b, t]), (Role::LogitsRows, vec![r])] {
+        for (role, dims) in [(BindingRole::TokenIds, vec![b, t]), (BindingRole::LogitsRows, vec![r])] {
             let Some(binding) = bindings.iter().find(|binding| binding.role == role) else {
                 return Err(format!("the manifest has no {role:?}"));
             };
@@ -81,7 +86,7 @@ pub(super) fn profiles(
             let same = found.len() == dims.len() && found.iter().zip(&dims).all(|(x, y)| i64::try_from(*y) == Ok(*x));
             if !same {
                 let name = &binding.name;
-                return Err(format!("in profile {profile}, {name} is up to {found:?}, in the manifest up to {dims:?}"));
+                return Err(format!("in profile {profile}, {name} is at most {found:?}, in the manifest {dims:?}"));
             }
         }
     }
@@ -96,7 +101,7 @@ fn same_shape(binding: &Binding, dims: &[i64]) -> bool {
     binding.shape.len() == dims.len() && binding.shape.iter().zip(dims).all(same)
 }
 
-/// As the shim names it.
+/// The shim's name for an element type.
 fn name_of(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "f32",
@@ -135,7 +140,7 @@ mod tests {
         info(1, 2, 16, &[100], sizes, 1000)
     }
 
-    /// What an engine of these bindings lists.
+    /// The tensors an engine with these bindings would report.
     fn engine(bindings: &[Binding]) -> Vec<EngineTensor> {
         let dim = |extent: &Extent| if let Extent::Fixed(n) = extent { *n as i64 } else { -1 };
         let tensor = |binding: &Binding| EngineTensor {
@@ -175,7 +180,7 @@ mod tests {
         assert!(error.contains("it has no weight.0") && error.contains("its input other"), "{error}");
         assert!(refused(&|tensors| tensors.clear()).ends_with("and 10 more"));
 
-        // The plan for first chunks has no total_tokens.
+        // The context plan has no total_tokens.
         let first: Vec<EngineTensor> = tensors.iter().filter(|t| t.name != "total_tokens").cloned().collect();
         assert_eq!(bindings(&manifest.bindings, &first, true), Ok(()));
         assert!(bindings(&manifest.bindings, &first, false).unwrap_err().contains("total_tokens"));
@@ -191,14 +196,15 @@ mod tests {
             (_, 0) => vec![8],
             _ => vec![4],
         };
-        let check =
-            |count, first_chunk, sizes: &Sizes| profiles(&manifest.bindings, sizes, count, first_chunk, &largest);
+        let check = |count, is_context_plan, sizes: &Sizes| {
+            profiles(&manifest.bindings, sizes, count, is_context_plan, &largest)
+        };
         assert_eq!(check(2, false, &manifest.sizes), Ok(()));
         assert_eq!(check(1, true, &manifest.sizes), Ok(()));
         assert!(check(1, false, &manifest.sizes).unwrap_err().contains("1 profiles"));
         let more = Sizes { decode_sequences: 5, ..manifest.sizes.clone() };
         let error = check(2, false, &more).unwrap_err();
-        assert_eq!(error, "in profile 1, token_ids is up to [4, 1], in the manifest up to [5, 1]");
+        assert_eq!(error, "in profile 1, token_ids is at most [4, 1], in the manifest [5, 1]");
     }
 
     #[test]
@@ -212,14 +218,17 @@ mod tests {
         assert_eq!(device(80, &a100), Ok(()));
         assert_eq!(
             device(90, &a100).unwrap_err(),
-            "it was built for SM 9.0 (H100, H200), and GPU 0 is NVIDIA A100-SXM4-40GB, SM 8.0 (A100)"
+            "it was built for SM 9.0 (H100, H200), but GPU 0 is NVIDIA A100-SXM4-40GB, SM 8.0 (A100)"
         );
-        let compiled = |library, version: &str| Compiled { library, version: version.into(), first_chunk_plan: None };
+        let compiled = |library, version: &str| Compiled { library, version: version.into(), context_plan: None };
         let found = Version { major: 11, minor: 4, patch: 2 };
-        assert_eq!(version(&compiled(Kind::TensorRt, "11.4.0"), found), Ok(()));
-        assert_eq!(version(&compiled(Kind::TensorRt, "11.4"), found), Ok(()));
-        assert_eq!(version(&compiled(Kind::Rtx, "1.5.0"), Version { major: 1, ..found }), Ok(()));
-        let error = version(&compiled(Kind::TensorRt, "11.40.0"), found).unwrap_err();
-        assert_eq!(error, "TensorRT 11.40.0 compiled it, and here is 11.4.2, which does not read it");
+        assert_eq!(version(&compiled(LibraryKind::TensorRt, "11.4.0"), found), Ok(()));
+        assert_eq!(version(&compiled(LibraryKind::TensorRt, "11.4"), found), Ok(()));
+        assert_eq!(version(&compiled(LibraryKind::Rtx, "1.5.0"), Version { major: 1, ..found }), Ok(()));
+        let error = version(&compiled(LibraryKind::TensorRt, "11.40.0"), found).unwrap_err();
+        assert_eq!(
+            error,
+            "it was compiled by TensorRT 11.40.0, but version 11.4.2 is installed here, which cannot read it"
+        );
     }
 }

@@ -1,7 +1,7 @@
-//! Kernels that TensorRT for RTX compiled when a plan first ran on a GPU, kept for the next process.
+//! Kernel cache: kernels that TensorRT for RTX compiled when a plan first ran on a GPU, stored for later processes.
 //!
-//! A file is beside the plans of its package, or in the user's cache folder where the package cannot be written. The
-//! library takes kernels of its own version, GPU and driver only; a digest tells files that are damaged.
+//! The file is in the package's folder, or in the user's cache folder if the package is read-only. The library itself
+//! rejects kernels of another version, GPU or driver; a digest detects damaged files.
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,19 +15,19 @@ use crate::engine::Package;
 
 const MAGIC: &[u8; 8] = b"aotronk1";
 const DIGEST_BYTES: usize = 32;
-/// A file is not read past this size. Kernels of the 8B model take some tens of MB.
+/// Larger files are ignored. Kernels of the 8B model take tens of MB.
 const MAX_BYTES: u64 = 1 << 30;
 
-/// Where one engine's kernels are kept.
+/// Kernel cache of one engine.
 #[derive(Debug, Clone)]
-pub(super) struct Shelf {
-    /// The places, best first.
+pub(super) struct KernelCache {
+    /// Candidate paths in order of preference.
     files: Vec<PathBuf>,
 }
 
-impl Shelf {
-    /// For a plan, by its file's name, on a GPU with a version of the library.
-    pub(super) fn new(package: &Package, plan: &str, gpu: &str, version: &str) -> Shelf {
+impl KernelCache {
+    /// The cache for a plan file on a GPU model with a library version.
+    pub(super) fn new(package: &Package, plan: &str, gpu: &str, version: &str) -> KernelCache {
         let name = format!("{plan}-{gpu}-{version}.kernels");
         let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
         let folder = |variable: &str| std::env::var_os(variable).filter(|value: &OsString| !value.is_empty());
@@ -37,18 +37,18 @@ impl Shelf {
         let digest = package.manifest().sha256.get(..16).unwrap_or_default();
         let beside = package.path().join("kernels").join(&name);
         let cached = cache.map(|cache| cache.join("aotron").join("kernels").join(format!("{digest}-{name}")));
-        Shelf { files: std::iter::once(beside).chain(cached).collect() }
+        KernelCache { files: std::iter::once(beside).chain(cached).collect() }
     }
 
-    /// The kernels of the first file that is whole.
+    /// Reads the kernels from the first intact file.
     pub(super) fn read(&self) -> Option<Vec<u8>> {
         self.files.iter().find_map(|file| read(file))
     }
 
-    /// Writes the first file that can be written, whole or not at all.
+    /// Atomically writes the first path that is writable.
     ///
     /// # Errors
-    /// The reasons of all.
+    /// The reasons why no path is writable.
     pub(super) fn write(&self, kernels: &[u8]) -> Result<(), String> {
         let mut reasons = Vec::new();
         for file in &self.files {
@@ -74,7 +74,7 @@ fn read(file: &Path) -> Option<Vec<u8>> {
 fn write(file: &Path, kernels: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
-    // Not its owner's alone, as temporary files are: who may read the package may use its kernels.
+    // Temporary files are private by default, but whoever may read the package may use its kernels.
     let everyone = fs::Permissions::from_mode(0o666);
     let mut out = tempfile::Builder::new().prefix(".unfinished-").permissions(everyone).tempfile_in(folder)?;
     out.write_all(MAGIC)?;
@@ -94,20 +94,20 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let blocked = folder.path().join("blocked");
         fs::write(&blocked, "a file where a folder is wanted").unwrap();
-        let shelf = Shelf { files: vec![blocked.join("kernels"), folder.path().join("cache/kernels")] };
-        assert_eq!(shelf.read(), None);
-        shelf.write(b"first").unwrap();
-        shelf.write(b"compiled").unwrap();
-        assert_eq!(shelf.read().as_deref(), Some(&b"compiled"[..]));
-        assert_eq!(fs::read_dir(folder.path().join("cache")).unwrap().count(), 1, "nothing unfinished is left");
+        let kernel_cache = KernelCache { files: vec![blocked.join("kernels"), folder.path().join("cache/kernels")] };
+        assert_eq!(kernel_cache.read(), None);
+        kernel_cache.write(b"first").unwrap();
+        kernel_cache.write(b"compiled").unwrap();
+        assert_eq!(kernel_cache.read().as_deref(), Some(&b"compiled"[..]));
+        assert_eq!(fs::read_dir(folder.path().join("cache")).unwrap().count(), 1, "no temporary file is left");
 
-        let file = &shelf.files[1];
+        let file = &kernel_cache.files[1];
         let whole = fs::read(file).unwrap();
         for damaged in [&whole[..whole.len() - 1], &whole[..20], b"", b"aotronk2"] {
             fs::write(file, damaged).unwrap();
-            assert_eq!(shelf.read(), None);
+            assert_eq!(kernel_cache.read(), None);
         }
-        let shelf = Shelf { files: vec![blocked.join("kernels")] };
-        assert!(shelf.write(b"compiled").unwrap_err().contains("blocked"));
+        let kernel_cache = KernelCache { files: vec![blocked.join("kernels")] };
+        assert!(kernel_cache.write(b"compiled").unwrap_err().contains("blocked"));
     }
 }

@@ -1,118 +1,118 @@
-//! What the executor keeps on the GPU, planned before any of it is allocated.
+//! Layout of the executor's GPU memory, planned before any of it is allocated.
 //!
 //! | buffer | holds |
 //! | --- | --- |
-//! | weights | every [`Role::Weight`], one after the other |
+//! | weights | every [`BindingRole::Weight`], in order of the bindings |
 //! | cache | keys and values of every layer, `[layers, 2, slots, kv_heads, S, head_dim]` |
-//! | inputs | token ids, positions, lengths and wanted rows of one run |
-//! | outputs | logits, `f32[rows, vocab]`, behind the largest of them, for decode rows and prefill rows |
-//! | scratch | what TensorRT computes in between; all contexts share it, since they run one after the other |
+//! | inputs | token ids, positions, lengths and logits rows of one run |
+//! | outputs | top-k logits and their ids for decode and prefill rows, then all logits, `f32[rows, vocab]` |
+//! | scratch | TensorRT's intermediate values; all contexts share it, since their runs do not overlap |
 
 use std::collections::BTreeMap;
 
-use super::schedule::Rules;
+use super::schedule::BatchingConstraints;
 use crate::backend::tensorrt::device::ALIGN;
-use crate::engine::tensorrt::{Binding, Extent, Role, StepSize, TensorRtInfo};
+use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize, TensorRtInfo};
 use crate::tensor::DType;
 
-/// Left free for the driver, contexts and kernels.
+/// Memory left free for the driver, contexts and kernels.
 const RESERVE_BYTES: u64 = 512 << 20;
 
-/// A part of a buffer.
+/// A byte range of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Part {
+pub(super) struct BufferRange {
     pub offset: u64,
     pub bytes: u64,
 }
 
-/// A weight's place.
+/// A weight's range in the weights buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PlacedWeight {
     /// Index among the bindings.
     pub binding: usize,
-    pub part: Part,
+    pub part: BufferRange,
 }
 
-/// Where everything is.
+/// Offsets and sizes of everything the executor allocates.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Layout {
+pub(super) struct MemoryLayout {
     pub slots: usize,
     pub weights: Vec<PlacedWeight>,
     pub weights_bytes: u64,
-    /// By the cache's role: slot 0 of a layer's keys or values, and the bytes of all its slots.
-    pub caches: BTreeMap<(usize, CacheKind), Part>,
+    /// Range of a layer's keys or values, all slots.
+    pub caches: BTreeMap<(usize, CacheHalf), BufferRange>,
     /// Bytes of one slot of one layer's keys or values.
-    pub slot_bytes: BTreeMap<(usize, CacheKind), u64>,
+    pub slot_bytes: BTreeMap<(usize, CacheHalf), u64>,
     pub cache_bytes: u64,
-    pub inputs: Inputs,
+    pub inputs: InputRanges,
     pub inputs_bytes: u64,
-    pub outputs: Outputs,
+    pub outputs: OutputRanges,
     pub outputs_bytes: u64,
     pub scratch_bytes: u64,
 }
 
-/// Which half of a layer's cache.
+/// Half of a layer's KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum CacheKind {
+pub(super) enum CacheHalf {
     Keys,
     Values,
 }
 
-/// The cache that a role reads or writes.
-pub(super) fn cache_of(role: Role) -> Option<(usize, CacheKind)> {
+/// Layer and half of the cache that a binding reads or writes.
+pub(super) fn cache_of(role: BindingRole) -> Option<(usize, CacheHalf)> {
     match role {
-        Role::KeyCache(layer) | Role::UpdatedKeys(layer) => Some((layer, CacheKind::Keys)),
-        Role::ValueCache(layer) | Role::UpdatedValues(layer) => Some((layer, CacheKind::Values)),
-        Role::Weight
-        | Role::TokenIds
-        | Role::Positions
-        | Role::PastTokens
-        | Role::TotalTokens
-        | Role::LogitsRows
-        | Role::Logits
-        | Role::TopLogits
-        | Role::TopIds => None,
+        BindingRole::KeyCache(layer) | BindingRole::UpdatedKeys(layer) => Some((layer, CacheHalf::Keys)),
+        BindingRole::ValueCache(layer) | BindingRole::UpdatedValues(layer) => Some((layer, CacheHalf::Values)),
+        BindingRole::Weight
+        | BindingRole::TokenIds
+        | BindingRole::Positions
+        | BindingRole::PastTokens
+        | BindingRole::TotalTokens
+        | BindingRole::LogitsRows
+        | BindingRole::Logits
+        | BindingRole::TopLogits
+        | BindingRole::TopIds => None,
     }
 }
 
-/// Inputs of a run, each with room for the largest.
+/// Ranges of a run's inputs, sized for the largest run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Inputs {
-    pub token_ids: Part,
-    pub positions: Part,
-    pub past_tokens: Part,
-    pub total_tokens: Part,
-    pub logits_rows: Part,
+pub(super) struct InputRanges {
+    pub token_ids: BufferRange,
+    pub positions: BufferRange,
+    pub past_tokens: BufferRange,
+    pub total_tokens: BufferRange,
+    pub logits_rows: BufferRange,
 }
 
-/// Outputs of a step. Rows count from 0 through those of decode runs to those of prefill runs.
+/// Ranges of a step's outputs. Row numbers start with the decode runs' rows; the prefill runs' rows follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Outputs {
-    /// Rows of decode runs.
+pub(super) struct OutputRanges {
+    /// Number of decode rows.
     pub decode_rows: usize,
-    /// Columns of the largest.
+    /// Top-k columns.
     pub k: usize,
     pub vocab_size: usize,
-    /// Largest logits of decode rows, then their ids, then those of prefill rows: what one copy takes to the host.
-    pub tops: [Part; 4],
-    pub logits: Part,
+    /// Top-k logits of decode rows, their ids, and the same for prefill rows: contiguous, so one copy fetches them all.
+    pub tops: [BufferRange; 4],
+    pub logits: BufferRange,
 }
 
-impl Outputs {
-    /// Where a row's largest logits and their ids are, in bytes of the buffer.
+impl OutputRanges {
+    /// Byte offsets of a row's top-k logits and of their ids.
     pub(super) fn top(&self, row: usize) -> [u64; 2] {
         let row_bytes = 4 * self.k as u64;
         let (first, row) = if row < self.decode_rows { (0, row) } else { (2, row - self.decode_rows) };
         [self.tops[first].offset + row as u64 * row_bytes, self.tops[first + 1].offset + row as u64 * row_bytes]
     }
 
-    /// Where a row of logits is.
-    pub(super) fn row(&self, row: usize) -> Part {
+    /// Range of a row's full logits.
+    pub(super) fn row(&self, row: usize) -> BufferRange {
         let bytes = 4 * self.vocab_size as u64;
-        Part { offset: self.logits.offset + row as u64 * bytes, bytes }
+        BufferRange { offset: self.logits.offset + row as u64 * bytes, bytes }
     }
 
-    /// The bytes of the largest logits that a step of these kinds of rows wrote.
+    /// Byte range of the top-k outputs written by a step with decode rows, prefill rows, or both.
     pub(super) fn written(&self, decode: bool, prefill: bool) -> std::ops::Range<usize> {
         let start = if decode { self.tops[0].offset } else { self.tops[2].offset };
         let last = if prefill { self.tops[3] } else { self.tops[1] };
@@ -120,19 +120,19 @@ impl Outputs {
     }
 }
 
-/// Gives out a buffer from its start.
+/// Bump allocator for one buffer.
 #[derive(Default)]
 struct Cursor(u64);
 
 impl Cursor {
-    fn take(&mut self, bytes: u64) -> Option<Part> {
+    fn take(&mut self, bytes: u64) -> Option<BufferRange> {
         let offset = self.0;
         self.0 = offset.checked_add(bytes)?.checked_next_multiple_of(ALIGN)?;
-        Some(Part { offset, bytes })
+        Some(BufferRange { offset, bytes })
     }
 }
 
-/// Bytes of a binding in a step of these sizes; `None` if no memory holds them.
+/// Bytes of a binding in a step of these sizes; `None` on overflow.
 pub(super) fn bytes_of(binding: &Binding, [b, t, r]: [usize; 3]) -> Option<u64> {
     let elements = binding.shape.iter().try_fold(1u64, |product, extent| {
         let n = match extent {
@@ -149,9 +149,9 @@ pub(super) fn bytes_of(binding: &Binding, [b, t, r]: [usize; 3]) -> Option<u64> 
     }
 }
 
-/// What the first output row of a run must be a multiple of, for its outputs to be aligned.
+/// Number of which a run's first output row must be a multiple for all its outputs to be aligned.
 pub(super) fn row_align(vocab_size: usize, k: usize) -> usize {
-    // Both are powers of two, so the larger is a multiple of the smaller.
+    // Both are powers of two, so the larger is a multiple of the smaller and satisfies both.
     let for_row = |columns: usize| {
         let bytes = 4 * columns as u64;
         (ALIGN >> bytes.trailing_zeros().min(ALIGN.trailing_zeros())) as usize
@@ -159,14 +159,18 @@ pub(super) fn row_align(vocab_size: usize, k: usize) -> usize {
     for_row(vocab_size).max(for_row(k))
 }
 
-impl Layout {
-    /// Plans for so many slots.
+impl MemoryLayout {
+    /// Plans the memory for the slots in `constraints`.
     ///
     /// # Errors
-    /// What in the plan's bindings does not hold together.
-    pub(super) fn new(info: &TensorRtInfo, rules: &Rules, scratch_bytes: u64) -> Result<Layout, String> {
-        let too_large = || "its sizes are more than any GPU holds".to_owned();
-        let slots = rules.limits.slots;
+    /// The inconsistency in the plan's bindings.
+    pub(super) fn new(
+        info: &TensorRtInfo,
+        constraints: &BatchingConstraints,
+        scratch_bytes: u64,
+    ) -> Result<MemoryLayout, String> {
+        let too_large = || "its sizes exceed the memory of any GPU".to_owned();
+        let slots = constraints.limits.slots;
         let mut weights = Vec::new();
         let mut of_weights = Cursor::default();
         let (mut caches, mut slot_bytes) = (BTreeMap::new(), BTreeMap::new());
@@ -178,12 +182,12 @@ impl Layout {
                 _ => None,
             };
             match binding.role {
-                Role::Weight => {
+                BindingRole::Weight => {
                     let bytes = bytes_of(binding, [1; 3]).ok_or_else(too_large)?;
                     let part = of_weights.take(bytes).ok_or_else(too_large)?;
                     weights.push(PlacedWeight { binding: index, part });
                 }
-                Role::KeyCache(_) | Role::ValueCache(_) => {
+                BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => {
                     let cache = cache_of(binding.role).ok_or_else(|| format!("{binding} is a cache of no layer"))?;
                     let one = bytes_of(binding, [1; 3]).ok_or_else(too_large)?;
                     if !one.is_multiple_of(ALIGN) {
@@ -193,30 +197,30 @@ impl Layout {
                     caches.insert(cache, of_cache.take(all).ok_or_else(too_large)?);
                     slot_bytes.insert(cache, one);
                 }
-                Role::Logits => vocab_size = columns,
-                Role::TopLogits => k = columns,
-                // Their room is a step's, and updated caches are the caches.
-                Role::TokenIds
-                | Role::Positions
-                | Role::PastTokens
-                | Role::TotalTokens
-                | Role::LogitsRows
-                | Role::UpdatedKeys(_)
-                | Role::UpdatedValues(_)
-                | Role::TopIds => {}
+                BindingRole::Logits => vocab_size = columns,
+                BindingRole::TopLogits => k = columns,
+                // Inputs and outputs are sized by the step, below; updated caches alias the caches.
+                BindingRole::TokenIds
+                | BindingRole::Positions
+                | BindingRole::PastTokens
+                | BindingRole::TotalTokens
+                | BindingRole::LogitsRows
+                | BindingRole::UpdatedKeys(_)
+                | BindingRole::UpdatedValues(_)
+                | BindingRole::TopIds => {}
             }
         }
-        let vocab_size = vocab_size.filter(|n| *n == rules.limits.vocab_size);
+        let vocab_size = vocab_size.filter(|n| *n == constraints.limits.vocab_size);
         let vocab_size = vocab_size.ok_or("its logits are not as wide as the vocabulary")?;
         let k = k.ok_or("it has no output of the largest logits")?;
 
-        let sizes = &rules.sizes;
+        let sizes = &constraints.sizes;
         let most_sequences = sizes.decode_sequences.max(sizes.prefill_sequences) as u64;
         let most_tokens = (sizes.prefill_sequences * sizes.prefill_tokens).max(sizes.decode_sequences) as u64;
         let most_rows = sizes.prefill_logits_rows.max(sizes.decode_sequences) as u64;
         let mut of_inputs = Cursor::default();
         let mut integers = |count: u64| of_inputs.take(4 * count).ok_or_else(too_large);
-        let inputs = Inputs {
+        let inputs = InputRanges {
             token_ids: integers(most_tokens)?,
             positions: integers(most_tokens)?,
             past_tokens: integers(most_sequences)?,
@@ -224,13 +228,13 @@ impl Layout {
             logits_rows: integers(most_rows)?,
         };
 
-        let (decode_rows, prefill_rows) = (rules.decode_rows(), rules.prefill_rows());
+        let (decode_rows, prefill_rows) = (constraints.decode_rows(), constraints.prefill_rows());
         let mut of_outputs = Cursor::default();
         let mut floats = |rows: usize, columns: usize| {
             let bytes = (rows as u64).checked_mul(columns as u64).and_then(|n| n.checked_mul(4));
             bytes.and_then(|bytes| of_outputs.take(bytes)).ok_or_else(too_large)
         };
-        let outputs = Outputs {
+        let outputs = OutputRanges {
             decode_rows,
             k,
             vocab_size,
@@ -242,7 +246,7 @@ impl Layout {
             ],
             logits: floats(decode_rows + prefill_rows, vocab_size)?,
         };
-        Ok(Layout {
+        Ok(MemoryLayout {
             slots,
             weights,
             weights_bytes: of_weights.0,
@@ -264,62 +268,62 @@ impl Layout {
     }
 }
 
-/// What decides how many slots there are.
+/// Inputs to the choice of the number of slots.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Machine<'a> {
-    /// The GPU's memory.
+pub(super) struct MemoryBudget<'a> {
+    /// Total memory of the GPU.
     pub device_bytes: u64,
-    /// Of it, unused.
+    /// Free memory of the GPU.
     pub free_bytes: u64,
     /// [`TensorRtInfo::kv_cache_gib`].
     pub kv_cache_gib: &'a BTreeMap<u32, u32>,
-    /// Slots asked for.
+    /// Requested slots.
     pub asked: Option<usize>,
 }
 
-/// The GiB of KV cache that a recipe gives a GPU of so much memory: those of the largest it lists that is not larger.
-/// A GPU sold as 80 GB may have a few percent less. `None` if it lists none so small.
+/// KV-cache budget of the recipe for a GPU of this size: the entry for the largest listed memory that the GPU has, with
+/// 5 % tolerance, because a GPU sold as 80 GB may have a little less. `None` if every entry is larger.
 fn kv_budget_bytes(kv_cache_gib: &BTreeMap<u32, u32>, device_bytes: u64) -> Option<u64> {
     let fits = |gigabytes: u32| u64::from(gigabytes) * 950_000_000 <= device_bytes;
     let (_, gib) = kv_cache_gib.iter().rev().find(|(gigabytes, _)| fits(**gigabytes))?;
     Some(u64::from(*gib) << 30)
 }
 
-/// The layout with the most slots that plan, memory and request allow, and without a request the recipe's share of the
-/// memory, and what to tell about it. `rules` has the
-/// slots of the plan, and afterwards those of the layout.
+/// Finds the layout with the most slots that the plan, the memory and the request allow (without a request, also within
+/// the recipe's KV-cache budget), and describes it for the user. `constraints` comes with the plan's slots and is
+/// updated to the layout's.
 ///
 /// # Errors
-/// The numbers and what to do, if not even one slot fits.
+/// The memory sizes and remedies, if not even one slot fits.
 pub(super) fn fit(
     info: &TensorRtInfo,
-    rules: &mut Rules,
+    constraints: &mut BatchingConstraints,
     scratch_bytes: u64,
-    machine: &Machine<'_>,
-) -> Result<(Layout, String), String> {
-    let of_plan = rules.limits.slots.min(info.sizes.decode_sequences);
+    machine: &MemoryBudget<'_>,
+) -> Result<(MemoryLayout, String), String> {
+    let of_plan = constraints.limits.slots.min(info.sizes.decode_sequences);
     let most = machine.asked.unwrap_or(of_plan).min(of_plan).max(1);
     let budget = kv_budget_bytes(machine.kv_cache_gib, machine.device_bytes).unwrap_or(u64::MAX);
     let usable = machine.free_bytes.saturating_sub(RESERVE_BYTES);
     let mut slots = most;
     loop {
-        rules.limits.slots = slots;
-        let layout = Layout::new(info, rules, scratch_bytes)?;
+        constraints.limits.slots = slots;
+        let layout = MemoryLayout::new(info, constraints, scratch_bytes)?;
         let total = layout.total_bytes();
         let within_budget = layout.cache_bytes <= budget || slots == 1 || machine.asked.is_some();
         if within_budget && total <= usable {
-            let mut words = sum(&layout, rules, machine);
+            let mut words = sum(&layout, constraints, machine);
             if machine.asked.is_some_and(|asked| asked > slots) {
-                words += &format!("; {slots} sequences instead of {}, for want of memory", machine.asked.unwrap_or(0));
+                words += &format!("; {slots} sequences instead of {}, for lack of memory", machine.asked.unwrap_or(0));
             }
             return Ok((layout, words));
         }
         if slots == 1 {
             return Err(format!(
-                "not one sequence fits: {}, of which {} stay free for the driver and kernels. End other programs on the \
+                "not even one sequence fits: {}, of which {} stay reserved for the driver and kernels. Stop other programs on the \
                  GPU, build for shorter sequences (--max-sequence-tokens) or with smaller weights (--precision int8), \
                  or use a GPU with more memory",
-                sum(&layout, rules, machine),
+                sum(&layout, constraints, machine),
                 gigabytes(RESERVE_BYTES)
             ));
         }
@@ -328,8 +332,8 @@ pub(super) fn fit(
 }
 
 /// "weights 17.1 GB + KV cache 16.0 GiB (8 sequences of 4096 tokens, 512 KiB a token) + … = 36.9 GB of 39.4 GB free".
-fn sum(layout: &Layout, rules: &Rules, machine: &Machine<'_>) -> String {
-    let tokens = rules.limits.max_sequence_tokens;
+fn sum(layout: &MemoryLayout, constraints: &BatchingConstraints, machine: &MemoryBudget<'_>) -> String {
+    let tokens = constraints.limits.max_sequence_tokens;
     let a_token = layout.slot_bytes.values().sum::<u64>() / tokens.max(1) as u64;
     let rest = layout.inputs_bytes + layout.outputs_bytes + layout.scratch_bytes;
     format!(

@@ -1,16 +1,15 @@
-//! Runs TensorRT plans on a GPU.
+//! The executor that runs TensorRT plans on a GPU.
 //!
-//! Opening looks first and allocates last: whether the plan is compiled, its library and GPU are here, its bindings are
-//! those of the manifest and its memory fits are all known before a weight is copied.
+//! Opening validates first and allocates last: that the plan is compiled, that its library and GPU are present, that
+//! its bindings match the manifest and that its memory fits is all checked before a weight is copied.
 //!
-//! Keys and values of a layer are one block `[slots, kv_heads, S, head_dim]`, which is how a plan takes them for B = all
-//! slots; a run for one slot is given the block from that slot on, with B = 1. Each number of sequences that decodes has
-//! a context of its own, whose run is recorded as a CUDA graph when it has run once: the same kernels at the same
-//! addresses, launched at once.
+//! Keys and values of a layer are contiguous, `[slots, kv_heads, S, head_dim]`, the layout a plan expects for B =
+//! slots; a run of one slot binds the address of that slot with B = 1. Each decode batch size has an execution context
+//! of its own, whose run is captured as a CUDA graph after its first execution: the same kernels at the same addresses,
+//! with one launch.
 //!
-//! Of a step's logits only the largest of each row come to the host; whole rows are fetched when they are asked for.
-//! Which kernels run depends on how many sequences decode, so a sequence's logits may differ in their last bits with
-//! what else is in the batch.
+//! Only the top-k logits of each row are copied to the host in every step; full rows are fetched on demand. The batch
+//! size selects the kernels, so a sequence's logits may differ in their last bits depending on the rest of the batch.
 
 mod bind;
 mod check;
@@ -23,70 +22,71 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use self::bind::{Binder, Buffers};
-use self::kernels::Shelf;
-use self::memory::{Layout, Machine, Part};
-use self::schedule::{Kind as RunKind, Rules, Run, schedule};
-use super::device::{Buffer, Device, Graph, Pinned, Stream, devices};
+use self::kernels::KernelCache;
+use self::memory::{BufferRange, MemoryBudget, MemoryLayout};
+use self::schedule::{BatchingConstraints, PlanRun, RunKind, schedule};
+use super::device::{Buffer, CudaGraph, Device, Pinned, Stream, devices};
 use super::{
-    Context, DeviceInfo, Engine, Event, GpuOptions, Kind, Library, Report, Runtime, Traced, Validity, gpu_words,
+    CudaEngine, DeviceInfo, ExecutionContext, GpuEvent, GpuOptions, GpuReport, LibraryKind, TensorRtLibrary,
+    TensorRtRuntime, Traced, Validity, gpu_words,
 };
 use crate::backend::{DeferredLogits, Executor, Logits, Step, Top};
-use crate::engine::tensorrt::{Binding, Extent, Role, TensorRtInfo};
+use crate::engine::tensorrt::{Binding, BindingRole, Extent, TensorRtInfo};
 use crate::engine::{Limits, Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 
 /// The TensorRT executor.
-// Fields are dropped in this order: graphs and contexts before engines, these before the memory they run in.
+// Fields drop in declaration order: graphs and contexts before engines, and those before the memory they use.
 pub struct TensorRtExecutor {
-    /// By number of sequences.
+    /// Decode contexts by batch size.
     decoders: BTreeMap<usize, Decoder>,
     prefill: Prefill,
-    first_chunk: Option<Prefill>,
-    engines: Vec<KeptEngine>,
-    results: Results,
+    context_prefill: Option<Prefill>,
+    engines: Vec<LoadedEngine>,
+    results: StepResults,
     inputs_host: Pinned,
     buffers: Buffers,
-    layout: Layout,
-    rules: Rules,
+    layout: MemoryLayout,
+    constraints: BatchingConstraints,
     bindings: Vec<Binding>,
-    /// For every slot, the tokens it held after the last step that named it.
+    /// Tokens in each slot after the last step that named it.
     held: Vec<usize>,
     graphs: bool,
-    report: Report,
+    report: GpuReport,
     stream: Arc<Stream>,
 }
 
-/// A context for decoding so many sequences, and its run as a graph.
+/// A context for decoding at one batch size, and its run captured as a graph.
 struct Decoder {
-    graph: Option<Graph>,
-    context: Context,
+    graph: Option<CudaGraph>,
+    context: ExecutionContext,
 }
 
-/// A context for prefilling, and the slot it is bound to.
+/// A context for prefill, and the slot it is bound to.
 struct Prefill {
-    context: Context,
+    context: ExecutionContext,
     slot: Option<usize>,
 }
 
-/// An engine and where its compiled kernels are kept.
-struct KeptEngine {
-    engine: Engine,
-    shelf: Option<Shelf>,
-    /// Of the kernels that are on the shelf.
-    kept_bytes: usize,
+/// A deserialized engine and its kernel cache.
+struct LoadedEngine {
+    engine: CudaEngine,
+    kernel_cache: Option<KernelCache>,
+    /// Size of the kernels stored in the cache.
+    cached_bytes: usize,
 }
 
-/// What the last step returned.
-struct Results {
-    /// The output row of each row.
+/// Results of the last step.
+struct StepResults {
+    /// Output row of each requested row.
     rows: Vec<usize>,
     values: Vec<f32>, // [rows, k]
     ids: Vec<u32>,    // [rows, k]
     tops_host: Pinned,
     row_host: Pinned, // one row of logits
     outputs: Arc<Buffer>,
-    places: memory::Outputs,
+    places: memory::OutputRanges,
     stream: Arc<Stream>,
 }
 
@@ -95,10 +95,10 @@ struct Opening<'a> {
     package: &'a Package,
     plan: &'a PlanInfo,
     info: &'a TensorRtInfo,
-    runtime: &'a Runtime,
-    library: Library,
+    runtime: &'a TensorRtRuntime,
+    library: TensorRtLibrary,
     gpu: &'a DeviceInfo,
-    report: &'a Report,
+    report: &'a GpuReport,
 }
 
 impl Opening<'_> {
@@ -106,40 +106,41 @@ impl Opening<'_> {
         refuse(self.package, self.plan, detail, Remedy::Compile)
     }
 
-    fn engine(&self, file: &str, first_chunk: bool) -> Result<KeptEngine> {
+    fn engine(&self, file: &str, is_context_plan: bool) -> Result<LoadedEngine> {
         let bytes = self.package.read(file)?;
         let name = self.library.kind().name();
         match self.runtime.validity(&bytes) {
             Validity::Unknown | Validity::Valid => {}
             Validity::Suboptimal => {
                 let finish = format!("`aotron build {} --finish`", self.package.path().display());
-                self.report.fact(&format!("{name} runs {file} slower than it could here; {finish} compiles it anew"));
+                self.report
+                    .fact(&format!("{name} runs {file} slower than it could on this machine; {finish} recompiles it"));
             }
             Validity::Invalid(reasons) if reasons.is_empty() => {
-                return Err(self.refuse(&format!("{name} does not run {file} and does not say why")));
+                return Err(self.refuse(&format!("{name} cannot run {file} and gives no reason")));
             }
             Validity::Invalid(reasons) => {
-                return Err(self.refuse(&format!("{name} does not run {file}: {}", reasons.join(", "))));
+                return Err(self.refuse(&format!("{name} cannot run {file}: {}", reasons.join(", "))));
             }
         }
         let mut engine = self.runtime.deserialize(&bytes)?;
         let largest = |input: &str, profile: u32| engine.largest(input, profile);
-        check::bindings(&self.info.bindings, &engine.tensors(), first_chunk)
+        check::bindings(&self.info.bindings, &engine.tensors(), is_context_plan)
             .and_then(|()| {
-                check::profiles(&self.info.bindings, &self.info.sizes, engine.profiles(), first_chunk, &largest)
+                check::profiles(&self.info.bindings, &self.info.sizes, engine.profiles(), is_context_plan, &largest)
             })
             .map_err(|detail| self.refuse(&format!("{file} is not the plan that the manifest describes: {detail}")))?;
-        if self.library.kind() != Kind::Rtx {
-            return Ok(KeptEngine { engine, shelf: None, kept_bytes: 0 });
+        if self.library.kind() != LibraryKind::Rtx {
+            return Ok(LoadedEngine { engine, kernel_cache: None, cached_bytes: 0 });
         }
-        let shelf = Shelf::new(self.package, file, &self.gpu.name, &self.library.version().to_string());
-        let earlier = shelf.read().unwrap_or_default();
-        let kept_bytes = if engine.keep_kernels(&earlier)? { earlier.len() } else { 0 };
-        Ok(KeptEngine { engine, shelf: Some(shelf), kept_bytes })
+        let kernel_cache = KernelCache::new(self.package, file, &self.gpu.name, &self.library.version().to_string());
+        let earlier = kernel_cache.read().unwrap_or_default();
+        let cached_bytes = if engine.keep_kernels(&earlier)? { earlier.len() } else { 0 };
+        Ok(LoadedEngine { engine, kernel_cache: Some(kernel_cache), cached_bytes })
     }
 }
 
-/// What mends a plan that does not run.
+/// Remedy for a plan that cannot run, for the error message.
 enum Remedy {
     Compile,
     AnotherGpu,
@@ -149,7 +150,7 @@ enum Remedy {
 fn refuse(package: &Package, plan: &PlanInfo, detail: &str, remedy: Remedy) -> Error {
     let path = package.path().display();
     let remedy = match remedy {
-        Remedy::Compile => format!("; `aotron build {path} --finish` on this machine compiles it anew"),
+        Remedy::Compile => format!("; `aotron build {path} --finish` on this machine recompiles it"),
         Remedy::AnotherGpu => "; build a package with a recipe for this GPU".into(),
         Remedy::Nothing => String::new(),
     };
@@ -160,8 +161,9 @@ impl TensorRtExecutor {
     /// Opens a plan of a package.
     ///
     /// # Errors
-    /// [`Error::Package`] if the plan is not compiled, not for this machine's library or GPU, or not what the manifest
-    /// says; [`Error::TensorRt`] and [`Error::Gpu`] in the words of library and driver, or if the memory is not enough.
+    /// [`Error::Package`] if the plan is not compiled, not for this machine's library or GPU, or does not match the
+    /// manifest; [`Error::TensorRt`] and [`Error::Gpu`] in the words of the library and the driver, or if memory runs
+    /// out.
     pub fn open(package: &Package, plan: &PlanInfo, options: &GpuOptions) -> Result<TensorRtExecutor> {
         let Some(info) = &plan.tensorrt else {
             return Err(refuse(package, plan, "it is not a TensorRT plan", Remedy::Nothing));
@@ -170,7 +172,7 @@ impl TensorRtExecutor {
             let detail = format!("it was prepared only, not compiled for {}", gpu_words(info.compute_capability));
             return Err(refuse(package, plan, &detail, Remedy::Compile));
         };
-        let library = Library::find(compiled.library)?;
+        let library = TensorRtLibrary::find(compiled.library)?;
         check::version(compiled, library.version())
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Compile))?;
         let gpu = pick(info.compute_capability, &devices()?, options.device)?;
@@ -183,29 +185,29 @@ impl TensorRtExecutor {
             return Err(Error::Request(format!("{asked} slots, but this plan was built for 1 to {most}")));
         }
 
-        // The GPU's context is current from here on, as TensorRT wants it.
+        // The GPU's context is current on this thread from here on, as TensorRT requires.
         let stream = Arc::new(Device::open(gpu.index)?.stream()?);
         let device = stream.device();
         let runtime = library.runtime(Arc::new(Traced))?;
         let opening = Opening { package, plan, info, runtime: &runtime, library, gpu: &gpu, report: &options.report };
         let mut engines = vec![opening.engine(file, false)?];
-        if let Some(first) = &compiled.first_chunk_plan {
+        if let Some(first) = &compiled.context_plan {
             engines.push(opening.engine(first, true)?);
         }
 
         let scratch_bytes = engines.iter().map(|kept| kept.engine.memory_bytes()).max().unwrap_or(0);
-        let mut rules = rules(plan, info, engines.len() > 1).map_err(|detail| opening.refuse(&detail))?;
-        let machine = Machine {
+        let mut constraints = constraints(plan, info, engines.len() > 1).map_err(|detail| opening.refuse(&detail))?;
+        let machine = MemoryBudget {
             device_bytes: gpu.memory_bytes,
             free_bytes: device.free_bytes()?,
             kv_cache_gib: &info.kv_cache_gib,
             asked: options.slots,
         };
-        let (layout, words) = memory::fit(info, &mut rules, scratch_bytes, &machine)
+        let (layout, words) = memory::fit(info, &mut constraints, scratch_bytes, &machine)
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Nothing))?;
         options.report.fact(&format!("GPU {} ({}): {words}", gpu.index, gpu.name));
-        if engines.iter().any(|kept| kept.shelf.is_some() && kept.kept_bytes == 0) {
-            options.report.fact("kernels are compiled when they are first used, and kept for the next start");
+        if engines.iter().any(|kept| kept.kernel_cache.is_some() && kept.cached_bytes == 0) {
+            options.report.fact("kernels are compiled on first use and cached for the next start");
         }
 
         let allocate = |bytes: u64, what: &str| device.allocate(bytes, what).map(Arc::new);
@@ -216,24 +218,25 @@ impl TensorRtExecutor {
             outputs: allocate(layout.outputs_bytes, "logits")?,
             scratch: allocate(layout.scratch_bytes, "TensorRT's scratch memory")?,
         };
-        // Attention multiplies what lies past a sequence's end by zero. So it must be a number, and it stays one.
+        // Attention multiplies values past a sequence's end by zero, so they must never be NaN. Runs only write
+        // numbers.
         stream.zero(&buffers.cache)?;
         let weights_file = TensorFile::open(&package.file_path(&plan.weights))?;
         let data = weights::find(&weights_file, &info.bindings, &layout)?;
         weights::upload(&data, &layout, &buffers.weights, &stream, &|done_bytes| {
-            options.report.event(&Event::Loading { done_bytes, total_bytes: layout.weights_bytes });
+            options.report.event(&GpuEvent::Loading { done_bytes, total_bytes: layout.weights_bytes });
         })?;
 
         let binder = Binder { bindings: &info.bindings, layout: &layout, buffers: &buffers };
-        let prefill = |kept: &KeptEngine, first_chunk: bool| -> Result<Prefill> {
+        let prefill = |kept: &LoadedEngine, is_context_plan: bool| -> Result<Prefill> {
             let mut context = kept.engine.context(0, false, &stream)?;
-            binder.fixed(&mut context, first_chunk)?;
+            binder.fixed(&mut context, is_context_plan)?;
             Ok(Prefill { context, slot: None })
         };
         let prefill_context = prefill(&engines[0], false)?;
-        let first_chunk = engines.get(1).map(|kept| prefill(kept, true)).transpose()?;
+        let context_prefill = engines.get(1).map(|kept| prefill(kept, true)).transpose()?;
         let last_top = layout.outputs.tops[3];
-        let results = Results {
+        let results = StepResults {
             rows: Vec::new(),
             values: Vec::new(),
             ids: Vec::new(),
@@ -246,7 +249,7 @@ impl TensorRtExecutor {
         Ok(TensorRtExecutor {
             decoders: BTreeMap::new(),
             prefill: prefill_context,
-            first_chunk,
+            context_prefill,
             engines,
             results,
             inputs_host: device.pinned(layout.inputs_bytes as usize, "a step's inputs")?,
@@ -256,12 +259,12 @@ impl TensorRtExecutor {
             report: options.report.clone(),
             buffers,
             layout,
-            rules,
+            constraints,
             stream: stream.clone(),
         })
     }
 
-    /// The GPU it runs on.
+    /// The GPU the plan runs on.
     pub fn gpu(&self) -> &DeviceInfo {
         self.stream.device().info()
     }
@@ -275,18 +278,18 @@ impl TensorRtExecutor {
                 *held = span.past_tokens + span.len;
             }
         }
-        let schedule = schedule(step, &held, &self.rules)?;
+        let schedule = schedule(step, &held, &self.constraints)?;
         self.held = held;
         for run in &schedule.runs {
             if let Err(error) = self.run(run) {
-                // If the GPU failed, its words tell more than TensorRT's.
+                // If the GPU failed, the driver's error is more specific than TensorRT's.
                 return Err(self.stream.wait().err().unwrap_or(error));
             }
         }
         self.results.take(schedule.rows)
     }
 
-    fn run(&mut self, run: &Run) -> Result<()> {
+    fn run(&mut self, run: &PlanRun) -> Result<()> {
         let inputs = &self.layout.inputs;
         let host = self.inputs_host.bytes()?;
         for (part, values) in [
@@ -298,7 +301,7 @@ impl TensorRtExecutor {
         ] {
             let bytes: &[u8] = bytemuck::cast_slice(values);
             let place = host.get_mut(part.offset as usize..).and_then(|rest| rest.get_mut(..bytes.len()));
-            let place = place.ok_or_else(|| Error::Step("a run has more inputs than there is room for".into()))?;
+            let place = place.ok_or_else(|| Error::Step("a run's inputs are larger than their buffer".into()))?;
             place.copy_from_slice(bytes);
         }
         self.inputs_host.upload(0..self.inputs_host.len(), &self.buffers.inputs, 0, &self.stream)?;
@@ -306,28 +309,28 @@ impl TensorRtExecutor {
             return self.decode(run);
         }
         let binder = Binder { bindings: &self.bindings, layout: &self.layout, buffers: &self.buffers };
-        let prefill = match (&mut self.first_chunk, run.kind) {
-            (Some(first_chunk), RunKind::FirstChunk) => first_chunk,
+        let prefill = match (&mut self.context_prefill, run.kind) {
+            (Some(prefill), RunKind::ContextPrefill) => prefill,
             _ => &mut self.prefill,
         };
-        let first_chunk = run.kind == RunKind::FirstChunk;
+        let is_context_plan = run.kind == RunKind::ContextPrefill;
         if prefill.slot != Some(run.first_slot) {
             prefill.slot = None;
             binder.caches(&mut prefill.context, run)?;
             prefill.slot = Some(run.first_slot);
         }
-        binder.step(&mut prefill.context, run, first_chunk)?;
+        binder.step(&mut prefill.context, run, is_context_plan)?;
         prefill.context.enqueue(&self.stream)
     }
 
-    fn decode(&mut self, run: &Run) -> Result<()> {
+    fn decode(&mut self, run: &PlanRun) -> Result<()> {
         if let Some(decoder) = self.decoders.get_mut(&run.sequences) {
             return match &decoder.graph {
                 Some(graph) => self.stream.replay(graph),
                 None => decoder.context.enqueue(&self.stream),
             };
         }
-        // The first of so many sequences.
+        // The first run of this batch size: TensorRT allocates here, so it cannot be captured yet.
         let mut context = self.engines[0].engine.context(1, true, &self.stream)?;
         let binder = Binder { bindings: &self.bindings, layout: &self.layout, buffers: &self.buffers };
         binder.fixed(&mut context, false)?;
@@ -340,7 +343,7 @@ impl TensorRtExecutor {
                 Ok(recorded) => graph = Some(recorded),
                 Err(error) => {
                     self.graphs = false;
-                    self.report.fact(&format!("decoding runs without CUDA graphs, a little slower: {error}"));
+                    self.report.fact(&format!("decoding without CUDA graphs, which is a little slower: {error}"));
                 }
             }
         }
@@ -349,27 +352,28 @@ impl TensorRtExecutor {
         Ok(())
     }
 
-    /// Writes kernels that were compiled since they were last written.
+    /// Writes the kernel caches of engines that have compiled kernels since the last write.
     fn keep_kernels(&mut self) {
         for kept in &mut self.engines {
-            let Some(shelf) = &kept.shelf else { continue };
+            let Some(kernel_cache) = &kept.kernel_cache else { continue };
             let Ok(kernels) = kept.engine.kernels() else { continue };
-            if kernels.len() == kept.kept_bytes {
+            if kernels.len() == kept.cached_bytes {
                 continue;
             }
-            if let Err(reason) = shelf.write(&kernels) {
-                self.report
-                    .fact(&format!("compiled kernels cannot be kept, so the next start compiles them too: {reason}"));
-                kept.shelf = None;
+            if let Err(reason) = kernel_cache.write(&kernels) {
+                self.report.fact(&format!(
+                    "compiled kernels cannot be cached, so the next start compiles them again: {reason}"
+                ));
+                kept.kernel_cache = None;
             }
-            kept.kept_bytes = kernels.len();
+            kept.cached_bytes = kernels.len();
         }
     }
 }
 
 impl Executor for TensorRtExecutor {
     fn limits(&self) -> &Limits {
-        &self.rules.limits
+        &self.constraints.limits
     }
 
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
@@ -380,14 +384,15 @@ impl Executor for TensorRtExecutor {
 
 impl Drop for TensorRtExecutor {
     fn drop(&mut self) {
-        // Work that runs uses what is about to go. Kernels for prefill are compiled beside its runs, so there may be new.
+        // Enqueued work uses the memory about to be freed. Prefill kernels are compiled in the background, so there may
+        // be new ones to store.
         if self.stream.wait().is_ok() {
             self.keep_kernels();
         }
     }
 }
 
-/// The GPU for a plan: the one asked for, or the first that the plan was built for, or the first.
+/// Picks the GPU for a plan: the requested one, else the first of the plan's compute capability, else the first.
 fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -> Result<DeviceInfo> {
     let found = match asked {
         Some(index) => devices.get(index),
@@ -401,12 +406,12 @@ fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -
     })
 }
 
-/// More sequences at once than any GPU has memory for.
+/// Upper bound on the batch size, above what any GPU has memory for.
 const MOST_SEQUENCES: usize = 4096;
 
-/// What steps become runs by; the slots are the plan's.
-fn rules(plan: &PlanInfo, info: &TensorRtInfo, first_chunk_plan: bool) -> Result<Rules, String> {
-    let k = info.bindings.iter().find(|binding| binding.role == Role::TopLogits).and_then(|b| b.shape.last());
+/// Batching constraints of a plan, with the plan's number of slots.
+fn constraints(plan: &PlanInfo, info: &TensorRtInfo, has_context_plan: bool) -> Result<BatchingConstraints, String> {
+    let k = info.bindings.iter().find(|binding| binding.role == BindingRole::TopLogits).and_then(|b| b.shape.last());
     let Some(Extent::Fixed(k)) = k.copied() else {
         return Err("it has no output of the largest logits".into());
     };
@@ -423,21 +428,21 @@ fn rules(plan: &PlanInfo, info: &TensorRtInfo, first_chunk_plan: bool) -> Result
         limits.vocab_size,
         k,
     ];
-    // Products of two of them, and inputs, which are i32, cannot overflow then.
+    // Then the product of two sizes fits a usize, and inputs, which are i32, hold any of them.
     let sound = positive.iter().all(|n| (1..=i32::MAX as usize).contains(n));
     if !sound || sizes.decode_sequences > MOST_SEQUENCES {
         return Err(format!("its sizes do not make sense: {sizes:?} and {limits:?}"));
     }
     if limits.max_sequence_tokens != sizes.max_sequence_tokens {
         let (of_limits, of_sizes) = (limits.max_sequence_tokens, sizes.max_sequence_tokens);
-        return Err(format!("a sequence has {of_limits} tokens by its limits and {of_sizes} by its sizes"));
+        return Err(format!("its limits allow {of_limits} tokens per sequence, its sizes {of_sizes}"));
     }
     let row_align = memory::row_align(limits.vocab_size, k);
-    Ok(Rules { limits: limits.clone(), sizes: sizes.clone(), first_chunk_plan, row_align })
+    Ok(BatchingConstraints { limits: limits.clone(), sizes: sizes.clone(), has_context_plan, row_align })
 }
 
-impl Results {
-    /// Copies the largest logits of the rows to the host, in one piece, and waits for it.
+impl StepResults {
+    /// Copies the top-k logits of the rows to the host in one transfer, and waits for it.
     fn take(&mut self, rows: Vec<usize>) -> Result<()> {
         self.values.clear();
         self.ids.clear();
@@ -454,21 +459,21 @@ impl Results {
         for row in &rows {
             let [values, ids] = self.places.top(*row).map(|offset| offset as usize..offset as usize + row_bytes);
             let (Some(values), Some(ids)) = (host.get(values), host.get(ids)) else {
-                return Err(Error::Step(format!("row {row} of the outputs is outside of them")));
+                return Err(Error::Step(format!("output row {row} is out of range")));
             };
             self.values.extend(values.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
             self.ids.extend(ids.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)));
         }
         if let Some(id) = self.ids.iter().find(|id| **id as usize >= self.places.vocab_size) {
             let most = self.places.vocab_size - 1;
-            return Err(Error::Numerics(format!("the plan returned token id {id}, past the last, which is {most}")));
+            return Err(Error::Numerics(format!("the plan returned token id {id}, but the last id is {most}")));
         }
         self.rows = rows;
         Ok(())
     }
 }
 
-impl DeferredLogits for Results {
+impl DeferredLogits for StepResults {
     fn rows(&self) -> usize {
         self.rows.len()
     }
@@ -479,7 +484,7 @@ impl DeferredLogits for Results {
     }
 
     fn fetch(&mut self, row: usize) -> Result<&[f32]> {
-        let Part { offset, bytes } = self.places.row(self.rows[row]);
+        let BufferRange { offset, bytes } = self.places.row(self.rows[row]);
         self.row_host.download(0..bytes as usize, &self.outputs, offset, &self.stream)?;
         let bytes = self.row_host.bytes()?;
         bytemuck::try_cast_slice(bytes).map_err(|error| Error::Gpu(format!("pinned memory is not aligned: {error}")))
@@ -500,10 +505,10 @@ mod tests {
         fn warn(&self, _: &str) {}
     }
 
-    /// What the builder writes is what the executor takes: sizes, bindings and weights.
+    /// The executor accepts the sizes, bindings and weights that the builder writes.
     #[test]
     fn packages_of_the_builder_can_be_laid_out() {
-        if let Err(missing) = Library::find(Kind::Rtx) {
+        if let Err(missing) = TensorRtLibrary::find(LibraryKind::Rtx) {
             crate::skips::skip("tensorrt", "packages_of_the_builder_can_be_laid_out", missing);
             return;
         }
@@ -523,14 +528,14 @@ mod tests {
             let package = Package::open(Path::new(&output)).unwrap();
             let plan = &package.manifest().plans[0];
             let info = plan.tensorrt.as_ref().unwrap();
-            let mut rules = rules(plan, info, true).unwrap();
-            let machine = Machine {
+            let mut constraints = constraints(plan, info, true).unwrap();
+            let machine = MemoryBudget {
                 device_bytes: 85_000_000_000,
                 free_bytes: 84_000_000_000,
                 kv_cache_gib: &info.kv_cache_gib,
                 asked: None,
             };
-            let (layout, words) = memory::fit(info, &mut rules, 1 << 20, &machine).unwrap();
+            let (layout, words) = memory::fit(info, &mut constraints, 1 << 20, &machine).unwrap();
             assert_eq!(layout.slots, plan.limits.slots, "{words}");
             assert_eq!(
                 layout.slot_bytes.values().sum::<u64>() as usize,
@@ -538,7 +543,7 @@ mod tests {
             );
             let file = TensorFile::open(&package.file_path(&plan.weights)).unwrap();
             let data = weights::find(&file, &info.bindings, &layout).unwrap();
-            assert_eq!(data.len(), info.bindings.iter().filter(|b| b.role == Role::Weight).count());
+            assert_eq!(data.len(), info.bindings.iter().filter(|b| b.role == BindingRole::Weight).count());
             assert!(!data.is_empty());
         }
     }

@@ -1,22 +1,22 @@
-//! A step of the runtime as runs of a plan.
+//! Scheduling: splits a step of the runtime into runs of a plan.
 //!
 //! | part of the step | run |
 //! | --- | --- |
-//! | sequences with one new token each | one decode run over slots 0 to the last of them, rounded up to a bucket: batch row b is slot b |
-//! | a sequence with more | prefill runs of its slot alone, in order, as long as tokens and wanted rows allow |
+//! | sequences with one new token each | one decode run over slots 0 to the last of them, rounded up to a bucket size: batch row b is slot b |
+//! | a sequence with more | prefill runs of its slot alone, in order, each as long as the token and row limits allow |
 //!
-//! **Idle rows.** A decode run also writes to the slots between that the step does not name. Such a row is given token 0
-//! and its write goes to position `min(tokens, S - 1)`, where `tokens` is what the slot held after the last step that
-//! named it. That position holds nothing that is ever read: the runtime owns the lengths, may cut a slot back, and a
-//! slot holds nothing defined past the `past_tokens` it names next. It cannot name more than `tokens`, and not more than
-//! `S - 1` either, since a step adds at least one token. So what is read later lies before the position.
+//! **Idle rows.** A decode run also writes to slots in its range that the step does not name. Such a row gets token 0
+//! and writes at position `min(tokens, S - 1)`, where `tokens` is the length of the slot after the last step that named
+//! it. Nothing ever reads that entry: the runtime owns the lengths and may truncate a slot, and entries at or past the
+//! `past_tokens` of the slot's next step count as undefined. That `past_tokens` is at most `tokens`, and at most `S -
+//! 1` since a step adds at least one token, so everything read later lies before the idle write.
 
 use crate::backend::Step;
 use crate::engine::Limits;
 use crate::engine::tensorrt::Sizes;
 use crate::error::{Error, Result};
 
-/// Numbers of sequences that decode runs have: few, since each has kernels and a recorded graph of its own.
+/// Batch sizes of decode runs. They are few, since each has specialized kernels and a CUDA graph of its own.
 pub(super) fn buckets(slots: usize) -> Vec<usize> {
     let powers = [1, 2, 4].into_iter().chain((8..).step_by(8));
     let mut buckets: Vec<usize> = powers.take_while(|bucket| *bucket < slots).collect();
@@ -24,52 +24,52 @@ pub(super) fn buckets(slots: usize) -> Vec<usize> {
     buckets
 }
 
-/// What decides how a step becomes runs.
+/// Batching constraints: the limits within which a step is split into runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Rules {
-    /// What the executor promised.
+pub(super) struct BatchingConstraints {
+    /// Limits the executor announces to the runtime.
     pub limits: Limits,
-    /// What the plan was built for.
+    /// Sizes the plan was built for.
     pub sizes: Sizes,
-    /// Whether there is a plan for first chunks.
-    pub first_chunk_plan: bool,
-    /// The first output row of a run is a multiple of this.
+    /// A separate plan prefills sequences that have no past.
+    pub has_context_plan: bool,
+    /// Required alignment of a run's first output row, in rows.
     pub row_align: usize,
 }
 
-impl Rules {
-    /// Output rows of decode runs; those of prefill runs come after them.
+impl BatchingConstraints {
+    /// Number of output rows reserved for decode runs; the prefill rows follow.
     pub(super) fn decode_rows(&self) -> usize {
         self.limits.slots.next_multiple_of(self.row_align)
     }
 
-    /// Output rows of prefill runs: every wanted row, each in the worst case in a run of its own, and one that takes what
-    /// nobody wants.
+    /// Number of output rows reserved for prefill runs: in the worst case each requested row is in a run of its own,
+    /// plus a spare one for the output of runs without requested rows.
     pub(super) fn prefill_rows(&self) -> usize {
         self.limits.max_logits_rows * self.row_align + self.row_align
     }
 }
 
-/// Which plan and profile a run takes.
+/// Plan and profile of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// The plan for first chunks.
-    FirstChunk,
-    /// The plan that reads the cache, profile 0.
-    Chunk,
-    /// The same, profile 1.
+pub(super) enum RunKind {
+    /// The context plan: prefill of sequences without a past.
+    ContextPrefill,
+    /// Profile 0 of the plan that reads the cache: prefill of later chunks.
+    CachedPrefill,
+    /// Profile 1 of the same plan.
     Decode,
 }
 
-/// One run. Vectors are the inputs of these names, row-major.
+/// One run of a plan. Vectors are the inputs of the same names, row-major.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Run {
-    pub kind: Kind,
-    /// The slot of batch row 0.
+pub(super) struct PlanRun {
+    pub kind: RunKind,
+    /// Slot of batch row 0.
     pub first_slot: usize,
-    /// B.
+    /// B, the batch size.
     pub sequences: usize,
-    /// T.
+    /// T, new tokens per sequence.
     pub tokens: usize,
     /// `[B, T]`
     pub token_ids: Vec<i32>,
@@ -81,25 +81,25 @@ pub(super) struct Run {
     pub total_tokens: Vec<i32>,
     /// `[R]`
     pub logits_rows: Vec<i32>,
-    /// The output row of the first of R.
+    /// Output row of the first of the R logits rows.
     pub output_row: usize,
 }
 
-/// A step's runs, and where its rows of logits are.
+/// The runs of a step, and the location of its logits.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Schedule {
-    pub runs: Vec<Run>,
-    /// The output row of each of [`Step::logits_rows`].
+    pub runs: Vec<PlanRun>,
+    /// Output row of each entry of [`Step::logits_rows`].
     pub rows: Vec<usize>,
 }
 
-/// Splits a step into runs. `held` is, for every slot, the tokens it holds after this step, or after the last that named
-/// it.
+/// Splits a step into runs. `held` is the number of tokens in every slot after this step, or after the last step that
+/// named it.
 ///
 /// # Errors
 /// [`Error::Step`] if the step was made for other limits.
-pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Schedule> {
-    let Rules { limits, sizes, .. } = rules;
+pub(super) fn schedule(step: &Step, held: &[usize], constraints: &BatchingConstraints) -> Result<Schedule> {
+    let BatchingConstraints { limits, sizes, .. } = constraints;
     let fits = step.tokens().len() <= limits.max_step_tokens
         && step.logits_rows().len() <= limits.max_logits_rows
         && step.tokens().iter().all(|token| (*token as usize) < limits.vocab_size)
@@ -109,7 +109,7 @@ pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Sch
     if !fits {
         return Err(Error::Step("the step was made for another engine's limits".into()));
     }
-    // Wanted rows ascend, as spans do, so each span's are the next of them.
+    // Requested rows ascend, as spans do, so each span's rows are next in line.
     let mut wanted = step.logits_rows().iter().map(|row| *row as usize).peekable();
     let mut found = Schedule { runs: Vec::new(), rows: Vec::with_capacity(step.logits_rows().len()) };
     let last_decoding = step.spans().iter().filter(|span| span.len == 1).map(|span| span.slot).max();
@@ -117,8 +117,8 @@ pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Sch
         let sequences = buckets(limits.slots).into_iter().find(|bucket| *bucket > last).unwrap_or(limits.slots);
         found.runs.push(decode(sequences, step, held, sizes.max_sequence_tokens));
     }
-    let mut next_row = rules.decode_rows();
-    let spare_row = next_row + limits.max_logits_rows * rules.row_align;
+    let mut next_row = constraints.decode_rows();
+    let spare_row = next_row + limits.max_logits_rows * constraints.row_align;
     for span in step.spans() {
         let end = span.first + span.len;
         if span.len == 1 {
@@ -143,13 +143,17 @@ pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Sch
             }
             let output_row = if rows.is_empty() { spare_row } else { next_row };
             found.rows.extend((0..rows.len()).map(|row| output_row + row));
-            next_row += rows.len().next_multiple_of(rules.row_align);
+            next_row += rows.len().next_multiple_of(constraints.row_align);
             if rows.is_empty() {
-                rows.push(0); // a run has at least one
+                rows.push(0); // R is at least 1 in the profile
             }
             let past = span.past_tokens + (first - span.first);
-            found.runs.push(Run {
-                kind: if past == 0 && rules.first_chunk_plan { Kind::FirstChunk } else { Kind::Chunk },
+            found.runs.push(PlanRun {
+                kind: if past == 0 && constraints.has_context_plan {
+                    RunKind::ContextPrefill
+                } else {
+                    RunKind::CachedPrefill
+                },
                 first_slot: span.slot,
                 sequences: 1,
                 tokens: next - first,
@@ -166,11 +170,11 @@ pub(super) fn schedule(step: &Step, held: &[usize], rules: &Rules) -> Result<Sch
     Ok(found)
 }
 
-/// A token for each of the first slots: the step's, where it names the slot with one, else idle.
-fn decode(sequences: usize, step: &Step, held: &[usize], max_sequence_tokens: usize) -> Run {
+/// The decode run over the first slots: the step's token for slots it decodes, an idle row for the others.
+fn decode(sequences: usize, step: &Step, held: &[usize], max_sequence_tokens: usize) -> PlanRun {
     let idle = |slot: usize| held[slot].min(max_sequence_tokens - 1) as i32;
-    let mut run = Run {
-        kind: Kind::Decode,
+    let mut run = PlanRun {
+        kind: RunKind::Decode,
         first_slot: 0,
         sequences,
         tokens: 1,

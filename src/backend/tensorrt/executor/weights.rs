@@ -1,8 +1,8 @@
-//! Weights from the mapped file to the GPU.
+//! Upload of weights from the mapped file to the GPU.
 
 use rayon::prelude::*;
 
-use super::memory::{Layout, PlacedWeight};
+use super::memory::{MemoryLayout, PlacedWeight};
 use crate::backend::constants::stored_dtype;
 use crate::backend::tensorrt::device::{Buffer, Device, Stream};
 use crate::engine::tensorrt::{Binding, Extent};
@@ -10,16 +10,17 @@ use crate::error::{Error, Result};
 use crate::tensor::DType;
 use crate::tensor_file::TensorFile;
 
-/// Two of these are filled and copied by turns. Large enough that a copy takes milliseconds.
+/// Size of each of two staging buffers: one is filled while the other is copied. Large enough for a copy to take
+/// milliseconds, which amortizes its launch.
 const STAGING_BYTES: usize = 64 << 20;
-/// What one thread reads at a time: the file's pages are read, or faulted in, by several.
+/// Unit of work per thread: several threads fault in the file's pages in parallel.
 const PIECE_BYTES: usize = 4 << 20;
 
-/// The bytes of every weight of the layout. The file may hold more tensors.
+/// Looks up the bytes of every weight of the layout. The file may contain other tensors.
 ///
 /// # Errors
-/// [`Error::Package`] naming the weight that is missing or has another shape.
-pub(super) fn find<'f>(file: &'f TensorFile, bindings: &[Binding], layout: &Layout) -> Result<Vec<&'f [u8]>> {
+/// [`Error::Package`] naming the weight that is missing or has the wrong type or shape.
+pub(super) fn find<'f>(file: &'f TensorFile, bindings: &[Binding], layout: &MemoryLayout) -> Result<Vec<&'f [u8]>> {
     let one = |PlacedWeight { binding, part }: &PlacedWeight| {
         let binding = &bindings[*binding];
         let refuse = |detail: String| Error::package(file.path(), format!("{detail}; build the package again"));
@@ -27,12 +28,12 @@ pub(super) fn find<'f>(file: &'f TensorFile, bindings: &[Binding], layout: &Layo
             return Err(refuse(format!("weight `{}` is missing", binding.name)));
         };
         let shape = stored.shape.iter().map(|n| Extent::Fixed(*n));
-        // Two 4-bit codes share a byte, so their bytes say more than their shape.
+        // Packed pairs of 4-bit codes have another shape than the binding, so their size in bytes is compared instead.
         let same_shape = binding.dtype == DType::I4 || shape.eq(binding.shape.iter().copied());
         if stored.dtype != stored_dtype(binding.dtype) || !same_shape || data.len() as u64 != part.bytes {
             let (dtype, shape) = (stored.dtype, &stored.shape);
             return Err(refuse(format!(
-                "it has weight `{}` as {dtype:?}{shape:?}, the plan takes {binding}",
+                "its weight `{}` is {dtype:?}{shape:?}, but the plan expects {binding}",
                 binding.name
             )));
         }
@@ -41,13 +42,13 @@ pub(super) fn find<'f>(file: &'f TensorFile, bindings: &[Binding], layout: &Layo
     layout.weights.iter().map(one).collect()
 }
 
-/// Copies `data`, the bytes of every weight of the layout, to its place in `to`. `progress` gets the bytes done.
+/// Copies `data`, the bytes of every weight of the layout, to its range in `to`. `progress` receives the bytes copied.
 ///
 /// # Errors
 /// [`Error::Gpu`] if the GPU refuses.
 pub(super) fn upload(
     data: &[&[u8]],
-    layout: &Layout,
+    layout: &MemoryLayout,
     to: &Buffer,
     stream: &Stream,
     progress: &dyn Fn(u64),
@@ -62,7 +63,7 @@ pub(super) fn upload(
         for piece in bytes.chunks(largest.max(1)) {
             let buffer = &mut staging[turn];
             turn = 1 - turn;
-            // Waits until the copy before the last is done.
+            // Waits for the previous copy from this buffer; the one from the other buffer may still be running.
             let host = &mut buffer.bytes()?[..piece.len()];
             host.par_chunks_mut(PIECE_BYTES)
                 .zip(piece.par_chunks(PIECE_BYTES))

@@ -159,8 +159,8 @@ impl LinearKernel for Int8 {
 dispatch! {
     /// `dots[r] = Σ x[r] · weights` over a panel, `[quads, NR, QUAD]`.
     fn dot[](x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
-        avx2 => dot_body::<x86::Avx2, 2>,
-        portable => dot_body::<Portable, 1>,
+        avx2 => dot_body::<x86::Avx2, 2, 8>,
+        portable => dot_body::<Portable, 1, 4>,
     }
 }
 
@@ -168,8 +168,8 @@ dispatch! {
     /// The same, with `offsets` of 128 times the weights' sums.
     fn dot_offset[](x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
         avx512_vnni => dot_offset_body,
-        avx2 => |x, quads, _: &[[i8; QUAD]; NR], dots| dot_body::<x86::Avx2, 2>(x, quads, dots),
-        portable => |x, quads, _: &[[i8; QUAD]; NR], dots| dot_body::<Portable, 1>(x, quads, dots),
+        avx2 => dot_without_offset_body::<x86::Avx2, 2, 8>,
+        portable => dot_without_offset_body::<Portable, 1, 4>,
     }
 }
 
@@ -177,12 +177,23 @@ dispatch! {
 #[inline(always)]
 #[cfg(target_arch = "x86_64")]
 fn dot_offset_body(x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
-    dot_body::<x86::Vnni, 4>(x, quads, dots);
+    dot_body::<x86::Vnni, 4, 4>(x, quads, dots);
     for dots in dots {
         for (dot, offset) in dots.iter_mut().zip(offsets) {
             *dot = dot.wrapping_sub(i32::from_le_bytes(offset.map(|byte| byte as u8)));
         }
     }
+}
+
+/// For tiles that take signed inputs as they are.
+#[inline(always)]
+fn dot_without_offset_body<B: Bytes, const VECTORS: usize, const ALONE: usize>(
+    x: RowsRef<'_, i8>,
+    quads: &[[[i8; QUAD]; NR]],
+    _: &[[i8; QUAD]; NR],
+    dots: &mut [[i32; NR]],
+) {
+    dot_body::<B, VECTORS, ALONE>(x, quads, dots);
 }
 
 /// A vector of 32-bit sums, and the products of four bytes that are added to each.
@@ -202,10 +213,15 @@ trait Bytes {
     unsafe fn add_dots(sums: Self::Sums, inputs: Self::Inputs, weights: Self::Weights) -> Self::Sums;
 }
 
-/// Adds the products of `dots.len()` rows with a panel, [`KC`] inputs at a time. The instructions of `B` must be present,
-/// which the dispatchers above see to.
+/// Adds the products of `dots.len()` rows with a panel, [`KC`] inputs at a time: [`MR`] rows by `VECTORS` vectors of outputs
+/// in registers, or one row by `ALONE`, which is the whole panel, so that it is read once from start to end. The
+/// instructions of `B` must be present, which the dispatchers above see to.
 #[inline(always)]
-fn dot_body<B: Bytes, const VECTORS: usize>(x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
+fn dot_body<B: Bytes, const VECTORS: usize, const ALONE: usize>(
+    x: RowsRef<'_, i8>,
+    quads: &[[[i8; QUAD]; NR]],
+    dots: &mut [[i32; NR]],
+) {
     assert!(quads.len() == x.width().div_ceil(QUAD));
     for start in (0..x.width()).step_by(KC) {
         let end = x.width().min(start + KC);
@@ -214,10 +230,12 @@ fn dot_body<B: Bytes, const VECTORS: usize>(x: RowsRef<'_, i8>, quads: &[[[i8; Q
             let row = |r: usize| &x.row(index * MR + r)[start..end];
             match dots {
                 [a, b, c, d] => register_tile::<B, VECTORS, 4>([row(0), row(1), row(2), row(3)], quads, [a, b, c, d]),
-                dots => dots
-                    .iter_mut()
-                    .enumerate()
-                    .for_each(|(r, dots)| register_tile::<B, VECTORS, 1>([row(r)], quads, [dots])),
+                // A loop, not an iterator's closure: that would be compiled without the dispatcher's instructions.
+                dots => {
+                    for (r, dots) in dots.iter_mut().enumerate() {
+                        register_tile::<B, ALONE, 1>([row(r)], quads, [dots]);
+                    }
+                }
             }
         }
     }

@@ -354,7 +354,7 @@ impl<'a> Activations<'a> {
     }
 
     /// Those from row `first` on.
-    fn from_row(self, first: usize) -> Activations<'a> {
+    fn rows_from(self, first: usize) -> Activations<'a> {
         match self {
             Activations::F32(x) => Activations::F32(x.starting_at(first)),
             Activations::Bf16(x) => Activations::Bf16(x.starting_at(first)),
@@ -416,7 +416,7 @@ pub fn linear<O: FloatElement>(
         let count = mc.min(rows - first);
         let run = |sums: &mut [f32]| -> Result<()> {
             let sums = &mut sums[..count * nr];
-            weight.packing.tile(isa, &weight, panel, x.from_row(first), sums)?;
+            weight.packing.tile(isa, &weight, panel, x.rows_from(first), sums)?;
             let width = nr.min(outputs - panel * nr);
             for (row, sums) in sums.chunks_exact(nr).enumerate() {
                 // SAFETY: rows and columns are inside `data` (checked above), and tasks write disjoint rectangles of it,

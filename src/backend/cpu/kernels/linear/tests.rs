@@ -77,7 +77,7 @@ impl InputCase {
         InputCase { dtype, f32: x, bf16, codes, scales, values, stride, inputs }
     }
 
-    fn from_row(&self, row: usize) -> Activations<'_> {
+    fn rows_from(&self, row: usize) -> Activations<'_> {
         let at = row * self.stride;
         match self.dtype {
             DType::F32 => Activations::F32(RowsRef::new(&self.f32[at..], self.stride, self.inputs)),
@@ -123,7 +123,7 @@ fn layers_are_sums_in_f64_and_rows_do_not_depend_on_their_batch() {
             for isa in Isa::available() {
                 let name = format!("{packing:?} {dtype} {isa} {rows}x{inputs}x{outputs}");
                 let mut out = vec![f32::NAN; rows * out_stride];
-                run(isa, x.from_row(0), &weight, Epilogue::Store, &mut out, out_stride);
+                run(isa, x.rows_from(0), &weight, Epilogue::Store, &mut out, out_stride);
                 let mut alone = vec![f32::NAN; outputs];
                 for row in 0..rows {
                     for n in 0..outputs {
@@ -134,7 +134,7 @@ fn layers_are_sums_in_f64_and_rows_do_not_depend_on_their_batch() {
                         assert!(error <= 1e-5 * size, "{name} [{row}, {n}]: {error}");
                     }
                     assert!(out[row * out_stride + outputs..][..5].iter().all(|v| v.is_nan()), "{name}: past a row");
-                    run(isa, x.from_row(row), &weight, Epilogue::Store, &mut alone, outputs);
+                    run(isa, x.rows_from(row), &weight, Epilogue::Store, &mut alone, outputs);
                     assert_eq!(alone, out[row * out_stride..][..outputs], "{name}: a row depends on its batch");
                 }
             }
@@ -155,7 +155,7 @@ fn packings_of_8_bit_products_give_the_same_bits_on_every_cpu() {
             let mut out = vec![f32::NAN; rows * outputs];
             run(
                 isa,
-                x.from_row(0),
+                x.rows_from(0),
                 &PackedCase::new(packing, &weight, outputs, inputs),
                 Epilogue::Store,
                 &mut out,
@@ -180,12 +180,12 @@ fn epilogues() {
         for isa in Isa::available() {
             let x = InputCase::new(dtype, vec![3.0], 1, 1);
             let mut out = [f32::NAN; 2];
-            run(isa, x.from_row(0), &weight, Epilogue::Relu2, &mut out, 2);
+            run(isa, x.rows_from(0), &weight, Epilogue::Relu2, &mut out, 2);
             assert!(near(out, [9.0, 0.0]) && out[1] == 0.0, "{packing:?} {isa}: {out:?}");
-            run(isa, x.from_row(0), &weight, Epilogue::Accumulate, &mut out, 2);
+            run(isa, x.rows_from(0), &weight, Epilogue::Accumulate, &mut out, 2);
             assert!(near(out, [12.0, -3.0]), "{packing:?} {isa}: {out:?}");
             let mut narrow = [bf16::NAN; 2];
-            run(isa, x.from_row(0), &weight, Epilogue::Relu2, &mut narrow, 2);
+            run(isa, x.rows_from(0), &weight, Epilogue::Relu2, &mut narrow, 2);
             assert!(near(narrow.map(|v| v.to_f32()), [9.0, 0.0]), "{packing:?} {isa}: {narrow:?}");
         }
     }
@@ -198,7 +198,7 @@ fn a_nan_is_not_swallowed() {
         for isa in Isa::available() {
             let x = InputCase::new(dtype, vec![f32::NAN, 2.0], 2, 2);
             let mut out = [0.0f32];
-            run(isa, x.from_row(0), &weight, Epilogue::Relu2, &mut out, 1);
+            run(isa, x.rows_from(0), &weight, Epilogue::Relu2, &mut out, 1);
             assert!(out[0].is_nan(), "{packing:?} {dtype} {isa}");
         }
     }

@@ -6,7 +6,7 @@ use super::*;
 use crate::engine::Limits;
 use crate::engine::tensorrt::Sizes;
 
-/// The bindings of a model of these sizes.
+/// Manifest entry of a model of these sizes.
 pub(in crate::backend::tensorrt::executor) fn info(
     layers: usize,
     kv_heads: usize,
@@ -22,26 +22,26 @@ pub(in crate::backend::tensorrt::executor) fn info(
     let mut bindings: Vec<Binding> = weights
         .iter()
         .enumerate()
-        .map(|(i, n)| binding(&format!("weight.{i}"), Role::Weight, DType::BF16, &[Fixed(*n)]))
+        .map(|(i, n)| binding(&format!("weight.{i}"), BindingRole::Weight, DType::BF16, &[Fixed(*n)]))
         .collect();
     let cache = [Step(B), Fixed(kv_heads), Fixed(sizes.max_sequence_tokens), Fixed(head_dim)];
     let k = sizes.top_tokens.min(vocab_size);
     bindings.extend([
-        binding("token_ids", Role::TokenIds, DType::I32, &[Step(B), Step(T)]),
-        binding("positions", Role::Positions, DType::I32, &[Step(B), Step(T)]),
-        binding("past_tokens", Role::PastTokens, DType::I32, &[Step(B)]),
-        binding("total_tokens", Role::TotalTokens, DType::I32, &[Step(B)]),
-        binding("logits_rows", Role::LogitsRows, DType::I32, &[Step(R)]),
-        binding("logits", Role::Logits, DType::F32, &[Step(R), Fixed(vocab_size)]),
-        binding("top_logits", Role::TopLogits, DType::F32, &[Step(R), Fixed(k)]),
-        binding("top_ids", Role::TopIds, DType::I32, &[Step(R), Fixed(k)]),
+        binding("token_ids", BindingRole::TokenIds, DType::I32, &[Step(B), Step(T)]),
+        binding("positions", BindingRole::Positions, DType::I32, &[Step(B), Step(T)]),
+        binding("past_tokens", BindingRole::PastTokens, DType::I32, &[Step(B)]),
+        binding("total_tokens", BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+        binding("logits_rows", BindingRole::LogitsRows, DType::I32, &[Step(R)]),
+        binding("logits", BindingRole::Logits, DType::F32, &[Step(R), Fixed(vocab_size)]),
+        binding("top_logits", BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(k)]),
+        binding("top_ids", BindingRole::TopIds, DType::I32, &[Step(R), Fixed(k)]),
     ]);
     for layer in 0..layers {
         bindings.extend([
-            binding(&format!("keys.{layer}"), Role::KeyCache(layer), DType::BF16, &cache),
-            binding(&format!("values.{layer}"), Role::ValueCache(layer), DType::BF16, &cache),
-            binding(&format!("new_keys.{layer}"), Role::UpdatedKeys(layer), DType::BF16, &cache),
-            binding(&format!("new_values.{layer}"), Role::UpdatedValues(layer), DType::BF16, &cache),
+            binding(&format!("keys.{layer}"), BindingRole::KeyCache(layer), DType::BF16, &cache),
+            binding(&format!("values.{layer}"), BindingRole::ValueCache(layer), DType::BF16, &cache),
+            binding(&format!("new_keys.{layer}"), BindingRole::UpdatedKeys(layer), DType::BF16, &cache),
+            binding(&format!("new_values.{layer}"), BindingRole::UpdatedValues(layer), DType::BF16, &cache),
         ]);
     }
     TensorRtInfo {
@@ -54,8 +54,8 @@ pub(in crate::backend::tensorrt::executor) fn info(
     }
 }
 
-pub(in crate::backend::tensorrt::executor) fn rules(sizes: &Sizes, vocab_size: usize) -> Rules {
-    Rules {
+pub(in crate::backend::tensorrt::executor) fn constraints(sizes: &Sizes, vocab_size: usize) -> BatchingConstraints {
+    BatchingConstraints {
         limits: Limits {
             slots: sizes.decode_sequences,
             max_sequence_tokens: sizes.max_sequence_tokens,
@@ -64,13 +64,13 @@ pub(in crate::backend::tensorrt::executor) fn rules(sizes: &Sizes, vocab_size: u
             vocab_size,
         },
         sizes: sizes.clone(),
-        first_chunk_plan: true,
+        has_context_plan: true,
         row_align: row_align(vocab_size, sizes.top_tokens.min(vocab_size)),
     }
 }
 
-/// No two of them share a byte, and all are aligned and inside.
-fn assert_apart(parts: impl IntoIterator<Item = Part>, bytes: u64) {
+/// Asserts that the ranges are disjoint, aligned and in bounds.
+fn assert_apart(parts: impl IntoIterator<Item = BufferRange>, bytes: u64) {
     let mut ranges: Vec<Range<u64>> = parts.into_iter().map(|part| part.offset..part.offset + part.bytes).collect();
     ranges.sort_by_key(|range| range.start);
     for pair in ranges.windows(2) {
@@ -94,26 +94,26 @@ proptest! {
             max_sequence_tokens: 128, decode_sequences, prefill_sequences, prefill_tokens, prefill_logits_rows, top_tokens,
         };
         let info = info(layers, kv_heads, 16, &weights, sizes.clone(), vocab_size);
-        let mut rules = rules(&sizes, vocab_size);
-        rules.limits.slots = slots.min(decode_sequences);
-        let layout = Layout::new(&info, &rules, 1000).unwrap();
+        let mut constraints = constraints(&sizes, vocab_size);
+        constraints.limits.slots = slots.min(decode_sequences);
+        let layout = MemoryLayout::new(&info, &constraints, 1000).unwrap();
         assert_apart(layout.weights.iter().map(|weight| weight.part), layout.weights_bytes);
         prop_assert_eq!(layout.weights.len(), weights.len());
         assert_apart(layout.caches.values().copied(), layout.cache_bytes);
         prop_assert_eq!(layout.caches.len(), 2 * layers);
-        let Inputs { token_ids, positions, past_tokens, total_tokens, logits_rows } = layout.inputs;
+        let InputRanges { token_ids, positions, past_tokens, total_tokens, logits_rows } = layout.inputs;
         assert_apart([token_ids, positions, past_tokens, total_tokens, logits_rows], layout.inputs_bytes);
         let outputs = &layout.outputs;
         assert_apart(outputs.tops.into_iter().chain([outputs.logits]), layout.outputs_bytes);
 
-        // Rows are apart from each other, inside their part, and aligned where a run may begin.
+        // Rows are disjoint, inside their range, and aligned where a run may start.
         let k_bytes = 4 * outputs.k as u64;
-        let rows = rules.decode_rows() + rules.prefill_rows();
+        let rows = constraints.decode_rows() + constraints.prefill_rows();
         let mut places = Vec::new();
         for row in 0..rows {
             let [values, ids] = outputs.top(row);
             let logits = outputs.row(row);
-            if row % rules.row_align == 0 {
+            if row % constraints.row_align == 0 {
                 prop_assert!([values, ids, logits.offset].iter().all(|offset| offset.is_multiple_of(ALIGN)));
             }
             let written = outputs.written(row < outputs.decode_rows, row >= outputs.decode_rows);
@@ -130,7 +130,7 @@ proptest! {
 }
 
 /// Nemotron-3-8B in BF16.
-fn model_8b() -> (TensorRtInfo, Rules) {
+fn model_8b() -> (TensorRtInfo, BatchingConstraints) {
     let sizes = Sizes {
         max_sequence_tokens: 4096,
         decode_sequences: 24,
@@ -140,14 +140,14 @@ fn model_8b() -> (TensorRtInfo, Rules) {
         top_tokens: 64,
     };
     let info = info(32, 32, 128, &[8_540_135_424], sizes.clone(), 256_000);
-    (info, rules(&sizes, 256_000))
+    (info, constraints(&sizes, 256_000))
 }
 
 fn fit_8b(device_bytes: u64, free_bytes: u64, asked: Option<usize>) -> Result<(usize, String), String> {
-    let (info, mut rules) = model_8b();
-    let machine = Machine { device_bytes, free_bytes, kv_cache_gib: &info.kv_cache_gib, asked };
-    let (layout, words) = fit(&info, &mut rules, 2_000_000_000, &machine)?;
-    assert_eq!(rules.limits.slots, layout.slots);
+    let (info, mut constraints) = model_8b();
+    let machine = MemoryBudget { device_bytes, free_bytes, kv_cache_gib: &info.kv_cache_gib, asked };
+    let (layout, words) = fit(&info, &mut constraints, 2_000_000_000, &machine)?;
+    assert_eq!(constraints.limits.slots, layout.slots);
     Ok((layout.slots, words))
 }
 
@@ -163,7 +163,7 @@ fn slots_are_what_recipe_memory_and_request_allow() {
         )
     );
     assert_eq!(fit_8b(85_000_000_000, 84_000_000_000, None).unwrap().0, 24);
-    // A few percent below its name, and a card that the recipe does not list.
+    // A GPU with a few percent less than its nominal memory, and one that the recipe does not list.
     assert_eq!(fit_8b(79_000_000_000, 78_000_000_000, None).unwrap().0, 24);
     assert_eq!(fit_8b(24_000_000_000, 23_500_000_000, None).unwrap().0, 1);
     // Others use the GPU.
@@ -171,7 +171,7 @@ fn slots_are_what_recipe_memory_and_request_allow() {
     assert_eq!(fit_8b(42_400_000_000, 41_900_000_000, Some(2)).unwrap().0, 2);
     let (slots, words) = fit_8b(42_400_000_000, 41_900_000_000, Some(12)).unwrap();
     assert_eq!(slots, 10, "a request is not bound by the recipe's share");
-    assert!(words.ends_with("; 10 sequences instead of 12, for want of memory"), "{words}");
+    assert!(words.ends_with("; 10 sequences instead of 12, for lack of memory"), "{words}");
     let error = fit_8b(16_000_000_000, 15_000_000_000, None).unwrap_err();
     assert!(error.contains("= 21.3 GB of 15.0 GB free") && error.contains("int8"), "{error}");
 }

@@ -6,9 +6,9 @@ use crate::backend::{Chunk, NextToken, Rows};
 const CAPACITY: usize = 12;
 const VOCAB: usize = 50;
 
-/// Runs schedules on a cache of tokens, and knows what the runtime believes to be in it.
+/// Executes schedules on a cache of token ids, and tracks what the runtime believes to be in it.
 struct World {
-    rules: Rules,
+    constraints: BatchingConstraints,
     /// `[slots][S]`
     cache: Vec<Vec<i32>>,
     believed: Vec<Vec<i32>>,
@@ -16,40 +16,45 @@ struct World {
 }
 
 impl World {
-    fn new(rules: Rules) -> World {
-        let slots = rules.limits.slots;
-        World { rules, cache: vec![vec![-1; CAPACITY]; slots], believed: vec![Vec::new(); slots], held: vec![0; slots] }
+    fn new(constraints: BatchingConstraints) -> World {
+        let slots = constraints.limits.slots;
+        World {
+            constraints,
+            cache: vec![vec![-1; CAPACITY]; slots],
+            believed: vec![Vec::new(); slots],
+            held: vec![0; slots],
+        }
     }
 
-    /// Runs the step; gives each wanted row as the tokens it attends to.
+    /// Runs a step; returns, for each requested row, the tokens it attends to.
     fn run(&mut self, step: &Step) -> Vec<Vec<i32>> {
         for span in step.spans() {
             self.held[span.slot] = span.past_tokens + span.len;
         }
-        let schedule = schedule(step, &self.held, &self.rules).unwrap();
-        let sizes = &self.rules.sizes;
-        let all_rows = self.rules.decode_rows() + self.rules.prefill_rows();
+        let schedule = schedule(step, &self.held, &self.constraints).unwrap();
+        let sizes = &self.constraints.sizes;
+        let all_rows = self.constraints.decode_rows() + self.constraints.prefill_rows();
         let mut outputs: Vec<Option<Vec<i32>>> = vec![None; all_rows];
         for run in &schedule.runs {
             let (most_sequences, most_tokens, most_rows) = match run.kind {
-                Kind::Decode => (sizes.decode_sequences, 1, sizes.decode_sequences),
+                RunKind::Decode => (sizes.decode_sequences, 1, sizes.decode_sequences),
                 _ => (sizes.prefill_sequences, sizes.prefill_tokens, sizes.prefill_logits_rows),
             };
             assert!((1..=most_sequences).contains(&run.sequences));
             assert!((1..=most_tokens).contains(&run.tokens));
             assert!((1..=most_rows).contains(&run.logits_rows.len()));
-            assert!(run.output_row.is_multiple_of(self.rules.row_align));
+            assert!(run.output_row.is_multiple_of(self.constraints.row_align));
             assert_eq!(run.token_ids.len(), run.sequences * run.tokens);
             assert_eq!(run.positions.len(), run.sequences * run.tokens);
             assert_eq!(run.past_tokens.len(), run.sequences);
             assert_eq!(run.total_tokens.len(), run.sequences);
-            if run.kind == Kind::Decode {
-                assert!(buckets(self.rules.limits.slots).contains(&run.sequences));
+            if run.kind == RunKind::Decode {
+                assert!(buckets(self.constraints.limits.slots).contains(&run.sequences));
             }
             for b in 0..run.sequences {
                 let past = run.past_tokens[b] as usize;
                 assert!(past + run.tokens <= CAPACITY, "writes past the cache are undefined");
-                assert!(run.kind != Kind::FirstChunk || past == 0);
+                assert!(run.kind != RunKind::ContextPrefill || past == 0);
                 for t in 0..run.tokens {
                     assert_eq!(run.positions[b * run.tokens + t] as usize, past + t);
                     self.cache[run.first_slot + b][past + t] = run.token_ids[b * run.tokens + t];
@@ -57,19 +62,20 @@ impl World {
             }
             for (r, row) in run.logits_rows.iter().enumerate() {
                 let (b, t) = (*row as usize / run.tokens, *row as usize % run.tokens);
-                // The last query attends to all `total` keys, the one before it to one less.
+                // The last query attends to all `total` keys, the one before it to one fewer.
                 let keys = run.total_tokens[b] as usize - (run.tokens - 1 - t);
                 let context = self.cache[run.first_slot + b][..keys].to_vec();
                 let output = &mut outputs[run.output_row + r];
-                let spare = run.output_row + r >= all_rows - self.rules.row_align;
-                assert!(output.is_none() || spare, "two rows in one place");
+                let spare = run.output_row + r >= all_rows - self.constraints.row_align;
+                assert!(output.is_none() || spare, "two rows share an output row");
                 *output = Some(context);
             }
         }
         schedule.rows.iter().map(|row| outputs[*row].clone().expect("a row that was computed")).collect()
     }
 
-    /// What is believed of every slot is in the cache, but for the last position of a full one, which nobody reads.
+    /// Asserts that the cache holds what the runtime believes, except for the last entry of a full slot, which nothing
+    /// reads.
     fn check(&self) {
         for (believed, cache) in self.believed.iter().zip(&self.cache) {
             let safe = believed.len().min(CAPACITY - 1);
@@ -78,12 +84,12 @@ impl World {
     }
 }
 
-/// For a slot: how far it is cut back, tokens to add, and which rows.
+/// Change of a slot: length it is truncated to, tokens to append, and kind of rows requested.
 type Change = (usize, Vec<u32>, u8);
 
-fn rules() -> impl Strategy<Value = Rules> {
+fn constraints() -> impl Strategy<Value = BatchingConstraints> {
     (1..=11usize, 1..=5usize, 1..=4usize, any::<bool>(), 1..=3usize).prop_map(
-        |(slots, prefill_tokens, prefill_logits_rows, first_chunk_plan, row_align)| Rules {
+        |(slots, prefill_tokens, prefill_logits_rows, has_context_plan, row_align)| BatchingConstraints {
             limits: Limits {
                 slots,
                 max_sequence_tokens: CAPACITY,
@@ -99,7 +105,7 @@ fn rules() -> impl Strategy<Value = Rules> {
                 prefill_logits_rows,
                 top_tokens: 4,
             },
-            first_chunk_plan,
+            has_context_plan,
             row_align,
         },
     )
@@ -111,13 +117,13 @@ fn changes() -> impl Strategy<Value = Vec<(usize, Change)>> {
 }
 
 proptest! {
-    /// Every token is written once where it belongs, every row attends to exactly its sequence, and no slot loses what
-    /// the runtime may still read, whatever steps come one after the other.
+    /// For any series of steps, every token is written to its position, every row attends to exactly its sequence, and
+    /// no slot loses entries that the runtime may still read.
     #[test]
-    fn steps_do_what_they_say(rules in rules(), steps in prop::collection::vec(changes(), 1..=8)) {
-        let mut world = World::new(rules);
+    fn steps_do_what_they_say(constraints in constraints(), steps in prop::collection::vec(changes(), 1..=8)) {
+        let mut world = World::new(constraints);
         for changes in steps {
-            let limits = world.rules.limits.clone();
+            let limits = world.constraints.limits.clone();
             let mut named: Vec<(usize, usize, Vec<u32>, Rows)> = Vec::new();
             for (slot, (cut, tokens, rows)) in changes {
                 let slot = slot % limits.slots;
@@ -186,8 +192,8 @@ fn a_step_of_other_limits_is_refused() {
         prefill_logits_rows: 8,
         top_tokens: 4,
     };
-    let rules = Rules { limits: limits(2), sizes, first_chunk_plan: false, row_align: 1 };
+    let constraints = BatchingConstraints { limits: limits(2), sizes, has_context_plan: false, row_align: 1 };
     let step = Step::decode(&limits(4), &[NextToken { slot: 3, past_tokens: 0, token: 1 }]).unwrap();
-    let error = schedule(&step, &[0, 0], &rules).unwrap_err().to_string();
+    let error = schedule(&step, &[0, 0], &constraints).unwrap_err().to_string();
     assert!(error.contains("another engine's limits"), "{error}");
 }

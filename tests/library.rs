@@ -1,4 +1,6 @@
-//! The programs in `examples/`, run on tiny-chat, and the library as they use it.
+//! The programs in `examples/`, run on tiny-chat, and the library as they use it: with any features, or none.
+
+mod packages;
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -6,7 +8,7 @@ use std::path::Path;
 use aotron::compile::Precision;
 use aotron::{DrainMode, Error, Message, Model, SamplingParams};
 
-use crate::packages::build_package;
+use packages::build_package;
 
 #[allow(dead_code)] // its `main`
 #[path = "../examples/batch.rs"]
@@ -116,7 +118,7 @@ fn what_is_wrong_with_opening_can_be_told_apart() {
 #[cfg(not(feature = "tensorrt"))]
 #[test]
 fn without_the_feature_tensorrt_says_so() {
-    use crate::packages::build_recipes;
+    use packages::build_recipes;
 
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = Path::new("tests/data/tiny-chat");
