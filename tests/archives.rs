@@ -1,6 +1,6 @@
 //! Tar archives for tests.
 
-/// An uncompressed tar archive, of ustar's form.
+/// An uncompressed ustar archive.
 #[derive(Default)]
 pub struct Tar {
     bytes: Vec<u8>,
@@ -12,7 +12,7 @@ impl Tar {
         self.entry(name, b'0', "", data.len() as u64, data)
     }
 
-    /// Adds an entry of any type, with any target, that claims any size.
+    /// Adds an entry of any type, with any link target and claimed size.
     pub fn entry(&mut self, name: &str, kind: u8, target: &str, size: u64, data: &[u8]) -> &mut Tar {
         let mut header = [0u8; 512];
         header[..name.len()].copy_from_slice(name.as_bytes());

@@ -206,7 +206,7 @@ fn fp8_is_calibrated_with_the_users_prompts() {
     let scales = |prompt: &str| {
         std::fs::write(&prompts, format!("{prompt}\n")).unwrap();
         let ran = build("fp8").ok();
-        assert!(ran.err.contains("calibrating: ") && ran.err.contains("round-inputs: "), "{}", ran.err);
+        assert!(ran.err.contains("calibrating: ") && ran.err.contains("fake-quantize-inputs: "), "{}", ran.err);
         assert!(!Path::new(&output).join("calibration.safetensors").exists());
         let graph = aotron(&["inspect", &output, "--graph"]).ok().out;
         assert!(graph.contains("codes(rows(model.layers.0.self_attn.q_proj.weight"), "{graph}");

@@ -1,4 +1,4 @@
-//! CPU plans packed for one CPU and another: the answers are the same, and packing again is packing from the checkpoint.
+//! CPU plans packed for different CPUs give the same answers, and repacking equals packing from the checkpoint.
 
 use std::path::Path;
 
@@ -39,7 +39,7 @@ fn repacked(output: &Path, recipe: Recipe) -> Package {
     package
 }
 
-/// The digests of the plan and its weights.
+/// Digests of the plan and its weights.
 fn digests(package: &Package) -> Vec<String> {
     let plan = &package.manifest().plans[0];
     plan.files().map(|file| package.manifest().file(file).unwrap().sha256.clone()).collect()
@@ -59,10 +59,10 @@ fn a_package_for_one_cpu_answers_the_same_on_every_other() {
     let avx2 = package(recipe("avx2", Precision::Int8, true), &folder.path().join("avx2"));
     assert_ne!(digests(&vnni), digests(&avx2), "another packing");
     for isa in Isa::available() {
-        // Other kernels round differently on other sets, the packings do not.
+        // Kernels for other precisions round differently on other instruction sets; packings do not change any result.
         assert_eq!(logits(&vnni, isa), logits(&avx2, isa), "{isa}");
     }
-    // 8-bit activations are another precision, near the one without.
+    // 8-bit activations are another precision, close to the one without.
     let float = package(recipe("avx2", Precision::Int8, false), &folder.path().join("float"));
     let (float, int8) = (logits(&float, Isa::detect()), logits(&avx2, Isa::detect()));
     let largest = float.iter().fold(0f32, |most, v| most.max(v.abs()));
@@ -77,13 +77,13 @@ fn packing_again_gives_what_the_checkpoint_gives() {
     let first = package(recipe("avx512-vnni", Precision::Int8, true), &output);
     let (vnni, tokenizer) = (digests(&first), first.manifest().tokenizer.clone());
     let direct = package(recipe("avx2", Precision::Int8, true), &folder.path().join("direct"));
-    // What the recipe leaves open stays as it is.
+    // Settings that the recipe leaves open stay as they were.
     let avx2 = Recipe { quantize_activations: None, ..recipe("avx2", Precision::Bf16, false) };
     let again = repacked(&output, avx2);
     assert_eq!(digests(&again), digests(&direct));
     assert_eq!(again.manifest().tokenizer, tokenizer);
     assert_eq!(digests(&repacked(&output, recipe("avx512-vnni", Precision::Int8, true))), vnni);
-    // 8-bit activations can be added and taken away without the checkpoint.
+    // 8-bit activations can be enabled and disabled without the checkpoint.
     let float = package(recipe("avx2", Precision::Int8, false), &folder.path().join("float"));
     assert_eq!(digests(&repacked(&output, recipe("avx2", Precision::Int8, false))), digests(&float));
     for precision in [Precision::Bf16, Precision::Int4, Precision::Fp8] {

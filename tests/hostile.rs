@@ -18,10 +18,10 @@ use wait4::Wait4;
 use crate::archives::Tar;
 use crate::packages::build_package;
 
-/// No refusal may take more memory than this.
+/// Memory limit of every refusal.
 const MAX_BYTES: u64 = 100 << 20;
 
-/// A fresh folder, and ways to break what is in it.
+/// A fresh folder, with helpers to break its contents.
 struct Scene {
     folder: tempfile::TempDir,
 }
@@ -90,7 +90,7 @@ fn edit_header(path: &Path, edit: impl FnOnce(&mut Value)) {
     });
 }
 
-/// Changes a package's manifest and seals it again, as an attacker would.
+/// Changes a package's manifest and recomputes its digest, as an attacker would.
 fn edit_manifest(package: &Path, edit: impl FnOnce(&mut Value)) {
     let path = package.join("engine.json");
     edit_json(&path, |manifest| {
@@ -102,7 +102,7 @@ fn edit_manifest(package: &Path, edit: impl FnOnce(&mut Value)) {
     fs::write(&path, text.replace("\"sha256\": \"\"", &format!("\"sha256\": \"{digest}\""))).unwrap();
 }
 
-/// Changes a package's plan, and its entry in the manifest so that the change is not found by its digest.
+/// Changes a package's plan, and updates its manifest entry so that the digest does not reveal the change.
 fn edit_plan(package: &Path, edit: impl FnOnce(&mut Value)) {
     let plan = package.join("plans/cpu.json");
     edit_json(&plan, edit);
@@ -126,7 +126,7 @@ fn first_quantized<'p>(plan: &'p mut Value, field: &str) -> &'p mut Value {
     &mut linear.unwrap()[field]
 }
 
-/// Runs the program; it must refuse, and say all of `expected`.
+/// Runs the program, which must refuse with a message that contains all of `expected`.
 fn refused(arguments: &[&str], expected: &[&str]) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_aotron"))
         .args(arguments)
@@ -152,7 +152,7 @@ fn refused(arguments: &[&str], expected: &[&str]) {
     assert!(used.rusage.maxrss <= most, "`{case}` took {} bytes", used.rusage.maxrss);
 }
 
-/// The system counts what this process had at its largest as a child's too, if the child never has more.
+/// Linux reports this process's own peak memory as its child's unless the child exceeds it.
 fn own_peak_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -177,7 +177,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A test per case, so that a failure names it.
+/// One test per case, so that a failure names it.
 macro_rules! cases {
     ($($name:ident: |$scene:ident| $body:block)*) => { $(
         #[test]

@@ -1,4 +1,4 @@
-//! A sequence's logits are bit-identical whatever shares its steps and however its prompt is cut.
+//! A sequence's logits are bit-identical whatever else is in its steps and however its prompt is chunked.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -30,7 +30,8 @@ fn open(package: &Package, isa: Isa, threads: usize) -> CpuExecutor {
     open_cpu(package, &CpuOptions { threads: Some(threads), isa: Some(isa), slots: Some(4) }).unwrap()
 }
 
-/// The last row of logits after each prefix of `ids` that `wanted` names, from one sequence alone, token by token.
+/// The last row of logits after each prefix of `ids` listed in `wanted`, computed from one sequence alone, token by
+/// token.
 fn alone(executor: &mut CpuExecutor, ids: &[u32]) -> Vec<Vec<u32>> {
     let limits = executor.limits().clone();
     (0..ids.len())
@@ -46,7 +47,8 @@ fn bits(row: &[f32]) -> Vec<u32> {
     row.iter().map(|v| v.to_bits()).collect()
 }
 
-/// One step of a schedule: how many tokens each of the four slots adds (0: not in the step), and what rows it asks for.
+/// One step of a schedule: number of tokens added to each of the four slots (0: not in the step), and the rows
+/// requested.
 type Schedule = Vec<([usize; 4], [u8; 4])>;
 
 fn schedules() -> impl Strategy<Value = Schedule> {
@@ -113,7 +115,7 @@ proptest! {
     }
 }
 
-/// A slot that held another sequence gives the same logits as a fresh one.
+/// A slot that held another sequence before gives the same logits as a fresh one.
 #[test]
 fn slots_are_reused_cleanly() {
     for package in &PACKAGES.1 {

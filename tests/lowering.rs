@@ -1,4 +1,4 @@
-//! Lowering to the CPU: what is fused, how the arena is shared.
+//! Lowering to the CPU: fusions and sharing of the arena.
 
 use std::path::Path;
 

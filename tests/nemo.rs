@@ -1,4 +1,4 @@
-//! Packages from `.nemo` files: the same as from a Hugging Face folder with the same weights.
+//! Packages built from `.nemo` files equal those built from a Hugging Face folder with the same weights.
 
 use std::path::Path;
 
@@ -40,7 +40,7 @@ fn files_of_the_real_writers_become_the_same_package() {
     }
 }
 
-/// Rows that only pad the vocabulary hold large random numbers in these files: chosen once, they would show.
+/// Rows that only pad the vocabulary hold large random numbers in these files: if one were ever chosen, it would show.
 #[test]
 fn padding_of_the_vocabulary_is_never_sampled() {
     let folder = tempfile::tempdir().unwrap();
@@ -72,8 +72,8 @@ fn padding_of_the_vocabulary_is_never_sampled() {
     }
 }
 
-/// Weights and plan are those of the Hugging Face folder, and every prompt of the 500 conversations has the same ids, so
-/// every answer is the same.
+/// Weights and plan equal those of the Hugging Face folder, and every prompt of the 500 conversations has the same ids,
+/// hence every answer is the same.
 #[test]
 fn tiny_chat_as_a_nemo_is_tiny_chat() {
     let folder = tempfile::tempdir().unwrap();
@@ -111,8 +111,8 @@ fn tiny_chat_as_a_nemo_is_tiny_chat() {
 
 const ARTIFACT: &str = "0123456789abcdef0123456789abcdef_tokenizer.model";
 
-/// tiny-chat as NeMo would keep it after training on `ranks` tensor-parallel ranks: layers stacked, queries, keys and
-/// values fused, every rank's part of every layer a chunk of zarr.
+/// tiny-chat as NeMo stores it after training on `ranks` tensor-parallel ranks: layers stacked, queries, keys and
+/// values fused, and one zarr chunk per rank and layer.
 fn tiny_chat_nemo(ranks: usize) -> Vec<u8> {
     let folder = Path::new("tests/data/tiny-chat");
     let config: serde_json::Value =
@@ -182,8 +182,8 @@ fn tiny_chat_nemo(ranks: usize) -> Vec<u8> {
     tar.finish()
 }
 
-/// Adds the array of layers, `[layers, rows, columns]`, or without a layer's axis where there is one layer of a tensor that
-/// has none. A matrix of one row is a vector.
+/// Adds an array of stacked layers, `[layers, rows, columns]`, without the layer axis for a single tensor outside the
+/// layers. A matrix of one row is a vector.
 fn array(tar: &mut Tar, name: &str, shape: &[usize; 2], layers: Option<&[Vec<u8>]>, axis: Option<usize>, ranks: usize) {
     let layers = layers.unwrap_or_default();
     let [rows, columns] = *shape;

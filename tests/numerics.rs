@@ -16,7 +16,7 @@ pub fn shapes() -> Vec<PathBuf> {
     ["odd", "gqa", "theta", "wide"].map(|s| Path::new("tests/data/shapes").join(s)).to_vec()
 }
 
-/// (ids, logits `[tokens, vocab]`) pairs that the generator stored.
+/// (ids, logits `[tokens, vocab]`) pairs stored by the generator.
 fn golden(shape: &Path) -> Vec<(Vec<u32>, Vec<f32>)> {
     let bytes = std::fs::read(shape.join("golden.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -30,7 +30,7 @@ fn golden(shape: &Path) -> Vec<(Vec<u32>, Vec<f32>)> {
     pairs
 }
 
-/// Logits of every position, in steps of `chunk` tokens.
+/// Logits of every position, computed in steps of `chunk` tokens.
 pub fn score(executor: &mut dyn Executor, slot: usize, ids: &[u32], chunk: usize) -> Vec<f32> {
     let limits = executor.limits().clone();
     let mut logits = Vec::new();
@@ -52,8 +52,8 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
     worst / expected.iter().map(|v| v.abs()).fold(0.0, f32::max)
 }
 
-/// What rounding to these precisions does to random weights, which average out less than trained ones. What INT4 and FP8
-/// lose is more than most mistakes of a kernel would cost: only [`kernels_compute_the_graph`] can tell.
+/// Effect of quantizing to these precisions on random weights, whose errors average out less than trained ones'. INT4
+/// and FP8 lose more than most kernel bugs would cost: only [`kernels_compute_the_graph`] can detect those.
 const CLOSE: [(Precision, f32); 3] = [(Precision::F32, 1e-5), (Precision::Bf16, 3e-2), (Precision::Int8, 4e-2)];
 
 #[test]
@@ -103,19 +103,19 @@ impl Reference {
     }
 }
 
-/// ‖a − b‖ / ‖b‖. A number that lies between two of BF16's or E4M3's may be rounded to either when it was summed in another
-/// order; few are, so they weigh little here, and the largest difference would be theirs.
+/// ‖a − b‖ / ‖b‖. A value near a rounding boundary of BF16 or E4M3 may round either way if it was summed in another
+/// order; such values are few, so they weigh little here, whereas they would dominate a maximum.
 fn distance(got: &[f32], expected: &[f64]) -> f64 {
     assert_eq!(got.len(), expected.len());
     let difference: f64 = got.iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
     (difference / expected.iter().map(|b| b.powi(2)).sum::<f64>()).sqrt()
 }
 
-/// What is left of [`distance`] where the codes and scales are the same: the kernels' own rounding.
+/// Bound on [`distance`] when codes and scales are the same: only the kernels' own rounding is left.
 fn kernel_tolerance(precision: Precision) -> f64 {
     match precision {
         Precision::F32 => 1e-5,
-        // Measured: 2e-3 at most, with numbers of a hundred that were rounded the other way.
+        // Measured: at most 2e-3, from values around a hundred that rounded the other way.
         Precision::Bf16 | Precision::Int8 | Precision::Int4 | Precision::Fp8 => 3e-3,
     }
 }
@@ -142,8 +142,8 @@ fn kernels_compute_the_graph() {
     }
 }
 
-/// The tolerance is small enough: kernels that read one scale or some codes wrongly, as kernels do that are off by one,
-/// would not pass [`kernels_compute_the_graph`].
+/// Shows that the tolerance is tight enough: kernels with an off-by-one error in reading scales or codes would fail
+/// [`kernels_compute_the_graph`].
 #[test]
 fn a_wrong_kernel_would_be_seen() {
     let weight = "model.layers.1.mlp.down_proj.weight";
@@ -190,8 +190,8 @@ fn a_wrong_kernel_would_be_seen() {
     }
 }
 
-/// Rows of zeros, a huge weight and tiny ones: no precision makes them infinite, and their kernels compute with them as
-/// with any other.
+/// All-zero rows, a huge weight and tiny ones: no precision turns them infinite, and the kernels handle them like any
+/// others.
 #[test]
 fn zero_rows_and_outliers_survive() {
     let shape = Path::new("tests/data/shapes/odd");
@@ -235,7 +235,7 @@ fn zero_rows_and_outliers_survive() {
     }
 }
 
-/// The command, end to end: a package whose checkpoint is gone scores lists of ids as transformers does.
+/// The command, end to end: a package whose checkpoint has been deleted scores lists of ids as transformers does.
 #[test]
 fn score_is_transformers_with_the_checkpoint_deleted() {
     for shape in shapes() {

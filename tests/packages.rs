@@ -1,4 +1,4 @@
-//! Packages for tests: built by the library, in silence.
+//! Builds packages for tests through the library, without output.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ pub fn build_recipes(
     build(&request, &quiet())
 }
 
-/// Hears nothing.
+/// Discards all progress.
 pub fn quiet() -> Arc<dyn Progress> {
     Arc::new(Quiet)
 }

@@ -1,6 +1,6 @@
-//! A graph computed in FP64, one operation after the other, for a single sequence: rounded where a value's type says so and
-//! nowhere else. Quantized weights are the codes and scales that `aotron::quantize` chooses, so a difference from a
-//! backend's logits is that backend's rounding and packing, not the error of quantizing.
+//! Evaluates a graph in FP64, op by op, for a single sequence, rounding only where a value's type says so. Quantized
+//! weights are the codes and scales chosen by `aotron::quantize`, so a difference from a backend's logits is due to
+//! that backend's rounding and packing, not to quantization error.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -31,7 +31,7 @@ impl Matrix {
         self.values.len() / self.width
     }
 
-    /// Each row replaced by what `f` makes of it.
+    /// Applies `f` to each row.
     fn map_rows(&self, f: impl Fn(&[f64]) -> Vec<f64>) -> Matrix {
         let rows: Vec<Vec<f64>> = self.values.chunks(self.width).map(f).collect();
         Matrix::new(rows[0].len(), rows.concat())
@@ -41,7 +41,7 @@ impl Matrix {
 fn round(dtype: DType, value: f64) -> f64 {
     match dtype {
         DType::F32 => f64::from(value as f32),
-        // As a backend does that computes in FP32 and narrows the result.
+        // As in a backend that computes in FP32 and narrows the result.
         DType::BF16 => f64::from(bf16::from_f32(value as f32).to_f32()),
         DType::I32 | DType::I8 | DType::I4 => value,
         DType::F8 | DType::F16 => panic!("no value of the CPU's graphs is {dtype}"),
@@ -114,7 +114,7 @@ impl Tensors {
     }
 }
 
-/// Frequencies and angles are FP32's, as transformers computes them.
+/// Frequencies and angles are rounded to FP32, as in transformers.
 fn angles(trig: Trig, theta: f64, rotary_dim: usize, position: usize) -> Vec<f64> {
     (0..rotary_dim / 2)
         .map(|i| {
@@ -125,7 +125,7 @@ fn angles(trig: Trig, theta: f64, rotary_dim: usize, position: usize) -> Vec<f64
         .collect()
 }
 
-/// The graph's constants, in the order of its values; `Default` where a value is none.
+/// The graph's constants, indexed by value; `Default` for values that are not constants.
 pub fn constants(graph: &Graph, tensors: &Tensors) -> Vec<Matrix> {
     let constant = |op: &Op| match op {
         Op::Const(expr) => tensors.constant(expr),

@@ -35,7 +35,7 @@ pub(super) struct ShardedTensor {
 
 impl ShardedTensor {
     /// A tensor of a torch file whose slice starts at byte `base` of `file`.
-    pub fn of_torch(tensor: &torch::StoredTensor, file: usize, base: usize) -> ShardedTensor {
+    pub fn of_torch(tensor: &torch::TorchTensor, file: usize, base: usize) -> ShardedTensor {
         let shard = Shard {
             origin: vec![0; tensor.shape.len()],
             shape: tensor.shape.clone(),

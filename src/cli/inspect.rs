@@ -14,7 +14,7 @@ use aotron::backend::cpu::lower::{CpuTarget, lower};
 use aotron::backend::cpu::program::Program;
 use aotron::backend::{Limits, cpu_program};
 use aotron::checkpoint::{Checkpoint, ModelConfig, is_checkpoint, read_config};
-use aotron::compile::{Calibration, Precision, Recipe, Report, open_checkpoint, optimized_graph};
+use aotron::compile::{Calibration, PassReport, Precision, Recipe, open_checkpoint, optimized_graph};
 use aotron::engine::{GenerationSettings, Manifest, Package, is_package};
 use aotron::graph::Graph;
 use aotron::runtime::SamplingParams;
@@ -92,7 +92,7 @@ enum Subject {
 /// Compiler output for the model, as far as requested.
 #[derive(Default)]
 struct Dumps {
-    passes: Option<Vec<Report>>,
+    passes: Option<Vec<PassReport>>,
     graph: Option<Graph>,
     program: Option<Program>,
     network: Option<network::Networks>,
@@ -132,7 +132,7 @@ impl Dumps {
     fn json(self) -> anyhow::Result<serde_json::Map<String, Value>> {
         let mut map = serde_json::Map::new();
         if let Some(reports) = self.passes {
-            let pass = |r: &Report| {
+            let pass = |r: &PassReport| {
                 let left: Vec<Value> = r.left.iter().map(|(at, reason)| json!({"at": at, "reason": reason})).collect();
                 json!({"pass": r.pass, "applied": r.applied, "left": left})
             };

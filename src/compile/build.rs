@@ -10,7 +10,7 @@ use super::calibration::{self, Calibration};
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
 use super::{
-    BuildRequest, BuildSummary, CheckpointText, PlanSummary, Precision, Progress, Recipe, Report, add_engines,
+    BuildRequest, BuildSummary, CheckpointText, PassReport, PlanSummary, Precision, Progress, Recipe, add_engines,
     optimized_graph, plan_info,
 };
 use crate::backend::Limits;
@@ -43,7 +43,7 @@ struct Planned {
 }
 
 enum LoweredPlan {
-    Cpu { lowered: Box<cpu::lower::LoweredProgram>, reports: Vec<Report> },
+    Cpu { lowered: Box<cpu::lower::LoweredProgram>, reports: Vec<PassReport> },
     Gpu(Box<GpuPlan>),
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::{Calibration, Precision, Progress, Recipe, Report, optimized_graph};
+use super::{Calibration, PassReport, Precision, Progress, Recipe, optimized_graph};
 use crate::backend::Limits;
 use crate::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, PlanWeight, lower};
 use crate::backend::tensorrt::{
@@ -106,7 +106,7 @@ pub struct GpuPlan {
     sizes: Sizes,
     graph: Graph,
     /// Reports of the graph passes.
-    pub reports: Vec<Report>,
+    pub reports: Vec<PassReport>,
     /// Weights to pack.
     pub weights: Vec<PlanWeight>,
     bindings: Vec<Binding>,

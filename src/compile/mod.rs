@@ -17,7 +17,7 @@ pub use build::{PlannedBuild, build, open_checkpoint};
 pub use calibration::Calibration;
 pub use finish::{FinishRequest, finish};
 use gpu::{CompiledPlans, GpuPlan, PlanCompiler};
-pub use passes::{Precision, Report};
+pub use passes::{PassReport, Precision};
 pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
 pub use recipe::{Recipe, Target, TensorRtOptions};
 pub use text::CheckpointText;
@@ -105,7 +105,7 @@ pub struct PlanSummary {
     /// True if it was only checked and must be finished on its GPU.
     pub only_prepared: bool,
     /// Reports of the passes.
-    pub reports: Vec<Report>,
+    pub reports: Vec<PassReport>,
 }
 
 /// The optimized graph of a checkpoint's model, and the passes' reports. `calibration` is used by precisions that need
@@ -118,12 +118,12 @@ pub fn optimized_graph(
     precision: Precision,
     max_sequence_tokens: usize,
     calibration: Option<&Calibration>,
-) -> Result<(Graph, Vec<Report>)> {
+) -> Result<(Graph, Vec<PassReport>)> {
     passes::run(model::build_graph(config)?, precision, max_sequence_tokens, calibration)
 }
 
 impl PlanSummary {
-    fn of(info: &PlanInfo, means: Option<PlanCompiler>, reports: Vec<Report>) -> PlanSummary {
+    fn of(info: &PlanInfo, means: Option<PlanCompiler>, reports: Vec<PassReport>) -> PlanSummary {
         PlanSummary {
             target: info.target.clone(),
             precision: info.precision.clone(),

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use super::calibration::Calibration;
-use super::quantize::{quantize_weights, round_inputs};
+use super::quantize::{fake_quantize_inputs, quantize_weights};
 use crate::error::Result;
 use crate::graph::{Const, Dim, Graph, Narrowing, Node, Op, Type, Value};
 use crate::quantize::Scheme;
@@ -13,7 +13,7 @@ use crate::tensor::DType;
 
 /// Report of one pass over the sites it considered.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Report {
+pub struct PassReport {
     /// Name of the pass.
     pub pass: &'static str,
     /// Values that it rewrote.
@@ -22,13 +22,13 @@ pub struct Report {
     pub left: Vec<(String, String)>,
 }
 
-impl Report {
-    pub(super) fn new(pass: &'static str) -> Report {
-        Report { pass, applied: Vec::new(), left: Vec::new() }
+impl PassReport {
+    pub(super) fn new(pass: &'static str) -> PassReport {
+        PassReport { pass, applied: Vec::new(), left: Vec::new() }
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for PassReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {} applied", self.pass, self.applied.len())?;
         if let (Some(first), true) = (self.applied.first(), self.applied.len() > 1) {
@@ -103,15 +103,15 @@ pub fn run(
     precision: Precision,
     positions: usize,
     calibration: Option<&Calibration>,
-) -> Result<(Graph, Vec<Report>)> {
+) -> Result<(Graph, Vec<PassReport>)> {
     let tables = |graph: &Graph| rotary_tables(graph, positions);
-    type Pass<'p> = &'p dyn Fn(&Graph) -> Result<(Graph, Report)>;
+    type Pass<'p> = &'p dyn Fn(&Graph) -> Result<(Graph, PassReport)>;
     let mut passes: Vec<Pass<'_>> = vec![&fold_constants, &fuse_linears, &tables];
     if precision != Precision::F32 {
         passes.push(&narrow_to_bf16);
     }
     let quantize = precision.scheme().map(|scheme| move |graph: &Graph| quantize_weights(graph, scheme));
-    let round = |graph: &Graph| round_inputs(graph, calibration);
+    let round = |graph: &Graph| fake_quantize_inputs(graph, calibration);
     if let Some(quantize) = &quantize {
         passes.push(quantize);
     }
@@ -184,8 +184,8 @@ pub(super) fn const_of(graph: &Graph, value: Value) -> Option<&Const> {
 }
 
 /// Folds ops of constants into constants: LayerNorm1P's `1 + w` costs nothing at run time.
-fn fold_constants(graph: &Graph) -> Result<(Graph, Report)> {
-    let mut report = Report::new("fold-constants");
+fn fold_constants(graph: &Graph) -> Result<(Graph, PassReport)> {
+    let mut report = PassReport::new("fold-constants");
     let mut r = Rewrite::new(graph);
     for (value, node) in graph.iter() {
         let operand = node.operands.first().and_then(|operand| const_of(graph, *operand));
@@ -203,8 +203,8 @@ fn fold_constants(graph: &Graph) -> Result<(Graph, Report)> {
 }
 
 /// Fuses linear layers that share an input into one, followed by column slices: queries, keys and values take one GEMM.
-fn fuse_linears(graph: &Graph) -> Result<(Graph, Report)> {
-    let mut report = Report::new("fuse-linears");
+fn fuse_linears(graph: &Graph) -> Result<(Graph, PassReport)> {
+    let mut report = PassReport::new("fuse-linears");
     let mut groups: HashMap<Value, Vec<Value>> = HashMap::new();
     for (value, node) in graph.iter() {
         if node.op == Op::Linear {
@@ -262,8 +262,8 @@ fn last_part(name: &str) -> &str {
 }
 
 /// Tabulates the rotary angles of all positions at build time; a step gathers the rows it needs.
-fn rotary_tables(graph: &Graph, positions: usize) -> Result<(Graph, Report)> {
-    let mut report = Report::new("rotary-tables");
+fn rotary_tables(graph: &Graph, positions: usize) -> Result<(Graph, PassReport)> {
+    let mut report = PassReport::new("rotary-tables");
     let mut r = Rewrite::new(graph);
     for (value, node) in graph.iter() {
         let Op::RotaryAngle { trig, theta, rotary_dim } = node.op else {
@@ -282,8 +282,8 @@ fn rotary_tables(graph: &Graph, positions: usize) -> Result<(Graph, Report)> {
 
 /// Narrows the KV cache to BF16, and the operands that ops take in BF16: inputs and weights of linear layers, the
 /// embedding, values written to the cache.
-fn narrow_to_bf16(graph: &Graph) -> Result<(Graph, Report)> {
-    let mut report = Report::new("bf16");
+fn narrow_to_bf16(graph: &Graph) -> Result<(Graph, PassReport)> {
+    let mut report = PassReport::new("bf16");
     let mut r = Rewrite::new(graph);
     let mut casts: HashMap<Value, Value> = HashMap::new();
     for (value, node) in graph.iter() {
@@ -343,8 +343,8 @@ fn narrowed(r: &mut Rewrite<'_>, casts: &mut HashMap<Value, Value>, value: Value
 }
 
 /// Drops every value that no result depends on.
-fn remove_dead_values(graph: &Graph) -> Result<(Graph, Report)> {
-    let mut report = Report::new("dead-values");
+fn remove_dead_values(graph: &Graph) -> Result<(Graph, PassReport)> {
+    let mut report = PassReport::new("dead-values");
     let mut live = vec![false; graph.nodes().len()];
     let mut pending: Vec<Value> = graph.outputs().to_vec();
     while let Some(value) = pending.pop() {

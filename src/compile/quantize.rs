@@ -5,15 +5,15 @@
 use std::collections::HashMap;
 
 use super::calibration::Calibration;
-use super::passes::{Report, Rewrite, const_of};
+use super::passes::{PassReport, Rewrite, const_of};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Dim, Graph, Op, Type};
 use crate::quantize::Scheme;
 use crate::tensor::DType;
 
 /// Quantizes the weights of all linear layers but the head.
-pub(super) fn quantize_weights(graph: &Graph, scheme: Scheme) -> Result<(Graph, Report)> {
-    let mut report = Report::new("quantize-weights");
+pub(super) fn quantize_weights(graph: &Graph, scheme: Scheme) -> Result<(Graph, PassReport)> {
+    let mut report = PassReport::new("quantize-weights");
     let mut r = Rewrite::new(graph);
     for (value, node) in graph.iter() {
         if node.op != Op::Linear {
@@ -54,8 +54,8 @@ pub(super) fn quantize_weights(graph: &Graph, scheme: Scheme) -> Result<(Graph, 
 }
 
 /// Fake-quantizes the inputs of quantized linear layers to E4M3, with the scales of a calibration.
-pub(super) fn round_inputs(graph: &Graph, calibration: Option<&Calibration>) -> Result<(Graph, Report)> {
-    let mut report = Report::new("round-inputs");
+pub(super) fn fake_quantize_inputs(graph: &Graph, calibration: Option<&Calibration>) -> Result<(Graph, PassReport)> {
+    let mut report = PassReport::new("fake-quantize-inputs");
     let mut r = Rewrite::new(graph);
     let mut rounded = HashMap::new();
     for (value, node) in graph.iter() {

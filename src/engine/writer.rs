@@ -72,7 +72,7 @@ impl PackageWriter {
     /// Adds a file; `fill` writes its content through the function it gets.
     ///
     /// # Errors
-    /// What `fill` returns, or [`Error::Io`] naming the file (a full disk, say).
+    /// Any error of `fill`, or [`Error::Io`] naming the file (a full disk, say).
     pub fn add(
         &mut self,
         path: &str,

@@ -23,7 +23,7 @@ struct Builder<'c> {
     config: &'c ModelConfig,
 }
 
-/// What every layer reads beside the residual stream.
+/// Inputs of every layer besides the residual stream.
 #[derive(Clone, Copy)]
 struct StepInputs {
     cos: Value,         // f32[B·T, rotary_dim / 2]

@@ -1,4 +1,4 @@
-//! What must hold of the reader of safetensors; see [`crate::fuzzing`].
+//! Fuzz target of the safetensors reader; see [`crate::fuzzing`].
 
 use safetensors::SafeTensors;
 

@@ -176,7 +176,7 @@ impl CpuExecutor {
     /// Creates an executor with its own weights and threads: [`CpuModel::new`] followed by [`CpuModel::executor`].
     ///
     /// # Errors
-    /// Those of the two.
+    /// Any error of either.
     pub fn new(program: Program, plan_path: &Path, weights: TensorFile, options: &CpuOptions) -> Result<CpuExecutor> {
         CpuModel::new(program, plan_path, weights, options)?.executor(options.slots)
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::globals::{Dialect, Global};
 use super::pickle::{Object, Pickle};
-use super::{StoredTensor, read_state_dict, state_dict, zip as archive};
+use super::{TorchTensor, read_state_dict, state_dict, zip as archive};
 use crate::checkpoint::sharded::ShardedTensor;
 use crate::checkpoint::weight::{TensorView, Weight};
 use crate::fuzzing::{check_message, check_refusal};
@@ -97,7 +97,7 @@ fn claimed_storages<'p>(pickle: &Pickle<'p>) -> HashMap<&'p str, usize> {
 }
 
 /// Every element of `tensor` is inside its storage.
-fn check_place(tensor: &StoredTensor) {
+fn check_place(tensor: &TorchTensor) {
     assert_eq!(tensor.shape.len(), tensor.strides.len(), "{tensor:?}");
     let last: u128 = match tensor.shape.contains(&0) {
         true => tensor.offset as u128,
@@ -112,7 +112,7 @@ fn check_place(tensor: &StoredTensor) {
 }
 
 /// A matrix or vector of floats is read as a weight, element for element.
-fn check_elements(tensor: &StoredTensor, file: &[MappedFile; 1]) {
+fn check_elements(tensor: &TorchTensor, file: &[MappedFile; 1]) {
     let (Some(dtype), 1..=2) = (tensor.dtype.weight(), tensor.shape.len()) else { return };
     if tensor.elements() == 0 {
         return;

@@ -120,7 +120,7 @@ impl fmt::Display for ElementType {
 
 /// Where a tensor of a [`StateDict`] lies and how its elements are laid out. Every element is inside `storage`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StoredTensor {
+pub struct TorchTensor {
     /// Its key in the state dict.
     pub name: String,
     /// Any that torch stores; only those with an [`ElementType::weight`] can be read.
@@ -135,7 +135,7 @@ pub struct StoredTensor {
     pub storage: Range<usize>,
 }
 
-impl StoredTensor {
+impl TorchTensor {
     /// Number of elements.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
@@ -145,7 +145,7 @@ impl StoredTensor {
 /// The tensors of a state dict, in its order.
 #[derive(Debug)]
 pub struct StateDict {
-    tensors: Vec<StoredTensor>,
+    tensors: Vec<TorchTensor>,
     by_name: HashMap<String, usize>,
     /// Name and kind of what is no tensor.
     others: Vec<(String, &'static str)>,
@@ -167,7 +167,7 @@ pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
 ///
 /// # Errors
 /// As [`read_state_dict`].
-pub fn read_tensor(path: &Path, bytes: &[u8]) -> Result<StoredTensor> {
+pub fn read_tensor(path: &Path, bytes: &[u8]) -> Result<TorchTensor> {
     read_saved(path, bytes, state_dict::root)
 }
 
@@ -227,12 +227,12 @@ fn prefix<'a>(members: &zip::Members<'a>) -> Result<&'a str, String> {
 
 impl StateDict {
     /// All tensors, in the order of the dict.
-    pub fn tensors(&self) -> &[StoredTensor] {
+    pub fn tensors(&self) -> &[TorchTensor] {
         &self.tensors
     }
 
     /// The tensor called `name`.
-    pub fn tensor(&self, name: &str) -> Option<&StoredTensor> {
+    pub fn tensor(&self, name: &str) -> Option<&TorchTensor> {
         self.by_name.get(name).map(|index| &self.tensors[*index])
     }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::globals::Global;
 use super::pickle::{Id, Object, Pickle};
-use super::{ElementType, StoredTensor};
+use super::{ElementType, TorchTensor};
 use crate::error::clip;
 
 /// The key under which training frameworks put the state dict beside other things.
@@ -19,7 +19,7 @@ const MAX_AXES: usize = 8;
 pub(super) type FindStorage<'f> = dyn Fn(&str) -> Option<Range<usize>> + 'f;
 
 /// The tensors of a state dict, and name and kind of its other entries.
-type StateDictEntries = (Vec<StoredTensor>, Vec<(String, &'static str)>);
+type StateDictEntries = (Vec<TorchTensor>, Vec<(String, &'static str)>);
 
 /// The entries of the state dict that `pickle` is or has under the key `state_dict`, in its order.
 pub(super) fn extract(pickle: &Pickle<'_>, storage: &FindStorage<'_>) -> Result<StateDictEntries, String> {
@@ -57,7 +57,7 @@ pub(super) fn extract(pickle: &Pickle<'_>, storage: &FindStorage<'_>) -> Result<
 }
 
 /// The tensor that `pickle` is. It has no name.
-pub(super) fn root(pickle: &Pickle<'_>, storage: &FindStorage<'_>) -> Result<StoredTensor, String> {
+pub(super) fn root(pickle: &Pickle<'_>, storage: &FindStorage<'_>) -> Result<TorchTensor, String> {
     match pickle.root() {
         Object::Tensor(arguments) => tensor(pickle, "", *arguments, storage),
         other => Err(format!("it holds {}, expected a tensor", other.kind())),
@@ -71,7 +71,7 @@ fn tensor(
     name: &str,
     arguments: Id,
     find_storage: &FindStorage<'_>,
-) -> Result<StoredTensor, String> {
+) -> Result<TorchTensor, String> {
     let Object::Tuple(arguments) = pickle.get(arguments) else {
         return Err("its description is not a tuple".to_owned());
     };
@@ -104,7 +104,7 @@ fn tensor(
             "offset {offset}, shape {shape:?} and strides {strides:?} lead outside its storage of {stored} elements"
         ));
     }
-    Ok(StoredTensor { name: name.to_owned(), dtype, shape, strides, offset, storage })
+    Ok(TorchTensor { name: name.to_owned(), dtype, shape, strides, offset, storage })
 }
 
 /// The storage that the persistent id `('storage', class, key, location, count)` names.

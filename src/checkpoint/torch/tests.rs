@@ -60,7 +60,7 @@ fn finds_what_torch_saved() {
 }
 
 /// The bytes of a tensor's elements, row-major, found one by one.
-fn elements(tensor: &StoredTensor, bytes: &[u8]) -> Vec<u8> {
+fn elements(tensor: &TorchTensor, bytes: &[u8]) -> Vec<u8> {
     let (width, storage) = (tensor.dtype.bytes(), &bytes[tensor.storage.clone()]);
     let mut out = Vec::new();
     for mut element in 0..tensor.elements() {
@@ -74,7 +74,7 @@ fn elements(tensor: &StoredTensor, bytes: &[u8]) -> Vec<u8> {
     out
 }
 
-fn check_elements(tensor: &StoredTensor, bytes: &[u8], expected: &str) {
+fn check_elements(tensor: &TorchTensor, bytes: &[u8], expected: &str) {
     assert_eq!(hex(&elements(tensor, bytes)), expected, "{}", tensor.name);
     let (Some(dtype), 1..=2) = (tensor.dtype.weight(), tensor.shape.len()) else { return };
     if expected.is_empty() {

@@ -11,7 +11,7 @@ const SERIAL_ELEMENTS: usize = 1 << 15;
 /// Partial sums of a reduction: one per lane of the widest vector, so every machine sums in one order.
 const LANES: usize = 16;
 
-/// Rows to write: `rows` of them, `stride` apart from the start of `data`.
+/// Rows to write: `rows` of them, starting at `data` and `stride` apart.
 #[derive(Debug)]
 pub struct RowsMut<'a, T> {
     /// At least `rows * stride` elements.

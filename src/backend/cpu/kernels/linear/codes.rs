@@ -159,7 +159,7 @@ struct Panel<'a> {
     group: usize,
 }
 
-/// How the codes of a panel are read.
+/// Encoding of a panel's codes.
 pub(super) trait Coding: Copy + Send + Sync {
     const DTYPE: DType;
     /// Codes of one byte, the first in the lowest bits.

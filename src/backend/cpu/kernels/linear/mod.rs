@@ -353,7 +353,7 @@ impl<'a> Activations<'a> {
         }
     }
 
-    /// Those from row `first` on.
+    /// The rows starting at row `first`.
     fn rows_from(self, first: usize) -> Activations<'a> {
         match self {
             Activations::F32(x) => Activations::F32(x.starting_at(first)),
