@@ -49,7 +49,7 @@ fn plans_that_are_not_whole_are_refused_in_words() {
 
     assert_eq!(runtime.validity(&[]), Validity::Unknown);
     assert_eq!(runtime.validity(&plan[..10]), Validity::Unknown);
-    assert_eq!(runtime.validity(&noise), Validity::Invalid(vec!["it is not a plan, or damaged"]));
+    assert_eq!(runtime.validity(&noise), Validity::Invalid(vec!["it is not a plan, or it is damaged"]));
 }
 
 #[test]

@@ -359,7 +359,7 @@ fn on_stand_ins_plans_are_refused() {
     let plan = &whole.manifest().plans[0];
     let on = |device| GpuOptions { device: Some(device), ..GpuOptions::default() };
     let error = refused(&whole, plan, &on(0));
-    assert!(error.contains("it was built for SM 8.0 (A100), and GPU 0 is Fake L40, SM 8.9 (L4, L40)"), "{error}");
+    assert!(error.contains("it was built for SM 8.0 (A100), but GPU 0 is Fake L40, SM 8.9 (L4, L40)"), "{error}");
     assert!(refused(&whole, plan, &on(2)).contains("there is no GPU 2, only 0 to 1"));
     let error = refused(&whole, plan, &GpuOptions { slots: Some(7), ..GpuOptions::default() });
     assert!(error.contains("7 slots, but this plan was built for 1 to 6"), "{error}");
