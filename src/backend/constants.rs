@@ -1,7 +1,7 @@
 //! Evaluates a graph's constants: weights, their quantized forms, and tables computed at build time.
 //!
 //! A lowering turns each [`Const`] it keeps into a [`ConstRows`]: a source of rows, the transforms applied to each
-//! element, and the form in which the result is stored. [`SourceRows`] reads a few rows at a time and evaluates every
+//! element, and the form in which the result is stored. `SourceRows` reads a few rows at a time and evaluates every
 //! constant derived from them, so no weight is ever held in memory whole, and work that several files share is done
 //! once. All backends pack the values evaluated here.
 
