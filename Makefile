@@ -39,7 +39,7 @@ check:
 	cargo clippy --release --locked --all-targets -- -D warnings
 	cargo clippy --release --locked --all-targets --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --no-deps --document-private-items
-	tools/test.sh
+	$(MAKE) test
 	$(MAKE) fuzz-smoke
 
 deny:
