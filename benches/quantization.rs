@@ -37,6 +37,7 @@ The number formats of `aotron build --precision` and their effect on quality, me
 | `f32` | FP32 | FP32 | FP32 |
 | `bf16` | BF16 | BF16 | BF16 |
 | `int8` | 8-bit integers, -127 to 127, per-channel FP32 scales | BF16 | BF16 |
+| `int8` with `activations = \"int8\"` in the recipe (CPU) | as `int8` | 8-bit integers, one scale per token | BF16 |
 | `int4` | 4-bit integers, -8 to 7, FP32 scales with group size 128 | BF16 | BF16 |
 | `fp8` | E4M3 floats, per-channel FP32 scales | E4M3 floats, one calibrated scale per layer | BF16 |
 
@@ -83,10 +84,14 @@ fn main() -> Outcome<()> {
     let folder = tempfile::tempdir()?;
     let quiet: Arc<dyn Progress> = Arc::new(Quiet);
     let mut packages = HashMap::new();
-    for precision in Precision::ALL {
+    let mut rows: Vec<(String, Precision, Option<bool>)> =
+        Precision::ALL.into_iter().map(|precision| (precision.to_string(), precision, None)).collect();
+    rows.insert(3, ("int8, int8 activations".into(), Precision::Int8, Some(true)));
+    for (name, precision, quantize_activations) in &rows {
         let mut recipe = Recipe::load("cpu")?;
-        recipe.precision = precision;
-        let output = folder.path().join(precision.to_string());
+        recipe.precision = *precision;
+        recipe.quantize_activations = *quantize_activations;
+        let output = folder.path().join(name);
         let request = BuildRequest {
             checkpoint: CHECKPOINT.into(),
             recipes: vec![recipe],
@@ -97,7 +102,7 @@ fn main() -> Outcome<()> {
             chat_format: None,
         };
         build(&request, &quiet)?;
-        packages.insert(precision.to_string(), Package::open(&output)?);
+        packages.insert(name.clone(), Package::open(&output)?);
     }
     let reference = &packages[&Precision::F32.to_string()];
     let mut page = HEAD.to_owned();
@@ -105,12 +110,12 @@ fn main() -> Outcome<()> {
         "| precision | exact | same answers | same token | KL of answers | KL of all | weights |\n\
          | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
-    for precision in Precision::ALL {
-        let package = &packages[&precision.to_string()];
+    for (precision, ..) in &rows {
+        let package = &packages[precision];
         let mut measured = Measured { weight_bytes: weight_bytes(package), ..Measured::default() };
         hold_conversations(package, &asked, &answered, &mut measured)?;
         compare(reference, package, &answered, &mut measured)?;
-        let row = measured.row(&precision.to_string(), asked.len());
+        let row = measured.row(precision, asked.len());
         eprint!("{row}");
         page.push_str(&row);
     }
