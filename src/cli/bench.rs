@@ -159,12 +159,13 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         });
     }
     bar.finish_and_clear();
+    let isa = flags.engine.isa.map_or_else(Isa::from_environment, Ok)?;
     let results = BenchResults {
         target: plan.target.clone(),
         selected,
         load_seconds,
         threads,
-        instructions: is_cpu.then(|| flags.engine.isa.unwrap_or_else(Isa::detect).to_string()),
+        instructions: is_cpu.then(|| isa.to_string()),
         precision: plan.precision.clone(),
         prompt_tokens: flags.prompt_tokens,
         decode_tokens: flags.decode_tokens,
