@@ -10,6 +10,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 use chrono::NaiveDateTime;
 use minijinja::syntax::SyntaxConfig;
@@ -30,6 +32,13 @@ const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// Nested values are dropped recursively, which takes stack, and each level costs a template at least one unit of fuel.
 /// The stack is only reserved: untouched pages take no memory.
 const STACK_BYTES_PER_FUEL: usize = 640;
+/// The parser recurses once for an operator, which takes at least one byte of the template and less stack than this.
+const STACK_BYTES_PER_SOURCE_BYTE: usize = 1 << 10;
+/// What one template may take. Fuel bounds instructions and output, but an instruction may visit a value that holds itself
+/// many times over, which fuel does not see; templates of real checkpoints take milliseconds.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// The largest number in the pattern of `str.format`: a width or a precision beyond it is an allocation, not a layout.
+const MAX_FORMAT_NUMBER: usize = 10_000;
 /// Limit on nested templates and recursive macros; each level takes a few of these.
 const RECURSION: usize = 200;
 
@@ -61,12 +70,21 @@ impl JinjaTemplate {
     /// # Errors
     /// The line and the reason.
     pub fn check(&self) -> Result<(), String> {
-        if self.source.len() > MAX_TEMPLATE_BYTES {
-            return Err(format!("{} bytes; a chat template has at most {MAX_TEMPLATE_BYTES}", self.source.len()));
+        self.check_size()?;
+        let source = without_generation_tags(&self.source).to_string();
+        on_own_thread(source.len().saturating_mul(STACK_BYTES_PER_SOURCE_BYTE), move || {
+            let environment = environment(NaiveDateTime::default());
+            environment.template_from_named_str("chat_template", &source).map(|_| ()).map_err(|error| reason(&error))
+        })
+    }
+
+    fn check_size(&self) -> Result<(), String> {
+        match self.source.len() {
+            bytes if bytes > MAX_TEMPLATE_BYTES => {
+                Err(format!("{bytes} bytes; a chat template has at most {MAX_TEMPLATE_BYTES}"))
+            }
+            _ => Ok(()),
         }
-        let source = without_generation_tags(&self.source);
-        let environment = environment(NaiveDateTime::default());
-        environment.template_from_named_str("chat_template", &source).map(|_| ()).map_err(|error| reason(&error))
     }
 
     /// Renders `messages`, a list of objects. `special_tokens` become variables, and `now` is the current time.
@@ -87,13 +105,12 @@ impl JinjaTemplate {
         }
         let fuel = FUEL + (message_bytes / BYTES_PER_FUEL) as u64;
         let stack_bytes = usize::try_from(fuel).unwrap_or(usize::MAX).saturating_mul(STACK_BYTES_PER_FUEL);
-        let outcome = std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name("chat template".into()).stack_size(stack_bytes);
-            let thread = thread
-                .spawn_scoped(scope, || self.render_here(messages, special_tokens, now, fuel))
-                .map_err(|error| format!("cannot run, because a thread could not be started: {error}"))?;
-            thread.join().unwrap_or_else(|_| Err("crashed the template engine".to_owned()))
-        });
+        let stack_bytes = stack_bytes.saturating_add(self.source.len().saturating_mul(STACK_BYTES_PER_SOURCE_BYTE));
+        let (template, messages, tokens) = (self.clone(), messages.to_vec(), special_tokens.clone());
+        let outcome = self
+            .check_size()
+            .map_err(|detail| format!("has {detail}"))
+            .and_then(|()| on_own_thread(stack_bytes, move || template.render_here(&messages, &tokens, now, fuel)));
         outcome.map_err(|detail| Error::Request(format!("the chat template `{}` {detail}", clip(&self.name))))
     }
 
@@ -123,6 +140,27 @@ impl JinjaTemplate {
     }
 }
 
+/// Runs `work` on a thread with a stack of that size and some more, and waits for it until [`DEADLINE`]. A thread that is not
+/// done by then is left to itself: nothing can end it.
+fn on_own_thread<T: Send + 'static>(
+    stack_bytes: usize,
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    let (sender, receiver) = mpsc::channel();
+    let thread = std::thread::Builder::new().name("chat template".into());
+    thread
+        .stack_size(stack_bytes.saturating_add(1 << 20))
+        .spawn(move || {
+            let _ = sender.send(work());
+        })
+        .map_err(|error| format!("cannot run, because a thread could not be started: {error}"))?;
+    match receiver.recv_timeout(DEADLINE) {
+        Ok(outcome) => outcome,
+        Err(RecvTimeoutError::Timeout) => Err(format!("takes more than {} seconds", DEADLINE.as_secs())),
+        Err(RecvTimeoutError::Disconnected) => Err("crashed the template engine".to_owned()),
+    }
+}
+
 fn environment(now: NaiveDateTime) -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default());
@@ -148,6 +186,13 @@ fn environment(now: NaiveDateTime) -> Environment<'static> {
 
 /// Python's methods: those of `minijinja-contrib` and a few more that templates use.
 fn methods(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
+    if let ("format", Some(pattern)) = (method, value.as_str()) {
+        let numbers = pattern.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
+        if numbers.map(str::parse::<usize>).any(|number| number.map_or(true, |n| n > MAX_FORMAT_NUMBER)) {
+            let detail = format!("str.format takes widths and precisions up to {MAX_FORMAT_NUMBER}");
+            return Err(minijinja::Error::new(ErrorKind::InvalidOperation, detail));
+        }
+    }
     if let (Some(text), [arg]) = (value.as_str(), args)
         && let Some(arg) = arg.as_str()
     {

@@ -203,6 +203,37 @@ fn hostile_templates_end() {
     assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
 }
 
+/// Deep operator chains need stack when they are parsed, and widths ask for memory: each gets an error or an answer.
+#[test]
+fn templates_that_are_deep_or_ask_for_memory_end() {
+    for chain in ["not ".repeat(100_000), "-".repeat(500_000)] {
+        let template = JinjaTemplate { name: "deep".into(), source: format!("{{{{ {chain}1 }}}}") };
+        // What they come to is not the point: a stack that overflows ends the process.
+        if template.check().is_ok() {
+            let rendered = jinja(&template.source).render(&[Message::user("x")]);
+            assert!(rendered.is_err() || rendered.is_ok_and(|text| text.len() < 100));
+        }
+    }
+    for pattern in ["{:>10000000000000}", "{:.1000000000f}", "{:>99999999999999999999999999}"] {
+        let source = format!("{{{{ '{pattern}'.format(1.5) }}}}");
+        let error = jinja(&source).render(&[Message::user("x")]).unwrap_err().to_string();
+        assert!(error.contains("widths and precisions up to 10000"), "{error}");
+    }
+    assert_eq!(jinja("{{ '{:>5}'.format(1) }}").render(&[Message::user("x")]).unwrap(), "    1");
+}
+
+/// Fuel does not see what one instruction does to a value that holds itself many times over; the deadline does.
+#[test]
+fn a_template_that_never_ends_is_left_behind() {
+    let double = "{% set ns = namespace(x=[1, 2]) %}{% for i in range(32) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    let started = std::time::Instant::now();
+    // A comparison of the value with itself: it takes time and no memory, for this thread lives on in the test.
+    let source = format!("{double}{{{{ {{ns.x: 1}}|length }}}}");
+    let error = jinja(&source).render(&[Message::user("x")]).unwrap_err().to_string();
+    assert!(error.contains("takes more than 5 seconds"), "{error}");
+    assert!(started.elapsed() < std::time::Duration::from_secs(30));
+}
+
 fn sentencepiece(added: Vec<crate::checkpoint::AddedToken>) -> Tokenizer {
     let path = Path::new("tests/data/tiny-chat/tokenizer.model");
     Tokenizer::from_sentencepiece_and(path, &std::fs::read(path).unwrap(), added).unwrap()
