@@ -124,7 +124,7 @@ pub struct SamplingFlags {
     /// Add BIAS to the logit of token ID; can be repeated
     #[arg(long, value_name = "ID=BIAS", value_parser = bias)]
     pub logit_bias: Vec<(u32, f32)>,
-    /// Do not end the answer before it has N tokens
+    /// Choose no id that ends the answer before it has N tokens; stop strings still end it
     #[arg(long, value_name = "N")]
     pub min_tokens: Option<usize>,
     /// Seed of the random choices, to make them repeatable

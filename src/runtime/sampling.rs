@@ -143,7 +143,9 @@ impl SamplingParams {
         if !self.is_greedy() {
             return self;
         }
-        SamplingParams { temperature: None, top_k: None, top_p: None, min_p: None, ..self }
+        // A temperature out of range is not idle but wrong: it stays, to be refused.
+        let temperature = self.temperature.filter(|temperature| *temperature < 0.0);
+        SamplingParams { temperature, top_k: None, top_p: None, min_p: None, ..self }
     }
 
     /// Validates every setting; `vocab_size` is the number of ids that can be chosen.
