@@ -11,6 +11,7 @@ mod step;
 pub mod tensorrt;
 
 pub use logits::{DeferredLogits, Logits, Top};
+pub(crate) use select::open_noted_cpu_model;
 pub use select::{
     ExecutorOptions, HostProbe, Selection, choose, cpu_program, open, open_cpu, open_cpu_model, open_selected, select,
 };

@@ -138,10 +138,7 @@ pub fn open(package: &Package, options: &ExecutorOptions) -> Result<Box<dyn Exec
 /// As [`open`].
 pub fn open_selected(package: &Package, selection: &Selection, options: &ExecutorOptions) -> Result<Box<dyn Executor>> {
     let (Some(device), Some(plan)) = (selection.device, package.manifest().plans.get(selection.plan)) else {
-        let model = open_cpu_model(package, &options.cpu)?;
-        if let Some(note) = model.repacking_note() {
-            options.gpu.report.fact(&note);
-        }
+        let model = open_noted_cpu_model(package, options)?;
         return Ok(Box::new(model.executor(options.cpu.slots)?));
     };
     let gpu = GpuOptions { device: Some(device), ..options.gpu.clone() };
@@ -154,6 +151,18 @@ pub fn open_selected(package: &Package, selection: &Selection, options: &Executo
 /// As [`open`].
 pub fn open_cpu(package: &Package, options: &CpuOptions) -> Result<CpuExecutor> {
     open_cpu_model(package, options)?.executor(options.slots)
+}
+
+/// As [`open_cpu_model`], and reports where another packing would suit this CPU better.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_noted_cpu_model(package: &Package, options: &ExecutorOptions) -> Result<CpuModel> {
+    let model = open_cpu_model(package, &options.cpu)?;
+    if let Some(note) = model.repacking_note() {
+        options.gpu.report.fact(&note);
+    }
+    Ok(model)
 }
 
 /// Opens the package's CPU plan, to be shared by any number of executors.

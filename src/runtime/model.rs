@@ -12,7 +12,7 @@ use super::sampling::SamplingParams;
 use super::session::Session;
 use crate::backend::cpu::{CpuModel, CpuOptions};
 use crate::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
-use crate::backend::{Executor, ExecutorOptions, Limits, Selection, open_cpu_model, open_selected, select};
+use crate::backend::{Executor, ExecutorOptions, Limits, Selection, open_noted_cpu_model, open_selected, select};
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::text::{ChatFormat, Message, Tokenizer};
@@ -95,12 +95,9 @@ impl ModelOptions {
         let selection = select(&package, &self.executor)?;
         self.executor.gpu.report.fact(&selection.reason);
         let cpu = match selection.device {
-            None => Some(open_cpu_model(&package, &self.executor.cpu)?),
+            None => Some(open_noted_cpu_model(&package, &self.executor)?),
             Some(_) => None,
         };
-        if let Some(note) = cpu.as_ref().and_then(CpuModel::repacking_note) {
-            self.executor.gpu.report.fact(&note);
-        }
         let plan = package.manifest().plans.get(selection.plan).cloned().ok_or_else(|| {
             Error::internal(format!("plan {} was selected", selection.plan), "the index of a plan in the manifest")
         })?;

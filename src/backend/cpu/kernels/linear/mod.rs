@@ -193,9 +193,7 @@ impl Packing {
         }
         packed
     }
-}
 
-impl Packing {
     /// The inverse of [`Packing::pack`]: `[rows, columns]` values, codes as numbers. `None` if `packed` is not as long as
     /// such an operand.
     pub fn unpack(self, operand: Operand, packed: &[u8], rows: usize, columns: usize) -> Option<Vec<f32>> {
