@@ -125,6 +125,75 @@ fn named_templates_are_chosen_by_name_and_files_go_first() {
     broken.build(&["--chat-format", "nemotron"]).ok();
 }
 
+/// The ids of a conversation are those of the checkpoint and the format: the format that the package was built with
+/// leaves no trace.
+#[test]
+fn ids_do_not_depend_on_where_the_format_was_chosen() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, source: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, source).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    // The special tokens of tokenizer_config.json are in no list of tokenizer.json: plain text writes them in letters.
+    let eos = file("eos.jinja", "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}");
+    let ask = file("messages.json", r#"[{"role": "user", "content": "a</s>b"}]"#);
+    let ids = |path: &str, more: &[&str]| -> Vec<u32> {
+        let ran = aotron(&[&["tokenize", path, "--messages", &ask], more].concat()).ok();
+        serde_json::from_value(ran.json()["ids"].clone()).unwrap()
+    };
+    let with_model = || {
+        let case = Case::new(&[]);
+        std::fs::remove_file(case.checkpoint().join("tokenizer.json")).unwrap();
+        let model = std::fs::read("tests/data/tiny-chat/tokenizer.model").unwrap();
+        case.write("tokenizer.model", model);
+        case
+    };
+    for (case, is_json) in [(Case::new(&[]), true), (with_model(), false)] {
+        let formats = ["nemotron", "chatml", "raw", &eos];
+        let checkpoint = case.checkpoint();
+        let expected: Vec<_> =
+            formats.map(|format| ids(checkpoint.to_str().unwrap(), &["--chat-format", format])).to_vec();
+        assert_eq!((expected[3][0], expected[3].last().copied()), (2, Some(3)), "{:?}", expected[3]);
+        if is_json {
+            assert_eq!(expected[3].iter().filter(|id| **id == 3).count(), 2, "{:?}", expected[3]);
+        }
+        assert!(!expected[0].contains(&3), "{:?}", expected[0]);
+        let mut tokenizers = Vec::new();
+        for built_with in formats {
+            case.build(&["--chat-format", built_with]).ok();
+            tokenizers.push(std::fs::read(Path::new(&case.engine()).join("tokenizer.aotron")).unwrap());
+            let own = formats.iter().position(|format| *format == built_with).unwrap();
+            assert_eq!(ids(&case.engine(), &[]), expected[own], "{built_with}");
+            for (format, expected) in formats.iter().zip(&expected) {
+                assert_eq!(&ids(&case.engine(), &["--chat-format", format]), expected, "{built_with}, then {format}");
+            }
+        }
+        assert!(tokenizers.iter().all(|tokenizer| *tokenizer == tokenizers[0]), "one tokenizer for every format");
+    }
+}
+
+/// A format chosen when a package runs is checked as when it is built.
+#[test]
+fn a_format_that_the_tokenizer_breaks_is_refused_when_it_runs_too() {
+    let case = Case::new(&[]);
+    let path = case.checkpoint().join("tokenizer.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    case.write("tokenizer.json", text.replace("<extra_id_", "<other_id_"));
+    let reason = "no piece for \"<extra_id_1>\", the turn_start of the chat format nemotron";
+    case.build(&[]).fails(1, &[reason, "--chat-format"]);
+    let built = case.build(&["--chat-format", "chatml"]).ok();
+    let letters = "the chat template writes <|im_start|>, <|im_end|>, no token of this tokenizer";
+    assert!(built.err.contains(letters), "{}", built.err);
+    case.run(&["--chat-format", "nemotron"]).fails(1, &[reason, "choose another chat format"]);
+    let chat = aotron_with(&["chat", &case.engine(), "--chat-format", "nemotron"], b"Hi\n");
+    chat.fails(1, &[reason]);
+    let ran = case.run(&["--chat-format", "chatml", "-n", "2"]).ok();
+    assert!(ran.err.contains(letters), "{}", ran.err);
+    let shown = aotron(&["tokenize", &case.engine(), "--text", "Hi", "--chat-format", "nemotron"]).ok();
+    assert!(shown.err.contains(reason), "{}", shown.err);
+}
+
 #[test]
 fn a_template_may_refuse_a_conversation() {
     let case = Case::new(&[("chat_template.jinja", &golden("llama").0)]);

@@ -577,6 +577,27 @@ cases! {
         edit_manifest(&package, |m| m["model"]["num_layers"] = json!(1_000_000_000_000_u64));
         run_refused(&package, &[], &["engine.json: model", "num_layers"]);
     }
+    manifest_of_a_hostile_chat_format: |scene| {
+        let package = scene.package();
+        let jinja = |source: &str| json!({"kind": "jinja", "name": "x", "source": source});
+        let named: serde_json::Map<String, Value> = (100..200).map(|n| (n.to_string(), json!("a"))).collect();
+        for (key, value, reason) in [
+            ("stop_strings", json!(vec!["x".to_owned(); 100_000]), "100000 stop strings; at most 64"),
+            ("stop_strings", json!([""]), "a stop string of 0 bytes"),
+            ("stop_strings", json!(["x".repeat(2000)]), "a stop string of 2000 bytes"),
+            ("eos_token_ids", json!([4_000_000_000_u32]), "stop id 4000000000; the last id is"),
+            ("end_of_turn", json!({"text": "", "id": null}), "a stop string of 0 bytes"),
+            ("named_templates", json!(named), "100 named templates; at most 64"),
+            ("special_tokens", json!({"bos_token": "x".repeat(5000)}), "5000 bytes in the name of a token"),
+            ("template", jinja("{% for %}"), "the template cannot be read: line 1"),
+            ("template", jinja(&"x".repeat((1 << 20) + 1)), "1048577 bytes"),
+        ] {
+            let before = fs::read(package.join("engine.json")).unwrap();
+            edit_manifest(&package, |m| m["chat_format"][key] = value);
+            run_refused(&package, &[], &["engine.json: chat_format: ", reason]);
+            fs::write(package.join("engine.json"), before).unwrap();
+        }
+    }
     manifest_names_a_file_outside: |scene| {
         let package = scene.package();
         edit_manifest(&package, |m| m["files"][0]["path"] = json!("../../secret"));

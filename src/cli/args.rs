@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use aotron::engine::Package;
 use aotron::isa::Isa;
 use aotron::runtime::SamplingParams;
 use aotron::text::{ChatFormat, Tokenizer};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
-use super::{bench, build, chat, doctor, inspect, run, score, shell, tokenize};
+use super::{bench, build, chat, doctor, inspect, run, score, shell, term, tokenize};
 
 /// Compiles Nemotron chat models ahead of time and runs them.
 #[derive(Debug, Parser)]
@@ -85,14 +86,23 @@ pub struct ChatFlags {
 }
 
 impl ChatFlags {
-    /// The format to use instead of `format`, that of the package or checkpoint.
-    pub fn apply(&self, format: &ChatFormat, tokenizer: &Tokenizer) -> aotron::Result<ChatFormat> {
-        let mut format = match &self.chat_format {
-            Some(choice) => format.with_choice(choice, tokenizer)?,
-            None => format.clone(),
-        };
+    /// The chosen format, or else the package's, and the tokenizer for it. A format that this tokenizer cannot express is
+    /// refused.
+    pub fn open(&self, package: &Package) -> aotron::Result<(ChatFormat, Option<Tokenizer>)> {
+        let (format, tokenizer) = self.open_unchecked(package)?;
+        if let (Some(tokenizer), Some(_)) = (&tokenizer, &self.chat_format) {
+            let problems = format.problems(tokenizer);
+            problems.warnings.iter().for_each(|warning| term::warn(term::harmless(warning)));
+            problems.refuse()?;
+        }
+        Ok((format, tokenizer))
+    }
+
+    /// As [`ChatFlags::open`], for showing what a format does to a text.
+    pub fn open_unchecked(&self, package: &Package) -> aotron::Result<(ChatFormat, Option<Tokenizer>)> {
+        let (mut format, tokenizer) = package.text(self.chat_format.as_deref())?;
         format.escape_markers = self.escape_markers;
-        Ok(format)
+        Ok((format, tokenizer))
     }
 }
 

@@ -49,17 +49,17 @@ pub struct Flags {
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
-    let engine = flags.engine.open()?;
+    let engine = flags.engine.open_chat(&flags.chat)?;
     let (plan, settings) = (engine.plan()?, engine.package.manifest().generation.clone());
     let defaults = SamplingParams::from(&settings);
     if let Some(idle) = flags.sampling.without_effect(&defaults) {
         term::warn(idle);
     }
-    let Some(tokenizer) = &engine.tokenizer else {
+    if engine.tokenizer.is_none() {
         let path = engine.package.path().display();
         bail!("{path} has no tokenizer, so it cannot chat; `aotron run` takes --token-ids");
-    };
-    let format = Arc::new(flags.chat.apply(&engine.package.manifest().chat_format, tokenizer)?);
+    }
+    let format = Arc::new(engine.format.clone());
     let name = engine.package.path().display().to_string();
     let mut chat = Chat::new(engine.into_session(), format)?;
     let max_tokens = flags.max_tokens.unwrap_or(settings.max_tokens);

@@ -10,14 +10,17 @@ use aotron::backend::{Executor, ExecutorOptions, Selection, open_selected, selec
 use aotron::compile::Progress;
 use aotron::engine::{Package, PlanInfo};
 use aotron::runtime::Session;
-use aotron::text::Tokenizer;
+use aotron::text::{ChatFormat, Tokenizer};
 
-use super::args::EngineFlags;
+use super::args::{ChatFlags, EngineFlags};
 use super::term::{self, Stages};
 
 /// An opened package, ready to run.
 pub struct OpenedEngine {
     pub package: Package,
+    /// The chat format to use.
+    pub format: ChatFormat,
+    /// The tokenizer for that format.
     pub tokenizer: Option<Arc<Tokenizer>>,
     pub executor: Box<dyn Executor>,
     pub selection: Selection,
@@ -65,11 +68,25 @@ impl EngineFlags {
         self.open_for(1)
     }
 
+    /// As [`EngineFlags::open`], with the chat format that `chat` chooses.
+    pub fn open_chat(&self, chat: &ChatFlags) -> aotron::Result<OpenedEngine> {
+        self.open_with(1, |package| chat.open(package))
+    }
+
     /// Opens the package, its tokenizer and its plan for `slots` sequences.
     pub fn open_for(&self, slots: usize) -> aotron::Result<OpenedEngine> {
+        self.open_with(slots, |package| package.text(None))
+    }
+
+    fn open_with(
+        &self,
+        slots: usize,
+        text: impl Fn(&Package) -> aotron::Result<(ChatFormat, Option<Tokenizer>)>,
+    ) -> aotron::Result<OpenedEngine> {
         let started = Instant::now();
         let package = self.package()?;
-        let tokenizer = package.tokenizer()?.map(Arc::new);
+        let (format, tokenizer) = text(&package)?;
+        let tokenizer = tokenizer.map(Arc::new);
         let options = self.options(slots);
         let selection = select(&package, &options)?;
         // Do not report the selection if there was no choice.
@@ -77,7 +94,8 @@ impl EngineFlags {
             term::note(&selection.reason);
         }
         let executor = open_selected(&package, &selection, &options)?;
-        Ok(OpenedEngine { package, tokenizer, executor, selection, load_seconds: started.elapsed().as_secs_f64() })
+        let load_seconds = started.elapsed().as_secs_f64();
+        Ok(OpenedEngine { package, format, tokenizer, executor, selection, load_seconds })
     }
 
     /// Verifies the digests of all files in the package.

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use anyhow::bail;
 use aotron::engine::Manifest;
 use aotron::runtime::{Completion, FinishReason, GenerationRequest};
-use aotron::text::{Message, Tokenizer};
+use aotron::text::{ChatFormat, Message, Tokenizer};
 use serde_json::{Value, json};
 
 use super::args::{ChatFlags, EngineFlags, Format, SamplingFlags, usage};
@@ -56,6 +56,7 @@ impl Flags {
         &self,
         prompt: Prompt,
         tokenizer: Option<&Tokenizer>,
+        format: &ChatFormat,
         manifest: &Manifest,
     ) -> anyhow::Result<GenerationRequest> {
         let settings = &manifest.generation;
@@ -79,7 +80,7 @@ impl Flags {
             (Prompt::Text(text), Some(tokenizer)) => {
                 let system = self.system.iter().map(Message::system);
                 let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
-                GenerationRequest::chat(tokenizer, &self.chat.apply(&manifest.chat_format, tokenizer)?, &messages)?
+                GenerationRequest::chat(tokenizer, format, &messages)?
             }
         };
         let max_tokens = self.max_tokens.unwrap_or(settings.max_tokens);
@@ -114,12 +115,12 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     if flags.verify {
         flags.engine.verify()?;
     }
-    let engine = flags.engine.open()?;
+    let engine = flags.engine.open_chat(&flags.chat)?;
     let load_seconds = engine.load_seconds;
     if let Some(idle) = flags.sampling.without_effect(&(&engine.package.manifest().generation).into()) {
         term::warn(idle);
     }
-    let request = flags.request(prompt, engine.tokenizer.as_deref(), engine.package.manifest())?;
+    let request = flags.request(prompt, engine.tokenizer.as_deref(), &engine.format, engine.package.manifest())?;
     let (max_tokens, has_text) = (request.max_tokens, engine.tokenizer.is_some());
     if !has_text {
         note_ids_only(&engine.package);

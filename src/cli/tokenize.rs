@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use aotron::compile::{CheckpointText, open_checkpoint};
 use aotron::engine::{Package, is_package};
-use aotron::text::{ChatFormat, Message, Tokenizer};
+use aotron::text::{ChatFormat, FormatProblems, Message, Tokenizer};
 use serde_json::Value;
 
 use super::args::ChatFlags;
@@ -37,12 +37,12 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let ids = match (&flags.messages, &flags.text) {
         (Some(path), _) => {
             let messages = messages(path)?;
-            flags.chat.apply(&format, &tokenizer)?.prompt_of_json(&tokenizer, &messages)?
+            format.prompt_of_json(&tokenizer, &messages)?
         }
         (None, Some(text)) if flags.raw => tokenizer.encode(text)?,
         (None, text) => {
             let message = Message::user(text.as_deref().unwrap_or_default());
-            flags.chat.apply(&format, &tokenizer)?.prompt(&tokenizer, &[message])?
+            format.prompt(&tokenizer, &[message])?
         }
     };
     let pieces: Vec<Option<String>> = ids.iter().map(|id| tokenizer.piece(*id)).collect();
@@ -50,17 +50,21 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout().lock(), "{json}")?)
 }
 
+/// The chosen chat format and its tokenizer. A format that the tokenizer cannot express is shown all the same.
 fn open(flags: &Flags) -> anyhow::Result<(Tokenizer, ChatFormat)> {
-    let (tokenizer, format) = if is_package(&flags.path) {
-        let package = Package::open(&flags.path)?;
-        (package.tokenizer()?, package.manifest().chat_format.clone())
+    let (format, tokenizer, problems) = if is_package(&flags.path) {
+        let (format, tokenizer) = flags.chat.open_unchecked(&Package::open(&flags.path)?)?;
+        let chosen = tokenizer.as_ref().filter(|_| flags.chat.chat_format.is_some());
+        let FormatProblems { warnings, refusals, .. } =
+            chosen.map(|tokenizer| format.problems(tokenizer)).unwrap_or_default();
+        (format, tokenizer, [warnings, refusals].concat())
     } else {
         let checkpoint = open_checkpoint(&flags.path, &Stages::new())?;
-        // The chosen format affects what the tokenizer treats as a marker.
         let text = CheckpointText::of(&checkpoint, flags.chat.chat_format.as_deref())?;
-        text.refusals.iter().for_each(|reason| term::warn(term::harmless(reason)));
-        (text.tokenizer.map(|(_, tokenizer)| tokenizer), text.format)
+        let format = ChatFormat { escape_markers: flags.chat.escape_markers, ..text.format };
+        (format, text.tokenizer.map(|(_, tokenizer)| tokenizer), text.refusals)
     };
+    problems.iter().for_each(|problem| term::warn(term::harmless(problem)));
     let Some(tokenizer) = tokenizer else {
         bail!("{} has no tokenizer", flags.path.display());
     };

@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::checkpoint::{AddedToken, ChatFiles, Checkpoint, GenerationConfig, TokenizerFile};
+use crate::checkpoint::{ChatFiles, Checkpoint, GenerationConfig, TokenizerFile};
 use crate::engine::GenerationSettings;
 use crate::error::{Error, Result, clip};
-use crate::text::{ChatFormat, ChatTemplate, JinjaTemplate, Message, NemotronMarkers, Tokenizer};
+use crate::text::{ChatFormat, ChatTemplate, FormatProblems, JinjaTemplate, NemotronMarkers, Tokenizer};
 
 /// Largest tokenizer file that is read; the 8B model's has about 20 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
@@ -57,7 +57,7 @@ impl CheckpointText {
             return Ok(text);
         };
         let template = text.template(checkpoint, &files, choice)?;
-        let (tokenizer, special_tokens) = text.read_tokenizer(&file, &files, &template)?;
+        let (tokenizer, special_tokens) = read_tokenizer(&file, &files)?;
         let rows = checkpoint.config().vocab_size;
         if tokenizer.vocab_size() > rows {
             let ids = tokenizer.vocab_size();
@@ -70,8 +70,19 @@ impl CheckpointText {
         format.special_tokens = special_tokens;
         format.stop_strings.clone_from(&config.stop_strings);
         format.named_templates = files.templates.into_iter().map(|file| (file.name, file.source)).collect();
+        format.template = template.clone();
+        let (tokenizer, whole) = format.prepare_and_list(tokenizer)?;
+        if !whole.is_empty() {
+            let whole: Vec<String> = whole.iter().map(|piece| format!("`{}`", clip(piece))).collect();
+            text.notes.push(format!("{}: encoded whole wherever a text has it", whole.join(", ")));
+        }
         text.format = format.with_template(template, &tokenizer);
-        text.check_template(&tokenizer);
+        text.format
+            .validate(tokenizer.vocab_size())
+            .map_err(|detail| Error::unsupported(checkpoint.path(), format!("its chat format: {detail}")))?;
+        let FormatProblems { warnings, refusals } = text.format.problems(&tokenizer);
+        text.warnings.extend(warnings);
+        text.refusals.extend(refusals);
         text.set_defaults(config, true);
         text.tokenizer = Some((file.bytes, tokenizer));
         Ok(text)
@@ -127,62 +138,6 @@ impl CheckpointText {
         }
     }
 
-    /// Reads the tokenizer, and the special tokens that a template may refer to.
-    fn read_tokenizer(
-        &mut self,
-        file: &TokenizerFile,
-        files: &ChatFiles,
-        template: &ChatTemplate,
-    ) -> Result<(Tokenizer, BTreeMap<String, String>)> {
-        let TokenizerFile { path, bytes, is_json } = file;
-        let mut special_tokens = files.special_tokens.clone();
-        let tokenizer = match is_json {
-            true => Tokenizer::from_json(path, bytes)?,
-            false => Tokenizer::from_sentencepiece(path, bytes)?,
-        };
-        let mut added = if *is_json { Vec::new() } else { files.added_tokens.clone() };
-        if let Some(facts) = tokenizer.sentencepiece() {
-            let named = [("bos_token", facts.bos_id), ("eos_token", facts.eos_id), ("pad_token", facts.pad_id)];
-            for (name, piece) in named.into_iter().filter_map(|(name, id)| Some((name, tokenizer.piece(id?)?))) {
-                special_tokens.entry(name.to_owned()).or_insert(piece);
-            }
-        }
-        // In user text, special tokens are encoded as plain characters unless declared; in the template's output they
-        // are intended, and transformers treats every special token as one.
-        let written: Vec<String> = match template {
-            ChatTemplate::Nemotron(_) if *is_json => Vec::new(),
-            ChatTemplate::Nemotron(NemotronMarkers { system_turn_start, turn_start, .. }) => {
-                vec![system_turn_start.clone(), turn_start.clone()]
-            }
-            ChatTemplate::Jinja(jinja) => {
-                let pieces = tokenizer.control_pieces().filter(|piece| jinja.source.contains(*piece));
-                pieces.map(str::to_owned).chain(special_tokens.values().cloned()).collect()
-            }
-            ChatTemplate::Raw => Vec::new(),
-        };
-        let known = tokenizer.markers();
-        let mut whole: Vec<String> = Vec::new();
-        for content in written {
-            let is_letters = known.iter().all(|(marker, _)| *marker != content);
-            let id = tokenizer.id(&content).filter(|id| is_letters && (*is_json || tokenizer.is_control(*id)));
-            if let Some(id) = id.filter(|id| added.iter().all(|token| token.id != *id)) {
-                whole.push(format!("`{}`", clip(&content)));
-                added.push(AddedToken { id, content, lstrip: false, rstrip: false });
-            }
-        }
-        if !whole.is_empty() {
-            self.notes.push(format!("{}: encoded whole wherever a text has it", whole.join(", ")));
-        }
-        if added.is_empty() {
-            return Ok((tokenizer, special_tokens));
-        }
-        let tokenizer = match is_json {
-            true => Tokenizer::from_json_and(path, bytes, added)?,
-            false => Tokenizer::from_sentencepiece_and(path, bytes, added)?,
-        };
-        Ok((tokenizer, special_tokens))
-    }
-
     /// Adds the tokenizer's end-of-text token to the ids that end a generation.
     fn add_end_of_text(&mut self, eos: &mut Vec<u32>, tokenizer: &Tokenizer, special: &BTreeMap<String, String>) {
         let mut found = special.get("eos_token").and_then(|token| tokenizer.id(token));
@@ -214,52 +169,6 @@ impl CheckpointText {
             false => self.refusals.push(detail),
         }
         false
-    }
-
-    /// Checks how the tokenizer encodes the template's markers.
-    fn check_template(&mut self, tokenizer: &Tokenizer) {
-        let prompt = self.format.render(&[Message::user("Hi")]);
-        match (&self.format.template, prompt) {
-            (ChatTemplate::Nemotron(markers), Ok(text)) => {
-                let ids = tokenizer.encode(&text).unwrap_or_default();
-                for (name, marker, times) in
-                    [("system_turn_start", &markers.system_turn_start, 1), ("turn_start", &markers.turn_start, 2)]
-                {
-                    let id = tokenizer.marker_id(marker);
-                    if id.is_none_or(|id| ids.iter().filter(|other| **other == id).count() != times) {
-                        self.refusals.push(format!(
-                            "the tokenizer has no piece for {marker:?}, the {name} of the chat format nemotron, and would \
-                             break it into letters"
-                        ));
-                    }
-                }
-            }
-            (ChatTemplate::Jinja(_), Ok(text)) => {
-                let markers = tokenizer.markers();
-                let mut letters: Vec<&str> = Vec::new();
-                for word in angled(&text) {
-                    if !letters.contains(&word) && markers.iter().all(|(marker, _)| marker != word) {
-                        letters.push(word);
-                    }
-                }
-                if !letters.is_empty() {
-                    self.warnings.push(format!(
-                        "the chat template writes {}, no token of this tokenizer: it becomes letters, as with \
-                         transformers",
-                        letters.join(", ")
-                    ));
-                }
-            }
-            (ChatTemplate::Jinja(_), Err(error)) => {
-                self.warnings.push(format!("the chat template does not take a user's message alone: {error}"));
-            }
-            (ChatTemplate::Nemotron(_), Err(error)) => self.refusals.push(error.to_string()),
-            (ChatTemplate::Raw, _) => {}
-        }
-        if self.format.stop_ids().is_empty() && self.format.chat_stop_strings().is_empty() {
-            self.warnings
-                .push("the checkpoint names no end-of-sequence id: generations end at their token limit".into());
-        }
     }
 
     fn set_defaults(&mut self, config: GenerationConfig, has_text: bool) {
@@ -295,18 +204,25 @@ impl CheckpointText {
     }
 }
 
+/// Reads the tokenizer, and the special tokens that a template may refer to by name.
+fn read_tokenizer(file: &TokenizerFile, files: &ChatFiles) -> Result<(Tokenizer, BTreeMap<String, String>)> {
+    let TokenizerFile { path, bytes, is_json } = file;
+    let tokenizer = match is_json {
+        true => Tokenizer::from_json(path, bytes)?,
+        false => Tokenizer::from_sentencepiece_and(path, bytes, files.added_tokens.clone())?,
+    };
+    let mut special_tokens = files.special_tokens.clone();
+    if let Some(facts) = tokenizer.sentencepiece() {
+        let named = [("bos_token", facts.bos_id), ("eos_token", facts.eos_id), ("pad_token", facts.pad_id)];
+        for (name, piece) in named.into_iter().filter_map(|(name, id)| Some((name, tokenizer.piece(id?)?))) {
+            special_tokens.entry(name.to_owned()).or_insert(piece);
+        }
+    }
+    Ok((tokenizer, special_tokens))
+}
+
 fn distinct(mut ids: Vec<u32>) -> Vec<u32> {
     ids.sort_unstable();
     ids.dedup();
     ids
-}
-
-/// Substrings that look like markers in a prompt: `<…>` without spaces.
-fn angled(text: &str) -> impl Iterator<Item = &str> {
-    text.match_indices('<').filter_map(|(start, _)| {
-        let rest = text.get(start..)?;
-        let word = rest.get(..rest.find('>')? + 1)?;
-        let inner = word.get(1..)?;
-        (word.len() > 3 && word.len() <= 64 && !inner.contains(['<', ' ', '\n', '"', '='])).then_some(word)
-    })
 }

@@ -221,6 +221,8 @@ impl Manifest {
         }
         manifest.sha256 = stated;
         manifest.model.validate().map_err(|detail| refuse(format!("model: {detail}")))?;
+        let vocab_size = manifest.tokenizer.as_ref().map_or(manifest.model.vocab_size, |t| t.vocab_size);
+        manifest.chat_format.validate(vocab_size).map_err(|detail| refuse(format!("chat_format: {detail}")))?;
         let mut listed = HashSet::new();
         for FileInfo { path, .. } in &manifest.files {
             let plain = Path::new(path).components().all(|c| matches!(c, Component::Normal(_)));

@@ -99,11 +99,32 @@ impl Package {
         Ok(mapped.bytes().to_vec())
     }
 
-    /// The package's tokenizer, if it has one.
+    /// The package's tokenizer, if it has one, prepared for the package's chat format.
     ///
     /// # Errors
     /// As [`Package::read`], and [`Error::Format`] if it cannot be parsed.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>> {
+        self.plain_tokenizer()?.map(|tokenizer| self.manifest.chat_format.prepare(tokenizer)).transpose()
+    }
+
+    /// The chat format of `choice`, as accepted by [`crate::text::ChatTemplate::choose`], or else the package's own, and
+    /// the tokenizer prepared for it. A package without a tokenizer has only its own format.
+    ///
+    /// # Errors
+    /// As [`Package::tokenizer`] and [`ChatFormat::with_choice`].
+    pub fn text(&self, choice: Option<&str>) -> Result<(ChatFormat, Option<Tokenizer>)> {
+        let own = &self.manifest.chat_format;
+        match (choice, self.plain_tokenizer()?) {
+            (_, None) => Ok((own.clone(), None)),
+            (None, Some(tokenizer)) => Ok((own.clone(), Some(own.prepare(tokenizer)?))),
+            (Some(choice), Some(tokenizer)) => {
+                let (format, tokenizer) = own.with_choice(choice, tokenizer)?;
+                Ok((format, Some(tokenizer)))
+            }
+        }
+    }
+
+    fn plain_tokenizer(&self) -> Result<Option<Tokenizer>> {
         let Some(info) = &self.manifest.tokenizer else { return Ok(None) };
         let bytes = self.read(&info.file)?;
         Tokenizer::from_package(&self.file_path(&info.file), &bytes).map(Some)

@@ -22,6 +22,7 @@ use crate::text::{ChatFormat, Message, Tokenizer};
 pub struct ModelOptions {
     executor: ExecutorOptions,
     slots: Option<usize>,
+    chat_format: Option<String>,
 }
 
 impl ModelOptions {
@@ -54,6 +55,15 @@ impl ModelOptions {
     #[must_use]
     pub fn slots(mut self, slots: usize) -> ModelOptions {
         self.slots = Some(slots);
+        self
+    }
+
+    /// Selects the chat format: `"nemotron"`, `"chatml"`, `"raw"`, one of the checkpoint's templates by name, or a template
+    /// file whose name ends in `.jinja`. By default the package's own. Opening fails if the package's tokenizer breaks
+    /// the format's markers into letters.
+    #[must_use]
+    pub fn chat_format(mut self, choice: impl Into<String>) -> ModelOptions {
+        self.chat_format = Some(choice.into());
         self
     }
 
@@ -91,7 +101,11 @@ impl ModelOptions {
     /// As [`Model::open`].
     #[doc(hidden)]
     pub fn open_package(self, package: Package) -> Result<Model> {
-        let tokenizer = package.tokenizer()?.map(Arc::new);
+        let (format, tokenizer) = package.text(self.chat_format.as_deref())?;
+        if let (Some(tokenizer), Some(_)) = (&tokenizer, &self.chat_format) {
+            format.problems(tokenizer).refuse()?;
+        }
+        let (format, tokenizer) = (Arc::new(format), tokenizer.map(Arc::new));
         let selection = select(&package, &self.executor)?;
         self.executor.gpu.report.fact(&selection.reason);
         let cpu = match selection.device {
@@ -101,7 +115,6 @@ impl ModelOptions {
         let plan = package.manifest().plans.get(selection.plan).cloned().ok_or_else(|| {
             Error::internal(format!("plan {} was selected", selection.plan), "the index of a plan in the manifest")
         })?;
-        let format = package.chat_format();
         let shared = ModelShared { package, plan, selection, options: self, tokenizer, format, cpu };
         Ok(Model { shared: Arc::new(shared) })
     }

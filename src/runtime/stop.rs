@@ -1,15 +1,10 @@
 //! Stop strings and trimming, on text that arrives in pieces.
 
 use crate::error::{Error, Result};
+use crate::text::{MAX_STOP_BYTES, MAX_STOP_STRINGS};
 
 #[cfg(test)]
 mod tests;
-
-/// Limit on the stop strings of one request.
-pub(crate) const MAX_STOP_STRINGS: usize = 64;
-
-/// Limit on the length of a stop string, in bytes.
-pub(crate) const MAX_STOP_BYTES: usize = 1024;
 
 /// Ends a text at the first stop string and optionally trims it, while it arrives in pieces.
 ///

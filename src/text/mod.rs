@@ -17,7 +17,9 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod tests;
 
-pub use chat::{ChatFormat, ChatTemplate, EndOfTurn, JinjaTemplate, Message, NemotronMarkers, Role};
+pub use chat::{ChatFormat, ChatTemplate, EndOfTurn, FormatProblems, JinjaTemplate, Message, NemotronMarkers, Role};
+pub(crate) use chat::{MAX_STOP_BYTES, MAX_STOP_STRINGS};
 pub use sentencepiece::SentencePieceFacts;
 pub use stream::StreamDecoder;
 pub use tokenizer::Tokenizer;
+use tokenizer::looks_like_marker;

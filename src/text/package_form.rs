@@ -45,8 +45,6 @@ enum RuleKind {
     TokenizerJson,
     /// A SentencePiece model file.
     Sentencepiece,
-    /// A tokenizer.json with more special tokens than it lists: one line of JSON with those tokens, then the file.
-    TokenizerJsonWithAddedTokens,
     /// A SentencePiece model with tokens added to it: one line of JSON with those tokens, then the model file.
     SentencepieceWithAddedTokens,
 }
@@ -55,7 +53,8 @@ impl Tokenizer {
     /// File name of the tokenizer in a package.
     pub const PACKAGE_FILE: &str = "tokenizer.aotron";
 
-    /// The package form of this tokenizer, which was read from `source`, the content of the file `name`.
+    /// The package form of this tokenizer, which was read from `source`, the content of the file `name`. It does not
+    /// depend on the chat format: the special tokens that a format writes are taken from the format when it is opened.
     ///
     /// # Errors
     /// As [`Tokenizer::from_bytes`], if `source` is not the file that this tokenizer was read from.
@@ -67,15 +66,12 @@ impl Tokenizer {
         };
         let (rules, content) = match (self.sentencepiece().is_some(), self.added_tokens()) {
             (true, []) => (RuleKind::Sentencepiece, source),
-            (false, []) => (RuleKind::TokenizerJson, source),
-            (is_sentencepiece, added) => {
+            (false, _) => (RuleKind::TokenizerJson, source),
+            (true, added) => {
                 let mut content = serde_json::to_vec(added).map_err(unwritten)?;
                 content.push(b'\n');
                 content.extend_from_slice(&source);
-                match is_sentencepiece {
-                    true => (RuleKind::SentencepieceWithAddedTokens, content.into()),
-                    false => (RuleKind::TokenizerJsonWithAddedTokens, content.into()),
-                }
+                (RuleKind::SentencepieceWithAddedTokens, content.into())
             }
         };
         let header = TokenizerHeader { format: FORMAT.into(), version: VERSION, rules, bytes: content.len() };
@@ -124,16 +120,12 @@ impl Tokenizer {
         match header.rules {
             RuleKind::TokenizerJson => Tokenizer::from_json(name, content),
             RuleKind::Sentencepiece => Tokenizer::from_sentencepiece(name, content),
-            with_added => {
+            RuleKind::SentencepieceWithAddedTokens => {
                 let end = content.iter().position(|byte| *byte == b'\n').unwrap_or(content.len());
                 let (line, file) = content.split_at(end);
                 let added =
                     serde_json::from_slice(line).map_err(|source| refused(format!("added tokens: {source}")))?;
-                let file = file.get(1..).unwrap_or_default();
-                match with_added {
-                    RuleKind::TokenizerJsonWithAddedTokens => Tokenizer::from_json_and(name, file, added),
-                    _ => Tokenizer::from_sentencepiece_and(name, file, added),
-                }
+                Tokenizer::from_sentencepiece_and(name, file.get(1..).unwrap_or_default(), added)
             }
         }
     }

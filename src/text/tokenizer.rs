@@ -2,6 +2,7 @@
 //! decoding uses a lookup table for both.
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -18,6 +19,8 @@ use crate::error::{Error, Result, clip};
 
 /// A larger vocabulary means a damaged file; the largest known ones have under 300,000 pieces.
 const MAX_VOCAB_SIZE: usize = 1 << 24;
+/// Usual name of a SentencePiece model's file.
+const SENTENCEPIECE_FILE: &str = "tokenizer.model";
 
 /// Converts text to token ids and back. Immutable, so sessions and threads share it through an `Arc`.
 #[derive(Debug)]
@@ -29,8 +32,14 @@ pub struct Tokenizer {
 /// The encoder, by file format.
 #[derive(Debug)]
 enum Encoder {
-    HuggingFace { inner: Box<tokenizers::Tokenizer>, added: Vec<AddedToken> },
-    SentencePiece { model: Box<sentencepiece::SentencePieceModel>, added: AddedTokens },
+    HuggingFace(Box<tokenizers::Tokenizer>),
+    SentencePiece {
+        model: Box<sentencepiece::SentencePieceModel>,
+        /// Tokens listed beside the model, followed by those of [`Tokenizer::with_whole`].
+        added: AddedTokens,
+        /// Number of the former.
+        listed: usize,
+    },
 }
 
 impl Tokenizer {
@@ -65,9 +74,10 @@ impl Tokenizer {
     /// As [`Tokenizer::from_sentencepiece`], and [`Error::Format`] for a token that contradicts the model.
     pub fn from_sentencepiece_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
         let model = sentencepiece::SentencePieceModel::from_bytes(name, bytes)?;
+        let listed = added.len();
         let added = AddedTokens::new(name, &model, added)?;
         let pieces = model.piece_table(&added);
-        Ok(Tokenizer { encoder: Encoder::SentencePiece { model: Box::new(model), added }, pieces })
+        Ok(Tokenizer { encoder: Encoder::SentencePiece { model: Box::new(model), added, listed }, pieces })
     }
 
     /// Reads a tokenizer.json. `name` is the file named in errors.
@@ -75,15 +85,6 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Format`] if the file is not one; [`Error::Unsupported`] if this version does not support its decoder.
     pub fn from_json(name: &Path, bytes: &[u8]) -> Result<Tokenizer> {
-        Self::from_json_and(name, bytes, Vec::new())
-    }
-
-    /// As [`Tokenizer::from_json`], and treats `added`, pieces of its vocabulary that the file does not list as
-    /// special, as special tokens: each occurrence in a text is that token.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::from_json`], and [`Error::Format`] for a token that is not the piece of its id.
-    pub fn from_json_and(name: &Path, bytes: &[u8], added: Vec<AddedToken>) -> Result<Tokenizer> {
         let refused = |source: &dyn Display| Error::format(name, format!("not a tokenizer.json: {source}"));
         // Catches a truncated file early, with line and column.
         serde_json::from_slice::<IgnoredAny>(bytes).map_err(|source| refused(&source))?;
@@ -92,14 +93,6 @@ impl Tokenizer {
             .with_padding(None)
             .with_truncation(None)
             .map_err(|source| Error::format(name, format!("truncation cannot be turned off: {source}")))?;
-        for AddedToken { id, content, lstrip, rstrip } in &added {
-            if inner.token_to_id(content) != Some(*id) {
-                let detail = format!("added token {id}: the vocabulary's piece of that id is not `{}`", clip(content));
-                return Err(Error::format(name, detail));
-            }
-            let token = tokenizers::AddedToken::from(content.clone(), true).lstrip(*lstrip).rstrip(*rstrip);
-            contained(|| inner.add_special_tokens([token])).map_err(|source| refused(&source))?;
-        }
         let Some(largest) = inner.get_vocab(true).into_values().max() else {
             return Err(Error::format(name, "the vocabulary is empty"));
         };
@@ -118,7 +111,48 @@ impl Tokenizer {
         let rules =
             DecodingRules::read(decoder.as_ref()).map_err(|error| Error::unsupported(name, error.to_string()))?;
         let pieces = PieceTable::new(vocab_size, rules, |id| inner.id_to_token(id));
-        Ok(Tokenizer { encoder: Encoder::HuggingFace { inner: Box::new(inner), added }, pieces })
+        Ok(Tokenizer { encoder: Encoder::HuggingFace(Box::new(inner)), pieces })
+    }
+
+    /// This tokenizer, which from now on encodes each occurrence of these pieces in a text whole, as transformers does
+    /// with special tokens. Without it, a special token that a tokenizer.json does not list among its added tokens, or
+    /// a control piece of a SentencePiece model, is ordinary characters in a text.
+    ///
+    /// Only pieces of the vocabulary that are not whole already are affected; the second value lists them. Ids and
+    /// decoded text stay the same.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer rejects one of them.
+    pub(crate) fn with_whole(self, contents: &[String]) -> Result<(Tokenizer, Vec<String>)> {
+        let known: HashSet<String> = self.markers().into_iter().map(|(marker, _)| marker).collect();
+        let mut whole: Vec<AddedToken> = Vec::new();
+        for content in contents {
+            let is_new = !known.contains(content) && whole.iter().all(|token| token.content != *content);
+            if let Some(id) = self.id(content).filter(|_| is_new && !content.is_empty())
+                && whole.iter().all(|token| token.id != id)
+                && (self.sentencepiece().is_none() || self.is_control(id))
+            {
+                whole.push(AddedToken { id, content: content.clone(), lstrip: false, rstrip: false });
+            }
+        }
+        let contents = whole.iter().map(|token| token.content.clone()).collect();
+        if whole.is_empty() {
+            return Ok((self, contents));
+        }
+        let encoder = match self.encoder {
+            Encoder::HuggingFace(mut inner) => {
+                let tokens: Vec<_> =
+                    whole.into_iter().map(|token| tokenizers::AddedToken::from(token.content, true)).collect();
+                contained(|| inner.add_special_tokens(tokens)).map_err(|e| Error::Tokenizer(e.to_string()))?;
+                Encoder::HuggingFace(inner)
+            }
+            Encoder::SentencePiece { model, added, listed } => {
+                let tokens = added.tokens().iter().cloned().chain(whole).collect();
+                let added = AddedTokens::new(Path::new(SENTENCEPIECE_FILE), &model, tokens)?;
+                Encoder::SentencePiece { model, added, listed }
+            }
+        };
+        Ok((Tokenizer { encoder, pieces: self.pieces }, contents))
     }
 
     /// Encodes `text` in one call; no special tokens are added. Special pieces written in the text become their ids,
@@ -129,8 +163,8 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] if the tokenizer cannot represent the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let inner = match &self.encoder {
-            Encoder::HuggingFace { inner, .. } => inner,
-            Encoder::SentencePiece { model, added } => return added.encode(model, text),
+            Encoder::HuggingFace(inner) => inner,
+            Encoder::SentencePiece { model, added, .. } => return added.encode(model, text),
         };
         let encoding = contained(|| inner.encode_fast(text, false))
             .map_err(|source| Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len())))?;
@@ -171,16 +205,18 @@ impl Tokenizer {
     /// The piece of an id as it appears in the vocabulary: `▁the`, `<0x0A>`, `</s>`.
     pub fn piece(&self, id: u32) -> Option<String> {
         match &self.encoder {
-            Encoder::HuggingFace { inner, .. } => inner.id_to_token(id),
-            Encoder::SentencePiece { model, added } => model.piece(id).or_else(|| added.piece(id)).map(str::to_string),
+            Encoder::HuggingFace(inner) => inner.id_to_token(id),
+            Encoder::SentencePiece { model, added, .. } => {
+                model.piece(id).or_else(|| added.piece(id)).map(str::to_string)
+            }
         }
     }
 
     /// The id of a piece as it appears in the vocabulary.
     pub fn id(&self, piece: &str) -> Option<u32> {
         match &self.encoder {
-            Encoder::HuggingFace { inner, .. } => inner.token_to_id(piece),
-            Encoder::SentencePiece { model, added } => added.id(piece).or_else(|| model.id(piece)),
+            Encoder::HuggingFace(inner) => inner.token_to_id(piece),
+            Encoder::SentencePiece { model, added, .. } => added.id(piece).or_else(|| model.id(piece)),
         }
     }
 
@@ -192,7 +228,7 @@ impl Tokenizer {
     /// Properties of the SentencePiece model, if this is one.
     pub fn sentencepiece(&self) -> Option<&SentencePieceFacts> {
         match &self.encoder {
-            Encoder::HuggingFace { .. } => None,
+            Encoder::HuggingFace(_) => None,
             Encoder::SentencePiece { model, .. } => Some(model.facts()),
         }
     }
@@ -200,16 +236,16 @@ impl Tokenizer {
     /// Usual name of the file that holds such a tokenizer: `tokenizer.json` or `tokenizer.model`.
     pub fn file_name(&self) -> &'static str {
         match &self.encoder {
-            Encoder::HuggingFace { .. } => "tokenizer.json",
-            Encoder::SentencePiece { .. } => "tokenizer.model",
+            Encoder::HuggingFace(_) => "tokenizer.json",
+            Encoder::SentencePiece { .. } => SENTENCEPIECE_FILE,
         }
     }
 
-    /// Tokens added to those of the tokenizer's file.
+    /// Tokens listed beside a SentencePiece model and added to its pieces.
     pub fn added_tokens(&self) -> &[AddedToken] {
         match &self.encoder {
-            Encoder::HuggingFace { added, .. } => added,
-            Encoder::SentencePiece { added, .. } => added.tokens(),
+            Encoder::HuggingFace(_) => &[],
+            Encoder::SentencePiece { added, listed, .. } => &added.tokens()[..*listed],
         }
     }
 
@@ -217,18 +253,14 @@ impl Tokenizer {
     /// of a SentencePiece model, the user-defined pieces that look like markers, which is to say start and end with
     /// punctuation; other user-defined pieces are plain words, digits or runs of spaces.
     pub fn markers(&self) -> Vec<(String, u32)> {
-        let looks_like_one = |text: &str| {
-            let sign = |c: Option<char>| c.is_some_and(|c| c.is_ascii_punctuation());
-            text.len() > 2 && sign(text.chars().next()) && sign(text.chars().next_back())
-        };
         let mut markers: Vec<(String, u32)> = match &self.encoder {
-            Encoder::HuggingFace { inner, .. } => {
+            Encoder::HuggingFace(inner) => {
                 let added = inner.get_added_vocabulary().get_added_tokens_decoder().iter();
-                let of_marker = added.filter(|(_, token)| token.special || looks_like_one(&token.content));
+                let of_marker = added.filter(|(_, token)| token.special || looks_like_marker(&token.content));
                 of_marker.map(|(id, token)| (token.content.clone(), *id)).collect()
             }
-            Encoder::SentencePiece { model, added } => {
-                let user_defined = model.user_defined().filter(|(text, _)| looks_like_one(text));
+            Encoder::SentencePiece { model, added, .. } => {
+                let user_defined = model.user_defined().filter(|(text, _)| looks_like_marker(text));
                 let added = added.tokens().iter().map(|token| (token.content.as_str(), token.id));
                 user_defined.chain(added).map(|(text, id)| (text.to_owned(), id)).collect()
             }
@@ -241,7 +273,7 @@ impl Tokenizer {
     /// added as a token.
     pub fn is_control(&self, id: u32) -> bool {
         match &self.encoder {
-            Encoder::HuggingFace { .. } => false,
+            Encoder::HuggingFace(_) => false,
             Encoder::SentencePiece { model, .. } => model.is_control(id),
         }
     }
@@ -249,7 +281,7 @@ impl Tokenizer {
     /// The control pieces of a SentencePiece model.
     pub fn control_pieces(&self) -> impl Iterator<Item = &str> {
         let model = match &self.encoder {
-            Encoder::HuggingFace { .. } => None,
+            Encoder::HuggingFace(_) => None,
             Encoder::SentencePiece { model, .. } => Some(model.control()),
         };
         model.into_iter().flatten()
@@ -261,7 +293,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] if encoding fails.
     pub fn prefix(&self) -> Result<Vec<u32>> {
-        let Encoder::HuggingFace { inner, .. } = &self.encoder else { return Ok(Vec::new()) };
+        let Encoder::HuggingFace(inner) = &self.encoder else { return Ok(Vec::new()) };
         // The post-processor may add ids on both sides: those before the ids of "a" are the prefix.
         let encoded = contained(|| inner.encode("", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
         let with = contained(|| inner.encode("a", true)).map_err(|source| Error::Tokenizer(source.to_string()))?;
@@ -307,7 +339,7 @@ impl Tokenizer {
     /// Encodes a marker as plain text, letter by letter if need be.
     fn encode_spelled(&self, text: &str) -> Result<Vec<u32>> {
         match &self.encoder {
-            Encoder::HuggingFace { inner, .. } => behind_a_line_break(text, &|text| {
+            Encoder::HuggingFace(inner) => behind_a_line_break(text, &|text| {
                 contained(|| encode_without_added_tokens(inner, text)).map_err(|source| {
                     Error::Tokenizer(format!("cannot encode a text of {} bytes: {source}", text.len()))
                 })
@@ -326,6 +358,16 @@ impl Tokenizer {
 
     pub(super) fn pieces(&self) -> &PieceTable {
         &self.pieces
+    }
+}
+
+/// Returns true for a text that starts and ends with punctuation, such as `<|im_end|>`, and for a control character that
+/// is not whitespace.
+pub(super) fn looks_like_marker(text: &str) -> bool {
+    let sign = |c: Option<char>| c.is_some_and(|c| c.is_ascii_punctuation());
+    match text.as_bytes() {
+        [byte] => byte.is_ascii_control() && !byte.is_ascii_whitespace(),
+        _ => text.len() > 2 && sign(text.chars().next()) && sign(text.chars().next_back()),
     }
 }
 

@@ -2,6 +2,7 @@
 //! whether whitespace around an answer is trimmed.
 
 mod built_in;
+mod check;
 mod jinja;
 mod marks;
 mod message;
@@ -18,6 +19,8 @@ use chrono::{Local, NaiveDateTime};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+pub use check::FormatProblems;
+pub(crate) use check::{MAX_STOP_BYTES, MAX_STOP_STRINGS};
 pub use jinja::JinjaTemplate;
 pub(crate) use marks::PromptPart;
 pub use message::{Message, Role};
@@ -71,6 +74,23 @@ impl ChatTemplate {
             jinja.check().map_err(|detail| Error::format(choice, format!("not a chat template: {detail}")))?;
         }
         Ok(template)
+    }
+
+    /// Pieces that have to be encoded whole in this template's prompts. In a text, special tokens are plain characters
+    /// unless the tokenizer lists them; those that a template writes are intended, and transformers treats every special
+    /// token as one.
+    fn special_pieces(&self, special_tokens: &BTreeMap<String, String>, tokenizer: &Tokenizer) -> Vec<String> {
+        match self {
+            ChatTemplate::Nemotron(_) if tokenizer.sentencepiece().is_none() => Vec::new(),
+            ChatTemplate::Nemotron(markers) => {
+                markers.named().into_iter().map(|(_, marker, _)| marker.to_owned()).collect()
+            }
+            ChatTemplate::Jinja(jinja) => {
+                let pieces = tokenizer.control_pieces().filter(|piece| jinja.source.contains(*piece));
+                pieces.map(str::to_owned).chain(special_tokens.values().cloned()).collect()
+            }
+            ChatTemplate::Raw => Vec::new(),
+        }
     }
 
     /// A short description for people.
@@ -143,19 +163,40 @@ impl ChatFormat {
         }
     }
 
-    /// This format with another template, and the end of an answer derived from it.
+    /// This format with another template, and the end of an answer derived from it. `tokenizer` is prepared for that
+    /// template, see [`ChatFormat::prepare`].
     pub fn with_template(&self, template: ChatTemplate, tokenizer: &Tokenizer) -> ChatFormat {
         let mut format = ChatFormat { template, ..self.clone() };
         format.end_of_turn = format.find_end_of_turn(tokenizer);
         format
     }
 
-    /// This format with the template resolved by [`ChatTemplate::choose`].
+    /// This format with the template resolved by [`ChatTemplate::choose`], and the tokenizer for it. `tokenizer` is the
+    /// checkpoint's, not one that another format has prepared.
     ///
     /// # Errors
-    /// As [`ChatTemplate::choose`].
-    pub fn with_choice(&self, choice: &str, tokenizer: &Tokenizer) -> Result<ChatFormat> {
-        Ok(self.with_template(ChatTemplate::choose(choice, &self.named_templates)?, tokenizer))
+    /// As [`ChatTemplate::choose`], and those of [`ChatFormat::prepare`].
+    pub fn with_choice(&self, choice: &str, tokenizer: Tokenizer) -> Result<(ChatFormat, Tokenizer)> {
+        let template = ChatTemplate::choose(choice, &self.named_templates)?;
+        let chosen = ChatFormat { template, ..self.clone() };
+        let tokenizer = chosen.prepare(tokenizer)?;
+        let end_of_turn = chosen.find_end_of_turn(&tokenizer);
+        Ok((ChatFormat { end_of_turn, ..chosen }, tokenizer))
+    }
+
+    /// The checkpoint's tokenizer, prepared to encode prompts in this format: the special tokens that the template
+    /// writes are whole. So the ids of a conversation depend on nothing but the checkpoint and the format.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer rejects one of them.
+    pub fn prepare(&self, tokenizer: Tokenizer) -> Result<Tokenizer> {
+        Ok(self.prepare_and_list(tokenizer)?.0)
+    }
+
+    /// As [`ChatFormat::prepare`], with the list of pieces that were not whole before.
+    pub(crate) fn prepare_and_list(&self, tokenizer: Tokenizer) -> Result<(Tokenizer, Vec<String>)> {
+        let pieces = self.template.special_pieces(&self.special_tokens, &tokenizer);
+        tokenizer.with_whole(&pieces)
     }
 
     /// Renders a conversation, ready for the assistant's next answer.
@@ -244,8 +285,8 @@ impl ChatFormat {
     /// Markers of the tokenizer and of the template.
     fn markers(&self, tokenizer: &Tokenizer) -> Vec<String> {
         let mut markers: Vec<String> = tokenizer.markers().into_iter().map(|(text, _)| text).collect();
-        if let ChatTemplate::Nemotron(NemotronMarkers { system_turn_start, turn_start, .. }) = &self.template {
-            markers.extend([system_turn_start.clone(), turn_start.clone()]);
+        if let ChatTemplate::Nemotron(written) = &self.template {
+            markers.extend(written.named().into_iter().map(|(_, marker, _)| marker.to_owned()));
         }
         markers.retain(|marker| !marker.trim().is_empty());
         markers

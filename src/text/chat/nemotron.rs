@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use super::message::{Message, Role};
 use crate::checkpoint::NemoPromptTokens;
 use crate::error::{Error, Result};
+use crate::text::looks_like_marker;
 
 /// The template's markers, under NeMo's names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +57,18 @@ impl From<NemoPromptTokens> for NemotronMarkers {
 }
 
 impl NemotronMarkers {
+    /// The markers without surrounding whitespace, under NeMo's names, and how often a prompt of one user message has
+    /// each. What follows a turn or a name is usually a line break, which is no marker and left out.
+    pub(super) fn named(&self) -> Vec<(&'static str, &str, usize)> {
+        let closing = [("end_of_turn", &self.end_of_turn, 2), ("end_of_name", &self.end_of_name, 3)];
+        let closing = closing.into_iter().filter(|(_, marker, _)| looks_like_marker(marker.trim()));
+        [("system_turn_start", &self.system_turn_start, 1), ("turn_start", &self.turn_start, 2)]
+            .into_iter()
+            .chain(closing)
+            .map(|(name, marker, times)| (name, marker.trim(), times))
+            .collect()
+    }
+
     /// Renders a conversation, ready for the assistant's next answer: an optional system message, then user and
     /// assistant messages in turn, ending with a user message.
     ///

@@ -11,14 +11,8 @@ fn golden() -> Value {
 /// tiny-chat's tokenizer with the special tokens of its config, as in transformers.
 fn tiny_chat() -> Tokenizer {
     let path = Path::new("tests/data/tiny-chat/tokenizer.json");
-    let token = |(id, content): (u32, &str)| crate::checkpoint::AddedToken {
-        id,
-        content: content.into(),
-        lstrip: false,
-        rstrip: false,
-    };
-    let added = [(0, "<pad>"), (1, "<unk>"), (2, "<s>"), (3, "</s>")].map(token).to_vec();
-    Tokenizer::from_json_and(path, &std::fs::read(path).unwrap(), added).unwrap()
+    let special = ["<pad>", "<unk>", "<s>", "</s>"].map(str::to_owned);
+    Tokenizer::from_json(path, &std::fs::read(path).unwrap()).unwrap().with_whole(&special).unwrap().0
 }
 
 fn jinja(source: &str) -> ChatFormat {
@@ -125,6 +119,35 @@ fn the_end_of_an_answer_is_what_the_template_writes_after_it() {
 }
 
 #[test]
+fn each_marker_of_nemotron_is_one_token() {
+    let tokenizer = tiny_chat();
+    let problems = |system: &str, turn: &str, end_of_turn: &str, end_of_name: &str| {
+        let markers = NemotronMarkers {
+            system_turn_start: system.into(),
+            turn_start: turn.into(),
+            end_of_turn: end_of_turn.into(),
+            end_of_name: end_of_name.into(),
+        };
+        ChatFormat::nemotron(markers, &[EOS], &tokenizer).problems(&tokenizer).refusals
+    };
+    let [zero, one, two] = ["<extra_id_0>", "<extra_id_1>", "<extra_id_2>"];
+    assert_eq!(problems(zero, one, "\n", "\n"), [""; 0]);
+    assert_eq!(problems(one, one, "\n", "\n"), [""; 0], "one marker for all turns");
+    assert_eq!(problems(zero, one, one, "\n"), [""; 0], "closed as opened");
+    assert_eq!(problems(zero, one, &format!("{two}\n"), ": "), [""; 0]);
+    for (markers, name) in [
+        ([zero, one, "<|im_end|>\n", "\n"], "\"<|im_end|>\", the end_of_turn"),
+        ([zero, one, "\n", "<|name|>"], "\"<|name|>\", the end_of_name"),
+        (["<|im_start|>", one, "\n", "\n"], "\"<|im_start|>\", the system_turn_start"),
+        ([zero, "<|im_start|>", "\n", "\n"], "\"<|im_start|>\", the turn_start"),
+    ] {
+        let [system, turn, end_of_turn, end_of_name] = markers;
+        let refusals = problems(system, turn, end_of_turn, end_of_name);
+        assert!(matches!(&refusals[..], [refusal] if refusal.contains(name)), "{refusals:?}");
+    }
+}
+
+#[test]
 fn formats_are_found_by_name_and_by_file() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("own.jinja");
@@ -146,16 +169,15 @@ fn formats_are_found_by_name_and_by_file() {
 
 #[test]
 fn every_built_in_format_answers_and_ends() {
-    let tokenizer = tokenizer();
     for name in built_in::names() {
-        let format = ChatFormat::raw(&[EOS]).with_choice(name, &tokenizer).unwrap();
+        let (format, tokenizer) = ChatFormat::raw(&[EOS]).with_choice(name, tiny_chat()).unwrap();
         let prompt = format.prompt(&tokenizer, &[Message::user("Hello")]).unwrap();
         assert!(!prompt.is_empty(), "{name}");
         assert_eq!(format.end_of_turn.is_some(), name != "raw", "{name}");
         let kept: ChatFormat = serde_json::from_str(&serde_json::to_string(&format).unwrap()).unwrap();
         assert_eq!(kept, format);
     }
-    let chatml = ChatFormat::raw(&[]).with_choice("chatml", &tokenizer).unwrap();
+    let chatml = ChatFormat::raw(&[]).with_choice("chatml", tiny_chat()).unwrap().0;
     assert_eq!(
         chatml.render(&[Message::system("s"), Message::user("u")]).unwrap(),
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
