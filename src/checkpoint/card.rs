@@ -1,14 +1,14 @@
-//! Nemotron-3-8B-Chat-4k-RLHF as described by its model card, to report when an opened `.nemo` is a different model.
-//! Any model of the architecture runs, but a user who meant to open this one wants to know that it is another.
+//! Nemotron-3-8B-Chat-4k-RLHF as described by its model card, to report how an opened `.nemo` differs from it. Any
+//! model of the architecture runs, but a user who expects this one should learn that the file is another.
 
 use std::fmt::Display;
 
 use super::ModelConfig;
 use crate::tensor::DType;
 
-/// Begins the system's turn.
+/// Starts the system turn.
 pub const SYSTEM_MARK: &str = "<extra_id_0>";
-/// Begins every other turn, and so ends an answer.
+/// Starts every other turn, and so ends an answer.
 pub const TURN_MARK: &str = "<extra_id_1>";
 
 const PIECES: usize = 256_000;
@@ -20,13 +20,13 @@ const EOS: u32 = 3;
 pub struct Pieces {
     /// Pieces of all kinds.
     pub count: usize,
-    /// Id of the control piece that begins a text, if there is one.
+    /// Id of the beginning-of-sequence control piece, if any.
     pub bos_id: Option<u32>,
-    /// Id of the control piece that ends a text, if there is one.
+    /// Id of the end-of-sequence control piece, if any.
     pub eos_id: Option<u32>,
-    /// [`SYSTEM_MARK`] is a piece of its own that always matches whole: a user-defined one.
+    /// [`SYSTEM_MARK`] is a user-defined piece, which always matches whole.
     pub has_system_mark: bool,
-    /// [`TURN_MARK`] is such a piece.
+    /// [`TURN_MARK`] is a user-defined piece.
     pub has_turn_mark: bool,
 }
 
@@ -52,7 +52,7 @@ pub fn differences(config: &ModelConfig, pieces: Option<&Pieces>) -> Vec<String>
         lines.compare("vocab_size", config.vocab_size, card.vocab_size);
     }
     let Some(pieces) = pieces else {
-        lines.0.push("it has no SentencePiece tokenizer, the card's model has".to_owned());
+        lines.0.push("it has no SentencePiece tokenizer; the model card has one".to_owned());
         return lines.0;
     };
     let id = |id: Option<u32>| id.map_or("none".to_owned(), |id| id.to_string());
@@ -61,9 +61,9 @@ pub fn differences(config: &ModelConfig, pieces: Option<&Pieces>) -> Vec<String>
     lines.compare("tokenizer eos id", id(pieces.eos_id), EOS.to_string());
     for (mark, there) in [(SYSTEM_MARK, pieces.has_system_mark), (TURN_MARK, pieces.has_turn_mark)] {
         if !there {
-            lines
-                .0
-                .push(format!("`{mark}` is no user-defined piece of the tokenizer, the card's prompts use it as one"));
+            lines.0.push(format!(
+                "`{mark}` is not a user-defined piece of the tokenizer; the model card's prompts need it"
+            ));
         }
     }
     lines.0
@@ -74,7 +74,7 @@ struct CardLines(Vec<String>);
 impl CardLines {
     fn compare<T: PartialEq + Display>(&mut self, name: &str, found: T, card: T) {
         if found != card {
-            self.0.push(format!("{name} is {found}, the card's model has {card}"));
+            self.0.push(format!("{name} is {found}; the model card has {card}"));
         }
     }
 }
@@ -136,26 +136,26 @@ mod tests {
         };
         let pieces = Pieces { count: 500, bos_id: None, eos_id: Some(1), has_system_mark: true, has_turn_mark: false };
         let expected = [
-            "hidden_size is 192, the card's model has 4096",
-            "intermediate_size is 768, the card's model has 16384",
-            "num_layers is 4, the card's model has 32",
-            "num_heads is 6, the card's model has 32",
-            "num_kv_heads is 2, the card's model has 32",
-            "head_dim is 32, the card's model has 128",
-            "rotary_dim is 16, the card's model has 64",
-            "rope_theta is 500, the card's model has 10000",
-            "max_position_embeddings is 256, the card's model has 4096",
-            "norm_eps is 0.000001, the card's model has 0.00001",
-            "tie_word_embeddings is true, the card's model has false",
-            "dtype is f32, the card's model has bf16",
-            "vocab_size is 512, the card's model has 256000",
-            "tokenizer pieces is 500, the card's model has 256000",
-            "tokenizer bos id is none, the card's model has 2",
-            "tokenizer eos id is 1, the card's model has 3",
-            "`<extra_id_1>` is no user-defined piece of the tokenizer, the card's prompts use it as one",
+            "hidden_size is 192; the model card has 4096",
+            "intermediate_size is 768; the model card has 16384",
+            "num_layers is 4; the model card has 32",
+            "num_heads is 6; the model card has 32",
+            "num_kv_heads is 2; the model card has 32",
+            "head_dim is 32; the model card has 128",
+            "rotary_dim is 16; the model card has 64",
+            "rope_theta is 500; the model card has 10000",
+            "max_position_embeddings is 256; the model card has 4096",
+            "norm_eps is 0.000001; the model card has 0.00001",
+            "tie_word_embeddings is true; the model card has false",
+            "dtype is f32; the model card has bf16",
+            "vocab_size is 512; the model card has 256000",
+            "tokenizer pieces is 500; the model card has 256000",
+            "tokenizer bos id is none; the model card has 2",
+            "tokenizer eos id is 1; the model card has 3",
+            "`<extra_id_1>` is not a user-defined piece of the tokenizer; the model card's prompts need it",
         ];
         assert_eq!(differences(&config, Some(&pieces)), expected);
         let lines = differences(&config_of_card(), None);
-        assert_eq!(lines, ["it has no SentencePiece tokenizer, the card's model has"]);
+        assert_eq!(lines, ["it has no SentencePiece tokenizer; the model card has one"]);
     }
 }

@@ -1,5 +1,5 @@
-//! The chat-related parts of a checkpoint: templates, special tokens and tokens added to the tokenizer's model, from
-//! the files that transformers reads; and the markers of NeMo's chat fine-tuning.
+//! The chat-related parts of a checkpoint: templates, special tokens and added tokens, from the files that transformers
+//! reads; and the markers of NeMo's chat fine-tuning.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -13,9 +13,9 @@ use super::json::{kind, read_object};
 use crate::error::{Error, Result, clip};
 use crate::mmap::open_regular;
 
-/// Longer files are refused; with all added tokens and templates they have some hundred kilobytes.
+/// Size limit of a file. With many added tokens and templates one has a few hundred KB.
 const MAX_BYTES: u64 = 16 << 20;
-/// A longer template is refused. The longest known ones, with tools and all, have some tens of kilobytes.
+/// Size limit of a template, in bytes. The longest known ones, with tool use, have tens of KB.
 pub(crate) const MAX_TEMPLATE_BYTES: usize = 1 << 20;
 const CONFIG: &str = "tokenizer_config.json";
 
@@ -27,9 +27,9 @@ pub struct AddedToken {
     pub id: u32,
     /// Its text.
     pub content: String,
-    /// Spaces in front of it belong to it.
+    /// It absorbs the spaces before it.
     pub lstrip: bool,
-    /// Spaces behind it belong to it.
+    /// It absorbs the spaces after it.
     pub rstrip: bool,
 }
 
@@ -60,9 +60,9 @@ pub struct NemoPromptTokens {
 /// The chat-related parts of a checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ChatFiles {
-    /// Its templates; the one to take is called `default`.
+    /// Its templates; the one used by default is called `default`.
     pub templates: Vec<TemplateFile>,
-    /// Special tokens by their names in a template: `bos_token`, `eos_token`.
+    /// Special tokens by their variable names in templates: `bos_token`, `eos_token`.
     pub special_tokens: BTreeMap<String, String>,
     /// Tokens added to a SentencePiece model.
     pub added_tokens: Vec<AddedToken>,
@@ -106,7 +106,7 @@ pub(super) fn read(folder: &Path) -> Result<ChatFiles> {
     Ok(files)
 }
 
-/// The special tokens among the keys of an object: those called `…_token`, as a text or as an object with one.
+/// The special tokens of an object: the keys called `…_token`, with a string or an object with `content`.
 fn special_tokens(object: &Map<String, Value>) -> BTreeMap<String, String> {
     let text = |value: &Value| match value {
         Value::String(text) => Some(text.clone()),
@@ -117,7 +117,7 @@ fn special_tokens(object: &Map<String, Value>) -> BTreeMap<String, String> {
     named.filter_map(|(key, value)| Some((key.clone(), text(value)?))).collect()
 }
 
-/// `chat_template` of a tokenizer_config.json: a text, or a list of named ones.
+/// `chat_template` of a tokenizer_config.json: a string, or a list of named templates.
 fn config_templates(path: &Path, value: Option<Value>) -> Result<Vec<TemplateFile>> {
     let template = |name: &str, source: &str| TemplateFile {
         name: name.to_owned(),
@@ -133,18 +133,18 @@ fn config_templates(path: &Path, value: Option<Value>) -> Result<Vec<TemplateFil
                 let text = |key: &str| entry.get(key).and_then(Value::as_str);
                 match (text("name"), text("template")) {
                     (Some(name), Some(source)) => Ok(template(name, source)),
-                    _ => Err(Error::format(path, "chat_template: an entry of the list without a name and a template")),
+                    _ => Err(Error::format(path, "chat_template: an entry of the list lacks name or template")),
                 }
             })
             .collect(),
         Some(other) => {
-            let detail = format!("chat_template is {}, expected a text or a list of named ones", kind(&other));
+            let detail = format!("chat_template is {}, expected a string or a list of named templates", kind(&other));
             Err(Error::format(path, detail))
         }
     }
 }
 
-/// Templates in files of their own, which go before those of tokenizer_config.json.
+/// Templates in separate files, which take precedence over those of tokenizer_config.json.
 fn template_files(folder: &Path) -> Result<Vec<TemplateFile>> {
     let mut files = Vec::new();
     if let Some(path) = existing(folder, "chat_template.jinja") {
@@ -167,19 +167,22 @@ fn template_files(folder: &Path) -> Result<Vec<TemplateFile>> {
     files.into_iter().map(read).collect()
 }
 
-/// Reads a file with a template.
+/// Reads a template file.
 ///
 /// # Errors
-/// [`Error::Io`], and [`Error::Format`] for a file that is too long or is not UTF-8.
+/// [`Error::Io`], and [`Error::Format`] if the file is too long or not UTF-8.
 pub(crate) fn read_template(path: &Path) -> Result<String> {
     let mut bytes = Vec::new();
     let file = open_regular(path)?;
     file.take(MAX_TEMPLATE_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     if bytes.len() > MAX_TEMPLATE_BYTES {
-        return Err(Error::format(path, format!("a chat template has at most {MAX_TEMPLATE_BYTES} bytes")));
+        return Err(Error::format(
+            path,
+            format!("longer than {MAX_TEMPLATE_BYTES} bytes, the limit for a chat template"),
+        ));
     }
     String::from_utf8(bytes).map_err(|error| {
-        Error::format(path, format!("not UTF-8 text: byte {} is wrong", error.utf8_error().valid_up_to()))
+        Error::format(path, format!("not UTF-8: the byte at offset {} is invalid", error.utf8_error().valid_up_to()))
     })
 }
 
@@ -192,7 +195,7 @@ fn token_id(path: &Path, content: &str, id: &Value) -> Result<u32> {
 fn added_token(path: &Path, id: &str, token: &Value) -> Result<AddedToken> {
     let refused = |detail: &str| Error::format(path, format!("added_tokens_decoder.{}: {detail}", clip(id)));
     let number = id.parse().map_err(|_| refused("the key is not a token id"))?;
-    let content = token.get("content").and_then(Value::as_str).ok_or_else(|| refused("no content"))?;
+    let content = token.get("content").and_then(Value::as_str).ok_or_else(|| refused("the key content is missing"))?;
     let flag = |name: &str| token.get(name).and_then(Value::as_bool).unwrap_or(false);
     Ok(AddedToken { id: number, content: content.to_owned(), lstrip: flag("lstrip"), rstrip: flag("rstrip") })
 }
@@ -245,10 +248,10 @@ mod tests {
     #[test]
     fn damaged_files_are_named() {
         for (name, text, reason) in [
-            (CONFIG, r#"{"chat_template": 3}"#, "chat_template is a number, expected a text or a list"),
-            (CONFIG, r#"{"chat_template": [{"name": "a"}]}"#, "without a name and a template"),
+            (CONFIG, r#"{"chat_template": 3}"#, "chat_template is a number, expected a string or a list"),
+            (CONFIG, r#"{"chat_template": [{"name": "a"}]}"#, "lacks name or template"),
             (CONFIG, r#"{"added_tokens_decoder": {"x": {"content": "a"}}}"#, "the key is not a token id"),
-            (CONFIG, r#"{"added_tokens_decoder": {"3": {}}}"#, "added_tokens_decoder.3: no content"),
+            (CONFIG, r#"{"added_tokens_decoder": {"3": {}}}"#, "added_tokens_decoder.3: the key content is missing"),
             ("added_tokens.json", r#"{"<a>": -1}"#, "`<a>` is -1, expected a token id"),
             ("chat_template.jinja", "\u{0}", ""),
         ] {
@@ -263,6 +266,11 @@ mod tests {
         }
         let folder = folder(&[]);
         std::fs::write(folder.path().join("chat_template.jinja"), b"a\xff").unwrap();
-        assert!(read(folder.path()).unwrap_err().to_string().contains("chat_template.jinja: not UTF-8 text: byte 1"));
+        assert!(
+            read(folder.path())
+                .unwrap_err()
+                .to_string()
+                .contains("chat_template.jinja: not UTF-8: the byte at offset 1")
+        );
     }
 }

@@ -1,11 +1,11 @@
-//! The architecture of a checkpoint, in one form whichever file it was read from.
+//! The architecture of a checkpoint, in one form for every kind of checkpoint.
 
 use serde::{Deserialize, Serialize};
 
 use super::schema;
 use crate::tensor::DType;
 
-/// Everything about the model that its weights do not say. All values come from the checkpoint's own config.
+/// Everything about the model that its weights do not determine. All values come from the checkpoint's own config.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
@@ -41,12 +41,12 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
-/// The most blocks a config may claim: far above any model, low enough to list their tensors.
+/// Maximum number of blocks: far above any real model, low enough to list all tensors.
 const MAX_LAYERS: usize = 4096;
 
 impl ModelConfig {
-    /// Checks that the values make one computable model, so that whoever derives sizes from them may multiply freely:
-    /// every size is from 1 to 2^31 - 1 (ids and positions are 32-bit), the weights' bytes fit an `isize`.
+    /// Checks that the values describe a valid model, so that sizes derived from them cannot overflow: every size is 1
+    /// to 2^31 - 1 (ids and positions are 32-bit), and the weights' bytes fit an `isize`.
     ///
     /// # Errors
     /// The problem, in a sentence with the values; the caller prefixes the file's name.
@@ -71,7 +71,7 @@ impl ModelConfig {
             return Err(format!("num_layers is {num_layers}, expected at most {MAX_LAYERS}"));
         }
         if !num_heads.is_multiple_of(num_kv_heads) {
-            return Err(format!("{num_heads} query heads cannot share {num_kv_heads} key/value heads evenly"));
+            return Err(format!("{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads"));
         }
         if rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) {
             return Err(format!("rotary_dim is {rotary_dim}, expected an even number up to head_dim {head_dim}"));
@@ -88,7 +88,7 @@ impl ModelConfig {
         }
         let bytes = self.parameters().and_then(|count| count.checked_mul(DType::F32.bytes()));
         if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
-            return Err("the sizes multiply to more weights than a machine can address".to_owned());
+            return Err("a model of these sizes exceeds the address space".to_owned());
         }
         Ok(())
     }
@@ -136,7 +136,7 @@ mod tests {
             (|c| c.hidden_size = 0, "hidden_size is 0"),
             (|c| c.vocab_size = 1 << 31, "vocab_size is 2147483648, expected 1 to 2147483647"),
             (|c| c.num_layers = 4097, "num_layers is 4097"),
-            (|c| c.num_kv_heads = 12, "32 query heads cannot share 12"),
+            (|c| c.num_kv_heads = 12, "32 query heads are not a multiple of 12"),
             (|c| c.rotary_dim = 0, "rotary_dim is 0"),
             (|c| c.rotary_dim = 63, "rotary_dim is 63, expected an even number"),
             (|c| c.rotary_dim = 130, "up to head_dim 128"),
@@ -146,8 +146,8 @@ mod tests {
             (|c| c.rope_theta = -1.0, "rope_theta is -1"),
             (|c| c.bos_token_id = Some(256_000), "token id 256000 is outside the vocabulary"),
             (|c| c.eos_token_ids = vec![3, 300_000], "token id 300000"),
-            (|c| (c.hidden_size, c.intermediate_size) = (1 << 30, 1 << 30), "more weights than a machine"),
-            (|c| (c.num_heads, c.head_dim, c.hidden_size) = (1 << 25, 1 << 30, 1 << 30), "more weights than a machine"),
+            (|c| (c.hidden_size, c.intermediate_size) = (1 << 30, 1 << 30), "exceeds the address space"),
+            (|c| (c.num_heads, c.head_dim, c.hidden_size) = (1 << 25, 1 << 30, 1 << 30), "exceeds the address space"),
         ];
         for (change, expected) in cases {
             let mut config = nemotron_8b();

@@ -11,8 +11,8 @@ use crate::mmap::MappedFile;
 pub use super::nemo::fuzzing::{metadata, nemo, torch_dist, yaml, zarr};
 pub use super::torch::fuzzing::{pickle, zip};
 
-/// A tar archive: members have names inside it, each once, and their data lies in the file, each behind a header of its
-/// own behind the data before.
+/// A tar archive: member names are unique and stay inside it, and each member's data lies in the file, after its own
+/// header and the previous member's data.
 pub fn tar(bytes: &[u8]) {
     const HEADER_BYTES: usize = 512;
     let path = Path::new("model.nemo");
@@ -48,8 +48,8 @@ pub fn tar(bytes: &[u8]) {
     }
 }
 
-/// The JSON of a Hugging Face folder: an object that was read is read from its own text again, whether as
-/// `config.json`, `generation_config.json` or the index of shards. A model it describes is one that can be computed.
+/// JSON of a Hugging Face folder (`config.json`, `generation_config.json`, the index of shards): a parsed object
+/// round-trips through its text, and an accepted config describes a valid model.
 pub fn json(bytes: &[u8]) {
     let path = Path::new("config.json");
     let object = match json::parse_object(path, bytes) {

@@ -1,4 +1,4 @@
-//! `generation_config.json`: how a checkpoint's authors generate with it.
+//! `generation_config.json`: a checkpoint's generation defaults.
 
 use std::path::Path;
 
@@ -7,32 +7,32 @@ use serde_json::{Map, Value};
 use super::keys::{Keys, is_off, token_ids};
 use crate::error::{Error, Result};
 
-/// Defaults a checkpoint brings along. `None` where it says nothing.
+/// Generation defaults of a checkpoint; `None` for settings that it omits.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GenerationConfig {
     /// Ids that end a generation; empty if none are named.
     pub eos_token_ids: Vec<u32>,
     /// Texts that end a generation; empty if none are named.
     pub stop_strings: Vec<String>,
-    /// New tokens of a generation; at least 1.
+    /// Maximum number of new tokens; at least 1.
     pub max_new_tokens: Option<usize>,
-    /// Sample (`true`) or take the likeliest token.
+    /// Sample (`true`) or decode greedily (`false`).
     pub do_sample: Option<bool>,
     /// Divides the logits; 0 to 100.
     pub temperature: Option<f64>,
-    /// Keep this many of the likeliest tokens; 0 is off, which vLLM's users write as -1.
+    /// Keep this many of the likeliest tokens; 0 is off. A -1 in the file, vLLM's spelling of off, is read as 0.
     pub top_k: Option<u32>,
     /// Keep the likeliest tokens up to this probability mass, 0 to 1.
     pub top_p: Option<f64>,
     /// Keep tokens at least this fraction as likely as the likeliest one, 0 to 1.
     pub min_p: Option<f64>,
-    /// Weakens tokens already seen; 0.01 to 100.
+    /// Penalizes tokens that already occurred; 0.01 to 100.
     pub repetition_penalty: Option<f64>,
-    /// Keys that ask for something and are none of the above, for whoever wants to say that they do nothing.
+    /// Keys that would have an effect but are not supported, for callers to report.
     pub ignored: Vec<String>,
 }
 
-/// Keys that set no rule of sampling.
+/// Keys without effect on sampling.
 const NEUTRAL: &[&str] = &[
     "_from_model_config",
     "bos_token_id",
@@ -47,7 +47,7 @@ const NEUTRAL: &[&str] = &[
     "use_cache",
 ];
 
-/// Keys of rules that are not computed here, with the number that switches each off.
+/// Unsupported settings, each with the value that turns it off.
 const OFF_AT: &[(&str, f64)] = &[
     ("diversity_penalty", 0.0),
     ("encoder_no_repeat_ngram_size", 0.0),
@@ -63,11 +63,11 @@ const OFF_AT: &[(&str, f64)] = &[
     ("typical_p", 1.0),
 ];
 
-/// Most stop strings, and the longest: what the runtime takes, with room for a template's own.
+/// Maximum number of stop strings, and maximum length of one: the runtime's limits, less room for the template's own.
 const MAX_STOP_STRINGS: usize = 60;
 const MAX_STOP_BYTES: usize = 1024;
 
-/// Reads the `object` that is the content of `path`; ids must be below `vocab_size`.
+/// Parses `object`, the contents of `path`. Ids must be below `vocab_size`.
 pub(super) fn read(path: &Path, object: Map<String, Value>, vocab_size: usize) -> Result<GenerationConfig> {
     let mut keys = Keys::new(path, object);
     let mut config = GenerationConfig {
@@ -108,7 +108,7 @@ pub(super) fn read(path: &Path, object: Map<String, Value>, vocab_size: usize) -
     Ok(config)
 }
 
-/// Whole numbers, and -1 for none.
+/// A whole number, or -1 for off.
 fn top_k(keys: &mut Keys) -> Result<Option<u32>> {
     if keys.peek("top_k").and_then(Value::as_i64) == Some(-1) {
         keys.take("top_k");
@@ -117,7 +117,7 @@ fn top_k(keys: &mut Keys) -> Result<Option<u32>> {
     keys.count("top_k")
 }
 
-/// A text or a list of texts.
+/// A string or a list of strings.
 fn stop_strings(keys: &mut Keys) -> Result<Vec<String>> {
     const KEY: &str = "stop_strings";
     let texts = match keys.take(KEY) {
@@ -126,18 +126,18 @@ fn stop_strings(keys: &mut Keys) -> Result<Vec<String>> {
         Some(Value::Array(list)) => {
             let text = |value: &Value| match value {
                 Value::String(text) => Ok(text.clone()),
-                other => Err(keys.wrong_kind(KEY, "texts", other)),
+                other => Err(keys.wrong_kind(KEY, "strings", other)),
             };
             list.iter().map(text).collect::<Result<Vec<String>>>()?
         }
-        Some(other) => return Err(keys.wrong_kind(KEY, "a text or a list of texts", &other)),
+        Some(other) => return Err(keys.wrong_kind(KEY, "a string or a list of strings", &other)),
     };
     let fits = texts.len() <= MAX_STOP_STRINGS && texts.iter().all(|t| !t.is_empty() && t.len() <= MAX_STOP_BYTES);
     match fits {
         true => Ok(texts),
         false => Err(Error::format(
             keys.path(),
-            format!("{KEY}: at most {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_BYTES} bytes are accepted"),
+            format!("{KEY}: expected at most {MAX_STOP_STRINGS} strings, each of 1 to {MAX_STOP_BYTES} bytes"),
         )),
     }
 }
@@ -179,8 +179,8 @@ mod tests {
             (r#"{"eos_token_id": "3"}"#, "expected token ids"),
             (r#"{"temperature": -0.5}"#, "temperature is -0.5, expected 0 to 100"),
             (r#"{"max_new_tokens": 0}"#, "max_new_tokens is 0, expected at least 1"),
-            (r#"{"stop_strings": [""]}"#, "stop_strings: at most 60 texts of 1 to 1024 bytes"),
-            (r#"{"stop_strings": [3]}"#, "stop_strings is 3 (a number), expected texts"),
+            (r#"{"stop_strings": [""]}"#, "stop_strings: expected at most 60 strings, each of 1 to 1024 bytes"),
+            (r#"{"stop_strings": [3]}"#, "stop_strings is 3 (a number), expected strings"),
             (r#"{"top_p": 1.5}"#, "top_p is 1.5"),
             (r#"{"top_k": -2}"#, "top_k is -2 (a number), expected a whole number"),
             (r#"{"repetition_penalty": 0}"#, "repetition_penalty is 0, expected 0.01 to 100"),

@@ -1,9 +1,9 @@
-//! `config.json` of a Hugging Face folder, as transformers 4 and 5 write it, into a [`ModelConfig`].
+//! Reads the `config.json` of a Hugging Face folder, as written by transformers 4 and 5, into a [`ModelConfig`].
 //!
-//! A key that is not understood could change the math, and a model computed without it would speak fluently and
-//! wrongly. So every key is one of: read, known to be neutral, required to be off, or an error. Keys with the value
-//! `null` ask for nothing and pass. Two keys that mean the same thing (`head_dim` and `kv_channels`, `rope_theta` here
-//! and in `rope_parameters`) must agree. An absent optional key means what transformers' `NemotronConfig` makes of it.
+//! An unknown key could change the math, and a model that ignored it would produce fluent but wrong text. So every key
+//! is read, known to be neutral, required to be off, or an error. A key with the value `null` counts as absent. Two
+//! keys that mean the same thing (`head_dim` and `kv_channels`, `rope_theta` here and in `rope_parameters`) must agree.
+//! An absent optional key has the default of transformers' `NemotronConfig`.
 
 use std::path::Path;
 
@@ -15,11 +15,11 @@ use super::keys::{Keys, token_id, token_ids};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
-/// The one architecture read here.
+/// The only supported architecture.
 const ARCHITECTURE: &str = "NemotronForCausalLM";
 const MODEL_TYPE: &str = "nemotron";
 
-/// `NemotronConfig`'s values for keys that are absent.
+/// `NemotronConfig`'s defaults.
 mod default {
     pub const NORM_EPS: f64 = 1e-5;
     pub const ROPE_THETA: f64 = 10_000.0;
@@ -92,7 +92,7 @@ const NEUTRAL: &[&str] = &[
     "use_cache",
 ];
 
-/// Keys that switch on something not computed here: only `false`, `{}` and `[]` (and `null`) are accepted.
+/// Keys that turn on unsupported features: only `null`, `false`, `{}` and `[]` are allowed.
 const MUST_BE_OFF: &[&str] = &[
     "add_cross_attention",
     "attention_bias",
@@ -117,11 +117,11 @@ pub(super) struct HfConfig {
     pub declares_dtype: bool,
 }
 
-/// Reads the `object` that is the content of `path`.
+/// Parses `object`, the contents of `path`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] if a key asks for what is not computed here or is unknown, [`Error::Format`] if a value is
-/// missing, of the wrong kind, contradicts another or makes no model; both name key and value.
+/// [`Error::Unsupported`] if a key is unknown or asks for something unsupported, [`Error::Format`] if a value is
+/// missing, of the wrong kind, out of range or contradicts another; both name key and value.
 pub(super) fn read(path: &Path, object: Map<String, Value>) -> Result<HfConfig> {
     let mut keys = Keys::new(path, object);
     check_architecture(&mut keys)?;
@@ -139,7 +139,7 @@ pub(super) fn read(path: &Path, object: Map<String, Value>) -> Result<HfConfig> 
         Some(head_dim) => head_dim,
         None if num_heads != 0 && hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
         None => {
-            let detail = format!("no head_dim, and hidden_size {hidden_size} is no multiple of {num_heads} heads");
+            let detail = format!("no head_dim, and hidden_size {hidden_size} is not a multiple of {num_heads} heads");
             return Err(Error::format(path, detail));
         }
     };
@@ -153,7 +153,7 @@ pub(super) fn read(path: &Path, object: Map<String, Value>) -> Result<HfConfig> 
         num_heads,
         num_kv_heads: keys.size("num_key_value_heads")?.unwrap_or(num_heads),
         head_dim,
-        // As transformers computes it: the product in binary64, its fraction dropped.
+        // As in transformers: the product in FP64, truncated.
         rotary_dim: (head_dim as f64 * rope.partial_rotary_factor) as usize,
         rope_theta: rope.theta,
         max_position_embeddings: keys.required_size("max_position_embeddings")?,
@@ -181,7 +181,9 @@ fn check_architecture(keys: &mut Keys) -> Result<()> {
     }
     match keys.take("architectures") {
         None if model_type.is_some() => Ok(()),
-        None => Err(Error::format(keys.path(), "neither model_type nor architectures: not a model's config.json")),
+        None => {
+            Err(Error::format(keys.path(), "neither model_type nor architectures is set: not a model's config.json"))
+        }
         Some(Value::Array(names)) if names == [ARCHITECTURE] => Ok(()),
         Some(other) => Err(keys.unsupported("architectures", shown(&other), "[\"NemotronForCausalLM\"]")),
     }
@@ -193,7 +195,7 @@ struct Rope {
     partial_rotary_factor: f64,
 }
 
-/// Reads transformers 5's `rope_parameters` and transformers 4's `rope_scaling` with its keys beside it.
+/// Reads `rope_parameters` (transformers 5), or `rope_scaling` and top-level keys (transformers 4).
 fn read_rope(keys: &mut Keys) -> Result<Rope> {
     let mut nested = Vec::new();
     for within in ["rope_parameters", "rope_scaling"] {

@@ -12,7 +12,7 @@ use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 use crate::tensor_file::{StoredTensor, TensorFile};
 
-/// The longest model.safetensors.index.json that is read. The 8B model's has about 30 KB.
+/// Size limit of model.safetensors.index.json. The 8B model's has about 30 KB.
 const MAX_INDEX_BYTES: u64 = 16 << 20;
 
 /// [`Checkpoint::format`] of such a folder.
@@ -26,7 +26,7 @@ pub(super) fn looks_like_one(path: &Path) -> bool {
     path.join(CONFIG).is_file() && (path.join(SINGLE).is_file() || path.join(INDEX).is_file())
 }
 
-/// Contents of config.json, with no other file read.
+/// Reads config.json and no other file.
 pub(super) fn config(path: &Path) -> Result<ModelConfig> {
     let path = path.join(CONFIG);
     Ok(hf_config::read(&path, read_object(&path, MAX_CONFIG_BYTES)?)?.model)
@@ -35,31 +35,32 @@ pub(super) fn config(path: &Path) -> Result<ModelConfig> {
 pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let kind = std::fs::metadata(path).map_err(Error::io("open", path))?;
     if !kind.is_dir() {
-        let detail = "not a folder, and not called .nemo; a checkpoint is a .nemo file, or a folder with config.json and \
+        let detail =
+            "neither a folder nor a .nemo file; a checkpoint is a .nemo file, or a folder with config.json and \\RAWNL
                       model.safetensors or its shards";
         return Err(Error::unsupported(path, detail));
     }
     let config_path = path.join(CONFIG);
     let mut config = hf_config::read(&config_path, read_object(&config_path, MAX_CONFIG_BYTES)?)?;
-    let not_fitting = |detail: String| Error::format(path, detail);
+    let inconsistent = |detail: String| Error::format(path, detail);
 
     let (files, stored) = open_weights(path)?;
-    // Between several files the index has seen to it that no name is there twice.
+    // Across shards, `open_shards` has checked that names are unique.
     let by_name: BTreeMap<&str, &(usize, StoredTensor)> =
         stored.iter().map(|placed| (placed.1.name.as_str(), placed)).collect();
     let found = by_name.iter().map(|(name, (_, tensor))| (*name, (tensor.dtype, tensor.shape.as_slice()))).collect();
-    let expected = schema::expected(&config.model).ok_or_else(|| not_fitting("the sizes overflow".to_owned()))?;
-    schema::check(&expected, &found).map_err(not_fitting)?;
+    let expected = schema::expected(&config.model).ok_or_else(|| inconsistent("the sizes overflow".to_owned()))?;
+    schema::check(&expected, &found).map_err(inconsistent)?;
 
     let mut weights = Vec::with_capacity(expected.len());
     for schema::Expected { name, shape } in expected {
-        // `check` has found every expected tensor, stored as a weight may be.
+        // `check` has found every expected tensor, in a dtype that weights may have.
         let placed = by_name.get(name.as_str()).and_then(|(file, tensor)| {
             let dtype = schema::weight_dtype(tensor.dtype)?;
             Some((dtype, *file, tensor.bytes.start))
         });
         let (dtype, file, start) = placed
-            .ok_or_else(|| Error::internal(format!("tensor `{name}` was not found"), "one that the check has found"))?;
+            .ok_or_else(|| Error::internal(format!("tensor `{name}` was not found"), "a tensor that `check` found"))?;
         weights.push(Weight::contiguous(name, dtype, shape, file, start));
     }
     if !config.declares_dtype
@@ -77,7 +78,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
             schema::HEAD,
             schema::EMBEDDING
         );
-        return Err(not_fitting(detail));
+        return Err(inconsistent(detail));
     }
 
     Ok(Checkpoint::new(path, FORMAT, config.model, files, weights, tokenizer(path), Vec::new()))
@@ -89,12 +90,13 @@ fn tokenizer(folder: &Path) -> Option<TokenizerSource> {
     json.or_else(|| existing(folder, "tokenizer.model").map(|path| source(path, false)))
 }
 
-/// The file `name` in a folder that lists it.
+/// Path of the file `name` in `folder`, if it exists.
 pub(super) fn existing(folder: &Path, name: &str) -> Option<PathBuf> {
     Some(folder.join(name)).filter(|path| is_there(path))
 }
 
-/// Returns true if a folder lists `path`, even as a broken link: opening that gives a better message than its absence.
+/// Returns true if `path` exists, even as a broken link: opening it then gives a better message than calling it
+/// missing.
 fn is_there(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
@@ -105,10 +107,10 @@ fn same(files: &[MappedFile], one: &(usize, StoredTensor), other: &(usize, Store
     (one.1.dtype, &one.1.shape) == (other.1.dtype, &other.1.shape) && data(one) == data(other)
 }
 
-/// The mapped weight files of a folder, and every tensor in them with the index of its file.
+/// A folder's mapped weight files, and every tensor in them with the index of its file.
 type Stored = (Vec<MappedFile>, Vec<(usize, StoredTensor)>);
 
-/// Opens model.safetensors, or without one the shards that the index names: the order transformers looks in.
+/// Opens model.safetensors or, without one, the shards that the index names: transformers' order of precedence.
 fn open_weights(folder: &Path) -> Result<Stored> {
     let index_path = folder.join(INDEX);
     if is_there(&folder.join(SINGLE)) {
@@ -119,14 +121,15 @@ fn open_weights(folder: &Path) -> Result<Stored> {
     } else {
         let other = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
         let hint = match other.iter().any(|name| folder.join(name).exists()) {
-            true => "; load its pytorch_model.bin with transformers and save_pretrained it, which writes safetensors",
+            true => "; load its pytorch_model.bin with transformers and convert it with save_pretrained",
             false => "",
         };
-        Err(Error::format(folder, format!("neither {SINGLE} nor {INDEX} is there{hint}")))
+        Err(Error::format(folder, format!("found neither {SINGLE} nor {INDEX}{hint}")))
     }
 }
 
-/// Opens every shard named in the index, and checks that each holds exactly the tensors the index says it does.
+/// Opens every shard named in the index, and checks that each contains exactly the tensors that the index assigns to
+/// it.
 fn open_shards(folder: &Path, index_path: &Path) -> Result<Stored> {
     let shard_of = shards(index_path, read_object(index_path, MAX_INDEX_BYTES)?)?;
     let mut shards: BTreeMap<&str, usize> = BTreeMap::new();
@@ -143,12 +146,12 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Stored> {
                 Some(named) if named == shard => here += 1,
                 Some(named) => {
                     let (name, named) = (clip(&tensor.name), clip(named));
-                    let detail = format!("holds tensor `{name}`, which {INDEX} says is in `{named}`");
+                    let detail = format!("contains tensor `{name}`, which {INDEX} assigns to `{named}`");
                     return Err(Error::format(file.path(), detail));
                 }
                 None if schema::is_computed_buffer(&tensor.name) => {}
                 None => {
-                    let detail = format!("holds tensor `{}`, which {INDEX} does not list", clip(&tensor.name));
+                    let detail = format!("contains tensor `{}`, which {INDEX} does not list", clip(&tensor.name));
                     return Err(Error::format(file.path(), detail));
                 }
             }
@@ -157,7 +160,7 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Stored> {
             let holds = |name: &str| tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).is_ok();
             let missing = shard_of.iter().filter(|(name, named)| *named == shard && !holds(name)).map(|(name, _)| name);
             let (first, count) = (missing.clone().next().map(clip).unwrap_or_default(), missing.count());
-            let detail = format!("lacks {count} tensor(s) that {INDEX} says are in it, such as `{first}`");
+            let detail = format!("lacks {count} tensor(s) that {INDEX} assigns to it, such as `{first}`");
             return Err(Error::format(file.path(), detail));
         }
         stored.extend(tensors.into_iter().map(|tensor| (files.len(), tensor)));
@@ -166,11 +169,10 @@ fn open_shards(folder: &Path, index_path: &Path) -> Result<Stored> {
     Ok((files, stored))
 }
 
-/// The map from tensor to shard of the index `object`, the content of `path`. Every shard is the bare name of a file in
-/// the folder.
+/// Parses the map from tensor to shard of the index `object`, the contents of `path`. Every shard is a bare file name.
 pub(super) fn shards(path: &Path, mut object: Map<String, Value>) -> Result<HashMap<String, String>> {
     let Some(Value::Object(weight_map)) = object.swap_remove("weight_map") else {
-        return Err(Error::format(path, "no object under the key weight_map"));
+        return Err(Error::format(path, "the key weight_map is missing or not an object"));
     };
     let mut shard_of = HashMap::with_capacity(weight_map.len());
     for (name, shard) in weight_map {

@@ -1,4 +1,4 @@
-//! JSON of a bounded size in which every key is there once: a second value for a key is a contradiction, not an update.
+//! JSON of bounded size with unique keys: a repeated key is an error, not an update.
 
 use std::fmt;
 use std::io::Read;
@@ -14,17 +14,17 @@ use crate::mmap::open_regular;
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be read; [`Error::Format`] if it is longer, is not a JSON object, is nested deeper than
-/// 128 levels or has a key twice in one object.
+/// 128 levels or repeats a key of an object.
 pub(super) fn read_object(path: &Path, limit_bytes: u64) -> Result<Map<String, Value>> {
     let mut bytes = Vec::new();
     open_regular(path)?.take(limit_bytes + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     if bytes.len() as u64 > limit_bytes {
-        return Err(Error::format(path, format!("longer than the {limit_bytes} bytes accepted for this file")));
+        return Err(Error::format(path, format!("longer than {limit_bytes} bytes, the limit for this file")));
     }
     parse_object(path, &bytes)
 }
 
-/// The object in `bytes`, the content of `path`.
+/// Parses the object in `bytes`, the contents of `path`.
 pub(super) fn parse_object(path: &Path, bytes: &[u8]) -> Result<Map<String, Value>> {
     // serde_json itself stops at 128 levels of nesting.
     match serde_json::from_slice::<UniqueKeys>(bytes) {
@@ -34,7 +34,7 @@ pub(super) fn parse_object(path: &Path, bytes: &[u8]) -> Result<Map<String, Valu
     }
 }
 
-/// A value in a message: as JSON, cut to a line.
+/// A value for a message: its JSON, clipped.
 pub(super) fn shown(value: &Value) -> String {
     clip(value)
 }
@@ -51,7 +51,7 @@ pub(super) fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// A [`Value`] whose objects have no key twice.
+/// A [`Value`] whose objects have unique keys.
 pub(super) struct UniqueKeys(pub(super) Value);
 
 impl<'de> Deserialize<'de> for UniqueKeys {
@@ -66,7 +66,7 @@ impl<'de> Visitor<'de> for AnyValue {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("any value that JSON has")
+        f.write_str("any JSON value")
     }
 
     fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
@@ -105,7 +105,7 @@ impl<'de> Visitor<'de> for AnyValue {
         let mut object = Map::new();
         while let Some(key) = map.next_key::<String>()? {
             if object.contains_key(&key) {
-                return Err(A::Error::custom(format_args!("key `{}` is there twice", clip(&key))));
+                return Err(A::Error::custom(format_args!("duplicate key `{}`", clip(&key))));
             }
             let UniqueKeys(value) = map.next_value()?;
             object.insert(key, value);
@@ -134,8 +134,8 @@ mod tests {
             ("", "not valid JSON"),
             ("[]", "found a list"),
             ("{} {}", "trailing characters"),
-            (r#"{"a":1,"a":1}"#, "key `a` is there twice"),
-            (r#"{"x":[{"a":1,"b":2,"a":3}]}"#, "key `a` is there twice"),
+            (r#"{"a":1,"a":1}"#, "duplicate key `a`"),
+            (r#"{"x":[{"a":1,"b":2,"a":3}]}"#, "duplicate key `a`"),
             (r#"{"a":NaN}"#, "not valid JSON"),
             ("{\"a\u{1}\":1}", "not valid JSON"),
         ] {
@@ -153,6 +153,6 @@ mod tests {
         std::fs::write(&path, "{\"a\": 123}").unwrap();
         assert!(read_object(&path, 10).is_ok());
         let error = read_object(&path, 9).unwrap_err().to_string();
-        assert!(error.contains("longer than the 9 bytes"), "{error}");
+        assert!(error.contains("longer than 9 bytes"), "{error}");
     }
 }

@@ -1,8 +1,8 @@
-//! The keys of a config, read one by one so that what is left over can be judged.
+//! Reads a config key by key, so that keys that are left over can be rejected.
 //!
-//! A key that is not understood could change the math, and a model computed without it would speak fluently and
-//! wrongly. So a reader takes every key it knows and then says of the rest which are neutral; any other is an error.
-//! A key whose value is `null` asks for nothing and counts as absent.
+//! An unknown key could change the math, and a model that ignored it would produce fluent but wrong text. So a reader
+//! takes every key it knows and then states which of the rest are neutral; any other is an error. A key whose value is
+//! `null` counts as absent.
 
 use std::path::Path;
 
@@ -12,21 +12,21 @@ use super::json::{kind, shown};
 use crate::error::{Error, Result, clip};
 use crate::tensor::DType;
 
-/// The keys of an object that are not read yet.
+/// The unread keys of an object.
 pub(super) struct Keys<'a> {
     path: &'a Path,
-    /// The dotted keys that lead to the object; empty for the file's own.
+    /// Dotted path of the object; empty at the top level.
     within: String,
     object: Map<String, Value>,
 }
 
 impl<'a> Keys<'a> {
-    /// All keys of the `object` that is the content of `path`.
+    /// All keys of `object`, the contents of `path`.
     pub(super) fn new(path: &'a Path, object: Map<String, Value>) -> Keys<'a> {
         Keys { path, within: String::new(), object }
     }
 
-    /// The file they are in.
+    /// The file.
     pub(super) fn path(&self) -> &'a Path {
         self.path
     }
@@ -46,12 +46,12 @@ impl<'a> Keys<'a> {
         self.read(key, "a whole number", |value| usize::try_from(value.as_u64()?).ok())
     }
 
-    /// A whole number that must be there.
+    /// A required whole number.
     pub(super) fn required_size(&mut self, key: &str) -> Result<usize> {
         self.size(key)?.ok_or_else(|| Error::format(self.path, format!("the key {} is missing", self.full(key))))
     }
 
-    /// Any JSON number; whole ones included.
+    /// Any JSON number.
     pub(super) fn number(&mut self, key: &str) -> Result<Option<f64>> {
         self.read(key, "a number", Value::as_f64)
     }
@@ -71,7 +71,7 @@ impl<'a> Keys<'a> {
         self.read(key, "a string", |value| value.as_str().map(str::to_owned))
     }
 
-    /// An element type as torch spells it.
+    /// An element type, by its torch name.
     pub(super) fn dtype(&mut self, key: &str) -> Result<Option<DType>> {
         let Some(name) = self.text(key)? else { return Ok(None) };
         match name.strip_prefix("torch.").unwrap_or(&name) {
@@ -82,7 +82,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The keys of the object that is the key's value.
+    /// The keys of a nested object.
     pub(super) fn object(&mut self, key: &str) -> Result<Option<Keys<'a>>> {
         match self.take(key) {
             None => Ok(None),
@@ -99,8 +99,8 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The one value that all of `names` give: those with `None` beside them are read as keys of this object, the
-    /// others were read before. None of them need be there.
+    /// The value on which all of `names` agree, if any is present. Names paired with `None` are read from this object;
+    /// the others were read before.
     pub(super) fn agreeing<T: Copy + PartialEq + std::fmt::Debug>(
         &mut self,
         names: impl IntoIterator<Item = (&'static str, Option<T>)>,
@@ -114,7 +114,8 @@ impl<'a> Keys<'a> {
             };
             match (agreed, value) {
                 (Some((first, one)), Some(other)) if one != other => {
-                    let detail = format!("{first} says {one:?} and {name} says {other:?}; they mean the same thing");
+                    let detail =
+                        format!("{first} is {one:?}, but {name} is {other:?}; they mean the same thing and must agree");
                     return Err(Error::format(self.path, detail));
                 }
                 (None, Some(value)) => agreed = Some((name, value)),
@@ -124,15 +125,17 @@ impl<'a> Keys<'a> {
         Ok(agreed.map(|(_, value)| value))
     }
 
-    /// Refuses the key unless it [asks for nothing](is_off).
+    /// Rejects the key unless it is [off](is_off).
     pub(super) fn must_be_off(&mut self, key: &str) -> Result<()> {
         match self.take(key) {
-            Some(value) if !is_off(&value) => Err(self.unsupported(key, shown(&value), "it to be absent or off")),
+            Some(value) if !is_off(&value) => {
+                Err(self.unsupported(key, shown(&value), "it to be absent or off (null, false or empty)"))
+            }
             _ => Ok(()),
         }
     }
 
-    /// Refuses the first key that is neither read, nor null, nor `neutral`, which is given key and value.
+    /// Rejects the first unread key that is neither null nor `neutral`.
     pub(super) fn refuse_rest(&self, neutral: impl Fn(&str, &Value) -> bool) -> Result<()> {
         match self.object.iter().find(|(key, value)| !value.is_null() && !neutral(key, value)) {
             None => Ok(()),
@@ -146,12 +149,12 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The key's value, which stays to be read.
+    /// The key's value, which remains unread.
     pub(super) fn peek(&self, key: &str) -> Option<&Value> {
         self.object.get(key)
     }
 
-    /// The keys left that ask for something: `neutral` ones aside, and values that are `off`.
+    /// The unread keys with an effect: not `neutral`, and with a value that is not `off`.
     pub(super) fn rest(self, neutral: &[&str], off: impl Fn(&Value) -> bool) -> Vec<String> {
         let carries = |(key, value): &(String, Value)| !off(value) && !neutral.contains(&key.as_str());
         self.object.into_iter().filter(carries).map(|(key, _)| clip(key)).collect()
@@ -161,19 +164,19 @@ impl<'a> Keys<'a> {
         if self.within.is_empty() { key.to_owned() } else { format!("{}.{key}", self.within) }
     }
 
-    /// That the key's value is one which is not computed here.
+    /// The error for a value that is not supported.
     pub(super) fn unsupported(&self, key: &str, value: impl std::fmt::Display, expected: &str) -> Error {
         Error::unsupported(self.path, format!("{} is {}, expected {expected}", self.full(key), clip(value)))
     }
 
-    /// That the key's value is no `expected`.
+    /// The error for a value that is not an `expected`.
     pub(super) fn wrong_kind(&self, key: &str, expected: &str, value: &Value) -> Error {
         let detail = format!("{} is {} ({}), expected {expected}", self.full(key), shown(value), kind(value));
         Error::format(self.path, detail)
     }
 }
 
-/// Returns true for values that ask for nothing: `null`, `false`, `{}` and `[]`.
+/// Returns true for values that turn a feature off: `null`, `false`, `{}` and `[]`.
 pub(super) fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -183,7 +186,7 @@ pub(super) fn is_off(value: &Value) -> bool {
     }
 }
 
-/// A token id; `null` and -1, which tokenizers without such a token report, mean none.
+/// A token id. `null` and -1, which tokenizers without such a token report, mean none.
 pub(super) fn token_id(keys: &mut Keys, key: &'static str) -> Result<Option<u32>> {
     match keys.take(key) {
         None => Ok(None),

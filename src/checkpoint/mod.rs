@@ -1,10 +1,11 @@
-//! Readers of checkpoints: a folder or an archive becomes a config and named, validated, memory-mapped tensors.
+//! Checkpoint readers: a folder or an archive becomes a config and named, validated, memory-mapped tensors.
 //!
-//! Opening a checkpoint reads its config and the headers of its weight files and checks that every tensor of the model
-//! is there with its shape, and no other. The weights stay on disk until they are touched. Whether they are finite is
-//! not checked here: that would read all of them.
+//! Opening a checkpoint reads its config and the headers of its weight files, and checks that it has exactly the
+//! model's tensors, in the right shapes. Weights stay on disk until they are touched. They are not checked for NaN or
+//! infinity, which would read all of them.
 //!
-//! A Hugging Face folder or a `.nemo` gives the same: weights under Hugging Face's names, wherever their elements lie.
+//! Hugging Face folders and `.nemo` files look the same from outside: weights under their Hugging Face names, however
+//! they are stored.
 
 use std::collections::HashMap;
 use std::ops::{ControlFlow, Range};
@@ -41,7 +42,7 @@ pub use schema::{EMBEDDING, TensorRole};
 pub use weight::TensorView;
 use weight::Weight;
 
-/// An opened checkpoint. Its files must not be changed while it is; see [`MappedFile`].
+/// An open checkpoint. Its files must not be modified while it is open; see [`MappedFile`].
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -54,16 +55,16 @@ pub struct Checkpoint {
     by_name: HashMap<String, usize>,
     tokenizer: Option<TokenizerSource>,
     details: Vec<(&'static str, String)>,
-    /// For a `.nemo`.
+    /// Chat markers, for a `.nemo`.
     nemo_prompt_tokens: Option<NemoPromptTokens>,
 }
 
-/// Where a checkpoint's tokenizer is.
+/// Location of a checkpoint's tokenizer.
 #[derive(Debug)]
 struct TokenizerSource {
-    /// The file, or how messages call it.
+    /// The file, or its name in messages.
     path: PathBuf,
-    /// Index in [`Checkpoint::files`] and place, for a member of an archive; else `path` is read.
+    /// For an archive member, its index in [`Checkpoint::files`] and byte range; otherwise `path` is read.
     place: Option<(usize, Range<usize>)>,
     is_json: bool,
 }
@@ -71,21 +72,21 @@ struct TokenizerSource {
 /// A checkpoint's tokenizer.
 #[derive(Debug)]
 pub struct TokenizerFile {
-    /// Its name in messages.
+    /// Name in messages.
     pub path: PathBuf,
-    /// Its content.
+    /// Contents.
     pub bytes: Vec<u8>,
-    /// A tokenizer.json; else a SentencePiece model.
+    /// True for a tokenizer.json, false for a SentencePiece model.
     pub is_json: bool,
 }
 
 /// Options for opening a checkpoint.
 #[derive(Clone)]
 pub struct OpenOptions<'a> {
-    /// Where a compressed archive is unpacked to, a file without a name that goes when the checkpoint is dropped. The
-    /// system's temporary folder (`TMPDIR`) by default.
+    /// Folder in which a compressed archive is unpacked, to an unlinked file that is freed when the checkpoint is
+    /// dropped. By default the system's temporary folder (`TMPDIR`).
     pub scratch: PathBuf,
-    /// Follows the unpacking: bytes read since the last call, and of how many. It may end it.
+    /// Called while unpacking, with the compressed bytes read since the last call and their total; may cancel it.
     pub unpacking: &'a dyn Fn(u64, u64) -> ControlFlow<()>,
 }
 
@@ -96,17 +97,16 @@ impl Default for OpenOptions<'_> {
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint at `path`: a Hugging Face folder of a `NemotronForCausalLM`, a `.nemo`, or the folder that one
-    /// unpacks to.
+    /// Opens the checkpoint at `path`: a Hugging Face folder of a `NemotronForCausalLM`, a `.nemo`, or an unpacked
+    /// `.nemo`.
     ///
-    /// Reads the config and the headers of the weight files, and checks name, shape and dtype (F32, F16 or BF16, tensor
-    /// by tensor) of everything in them; weights are mapped, not read. The exceptions are a tied head that is stored all
-    /// the same, which is compared with the embedding and refused if it differs, and a compressed archive, which is
-    /// unpacked.
+    /// Reads the config and the headers of the weight files, and checks the name, shape and dtype (F32, F16 or BF16,
+    /// per tensor) of every tensor. Weights are mapped, not read, with two exceptions: a tied head that is stored
+    /// anyway is compared with the embedding and must be equal, and a compressed archive is unpacked.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that cannot be read, [`Error::Format`] for one that is damaged or does not fit the
-    /// others, [`Error::Unsupported`] for a model that is not computed here.
+    /// [`Error::Io`] if a file cannot be read, [`Error::Format`] if one is damaged or inconsistent with the others,
+    /// [`Error::Unsupported`] for another architecture or an unsupported feature.
     pub fn open(path: &Path) -> Result<Checkpoint> {
         Checkpoint::open_with(path, &OpenOptions::default())
     }
@@ -142,7 +142,7 @@ impl Checkpoint {
         }
     }
 
-    /// The path it was opened by.
+    /// The path it was opened from.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -157,31 +157,32 @@ impl Checkpoint {
         &self.config
     }
 
-    /// All tensors: embedding, layer after layer, final norm, and the head unless it is tied to the embedding.
+    /// All tensors in the order of use: embedding, layers, final norm, and the head unless it is tied to the embedding.
     pub fn tensors(&self) -> impl Iterator<Item = TensorView<'_>> {
         self.weights.iter().map(|weight| self.view(weight))
     }
 
-    /// The tensor with Hugging Face's `name`, such as `model.layers.0.self_attn.q_proj.weight`.
+    /// The tensor with the Hugging Face name `name`, such as `model.layers.0.self_attn.q_proj.weight`.
     ///
     /// # Errors
-    /// [`Error::Format`] if the model has no such tensor; a tied head has none of its own.
+    /// [`Error::Format`] if the model has no such tensor; a tied head has no tensor of its own.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
         match self.by_name.get(name) {
             Some(index) => Ok(self.view(&self.weights[*index])),
-            None if name == schema::HEAD && self.config.tie_word_embeddings => {
-                Err(Error::format(&self.path, format!("`{name}` is tied: use `{}`", schema::EMBEDDING)))
-            }
+            None if name == schema::HEAD && self.config.tie_word_embeddings => Err(Error::format(
+                &self.path,
+                format!("`{name}` is tied to the embedding: use `{}`", schema::EMBEDDING),
+            )),
             None => Err(Error::format(&self.path, format!("no tensor `{}`", clip(name)))),
         }
     }
 
-    /// Bytes of all tensors as they are stored.
+    /// Total size of the tensors as stored, in bytes.
     pub fn weight_bytes(&self) -> u64 {
         self.tensors().map(|tensor| tensor.bytes()).sum()
     }
 
-    /// Further facts about the files, for the user: names and values.
+    /// Further facts about the files to show to the user: (name, value).
     pub fn details(&self) -> &[(&'static str, String)] {
         &self.details
     }
@@ -193,17 +194,18 @@ impl Checkpoint {
     /// [`Error::Io`] if it cannot be read; [`Error::Format`] if it has more than `limit_bytes` bytes.
     pub fn tokenizer_file(&self, limit_bytes: u64) -> Result<Option<TokenizerFile>> {
         let Some(TokenizerSource { path, place, is_json }) = &self.tokenizer else { return Ok(None) };
-        let too_long =
-            |bytes: u64| Err(Error::format(path, format!("{bytes} bytes; a tokenizer has at most {limit_bytes}")));
+        let too_long = |bytes: u64| {
+            Err(Error::format(path, format!("the tokenizer has {bytes} bytes, more than the limit of {limit_bytes}")))
+        };
         let bytes = match place {
             Some((_, range)) if range.len() as u64 > limit_bytes => return too_long(range.len() as u64),
             Some((file, range)) => {
                 let bytes = self.files.get(*file).and_then(|file| file.bytes().get(range.clone()));
-                let outside = || format!("the tokenizer {} is at {range:?} of file {file}", path.display());
-                bytes.ok_or_else(|| Error::internal(outside(), "a place inside a mapped file"))?.to_vec()
+                let outside = || format!("the tokenizer {} is at bytes {range:?} of file {file}", path.display());
+                bytes.ok_or_else(|| Error::internal(outside(), "a range inside a mapped file"))?.to_vec()
             }
             None => {
-                let bytes = std::fs::metadata(path).map_err(Error::io("look at", path))?.len();
+                let bytes = std::fs::metadata(path).map_err(Error::io("access", path))?.len();
                 if bytes > limit_bytes {
                     return too_long(bytes);
                 }
@@ -213,10 +215,10 @@ impl Checkpoint {
         Ok(Some(TokenizerFile { path: path.clone(), bytes, is_json: *is_json }))
     }
 
-    /// Contents of `generation_config.json`; empty without one.
+    /// Contents of `generation_config.json`; empty if there is none.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Format`] if the file is there but cannot be read, or a value in it is out of range.
+    /// [`Error::Io`] or [`Error::Format`] if the file exists but cannot be read, or a value in it is out of range.
     pub fn generation_config(&self) -> Result<GenerationConfig> {
         match hugging_face::existing(&self.path, "generation_config.json") {
             Some(path) if self.format == hugging_face::FORMAT => {
@@ -230,7 +232,7 @@ impl Checkpoint {
     /// The chat templates, special tokens and added tokens beside the tokenizer.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Format`] naming the file that is there but cannot be read.
+    /// [`Error::Io`] or [`Error::Format`] naming the file that cannot be read.
     pub fn chat_files(&self) -> Result<ChatFiles> {
         if self.format == hugging_face::FORMAT {
             return chat_files::read(&self.path);
@@ -244,8 +246,8 @@ impl Checkpoint {
     }
 }
 
-/// The architecture of the checkpoint at `path`. Of a folder with a config.json that is all that is read, and weights need
-/// not be there; a `.nemo` does not say the size of its vocabulary but by its weights.
+/// Reads the architecture of the checkpoint at `path`. For a Hugging Face folder only config.json is read, and weights
+/// may be missing. A `.nemo` is opened in full, because only its embedding gives the size of the vocabulary.
 ///
 /// # Errors
 /// As [`Checkpoint::open`].

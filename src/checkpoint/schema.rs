@@ -1,5 +1,5 @@
-//! The tensors of the architecture, stated once: each one's shape, its name in every kind of checkpoint, and the value of
-//! the graph that reads it. Readers, graph and parameter count derive from this list.
+//! The tensors of the architecture, defined once: shape, name in every kind of checkpoint, and the graph value that
+//! reads it. Readers, graph and parameter count derive from this list.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use super::ModelConfig;
 use crate::error::clip;
 use crate::tensor::DType;
 
-/// The longest config.json, generation_config.json or metadata.json that is read. Real ones have about 1 KB.
+/// Size limit of config.json, generation_config.json and metadata.json. Real ones have about 1 KB.
 pub(super) const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// The embedding's name, `[vocab_size, hidden_size]`.
@@ -17,12 +17,12 @@ pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// The head's name, `[vocab_size, hidden_size]`; absent when tied to the embedding.
 pub(super) const HEAD: &str = "lm_head.weight";
 
-/// A tensor of the architecture by its part in it; most are there once in each layer.
+/// Role of a tensor in the architecture; most occur once per layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TensorRole {
     /// Token embedding.
     Embedding,
-    /// Scales of the norm before attention, less one (LayerNorm1P).
+    /// Scales of the norm before attention, minus one (LayerNorm1P).
     InputNormWeight,
     /// Offsets of the norm before attention.
     InputNormBias,
@@ -32,9 +32,9 @@ pub enum TensorRole {
     Key,
     /// Projection to values.
     Value,
-    /// Projection of what attention gives.
+    /// Output projection of attention.
     AttentionOutput,
-    /// Scales of the norm before the MLP, less one.
+    /// Scales of the norm before the MLP, minus one.
     PostNormWeight,
     /// Offsets of the norm before the MLP.
     PostNormBias,
@@ -42,15 +42,15 @@ pub enum TensorRole {
     Up,
     /// Second projection of the MLP.
     Down,
-    /// Scales of the last norm, less one.
+    /// Scales of the final norm, minus one.
     FinalNormWeight,
-    /// Offsets of the last norm.
+    /// Offsets of the final norm.
     FinalNormBias,
-    /// Projection to logits; the embedding serves where the two are tied.
+    /// Projection to logits; absent if tied to the embedding.
     Head,
 }
 
-/// Tensors that are there once, or once in each layer.
+/// Tensors that occur once, or once per layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TensorScope {
     Model,
@@ -70,15 +70,15 @@ pub(super) enum TensorSize {
     KeyValues,
 }
 
-/// The name of a tensor in a `.nemo`, and its place among the ranks of tensor parallelism. Tensors of the same names are
-/// fused in one: for each group of heads the rows of the first, then of the next.
+/// A tensor's names in a `.nemo`, and how tensor parallelism splits it. Tensors of equal names are stored fused: for
+/// each head group, the rows of the first, then of the next.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct NemoNames {
-    /// In NeMo's own GPT, behind `language_model.`, or `language_model.encoder.layers.3.` in a layer.
+    /// In NeMo's own GPT, after `language_model.`, or after `language_model.encoder.layers.3.` in a layer.
     pub legacy: &'static [&'static str],
-    /// In Megatron-Core, behind `decoder.layers.3.` in a layer; the first as Transformer Engine's fused modules have it.
+    /// In Megatron-Core, after `decoder.layers.3.` in a layer; the first is that of Transformer Engine's fused modules.
     pub core: &'static [&'static str],
-    /// The axis along which tensor parallelism splits it; `None` if every rank has all of it.
+    /// The axis along which tensor parallelism splits it; `None` if it is replicated.
     pub split_axis: Option<usize>,
 }
 
@@ -89,9 +89,9 @@ pub(super) struct TensorSpec {
     pub scope: TensorScope,
     /// Row-major; matrices are `[out features, in features]`.
     shape: &'static [TensorSize],
-    /// Hugging Face's name; in a layer, behind `model.layers.3.`.
+    /// Hugging Face's name; in a layer, after `model.layers.3.`.
     hugging_face: &'static str,
-    /// The value of the graph that is computed with it; in a layer, behind `layers.3.`.
+    /// The graph value computed with it; in a layer, after `layers.3.`.
     module: &'static str,
     pub nemo: NemoNames,
 }
@@ -268,7 +268,7 @@ pub(super) static SCHEMA: [TensorSpec; 14] = {
 };
 
 impl TensorRole {
-    /// Hugging Face's name. `layer` is the number of its layer, for those that are in one.
+    /// Hugging Face's name. `layer` is ignored for tensors outside the layers.
     pub fn name(self, layer: usize) -> String {
         match self.spec() {
             TensorSpec { scope: TensorScope::Model, hugging_face, .. } => (*hugging_face).to_owned(),
@@ -278,7 +278,7 @@ impl TensorRole {
         }
     }
 
-    /// The value of the graph that is computed with it.
+    /// Name of the graph value computed with it.
     pub fn module(self, layer: usize) -> String {
         match self.spec() {
             TensorSpec { scope: TensorScope::Model, module, .. } => (*module).to_owned(),
@@ -310,7 +310,7 @@ impl TensorSize {
 }
 
 impl TensorSpec {
-    /// A tied head is the embedding.
+    /// Returns false for a tied head, which is the embedding.
     pub fn is_in(&self, config: &ModelConfig) -> bool {
         self.role != TensorRole::Head || !config.tie_word_embeddings
     }
@@ -325,10 +325,10 @@ pub(super) fn parameters(config: &ModelConfig) -> Option<usize> {
     })
 }
 
-/// Number of problems that a message lists before it only counts the rest.
+/// Number of problems that a message lists; the rest are only counted.
 const LISTED: usize = 5;
 
-/// One tensor a model of some config consists of.
+/// A tensor of the model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Expected {
     /// Hugging Face's name.
@@ -337,8 +337,8 @@ pub(super) struct Expected {
     pub shape: Vec<usize>,
 }
 
-/// Every tensor of the model in the order they are used: embedding, layers, final norm, head unless tied.
-/// `None` if `config`'s sizes overflow, which [`ModelConfig::validate`] rules out.
+/// Every tensor of the model in the order of use: embedding, layers, final norm, head unless tied. `None` if `config`'s
+/// sizes overflow, which [`ModelConfig::validate`] rules out.
 pub(super) fn expected(config: &ModelConfig) -> Option<Vec<Expected>> {
     let mut tensors = Vec::new();
     for specs in SCHEMA.chunk_by(|one, next| one.scope == next.scope) {
@@ -360,7 +360,7 @@ pub(super) fn is_computed_buffer(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq")
 }
 
-/// The element type of weights stored as `dtype`, if weights may be stored so.
+/// The element type of weights stored as `dtype`; `None` if weights cannot have it.
 pub(super) fn weight_dtype(dtype: Dtype) -> Option<DType> {
     match dtype {
         Dtype::F32 => Some(DType::F32),
@@ -370,11 +370,11 @@ pub(super) fn weight_dtype(dtype: Dtype) -> Option<DType> {
     }
 }
 
-/// Checks that `found` (name to dtype and shape) is `expected`, no tensor less or more. The head of a tied model and
-/// computed buffers may be there too.
+/// Checks that `found` (name to dtype and shape) has exactly the `expected` tensors. A tied head and computed buffers
+/// may be present too.
 ///
 /// # Errors
-/// The first five differences and the number of the others, for the caller to put the checkpoint's name before.
+/// The first five differences and the number of the others. The caller prefixes the checkpoint's name.
 pub(super) fn check(expected: &[Expected], found: &BTreeMap<&str, (Dtype, &[usize])>) -> Result<(), String> {
     let mut problems = Problems::default();
     let mut known = 0;
@@ -398,7 +398,7 @@ pub(super) fn check(expected: &[Expected], found: &BTreeMap<&str, (Dtype, &[usiz
         for (name, (dtype, shape)) in found {
             if !expected.contains(name) && *name != HEAD && !is_computed_buffer(name) {
                 let shape = clip(format_args!("{shape:?}"));
-                problems.add(|| format!("`{}` ({dtype:?} {shape}) is no part of this model", clip(name)));
+                problems.add(|| format!("`{}` ({dtype:?} {shape}) is not a tensor of this model", clip(name)));
             }
         }
     }
@@ -430,7 +430,7 @@ impl Problems {
             0 => String::new(),
             more => format!("; and {more} more"),
         };
-        Err(format!("the weights do not fit {config}: {}{rest}", self.listed.join("; ")))
+        Err(format!("the weights do not match {config}: {}{rest}", self.listed.join("; ")))
     }
 }
 

@@ -1,40 +1,40 @@
-//! Tensors in parts: what a distributed or strided checkpoint holds, put together without copying.
+//! Tensors of distributed or strided checkpoints, assembled from their parts without copying.
 //!
 //! A [`ShardedTensor`] is a shape and the [`Shard`]s that make it up, each a rectangle of the tensor whose elements lie
-//! in one file at fixed strides. Merging ranks, taking a layer off a stack and cutting rows out of a fused matrix are
-//! arithmetic on these places; no element is read.
+//! in one file at fixed strides. Merging ranks, selecting a layer of a stack and slicing rows of a fused matrix are
+//! arithmetic on offsets; no element is read.
 
 use super::torch::{self, ElementType};
 
-/// A rectangular part of a tensor, in one file. Every list has an entry for each axis of the tensor.
+/// A rectangular part of a tensor, in one file. Every list has one entry per axis of the tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shard {
-    /// Index in the tensor of its first element.
+    /// Index of its first element in the tensor.
     pub origin: Vec<usize>,
-    /// Its sizes.
+    /// Size along each axis.
     pub shape: Vec<usize>,
-    /// From one index to the next, in elements.
+    /// Strides, in elements.
     pub strides: Vec<usize>,
-    /// Index of the file it lies in, in the list its reader keeps.
+    /// Index of its file in the reader's list.
     pub file: usize,
-    /// Byte of that file at which its first element starts. Whoever makes a shard has checked that its last element ends
-    /// inside the file, with checked arithmetic.
+    /// Offset of its first element in that file, in bytes. Readers check, with checked arithmetic, that the last
+    /// element ends inside the file.
     pub start: usize,
 }
 
-/// A tensor as files hold it.
+/// A tensor as stored in files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ShardedTensor {
-    /// Any that torch stores.
+    /// Any type that torch stores.
     pub dtype: ElementType,
     /// Row-major shape; its product in bytes fits an `isize`.
     pub shape: Vec<usize>,
-    /// In no order. That they cover the tensor, none twice, is checked where it becomes a weight.
+    /// In no order. `Weight::new` checks that they cover the tensor without overlap.
     pub shards: Vec<Shard>,
 }
 
 impl ShardedTensor {
-    /// A tensor of a torch file whose slice starts at byte `base` of `file`.
+    /// A tensor of a torch file that starts at byte `base` of `file`.
     pub fn of_torch(tensor: &torch::TorchTensor, file: usize, base: usize) -> ShardedTensor {
         let shard = Shard {
             origin: vec![0; tensor.shape.len()],
@@ -46,10 +46,10 @@ impl ShardedTensor {
         ShardedTensor { dtype: tensor.dtype, shape: tensor.shape.clone(), shards: vec![shard] }
     }
 
-    /// Tensors of ranks, joined along `axis` in their order.
+    /// Concatenates the tensors of ranks along `axis`, in order.
     ///
     /// # Errors
-    /// The shapes or types that do not go together, for the caller to put the tensor's name before.
+    /// If shapes or types do not match. The caller prefixes the tensor's name.
     pub fn concat(parts: Vec<ShardedTensor>, axis: usize) -> Result<ShardedTensor, String> {
         let mut parts = parts.into_iter();
         let Some(mut whole) = parts.next() else { return Err("no rank has it".to_owned()) };
@@ -60,7 +60,7 @@ impl ShardedTensor {
                 && !whole.shape.iter().zip(&part.shape).enumerate().any(differs);
             if !same_shape || whole.dtype != part.dtype {
                 return Err(format!(
-                    "rank {} holds {} {:?}, which does not continue {} {:?} along axis {axis}",
+                    "rank {} has {} {:?}, which cannot be concatenated with {} {:?} along axis {axis}",
                     rank + 1,
                     part.dtype,
                     part.shape,
@@ -80,14 +80,14 @@ impl ShardedTensor {
             whole.shape.iter().try_fold(whole.dtype.bytes(), |product, size| product.checked_mul((*size).max(1)));
         match bytes {
             Some(bytes) if bytes <= isize::MAX as usize => Ok(whole),
-            _ => Err(format!("its shape {:?} takes more bytes than a machine can address", whole.shape)),
+            _ => Err(format!("its shape {:?} exceeds the address space", whole.shape)),
         }
     }
 
-    /// The tensor at `index` of the first axis, which goes.
+    /// The slice at `index` of the first axis, which is dropped.
     ///
     /// # Errors
-    /// That there is no such index.
+    /// If the index is out of range.
     pub fn at(&self, index: usize) -> Result<ShardedTensor, String> {
         let part = self.rows(index..index.saturating_add(1))?;
         let tail = |list: &[usize]| list.get(1..).unwrap_or_default().to_vec();
@@ -100,18 +100,18 @@ impl ShardedTensor {
         Ok(ShardedTensor { dtype: part.dtype, shape: tail(&part.shape), shards: shards.collect() })
     }
 
-    /// Indices `rows` of the first axis.
+    /// The slice `rows` of the first axis.
     ///
     /// # Errors
-    /// That it has fewer.
+    /// If the range exceeds the axis.
     pub fn rows(&self, rows: std::ops::Range<usize>) -> Result<ShardedTensor, String> {
         match self.shape.first() {
             Some(all) if rows.start <= rows.end && rows.end <= *all => {}
-            _ => return Err(format!("its shape is {:?}, without indices {rows:?} of the first axis", self.shape)),
+            _ => return Err(format!("its shape {:?} does not have indices {rows:?} on the first axis", self.shape)),
         }
         let width = self.dtype.bytes();
         let cut = |shard: &Shard| {
-            // Every shard of a tensor with axes has as many.
+            // A shard has as many axes as its tensor.
             let (origin, size, stride) = (*shard.origin.first()?, *shard.shape.first()?, *shard.strides.first()?);
             let first = rows.start.max(origin);
             let end = rows.end.min(origin + size);

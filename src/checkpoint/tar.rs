@@ -1,11 +1,12 @@
-//! Where the members of an uncompressed tar archive lie, so that they can be used in place: the container of a `.nemo`.
+//! Locates the members of an uncompressed tar archive, the container of a `.nemo`, so that they can be used in place.
 //!
 //! Reads POSIX ustar, PAX extended headers (`path` and `size`; a member over 8 GiB has its true size only there), GNU
-//! long names and base-256 numbers, and the form before ustar. [`Archive::read`] works on a byte slice, a mapped file.
+//! long names and base-256 numbers, and the format before ustar. [`Archive::read`] works on a byte slice, such as a
+//! mapped file.
 //!
-//! Two readers must never see two archives in one file, so whatever tar programs disagree about is refused: a name that
-//! is there twice (unpacking leaves the last, other readers find the first), links with data of their own, sparse
-//! members, archives in several volumes, names that lead out of the folder, an archive without its end marker.
+//! Two readers must never see different archives in one file, so everything on which tar programs disagree is an error:
+//! duplicate names (unpacking keeps the last, other readers find the first), links with data, sparse members,
+//! multi-volume archives, names that escape the folder, a missing end marker.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -14,9 +15,9 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result, clip};
 
 const BLOCK_BYTES: usize = 512;
-/// The most members that are listed; a distributed checkpoint has thousands.
+/// Maximum number of members; a distributed checkpoint has thousands.
 const MAX_MEMBERS: usize = 1 << 20;
-/// The longest extended header that is read, and the longest name.
+/// Maximum size of an extended header, and of a name.
 const MAX_EXTENDED_BYTES: usize = 1 << 20;
 const MAX_NAME_BYTES: usize = 4096;
 
@@ -27,18 +28,18 @@ pub enum MemberKind {
     File,
     /// A folder.
     Folder,
-    /// Something else, in words with their article: "a symbolic link".
+    /// Anything else, named with its article: "a symbolic link".
     Other(&'static str),
 }
 
 /// One member of an [`Archive`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
-    /// Its path without a leading `./` and a trailing `/`; relative, and without `..`.
+    /// Its path without a leading `./` or a trailing `/`; relative, and without `..`.
     pub name: String,
     /// Its kind.
     pub kind: MemberKind,
-    /// Its data, in bytes from the start of the archive; empty unless it is a file.
+    /// Byte range of its data in the archive; empty unless it is a file.
     pub bytes: Range<usize>,
 }
 
@@ -51,21 +52,21 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Lists the archive in `bytes`, all of a file that messages call `path`. No data is read.
+    /// Lists the members of the archive in `bytes`, the contents of `path`. Their data is not read.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a compressed archive; [`Error::Format`] for one that is damaged or ambiguous.
     pub fn read(path: &Path, bytes: &[u8]) -> Result<Archive> {
         if bytes.starts_with(b"\x1f\x8b") {
             let shown = path.display();
-            let detail = format!("it is compressed with gzip; unpack it with gunzip: gunzip < {shown} > unpacked.nemo");
+            let detail = format!("it is compressed with gzip; decompress it first: gunzip < {shown} > unpacked.nemo");
             return Err(Error::unsupported(path, detail));
         }
         let (members, by_name) = list(bytes).map_err(|detail| Error::format(path, format!("tar: {detail}")))?;
         Ok(Archive { path: path.to_path_buf(), members, by_name })
     }
 
-    /// All members in the order of the archive.
+    /// All members, in archive order.
     pub fn members(&self) -> &[Member] {
         &self.members
     }
@@ -75,10 +76,10 @@ impl Archive {
         self.by_name.get(name).map(|index| &self.members[*index])
     }
 
-    /// Where the data of the file called `name` lies in the archive.
+    /// Byte range of the data of the file called `name` in the archive.
     ///
     /// # Errors
-    /// [`Error::Format`] if there is no such member, or it is a link or anything else that is no file.
+    /// [`Error::Format`] if there is no such member, or it is not a regular file.
     pub fn file(&self, name: &str) -> Result<Range<usize>> {
         match self.member(name) {
             Some(Member { kind: MemberKind::File, bytes, .. }) => Ok(bytes.clone()),
@@ -114,14 +115,14 @@ fn list(bytes: &[u8]) -> Result<(Vec<Member>, HashMap<String, usize>), String> {
     loop {
         let Some(header) = bytes.get(at..).and_then(|rest| rest.first_chunk::<BLOCK_BYTES>()) else {
             return Err(format!(
-                "{} bytes end at {at} without the two empty blocks of its end: truncated",
+                "truncated: {} bytes, without the two empty blocks that end an archive at {at}",
                 bytes.len()
             ));
         };
         if header.iter().all(|byte| *byte == 0) {
             return match extended.at {
                 None => Ok((members, by_name)),
-                Some(at) => Err(format!("the extended header at {at} belongs to no member")),
+                Some(at) => Err(format!("the extended header at {at} is not followed by a member")),
             };
         }
         let header = TarHeader { bytes: header };
@@ -129,7 +130,7 @@ fn list(bytes: &[u8]) -> Result<(Vec<Member>, HashMap<String, usize>), String> {
         let kind = header.kind();
         let belongs_to_next = matches!(kind, b'x' | b'L' | b'K');
 
-        // Extended headers are themselves sized by their own header alone.
+        // A PAX `size` does not apply to extended headers themselves.
         let size = match (extended.size, belongs_to_next || kind == b'g') {
             (Some(size), false) => size,
             _ => header.number(124..136).map_err(|detail| format!("header at {at}: its size {detail}"))?,
@@ -137,20 +138,25 @@ fn list(bytes: &[u8]) -> Result<(Vec<Member>, HashMap<String, usize>), String> {
         let start = at + BLOCK_BYTES;
         let has_data = !matches!(kind, b'1'..=b'6');
         if !has_data && size != 0 {
-            return Err(format!("header at {at}: type `{}` with {size} bytes of data", clip(char::from(kind))));
+            return Err(format!(
+                "header at {at}: a member of type `{}` has {size} bytes of data, expected none",
+                clip(char::from(kind))
+            ));
         }
         let left = bytes.len() - start;
         let size = usize::try_from(size).ok().filter(|size| *size <= left).ok_or_else(|| {
             let name = clip(String::from_utf8_lossy(header.text(0..100)));
-            format!("member `{name}` at {at}: it has {size} bytes, but only {left} are left in the file (truncated?)")
+            format!("member `{name}` at {at}: it has {size} bytes, but only {left} remain in the file (truncated?)")
         })?;
         let data = start..start + size;
         let next = data.end.checked_next_multiple_of(BLOCK_BYTES).filter(|next| *next <= bytes.len());
-        let next = next.ok_or_else(|| format!("the data of the header at {at} ends inside a block: truncated"))?;
+        let next = next.ok_or_else(|| format!("truncated: the data of the member at {at} ends inside a block"))?;
 
         if belongs_to_next || kind == b'g' {
             if size > MAX_EXTENDED_BYTES {
-                return Err(format!("header at {at}: {size} bytes of extended header; at most {MAX_EXTENDED_BYTES}"));
+                return Err(format!(
+                    "extended header at {at}: {size} bytes, more than the limit of {MAX_EXTENDED_BYTES}"
+                ));
             }
             let data = &bytes[data];
             extended.read(kind, data).map_err(|detail| format!("extended header at {at}: {detail}"))?;
@@ -173,12 +179,12 @@ fn list(bytes: &[u8]) -> Result<(Vec<Member>, HashMap<String, usize>), String> {
             b'2' => MemberKind::Other("a symbolic link"),
             b'3' | b'4' => MemberKind::Other("a device"),
             b'6' => MemberKind::Other("a pipe"),
-            b'S' => return Err(refused("it is sparse, which is not supported; make the archive without --sparse")),
+            b'S' => return Err(refused("it is sparse, which is not supported; create the archive without --sparse")),
             b'M' => return Err(refused("it continues from another volume, which is not supported")),
-            other => return Err(refused(&format!("its type is `{}`, which is unknown", clip(char::from(other))))),
+            other => return Err(refused(&format!("unknown type `{}`", clip(char::from(other))))),
         };
         if folder && size != 0 {
-            return Err(refused(&format!("a folder with {size} bytes of data")));
+            return Err(refused(&format!("a folder has {size} bytes of data, expected none")));
         }
         let name = normalized(&name).map_err(|detail| refused(&detail))?;
         at = next;
@@ -186,18 +192,18 @@ fn list(bytes: &[u8]) -> Result<(Vec<Member>, HashMap<String, usize>), String> {
             continue;
         }
         if name.is_empty() {
-            return Err(format!("a member without a name before {next}"));
+            return Err(format!("the member before {next} has no name"));
         }
         if members.len() == MAX_MEMBERS {
             return Err(format!("more than {MAX_MEMBERS} members"));
         }
         let bytes = if kind == MemberKind::File { data } else { 0..0 };
         match by_name.insert(name.clone(), members.len()) {
-            // A folder may be listed again; nothing is lost by that.
+            // A folder may be listed again, which is harmless.
             Some(earlier) if kind == MemberKind::Folder && is_folder(&members, earlier) => {
                 by_name.insert(name, earlier);
             }
-            Some(_) => return Err(format!("member `{}` is there twice; which one is meant is not clear", clip(name))),
+            Some(_) => return Err(format!("duplicate member `{}`; recreate the archive with only one", clip(name))),
             None => members.push(Member { name, kind, bytes }),
         }
     }
@@ -207,20 +213,20 @@ fn is_folder(members: &[Member], index: usize) -> bool {
     members.get(index).is_some_and(|member| member.kind == MemberKind::Folder)
 }
 
-/// `name` without `.` and empty parts.
+/// `name` without empty and `.` components.
 fn normalized(name: &str) -> Result<String, String> {
     if name.len() > MAX_NAME_BYTES {
-        return Err(format!("its name has {} bytes; at most {MAX_NAME_BYTES} are accepted", name.len()));
+        return Err(format!("its name has {} bytes, more than the limit of {MAX_NAME_BYTES}", name.len()));
     }
     if name.starts_with('/') {
-        return Err("its name is an absolute path, expected one inside the archive".to_owned());
+        return Err("its name is an absolute path, expected a relative one".to_owned());
     }
     let parts: Vec<&str> = name.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
     if parts.contains(&"..") {
-        return Err("its name leads out of the archive by `..`".to_owned());
+        return Err("its name escapes the archive through `..`".to_owned());
     }
     if name.contains('\0') {
-        return Err("its name has a zero byte in it".to_owned());
+        return Err("its name contains a NUL byte".to_owned());
     }
     Ok(parts.join("/"))
 }
@@ -249,23 +255,24 @@ impl TarHeader<'_> {
         Err(format!("its checksum is {stored}, expected {unsigned}; damaged, or not a tar archive"))
     }
 
-    /// A field up to its first zero byte.
+    /// A field up to its first NUL.
     fn text(&self, field: Range<usize>) -> &[u8] {
         let field = &self.bytes[field];
         field.split(|byte| *byte == 0).next().unwrap_or_default()
     }
 
-    /// A number: octal digits between spaces, ended by a zero byte or a space, or base 256 behind a first byte of 0x80.
+    /// A number: octal digits, padded with spaces and ended by a NUL or a space, or base 256 after a first byte of
+    /// 0x80.
     fn number(&self, field: Range<usize>) -> Result<u64, String> {
         if let [first, rest @ ..] = &self.bytes[field.clone()]
             && first & 0x80 != 0
         {
             // The second bit of a negative number is set.
             if *first != 0x80 {
-                return Err("is negative or takes more than 64 bits".to_owned());
+                return Err("is negative or exceeds 64 bits".to_owned());
             }
             let shift = |value: u64, byte: &u8| value.checked_mul(256)?.checked_add((*byte).into());
-            return rest.iter().try_fold(0, shift).ok_or_else(|| "is negative or takes more than 64 bits".to_owned());
+            return rest.iter().try_fold(0, shift).ok_or_else(|| "is negative or exceeds 64 bits".to_owned());
         }
         let digits = self.text(field).trim_ascii();
         let octal = |value: u64, digit: &u8| {
@@ -278,7 +285,7 @@ impl TarHeader<'_> {
             .ok_or_else(|| format!("is `{}`, expected octal digits", clip(String::from_utf8_lossy(digits))))
     }
 
-    /// The name in the header, of which POSIX keeps the front in another field.
+    /// The name in the header, after ustar's prefix field.
     fn name(&self) -> Result<String, String> {
         let name = self.text(0..100);
         let prefix = if &self.bytes[257..263] == b"ustar\0" { self.text(345..500) } else { &[] };
@@ -306,20 +313,23 @@ impl Extended {
     /// Reads records of the form `length key=value\n`, the length counting itself.
     fn read_pax(&mut self, global: bool, mut data: &[u8]) -> Result<(), String> {
         while !data.is_empty() {
-            let (record, rest) = split_record(data).ok_or("a record is not `length key=value` and a line feed")?;
+            let (record, rest) =
+                split_record(data).ok_or("a record is not `length key=value` followed by a line feed")?;
             let (key, value) = record;
             data = rest;
             if key.starts_with(b"GNU.sparse.") || key == b"SCHILY.realsize" {
-                return Err("it describes a sparse member, which is not supported; make the archive without --sparse"
-                    .to_owned());
+                return Err(
+                    "it describes a sparse member, which is not supported; create the archive without --sparse"
+                        .to_owned(),
+                );
             }
             if global && (key == b"path" || key == b"size") {
                 let key = String::from_utf8_lossy(key);
-                return Err(format!("it gives one {key} to all members"));
+                return Err(format!("a global header sets one {key} for all members, which is not supported"));
             }
             let text = || std::str::from_utf8(value).map_err(|_| "its path or size is not UTF-8".to_owned());
             match key {
-                // An empty value takes back what an earlier header said.
+                // An empty value cancels that of an earlier header.
                 b"path" => self.path = Some(text()?.to_owned()).filter(|path| !path.is_empty()),
                 b"size" if value.is_empty() => self.size = None,
                 b"size" => {

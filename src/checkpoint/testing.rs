@@ -23,7 +23,7 @@ pub(crate) fn tiny_config() -> Value {
     })
 }
 
-/// A tensor to write: name, dtype as safetensors spells it, shape, data.
+/// A tensor to write: name, dtype in safetensors' spelling, shape, data.
 pub(crate) type Tensor = (String, &'static str, Vec<usize>, Vec<u8>);
 
 /// Every tensor of `config`'s model with values in ±0.5, the same for the same `seed`.
@@ -98,7 +98,7 @@ pub(crate) fn shard_name(index: usize, shards: usize) -> String {
     format!("model-{:05}-of-{shards:05}.safetensors", index + 1)
 }
 
-/// The elements of `tensor` as its shards hold them, row-major; every element must be in one shard.
+/// The elements of `tensor` as stored in its shards, row-major; every element must be in exactly one shard.
 pub(super) fn stored_elements(container: &Container, tensor: &ShardedTensor) -> Vec<u8> {
     let width = tensor.dtype.bytes();
     let elements: usize = tensor.shape.iter().product();

@@ -1,4 +1,4 @@
-//! Weights as they are read: rows and columns, wherever their elements lie.
+//! Weights of a checkpoint as matrices, whose elements may be spread over files and strides.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -7,12 +7,12 @@ use super::sharded::{Shard, ShardedTensor};
 use crate::mmap::MappedFile;
 use crate::tensor::DType;
 
-/// The most blocks of one weight; one of 32 layers, split over 8 ranks, has a few hundred.
+/// Maximum number of blocks of a weight. One of 32 layers, split over 8 ranks, has a few hundred.
 const MAX_BLOCKS: usize = 1 << 16;
 
-/// A validated weight: its elements all lie inside the files of its checkpoint, each in one place.
+/// A validated weight: every element lies inside the checkpoint's files and is stored exactly once.
 ///
-/// It is a matrix (a vector is one row) cut into bands of whole rows, and each band into blocks of columns.
+/// It is a matrix (a vector is one row), divided into bands of whole rows, and each band into blocks of columns.
 #[derive(Debug)]
 pub(super) struct Weight {
     /// Hugging Face's name.
@@ -28,7 +28,7 @@ pub(super) struct Weight {
 #[derive(Debug)]
 struct Band {
     rows: Range<usize>,
-    /// The ones of [`Weight::blocks`] that make up the rows, from the left.
+    /// Its range in [`Weight::blocks`], left to right.
     blocks: Range<usize>,
 }
 
@@ -36,7 +36,7 @@ struct Band {
 struct ColumnBlock {
     columns: usize,
     file: usize,
-    /// Byte of the file at which the element of the band's first row and the block's first column starts.
+    /// Offset in the file, in bytes, of the element in the band's first row and the block's first column.
     start: usize,
     /// Bytes from one row to the next, and from one column to the next.
     row_stride: usize,
@@ -51,11 +51,11 @@ struct Rectangle<'s> {
 }
 
 impl Weight {
-    /// The weight `name` that `tensor` holds in `files`. `dtype` is that of `tensor`.
+    /// Makes the weight `name` of `tensor`, whose shards lie in `files` and whose element type is `dtype`.
     ///
     /// # Errors
-    /// That it has more than two axes, or that its shards leave an element out, hold one twice or end outside their
-    /// file, for the caller to put the checkpoint's name before.
+    /// If it has more than two axes, or its shards leave an element out, overlap, or end outside their file. The caller
+    /// prefixes the checkpoint's name.
     pub fn new(name: String, dtype: DType, tensor: &ShardedTensor, files: &[MappedFile]) -> Result<Weight, String> {
         let refused = |detail: String| format!("`{name}`: {detail}");
         let columns = match tensor.shape[..] {
@@ -70,7 +70,7 @@ impl Weight {
         Ok(weight)
     }
 
-    /// A weight that lies row-major in bytes `start..` of `file`, all of which the caller has found there.
+    /// A row-major weight at byte `start` of `file`. The caller has checked that it ends inside the file.
     pub fn contiguous(name: String, dtype: DType, shape: Vec<usize>, file: usize, start: usize) -> Weight {
         let columns = shape.last().copied().unwrap_or(1);
         let rows = if shape.len() > 1 { shape[0] } else { 1 };
@@ -106,8 +106,8 @@ impl Weight {
         Ok(())
     }
 
-    /// Calls `visit` with the elements of `range` (row-major) in order, as runs: bytes from the first element of a run on,
-    /// bytes from one element to the next, number of elements.
+    /// Calls `visit` for each evenly strided run of the elements in `range` (row-major), in order, with the bytes from
+    /// the run's first element on, the stride in bytes, and the number of elements.
     fn runs<'a>(&self, files: &'a [MappedFile], range: Range<usize>, visit: &mut dyn FnMut(&'a [u8], usize, usize)) {
         let (columns, width) = (self.columns(), self.dtype.bytes());
         let mut at = range.start;
@@ -138,7 +138,7 @@ impl Weight {
     }
 }
 
-/// The shards of a tensor of one or two axes as rows and columns, those without elements left out.
+/// The shards of a tensor of one or two axes as rows and columns, without the empty ones.
 fn rectangles(tensor: &ShardedTensor) -> Result<Vec<Rectangle<'_>>, String> {
     let mut rectangles = Vec::with_capacity(tensor.shards.len());
     for shard in &tensor.shards {
@@ -150,18 +150,21 @@ fn rectangles(tensor: &ShardedTensor) -> Result<Vec<Rectangle<'_>>, String> {
         let (rows, columns) = if tensor.shape.len() == 2 { (range(0), range(1)) } else { (Some(0..1), range(0)) };
         let (Some(rows), Some(columns)) = (rows, columns) else {
             let (origin, shape) = (&shard.origin, &shard.shape);
-            return Err(format!("a shard at {origin:?} of shape {shape:?} is no part of {:?}", tensor.shape));
+            return Err(format!(
+                "a shard of shape {shape:?} at {origin:?} lies outside the tensor's shape {:?}",
+                tensor.shape
+            ));
         };
         let stride = |axis: usize| if axis < shard.strides.len() { shard.strides[axis] } else { 0 };
         let (row_stride, column_stride) = if tensor.shape.len() == 2 { (stride(0), stride(1)) } else { (0, stride(0)) };
-        // As many elements as there are places for, or the weight is larger than its file.
+        // Strides that repeat elements would let a small file claim a huge weight.
         let places = || {
             let rows = (rows.len() - 1).checked_mul(row_stride)?;
             rows.checked_add((columns.len() - 1).checked_mul(column_stride)?)?.checked_add(1)
         };
         if !rows.is_empty() && !columns.is_empty() {
             if places().is_none_or(|places| places < rows.len().saturating_mul(columns.len())) {
-                return Err(format!("its strides repeat elements or overflow: {:?}", shard.strides));
+                return Err(format!("its strides {:?} repeat elements or overflow", shard.strides));
             }
             rectangles.push(Rectangle { rows, columns, shard });
         }
@@ -190,13 +193,13 @@ fn tile(
         }
         open.sort_by_key(|rectangle| rectangle.columns.start);
         if blocks.len() + open.len() > MAX_BLOCKS {
-            return Err(format!("its shards cut it into more than {MAX_BLOCKS} blocks"));
+            return Err(format!("its shards divide it into more than {MAX_BLOCKS} blocks, the limit"));
         }
         let before = blocks.len();
         let mut covered = 0;
         for Rectangle { rows, columns, shard } in open.iter().copied() {
             if columns.start < covered {
-                return Err(format!("two shards hold the element at row {first}, column {}", columns.start));
+                return Err(format!("two shards contain the element at row {first}, column {}", columns.start));
             }
             if columns.start > covered {
                 break;
@@ -212,7 +215,7 @@ fn tile(
             blocks.push(placed.ok_or("its strides overflow")?);
         }
         if covered < columns {
-            return Err(format!("no shard holds the element at row {first}, column {covered}"));
+            return Err(format!("no shard contains the element at row {first}, column {covered}"));
         }
         bands.push(Band { rows: *first..*end, blocks: before..blocks.len() });
     }
@@ -243,7 +246,8 @@ impl<'a> TensorView<'a> {
         self.elements() as u64 * self.dtype.bytes() as u64
     }
 
-    /// Elements `range` (row-major) as they are stored, little-endian: borrowed if they lie so in one file, else copied.
+    /// Elements `range` (row-major) as stored, little-endian: borrowed if they are contiguous in one file, otherwise
+    /// copied.
     ///
     /// # Panics
     /// If the range is outside the tensor; callers index by the validated shape.

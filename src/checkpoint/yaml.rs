@@ -1,6 +1,5 @@
-//! YAML as JSON: one mapping of a bounded size, in which every key is there once, and nothing that stands for more than
-//! it says. Anchors, aliases and merge keys, which make small files large, and tags, which name types of a program, are
-//! errors. NeMo writes none of them.
+//! YAML parsed as JSON: one mapping of bounded size with unique keys. Anchors, aliases and merge keys, with which small
+//! files expand to large values, and tags, which name a program's types, are errors. NeMo writes none of them.
 
 use std::path::Path;
 
@@ -12,26 +11,26 @@ use serde_saphyr::{Options, budget, options};
 use super::json::{UniqueKeys, kind};
 use crate::error::{Error, Result, clip};
 
-/// The deepest nesting; NeMo's own configs have five levels.
+/// Maximum nesting; NeMo's own configs have five levels.
 const MAX_DEPTH: usize = 64;
-/// The most values, nested ones counted too; NeMo's own configs have a few hundred.
+/// Maximum number of values, nested ones included; NeMo's own configs have a few hundred.
 const MAX_VALUES: usize = 50_000;
 
-/// The mapping in `bytes`, the content of `path`, which may have at most `limit_bytes`.
+/// Parses the mapping in `bytes`, the contents of `path`, of at most `limit_bytes` bytes.
 ///
-/// Numbers that JSON does not have, such as `.nan`, become their text; whoever wants a number there refuses it. So do
-/// whole numbers with leading zeros, which are octal in one version of YAML and decimal in the next.
+/// Numbers that JSON lacks, such as `.nan`, become strings, which readers that expect a number reject. So do whole
+/// numbers with leading zeros, which are octal in YAML 1.1 and decimal in YAML 1.2.
 ///
 /// # Errors
-/// [`Error::Format`] if it is longer, is not UTF-8, is not one YAML mapping, or is refused as above.
+/// [`Error::Format`] if it is longer, is not UTF-8, is not a single YAML mapping, or uses a feature ruled out above.
 pub(super) fn parse_object(path: &Path, bytes: &[u8], limit_bytes: usize) -> Result<Map<String, Value>> {
     if bytes.len() > limit_bytes {
-        return Err(Error::format(path, format!("longer than the {limit_bytes} bytes accepted for this file")));
+        return Err(Error::format(path, format!("longer than {limit_bytes} bytes, the limit for this file")));
     }
     match serde_saphyr::from_slice_with_options::<UniqueKeys>(bytes, reading()) {
         Ok(UniqueKeys(Value::Object(object))) => Ok(object),
         Ok(UniqueKeys(other)) => Err(Error::format(path, format!("expected a YAML mapping, found {}", kind(&other)))),
-        Err(error) => Err(Error::format(path, format!("not YAML as it is read here: {}", clip(reason(&error))))),
+        Err(error) => Err(Error::format(path, format!("invalid or unsupported YAML: {}", clip(reason(&error))))),
     }
 }
 
@@ -39,7 +38,7 @@ pub(super) fn parse_object(path: &Path, bytes: &[u8], limit_bytes: usize) -> Res
 fn reason(error: &serde_saphyr::Error) -> String {
     let serde_saphyr::Error::Budget { breach, location } = error else { return error.to_string() };
     let limit = match breach {
-        BudgetBreach::Anchors { .. } | BudgetBreach::Aliases { .. } => "anchors and aliases are not accepted".into(),
+        BudgetBreach::Anchors { .. } | BudgetBreach::Aliases { .. } => "anchors and aliases are not supported".into(),
         BudgetBreach::Depth { .. } => format!("nested deeper than {MAX_DEPTH} levels"),
         BudgetBreach::Nodes { .. } | BudgetBreach::Events { .. } => format!("more than {MAX_VALUES} values"),
         BudgetBreach::Documents { .. } => "more than one document".into(),
@@ -59,7 +58,7 @@ fn reading() -> Options {
             max_anchors: 0,
             max_aliases: 0,
         },
-        // Which the receiver refuses in its own words.
+        // `UniqueKeys` rejects them, naming the key.
         duplicate_keys: DuplicateKeyPolicy::PassThrough,
         merge_keys: MergeKeyPolicy::Error,
         non_finite_float_policy: NonFiniteFloatPolicy::AsString,
@@ -111,8 +110,8 @@ mod tests {
             ("a: 1\n---\nb: 1\n", "more than one document"),
             ("a: [1\n", "unclosed bracket"),
             ("a: b: c\n", "mapping values are not allowed"),
-            ("a: 1\na: 2\n", "key `a` is there twice"),
-            ("x:\n- {a: 1, b: 2, a: 3}\n", "key `a` is there twice"),
+            ("a: 1\na: 2\n", "duplicate key `a`"),
+            ("x:\n- {a: 1, b: 2, a: 3}\n", "duplicate key `a`"),
             ("~: 1\n", "null into string"),
             ("? [a]\n: 1\n", "expected string"),
         ] {
@@ -126,8 +125,8 @@ mod tests {
     #[test]
     fn refuses_what_stands_for_more_than_it_says() {
         for (text, reason) in [
-            ("a: &x 1\n", "anchors and aliases are not accepted (line 1"),
-            ("a: &x [1, 2]\nb: *x\n", "anchors and aliases are not accepted"),
+            ("a: &x 1\n", "anchors and aliases are not supported (line 1"),
+            ("a: &x [1, 2]\nb: *x\n", "anchors and aliases are not supported"),
             ("a: *x\n", "unknown anchor"),
             ("<<: {a: 1}\n", "merge keys are not allowed"),
             ("a: !!python/object/apply:os.system [ls]\n", "unsupported tag `!!python/object/apply:os.system`"),
@@ -136,10 +135,10 @@ mod tests {
             let message = refused(text);
             assert!(message.contains(reason), "{text:?}: {message}");
         }
-        // Ten levels of ten aliases each: ten thousand million values.
+        // Ten levels of ten aliases each: ten billion values.
         let level = |i: usize| format!("a{i}: &a{i} [{}]\n", vec![format!("*a{}", i - 1); 10].join(", "));
         let bomb = "a0: &a0 [x]\n".to_owned() + &(1..10).map(level).collect::<String>();
-        assert!(refused(&bomb).contains("anchors and aliases are not accepted"));
+        assert!(refused(&bomb).contains("anchors and aliases are not supported"));
     }
 
     #[test]
@@ -152,7 +151,7 @@ mod tests {
             refused(&opening.repeat(10_000));
         }
         assert!(refused(&format!("a: [{}]", "1, ".repeat(MAX_VALUES))).contains("more than 50000 values"));
-        assert!(refused(&format!("{}: 1", "k".repeat(500_000))).contains("not YAML"));
-        assert!(refused(&format!("a: {}", "x".repeat(1 << 20))).contains("longer than the 1048576 bytes"));
+        assert!(refused(&format!("{}: 1", "k".repeat(500_000))).contains("unsupported YAML"));
+        assert!(refused(&format!("a: {}", "x".repeat(1 << 20))).contains("longer than 1048576 bytes"));
     }
 }

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ const STACK_BYTES_PER_SOURCE_BYTE: usize = 1 << 10;
 /// What one template may take. Fuel bounds instructions and output, but an instruction may visit a value that holds itself
 /// many times over, which fuel does not see; templates of real checkpoints take milliseconds.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// Threads that may run past their deadline at the same time; each keeps a core busy and holds its memory.
+const MAX_OVERDUE: usize = 2;
 /// The largest number in the pattern of `str.format`: a width or a precision beyond it is an allocation, not a layout.
 const MAX_FORMAT_NUMBER: usize = 10_000;
 /// Limit on nested templates and recursive macros; each level takes a few of these.
@@ -140,23 +143,43 @@ impl JinjaTemplate {
     }
 }
 
-/// Runs `work` on a thread with a stack of that size and some more, and waits for it until [`DEADLINE`]. A thread that is not
-/// done by then is left to itself: nothing can end it.
+/// Runs `work` on a thread with a stack of that size and some more, and waits for it until [`DEADLINE`].
 fn on_own_thread<T: Send + 'static>(
     stack_bytes: usize,
     work: impl FnOnce() -> Result<T, String> + Send + 'static,
 ) -> Result<T, String> {
-    let (sender, receiver) = mpsc::channel();
+    static OVERDUE: AtomicUsize = AtomicUsize::new(0);
+    run_until(DEADLINE, &OVERDUE, stack_bytes, work)
+}
+
+/// Runs `work` on a thread, and waits for it until the deadline. A thread that is not done by then is left to itself,
+/// because nothing can end it; `overdue` counts those that still run, and beyond [`MAX_OVERDUE`] of them nothing starts.
+fn run_until<T: Send + 'static>(
+    deadline: Duration,
+    overdue: &'static AtomicUsize,
+    stack_bytes: usize,
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    if overdue.load(Ordering::SeqCst) >= MAX_OVERDUE {
+        return Err(format!("cannot run: {MAX_OVERDUE} earlier runs have taken too long and have not ended yet"));
+    }
+    // Without a buffer, `send` succeeds exactly if the outcome was received in time.
+    let (sender, receiver) = mpsc::sync_channel(0);
     let thread = std::thread::Builder::new().name("chat template".into());
     thread
         .stack_size(stack_bytes.saturating_add(1 << 20))
         .spawn(move || {
-            let _ = sender.send(work());
+            if sender.send(work()).is_err() {
+                overdue.fetch_sub(1, Ordering::SeqCst);
+            }
         })
         .map_err(|error| format!("cannot run, because a thread could not be started: {error}"))?;
-    match receiver.recv_timeout(DEADLINE) {
+    match receiver.recv_timeout(deadline) {
         Ok(outcome) => outcome,
-        Err(RecvTimeoutError::Timeout) => Err(format!("takes more than {} seconds", DEADLINE.as_secs())),
+        Err(RecvTimeoutError::Timeout) => {
+            overdue.fetch_add(1, Ordering::SeqCst);
+            Err(format!("takes more than {} seconds", deadline.as_secs_f32()))
+        }
         Err(RecvTimeoutError::Disconnected) => Err("crashed the template engine".to_owned()),
     }
 }
@@ -289,4 +312,30 @@ fn reason(error: &minijinja::Error) -> String {
 /// Returns true for the kinds of value that JSON cannot represent.
 pub(super) fn is_missing(value: &Value) -> bool {
     matches!(value.kind(), ValueKind::Undefined | ValueKind::Invalid | ValueKind::Plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_so_many_runs_are_overdue_at_once() {
+        static OVERDUE: AtomicUsize = AtomicUsize::new(0);
+        let run = |gate: mpsc::Receiver<()>| {
+            run_until(Duration::from_millis(20), &OVERDUE, 0, move || Ok(gate.recv().is_err()))
+        };
+        let (gates, blocked): (Vec<_>, Vec<_>) = (0..MAX_OVERDUE).map(|_| mpsc::channel::<()>()).unzip();
+        for receiver in blocked {
+            assert!(run(receiver).unwrap_err().contains("takes more than 0.02 seconds"));
+        }
+        let (_, open) = mpsc::channel();
+        assert!(run(open).unwrap_err().contains("2 earlier runs"));
+        drop(gates);
+        while OVERDUE.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+        let (sender, open) = mpsc::channel();
+        drop(sender);
+        assert!(run(open).unwrap());
+    }
 }
