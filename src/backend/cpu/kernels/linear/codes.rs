@@ -15,7 +15,6 @@
 
 use super::{
     Activations, FloatElement, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize,
-    pack_scales, unpack_scales,
 };
 use crate::backend::cpu::kernels::mul_add;
 use crate::error::Result;
@@ -75,37 +74,24 @@ impl<C: Coding> LinearKernel for Codes<C> {
         }
     }
 
-    fn stored(&self, operand: Operand, columns: usize) -> (DType, PanelShape) {
-        match operand {
-            Operand::Weight => (C::DTYPE, PanelShape::from([columns.div_ceil(C::PER_BYTE), NR])),
-            Operand::Scales => (DType::F32, PanelShape::from([columns, NR])),
+    fn panel_shape(&self, columns: usize) -> PanelShape {
+        PanelShape::from([columns.div_ceil(C::PER_BYTE), NR])
+    }
+
+    fn pack(&self, rows: &[f32], columns: usize, panel: &mut [u8]) {
+        for (lane, row) in rows.chunks_exact(columns).enumerate() {
+            for (k, code) in row.iter().enumerate() {
+                let at = k / C::PER_BYTE * NR + lane;
+                panel[at] |= code_bits(C::DTYPE, *code) << (8 / C::PER_BYTE * (k % C::PER_BYTE));
+            }
         }
     }
 
-    fn pack(&self, operand: Operand, rows: &[f32], columns: usize, panel: &mut [u8]) {
-        match operand {
-            Operand::Weight => {
-                for (lane, row) in rows.chunks_exact(columns).enumerate() {
-                    for (k, code) in row.iter().enumerate() {
-                        let at = k / C::PER_BYTE * NR + lane;
-                        panel[at] |= code_bits(C::DTYPE, *code) << (8 / C::PER_BYTE * (k % C::PER_BYTE));
-                    }
-                }
+    fn unpack(&self, panel: &[u8], columns: usize, rows: &mut [f32]) {
+        for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
+            for (k, code) in row.iter_mut().enumerate() {
+                *code = self.coding.value(panel[k / C::PER_BYTE * NR + lane], k);
             }
-            Operand::Scales => pack_scales::<NR>(rows, columns, panel),
-        }
-    }
-
-    fn unpack(&self, operand: Operand, panel: &[u8], columns: usize, rows: &mut [f32]) {
-        match operand {
-            Operand::Weight => {
-                for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
-                    for (k, code) in row.iter_mut().enumerate() {
-                        *code = self.coding.value(panel[k / C::PER_BYTE * NR + lane], k);
-                    }
-                }
-            }
-            Operand::Scales => unpack_scales::<NR>(panel, columns, rows),
         }
     }
 

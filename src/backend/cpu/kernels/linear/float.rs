@@ -109,15 +109,14 @@ impl<T: Weight> LinearKernel for Float<T> {
         Ok(())
     }
 
-    fn stored(&self, _: Operand, columns: usize) -> (DType, PanelShape) {
-        let shape = match T::GROUP {
+    fn panel_shape(&self, columns: usize) -> PanelShape {
+        match T::GROUP {
             1 => PanelShape::from([columns, NR]),
             group => PanelShape::from([columns.div_ceil(group), NR, group]),
-        };
-        (T::DTYPE, shape)
+        }
     }
 
-    fn pack(&self, _: Operand, rows: &[f32], columns: usize, panel: &mut [u8]) {
+    fn pack(&self, rows: &[f32], columns: usize, panel: &mut [u8]) {
         let panel: &mut [T] = bytemuck::cast_slice_mut(panel);
         for first in (0..columns).step_by(PACK_INPUTS) {
             let end = columns.min(first + PACK_INPUTS);
@@ -132,7 +131,7 @@ impl<T: Weight> LinearKernel for Float<T> {
         }
     }
 
-    fn unpack(&self, _: Operand, panel: &[u8], columns: usize, rows: &mut [f32]) {
+    fn unpack(&self, panel: &[u8], columns: usize, rows: &mut [f32]) {
         let panel: &[T] = bytemuck::cast_slice(panel);
         for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
             for (k, value) in row.iter_mut().enumerate() {

@@ -14,10 +14,7 @@
 //! **Cost.** One `vpdpbusd` is 64 multiply-adds; AVX2 takes three instructions for 32.
 #![allow(unsafe_code)]
 
-use super::{
-    Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize, pack_scales,
-    unpack_scales,
-};
+use super::{Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize};
 use crate::error::Result;
 use crate::isa::{CpuFeatures, Isa, dispatch};
 use crate::tensor::DType;
@@ -85,45 +82,30 @@ impl LinearKernel for Int8 {
         }
     }
 
-    fn stored(&self, operand: Operand, columns: usize) -> (DType, PanelShape) {
-        match operand {
-            Operand::Weight => {
-                (DType::I8, PanelShape::from([columns.div_ceil(QUAD) + usize::from(self.has_offsets), NR, QUAD]))
+    fn panel_shape(&self, columns: usize) -> PanelShape {
+        PanelShape::from([columns.div_ceil(QUAD) + usize::from(self.has_offsets), NR, QUAD])
+    }
+
+    fn pack(&self, rows: &[f32], columns: usize, panel: &mut [u8]) {
+        let quads = columns.div_ceil(QUAD);
+        for (lane, row) in rows.chunks_exact(columns).enumerate() {
+            let mut sum = 0i32;
+            for (k, code) in row.iter().enumerate() {
+                let code = *code as i8;
+                panel[(k / QUAD * NR + lane) * QUAD + k % QUAD] = code as u8;
+                sum += i32::from(code);
             }
-            Operand::Scales => (DType::F32, PanelShape::from([columns, NR])),
+            if self.has_offsets {
+                panel[(quads * NR + lane) * QUAD..][..QUAD].copy_from_slice(&(128 * sum).to_le_bytes());
+            }
         }
     }
 
-    fn pack(&self, operand: Operand, rows: &[f32], columns: usize, panel: &mut [u8]) {
-        match operand {
-            Operand::Weight => {
-                let quads = columns.div_ceil(QUAD);
-                for (lane, row) in rows.chunks_exact(columns).enumerate() {
-                    let mut sum = 0i32;
-                    for (k, code) in row.iter().enumerate() {
-                        let code = *code as i8;
-                        panel[(k / QUAD * NR + lane) * QUAD + k % QUAD] = code as u8;
-                        sum += i32::from(code);
-                    }
-                    if self.has_offsets {
-                        panel[(quads * NR + lane) * QUAD..][..QUAD].copy_from_slice(&(128 * sum).to_le_bytes());
-                    }
-                }
+    fn unpack(&self, panel: &[u8], columns: usize, rows: &mut [f32]) {
+        for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
+            for (k, code) in row.iter_mut().enumerate() {
+                *code = f32::from(panel[(k / QUAD * NR + lane) * QUAD + k % QUAD] as i8);
             }
-            Operand::Scales => pack_scales::<NR>(rows, columns, panel),
-        }
-    }
-
-    fn unpack(&self, operand: Operand, panel: &[u8], columns: usize, rows: &mut [f32]) {
-        match operand {
-            Operand::Weight => {
-                for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
-                    for (k, code) in row.iter_mut().enumerate() {
-                        *code = f32::from(panel[(k / QUAD * NR + lane) * QUAD + k % QUAD] as i8);
-                    }
-                }
-            }
-            Operand::Scales => unpack_scales::<NR>(panel, columns, rows),
         }
     }
 

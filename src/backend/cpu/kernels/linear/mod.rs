@@ -99,15 +99,16 @@ pub trait LinearKernel: Sync {
     /// The reason it cannot.
     fn check(&self, shape: LinearShape) -> Result<(), String>;
 
-    /// Element type and shape of one panel of an operand, NR rows of `columns` values.
-    fn stored(&self, operand: Operand, columns: usize) -> (DType, PanelShape);
+    /// Shape of one panel of the weight, NR rows of `columns` values. A panel of scales is `[columns, NR]` of F32 for every
+    /// kernel: [`Packing`] sees to those.
+    fn panel_shape(&self, columns: usize) -> PanelShape;
 
-    /// Packs one panel: `rows` are NR rows of `columns` values or fewer, codes as numbers; `panel` is zeroed and as long
-    /// as [`LinearKernel::stored`] says.
-    fn pack(&self, operand: Operand, rows: &[f32], columns: usize, panel: &mut [u8]);
+    /// Packs one panel of the weight: `rows` are NR rows of `columns` values or fewer, codes as numbers; `panel` is zeroed
+    /// and of the shape of [`LinearKernel::panel_shape`].
+    fn pack(&self, rows: &[f32], columns: usize, panel: &mut [u8]);
 
     /// The inverse of [`LinearKernel::pack`]: fills NR rows of `columns` values or fewer.
-    fn unpack(&self, operand: Operand, panel: &[u8], columns: usize, rows: &mut [f32]);
+    fn unpack(&self, panel: &[u8], columns: usize, rows: &mut [f32]);
 
     /// Adds one panel's products with the first `sums.len() / NR` rows of `x` to `sums`, `[rows, NR]`, which is zero.
     /// Outputs past the weight's are padding, whatever they become.
@@ -176,20 +177,32 @@ impl Packing {
         KERNELS.iter().map(|kernel| Packing(*kernel))
     }
 
+    /// Element type and shape of one panel of an operand, NR rows of `columns` values.
+    fn panel(self, operand: Operand, columns: usize) -> (DType, PanelShape) {
+        match operand {
+            Operand::Weight => (self.weight_dtype(), self.panel_shape(columns)),
+            Operand::Scales => (DType::F32, PanelShape::from([columns, self.tile_size().nr])),
+        }
+    }
+
     /// Shape in the weights file of an operand of `[rows, columns]`, with its element type.
     pub fn stored(self, operand: Operand, rows: usize, columns: usize) -> (DType, Vec<usize>) {
-        let (dtype, panel) = self.0.stored(operand, columns);
+        let (dtype, panel) = self.panel(operand, columns);
         (dtype, [&[rows.div_ceil(self.tile_size().nr)], &*panel].concat())
     }
 
     /// Packs whole rows, `[rows, columns]`, from a multiple of NR on, as they are stored; codes come as numbers.
     pub fn pack(self, operand: Operand, rows: &[f32], columns: usize) -> Vec<u8> {
-        let (dtype, shape) = self.0.stored(operand, columns);
+        let (dtype, shape) = self.panel(operand, columns);
         let panel_bytes = shape.iter().product::<usize>() * dtype.bytes();
-        let panel_values = self.tile_size().nr * columns.max(1);
+        let nr = self.tile_size().nr;
+        let panel_values = nr * columns.max(1);
         let mut packed = vec![0; rows.len().div_ceil(panel_values) * panel_bytes];
         for (rows, panel) in rows.chunks(panel_values).zip(packed.chunks_exact_mut(panel_bytes)) {
-            self.0.pack(operand, rows, columns, panel);
+            match operand {
+                Operand::Weight => self.0.pack(rows, columns, panel),
+                Operand::Scales => pack_scales(nr, rows, columns, panel),
+            }
         }
         packed
     }
@@ -197,7 +210,7 @@ impl Packing {
     /// The inverse of [`Packing::pack`]: `[rows, columns]` values, codes as numbers. `None` if `packed` is not as long as
     /// such an operand.
     pub fn unpack(self, operand: Operand, packed: &[u8], rows: usize, columns: usize) -> Option<Vec<f32>> {
-        let (dtype, shape) = self.0.stored(operand, columns);
+        let (dtype, shape) = self.panel(operand, columns);
         let panel_bytes = shape.iter().try_fold(dtype.bytes(), |bytes, n| bytes.checked_mul(*n))?;
         let nr = self.tile_size().nr;
         if columns == 0 || packed.len() != rows.div_ceil(nr).checked_mul(panel_bytes)? {
@@ -205,7 +218,10 @@ impl Packing {
         }
         let mut values = vec![0.0; rows.checked_mul(columns)?];
         for (rows, panel) in values.chunks_mut(nr * columns).zip(packed.chunks_exact(panel_bytes)) {
-            self.0.unpack(operand, panel, columns, rows);
+            match operand {
+                Operand::Weight => self.0.unpack(panel, columns, rows),
+                Operand::Scales => unpack_scales(nr, panel, columns, rows),
+            }
         }
         Some(values)
     }
@@ -276,7 +292,7 @@ impl<'a> PackedWeight<'a> {
     pub fn new(packing: Packing, weight: &'a [u8], scales: &'a [u8], shape: LinearShape) -> Result<PackedWeight<'a>> {
         packing.check(shape).map_err(|detail| Error::internal(detail, "a checked plan"))?;
         let bytes = |operand, columns| {
-            let (dtype, panel) = packing.0.stored(operand, columns);
+            let (dtype, panel) = packing.panel(operand, columns);
             let panels = shape.outputs.div_ceil(packing.tile_size().nr);
             panel.iter().try_fold(dtype.bytes(), |bytes, n| bytes.checked_mul(*n))?.checked_mul(panels)
         };
@@ -434,21 +450,21 @@ pub fn linear<O: FloatElement>(
     }
 }
 
-/// Packs the scales of one panel as `[columns, NR]`, as every kernel with scales keeps them.
-fn pack_scales<const NR: usize>(rows: &[f32], columns: usize, panel: &mut [u8]) {
-    let panel: &mut [[f32; NR]] = bytemuck::cast_slice_mut(panel);
+/// Packs the scales of one panel as `[columns, nr]`, as every kernel with scales keeps them.
+fn pack_scales(nr: usize, rows: &[f32], columns: usize, panel: &mut [u8]) {
+    let panel: &mut [f32] = bytemuck::cast_slice_mut(panel);
     for (lane, row) in rows.chunks_exact(columns).enumerate() {
-        for (scale, lanes) in row.iter().zip(panel.iter_mut()) {
+        for (scale, lanes) in row.iter().zip(panel.chunks_exact_mut(nr)) {
             lanes[lane] = *scale;
         }
     }
 }
 
 /// The inverse of [`pack_scales`].
-fn unpack_scales<const NR: usize>(panel: &[u8], columns: usize, rows: &mut [f32]) {
-    let panel: &[[f32; NR]] = bytemuck::cast_slice(panel);
+fn unpack_scales(nr: usize, panel: &[u8], columns: usize, rows: &mut [f32]) {
+    let panel: &[f32] = bytemuck::cast_slice(panel);
     for (lane, row) in rows.chunks_exact_mut(columns).enumerate() {
-        for (scale, lanes) in row.iter_mut().zip(panel) {
+        for (scale, lanes) in row.iter_mut().zip(panel.chunks_exact(nr)) {
             *scale = lanes[lane];
         }
     }
