@@ -3,6 +3,7 @@
 //! Features do not nest: AVX-512 BF16, AVX-512 VNNI and AVX-VNNI each exist without the others. A function therefore
 //! asks for the features it uses, never for "at least AVX2".
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::sync::OnceLock;
 
@@ -130,22 +131,23 @@ impl Isa {
         Isa(best.map_or(CpuFeatures::PORTABLE, |(_, set)| *set))
     }
 
-    /// The set that the environment variable [`CPU_VARIABLE`] names, or the best one if it is unset or empty.
+    /// The set that the environment variable [`CPU_VARIABLE`] names, or the best one if it is unset.
     ///
     /// # Errors
-    /// [`Error::Request`] if it names a set that this machine lacks or that does not exist.
+    /// [`Error::Request`] if it names a set that this machine lacks or that does not exist, is empty, or is not UTF-8.
     pub fn from_environment() -> Result<Isa> {
-        match std::env::var(CPU_VARIABLE) {
-            Ok(name) if !name.is_empty() => Isa::by_name(&name).ok_or_else(|| {
-                let sets: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
-                Error::Request(format!(
-                    "{CPU_VARIABLE} is `{}`, which this machine lacks; it has: {}",
-                    clip(name),
-                    sets.join(", ")
-                ))
-            }),
-            _ => Ok(Isa::detect()),
-        }
+        std::env::var_os(CPU_VARIABLE).map_or_else(|| Ok(Isa::detect()), |name| Isa::of_variable(&name))
+    }
+
+    fn of_variable(name: &OsStr) -> Result<Isa> {
+        name.to_str().and_then(Isa::by_name).ok_or_else(|| {
+            let sets: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
+            Error::Request(format!(
+                "{CPU_VARIABLE} is `{}`, which this machine lacks; name one of {}, or unset it",
+                clip(name.display()),
+                sets.join(", ")
+            ))
+        })
     }
 
     /// Every named set this machine has, plainest first.
@@ -272,6 +274,16 @@ mod tests {
             assert_eq!(serde_json::from_str::<CpuFeatures>(&json).unwrap(), features);
         }
         assert!(serde_json::from_str::<CpuFeatures>("\"amx\"").unwrap_err().to_string().contains("portable, avx2"));
+    }
+
+    #[test]
+    fn the_variable_names_a_set_of_this_machine_or_is_refused() {
+        assert_eq!(Isa::of_variable(OsStr::new("portable")).unwrap().features(), CpuFeatures::PORTABLE);
+        let not_utf8 = std::os::unix::ffi::OsStrExt::from_bytes(b"avx\xff");
+        for (value, shown) in [(OsStr::new("amx"), "`amx`"), (OsStr::new(""), "``"), (not_utf8, "`avx\u{fffd}`")] {
+            let error = Isa::of_variable(value).unwrap_err().to_string();
+            assert!(error.contains(&format!("AOTRON_CPU is {shown}")) && error.contains("portable"), "{error}");
+        }
     }
 
     #[test]

@@ -120,6 +120,21 @@ fn named_templates_are_chosen_by_name_and_files_go_first() {
     case.build(&["--chat-format", "nope"]).fails(1, &["unknown chat format `nope`", "nemotron, raw, chatml, default"]);
     let only_named = Case::new(&[("tokenizer_config.json", &config(json!([{"name": "rag", "template": "x"}])))]);
     only_named.build(&[]).fails(1, &["the chat templates rag and none called default", "--chat-format"]);
+    // Inspect lists them all the same.
+    let two = json!([{"name": "tool_use", "template": golden("mini").0}, {"name": "rag", "template": "x"}]);
+    let only_named = Case::new(&[("tokenizer_config.json", &config(two))]);
+    let path = only_named.checkpoint();
+    let inspected = aotron(&["inspect", path.to_str().unwrap()]).ok();
+    assert!(inspected.out.contains("chat         none called default, but tool_use, rag"), "{}", inspected.out);
+    assert!(inspected.err.contains("needs --chat-format, one of tool_use, rag"), "{}", inspected.err);
+    let inspected = aotron(&["inspect", path.to_str().unwrap(), "--format", "json"]).ok().json();
+    assert_eq!(inspected["chat_templates"], json!(["tool_use", "rag"]));
+    assert!(inspected["chat_format"].is_null() && inspected["tokenizer"]["template"].is_null(), "{inspected}");
+    let built = only_named.build(&["--chat-format", "tool_use"]).ok();
+    let inspected = aotron(&["inspect", &only_named.engine()]).ok();
+    for shown in [built.out, inspected.out] {
+        assert!(shown.contains("jinja template `tool_use`, also rag"), "{shown}");
+    }
     let broken = Case::new(&[("chat_template.jinja", "a\n{% for %}")]);
     broken.build(&[]).fails(1, &["chat_template.jinja: unsupported: its chat template", "line 2", "--chat-format"]);
     broken.build(&["--chat-format", "nemotron"]).ok();
@@ -195,6 +210,41 @@ fn a_format_that_the_tokenizer_breaks_is_refused_when_it_runs_too() {
 }
 
 #[test]
+fn a_refused_format_is_not_offered_again() {
+    let tokenizer = std::fs::read_to_string("tests/data/tiny-chat/tokenizer.json").unwrap();
+    let case = Case::new(&[
+        ("tokenizer.json", &tokenizer.replace("<extra_id_1>", "<other_id_1>")),
+        ("tokenizer_config.json", &config(Value::Null)),
+    ]);
+    let advice = "with --chat-format: raw, chatml, or a file that ends in .jinja";
+    case.build(&[]).fails(1, &["the turn_start of the chat format nemotron", advice]);
+}
+
+#[test]
+fn bos_goes_in_front_of_a_raw_prompt_once() {
+    let case = Case::new(&[]);
+    let first = |more: &[&str], text: &str| {
+        let shown = ["run", &case.engine(), "-n", "1", "--format", "json", "-p", text];
+        aotron(&[&shown[..], more].concat())
+    };
+    let tokens = |more: &[&str], text: &str| first(more, text).ok().json()["prompt_tokens"].as_u64().unwrap();
+    for format in ["nemotron", "raw"] {
+        case.build(&["--chat-format", format]).ok();
+        for raw in [&["--raw"][..], &["--chat-format", "raw"]] {
+            assert_eq!(tokens(&[raw, &["--bos"]].concat(), "Hi"), tokens(raw, "Hi") + 1, "{format}: {raw:?}");
+        }
+    }
+    assert_eq!(tokens(&["--bos"], "Hi"), tokens(&[], "Hi") + 1, "a raw package");
+    first(&["--chat-format", "nemotron", "--bos"], "Hi").fails(2, &["--bos is for --raw and the chat format raw"]);
+    aotron(&["run", &case.engine(), "--token-ids", "1", "--bos"]).fails(2, &["cannot be used with"]);
+    // With a Jinja template the text of a special token is that token.
+    case.write("tokenizer_config.json", config(json!(golden("mini").0)));
+    case.build(&[]).ok();
+    assert_eq!(tokens(&["--raw"], "<s>Hi"), tokens(&["--raw"], "Hi") + 1);
+    assert_eq!(tokens(&["--raw", "--bos"], "<s>Hi"), tokens(&["--raw"], "<s>Hi"));
+}
+
+#[test]
 fn a_template_may_refuse_a_conversation() {
     let case = Case::new(&[("chat_template.jinja", &golden("llama").0)]);
     case.build(&[]).ok();
@@ -204,6 +254,8 @@ fn a_template_may_refuse_a_conversation() {
     aotron(&tokenize).fails(1, &["Conversation roles must alternate user/assistant/user/assistant/..."]);
     std::fs::write(&file, r#"{"role": "user"}"#).unwrap();
     aotron(&tokenize).fails(1, &["is not a list of messages"]);
+    let piped = aotron_with(&["tokenize", &case.engine(), "--messages", "-"], b"{}");
+    piped.fails(1, &["standard input is not a list of messages"]);
     // Other roles are passed on to the template.
     std::fs::write(&file, r#"{"messages": [{"role": "tool", "content": "found", "name": "f"}]}"#).unwrap();
     let own = case.folder.path().join("own.jinja");

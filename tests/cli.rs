@@ -1,6 +1,8 @@
 //! Tests of the real executable, each in a fresh folder.
 
+use std::ffi::OsStr;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
@@ -230,11 +232,95 @@ fn build_refuses_what_does_not_fit() {
     let output = folder.path().join("engine");
     let build = |more: &[&str]| aotron(&[&["build", ODD, "-o", text(&output)], more].concat());
     build(&["--max-sequence-tokens", "65"]).fails(1, &["max_sequence_tokens is 65", "64"]);
-    build(&["--recipe", "tpu"]).fails(1, &["no such recipe", "cpu"]);
+    build(&["--recipe", "tpu"]).fails(2, &["no such recipe", "cpu"]);
+    build(&["--slots", "-1"]).fails(2, &["invalid value '-1' for '--slots"]);
     build(&["--precision", "int2"]).fails(2, &["f32, bf16, int8, int4, fp8"]);
     build(&["--slots", "0"]).fails(2, &["0"]);
     aotron(&["build", text(folder.path()), "-o", text(&output)]).fails(1, &["config.json"]);
     assert!(!output.exists());
+}
+
+#[test]
+fn a_recipe_file_is_named_in_what_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (output, recipe) = (folder.path().join("engine"), folder.path().join("mine.toml"));
+    let text_of = |tokens: usize| {
+        format!(
+            "target = 'cpu'\nprecision = 'f32'\nslots = 2\nmax_sequence_tokens = {tokens}\nprefill_chunk_tokens = 8\n\
+             logits_rows = 1\n"
+        )
+    };
+    std::fs::write(&recipe, text_of(65)).unwrap();
+    let build = |recipes: &str| aotron(&["build", ODD, "-o", text(&output), "--recipe", recipes]);
+    build(text(&recipe)).fails(1, &[&format!("recipe {}: max_sequence_tokens is 65", recipe.display())]);
+    std::fs::write(&recipe, text_of(64)).unwrap();
+    build(&format!("cpu,{}", recipe.display())).fails(1, &["mine.toml: it is the second one for the target cpu"]);
+    build(text(&recipe)).ok();
+    let finish = |more: &[&str]| aotron(&[&["build", text(&output), "--finish"], more].concat());
+    finish(&["--recipe", "cpu,a100"]).fails(2, &["one --recipe at a time"]);
+    finish(&["--recipe", "cpu:int8"]).fails(2, &["name cpu without :int8"]);
+    finish(&["--recipe", text(&recipe), "--cpu", "portable"]).ok();
+    let stored = aotron(&["inspect", text(&output), "--format", "json"]).ok().json();
+    let stored = stored["manifest"]["plans"][0]["recipe"].as_str().unwrap().to_owned();
+    assert!(stored.starts_with(&text_of(64)) && stored.contains("CPU portable"), "{stored}");
+}
+
+#[test]
+fn the_cpu_of_a_plan_is_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let (output, recipe) = (folder.path().join("engine"), folder.path().join("mine.toml"));
+    let cpu = std::fs::read_to_string("engines/cpu.toml").unwrap();
+    let cpu = cpu.replace("precision = \"bf16\"", "precision = \"int8\"\nactivations = \"int8\"");
+    std::fs::write(&recipe, cpu).unwrap();
+    let build = ["build", ODD, "--force", "-o", text(&output)];
+    let with = |more: &[&str]| aotron(&[&build[..], more].concat()).ok().out;
+    let facts = || aotron(&["inspect", text(&output), "--format", "json"]).ok().json()["cpu_plan"].clone();
+    let built = with(&["--recipe", text(&recipe), "--cpu", "avx512-vnni"]);
+    let inspected = aotron(&["inspect", text(&output)]).ok().out;
+    for shown in [built, inspected] {
+        assert!(shown.contains("packed for avx512-vnni (int8-quads-vnni, bf16-pairs), with activations"), "{shown}");
+    }
+    let packings = json!(["int8-quads-vnni", "bf16-pairs"]);
+    assert_eq!(facts(), json!({"packed_for": "avx512-vnni", "packings": packings, "activations": "int8"}));
+    let built = with(&["--precision", "f32", "--cpu", "portable"]);
+    assert!(built.contains("packed for portable (f32)\n"), "{built}");
+    assert_eq!(facts(), json!({"packed_for": "portable", "packings": ["f32"], "activations": "float"}));
+    // A plan that cannot be read is no reason not to show the rest.
+    let mut manifest = aotron(&["inspect", text(&output)]).ok().out;
+    assert!(manifest.contains("  packed for portable"), "{manifest}");
+    let plan = output.join("plans/cpu.json");
+    let damaged = std::fs::read_to_string(&plan).unwrap().replacen("\"version\":2", "\"version\":9", 1);
+    std::fs::write(&plan, damaged).unwrap();
+    manifest = aotron(&["inspect", text(&output)]).ok().out;
+    assert!(manifest.contains("  packed for unknown: engine package"), "{manifest}");
+    assert!(facts()["error"].as_str().unwrap().contains("plans/cpu.json"), "{}", facts());
+}
+
+#[test]
+fn the_variable_names_the_cpu_that_builds_and_doctor_take() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    let with = |value: &[u8], args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_aotron"));
+        let ran = command.args(args).env("AOTRON_CPU", OsStr::from_bytes(value)).output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        Ran { code: ran.status.code(), out: text(ran.stdout), err: text(ran.stderr) }
+    };
+    let build = ["build", ODD, "--force", "-o", text(&output)];
+    let native = [&build[..], &["--cpu", "native"]].concat();
+    for args in [&build[..], &native] {
+        let ran = with(b"portable", args).ok();
+        assert!(ran.out.contains("packed for portable ("), "{}", ran.out);
+        for (bad, shown) in [(&b"amx"[..], "`amx`"), (b"", "``"), (b"a\xff", "`a\u{fffd}`")] {
+            let ran = with(bad, args);
+            assert!(ran.code != Some(0) && ran.err.contains(&format!("AOTRON_CPU is {shown}")), "{}", ran.err);
+        }
+    }
+    let ran = with(b"portable", &["doctor"]).ok();
+    assert!(ran.out.contains("portable (named by AOTRON_CPU, of portable"), "{}", ran.out);
+    let json = with(b"portable", &["doctor", "--format", "json"]).ok().json();
+    assert_eq!(json["instruction_set"], "portable");
+    with(b"amx", &["doctor"]).fails(1, &["AOTRON_CPU is `amx`"]);
 }
 
 #[test]
@@ -336,15 +422,61 @@ fn run_refuses_what_it_cannot_do() {
     run(&["--prompt", "a", "--logit-bias", "3"]).fails(2, &["42=-1.5"]);
     run(&["--prompt", "a", "--threads", "0"]).fails(2, &["0"]);
     run(&["--prompt", "a", "--isa", "altivec"]).fails(2, &["this machine has"]);
-    run(&["--prompt", "a", "--top-p", "1.5"]).fails(1, &["top_p is 1.5", "0 to 1"]);
-    run(&["--prompt", "a", "--temperature", "nan"]).fails(1, &["temperature is NaN"]);
+    run(&["--prompt", "a", "--top-p", "1.5"]).fails(2, &["top_p is 1.5", "0 to 1"]);
+    run(&["--prompt", "a", "--temperature", "nan"]).fails(2, &["temperature is NaN"]);
+    run(&["--prompt", "a", "--logit-bias", "99999999=1"]).fails(2, &["99999999"]);
+    run(&["--prompt", "a", "-n", "-1"]).fails(2, &["invalid value '-1' for '--max-tokens"]);
+    for blank in ["", " \n\t", "\u{feff}"] {
+        run(&["--prompt", blank]).fails(2, &["the prompt is empty"]);
+        run(&["--prompt", blank, "--raw"]).fails(2, &["the prompt is empty"]);
+    }
     run(&["--token-ids", "99999999"]).fails(1, &["99999999"]);
     run(&["--prompt-file", "nowhere.txt"]).fails(1, &["cannot open nowhere.txt"]);
     aotron_with(&["run", chat()], b"ab\xff").fails(1, &["standard input is not UTF-8", "byte 2"]);
     let long = "word ".repeat(2000);
     run(&["--prompt", &long]).fails(1, &["the prompt has", "holds 512 tokens"]);
     aotron(&["run", "nowhere", "--prompt", "a"]).fails(1, &["nowhere", "aotron build"]);
-    aotron(&["run", CHAT, "--prompt", "a"]).fails(1, &["not an engine package", "aotron build"]);
+    aotron(&["run", CHAT, "--prompt", "a"]).fails(1, &["not an engine package", &format!("`aotron build {CHAT}`")]);
+    aotron(&["build", CHAT, "--finish"]).fails(1, &["not an engine package", &format!("`aotron build {CHAT}`")]);
+    aotron(&["build", chat()]).fails(1, &["is an engine package", &format!("`aotron build {} --finish`", chat())]);
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_a_prompt() {
+    let answer = |prompt: &str| aotron(&["run", chat(), "-p", prompt, "-n", "5", "--format", "json"]).ok().json();
+    assert_eq!(answer("\u{feff}hi")["prompt_tokens"], answer("hi")["prompt_tokens"]);
+}
+
+#[test]
+fn an_output_that_cannot_be_written_is_named() {
+    for args in [&["inspect", ODD][..], &["doctor", "--format", "json"], &["--help"], &["completions", "bash"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let ran = Command::new(env!("CARGO_BIN_EXE_aotron")).args(args).stdout(full).output().unwrap();
+        let error = String::from_utf8(ran.stderr).unwrap();
+        assert_eq!(ran.status.code(), Some(1), "{args:?}: {error}");
+        assert!(error.contains("error: cannot write to standard output: "), "{args:?}: {error}");
+        assert_eq!(error.matches("standard output").count(), 1, "{error}");
+    }
+}
+
+#[test]
+fn messages_do_not_control_the_terminal() {
+    let bad = "no\u{1b}[31m\u{202e}where";
+    let shown = r"no\u{1b}[31m\u{202e}where";
+    for (code, args) in [
+        (1, &["run", bad, "-p", "a"][..]),
+        (1, &["inspect", bad]),
+        (2, &["run", chat(), "-p", "a", "--top-k", bad]),
+        (2, &["build", ODD, "--recipe", bad]),
+        (2, &[bad]),
+    ] {
+        aotron(args).fails(code, &[shown]);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(bad);
+    build_package(Path::new(ODD), Precision::F32, &path);
+    let ran = aotron(&["run", text(&path), "--token-ids", "1", "-n", "1"]).ok();
+    assert!(ran.err.contains(&format!("{shown} has no tokenizer")) && !ran.err.contains('\u{1b}'), "{}", ran.err);
 }
 
 #[test]
@@ -556,6 +688,9 @@ fn bench_measures_within_the_limits() {
 fn doctor_says_what_there_is() {
     let text = aotron(&["doctor"]).ok().out;
     assert!(text.contains("cpu plans     builds and runs here"), "{text}");
+    for paragraph in ["TensorRT for RTX (libtensorrt_rtx.so.1) is not installed", "Run `make tensorrt`"] {
+        assert!(text.matches(paragraph).count() <= 1, "once is enough: {text}");
+    }
     let json = aotron(&["doctor", "--format", "json"]).ok().json();
     assert!(json["cores"].as_u64().unwrap() > 0);
     assert!(json["instruction_sets"].as_array().unwrap().contains(&"portable".into()));

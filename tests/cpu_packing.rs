@@ -95,6 +95,47 @@ fn packing_again_gives_what_the_checkpoint_gives() {
 }
 
 #[test]
+fn the_stored_recipe_is_the_one_the_plan_was_made_by() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("engine");
+    package(recipe("avx2", Precision::Int8, false), &output);
+    let stored = |package: &Package| package.manifest().plans[0].recipe.clone();
+    let file = |slots: usize, more: &str| {
+        let text = format!(
+            "target = 'cpu'\nprecision = 'int8'\nslots = {slots}\nprefill_chunk_tokens = 16\nlogits_rows = 5\n{more}"
+        );
+        let path = folder.path().join("mine.toml");
+        std::fs::write(&path, &text).unwrap();
+        let cpu = CpuFeatures::by_name("avx2");
+        (Recipe { cpu, ..Recipe::load(path.to_str().unwrap()).unwrap() }, text)
+    };
+    // A file's settings are taken, and its text is kept.
+    let (mine, text) = file(3, "activations = 'int8'\n");
+    let again = repacked(&output, mine);
+    assert_eq!(stored(&again), format!("{text}# Packed again for the CPU avx2\n"));
+    let limits = &again.manifest().plans[0].limits;
+    assert_eq!((limits.slots, limits.max_step_tokens, limits.max_logits_rows), (3, 16, 5));
+    logits(&again, Isa::detect());
+    // A built-in recipe is named for its target only: the text stays, with one line on the last repacking.
+    let again = repacked(&output, Recipe { quantize_activations: None, ..recipe("portable", Precision::Bf16, false) });
+    assert_eq!(stored(&again), format!("{text}# Packed again for the CPU portable\n"));
+    let again = repacked(&output, recipe("avx2", Precision::Bf16, false));
+    assert_eq!(stored(&again), format!("{text}# Packed again for the CPU avx2, with activations = \"float\"\n"));
+
+    // What the weights decide is refused by name.
+    let tokens = again.manifest().plans[0].limits.max_sequence_tokens;
+    repacked(&output, file(2, &format!("max_sequence_tokens = {tokens}\n")).0);
+    let refused = |recipe: Recipe| {
+        let request = FinishRequest { package: output.clone(), recipe: Some(recipe) };
+        finish(&request, &quiet()).unwrap_err().to_string()
+    };
+    let error = refused(file(2, "max_sequence_tokens = 64\n").0);
+    assert!(error.contains("mine.toml: max_sequence_tokens is 64, but the weights of"), "{error}");
+    let error = refused(Recipe { precision: Precision::Bf16, ..file(2, "").0 });
+    assert!(error.contains("mine.toml: precision is bf16") && error.contains("were made for int8"), "{error}");
+}
+
+#[test]
 fn what_cannot_be_packed_again_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("engine");

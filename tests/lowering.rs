@@ -21,7 +21,7 @@ fn limits(vocab_size: usize) -> Limits {
 fn lowered(precision: Precision) -> LoweredProgram {
     let config = config();
     let (graph, _) = optimized_graph(&config, precision, 16, None).unwrap();
-    lower(&graph, &limits(config.vocab_size), CpuTarget::native()).unwrap()
+    lower(&graph, &limits(config.vocab_size), CpuTarget::native().unwrap()).unwrap()
 }
 
 #[test]
@@ -93,7 +93,7 @@ fn a_residual_that_is_read_later_is_kept() {
     let last = g.add("last", Op::Gather, &[rows, again]).unwrap();
     let logits = g.add("logits", Op::Linear, &[last, table]).unwrap();
     g.output(logits);
-    let program = lower(&g, &limits(9), CpuTarget::native()).unwrap().program;
+    let program = lower(&g, &limits(9), CpuTarget::native().unwrap()).unwrap().program;
     let accumulates = |k: &&ProgramKernel| matches!(k, ProgramKernel::Linear { epilogue: Epilogue::Accumulate, .. });
     assert_eq!(program.kernels.iter().filter(accumulates).count(), 0, "{program}");
     assert_eq!(program.kernels.iter().filter(|k| matches!(k, ProgramKernel::Add { .. })).count(), 2, "{program}");

@@ -27,6 +27,11 @@ const PIECES_PER_THREAD: usize = 4;
 /// Items up to this size are evaluated when their turn comes, without sharing the read with other items.
 const SMALL_ELEMENTS: usize = 1 << 16;
 
+/// Rows of a piece of a matrix of `columns`, a multiple of `unit`.
+pub(crate) fn rows_per_piece(columns: usize, unit: usize) -> usize {
+    (PIECE_ELEMENTS / columns.max(1)).next_multiple_of(unit).max(unit)
+}
+
 /// Encodes evaluated rows as stored bytes.
 pub type StoreRows<'p> = Box<dyn Fn(&[f32]) -> Result<Vec<u8>> + Send + Sync + 'p>;
 /// Writes the stored form of a tensor, given the encoded bytes of all its rows.
@@ -177,7 +182,7 @@ impl<'p> Queue<'p> {
 /// Evaluates all rows of a constant.
 fn evaluated(content: &ConstRows, checkpoint: &Checkpoint) -> Result<Vec<f32>> {
     let mut values = vec![0f32; content.rows() * content.width()];
-    let rows_at_once = (PIECE_ELEMENTS / content.columns()).max(1);
+    let rows_at_once = rows_per_piece(content.columns(), 1);
     values
         .par_chunks_mut(rows_at_once * content.width())
         .enumerate()
@@ -264,7 +269,7 @@ fn pass_over<'p>(
         None => return Err(Error::internal(format!("no file reads {source:?} next"), "one of them to")),
     };
     let unit = parts.iter().map(|part| part.item.unit).max().unwrap_or(1);
-    let rows_per_piece = (PIECE_ELEMENTS / columns).next_multiple_of(unit).max(unit);
+    let rows_per_piece = rows_per_piece(columns, unit);
     let rows_per_batch = rows_per_piece * rayon::current_num_threads() * PIECES_PER_THREAD;
     let make = |parts: &[&PackItem<'p>], first: usize| -> Result<Vec<PackedPiece<'_>>> {
         let end = rows.min(first + rows_per_batch);

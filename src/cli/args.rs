@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use aotron::engine::Package;
 use aotron::isa::Isa;
 use aotron::runtime::SamplingParams;
-use aotron::text::{ChatFormat, Tokenizer};
+use aotron::text::{ChatFormat, ChatTemplate, Tokenizer};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -57,7 +57,7 @@ pub struct EngineFlags {
     /// Engine package, a folder written by `aotron build`
     pub engine: PathBuf,
     /// CPU threads [default: one per core]
-    #[arg(long, value_name = "N", value_parser = count(1024))]
+    #[arg(long, value_name = "N", value_parser = count(1024), allow_negative_numbers = true)]
     pub threads: Option<usize>,
     /// Instruction set of the CPU kernels
     #[arg(long, value_name = "NAME", hide = true, value_parser = isa)]
@@ -66,7 +66,7 @@ pub struct EngineFlags {
     #[arg(long, value_name = "NAME")]
     pub target: Option<String>,
     /// Index of the GPU to run on [default: the first one that a plan was compiled for]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub device: Option<usize>,
     /// Launch the GPU's kernels one by one rather than as CUDA graphs
     #[arg(long, hide = true)]
@@ -76,13 +76,20 @@ pub struct EngineFlags {
 /// Flags for the chat format.
 #[derive(Debug, clap::Args)]
 pub struct ChatFlags {
-    /// Chat format instead of the package's: nemotron, raw, chatml, the name of one of the checkpoint's templates, or a
-    /// template file
-    #[arg(long, value_name = "NAME|FILE.jinja")]
+    #[arg(long, value_name = "NAME|FILE.jinja", help = chat_format_help("the package's"))]
     pub chat_format: Option<String>,
     /// Encode markers and special tokens in messages as plain text
     #[arg(long)]
     pub escape_markers: bool,
+}
+
+/// Help of `--chat-format`, which replaces the format `of` a package or checkpoint.
+pub fn chat_format_help(of: &str) -> String {
+    let names = ChatTemplate::built_in_names().join(", ");
+    format!(
+        "Chat format instead of {of}: {names}, the name of one of the checkpoint's templates, or a template file; raw \
+         is no template"
+    )
 }
 
 impl ChatFlags {
@@ -92,7 +99,7 @@ impl ChatFlags {
         let (format, tokenizer) = self.open_unchecked(package)?;
         if let (Some(tokenizer), Some(_)) = (&tokenizer, &self.chat_format) {
             let problems = format.problems(tokenizer);
-            problems.warnings.iter().for_each(|warning| term::warn(term::harmless(warning)));
+            problems.warnings.iter().for_each(|warning| term::warn(warning));
             problems.refuse()?;
         }
         Ok((format, tokenizer))
@@ -114,7 +121,7 @@ pub struct SamplingFlags {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
     /// Sample from the K most likely tokens; 1 is greedy, 0 is off
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<u32>,
     /// Sample from the most likely tokens that together have probability P; 1 is off
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
@@ -132,21 +139,26 @@ pub struct SamplingFlags {
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub frequency_penalty: Option<f32>,
     /// Add BIAS to the logit of token ID; can be repeated
-    #[arg(long, value_name = "ID=BIAS", value_parser = bias)]
+    #[arg(long, value_name = "ID=BIAS", value_parser = bias, allow_hyphen_values = true)]
     pub logit_bias: Vec<(u32, f32)>,
     /// Choose no id that ends the answer before it has N tokens; stop strings still end it
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub min_tokens: Option<usize>,
     /// Seed of the random choices, to make them repeatable
-    #[arg(long, value_name = "SEED")]
+    #[arg(long, value_name = "SEED", allow_negative_numbers = true)]
     pub seed: Option<u64>,
 }
 
 impl SamplingFlags {
     /// The resulting settings, without those that have no effect. Flags not given are taken from the package's
-    /// `default`.
-    pub fn params(&self, default: &SamplingParams) -> SamplingParams {
-        self.over(default).effective()
+    /// `default`; `vocab_size` is the number of ids that can be chosen.
+    pub fn params(&self, default: &SamplingParams, vocab_size: usize) -> anyhow::Result<SamplingParams> {
+        let params = self.over(default).effective();
+        params.validate(vocab_size).map_err(|error| match error {
+            aotron::Error::Request(detail) => usage(detail),
+            other => other.into(),
+        })?;
+        Ok(params)
     }
 
     fn over(&self, default: &SamplingParams) -> SamplingParams {
@@ -224,10 +236,10 @@ mod tests {
     #[test]
     fn flags_change_the_packages_settings_one_by_one() {
         let package = SamplingParams::sampled(0.6).top_p(0.9);
-        assert_eq!(flags("").params(&package), package);
-        let warmer = flags("--temperature 0.8").params(&package);
+        assert_eq!(flags("").params(&package, 9).unwrap(), package);
+        let warmer = flags("--temperature 0.8").params(&package, 9).unwrap();
         assert_eq!((warmer.temperature, warmer.top_p), (Some(0.8), Some(0.9)));
-        assert!(flags("--temperature 0").params(&package).is_greedy());
+        assert!(flags("--temperature 0").params(&package, 9).unwrap().is_greedy());
         assert_eq!(flags("--top-p 0.5").without_effect(&package), None);
     }
 
@@ -242,14 +254,14 @@ mod tests {
 
     #[test]
     fn nothing_set_is_greedy_and_each_flag_alone_is_not() {
-        assert_eq!(flags("").params(&greedy()), SamplingParams::default());
-        assert!(flags("").params(&greedy()).is_greedy());
+        assert_eq!(flags("").params(&greedy(), 9).unwrap(), SamplingParams::default());
+        assert!(flags("").params(&greedy(), 9).unwrap().is_greedy());
         for text in ["--temperature 0.7", "--top-k 40", "--top-p 0.9", "--min-p 0.1"] {
-            assert!(!flags(text).params(&greedy()).is_greedy(), "{text}");
+            assert!(!flags(text).params(&greedy(), 9).unwrap().is_greedy(), "{text}");
             assert_eq!(flags(text).without_effect(&greedy()), None, "{text}");
         }
         for text in ["--temperature 0", "--top-k 1", "--top-p 0", "--repetition-penalty 1.1 --logit-bias 3=-1"] {
-            assert!(flags(text).params(&greedy()).is_greedy(), "{text}");
+            assert!(flags(text).params(&greedy(), 9).unwrap().is_greedy(), "{text}");
             assert_eq!(flags(text).without_effect(&greedy()), None, "{text}");
         }
     }
@@ -260,6 +272,22 @@ mod tests {
         assert!(idle("--seed 1").starts_with("--seed has no effect"));
         assert!(idle("--top-k 1 --temperature 0.7").starts_with("--temperature has"));
         assert!(idle("--temperature 0 --top-p 0.9 --seed 3").starts_with("--top-p, --seed have"));
+    }
+
+    #[test]
+    fn a_negative_count_is_a_wrong_value_not_a_flag() {
+        for text in ["--top-k -1", "--seed -1", "--min-tokens -1", "--logit-bias -1=2"] {
+            let error = Only::try_parse_from(format!("x {text}").split_whitespace()).unwrap_err().to_string();
+            assert!(error.contains("invalid value '-1") && !error.contains("tip:"), "{error}");
+        }
+        let error = flags("--top-p 1.5").params(&greedy(), 9).unwrap_err();
+        assert!(error.is::<clap::Error>() && error.to_string().contains("top_p is 1.5"), "{error}");
+    }
+
+    #[test]
+    fn every_built_in_chat_format_is_in_the_help() {
+        let help = chat_format_help("the package's");
+        assert!(ChatTemplate::built_in_names().iter().all(|name| help.contains(name)), "{help}");
     }
 
     #[test]

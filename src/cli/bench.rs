@@ -28,16 +28,16 @@ pub struct Flags {
     #[command(flatten)]
     engine: EngineFlags,
     /// Tokens per prompt
-    #[arg(long, value_name = "N", default_value = "128", value_parser = count(1 << 20))]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = count(1 << 20), allow_negative_numbers = true)]
     prompt_tokens: usize,
     /// Tokens to decode after each prompt
-    #[arg(long, value_name = "N", default_value = "32", value_parser = count(1 << 20))]
+    #[arg(long, value_name = "N", default_value = "32", value_parser = count(1 << 20), allow_negative_numbers = true)]
     decode_tokens: usize,
     /// Numbers of concurrent sequences, comma-separated
-    #[arg(long, value_name = "N", default_value = "1", value_delimiter = ',', value_parser = count(1024))]
+    #[arg(long, value_name = "N", default_value = "1", value_delimiter = ',', value_parser = count(1024), allow_negative_numbers = true)]
     batch: Vec<usize>,
     /// Repetitions of each measurement; the median is reported
-    #[arg(long, value_name = "N", default_value = "5", value_parser = count(1000))]
+    #[arg(long, value_name = "N", default_value = "5", value_parser = count(1000), allow_negative_numbers = true)]
     repeat: usize,
     /// Output format
     #[arg(long, value_enum, default_value_t)]
@@ -283,7 +283,7 @@ fn sum(values: &[u64]) -> u64 {
 
 fn print(results: &BenchResults) -> anyhow::Result<()> {
     let style = term::on_stdout();
-    let mut out = std::io::stdout().lock();
+    let mut out = term::stdout();
     let BenchResults { target, threads, instructions, precision, prompt_tokens, decode_tokens, repeat, .. } = results;
     let on = match (threads, instructions) {
         (Some(threads), Some(instructions)) => format!("{}, {instructions}", term::plural(*threads, "thread")),

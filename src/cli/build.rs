@@ -6,16 +6,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::bail;
+use aotron::checkpoint::is_checkpoint;
 use aotron::compile::gpu::precision_of;
 use aotron::compile::{
     self, BuildRequest, BuildSummary, FinishRequest, PlanSummary, PlannedBuild, Precision, Prediction, Progress,
     Recipe, Target,
 };
-use aotron::engine::Package;
+use aotron::engine::{Package, is_package};
 use aotron::isa::{CpuFeatures, Isa};
 
-use super::args::{count, usage};
-use super::inspect::text_facts;
+use super::args::{chat_format_help, count, usage};
+use super::engine::{refuse_checkpoint, shell_word};
+use super::inspect::{CpuPlanFacts, text_facts};
 use super::term::{self, Stages};
 
 /// Flags of `aotron build`.
@@ -26,8 +28,8 @@ pub struct Flags {
     source: PathBuf,
     /// Targets to build for, comma-separated: recipe names (cpu, a100, h100) or recipe files, each optionally followed
     /// by a precision: cpu,a100:int8 [default: cpu]
-    #[arg(long, value_name = "NAME|FILE[,…]", value_delimiter = ',')]
-    recipe: Vec<String>,
+    #[arg(long, value_name = "NAME|FILE[,…]", value_delimiter = ',', value_parser = recipe_and_precision)]
+    recipe: Vec<(String, Option<Precision>)>,
     /// Number format of the weights, and of the KV cache except with 8- and 4-bit weights, where it stays bf16
     /// [default: the recipe's]
     #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8")]
@@ -37,25 +39,23 @@ pub struct Flags {
     #[arg(long, value_name = "NAME", value_parser = cpu)]
     cpu: Option<CpuFeatures>,
     /// Maximum sequence length, prompt and answer together [default: the model's]
-    #[arg(long, value_name = "N", value_parser = count(1 << 20))]
+    #[arg(long, value_name = "N", value_parser = count(1 << 20), allow_negative_numbers = true)]
     max_sequence_tokens: Option<usize>,
     /// Maximum number of concurrent sequences [default: the recipe's]
-    #[arg(long, value_name = "N", value_parser = count(1024))]
+    #[arg(long, value_name = "N", value_parser = count(1024), allow_negative_numbers = true)]
     slots: Option<usize>,
     /// Prompts for calibrating the activation ranges of fp8, as lines of JSON: {"messages": [{"role", "content"}, …]}
     /// or {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,
-    /// Chat format instead of the checkpoint's own: nemotron, raw (no template), chatml, the name of one of its
-    /// templates, or a template file
-    #[arg(long, value_name = "NAME|FILE.jinja")]
+    #[arg(long, value_name = "NAME|FILE.jinja", help = chat_format_help("the checkpoint's own"))]
     chat_format: Option<String>,
     /// If a plan cannot be compiled on this machine, do everything else; --finish compiles it later on its GPU
     #[arg(long)]
     prepare: bool,
     /// Compile the plans of an engine package that were only prepared, or recompile all GPU plans if there are none,
     /// from the package's own weights; with --recipe, add a plan for that GPU, or with --recipe cpu, repack the CPU
-    /// plan for this CPU or --cpu
+    /// plan for this CPU or --cpu. Precision and sequence length stay those of the weights
     #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "prepare", "output", "force"])]
     finish: bool,
     /// Output folder of the engine package [default: engines/ and the checkpoint's name]
@@ -74,19 +74,17 @@ pub struct Flags {
 
 impl Flags {
     fn recipes(&self) -> anyhow::Result<Vec<Recipe>> {
-        let cpu = ["cpu".to_owned()];
+        let cpu = [("cpu".to_owned(), None)];
         let names = if self.recipe.is_empty() { &cpu } else { &self.recipe[..] };
-        let recipes = names.iter().map(|name| self.one_recipe(name)).collect::<aotron::Result<Vec<_>>>()?;
+        let recipes = names.iter().map(|(name, precision)| self.one_recipe(name, *precision));
+        let recipes = recipes.collect::<aotron::Result<Vec<_>>>()?;
         if self.cpu.is_some() && recipes.iter().all(|recipe| recipe.target != Target::Cpu) {
             return Err(usage("--cpu applies to a CPU plan, but no --recipe has the target cpu"));
         }
         Ok(recipes)
     }
 
-    fn one_recipe(&self, name: &str) -> aotron::Result<Recipe> {
-        // File names may contain a colon too.
-        let of_one = name.rsplit_once(':').and_then(|(name, after)| Some((name, precision(after).ok()?)));
-        let (name, of_one) = of_one.map_or((name, None), |(name, precision)| (name, Some(precision)));
+    fn one_recipe(&self, name: &str, of_one: Option<Precision>) -> aotron::Result<Recipe> {
         let mut recipe = Recipe::load(name)?;
         let mut overridden = Vec::new();
         if let Some(precision) = of_one.or(self.precision) {
@@ -132,9 +130,15 @@ impl Flags {
         let recipe = match &self.recipe[..] {
             [] if self.cpu.is_some() => return Err(usage("--finish packs weights for a --cpu with --recipe cpu")),
             [] => None,
+            [(name, Some(precision))] => {
+                return Err(usage(format!(
+                    "--finish keeps the precision of the package's weights: name {name} without :{precision}"
+                )));
+            }
             [_] => self.recipes()?.pop(),
-            _ => bail!("--finish adds a plan for one --recipe at a time"),
+            _ => return Err(usage("--finish adds a plan for one --recipe at a time")),
         };
+        refuse_checkpoint(&self.source)?;
         Ok(FinishRequest { package: self.source.clone(), recipe })
     }
 }
@@ -149,6 +153,14 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let summary = match flags.finish {
         true => compile::finish(&flags.finish_request()?, &follower)?,
         false => {
+            if is_package(&flags.source) && !is_checkpoint(&flags.source) {
+                let engine = flags.source.display();
+                bail!(
+                    "{engine} is an engine package, and a build takes a checkpoint; `aotron build {} --finish` compiles \
+                     the package's plans",
+                    shell_word(&flags.source)
+                );
+            }
             let planned = PlannedBuild::new(&flags.request()?, &*follower)?;
             stages.finish();
             print_prediction(planned.prediction());
@@ -195,16 +207,19 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
     let BuildSummary { package: path, bytes, plans } = summary;
     let package = Package::open(path)?;
     let style = term::on_stdout();
-    let mut out = std::io::stdout().lock();
+    let mut out = term::stdout();
     let title = |plan: &PlanSummary| format!("{} in {}", plan.target, plan.precision);
     let titles: Vec<String> = plans.iter().map(title).collect();
-    writeln!(out, "{} for {}, in {took}", style.bold(path.display()), titles.join(", "))?;
+    writeln!(out, "{} for {}, in {took}", style.bold(term::harmless(&path.display().to_string())), titles.join(", "))?;
     let mut line = |name: &str, text: String| writeln!(out, "  {} {text}", style.dim(format!("{name:<10}")));
     line("size", format!("{} on disk", term::bytes(*bytes)))?;
     for plan in plans {
         let (limits, per_token) = (&plan.limits, plan.kv_bytes_per_token as u64);
         if plans.len() > 1 {
             line(&plan.target, plan.precision.clone())?;
+        }
+        if let ("cpu", Some(facts)) = (plan.target.as_str(), CpuPlanFacts::of(&package)) {
+            line("packed for", facts?.to_string())?;
         }
         if let Some(compiler) = &plan.compiler {
             let verb = if plan.only_prepared { "graph checked with" } else { "compiled with" };
@@ -226,7 +241,7 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
         )?;
     }
     for (name, text) in text_facts(package.manifest()) {
-        line(name, text)?;
+        line(name, term::harmless(&text))?;
     }
     let engine = shell_word(path);
     let runs_here = package.manifest().plans.iter().any(|plan| plan.target == "cpu");
@@ -242,20 +257,26 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A path quoted for pasting into a shell.
-fn shell_word(path: &Path) -> String {
-    let text = path.display().to_string();
-    let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%".contains(c);
-    if text.chars().all(plain) && !text.starts_with('-') {
-        return text;
+/// Parses a recipe's name or file, optionally followed by a colon and a precision.
+fn recipe_and_precision(text: &str) -> Result<(String, Option<Precision>), String> {
+    // File names may contain a colon too.
+    let of_one = text.rsplit_once(':').and_then(|(name, after)| Some((name, precision(after).ok()?)));
+    let (name, of_one) = of_one.map_or((text, None), |(name, precision)| (name, Some(precision)));
+    Ok((recipe_name(name)?, of_one))
+}
+
+/// Parses a recipe's name or file, which has to be there.
+pub fn recipe_name(name: &str) -> Result<String, String> {
+    match Recipe::load(name) {
+        Err(aotron::Error::Recipe { detail, .. }) if !Path::new(name).exists() => Err(detail),
+        _ => Ok(name.to_owned()),
     }
-    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// Parses the name of a CPU, or `native`.
 fn cpu(name: &str) -> Result<CpuFeatures, String> {
     match name {
-        "native" => Ok(Isa::detect().features()),
+        "native" => Isa::from_environment().map(Isa::features).map_err(|error| error.to_string()),
         name => CpuFeatures::by_name(name).ok_or_else(|| {
             let names: Vec<&str> = CpuFeatures::names().collect();
             format!("expected native or one of {}", names.join(", "))
@@ -269,15 +290,4 @@ pub fn precision(name: &str) -> Result<Precision, String> {
         let names: Vec<String> = Precision::ALL.iter().map(Precision::to_string).collect();
         format!("expected one of {}", names.join(", "))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_survive_a_shell() {
-        assert_eq!(shell_word(Path::new("engines/tiny-chat")), "engines/tiny-chat");
-        assert_eq!(shell_word(Path::new("my engine's")), r"'my engine'\''s'");
-    }
 }

@@ -42,7 +42,7 @@ pub struct Flags {
     #[command(flatten)]
     chat: ChatFlags,
     /// Maximum tokens per answer [default: the engine's, usually 200]
-    #[arg(short = 'n', long, value_name = "N")]
+    #[arg(short = 'n', long, value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<usize>,
     #[command(flatten)]
     sampling: SamplingFlags,
@@ -55,15 +55,16 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     if let Some(idle) = flags.sampling.without_effect(&defaults) {
         term::warn(idle);
     }
-    if engine.tokenizer.is_none() {
+    let Some(tokenizer) = &engine.tokenizer else {
         let path = engine.package.path().display();
         bail!("{path} has no tokenizer, so it cannot chat; `aotron run` takes --token-ids");
-    }
+    };
+    let sampling = flags.sampling.params(&defaults, tokenizer.vocab_size())?;
     let format = Arc::new(engine.format.clone());
     let name = engine.package.path().display().to_string();
     let mut chat = Chat::new(engine.into_session(), format)?;
     let max_tokens = flags.max_tokens.unwrap_or(settings.max_tokens);
-    chat.set_sampling(flags.sampling.params(&defaults));
+    chat.set_sampling(sampling);
     chat.set_max_tokens(max_tokens);
     chat.set_system(flags.system.as_deref().unwrap_or_default());
     let mut conversation =
@@ -179,7 +180,7 @@ impl Conversation {
     }
 
     fn say(&self, line: &str) -> anyhow::Result<()> {
-        Ok(writeln!(std::io::stdout().lock(), "{line}")?)
+        Ok(writeln!(term::stdout(), "{line}")?)
     }
 
     fn aside(&self, text: &str) -> anyhow::Result<()> {
@@ -195,7 +196,7 @@ impl Conversation {
             Some(Error::PromptTooLong { .. } | Error::ConversationFull { .. }) => " (/reset starts a new conversation)",
             _ => "",
         };
-        self.say(&format!("{} {error}{way_out}", self.style.bold_red("error:")))
+        self.say(&format!("{} {}{way_out}", self.style.bold_red("error:"), term::escaped(error)))
     }
 
     fn answer(&mut self, text: &str, interrupt: Option<&Interrupt>) -> anyhow::Result<()> {
@@ -301,7 +302,7 @@ struct Waiting {
 impl Waiting {
     fn start(style: Style) -> Waiting {
         if style.has_colours() {
-            let mut out = std::io::stdout().lock();
+            let mut out = term::stdout();
             let _ = write!(out, "{}", style.dim("…")).and_then(|()| out.flush());
         }
         Waiting { is_shown: style.has_colours() }
@@ -309,7 +310,7 @@ impl Waiting {
 
     fn end(&mut self) {
         if std::mem::replace(&mut self.is_shown, false) {
-            let mut out = std::io::stdout().lock();
+            let mut out = term::stdout();
             let _ = write!(out, "\r\x1b[K").and_then(|()| out.flush());
         }
     }

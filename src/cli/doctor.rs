@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use aotron::backend::tensorrt::{DeviceInfo, LibraryKind, TensorRtLibrary, devices};
 use aotron::compile::gpu::{PlanCompiler, sm};
 use aotron::compile::{Precision, Target, available_memory_bytes, free_bytes, total_memory_bytes};
-use aotron::isa::Isa;
+use aotron::isa::{CPU_VARIABLE, Isa};
 use serde::Serialize;
 
 use super::args::Format;
@@ -36,8 +36,10 @@ pub struct Flags {
 struct Findings {
     version: &'static str,
     cpu: Option<String>,
-    /// Instruction sets supported by both this CPU and the kernels, simplest first; the last one is used.
+    /// Instruction sets supported by both this CPU and the kernels, simplest first.
     instruction_sets: Vec<String>,
+    /// The one that is used: the last, or that which AOTRON_CPU names.
+    instruction_set: String,
     /// Cores that this process may use.
     cores: usize,
     memory_bytes: Option<u64>,
@@ -163,15 +165,16 @@ impl TargetFinding {
 }
 
 impl Findings {
-    fn gather() -> Findings {
+    fn gather() -> aotron::Result<Findings> {
         let (gpus, gpu_problem) = match devices() {
             Ok(gpus) => (gpus, None),
             Err(error) => (Vec::new(), Some(words(&error))),
         };
-        Findings {
+        Ok(Findings {
             version: env!("CARGO_PKG_VERSION"),
             cpu: cpu_name(),
             instruction_sets: Isa::available().iter().map(ToString::to_string).collect(),
+            instruction_set: Isa::from_environment()?.to_string(),
             cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
             memory_bytes: total_memory_bytes(),
             memory_available_bytes: available_memory_bytes(),
@@ -180,7 +183,7 @@ impl Findings {
             targets: Target::ALL.into_iter().map(|target| TargetFinding::gather(target, &gpus)).collect(),
             gpus: gpus.iter().map(gpu_words).collect(),
             gpu_problem,
-        }
+        })
     }
 }
 
@@ -189,7 +192,7 @@ fn gpu_words(gpu: &DeviceInfo) -> String {
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
-    let findings = Findings::gather();
+    let findings = Findings::gather()?;
     match flags.format {
         Format::Json => term::print_json(&findings),
         Format::Text => print(&findings),
@@ -198,14 +201,16 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 
 fn print(found: &Findings) -> anyhow::Result<()> {
     let style = term::on_stdout();
-    let mut out = std::io::stdout().lock();
+    let mut out = term::stdout();
     let unknown = || "unknown".to_owned();
     let size = |bytes: Option<u64>| bytes.map_or_else(unknown, term::bytes);
     let mut line = |name: &str, text: String| writeln!(out, "{} {text}", style.dim(format!("{name:<13}")));
     line("aotron", found.version.into())?;
     line("CPU", found.cpu.clone().unwrap_or_else(unknown))?;
-    let best = found.instruction_sets.last().cloned().unwrap_or_else(unknown);
-    line("instructions", format!("{best} (of {})", found.instruction_sets.join(", ")))?;
+    let named =
+        if std::env::var_os(CPU_VARIABLE).is_some() { format!("named by {CPU_VARIABLE}, ") } else { String::new() };
+    let (set, sets) = (&found.instruction_set, found.instruction_sets.join(", "));
+    line("instructions", format!("{set} ({named}of {sets})"))?;
     line("cores", found.cores.to_string())?;
     line("memory", format!("{} available of {}", size(found.memory_available_bytes), size(found.memory_bytes)))?;
     line("disk", format!("{} free in this folder", size(found.disk_free_bytes)))?;
@@ -219,7 +224,12 @@ fn print(found: &Findings) -> anyhow::Result<()> {
         }
     }
     for target in &found.targets {
-        line(&format!("{} plans", target.name), term::harmless(&target.verdict()))?;
+        // What is wrong with a library was printed above.
+        let problems = found.tensorrt.iter().flat_map(|library| library.problems.iter().map(move |it| (library, it)));
+        let verdict = problems.fold(target.verdict(), |verdict, (library, problem)| {
+            verdict.replace(problem, &format!("{} ({}) is unusable, as said above", library.name, library.file))
+        });
+        line(&format!("{} plans", target.name), term::harmless(&verdict))?;
     }
     if let Some(available) = found.memory_available_bytes {
         for precision in Precision::ALL {

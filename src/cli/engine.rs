@@ -1,5 +1,6 @@
 //! Opens engine packages for the commands.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,8 +8,9 @@ use anyhow::Context;
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
 use aotron::backend::{Executor, ExecutorOptions, Selection, open_selected, select};
+use aotron::checkpoint::is_checkpoint;
 use aotron::compile::Progress;
-use aotron::engine::{Package, PlanInfo};
+use aotron::engine::{Package, PlanInfo, is_package};
 use aotron::runtime::Session;
 use aotron::text::{ChatFormat, Tokenizer};
 
@@ -30,6 +32,7 @@ pub struct OpenedEngine {
 impl EngineFlags {
     /// The package only, without opening its plan.
     pub fn package(&self) -> aotron::Result<Package> {
+        refuse_checkpoint(&self.engine)?;
         Package::open(&self.engine)
     }
 
@@ -120,7 +123,39 @@ impl OpenedEngine {
     }
 }
 
+/// Refuses a checkpoint where a package belongs, with the command that makes one of it.
+pub fn refuse_checkpoint(path: &Path) -> aotron::Result<()> {
+    match !is_package(path) && is_checkpoint(path) {
+        true => {
+            let build = format!("`aotron build {}` makes one of it", shell_word(path));
+            Err(aotron::Error::package(path, format!("this is a checkpoint, not an engine package; {build}")))
+        }
+        false => Ok(()),
+    }
+}
+
+/// A path quoted for pasting into a shell.
+pub fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+,:@%".contains(c);
+    if text.chars().all(plain) && !text.starts_with('-') {
+        return text;
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
 /// Notes that the output will be token ids, if the package has no tokenizer.
 pub fn note_ids_only(package: &Package) {
     term::note(format!("{} has no tokenizer: the answer is token ids", package.path().display()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_survive_a_shell() {
+        assert_eq!(shell_word(Path::new("engines/tiny-chat")), "engines/tiny-chat");
+        assert_eq!(shell_word(Path::new("my engine's")), r"'my engine'\''s'");
+    }
 }

@@ -1,6 +1,7 @@
 //! `aotron inspect`: shows the contents of a package or a checkpoint.
 
 mod checkpoint;
+mod cpu_plan;
 mod kernels;
 mod network;
 mod tensorrt;
@@ -18,11 +19,12 @@ use aotron::compile::{Calibration, PassReport, Precision, Recipe, open_checkpoin
 use aotron::engine::{GenerationSettings, Manifest, Package, is_package};
 use aotron::graph::Graph;
 use aotron::runtime::SamplingParams;
-use aotron::text::ChatFormat;
+use aotron::text::{ChatFormat, ChatTemplate};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use checkpoint::Facts;
+pub use cpu_plan::CpuPlanFacts;
 
 use super::args::Format;
 use super::term::{self, Stages, Style};
@@ -68,7 +70,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
             term::print_json(&json)
         }
         Format::Text => {
-            let mut out = std::io::stdout().lock();
+            let mut out = term::stdout();
             match dumps.text() {
                 Some(text) => write!(out, "{}", term::harmless(&text))?,
                 None => {
@@ -107,7 +109,7 @@ impl Dumps {
             let (graph, reports) = optimized_graph(config, precision, limits.max_sequence_tokens, Some(&calibration))?;
             dumps.passes = flags.passes.then_some(reports);
             if flags.program {
-                dumps.program = Some(lower(&graph, &limits, CpuTarget::native())?.program);
+                dumps.program = Some(lower(&graph, &limits, CpuTarget::native()?)?.program);
             }
             dumps.graph = flags.graph.then_some(graph);
         }
@@ -183,6 +185,10 @@ impl Subject {
                 "kind": "engine",
                 "path": package.path(),
                 "parameters": package.manifest().model.parameters(),
+                "cpu_plan": CpuPlanFacts::of(package).map(|facts| match facts {
+                    Ok(facts) => json!(facts),
+                    Err(error) => json!({"error": error.to_string()}),
+                }),
                 "manifest": package.manifest(),
             })),
             Subject::Checkpoint(checkpoint) => {
@@ -198,7 +204,8 @@ impl Subject {
                     "details": details.collect::<serde_json::Map<String, Value>>(),
                     "tokenizer": facts.tokenizer_json(),
                     "ends": facts.text.format.stop_ids(),
-                    "chat_format": facts.text.format,
+                    "chat_format": facts.has_format.then_some(&facts.text.format),
+                    "chat_templates": facts.templates,
                     "generation": facts.text.generation,
                     "notes": facts.text.notes,
                     "warnings": facts.text.warnings,
@@ -222,7 +229,7 @@ impl Subject {
             Subject::Engine(package) => lines.engine(package),
             Subject::Checkpoint(checkpoint) => lines.checkpoint(checkpoint)?,
             Subject::Config(path, config) => {
-                lines.lines.push(lines.style.bold(format!("{}, a config", path.display())));
+                lines.title(format!("{}, a config", path.display()));
                 lines.model(config);
             }
         }
@@ -233,11 +240,19 @@ impl Subject {
 /// A package's chat format and generation defaults, as labelled texts.
 pub fn text_facts(manifest: &Manifest) -> Vec<(&'static str, String)> {
     let (format, settings) = (&manifest.chat_format, &manifest.generation);
-    let mut facts = vec![("chat", format.template.describe()), ("generation", generation(format, settings))];
+    let mut facts = vec![("chat", chat(format)), ("generation", generation(format, settings))];
     if !settings.unused.is_empty() {
         facts.push(("not used", format!("{}, of generation_config.json", settings.unused.join(", "))));
     }
     facts
+}
+
+/// The chat template, and the names of the checkpoint's others.
+fn chat(format: &ChatFormat) -> String {
+    let is_other = |name: &&str| !matches!(&format.template, ChatTemplate::Jinja(jinja) if jinja.name == **name);
+    let others: Vec<&str> = format.named_templates.keys().map(String::as_str).filter(is_other).collect();
+    let also = if others.is_empty() { String::new() } else { format!(", also {}", others.join(", ")) };
+    format!("{}{also}", format.template.describe())
 }
 
 /// A summary of stops and generation defaults.
@@ -269,9 +284,13 @@ impl FactLines {
         self.lines.push(format!("{} {text}", self.style.dim(format!("{name:<12}"))));
     }
 
+    fn title(&mut self, text: impl AsRef<str>) {
+        self.lines.push(self.style.bold(term::harmless(text.as_ref())));
+    }
+
     fn engine(&mut self, package: &Package) {
         let manifest = package.manifest();
-        self.lines.push(self.style.bold(format!("{}, an engine package", package.path().display())));
+        self.title(format!("{}, an engine package", package.path().display()));
         self.fact("built by", format!("{}, format {}", manifest.tool, manifest.format_version));
         self.fact("from", format!("{} checkpoint {}", manifest.checkpoint.format, manifest.checkpoint.digest));
         self.model(&manifest.model);
@@ -290,6 +309,9 @@ impl FactLines {
                 &format!("{} plan", plan.target),
                 format!("{}, {}", plan.precision, plan.plan.as_deref().unwrap_or("only prepared")),
             );
+            if let ("cpu", Some(facts)) = (plan.target.as_str(), CpuPlanFacts::of(package)) {
+                self.fact("  packed for", facts.map_or_else(|error| format!("unknown: {error}"), |it| it.to_string()));
+            }
             self.fact(
                 "  limits",
                 format!(
@@ -319,7 +341,7 @@ impl FactLines {
 
     fn checkpoint(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
         let title = format!("{}, a {} checkpoint", checkpoint.path().display(), checkpoint.format());
-        self.lines.push(self.style.bold(title));
+        self.title(title);
         let config = checkpoint.config();
         self.model(config);
         self.fact("weights", term::bytes(checkpoint.weight_bytes()));
@@ -332,7 +354,10 @@ impl FactLines {
         }
         let kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim;
         self.fact("KV memory", format!("{} bytes per token in bf16, {} in f32", 2 * kv_values, 4 * kv_values));
-        self.fact("chat", facts.text.format.template.describe());
+        match facts.has_format {
+            true => self.fact("chat", chat(&facts.text.format)),
+            false => self.fact("chat", format!("none called default, but {}", facts.templates.join(", "))),
+        }
         self.fact("generation", generation(&facts.text.format, &facts.text.generation));
         for note in &facts.text.notes {
             self.fact("", note);
@@ -345,10 +370,10 @@ impl FactLines {
             self.fact("tensor", format!("{line:<70} {:>10}", term::bytes(bytes)));
         }
         for warning in facts.text.warnings.iter().chain(&facts.text.refusals) {
-            term::warn(term::harmless(warning));
+            term::warn(warning);
         }
         for difference in facts.differences {
-            term::warn(term::harmless(&format!("differs from the model card: {difference}")));
+            term::warn(format!("differs from the model card: {difference}"));
         }
         Ok(())
     }

@@ -21,18 +21,33 @@ mod whole_file;
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::builder::Styles;
+use clap::{CommandFactory, FromArgMatches};
 
 use args::{Args, Command};
 
 /// Parses the arguments, runs the command and reports its error. The exit code is 1, or 2 for invalid arguments.
 pub fn main() -> ExitCode {
-    let command = Args::parse().command;
-    show_log();
-    match run(command) {
+    let done = parse().map_err(anyhow::Error::from).and_then(|args| {
+        show_log();
+        run(args.command)
+    });
+    // What is still buffered may meet a full disk too.
+    match done.and_then(|()| Ok(term::stdout().flush()?)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => report(&error),
     }
+}
+
+/// Returns true if printing an argument as it is could do harm.
+fn has_harmful_argument() -> bool {
+    std::env::args_os().any(|argument| argument.to_string_lossy().contains(term::is_harmful))
+}
+
+fn parse() -> Result<Args, clap::Error> {
+    // Clap quotes arguments as they are. Without its colours, what is escaped in its messages is the arguments' alone.
+    let styles = if has_harmful_argument() { Styles::plain() } else { Styles::styled() };
+    Args::from_arg_matches(&Args::command().styles(styles).try_get_matches()?)
 }
 
 /// Prints TensorRT's log to standard error at the level set by AOTRON_LOG: `info`, or `tensorrt=debug`. Off if it is
@@ -60,16 +75,30 @@ fn run(command: Command) -> anyhow::Result<()> {
 
 fn report(error: &anyhow::Error) -> ExitCode {
     if let Some(usage) = error.downcast_ref::<clap::Error>() {
-        let _ = usage.print();
-        return ExitCode::from(2);
+        return show_usage(usage);
     }
     // The reader of our output has closed it, as `head` does.
     let is_closed_pipe = |e: &std::io::Error| e.kind() == ErrorKind::BrokenPipe;
     if error.chain().any(|cause| cause.downcast_ref().is_some_and(is_closed_pipe)) {
         return ExitCode::SUCCESS;
     }
-    let _ = writeln!(std::io::stderr(), "{} {}", term::on_stderr().bold_red("error:"), message(error));
+    term::error(message(error));
     ExitCode::FAILURE
+}
+
+/// Prints invalid arguments on standard error, or the help or version that was asked for on standard output.
+fn show_usage(usage: &clap::Error) -> ExitCode {
+    if !usage.use_stderr() {
+        return match usage.print().map_err(anyhow::Error::from).and_then(|()| Ok(term::stdout().flush()?)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => report(&error.context("cannot write to standard output")),
+        };
+    }
+    let _ = match has_harmful_argument() {
+        true => write!(std::io::stderr(), "{}", term::escaped(usage.render().ansi())),
+        false => usage.print(),
+    };
+    ExitCode::from(2)
 }
 
 /// The error and its causes on one line, skipping causes that are already quoted by their consequence.

@@ -24,7 +24,7 @@ pub struct PromptFlags {
     #[arg(short = 'f', long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
     /// The prompt's token ids, comma-separated; nothing is added to them
-    #[arg(long, value_name = "IDS", value_parser = token_ids, conflicts_with_all = ["raw", "system"])]
+    #[arg(long, value_name = "IDS", value_parser = token_ids, conflicts_with_all = ["raw", "bos", "system"])]
     token_ids: Option<TokenIds>,
 }
 
@@ -40,11 +40,11 @@ pub enum Prompt {
 }
 
 impl PromptFlags {
-    /// Reads the prompt. A byte order mark at the start of a file is dropped and, with `as_message`, so is the line
-    /// break at its end.
+    /// Reads the prompt. A byte order mark at its start is dropped and, with `as_message`, so is the line break at the end
+    /// of a file.
     pub fn read(&self, as_message: bool) -> anyhow::Result<Prompt> {
         if let Some(text) = &self.prompt {
-            return Ok(Prompt::Text(text.clone()));
+            return Ok(Prompt::Text(without_byte_order_mark(text).to_owned()));
         }
         if let Some(ids) = &self.token_ids {
             return Ok(Prompt::TokenIds(ids.0.clone()));
@@ -71,13 +71,18 @@ impl PromptFlags {
     }
 }
 
+/// The name in messages of what [`read_file`] reads.
+pub fn input_name(path: &Path) -> String {
+    if path == Path::new("-") { STDIN.to_owned() } else { path.display().to_string() }
+}
+
 /// Reads a text file, `-` for standard input.
 pub fn read_file(path: &Path) -> anyhow::Result<String> {
     if path == Path::new("-") {
         return text_of(std::io::stdin().lock(), STDIN);
     }
     let file = std::fs::File::open(path).map_err(aotron::Error::io("open", path))?;
-    text_of(file, &path.display().to_string())
+    text_of(file, &input_name(path))
 }
 
 /// Strips the byte order mark that some editors put at the start of a file.

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use anyhow::bail;
 use aotron::engine::Manifest;
 use aotron::runtime::{Completion, FinishReason, GenerationRequest};
-use aotron::text::{ChatFormat, Message, Tokenizer};
+use aotron::text::{ChatFormat, ChatTemplate, Message, Tokenizer};
 use serde_json::{Value, json};
 
 use super::args::{ChatFlags, EngineFlags, Format, SamplingFlags, usage};
@@ -24,8 +24,8 @@ pub struct Flags {
     /// Continue the text itself, without the chat template
     #[arg(long, conflicts_with_all = ["system", "chat_format", "escape_markers"])]
     raw: bool,
-    /// With --raw: start with the begin-of-text id, as the tokenizer would
-    #[arg(long, requires = "raw")]
+    /// With --raw or the chat format raw: start with the begin-of-text id, as the tokenizer would
+    #[arg(long)]
     bos: bool,
     #[command(flatten)]
     chat: ChatFlags,
@@ -33,7 +33,7 @@ pub struct Flags {
     #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
     /// Maximum tokens of the answer [default: the engine's, usually 200]
-    #[arg(short = 'n', long, value_name = "N")]
+    #[arg(short = 'n', long, value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<usize>,
     /// Also end the answer before TEXT; can be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
@@ -71,41 +71,52 @@ impl Flags {
                  tokenizer.json or a tokenizer.model",
                 self.engine.engine.display()
             ),
-            (Prompt::Text(text), _) if text.is_empty() && !self.bos => {
+            (Prompt::Text(text), _) if text.trim().is_empty() && !self.bos => {
                 return Err(usage("the prompt is empty; there is nothing to answer"));
             }
             (Prompt::Text(text), Some(tokenizer)) if self.raw => {
-                without_template(self.raw_ids(&text, tokenizer, manifest)?)
+                without_template(self.with_bos(tokenizer.encode(&text)?, tokenizer, manifest)?)
             }
             (Prompt::Text(text), Some(tokenizer)) => {
                 let system = self.system.iter().map(Message::system);
                 let messages: Vec<Message> = system.chain([Message::user(text)]).collect();
-                GenerationRequest::chat(tokenizer, format, &messages)?
+                let mut request = GenerationRequest::chat(tokenizer, format, &messages)?;
+                match &format.template {
+                    ChatTemplate::Raw => request.prompt = self.with_bos(request.prompt, tokenizer, manifest)?,
+                    _ if self.bos => {
+                        let template = format.template.describe();
+                        return Err(usage(format!("--bos is for --raw and the chat format raw, not for {template}")));
+                    }
+                    _ => {}
+                }
+                request
             }
         };
         let max_tokens = self.max_tokens.unwrap_or(settings.max_tokens);
-        let sampling = self.sampling.params(&settings.into());
+        let vocab_size = tokenizer.map_or(manifest.model.vocab_size, Tokenizer::vocab_size);
+        let sampling = self.sampling.params(&settings.into(), vocab_size)?;
         Ok(request.sampling(sampling).max_tokens(max_tokens).stop_strings(&self.stop))
     }
 
-    /// The ids of a text without the chat template, preceded by the begin-of-text id if requested. Otherwise notes if
-    /// the tokenizer would have added one.
-    fn raw_ids(&self, text: &str, tokenizer: &Tokenizer, manifest: &Manifest) -> anyhow::Result<Vec<u32>> {
+    /// The ids of a text without a template, preceded by the begin-of-text id if requested, unless the text starts with
+    /// it. Otherwise notes if the tokenizer would have added one.
+    fn with_bos(&self, text: Vec<u32>, tokenizer: &Tokenizer, manifest: &Manifest) -> anyhow::Result<Vec<u32>> {
         let usual = tokenizer.prefix()?;
         let pieces = |ids: &[u32]| -> String {
             ids.iter().map(|id| format!("{} ({id})", tokenizer.piece(*id).unwrap_or_default())).collect()
         };
         let mut ids = match (self.bos, &usual[..], manifest.model.bos_token_id) {
             (true, [], None) => bail!("--bos: the package has no begin-of-text id"),
-            (true, [], Some(bos)) => vec![bos],
-            (true, usual, _) => usual.to_vec(),
-            (false, [], _) => Vec::new(),
+            (true, [], Some(bos)) if text.first() != Some(&bos) => vec![bos],
+            (true, usual, _) if !text.starts_with(usual) => usual.to_vec(),
+            (true, ..) | (false, [], _) => Vec::new(),
+            (false, usual, _) if text.starts_with(usual) => Vec::new(),
             (false, usual, _) => {
-                term::note(format!("the tokenizer would put {} in front; --bos does", term::harmless(&pieces(usual))));
+                term::note(format!("the tokenizer would put {} in front; --bos does", pieces(usual)));
                 Vec::new()
             }
         };
-        ids.extend(tokenizer.encode(text)?);
+        ids.extend(text);
         Ok(ids)
     }
 }
@@ -135,11 +146,11 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     match flags.format {
         Format::Json => {
             let json = as_json(&completion, has_text, load_seconds);
-            writeln!(std::io::stdout().lock(), "{json}")?;
+            writeln!(term::stdout(), "{json}")?;
         }
         Format::Text if !has_text => {
             let ids: Vec<String> = completion.token_ids.iter().map(u32::to_string).collect();
-            writeln!(std::io::stdout().lock(), "{}", ids.join(","))?;
+            writeln!(term::stdout(), "{}", ids.join(","))?;
         }
         Format::Text => {
             if !streams {
@@ -147,7 +158,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
             }
             answer.end_line()?;
             if completion.text.is_empty() {
-                writeln!(std::io::stdout().lock())?;
+                writeln!(term::stdout())?;
             }
             if completion.finish_reason == FinishReason::Length && std::io::stderr().is_terminal() {
                 term::note(why_cut(&completion, max_tokens));
@@ -172,7 +183,7 @@ impl AnswerPrinter {
     pub fn show(&mut self, text: &str) -> ControlFlow<()> {
         let Some(last) = text.chars().last() else { return ControlFlow::Continue(()) };
         self.ends_line = last == '\n';
-        let mut out = std::io::stdout().lock();
+        let mut out = term::stdout();
         let written = match self.is_terminal {
             true => out.write_all(term::harmless(text).as_bytes()),
             false => out.write_all(text.as_bytes()),
@@ -191,7 +202,7 @@ impl AnswerPrinter {
         match self.failure {
             Some(failure) => Err(failure.into()),
             None if self.ends_line => Ok(()),
-            None => Ok(writeln!(std::io::stdout().lock())?),
+            None => Ok(writeln!(term::stdout())?),
         }
     }
 }

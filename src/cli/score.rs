@@ -137,7 +137,7 @@ fn start_logits(path: &Path, lists: &[Vec<u32>], limits: &Limits) -> aotron::Res
 
 fn print_table(scores: &[Score], overall: &Score) -> anyhow::Result<()> {
     let style = term::on_stdout();
-    let mut out = std::io::stdout().lock();
+    let mut out = term::stdout();
     let header = format!("{:>6} {:>8} {:>16} {:>10} {:>12}", "list", "tokens", "log-probability", "mean", "perplexity");
     writeln!(out, "{}", style.dim(header))?;
     let rows = scores.iter().enumerate().map(|(index, score)| (index.to_string(), score));

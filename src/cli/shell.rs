@@ -28,7 +28,7 @@ pub struct ManFlags {
 }
 
 pub fn completions(flags: &CompletionFlags) -> anyhow::Result<()> {
-    Ok(std::io::stdout().lock().write_all(&script(flags.shell))?)
+    Ok(super::term::stdout().write_all(&script(flags.shell))?)
 }
 
 fn script(shell: Shell) -> Vec<u8> {
@@ -44,7 +44,7 @@ pub fn man(flags: &ManFlags) -> anyhow::Result<()> {
     }
     let mut page = Vec::new();
     Man::new(Args::command()).render(&mut page)?;
-    Ok(std::io::stdout().lock().write_all(&page)?)
+    Ok(super::term::stdout().write_all(&page)?)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Terminal output: colours, human-readable sizes, progress.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::{IsTerminal, StdoutLock, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -75,20 +75,47 @@ impl Style {
     }
 }
 
-/// Prints a note on standard error.
+/// Prints a note on standard error, safe for a terminal whatever files and arguments the message quotes.
 pub fn note(message: impl Display) {
-    let _ = writeln!(std::io::stderr(), "{} {message}", on_stderr().dim("note:"));
+    let _ = writeln!(std::io::stderr(), "{} {}", on_stderr().dim("note:"), escaped(message));
 }
 
-/// Prints a warning on standard error.
+/// Prints a warning on standard error, as safe as a note.
 pub fn warn(message: impl Display) {
-    let _ = writeln!(std::io::stderr(), "{} {message}", on_stderr().yellow("warning:"));
+    let _ = writeln!(std::io::stderr(), "{} {}", on_stderr().yellow("warning:"), escaped(message));
+}
+
+/// Prints an error on standard error, as safe as a note.
+pub fn error(message: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{} {}", on_stderr().bold_red("error:"), escaped(message));
+}
+
+/// Standard output, whose errors name it.
+pub struct Stdout(StdoutLock<'static>);
+
+/// Locks standard output.
+pub fn stdout() -> Stdout {
+    Stdout(std::io::stdout().lock())
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.write(bytes).map_err(of_stdout)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush().map_err(of_stdout)
+    }
+}
+
+fn of_stdout(error: std::io::Error) -> std::io::Error {
+    std::io::Error::new(error.kind(), format!("cannot write to standard output: {error}"))
 }
 
 /// Prints a value as indented JSON.
 pub fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
     let text = serde_json::to_string_pretty(value)?;
-    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+    Ok(writeln!(stdout(), "{text}")?)
 }
 
 /// A human-readable size in the format of the progress bars: `7.86 MiB`.
@@ -114,9 +141,29 @@ pub fn plural(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// Text from a model or a file, made safe for a terminal: control characters are shown as U+FFFD.
+/// Text from a model or a file, made safe for a terminal: control characters and those that reorder a line are shown as
+/// U+FFFD.
 pub fn harmless(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+    text.chars().map(|c| if is_harmful(c) { '\u{fffd}' } else { c }).collect()
+}
+
+/// A message that may quote a path or a file, made safe for a terminal: what [`harmless`] hides is escaped, so that it can
+/// be told which character it was.
+pub fn escaped(message: impl Display) -> String {
+    let mut text = String::new();
+    for c in message.to_string().chars() {
+        match is_harmful(c) {
+            true => text.extend(c.escape_default()),
+            false => text.push(c),
+        }
+    }
+    text
+}
+
+/// Returns true for control characters other than line breaks and tabs, and for bidirectional embeddings, overrides and
+/// isolates, which make a line read other than it is.
+pub fn is_harmful(c: char) -> bool {
+    (c.is_control() && c != '\n' && c != '\t') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// A progress bar over `total` items, drawn on standard error if that is a terminal.
@@ -251,7 +298,7 @@ impl Progress for Stages {
     }
 
     fn note(&self, message: &str) {
-        self.aside(&|| note(harmless(message)));
+        self.aside(&|| note(message));
     }
 
     fn warn(&self, message: &str) {
@@ -286,6 +333,9 @@ mod tests {
 
     #[test]
     fn escapes_do_not_reach_a_terminal() {
-        assert_eq!(harmless("a\tb\n\u{1b}[2Jé"), "a\tb\n\u{fffd}[2Jé");
+        assert_eq!(harmless("a\tb\n\u{1b}[2Jé\u{202e}"), "a\tb\n\u{fffd}[2Jé\u{fffd}");
+        let once = "a\tb\n\\u{1b}[2Jé\\u{202e}\\u{2066}\\u{9b}";
+        assert_eq!(escaped("a\tb\n\u{1b}[2Jé\u{202e}\u{2066}\u{9b}"), once);
+        assert_eq!(escaped(once), once, "what is escaped already stays as it is");
     }
 }

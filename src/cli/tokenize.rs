@@ -10,7 +10,7 @@ use aotron::text::{ChatFormat, FormatProblems, Message, Tokenizer};
 use serde_json::Value;
 
 use super::args::ChatFlags;
-use super::prompt::read_file;
+use super::prompt::{input_name, read_file};
 use super::term::{self, Stages};
 
 /// Flags of `aotron tokenize`.
@@ -47,7 +47,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     };
     let pieces: Vec<Option<String>> = ids.iter().map(|id| tokenizer.piece(*id)).collect();
     let json = serde_json::json!({"ids": ids, "pieces": pieces});
-    Ok(writeln!(std::io::stdout().lock(), "{json}")?)
+    Ok(writeln!(term::stdout(), "{json}")?)
 }
 
 /// The chosen chat format and its tokenizer. A format that the tokenizer cannot express is shown all the same.
@@ -64,7 +64,7 @@ fn open(flags: &Flags) -> anyhow::Result<(Tokenizer, ChatFormat)> {
         let format = ChatFormat { escape_markers: flags.chat.escape_markers, ..text.format };
         (format, text.tokenizer.map(|(_, tokenizer)| tokenizer), text.refusals)
     };
-    problems.iter().for_each(|problem| term::warn(term::harmless(problem)));
+    problems.iter().for_each(|problem| term::warn(problem));
     let Some(tokenizer) = tokenizer else {
         bail!("{} has no tokenizer", flags.path.display());
     };
@@ -74,13 +74,15 @@ fn open(flags: &Flags) -> anyhow::Result<(Tokenizer, ChatFormat)> {
 /// A list of messages, at the top level or under the key `messages`.
 fn messages(path: &Path) -> anyhow::Result<Vec<Value>> {
     let text = read_file(path)?;
-    let json: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+    let json: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", input_name(path)))?;
     let list = match json {
         Value::Object(mut object) => object.swap_remove("messages"),
         other => Some(other),
     };
     match list {
         Some(Value::Array(messages)) if messages.iter().all(Value::is_object) => Ok(messages),
-        _ => bail!("{} is not a list of messages such as {{\"role\": \"user\", \"content\": \"Hi\"}}", path.display()),
+        _ => {
+            bail!("{} is not a list of messages such as {{\"role\": \"user\", \"content\": \"Hi\"}}", input_name(path))
+        }
     }
 }

@@ -20,9 +20,9 @@ use crate::backend::tensorrt::lower::{Constants, PlanWeight};
 use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, clip};
 use crate::tensor_file::TensorFile;
-use crate::text::{ChatFormat, Tokenizer};
+use crate::text::{ChatFormat, ChatTemplate, NemotronMarkers, Tokenizer};
 
 /// Baseline: code, tables and thread stacks.
 const PROGRAM_BYTES: u64 = 64 << 20;
@@ -61,7 +61,7 @@ impl LoweredPlan {
                 let (graph, reports) =
                     optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
                 Ok(LoweredPlan::Cpu {
-                    lowered: Box::new(cpu::lower::lower(&graph, limits, recipe.cpu_target())?),
+                    lowered: Box::new(cpu::lower::lower(&graph, limits, recipe.cpu_target()?)?),
                     reports,
                 })
             }
@@ -420,7 +420,7 @@ fn plan_calibration(
     let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
     let prompts = calibration::prompts(request.calibration.as_ref(), text, &limits, progress)?;
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
-    let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target())?;
+    let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target()?)?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
     Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none() }))
 }
@@ -429,10 +429,10 @@ fn plan_calibration(
 fn check_recipes(recipes: &[Recipe]) -> Result<()> {
     for (index, recipe) in recipes.iter().enumerate() {
         recipe.check()?;
-        let name = recipe.target.name();
+        let target = recipe.target.name();
         if recipes.iter().take(index).any(|other| other.target == recipe.target) {
-            let detail = "it is named twice; a package has one plan for a target".into();
-            return Err(Error::Recipe { name: name.into(), detail });
+            let detail = format!("it is the second one for the target {target}; a package has one plan for a target");
+            return Err(recipe.refusal(detail));
         }
     }
     match recipes.is_empty() {
@@ -442,7 +442,7 @@ fn check_recipes(recipes: &[Recipe]) -> Result<()> {
 }
 
 fn recipe_names(recipes: &[Recipe]) -> String {
-    let names: Vec<&str> = recipes.iter().map(|recipe| recipe.target.name()).collect();
+    let names: Vec<&str> = recipes.iter().map(|recipe| recipe.name.as_str()).collect();
     names.join(", ")
 }
 
@@ -463,13 +463,27 @@ fn check_text(checkpoint: &Checkpoint, text: &CheckpointText, progress: &dyn Pro
     match &text.refusals[..] {
         [] => Ok(()),
         reasons => {
+            let (reasons, others) = (reasons.join("; "), other_formats(&text.format).join(", "));
             let detail = format!(
-                "{}; name another chat format with --chat-format: nemotron, raw, or a .jinja",
-                reasons.join("; ")
+                "{reasons}; name another chat format with --chat-format: {others}, or a file that ends in .jinja"
             );
             Err(Error::unsupported(checkpoint.path(), detail))
         }
     }
+}
+
+/// Names of the formats other than `refused` that `--chat-format` takes for its checkpoint.
+fn other_formats(refused: &ChatFormat) -> Vec<String> {
+    let refused_name = match &refused.template {
+        ChatTemplate::Nemotron(markers) if *markers == NemotronMarkers::default() => "nemotron",
+        // `--chat-format nemotron` is the one with the model card's markers.
+        ChatTemplate::Nemotron(_) => "",
+        ChatTemplate::Jinja(jinja) => &jinja.name,
+        ChatTemplate::Raw => "raw",
+    };
+    let built_in = ChatTemplate::built_in_names();
+    let named = refused.named_templates.keys().map(String::as_str).filter(|name| !built_in.contains(name));
+    built_in.iter().copied().chain(named).filter(|name| *name != refused_name).map(clip).collect()
 }
 
 fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {

@@ -1,12 +1,13 @@
 //! Compiles the plans of an existing package from its own weights: on the GPU that a package was prepared for, for
 //! another TensorRT version, another GPU, or another CPU.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gpu::{GpuPlan, PlanCompiler, precision_of};
 use super::repack::repack;
-use super::{BuildSummary, Calibration, PlanSummary, Progress, Recipe, Target, add_engines, plan_info};
+use super::{BuildSummary, Calibration, PlanSummary, Precision, Progress, Recipe, Target, add_engines, plan_info};
 use crate::backend::tensorrt::lower::Constants;
 use crate::backend::tensorrt::pack;
 use crate::engine::{Manifest, Package, PackageWriter, PlanInfo};
@@ -19,8 +20,8 @@ pub struct FinishRequest {
     /// The package; the finished one replaces it.
     pub package: PathBuf,
     /// For a GPU: adds a plan by this recipe, from the package's TensorRT weights, instead of compiling its existing
-    /// plans. For a CPU: repacks the CPU plan's weights for the recipe's CPU. Precision and sequence length are those
-    /// of the weights.
+    /// plans. For a CPU: repacks the CPU plan's weights for the recipe's CPU; of a built-in recipe nothing else is taken.
+    /// Precision and sequence length are those of the weights: a recipe file that names others is refused.
     pub recipe: Option<Recipe>,
 }
 
@@ -122,12 +123,16 @@ fn plans_to_compile(package: &Package, recipe: Option<&Recipe>) -> Result<Vec<(R
         let mut recipe = recipe.clone();
         let wanted = recipe.target.name();
         let source = of_tensorrt.iter().find(|plan| plan.target == wanted).unwrap_or(first);
-        recipe.precision = precision_of(&source.precision).ok_or_else(|| unknown_precision(package, source))?;
+        take_weights_settings(package, source, &mut recipe)?;
         recipe.check()?;
+        if recipe.is_built_in() {
+            // The package stores the recipe's text, so it has to record the values that override it.
+            let (precision, tokens) = (recipe.precision, source.limits.max_sequence_tokens);
+            let line = format!("precision = \"{precision}\", max_sequence_tokens = {tokens}");
+            recipe.text = format!("{}\n\n# From the package's weights: {line}\n", recipe.text.trim_end());
+        }
         let mut plan = (*source).clone();
-        plan.limits.slots = recipe.slots;
-        plan.limits.max_step_tokens = recipe.prefill_chunk_tokens.max(recipe.slots);
-        plan.limits.max_logits_rows = recipe.logits_rows.max(recipe.slots);
+        plan.limits = recipe.step_limits(source.limits.max_sequence_tokens, source.limits.vocab_size);
         return Ok(vec![(recipe, plan)]);
     }
     let prepared: Vec<&&PlanInfo> = of_tensorrt.iter().filter(|plan| plan.plan.is_none()).collect();
@@ -136,7 +141,7 @@ fn plans_to_compile(package: &Package, recipe: Option<&Recipe>) -> Result<Vec<(R
         .into_iter()
         .map(|plan| {
             let mut recipe = Recipe::parse(&format!("of the {} plan", plan.target), &plan.recipe)?;
-            recipe.precision = precision_of(&plan.precision).ok_or_else(|| unknown_precision(package, plan))?;
+            recipe.precision = precision_of_plan(package, plan)?;
             recipe.slots = plan.limits.slots;
             recipe.max_sequence_tokens = Some(plan.limits.max_sequence_tokens);
             Ok((recipe, (*plan).clone()))
@@ -169,7 +174,34 @@ fn not_for_gpus(package: &Package, plan: &PlanInfo) -> Error {
     Error::package(package.path(), format!("its plan for {} is not for a GPU that this aotron knows", plan.target))
 }
 
-fn unknown_precision(package: &Package, plan: &PlanInfo) -> Error {
-    let detail = format!("its {} plan has precision {}, which this aotron does not know", plan.target, plan.precision);
-    Error::package(package.path(), detail)
+fn precision_of_plan(package: &Package, plan: &PlanInfo) -> Result<Precision> {
+    precision_of(&plan.precision).ok_or_else(|| {
+        let detail =
+            format!("its {} plan has precision {}, which this aotron does not know", plan.target, plan.precision);
+        Error::package(package.path(), detail)
+    })
+}
+
+/// Sets a recipe's precision to that of the weights of `plan`, which cannot change. Refuses a recipe file that names
+/// another precision or sequence length; a built-in recipe is named for its target.
+pub(super) fn take_weights_settings(package: &Package, plan: &PlanInfo, recipe: &mut Recipe) -> Result<()> {
+    let (precision, tokens) = (precision_of_plan(package, plan)?, plan.limits.max_sequence_tokens);
+    if !recipe.is_built_in() {
+        let refuse = |key: &str, named: &dyn Display, kept: &dyn Display| {
+            let path = package.path().display();
+            let detail = format!(
+                "{key} is {named}, but the weights of {path} were made for {kept}, which --finish keeps; name that, or \
+                 build from the checkpoint"
+            );
+            Err(recipe.refusal(detail))
+        };
+        if recipe.precision != precision {
+            return refuse("precision", &recipe.precision, &precision);
+        }
+        if let Some(named) = recipe.max_sequence_tokens.filter(|named| *named != tokens) {
+            return refuse("max_sequence_tokens", &named, &tokens);
+        }
+    }
+    recipe.precision = precision;
+    Ok(())
 }

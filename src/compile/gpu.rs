@@ -140,7 +140,7 @@ impl GpuPlan {
     ) -> Result<GpuPlan> {
         let (Some(options), Some(compute_capability)) = (&recipe.tensorrt, recipe.target.compute_capability()) else {
             let detail = "it is not for a GPU".into();
-            return Err(Error::Recipe { name: recipe.target.name().into(), detail });
+            return Err(Error::Recipe { name: recipe.name.clone(), detail });
         };
         let sizes = recipe.tensorrt_sizes(options, limits);
         let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;

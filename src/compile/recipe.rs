@@ -27,6 +27,8 @@ const MOST_TOP_TOKENS: usize = 3840;
 /// Settings of a plan to build.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recipe {
+    /// Name of a built-in recipe, or the path of a file.
+    pub name: String,
     /// Target that the plan runs on.
     pub target: Target,
     /// Precision that it computes in.
@@ -127,6 +129,11 @@ impl Recipe {
         BUILT_IN.iter().map(|(name, _)| *name)
     }
 
+    /// Returns true for a built-in recipe, whose settings the user did not write.
+    pub fn is_built_in(&self) -> bool {
+        Recipe::built_in().any(|name| name == self.name)
+    }
+
     /// Loads a built-in recipe by name, or else the file at that path.
     ///
     /// # Errors
@@ -196,6 +203,7 @@ impl Recipe {
             (None, None) => {}
         }
         let recipe = Recipe {
+            name: name.into(),
             target: raw.target,
             precision: raw.precision,
             slots: within("slots", raw.slots, 1024)?,
@@ -210,10 +218,7 @@ impl Recipe {
             tensorrt: raw.tensorrt,
             text: text.into(),
         };
-        recipe.check().map_err(|error| match error {
-            Error::Recipe { detail, .. } => refuse(detail),
-            other => other,
-        })?;
+        recipe.check()?;
         Ok(recipe)
     }
 
@@ -228,21 +233,26 @@ impl Recipe {
                 self.target.name(),
                 self.precision
             );
-            return Err(Error::Recipe { name: self.target.name().into(), detail });
+            return Err(self.refusal(detail));
         }
         match self.target.precisions().contains(&self.precision) {
             true => Ok(()),
-            false => Err(Error::Recipe { name: self.target.name().into(), detail: self.unsupported() }),
+            false => Err(self.refusal(self.unsupported())),
         }
     }
 
+    /// That a setting of this recipe does not fit.
+    pub(super) fn refusal(&self, detail: impl Into<String>) -> Error {
+        Error::Recipe { name: self.name.clone(), detail: detail.into() }
+    }
+
     /// The CPU that a CPU plan is lowered for.
-    pub fn cpu_target(&self) -> CpuTarget {
-        let CpuTarget { features, .. } = CpuTarget::native();
-        CpuTarget {
-            features: self.cpu.unwrap_or(features),
-            quantize_activations: self.quantize_activations.unwrap_or(false),
-        }
+    ///
+    /// # Errors
+    /// As [`CpuTarget::native`], where the recipe names no CPU.
+    pub fn cpu_target(&self) -> Result<CpuTarget> {
+        let features = self.cpu.map_or_else(|| CpuTarget::native().map(|native| native.features), Ok)?;
+        Ok(CpuTarget { features, quantize_activations: self.quantize_activations.unwrap_or(false) })
     }
 
     fn unsupported(&self) -> String {
@@ -272,16 +282,21 @@ impl Recipe {
         let max_sequence_tokens = self.max_sequence_tokens.unwrap_or(most);
         if max_sequence_tokens > most {
             let detail = format!("max_sequence_tokens is {max_sequence_tokens}, but the model was trained for {most}");
-            return Err(Error::Recipe { name: self.target.name().into(), detail });
+            return Err(self.refusal(detail));
         }
-        Ok(Limits {
+        Ok(self.step_limits(max_sequence_tokens, model.vocab_size))
+    }
+
+    /// Limits of a plan for sequences of this length.
+    pub(super) fn step_limits(&self, max_sequence_tokens: usize, vocab_size: usize) -> Limits {
+        Limits {
             slots: self.slots,
             max_sequence_tokens,
             // A decode step has one token, and one row of logits, per slot.
             max_step_tokens: self.prefill_chunk_tokens.max(self.slots),
             max_logits_rows: self.logits_rows.max(self.slots),
-            vocab_size: model.vocab_size,
-        })
+            vocab_size,
+        }
     }
 }
 
@@ -296,6 +311,14 @@ mod tests {
         for name in Recipe::built_in() {
             Recipe::load(name).unwrap();
         }
+    }
+
+    #[test]
+    fn a_recipe_file_is_named_by_its_path() {
+        let of_file = Recipe::parse("my.toml", GOOD).unwrap();
+        assert!(!of_file.is_built_in() && Recipe::load("cpu").unwrap().is_built_in());
+        let int8 = Recipe { quantize_activations: Some(true), ..of_file };
+        assert!(int8.check().unwrap_err().to_string().starts_with("recipe my.toml: activations = \"int8\" is for"));
     }
 
     #[test]

@@ -3,25 +3,27 @@
 
 use rayon::prelude::*;
 
-use super::gpu::precision_of;
+use super::finish::take_weights_settings;
 use super::{Calibration, PlanSummary, Progress, Recipe, optimized_graph, plan_info};
 use crate::backend::constants::stored_dtype;
-use crate::backend::cpu::lower::{CpuTarget, lower};
+use crate::backend::cpu::lower::lower;
 use crate::backend::cpu::pack;
-use crate::backend::cpu::program::{Program, ProgramKernel, Storage, WeightSpec};
+use crate::backend::cpu::program::{Program, Storage, WeightSpec};
 use crate::backend::cpu_program;
+use crate::backend::packing::rows_per_piece;
 use crate::engine::{Package, PackageFile, PackageWriter, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::{self, TensorFile};
 
-/// Values per piece, so that a piece stays in a core's cache as FP32.
-const PIECE_ELEMENTS: usize = 1 << 18;
+/// Starts the line that repacking adds to the stored recipe.
+const PACKED_AGAIN: &str = "# Packed again for the CPU ";
 
-/// Writes the package's CPU plan and weights for the CPU of `recipe`, whose other settings except `activations` are
-/// ignored. Returns the plan's entry in the manifest.
+/// Writes the package's CPU plan and weights for the CPU of `recipe`, with its `activations`, if it names them. Limits are
+/// those of a recipe file; of a built-in recipe nothing else is taken. Returns the plan's entry in the manifest.
 ///
 /// # Errors
-/// [`Error::Package`] if there is no CPU plan, or its weights are damaged or do not match its model.
+/// [`Error::Package`] if there is no CPU plan, or its weights are damaged or do not match its model; [`Error::Recipe`] if
+/// a recipe file asks for what those weights are not.
 pub(super) fn repack(
     package: &Package,
     recipe: &Recipe,
@@ -30,24 +32,35 @@ pub(super) fn repack(
 ) -> Result<(PlanInfo, PlanSummary)> {
     let (old, program) = cpu_program(package)?;
     program.validate().map_err(|detail| Error::package(package.path(), format!("its CPU plan: {detail}")))?;
-    let precision = precision_of(&old.precision).ok_or_else(|| {
-        let detail = format!("its CPU plan has precision {}, which this aotron does not know", old.precision);
-        Error::package(package.path(), detail)
-    })?;
-    let mut recipe = Recipe { precision, ..recipe.clone() };
-    let is_quantized = program.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Quantize { .. }));
-    recipe.quantize_activations = Some(recipe.quantize_activations.unwrap_or(is_quantized));
+    let mut recipe = recipe.clone();
+    take_weights_settings(package, old, &mut recipe)?;
+    let quantizes = recipe.quantize_activations.unwrap_or(program.quantizes_activations());
+    recipe.quantize_activations = Some(quantizes);
     recipe.check()?;
-    let CpuTarget { features, .. } = recipe.cpu_target();
-    recipe.text = format!("{}\n# Packed again for the CPU {features}\n", old.recipe.trim_end());
+    let target = recipe.cpu_target()?;
+    let (made_by, limits) = match recipe.is_built_in() {
+        true => (&old.recipe, old.limits.clone()),
+        false => (&recipe.text, recipe.step_limits(old.limits.max_sequence_tokens, old.limits.vocab_size)),
+    };
+    let mut lines: Vec<&str> = made_by.lines().filter(|line| !line.starts_with(PACKED_AGAIN)).collect();
+    let stated = Recipe::parse(&recipe.name, made_by).ok().and_then(|stated| stated.quantize_activations);
+    let activations = match quantizes {
+        true if stated != Some(true) => ", with activations = \"int8\"",
+        false if stated == Some(true) => ", with activations = \"float\"",
+        _ => "",
+    };
+    let packed_again = format!("{PACKED_AGAIN}{}{activations}\n", target.features);
+    lines.push(&packed_again);
+    recipe.text = lines.join("\n");
 
     let file = TensorFile::open(&package.file_path(&old.weights))?;
     progress.stage("verifying", file.mapped().len() as u64);
     package.verify_file(&old.weights, &|bytes| progress.advance(bytes))?;
     let calibration = Calibration::of_program(&program);
     let model = &package.manifest().model;
-    let (graph, reports) = optimized_graph(model, precision, old.limits.max_sequence_tokens, Some(&calibration))?;
-    let lowered = lower(&graph, &old.limits, recipe.cpu_target())?.program;
+    let (graph, reports) =
+        optimized_graph(model, recipe.precision, old.limits.max_sequence_tokens, Some(&calibration))?;
+    let lowered = lower(&graph, &limits, target)?.program;
 
     let specs: Vec<&WeightSpec> =
         pack::file_order(&lowered.weights).into_iter().map(|index| &lowered.weights[index]).collect();
@@ -64,7 +77,7 @@ pub(super) fn repack(
         .map_err(|e| Error::package(package.path(), format!("the plan cannot be written as JSON: {e}")))?;
     writer.add(&plan, |write| write(&text))?;
     let kv_bytes_per_token = lowered.cache.bytes_per_token();
-    let info = plan_info(&recipe, Some(plan), old.weights.clone(), old.limits.clone(), kv_bytes_per_token, None);
+    let info = plan_info(&recipe, Some(plan), old.weights.clone(), limits, kv_bytes_per_token, None);
     let summary = PlanSummary::of(&info, None, reports);
     Ok((info, summary))
 }
@@ -105,7 +118,7 @@ fn write_weight(
     let panel_bytes = bytes.len() / old.rows.div_ceil(old_unit).max(1);
     // Units are whole panels of both packings, several per thread at a time.
     let unit = old_unit * new_unit / gcd(old_unit, new_unit);
-    let rows_at_once = (PIECE_ELEMENTS / spec.columns.max(1)).next_multiple_of(unit).max(unit);
+    let rows_at_once = rows_per_piece(spec.columns, unit);
     let firsts: Vec<usize> = (0..spec.rows).step_by(rows_at_once).collect();
     for firsts in firsts.chunks(4 * rayon::current_num_threads()) {
         let pieces: Vec<Option<Vec<u8>>> = firsts

@@ -21,9 +21,12 @@ pub struct CpuTarget {
 }
 
 impl CpuTarget {
-    /// This machine, without quantized activations.
-    pub fn native() -> CpuTarget {
-        CpuTarget { features: Isa::detect().features(), quantize_activations: false }
+    /// This machine, or the CPU that [`CPU_VARIABLE`](crate::isa::CPU_VARIABLE) names, without quantized activations.
+    ///
+    /// # Errors
+    /// As [`Isa::from_environment`].
+    pub fn native() -> Result<CpuTarget> {
+        Ok(CpuTarget { features: Isa::from_environment()?.features(), quantize_activations: false })
     }
 }
 

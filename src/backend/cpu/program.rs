@@ -231,6 +231,24 @@ impl fmt::Display for Program {
 }
 
 impl Program {
+    /// Names of the packings of its weights, each once, in the order of their first use.
+    pub fn packings(&self) -> Vec<&'static str> {
+        let mut names = Vec::new();
+        for weight in &self.weights {
+            if let Storage::Packed { packing, .. } = weight.storage
+                && !names.contains(&packing.name())
+            {
+                names.push(packing.name());
+            }
+        }
+        names
+    }
+
+    /// Returns true if inputs of linear layers are quantized to 8 bits.
+    pub fn quantizes_activations(&self) -> bool {
+        self.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Quantize { .. }))
+    }
+
     /// A sentence for the user if this CPU supports faster packings than the program was built with.
     pub fn repacking_note(&self, features: CpuFeatures) -> Option<String> {
         let is_better = |kernel: &ProgramKernel| {

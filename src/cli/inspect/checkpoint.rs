@@ -13,6 +13,10 @@ const EXAMPLE: &str = "Hi";
 pub struct Facts {
     /// Tokenizer, template and stops, as a build would use them.
     pub text: CheckpointText,
+    /// Names of its chat templates.
+    pub templates: Vec<String>,
+    /// False if a build needs `--chat-format` since none of them is called default; `text` then has no template.
+    pub has_format: bool,
     /// Token ids of the template applied to [`EXAMPLE`], and their pieces.
     pub template: Option<(Vec<u32>, Vec<String>)>,
     /// Differences of a `.nemo` file from the model card.
@@ -21,10 +25,20 @@ pub struct Facts {
 
 impl Facts {
     pub fn of(checkpoint: &Checkpoint) -> aotron::Result<Facts> {
-        let text = CheckpointText::of(checkpoint, None)?;
+        let templates: Vec<String> = checkpoint.chat_files()?.templates.into_iter().map(|file| file.name).collect();
+        let has_format = templates.is_empty() || templates.iter().any(|name| name == "default");
+        let mut text = CheckpointText::of(checkpoint, if has_format { None } else { Some("raw") })?;
+        if !has_format {
+            text.refusals.push(format!(
+                "none of its chat templates is called default: `aotron build` needs --chat-format, one of {} or another",
+                templates.join(", ")
+            ));
+        }
         let tokenizer = text.tokenizer.as_ref().map(|(_, tokenizer)| tokenizer);
         // A template may reject a lone message; the warnings report it.
-        let ids = tokenizer.and_then(|tokenizer| text.format.prompt(tokenizer, &[Message::user(EXAMPLE)]).ok());
+        let ids = tokenizer
+            .filter(|_| has_format)
+            .and_then(|tokenizer| text.format.prompt(tokenizer, &[Message::user(EXAMPLE)]).ok());
         let template = tokenizer.zip(ids).map(|(tokenizer, ids)| {
             let piece = |id: &u32| tokenizer.piece(*id).unwrap_or_else(|| format!("#{id}"));
             let pieces = ids.iter().map(piece).collect();
@@ -34,7 +48,7 @@ impl Facts {
             "nemo" => card::differences(checkpoint.config(), tokenizer.and_then(card_pieces).as_ref()),
             _ => Vec::new(),
         };
-        Ok(Facts { text, template, differences })
+        Ok(Facts { text, templates, has_format, template, differences })
     }
 
     fn tokenizer(&self) -> Option<&Tokenizer> {

@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::super::args::usage;
-use super::super::build::precision;
+use super::super::build::{precision, recipe_name};
 use super::kernels::{Listing, StepListing};
 use super::network::Networks;
 use super::{Subject, term};
@@ -36,7 +36,7 @@ pub struct PlanFlags {
     #[arg(long, value_name = "all", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = detail)]
     kernels: Option<ListingDetail>,
     /// Recipe of the plan [default: the recipe of the package's plan, or a100]
-    #[arg(long, value_name = "NAME|FILE")]
+    #[arg(long, value_name = "NAME|FILE", value_parser = recipe_name)]
     recipe: Option<String>,
     /// Number format of weights [default: the plan's]
     #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8")]

@@ -76,6 +76,11 @@ impl ChatTemplate {
         Ok(template)
     }
 
+    /// Names of the built-in formats that [`ChatTemplate::choose`] knows.
+    pub fn built_in_names() -> Vec<&'static str> {
+        built_in::names()
+    }
+
     /// Pieces that have to be encoded whole in this template's prompts. In a text, special tokens are plain characters
     /// unless the tokenizer lists them; those that a template writes are intended, and transformers treats every special
     /// token as one.
