@@ -182,7 +182,8 @@ mod tests {
             (r#"{"stop_strings": [""]}"#, "stop_strings: expected at most 60 strings, each of 1 to 1024 bytes"),
             (r#"{"stop_strings": [3]}"#, "stop_strings is 3 (a number), expected strings"),
             (r#"{"top_p": 1.5}"#, "top_p is 1.5"),
-            (r#"{"top_k": -2}"#, "top_k is -2 (a number), expected a whole number"),
+            (r#"{"top_k": -2}"#, "top_k is -2 (a number), expected a whole number of at least 0 and below 2^32"),
+            (r#"{"max_new_tokens": -5}"#, "max_new_tokens is -5 (a number), expected a whole number of at least 0"),
             (r#"{"repetition_penalty": 0}"#, "repetition_penalty is 0, expected 0.01 to 100"),
             (r#"{"do_sample": 1}"#, "do_sample is 1 (a number), expected true or false"),
         ] {

@@ -43,7 +43,7 @@ impl<'a> Keys<'a> {
 
     /// A whole number.
     pub(super) fn size(&mut self, key: &str) -> Result<Option<usize>> {
-        self.read(key, "a whole number", |value| usize::try_from(value.as_u64()?).ok())
+        self.read(key, "a whole number of at least 0", |value| usize::try_from(value.as_u64()?).ok())
     }
 
     /// A required whole number.
@@ -58,7 +58,7 @@ impl<'a> Keys<'a> {
 
     /// A whole number below 2^32.
     pub(super) fn count(&mut self, key: &str) -> Result<Option<u32>> {
-        self.read(key, "a whole number below 2^32", |value| u32::try_from(value.as_u64()?).ok())
+        self.read(key, "a whole number of at least 0 and below 2^32", |value| u32::try_from(value.as_u64()?).ok())
     }
 
     /// `true` or `false`.

@@ -34,7 +34,7 @@ pub struct Flags {
     /// [default: the recipe's]
     #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8")]
     precision: Option<Precision>,
-    /// CPU to pack the CPU plan's weights for: native (this machine's), avx512-bf16, avx512-vnni, avx512, avx2,
+    /// CPU to pack the CPU plan's weights for: native (this machine's, or what AOTRON_CPU names), avx512-bf16, avx512-vnni, avx512, avx2,
     /// portable. The plan runs on other CPUs too, though another packing may be faster there [default: native]
     #[arg(long, value_name = "NAME", value_parser = cpu)]
     cpu: Option<CpuFeatures>,

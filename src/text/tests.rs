@@ -221,9 +221,9 @@ fn the_template_is_the_cards() {
 fn a_conversation_out_of_order_is_refused() {
     let refused = |messages: &[Message]| NemotronMarkers::default().render(messages).unwrap_err().to_string();
     let (system, user, assistant) = (Message::system("s"), Message::user("u"), Message::assistant("a"));
-    assert!(refused(&[]).contains("of 0 messages none is the user's"));
-    assert!(refused(std::slice::from_ref(&system)).contains("of 1 messages none"));
-    assert!(refused(&[user.clone(), assistant.clone()]).contains("the last is the assistant's"));
+    assert!(refused(&[]).ends_with("for the assistant to answer, but it has none"));
+    assert!(refused(std::slice::from_ref(&system)).ends_with("for the assistant to answer, but it has none"));
+    assert!(refused(&[user.clone(), assistant.clone()]).contains("the last message is the assistant's"));
     assert!(refused(&[user.clone(), user.clone()]).contains("message 2 has role user, but assistant is next"));
     assert!(refused(&[system.clone(), assistant.clone()]).contains("message 2 has role assistant, but user"));
     assert!(refused(&[user, system, assistant]).contains("message 2 has role system"));

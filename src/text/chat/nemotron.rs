@@ -100,9 +100,8 @@ impl NemotronMarkers {
         }
         if turns.len() % 2 == 0 {
             return Err(Error::Request(format!(
-                "a conversation ends with a user message for the assistant to answer, but of {} messages {}",
-                messages.len(),
-                if turns.is_empty() { "none is the user's" } else { "the last is the assistant's" }
+                "a conversation ends with a user message for the assistant to answer, but {}",
+                if turns.is_empty() { "it has none" } else { "the last message is the assistant's" }
             )));
         }
         text.push_str(&format!("{turn_start}Assistant{end_of_name}"));
