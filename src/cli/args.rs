@@ -99,7 +99,7 @@ impl ChatFlags {
         let (format, tokenizer) = self.open_unchecked(package)?;
         if let (Some(tokenizer), Some(_)) = (&tokenizer, &self.chat_format) {
             let problems = format.problems(tokenizer);
-            problems.warnings.iter().for_each(|warning| term::warn(warning));
+            problems.warnings.iter().for_each(term::warn);
             problems.refuse()?;
         }
         Ok((format, tokenizer))

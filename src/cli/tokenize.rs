@@ -64,7 +64,7 @@ fn open(flags: &Flags) -> anyhow::Result<(Tokenizer, ChatFormat)> {
         let format = ChatFormat { escape_markers: flags.chat.escape_markers, ..text.format };
         (format, text.tokenizer.map(|(_, tokenizer)| tokenizer), text.refusals)
     };
-    problems.iter().for_each(|problem| term::warn(problem));
+    problems.iter().for_each(term::warn);
     let Some(tokenizer) = tokenizer else {
         bail!("{} has no tokenizer", flags.path.display());
     };
