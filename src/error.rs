@@ -52,13 +52,13 @@ pub enum Error {
         detail: String,
     },
     /// There is no folder at the path of an engine package.
-    #[error("engine package {}: there is no such folder; `aotron build` makes one", path.display())]
+    #[error("engine package {}: the folder does not exist; create it with `aotron build`", path.display())]
     NoSuchPackage {
         /// The path.
         path: PathBuf,
     },
     /// A folder is not an engine package: it has no manifest.
-    #[error("engine package {}: no engine.json in it, so it is not an engine package; `aotron build` makes one", path.display())]
+    #[error("engine package {}: not an engine package, it has no engine.json; create one with `aotron build`", path.display())]
     NotAPackage {
         /// The folder.
         path: PathBuf,
@@ -104,8 +104,8 @@ pub enum Error {
     /// A conversation has outgrown the engine: its turns leave no room for an answer.
     #[error(
         "the conversation is full: with the new message it has {conversation_tokens} tokens, but this engine holds \
-         {max_sequence_tokens} tokens per sequence, prompt and answer together; start a new conversation, or take \
-         earlier turns out of it"
+         {max_sequence_tokens} tokens per sequence, prompt and answer together; start a new conversation, or remove \
+                 earlier turns from it"
     )]
     ConversationFull {
         /// Tokens of the conversation, the new message and the template included.
@@ -120,7 +120,7 @@ pub enum Error {
     #[error("invalid request: {0}")]
     Request(String),
     /// The queue is full; a later request may succeed.
-    #[error("all {slots} slots are busy and {queued} requests wait, the most this server queues; try again later")]
+    #[error("all {slots} slots are busy and the queue is full with {queued} requests; try again later")]
     QueueFull {
         /// Sequences that run at once.
         slots: usize,

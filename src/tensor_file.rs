@@ -2,11 +2,11 @@
 //!
 //! Layout: 8 bytes of little-endian header length, that many bytes of JSON (`{"name": {"dtype", "shape",
 //! "data_offsets"}, …, "__metadata__": {…}}`, padded with spaces), then the data. Offsets count from the end of the
-//! header. The tensors must cover the data exactly: no overlap, no hole, nothing behind the last.
+//! header. The tensors must cover the data exactly: no overlaps, no holes, no trailing data.
 //!
-//! The header is not parsed by `safetensors::SafeTensors::read_metadata`, whose types are used: it collects the tensors in a
-//! map, so of two with one name the last silently wins, reads up to 100 MB of JSON, ignores unknown keys of a tensor, and
-//! its errors say neither how large a file should be nor, most of them, which tensor is wrong.
+//! The header is not parsed by `safetensors::SafeTensors::read_metadata`, only its types are used. That function
+//! collects the tensors in a map, so of two with one name the last silently wins; it reads up to 100 MB of JSON and
+//! ignores unknown keys of a tensor; and its errors do not give the expected file size and rarely name the tensor.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,7 +20,7 @@ use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use crate::error::{Error, Result, clip};
 use crate::mmap::MappedFile;
 
-/// The longest header that is parsed. The 8B model's has about 40 KB.
+/// Size limit of a header, in bytes. The 8B model's has about 40 KB.
 pub const MAX_HEADER_BYTES: u64 = 16 << 20;
 
 const LENGTH_BYTES: usize = size_of::<u64>();
@@ -39,7 +39,7 @@ pub struct TensorFile {
 pub struct StoredTensor {
     /// The name in the header.
     pub name: String,
-    /// Element type, any that the format knows.
+    /// Element type; any that the format defines.
     pub dtype: Dtype,
     /// Row-major shape; its product times the element size is `bytes.len()`.
     pub shape: Vec<usize>,
@@ -48,21 +48,21 @@ pub struct StoredTensor {
 }
 
 impl TensorFile {
-    /// Maps `path` and validates its header. No tensor data is read. The file must not be changed in place while the
-    /// value lives: see [`MappedFile`].
+    /// Maps `path` and validates its header. No tensor data is read. The file must not be modified in place while the
+    /// value is alive: see [`MappedFile`].
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be mapped, [`Error::Format`] if the header is too long, not JSON of the expected
-    /// form, names a tensor twice, or does not describe the data behind it exactly.
+    /// form, names a tensor twice, or does not describe the data after it exactly.
     #[allow(unsafe_code)]
     pub fn open(path: &Path) -> Result<TensorFile> {
-        // SAFETY: the documentation hands the duty to leave the file alone on to the caller.
+        // SAFETY: the documentation requires the caller not to modify the file.
         let file = unsafe { MappedFile::open(path)? };
         let (tensors, metadata) = parse(file.bytes()).map_err(|detail| Error::format(path, detail))?;
         Ok(TensorFile { file, tensors, metadata })
     }
 
-    /// The path it was opened by.
+    /// The path it was opened from.
     pub fn path(&self) -> &Path {
         self.file.path()
     }
@@ -95,7 +95,7 @@ impl TensorFile {
     }
 }
 
-/// The first bytes of a safetensors file with these tensors, stored in this order without holes: length and header,
+/// Encodes the start of a safetensors file with these tensors, stored in this order without holes: length and header,
 /// padded so that the data starts at a multiple of 64 bytes.
 ///
 /// # Errors
@@ -112,7 +112,11 @@ pub fn encode_header(tensors: &[(&str, Dtype, Vec<usize>)]) -> Result<Vec<u8>> {
     let mut json = serde_json::Value::Object(header).to_string().into_bytes();
     json.resize((json.len() + LENGTH_BYTES).next_multiple_of(64) - LENGTH_BYTES, b' ');
     if json.len() as u64 > MAX_HEADER_BYTES {
-        let detail = format!("a header for {} tensors would take {} bytes", tensors.len(), json.len());
+        let detail = format!(
+            "the header for {} tensors has {} bytes, more than the limit of {MAX_HEADER_BYTES}",
+            tensors.len(),
+            json.len()
+        );
         return Err(Error::format("safetensors", detail));
     }
     let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
@@ -124,25 +128,27 @@ pub fn encode_header(tensors: &[(&str, Dtype, Vec<usize>)]) -> Result<Vec<u8>> {
 fn parse(bytes: &[u8]) -> Result<(Vec<StoredTensor>, BTreeMap<String, String>), String> {
     let file_bytes = bytes.len();
     let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
-        return Err(format!("{file_bytes} bytes are too few for a safetensors file, which starts with 8 of length"));
+        return Err(format!(
+            "not a safetensors file: it has {file_bytes} bytes, fewer than the 8 of the header's length"
+        ));
     };
     let header_bytes = u64::from_le_bytes(*length);
     if header_bytes > MAX_HEADER_BYTES {
         return Err(format!(
-            "the first 8 bytes claim a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are accepted \
-             (is this a safetensors file?)"
+            "the first 8 bytes claim a header of {header_bytes} bytes, more than the limit of {MAX_HEADER_BYTES} \
+                 (is this a safetensors file?)"
         ));
     }
     let Some((header, data)) = usize::try_from(header_bytes).ok().and_then(|count| rest.split_at_checked(count)) else {
         return Err(format!(
-            "the header claims bytes 8..{} but the file ends at {file_bytes}: it is truncated",
+            "truncated: the header claims bytes 8..{}, but the file ends at {file_bytes}",
             header_bytes + LENGTH_BYTES as u64
         ));
     };
     if header.first() != Some(&b'{') {
         return Err("the header does not start with '{': this is not a safetensors file".to_owned());
     }
-    let header: Header = serde_json::from_slice(header).map_err(|error| format!("bad header: {}", clip(error)))?;
+    let header: Header = serde_json::from_slice(header).map_err(|error| format!("invalid header: {}", clip(error)))?;
     let data_start = file_bytes - data.len();
     let tensors = place(header.tensors, data_start, data.len())?;
     Ok((tensors, header.metadata))
@@ -156,7 +162,7 @@ fn place(
 ) -> Result<Vec<StoredTensor>, String> {
     infos.sort_by(|(left, _), (right, _)| left.cmp(right));
     if let Some((second, _)) = infos.iter().skip(1).zip(&infos).map(|(b, a)| (&b.0, &a.0)).find(|(b, a)| a == b) {
-        return Err(format!("tensor `{}` is in the header twice", clip(second)));
+        return Err(format!("duplicate tensor `{}` in the header", clip(second)));
     }
 
     let mut by_offset: Vec<&(String, TensorInfo)> = infos.iter().collect();
@@ -181,7 +187,7 @@ fn place(
         }
     }
     if covered != data_bytes {
-        return Err(format!("{data_bytes} bytes of data, of which the tensors describe only the first {covered}"));
+        return Err(format!("the file has {data_bytes} bytes of data, but the tensors cover only the first {covered}"));
     }
 
     let place = |(name, info): (String, TensorInfo)| {
@@ -198,7 +204,7 @@ fn stored_bytes(info: &TensorInfo) -> Option<usize> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-/// A tensor in the header: the three keys that the format has.
+/// A tensor in the header: the three keys that the format defines.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Entry {
@@ -228,7 +234,7 @@ impl<'de> Deserialize<'de> for Header {
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
                         if metadata.replace(map.next_value::<Option<BTreeMap<String, String>>>()?).is_some() {
-                            return Err(A::Error::custom("`__metadata__` is there twice"));
+                            return Err(A::Error::custom("duplicate key `__metadata__`"));
                         }
                         continue;
                     }

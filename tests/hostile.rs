@@ -274,7 +274,7 @@ const ARRAY: &str = "model_weights/model.decoder.layers.mlp.linear_fc1.weight/.z
 
 cases! {
     nemo_name_leads_out: |scene| {
-        archive_refused(scene, &Tar::default().file("../../etc/x", b"x").finish(), &["leads out of the archive"]);
+        archive_refused(scene, &Tar::default().file("../../etc/x", b"x").finish(), &["escapes the archive"]);
     }
     nemo_name_is_absolute: |scene| {
         archive_refused(scene, &Tar::default().file("/etc/x", b"x").finish(), &["absolute path"]);
@@ -308,7 +308,7 @@ cases! {
         archive_refused(scene, b"", &["tar"]);
     }
     nemo_member_twice: |scene| {
-        nemo_refused(scene, "zarr.nemo", |m| { let again = m[0].clone(); m.push(again); }, &["is there twice"]);
+        nemo_refused(scene, "zarr.nemo", |m| { let again = m[0].clone(); m.push(again); }, &["duplicate member"]);
     }
     nemo_gzip_bomb: |scene| {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
@@ -317,7 +317,7 @@ cases! {
         for _ in 0..300 {
             encoder.write_all(&[0; 1 << 20]).unwrap();
         }
-        archive_refused(scene, &encoder.finish().unwrap(), &["which no weights do"]);
+        archive_refused(scene, &encoder.finish().unwrap(), &["decompression bomb"]);
     }
     nemo_gzip_is_truncated: |scene| {
         let bytes = fs::read("tests/data/nemo/ckpt-gzip.nemo").unwrap();
@@ -382,10 +382,10 @@ cases! {
                 }
             }
         };
-        nemo_refused(scene, "zarr.nemo", edit, &["model.rm_head.weight", "no part of this model"]);
+        nemo_refused(scene, "zarr.nemo", edit, &["model.rm_head.weight", "not a tensor of this model"]);
     }
     nemo_tokenizer_is_missing: |scene| {
-        nemo_refused(scene, "zarr.nemo", |m| m.retain(|(name, _)| !name.ends_with(".model")), &["it has no", "_tokenizer.model"]);
+        nemo_refused(scene, "zarr.nemo", |m| m.retain(|(name, _)| !name.ends_with(".model")), &["_tokenizer.model", "is missing"]);
     }
 }
 

@@ -67,7 +67,7 @@ fn without_a_driver_opening_says_so() {
     assert_eq!(opened.err().unwrap().to_string(), error);
     let error = backend::open(&package, &ExecutorOptions::default()).err().unwrap().to_string();
     assert!(
-        error.contains("none of its plans runs here; plan a100 (bf16) does not: no NVIDIA driver is loaded"),
+        error.contains("none of its plans can run here; plan a100 (bf16) cannot run: no NVIDIA driver is loaded"),
         "{error}"
     );
     // Creating a runtime still works, and the plan's check names the obstacle.

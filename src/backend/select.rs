@@ -289,7 +289,7 @@ mod tests {
         assert_eq!(choice(&plans(), Some(&gpus), None, Some(2)).unwrap().1, Some(2));
         let (plan, device, reason) = choice(&plans(), Some(&gpus), None, Some(0)).unwrap();
         assert_eq!((plan, device), (0, None));
-        assert!(reason.contains("it wants SM 8.0 (A100), and GPU 0 is L40, SM 8.9"), "{reason}");
+        assert!(reason.contains("it requires SM 8.0 (A100), but GPU 0 is L40, SM 8.9"), "{reason}");
         assert_eq!(choice(&plans(), Some(&gpus), Some("cpu"), None).unwrap().0, 0);
     }
 
@@ -298,12 +298,12 @@ mod tests {
         let (plan, device, reason) = choice(&plans(), None, None, None).unwrap();
         assert_eq!((plan, device), (0, None));
         assert!(
-            reason.starts_with("plan cpu (bf16) runs on the CPU; plan a100 (bf16) does not: no NVIDIA driver"),
+            reason.starts_with("plan cpu (bf16) runs on the CPU; plan a100 (bf16) cannot run: no NVIDIA driver"),
             "{reason}"
         );
         let (plan, _, reason) = choice(&plans(), Some(&[gpu(0, "H100", 90)]), None, None).unwrap();
         assert_eq!(plan, 0);
-        assert!(reason.contains("plan h100 (bf16) does not: TensorRT is not installed"), "{reason}");
+        assert!(reason.contains("plan h100 (bf16) cannot run: TensorRT is not installed"), "{reason}");
         let only = choice(&plans()[..1], None, None, None).unwrap();
         assert_eq!(only.2, "plan cpu (bf16) runs on the CPU");
     }
@@ -313,12 +313,12 @@ mod tests {
         let prepared = [plan("h100", Some(90), None), plan("a100", Some(80), Some(LibraryKind::Rtx))];
         let error = choice(&prepared, Some(&[gpu(0, "H200", 90)]), None, None).unwrap_err();
         assert!(
-            error.starts_with("none of its plans runs here; plan h100 (bf16) does not: it was prepared only"),
+            error.starts_with("none of its plans can run here; plan h100 (bf16) cannot run: it was prepared only"),
             "{error}"
         );
-        assert!(error.contains("plan a100 (bf16) does not: it wants SM 8.0 (A100), and GPU 0 is H200"), "{error}");
+        assert!(error.contains("plan a100 (bf16) cannot run: it requires SM 8.0 (A100), but GPU 0 is H200"), "{error}");
         let error = choice(&plans(), None, Some("a100"), None).unwrap_err();
-        assert!(error.ends_with("plan a100 (bf16) does not: no NVIDIA driver is loaded"), "{error}");
+        assert!(error.ends_with("plan a100 (bf16) cannot run: no NVIDIA driver is loaded"), "{error}");
         let error = choice(&plans(), None, Some("tpu"), None).unwrap_err();
         assert_eq!(error, "it has no plan for tpu, only for: cpu, a100, h100; build one with --recipe");
         assert!(choice(&[], None, None, None).unwrap_err().contains("only for: nothing"));

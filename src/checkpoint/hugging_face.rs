@@ -35,9 +35,8 @@ pub(super) fn config(path: &Path) -> Result<ModelConfig> {
 pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let kind = std::fs::metadata(path).map_err(Error::io("open", path))?;
     if !kind.is_dir() {
-        let detail =
-            "neither a folder nor a .nemo file; a checkpoint is a .nemo file, or a folder with config.json and \\RAWNL
-                      model.safetensors or its shards";
+        let detail = "neither a folder nor a .nemo file; a checkpoint is a .nemo file, or a folder with config.json \
+                      and model.safetensors or its shards";
         return Err(Error::unsupported(path, detail));
     }
     let config_path = path.join(CONFIG);

@@ -154,7 +154,7 @@ fn a_tied_head_is_absent_or_the_same() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     assert_eq!(checkpoint.tensors().last().unwrap().name, "model.norm.bias");
     let message = checkpoint.tensor("lm_head.weight").unwrap_err().to_string();
-    assert!(message.contains("is tied: use `model.embed_tokens.weight`"), "{message}");
+    assert!(message.contains("is tied to the embedding: use `model.embed_tokens.weight`"), "{message}");
 
     let head_like = |tensors: &mut Vec<Tensor>, first_byte: u8| {
         let mut head = tensors[0].clone();
@@ -189,11 +189,11 @@ fn computed_buffers_are_ignored() {
 #[test]
 fn refuses_tensors_that_are_not_the_models() {
     let folder = with_tensors(&tiny_config(), |tensors| drop(tensors.remove(3)));
-    assert_refused(&folder, "do not fit config.json: `model.layers.0.self_attn.q_proj.weight` [16, 6] is missing");
+    assert_refused(&folder, "do not match config.json: `model.layers.0.self_attn.q_proj.weight` [16, 6] is missing");
 
     let bias: Tensor = ("model.layers.0.self_attn.q_proj.bias".into(), "BF16", vec![16], vec![0; 32]);
     let folder = with_tensors(&tiny_config(), |tensors| tensors.push(bias));
-    assert_refused(&folder, "`model.layers.0.self_attn.q_proj.bias` (BF16 [16]) is no part of this model");
+    assert_refused(&folder, "`model.layers.0.self_attn.q_proj.bias` (BF16 [16]) is not a tensor of this model");
 
     let folder = with_tensors(&tiny_config(), |tensors| tensors[3].2.reverse());
     assert_refused(&folder, "`model.layers.0.self_attn.q_proj.weight` has shape [6, 16], expected [16, 6]");
@@ -214,7 +214,7 @@ fn refuses_weights_that_config_does_not_describe() {
         let mut config = tiny_config();
         config[key] = value.into();
         fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-        assert_refused(&folder, "do not fit config.json");
+        assert_refused(&folder, "do not match config.json");
     }
 }
 
@@ -227,8 +227,8 @@ fn refuses_a_name_in_two_shards() {
     fs::write(folder.path().join(shard_name(1, 3)), safetensors(&second)).unwrap();
     assert_refused(
         &folder,
-        "model-00002-of-00003.safetensors: holds tensor `model.embed_tokens.weight`, which model.safetensors.index.json \
-         says is in `model-00001-of-00003.safetensors`",
+        "model-00002-of-00003.safetensors: contains tensor `model.embed_tokens.weight`, which model.safetensors.index.json \
+         assigns to `model-00001-of-00003.safetensors`",
     );
 }
 
@@ -237,22 +237,22 @@ fn refuses_an_index_that_shards_contradict() {
     let embedding = "model.embed_tokens.weight";
     let folder = sharded();
     change_index(&folder, |map| drop(map.insert(embedding.into(), shard_name(1, 3).into())));
-    assert_refused(&folder, "holds tensor `model.embed_tokens.weight`, which");
+    assert_refused(&folder, "contains tensor `model.embed_tokens.weight`, which");
 
     let folder = sharded();
     change_index(&folder, |map| drop(map.insert("more".into(), shard_name(1, 3).into())));
-    assert_refused(&folder, "lacks 1 tensor(s) that model.safetensors.index.json says are in it, such as `more`");
+    assert_refused(&folder, "lacks 1 tensor(s) that model.safetensors.index.json assigns to it, such as `more`");
 
     let folder = sharded();
     change_index(&folder, |map| drop(map.swap_remove(embedding)));
     assert_refused(
         &folder,
-        "holds tensor `model.embed_tokens.weight`, which model.safetensors.index.json does not list",
+        "contains tensor `model.embed_tokens.weight`, which model.safetensors.index.json does not list",
     );
 
     let folder = sharded();
     change_index(&folder, |map| map.retain(|_, shard| *shard != shard_name(2, 3)));
-    assert_refused(&folder, "do not fit config.json");
+    assert_refused(&folder, "do not match config.json");
 
     let folder = sharded();
     fs::remove_file(folder.path().join(shard_name(1, 3))).unwrap();
@@ -287,10 +287,10 @@ fn refuses_shards_outside_the_folder() {
 #[test]
 fn refuses_an_index_without_a_map() {
     for (text, reason) in [
-        ("{}", "no object under the key weight_map"),
-        (r#"{"weight_map": []}"#, "no object under the key weight_map"),
-        (r#"{"weight_map": {}}"#, "do not fit config.json"),
-        (r#"{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}"#, "key `a` is there twice"),
+        ("{}", "the key weight_map is missing or not an object"),
+        (r#"{"weight_map": []}"#, "the key weight_map is missing or not an object"),
+        (r#"{"weight_map": {}}"#, "do not match config.json"),
+        (r#"{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}"#, "duplicate key `a`"),
         ("[", "not valid JSON"),
     ] {
         let folder = sharded();
@@ -306,20 +306,20 @@ fn refuses_what_is_no_checkpoint() {
     assert_refused(&folder, "config.json");
     fs::write(folder.path().join("config.json"), tiny_config().to_string()).unwrap();
     assert!(!is_checkpoint(folder.path()));
-    assert_refused(&folder, "neither model.safetensors nor model.safetensors.index.json is there");
+    assert_refused(&folder, "found neither model.safetensors nor model.safetensors.index.json");
     fs::write(folder.path().join("pytorch_model.bin"), "").unwrap();
     assert_refused(&folder, "save_pretrained");
     fs::create_dir(folder.path().join("model.safetensors")).unwrap();
     assert_refused(&folder, "not a regular file");
 
     let message = Checkpoint::open(&folder.path().join("config.json")).unwrap_err().to_string();
-    assert!(message.contains("not a folder"), "{message}");
+    assert!(message.contains("neither a folder"), "{message}");
     let message = Checkpoint::open(&folder.path().join("absent")).unwrap_err().to_string();
     assert!(message.contains("cannot open"), "{message}");
 
     let folder = single();
     fs::write(folder.path().join("config.json"), vec![b' '; 2 << 20]).unwrap();
-    assert_refused(&folder, "longer than the 1048576 bytes");
+    assert_refused(&folder, "longer than 1048576 bytes");
 }
 
 #[test]
@@ -336,7 +336,7 @@ fn finds_the_files_beside_the_weights() {
         assert_eq!((found.path, found.is_json), (folder.path().join(name), is_json));
         assert_eq!(found.bytes, name.as_bytes());
         let message = checkpoint.tokenizer_file(13).unwrap_err().to_string();
-        assert!(message.contains("tokenizer.") && message.contains("at most 13"), "{message}");
+        assert!(message.contains("tokenizer.") && message.contains("more than the limit of 13"), "{message}");
     }
     let path = folder.path().join("generation_config.json");
     fs::write(&path, json!({"eos_token_id": [3, 4], "temperature": 0.5}).to_string()).unwrap();

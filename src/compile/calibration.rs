@@ -19,7 +19,7 @@ use crate::text::{ChatFormat, Message, Tokenizer};
 
 /// Diverse built-in conversations, used if the user names no prompts.
 const BUILT_IN: &str = include_str!("calibration.jsonl");
-/// Largest accepted prompt file.
+/// Size limit of a prompt file.
 const MAX_PROMPTS_BYTES: u64 = 64 << 20;
 /// Scales leave headroom for inputs this many times larger than the largest one seen. It costs one of E4M3's fifteen
 /// binades, at the small end.
@@ -59,7 +59,7 @@ impl Calibration {
     /// Recovers the scales that a program was built with.
     pub fn of_program(program: &Program) -> Calibration {
         let mut calibration = Calibration::default();
-        let mut rounded = HashMap::new(); // buffer: the scale of what is in it
+        let mut rounded = HashMap::new(); // buffer -> scale of its contents
         for kernel in &program.kernels {
             match *kernel {
                 ProgramKernel::FakeQuantizeF8 { scale, out, .. } => {
@@ -98,7 +98,10 @@ pub(super) fn prompts(
             let reader = File::open(path).map_err(Error::io("open", path))?;
             reader.take(MAX_PROMPTS_BYTES + 1).read_to_string(&mut text).map_err(Error::io("read", path))?;
             if text.len() as u64 > MAX_PROMPTS_BYTES {
-                return Err(Error::format(path, format!("it has more than {MAX_PROMPTS_BYTES} bytes")));
+                return Err(Error::format(
+                    path,
+                    format!("longer than {MAX_PROMPTS_BYTES} bytes, the limit for prompts"),
+                ));
             }
             parse(path, &text, of_text, limits)
         }
@@ -121,7 +124,7 @@ pub(super) fn prompts(
         }
         (None, None) => {
             progress.warn(
-                "without a tokenizer the ranges of activations come from arbitrary ids; name lists of real ones with \
+                "without a tokenizer, activation ranges are calibrated on arbitrary token ids; give real ones with \
                  --calibration",
             );
             let (lists, tokens) = ARBITRARY;
@@ -154,21 +157,21 @@ fn parse(
             (Some(messages), None, Some((tokenizer, format))) => {
                 format.prompt(tokenizer, &messages).map_err(|e| refuse(e.to_string()))?
             }
-            (Some(_), None, None) => return Err(refuse("the checkpoint has no tokenizer: give token_ids".into())),
+            (Some(_), None, None) => return Err(refuse("the checkpoint has no tokenizer: use token_ids".into())),
             (None, Some(ids), _) => ids,
             _ => return Err(refuse("expected either messages or token_ids".into())),
         };
         if ids.is_empty() || ids.len() > limits.max_sequence_tokens {
             let most = limits.max_sequence_tokens;
-            return Err(refuse(format!("it has {} tokens; 1 to {most} are accepted", ids.len())));
+            return Err(refuse(format!("it has {} tokens, expected 1 to {most}", ids.len())));
         }
         if let Some(id) = ids.iter().find(|id| **id as usize >= limits.vocab_size) {
-            return Err(refuse(format!("id {id} is not below the vocabulary's {}", limits.vocab_size)));
+            return Err(refuse(format!("token id {id} is outside the vocabulary of {}", limits.vocab_size)));
         }
         prompts.push(ids);
     }
     if prompts.is_empty() {
-        return Err(Error::format(path, "there is no prompt in it"));
+        return Err(Error::format(path, "it contains no prompts"));
     }
     Ok(prompts)
 }
@@ -205,7 +208,9 @@ pub(super) fn calibrate(
     let mut calibration = Calibration::default();
     for ((name, largest), _) in names.iter().zip(largest).zip(of_linear).filter(|(_, of_linear)| *of_linear) {
         if !largest.is_finite() {
-            return Err(Error::Numerics(format!("calibration: inputs of the layer of `{name}` reach {largest}")));
+            return Err(Error::Numerics(format!(
+                "calibration: inputs of the layer with weight `{name}` reach {largest}"
+            )));
         }
         let scale = largest * HEADROOM / F8_MAX;
         let scale = if scale < f32::MIN_POSITIVE { 1.0 } else { scale };
@@ -223,13 +228,13 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_are_no_prompts_are_named() {
+    fn lines_that_are_not_prompts_are_named() {
         let parse = |text: &str| parse(Path::new("p.jsonl"), text, None, &limits());
         assert_eq!(parse("{\"token_ids\": [1, 2]}\n\n{\"token_ids\": [3]}\n").unwrap(), [vec![1, 2], vec![3]]);
         let refused = |text: &str| parse(text).unwrap_err().to_string();
         assert!(refused("").contains("no prompt"));
         assert!(refused("{\"token_ids\": [1]}\nhello").contains("p.jsonl: line 2"));
-        assert!(refused("{\"token_ids\": [1, 2, 3, 4, 5]}").contains("5 tokens; 1 to 4"));
+        assert!(refused("{\"token_ids\": [1, 2, 3, 4, 5]}").contains("5 tokens, expected 1 to 4"));
         assert!(refused("{\"token_ids\": []}").contains("0 tokens"));
         assert!(refused("{\"token_ids\": [10]}").contains("id 10"));
         assert!(refused("{}").contains("either messages or token_ids"));

@@ -74,7 +74,7 @@ impl Precision {
         }
     }
 
-    /// Returns true if the inputs of linear layers are in 8 bits, which requires their ranges.
+    /// Returns true if the inputs of linear layers are quantized to FP8, which requires calibrated ranges.
     pub fn needs_calibration(self) -> bool {
         self == Precision::Fp8
     }
@@ -398,7 +398,7 @@ mod tests {
         assert_eq!(count(&graph, &Op::Linear), 2 * 6 + 1);
         assert_eq!(count(&graph, &Op::AddScalar(0.0)), 5);
         let (graph, reports) = run(graph, Precision::F32, 64, None).unwrap();
-        assert_eq!(count(&graph, &Op::Linear), 2 * 4 + 1, "q, k and v are one product");
+        assert_eq!(count(&graph, &Op::Linear), 2 * 4 + 1, "q, k and v are one linear layer");
         assert_eq!(count(&graph, &Op::AddScalar(0.0)), 0, "1 + w is folded");
         let angle = Op::RotaryAngle { trig: crate::graph::Trig::Cos, theta: 0.0, rotary_dim: 0 };
         assert_eq!(count(&graph, &angle), 0, "angles are tabulated");
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn bf16_narrows_products_and_caches_only() {
+    fn bf16_narrows_linears_and_caches_only() {
         let (graph, _) = run(crate::model::build_graph(&config()).unwrap(), Precision::Bf16, 64, None).unwrap();
         for node in graph.nodes() {
             match node.op {

@@ -36,16 +36,16 @@ impl Prediction {
         let disk = self.disk_bytes();
         if let Some(free) = self.free_disk_bytes.filter(|free| *free < disk) {
             let detail = format!(
-                "the package takes {disk} bytes while it is built, but its disk has {free} free; free some, choose \
-                 another output (-o), or build fewer plans at once"
+                "the build needs {disk} bytes of disk space, but only {free} are free; free some space, choose another \
+                 output (-o), or build fewer plans at once"
             );
             return Err(Error::package(output, detail));
         }
         let memory = self.memory_bytes;
         if let Some(available) = self.available_memory_bytes.filter(|available| *available < memory) {
             let detail = format!(
-                "the build takes about {memory} bytes of memory, but {available} are available; build fewer plans at \
-                 once, or in a precision whose weights are no part of the plan"
+                "the build needs about {memory} bytes of memory, but only {available} are available; build fewer plans at \
+                 once, or use a precision whose weights are not part of the plan"
             );
             return Err(Error::package(output, detail));
         }
@@ -53,7 +53,7 @@ impl Prediction {
     }
 }
 
-/// Bytes free on the disk that holds `path`, or will hold it once it is made; `None` if the system does not say.
+/// Free bytes on the disk that holds `path`, or will hold it once it exists; `None` if the system does not report it.
 pub fn free_bytes(path: &Path) -> Option<u64> {
     let absolute = std::path::absolute(path).ok()?;
     let existing = absolute.ancestors().find(|ancestor| ancestor.exists())?;
@@ -61,8 +61,8 @@ pub fn free_bytes(path: &Path) -> Option<u64> {
     stat.f_bavail.checked_mul(stat.f_frsize)
 }
 
-/// Bytes of memory that this process can still use: the machine's, or what its control group has left; `None` if the
-/// system does not say.
+/// Bytes of memory that this process can still use: the machine's available memory, or what is left to its control
+/// group if that is less; `None` if the system does not report it.
 pub fn available_memory_bytes() -> Option<u64> {
     let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let machine = meminfo("MemAvailable:");
@@ -72,7 +72,7 @@ pub fn available_memory_bytes() -> Option<u64> {
     machine.into_iter().chain(group).min()
 }
 
-/// Bytes of memory that the machine has; `None` if the system does not say.
+/// Total memory of the machine, in bytes; `None` if the system does not report it.
 pub fn total_memory_bytes() -> Option<u64> {
     meminfo("MemTotal:")
 }
@@ -107,9 +107,9 @@ mod tests {
                 .is_ok()
         );
         let disk = refused(Prediction { free_disk_bytes: Some(999), ..fits.clone() });
-        assert!(disk.contains("out") && disk.contains("takes 1000 bytes") && disk.contains("999 free"), "{disk}");
+        assert!(disk.contains("out") && disk.contains("needs 1000 bytes") && disk.contains("999 are free"), "{disk}");
         let memory = refused(Prediction { available_memory_bytes: Some(49), ..fits });
-        assert!(memory.contains("about 50 bytes of memory, but 49 are available"), "{memory}");
+        assert!(memory.contains("about 50 bytes of memory, but only 49 are available"), "{memory}");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The engine package: a folder with everything that running a model needs.
+//! The engine package: a folder with everything needed to run a model.
 //!
 //! ```text
 //! engine.json          the manifest: what the package is, its plans, every file's size and SHA-256

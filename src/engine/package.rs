@@ -43,7 +43,10 @@ impl Package {
         let reader = open_regular(&file)?;
         reader.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut text).map_err(Error::io("read", &file))?;
         if text.len() as u64 > MAX_MANIFEST_BYTES {
-            return Err(Error::package(path, format!("{MANIFEST_NAME} is over {MAX_MANIFEST_BYTES} bytes")));
+            return Err(Error::package(
+                path,
+                format!("{MANIFEST_NAME} is longer than {MAX_MANIFEST_BYTES} bytes, the limit"),
+            ));
         }
         let package = Package { manifest: Manifest::parse(path, &text)?, path: path.to_path_buf() };
         for file in &package.manifest.files {
@@ -52,19 +55,19 @@ impl Package {
                 Ok(meta) if meta.is_file() && meta.len() == file.bytes => {}
                 Ok(meta) => {
                     let (bytes, found) = (file.bytes, meta.len());
-                    return Err(package.refuse(&file.path, &format!("has {found} bytes, {bytes} were written")));
+                    return Err(package.refuse(&file.path, &format!("has {found} bytes, expected {bytes}")));
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                     return Err(package.refuse(&file.path, "is missing"));
                 }
-                Err(e) => return Err(Error::io("look at", &found)(e)),
+                Err(e) => return Err(Error::io("access", &found)(e)),
             }
         }
         Ok(package)
     }
 
     fn refuse(&self, file: &str, detail: &str) -> Error {
-        Error::package(&self.path, format!("{file} {detail}; copy the package again or build it again"))
+        Error::package(&self.path, format!("{file} {detail}; copy or build the package again"))
     }
 
     /// Path of the folder.
@@ -84,14 +87,14 @@ impl Package {
 
     #[allow(unsafe_code)]
     fn map(&self, file: &str) -> Result<MappedFile> {
-        // SAFETY: [`Package`]'s documentation hands the duty to leave its files alone on to whoever opens it.
+        // SAFETY: [`Package`]'s documentation requires the caller not to modify its files while it is open.
         unsafe { MappedFile::open(&self.file_path(file)) }
     }
 
     /// Content of a small file, checked against its digest.
     ///
     /// # Errors
-    /// [`Error::Package`] if it is not listed or differs from what was written.
+    /// [`Error::Package`] if it is not listed, or its digest differs.
     pub fn read(&self, file: &str) -> Result<Vec<u8>> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
         let mapped = self.map(file)?;
@@ -138,7 +141,7 @@ impl Package {
     /// Checks one file against its digest; `progress` receives byte counts.
     ///
     /// # Errors
-    /// [`Error::Package`] if it is not listed or differs from what was written.
+    /// [`Error::Package`] if it is not listed, or its digest differs.
     pub fn verify_file(&self, file: &str, progress: &dyn Fn(u64)) -> Result<()> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
         self.check(info, self.map(file)?.bytes(), progress)
@@ -147,7 +150,7 @@ impl Package {
     /// Checks every file against its digest; `progress` receives byte counts.
     ///
     /// # Errors
-    /// [`Error::Package`] naming the first file that differs from what was written.
+    /// [`Error::Package`] naming the first file whose digest differs.
     pub fn verify(&self, progress: &dyn Fn(u64)) -> Result<()> {
         self.manifest.files.iter().try_for_each(|info| self.verify_file(&info.path, progress))
     }

@@ -38,23 +38,23 @@ impl PackageWriter {
     ///
     /// # Errors
     /// [`Error::Package`] if `target` exists, unless `replace` is set and it is an engine package or an empty folder;
-    /// [`Error::Io`] if a folder cannot be made.
+    /// [`Error::Io`] if a folder cannot be created.
     pub fn create(target: &Path, replace: bool) -> Result<PackageWriter> {
         let name = target
             .file_name()
             .and_then(|n| n.to_str())
-            .ok_or_else(|| Error::package(target, "the output must be a folder's path that ends in a plain name"))?;
+            .ok_or_else(|| Error::package(target, "the output path must end in a plain folder name"))?;
         let parent = match target.parent() {
             Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
             Some(parent) => parent,
             None => Path::new("."),
         };
         refuse_existing(target, replace)?;
-        fs::create_dir_all(parent).map_err(Error::io("make the folder", parent))?;
+        fs::create_dir_all(parent).map_err(Error::io("create the folder", parent))?;
         let prefix = format!(".{name}.building-");
         remove_leftovers(parent, &prefix);
         let building = parent.join(format!("{prefix}{}", std::process::id()));
-        fs::create_dir(&building).map_err(Error::io("make the folder", &building))?;
+        fs::create_dir(&building).map_err(Error::io("create the folder", &building))?;
         let mut writer =
             PackageWriter { target: target.to_path_buf(), building, lock: None, replace, files: Vec::new() };
         let lock = File::open(&writer.building).map_err(Error::io("open", &writer.building))?;
@@ -69,7 +69,7 @@ impl PackageWriter {
         self.building.join(name)
     }
 
-    /// Adds a file; `fill` writes its content through the function it gets.
+    /// Adds a file; `fill` writes its content through the function it is given.
     ///
     /// # Errors
     /// Any error of `fill`, or [`Error::Io`] naming the file (a full disk, say).
@@ -93,7 +93,7 @@ impl PackageWriter {
     pub fn create_file(&self, path: &str) -> Result<PackageFile> {
         let full = self.building.join(path);
         if let Some(folder) = full.parent() {
-            fs::create_dir_all(folder).map_err(Error::io("make the folder", folder))?;
+            fs::create_dir_all(folder).map_err(Error::io("create the folder", folder))?;
         }
         let file = File::create_new(&full).map_err(Error::io("create", &full))?;
         let out = BufWriter::with_capacity(1 << 20, file);
@@ -112,7 +112,7 @@ impl PackageWriter {
     pub fn add_existing(&mut self, package: &Path, info: &FileInfo) -> Result<()> {
         let (from, full) = (package.join(&info.path), self.building.join(&info.path));
         if let Some(folder) = full.parent() {
-            fs::create_dir_all(folder).map_err(Error::io("make the folder", folder))?;
+            fs::create_dir_all(folder).map_err(Error::io("create the folder", folder))?;
         }
         if fs::hard_link(&from, &full).is_err() {
             fs::copy(&from, &full).map_err(Error::io("copy to", &full))?;

@@ -54,7 +54,7 @@ impl fmt::Display for RefusalReason {
             RefusalReason::PreparedOnly => {
                 f.write_str("it was prepared only; `aotron build PACKAGE --finish` on its GPU compiles it")
             }
-            RefusalReason::OtherGpu { wanted, found } => write!(f, "it wants {wanted}, and {found}"),
+            RefusalReason::OtherGpu { wanted, found } => write!(f, "it requires {wanted}, but {found}"),
             RefusalReason::NoDriver(words) | RefusalReason::NoLibrary(words) => f.write_str(words),
         }
     }
@@ -62,7 +62,7 @@ impl fmt::Display for RefusalReason {
 
 impl fmt::Display for PlanRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "plan {} ({}) does not: {}", self.target, self.precision, self.reason)
+        write!(f, "plan {} ({}) cannot run: {}", self.target, self.precision, self.reason)
     }
 }
 
@@ -73,7 +73,7 @@ impl fmt::Display for PlanRefusals {
             let wanted = self.target.as_deref().unwrap_or("any target");
             return write!(f, "it has no plan for {wanted}, only for: {targets}; build one with --recipe");
         }
-        f.write_str("none of its plans runs here")?;
+        f.write_str("none of its plans can run here")?;
         for plan in &self.plans {
             write!(f, "; {plan}")?;
         }

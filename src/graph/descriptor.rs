@@ -7,7 +7,7 @@ use super::op::Op;
 use super::value_type::Type;
 use crate::tensor::DType;
 
-/// Everything that holds for an op wherever it occurs.
+/// The properties of an op that are independent of its place in a graph.
 pub(super) struct OpDescriptor<'o> {
     kind: &'static str,
     attributes: String,
@@ -27,10 +27,10 @@ pub struct OperandSpec {
     pub name: &'static str,
     /// Its element types.
     pub accepts: Accepts,
-    /// A name for each dimension, `None` for any shape. Dimensions of one name are equal in all operands; `B` and `S` are
-    /// the step's symbols.
+    /// A name for each dimension, `None` for any shape. Dimensions of the same name are equal in all operands; `B` and
+    /// `S` are the step's symbols.
     shape: Option<&'static [&'static str]>,
-    /// When a plan in BF16 gives it in BF16.
+    /// When a BF16 plan rounds it to BF16.
     pub narrowing: Narrowing,
 }
 
@@ -45,7 +45,7 @@ pub enum Accepts {
     Codes,
     /// One type.
     Exactly(DType),
-    /// The type of the operand at that index, which comes before.
+    /// The type of the operand at that index, which precedes this one.
     SameAs(usize),
 }
 
@@ -92,7 +92,7 @@ impl<'o> OpDescriptor<'o> {
         OpDescriptor { attributes, ..self }
     }
 
-    /// For a unary op: folds a constant operand into a constant.
+    /// For a unary op: how it folds a constant operand.
     pub fn folding(self, fold: impl Fn(Const) -> Const + 'o) -> OpDescriptor<'o> {
         OpDescriptor { fold: Some(Box::new(fold)), ..self }
     }
@@ -190,7 +190,7 @@ impl<'t> Bound<'t> {
     pub fn known(&self, name: &str) -> Result<usize, String> {
         let (_, dim, operand) = self.found(name)?;
         let (spec, ty) = (self.specs[*operand], self.operands[*operand]);
-        dim.as_fixed().ok_or_else(|| format!("{} is {ty}: {name} must be known", spec.name))
+        dim.as_fixed().ok_or_else(|| format!("{} is {ty}: {name} must be known at build time", spec.name))
     }
 
     /// Rejects a different size for the dimension of that name.

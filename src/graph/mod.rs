@@ -68,7 +68,7 @@ impl Graph {
     /// Adds an operation.
     ///
     /// # Errors
-    /// [`Error::Graph`] naming the op, the value and the operand whose type does not fit.
+    /// [`Error::Graph`] naming the op, the value and the operand of the wrong type.
     pub fn add(&mut self, name: impl Into<String>, op: Op, operands: &[Value]) -> Result<Value> {
         let name = name.into();
         let fail = |detail: String| Error::Graph { op: op.kind().into(), name: name.clone(), detail };
@@ -221,7 +221,7 @@ mod tests {
         assert_eq!(g.node(updated).ty, g.node(cache).ty);
         for (operands, expected) in [
             ([other, new, past], "cache is f32[S, 2, S, 4]: found S, expected B"),
-            ([wide, new, past], "new is f32[B·T, 8], which does not fill a position of f32[B, 3, S, 4]"),
+            ([wide, new, past], "new is f32[B·T, 8], which does not match a position of f32[B, 3, S, 4]"),
             ([new, new, past], "cache is f32[B·T, 8], expected 4 dimensions: [B, heads, S, head_dim]"),
         ] {
             let error = g.add("v", Op::CacheUpdate, &operands).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! The closed set of operations, each with the one descriptor that everything else about it derives from.
+//! The closed set of operations, each with a descriptor from which everything else about it derives.
 
 use super::constant::{Const, Trig};
 use super::descriptor::{Accepts, Narrowing, OpDescriptor, operand};
@@ -66,7 +66,7 @@ pub enum Op {
         head_dim: usize,
     },
     /// `(cache [B, heads, S, head_dim], new [B·T, heads · head_dim], past_tokens [B])`: the cache with the new
-    /// tokens written behind each sequence's past ones. It replaces its operand.
+    /// tokens written after each sequence's past ones. It replaces its operand.
     CacheUpdate,
     /// `(q [B·T, heads · head_dim], keys, values [B, kv_heads, S, head_dim], past_tokens [B])`: causal attention of
     /// each new token over its sequence up to itself, `f32[B·T, heads · head_dim]`; softmax in FP32
@@ -105,7 +105,7 @@ impl Op {
                 const {
                     &[
                         operand("indices", Exactly(I32)).of(&["n"]),
-                        // An activation is gathered in the type it has.
+                        // An activation is gathered in its own type.
                         operand("table", Floats).of(&["rows", "width"]).narrowed(Narrowing::CheckpointTensors),
                     ]
                 },
@@ -146,7 +146,7 @@ impl Op {
             .attributes(block.map_or("blocks of a row".into(), |block| format!("blocks of {block}")))
             .result(move |x| {
                 let blocks = match block {
-                    Some(0) => return Err("blocks have at least one input".into()),
+                    Some(0) => return Err("the group size is 0, expected at least 1".into()),
                     Some(block) => x.known("in")?.div_ceil(*block),
                     None => 1,
                 };
@@ -195,7 +195,7 @@ impl Op {
                 if *head_dim > 0 && width.is_multiple_of(*head_dim) && half > 0 && half <= head_dim / 2 {
                     return Ok(x.operand(0).clone());
                 }
-                Err(format!("heads of {head_dim} do not fit x {} with angles {}", x.operand(0), x.operand(1)))
+                Err(format!("head_dim {head_dim} does not match x {} and cos {}", x.operand(0), x.operand(1)))
             }),
             Op::CacheUpdate => OpDescriptor::new(
                 "cache_update",
@@ -211,7 +211,7 @@ impl Op {
                 match x.known("heads")?.checked_mul(x.known("head_dim")?) == Some(x.known("width")?) {
                     true => Ok(x.operand(0).clone()),
                     false => {
-                        Err(format!("new is {}, which does not fill a position of {}", x.operand(1), x.operand(0)))
+                        Err(format!("new is {}, which does not match a position of {}", x.operand(1), x.operand(0)))
                     }
                 }
             }),

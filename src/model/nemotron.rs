@@ -1,19 +1,18 @@
 //! Nemotron (NVIDIA's GPT: LayerNorm1P, squared ReLU, partial rotary positions, no biases in the linear layers).
 //!
-//! LayerNorm1P stores `w` and scales by `1 + w`. The addition is made in FP32, which is what transformers computes
-//! when it runs a model in FP32 (the reference for every precision here); it rounds the sum to BF16 when it runs
-//! in BF16.
+//! LayerNorm1P stores `w` and scales by `1 + w`. The addition is done in FP32, as in transformers in FP32 (the
+//! reference for every precision here); in BF16, transformers rounds the sum to BF16.
 
 use crate::checkpoint::{ModelConfig, TensorRole};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Dim, Graph, Input, Op, Sym, Trig, Type, Value};
 use crate::tensor::DType::{F32, I32};
 
-/// The graph of one step: token ids in, logits of the wanted rows out, every layer's caches updated.
-/// All arithmetic is FP32; the precision pass narrows it.
+/// The graph of one step: token ids in, logits of the requested rows out, every layer's caches updated. All arithmetic
+/// is FP32; the precision pass narrows it.
 ///
 /// # Errors
-/// [`crate::Error::Graph`] if the config's sizes do not fit together.
+/// [`crate::Error::Graph`] if the config's sizes are inconsistent.
 pub fn build_graph(config: &ModelConfig) -> Result<Graph> {
     Builder { graph: Graph::new(), config }.build()
 }
@@ -129,7 +128,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::Checkpoint;
 
-    /// The checkpoint's readers go by the same list, so a tensor that is read and not used shows here.
+    /// The readers use the same list, so a tensor that is read but never used fails here.
     #[test]
     fn the_graph_reads_every_tensor_of_the_checkpoint_in_its_shape() {
         for folder in ["tests/data/tiny-chat", "tests/data/shapes/gqa", "tests/data/shapes/theta"] {

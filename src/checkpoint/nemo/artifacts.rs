@@ -1,6 +1,6 @@
-//! The files that model_config.yaml refers to. NeMo stores a file under a name that is unlike any other, 32 hexadecimal
-//! digits before its own, and refers to it as `nemo:` and that name. Older versions left the path that the file had
-//! where the model was trained; then only its last part says which member it is.
+//! Finds the files that model_config.yaml refers to. NeMo stores a file under a unique name, its own behind 32
+//! hexadecimal digits and an underscore, and refers to it as `nemo:` and that name. Older versions kept the path on the
+//! training machine, of which only the file name identifies the member.
 
 use super::config::NemoTokenizer;
 use super::container::Container;
@@ -8,12 +8,12 @@ use crate::error::{Error, Result, clip};
 
 /// Prefix of a reference to a member.
 const SCHEME: &str = "nemo:";
-/// Hexadecimal digits that NeMo puts before a file's name, and an underscore.
+/// Number of hexadecimal digits that NeMo puts before a file's name, followed by an underscore.
 const DIGITS: usize = 32;
-/// The name of a Hugging Face tokenizer's file.
+/// File name of a Hugging Face tokenizer.
 const TOKENIZER_JSON: &str = "tokenizer.json";
 
-/// A tokenizer's file: the member that holds it, by what reads it.
+/// A tokenizer's file: its format and its member name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::checkpoint) enum TokenizerArtifact {
     /// A SentencePiece model.
@@ -22,10 +22,11 @@ pub(in crate::checkpoint) enum TokenizerArtifact {
     HuggingFace(String),
 }
 
-/// The member that `reference` means: the one it names after `nemo:`, or the one whose file had its last part's name.
+/// The member that `reference` refers to: the one it names after `nemo:`, or the one whose original file name is the
+/// last part of the path.
 ///
 /// # Errors
-/// [`Error::Format`] if there is none, if it is no file, or if a path means more than one.
+/// [`Error::Format`] if there is none, it is not a file, or a path matches more than one.
 pub(in crate::checkpoint) fn artifact(container: &Container, reference: &str) -> Result<String> {
     if let Some(name) = reference.strip_prefix(SCHEME) {
         let name = name.strip_prefix("./").unwrap_or(name);
@@ -39,12 +40,12 @@ pub(in crate::checkpoint) fn artifact(container: &Container, reference: &str) ->
         (Some(name), None) => Ok(name.to_owned()),
         (None, _) => Err(Error::format(
             container.path(),
-            format!("model_config.yaml refers to `{}`, and no member has that file's name", clip(reference)),
+            format!("model_config.yaml refers to `{}`, but no member has that file name", clip(reference)),
         )),
         (Some(one), Some(other)) => Err(Error::format(
             container.path(),
             format!(
-                "model_config.yaml refers to `{}`, which may be `{}` or `{}`",
+                "model_config.yaml refers to `{}`, which matches both `{}` and `{}`",
                 clip(reference),
                 clip(one),
                 clip(other)
@@ -53,7 +54,7 @@ pub(in crate::checkpoint) fn artifact(container: &Container, reference: &str) ->
     }
 }
 
-/// The tokenizer's file.
+/// The member that holds the tokenizer.
 ///
 /// # Errors
 /// [`Error::Unsupported`] for a tokenizer that is neither a SentencePiece model nor a tokenizer.json, and as
@@ -75,17 +76,19 @@ pub(in crate::checkpoint) fn tokenizer_file(
                 }
             }
             let kind = tokenizer.kind.as_deref().map_or(String::new(), |kind| format!(", {}", clip(kind)));
-            let detail = format!("tokenizer.library is huggingface{kind}, without a {TOKENIZER_JSON} to read it from");
+            let detail = format!(
+                "tokenizer.library is huggingface{kind}, but neither model nor vocab_file is a {TOKENIZER_JSON}"
+            );
             Err(Error::unsupported(config, detail))
         }
         (library, _) => {
-            let detail = format!("tokenizer.library is {}, expected sentencepiece", clip(library));
+            let detail = format!("tokenizer.library is {}, expected sentencepiece or huggingface", clip(library));
             Err(Error::unsupported(config, detail))
         }
     }
 }
 
-/// The name that a member's file had: without NeMo's digits before it.
+/// A member's original file name, without NeMo's digits.
 fn without_digits(name: &str) -> &str {
     match name.split_once('_') {
         Some((digits, own)) if digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit()) => own,
@@ -144,16 +147,16 @@ mod tests {
         let (one, other) = (format!("{ONE}_a.model"), format!("{OTHER}_a.model"));
         let (folder, container) = holding(&[&one, &other, "b.model", &format!("{ONE}_b.model"), "0123_c.model"]);
         for (reference, reason) in [
-            ("nemo:gone.model", "it has no `gone.model`".to_owned()),
-            ("nemo:a.model", "it has no `a.model`".to_owned()),
-            ("nemo:../a.model", "it has no `../a.model`".to_owned()),
-            ("nemo:", "it has no ``".to_owned()),
-            ("/x/a.model", format!("refers to `/x/a.model`, which may be `{one}` or `{other}`")),
-            ("b.model", format!("may be `{ONE}_b.model` or `b.model`")),
-            ("/x/gone.model", "refers to `/x/gone.model`, and no member has that file's name".to_owned()),
-            ("c.model", "no member has that file's name".to_owned()),
-            ("/x/", "no member has that file's name".to_owned()),
-            ("", "no member has that file's name".to_owned()),
+            ("nemo:gone.model", "`gone.model` is missing".to_owned()),
+            ("nemo:a.model", "`a.model` is missing".to_owned()),
+            ("nemo:../a.model", "`../a.model` is missing".to_owned()),
+            ("nemo:", "`` is missing".to_owned()),
+            ("/x/a.model", format!("refers to `/x/a.model`, which matches both `{one}` and `{other}`")),
+            ("b.model", format!("matches both `{ONE}_b.model` and `b.model`")),
+            ("/x/gone.model", "refers to `/x/gone.model`, but no member has that file name".to_owned()),
+            ("c.model", "no member has that file name".to_owned()),
+            ("/x/", "no member has that file name".to_owned()),
+            ("", "no member has that file name".to_owned()),
         ] {
             let message = artifact(&container, reference).unwrap_err().to_string();
             assert!(message.starts_with(&folder.path().display().to_string()), "{message}");
@@ -176,9 +179,9 @@ mod tests {
         assert_eq!(found("huggingface", None, Some("/x/tokenizer.json")).unwrap(), expected);
         for (error, reason) in [
             (found("sentencepiece", None, None), "model_config.yaml: the key tokenizer.model is missing"),
-            (found("sentencepiece", Some("nemo:gone"), None), "it has no `gone`"),
-            (found("huggingface", None, None), "unsupported: tokenizer.library is huggingface, org/name, without a"),
-            (found("huggingface", Some("nemo:gone/tokenizer.json"), None), "it has no `gone/tokenizer.json`"),
+            (found("sentencepiece", Some("nemo:gone"), None), "`gone` is missing"),
+            (found("huggingface", None, None), "unsupported: tokenizer.library is huggingface, org/name, but neither"),
+            (found("huggingface", Some("nemo:gone/tokenizer.json"), None), "`gone/tokenizer.json` is missing"),
             (found("megatron", Some("x"), None), "unsupported: tokenizer.library is megatron, expected sentencepiece"),
         ] {
             let message = error.unwrap_err().to_string();

@@ -1,9 +1,9 @@
-//! `model_config.yaml` of a `.nemo`, as NeMo 1 and NeMo-Aligner write it.
+//! Reads the `model_config.yaml` of a `.nemo`, as written by NeMo 1 and NeMo-Aligner.
 //!
-//! The rule is that of a Hugging Face config: every key is read, known to be neutral, required to be off, or an error.
-//! An absent key means what NeMo makes of it, which for most of the architecture is not what is computed here: a config
-//! without `activation` is a GELU model. The file holds the whole configuration of a training run, so most keys are
-//! neutral, and a key that is not known passes if its value asks for nothing: `null`, `false`, or empty.
+//! As in a Hugging Face config, every key is read, known to be neutral, required to be off, or an error. An absent key
+//! has NeMo's default, which for most of the architecture is not supported here: a config without `activation` is a
+//! GELU model. The file holds the whole configuration of a training run, so most keys are neutral, and an unknown key
+//! is ignored if its value is `null`, `false` or empty.
 
 use std::path::{Path, PathBuf};
 
@@ -16,10 +16,10 @@ use crate::checkpoint::{ModelConfig, NemoPromptTokens};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
-/// Larger than any: the config of a training run with all its data sets has tens of kilobytes.
+/// Size limit. The config of a training run with many data sets has tens of KB.
 const MAX_BYTES: usize = 1 << 20;
 
-/// NeMo's values for keys that are absent.
+/// NeMo's defaults.
 mod default {
     pub const LAYERNORM_EPSILON: f64 = 1e-5;
     pub const ROTARY_BASE: f64 = 10_000.0;
@@ -29,7 +29,7 @@ mod default {
     pub const FFN_WIDENING: usize = 4;
 }
 
-/// Keys that name a part of the architecture: what NeMo takes when they are absent, and what is computed here.
+/// Keys that select a part of the architecture: (key, NeMo's default, the supported value).
 const CHOICES: &[(&str, &str, &str)] = &[
     ("activation", "gelu", "squared-relu"),
     ("attention_type", "multihead", "multihead"),
@@ -38,11 +38,11 @@ const CHOICES: &[(&str, &str, &str)] = &[
     ("transformer_block_type", "pre_ln", "pre_ln"),
 ];
 
-/// Flags that change the math: what NeMo takes when they are absent, and what is computed here.
+/// Flags that change the math: (key, NeMo's default, the supported value).
 const FLAGS: &[(&str, bool, bool)] = &[("bias", true, false), ("normalize_attention_scores", true, true)];
 
-/// Keys that switch on something not computed here: only `false`, `{}` and `[]` (and `null`) are accepted. Some are
-/// NeMo's, the others fields of Megatron Core's configuration, which NeMo passes on by name.
+/// Keys that turn on unsupported features: only `null`, `false`, `{}` and `[]` are allowed. Some are NeMo's, the others
+/// fields of Megatron-Core's configuration, which NeMo passes on by name.
 const MUST_BE_OFF: &[&str] = &[
     "add_qkv_bias",
     "apply_embedding_scaling",
@@ -65,15 +65,15 @@ const MUST_BE_OFF: &[&str] = &[
     "window_size",
 ];
 
-/// Values of `name`, which picks the modules that the blocks are made of, that compute what an absent one computes.
+/// Values of `name`, which selects the blocks' implementation, that compute the same as an absent one.
 const BLOCKS: &[&str] = &["", "ammo", "megatron_gpt_full_te_layer_autocast", "modelopt", "te_gpt"];
 
-/// Keys whose value cannot change a logit, beside those that start as [`NEUTRAL_PREFIXES`] say. Of those whose names
-/// suggest otherwise: `apply_query_key_layer_scaling` divides scores by the layer's number and multiplies them again;
-/// `layernorm_zero_centered_gamma` repeats what `layernorm1p` says; `openai_gelu` and `onnx_safe` are about GELU; and
-/// `fp32_residual_connection` and the fusions are about rounding.
+/// Keys whose value cannot change a logit, in addition to [`NEUTRAL_PREFIXES`]. Some names suggest otherwise:
+/// `apply_query_key_layer_scaling` divides scores by the layer number and multiplies them back;
+/// `layernorm_zero_centered_gamma` repeats `layernorm1p`; `openai_gelu` and `onnx_safe` concern GELU;
+/// `fp32_residual_connection` and the fusions affect rounding only.
 const NEUTRAL: &[&str] = &[
-    // How the math is arranged.
+    // Implementation of the math.
     "apply_query_key_layer_scaling",
     "apply_rope_fusion",
     "attention_softmax_in_fp32",
@@ -95,7 +95,7 @@ const NEUTRAL: &[&str] = &[
     "pre_process",
     "transformer_engine",
     "use_flash_attention",
-    // Starting weights and dropout.
+    // Initialization and dropout.
     "attention_dropout",
     "ffn_dropout",
     "hidden_dropout",
@@ -128,7 +128,7 @@ const NEUTRAL: &[&str] = &[
     "use_loss_mask",
     "validation_drop_last",
     "validation_ds",
-    // Devices and their communication.
+    // Devices and communication.
     "async_grad_allreduce",
     "batch_p2p_comm",
     "context_parallel_size",
@@ -148,7 +148,7 @@ const NEUTRAL: &[&str] = &[
     "validation_param_sync_overlap",
     "wgrad_deferral_limit",
     "with_fp32_embedding_grads",
-    // Files, logs and bookkeeping; `cfg` is a copy of the whole that old fine-tuning scripts left.
+    // Files, logs and bookkeeping; `cfg` is a copy of the whole config, left by old fine-tuning scripts.
     "apex_transformer_log_level",
     "cfg",
     "deterministic_mode",
@@ -165,7 +165,7 @@ const NEUTRAL: &[&str] = &[
     "restore_path",
     "resume_from_checkpoint",
     "save_nemo_on_validation_end",
-    // Alignment, and the rewards it learns from. A reward model itself is known by its class and its tensors.
+    // Alignment, and the reward models for it. A reward model itself is recognized by its class and its tensors.
     "dpo",
     "force_head_dtype",
     "forward_micro_batch_size",
@@ -190,8 +190,8 @@ const NEUTRAL: &[&str] = &[
     "use_avg_pool",
 ];
 
-/// Prefixes of neutral keys: memory, files and communication in training; mixtures of experts, of which there are none;
-/// and FP8 training, which stores its weights like any other.
+/// Prefixes of neutral keys: memory, files and communication in training; mixtures of experts, ruled out by
+/// `num_moe_experts`; and FP8 training, which stores weights like any other.
 const NEUTRAL_PREFIXES: &[&str] = &[
     "activations_checkpoint_",
     "cpu_offloading",
@@ -240,19 +240,19 @@ pub(in crate::checkpoint) struct NemoConfig {
     pub tensor_parallel: usize,
     /// Ranks that each hold some of the layers.
     pub pipeline_parallel: usize,
-    /// Parts that a pipeline rank's layers are in, if they are not one run of layers.
+    /// Virtual pipeline stages per rank (interleaved schedule), if set.
     pub virtual_pipeline: Option<usize>,
-    /// The vocabulary is padded to a multiple of this and the tensor-parallel ranks.
+    /// The vocabulary is padded to a multiple of this times the number of tensor-parallel ranks.
     pub make_vocab_size_divisible_by: usize,
-    /// Rows of the embedding if they are not the tokenizer's ids, padded.
+    /// Rows of the embedding, if they are not the tokenizer's padded size.
     pub override_vocab_size: Option<usize>,
-    /// The modules, and so the tensors' names, are Megatron Core's.
+    /// The modules, and so the tensors' names, are Megatron-Core's.
     pub mcore_gpt: bool,
-    /// Parameters were kept in half precision, by a wrapper that adds `module.` to the tensors' names.
+    /// Parameters were kept in half precision; the wrapper for that adds `module.` to the tensors' names.
     pub megatron_amp_o2: bool,
-    /// The tokenizer's section, if there is one.
+    /// The section `tokenizer`, if there is one.
     pub tokenizer: Option<NemoTokenizer>,
-    /// The markers of the chat fine-tuning, if that was the training.
+    /// The markers of chat fine-tuning, if there are any.
     pub chat_prompt_tokens: Option<NemoPromptTokens>,
     /// The Python class that wrote the file.
     pub target: Option<String>,
@@ -260,19 +260,19 @@ pub(in crate::checkpoint) struct NemoConfig {
     pub nemo_version: Option<String>,
 }
 
-/// Where the tokenizer is, as the config's `tokenizer` says it.
+/// The config's section `tokenizer`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::checkpoint) struct NemoTokenizer {
-    /// The library that reads it: `sentencepiece`, `huggingface`, `megatron`.
+    /// The tokenizer library: `sentencepiece`, `huggingface`, `megatron`.
     pub library: String,
-    /// A reference to its file: `nemo:` and a member's name, or a path of the machine it was trained on.
+    /// Reference to its file: `nemo:` and a member's name, or a path on the training machine.
     pub model: Option<String>,
-    /// A name for the library to look up, such as a repository on Hugging Face's hub.
+    /// Name for the library to look up, such as a repository on the Hugging Face Hub.
     pub kind: Option<String>,
-    /// A reference to the vocabulary's file, for libraries that have one.
+    /// Reference to the vocabulary file, for libraries that have one.
     pub vocab_file: Option<String>,
-    /// NeMo's own handling of special tokens is on. It changes no id of a text unless tokens were added, which is
-    /// refused; decoded text loses the spaces at its ends.
+    /// NeMo's legacy handling of special tokens is on. It changes ids only if tokens were added, which is refused;
+    /// decoded text is stripped of surrounding spaces.
     pub sentencepiece_legacy: bool,
 }
 
@@ -280,7 +280,7 @@ impl NemoConfig {
     /// The architecture, [validated](ModelConfig::validate), with `vocab_size` rows in the embedding.
     ///
     /// # Errors
-    /// [`Error::Format`] if the config states another number of rows, or the ids are outside of them.
+    /// [`Error::Format`] if the config states another number of rows, or an id is out of range.
     pub fn with_vocabulary(
         self,
         vocab_size: usize,
@@ -313,11 +313,11 @@ impl NemoConfig {
     }
 }
 
-/// Reads `bytes`, the content of `path`.
+/// Parses `bytes`, the contents of `path`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] if a key asks for what is not computed here or is unknown, [`Error::Format`] if the file is
-/// not YAML or a value is missing, of the wrong kind or makes no model, whatever the vocabulary; all name key and value.
+/// [`Error::Unsupported`] if a key is unknown or asks for something unsupported, [`Error::Format`] if the file is not
+/// YAML or a value is missing, of the wrong kind or out of range; all name key and value.
 pub(in crate::checkpoint) fn read(path: &Path, bytes: &[u8]) -> Result<NemoConfig> {
     let mut keys = Keys::new(path, yaml::parse_object(path, bytes, MAX_BYTES)?);
     let target = keys.text("target")?;
@@ -331,7 +331,8 @@ pub(in crate::checkpoint) fn read(path: &Path, bytes: &[u8]) -> Result<NemoConfi
         Some(head_dim) => head_dim,
         None if num_heads != 0 && hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
         None => {
-            let detail = format!("no kv_channels, and hidden_size {hidden_size} is no multiple of {num_heads} heads");
+            let detail =
+                format!("no kv_channels, and hidden_size {hidden_size} is not a multiple of {num_heads} heads");
             return Err(Error::format(path, detail));
         }
     };
@@ -340,21 +341,21 @@ pub(in crate::checkpoint) fn read(path: &Path, bytes: &[u8]) -> Result<NemoConfi
         let detail = format!("rotary_percentage is {rotary_percentage}, expected above 0 and at most 1");
         return Err(Error::format(path, detail));
     }
-    // Megatron Core has no other limit than the sequences it was trained with.
+    // Megatron-Core has no limit besides the training sequence length.
     let sequence = keys.size("encoder_seq_length")?;
     let Some(max_position_embeddings) = keys.size("max_position_embeddings")?.or(sequence) else {
-        return Err(Error::format(path, "neither max_position_embeddings nor encoder_seq_length is there"));
+        return Err(Error::format(path, "neither max_position_embeddings nor encoder_seq_length is set"));
     };
     let config = NemoConfig {
         path: path.to_path_buf(),
         num_layers: keys.required_size("num_layers")?,
         hidden_size,
-        // A product that overflows is no size, and validate says so.
+        // `validate` rejects the size if this overflows.
         intermediate_size: keys.size("ffn_hidden_size")?.unwrap_or(hidden_size.saturating_mul(default::FFN_WIDENING)),
         num_heads,
         num_kv_heads: keys.size("num_query_groups")?.unwrap_or(num_heads),
         head_dim,
-        // As NeMo computes it: the product in binary64, its fraction dropped.
+        // As in NeMo: the product in FP64, truncated.
         rotary_dim: (head_dim as f64 * rotary_percentage) as usize,
         rope_theta: keys.number("rotary_base")?.unwrap_or(default::ROTARY_BASE),
         max_position_embeddings,
@@ -380,21 +381,21 @@ pub(in crate::checkpoint) fn read(path: &Path, bytes: &[u8]) -> Result<NemoConfi
             || NEUTRAL.contains(&key)
             || NEUTRAL_PREFIXES.iter().any(|prefix| key.starts_with(prefix))
     })?;
-    // Nothing else looks at the sizes before they are used to name tensors.
+    // Checks the sizes before they are used to name tensors.
     config.clone().with_vocabulary(config.override_vocab_size.unwrap_or(1), None, Vec::new())?;
     Ok(config)
 }
 
-/// Refuses the classes that are no language models: others than GPTs may compute something else under the same keys.
+/// Rejects classes other than GPT language models, which may compute something else under the same keys.
 fn check_class(keys: &Keys, target: Option<&str>) -> Result<()> {
     let class = target.and_then(|target| target.rsplit('.').next()).unwrap_or("GPT");
     match class.contains("GPT") && !class.contains("Reward") && !class.contains("Critic") {
         true => Ok(()),
-        false => Err(keys.unsupported("target", class, "a GPT that generates text, such as MegatronGPTModel")),
+        false => Err(keys.unsupported("target", class, "a GPT language model such as MegatronGPTModel")),
     }
 }
 
-/// Refuses every key that makes a block other than the one computed here.
+/// Rejects every setting of a block that is not supported.
 fn check_math(keys: &mut Keys) -> Result<()> {
     let absent = |key: &str, default: &dyn std::fmt::Display, expected: &dyn std::fmt::Display, keys: &Keys| {
         keys.unsupported(key, format_args!("absent, which means {default}"), &expected.to_string())
@@ -426,9 +427,9 @@ fn check_math(keys: &mut Keys) -> Result<()> {
     }
 }
 
-/// Refuses adapters: their weights are beside the model's, not in them.
+/// Rejects adapters, whose weights are separate from the model's.
 fn check_adapters(keys: &mut Keys) -> Result<()> {
-    // The rest of the section says how the adapters would have been trained.
+    // The rest of the section configures the training of adapters.
     let Some(mut peft) = keys.object("peft")? else { return Ok(()) };
     match peft.text("peft_scheme")? {
         Some(scheme) if !matches!(scheme.as_str(), "" | "none") => {
@@ -438,7 +439,7 @@ fn check_adapters(keys: &mut Keys) -> Result<()> {
     }
 }
 
-/// `precision` of the training: a number of bits, or a name of Lightning's.
+/// `precision` of the training: a number of bits, or one of Lightning's names.
 fn read_precision(keys: &mut Keys) -> Result<Option<DType>> {
     let Some(value) = keys.take("precision") else { return Ok(None) };
     let name = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
@@ -450,7 +451,7 @@ fn read_precision(keys: &mut Keys) -> Result<Option<DType>> {
     }
 }
 
-/// A whole number that something is divided by.
+/// A whole number of at least 1.
 fn divisor(keys: &mut Keys, key: &str) -> Result<Option<usize>> {
     match keys.size(key)? {
         Some(size) if size == 0 || size > i32::MAX as usize => {
@@ -460,8 +461,8 @@ fn divisor(keys: &mut Keys, key: &str) -> Result<Option<usize>> {
     }
 }
 
-/// `data.chat_prompt_tokens`, which the chat fine-tuning of NeMo writes into every conversation. The rest of the section
-/// says where the training's texts were.
+/// `data.chat_prompt_tokens`, which NeMo's chat fine-tuning puts into every conversation. The rest of the section
+/// describes the training data.
 fn read_prompt_tokens(keys: &mut Keys) -> Result<Option<NemoPromptTokens>> {
     let Some(Value::Object(data)) = keys.take("data") else { return Ok(None) };
     let mut data = Keys::new(keys.path(), data);
@@ -486,7 +487,7 @@ fn read_tokenizer(keys: &mut Keys) -> Result<Option<NemoTokenizer>> {
     let Some(library) = keys.text("library")? else {
         return Err(Error::format(keys.path(), "the key tokenizer.library is missing"));
     };
-    // Tokens added to those of the file would get ids that its vocabulary does not have.
+    // Added tokens would have ids outside the file's vocabulary.
     for key in ["special_tokens", "additional_special_tokens"] {
         keys.must_be_off(key)?;
     }

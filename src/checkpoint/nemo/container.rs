@@ -9,17 +9,17 @@ use crate::checkpoint::tar::{Archive, MemberKind};
 use crate::error::{Error, Result};
 use crate::mmap::MappedFile;
 
-/// The most files of a folder that are listed.
+/// Maximum number of files in a folder.
 const MAX_FILES: usize = 1 << 16;
-/// The deepest folder that is looked into; a distributed checkpoint's chunks lie two or three deep.
+/// Maximum depth of folders; a distributed checkpoint's chunks lie two or three deep.
 const MAX_DEPTH: usize = 8;
 
-/// Where a member's data lies.
+/// Location of a member's data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::checkpoint) struct MemberLocation {
     /// Index in [`Container::files`].
     pub file: usize,
-    /// Inside that file.
+    /// Byte range in that file.
     pub bytes: Range<usize>,
 }
 
@@ -30,12 +30,12 @@ pub(in crate::checkpoint) struct Container {
     is_archive: bool,
     files: Vec<MappedFile>,
     members: BTreeMap<String, MemberLocation>,
-    /// Description of an entry that is neither file nor folder: a link, for example, which is not followed.
+    /// Kind of each entry that is neither a file nor a folder, such as a link, which is not followed.
     others: BTreeMap<String, &'static str>,
 }
 
 impl Container {
-    /// Maps the uncompressed tar archive `file`; messages call it `path`.
+    /// Lists the uncompressed tar archive `file`, called `path` in messages.
     ///
     /// # Errors
     /// As [`Archive::read`].
@@ -59,7 +59,8 @@ impl Container {
     /// Maps every file below the folder `path`. Links are not followed, so nothing outside is read.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that cannot be mapped; [`Error::Format`] for too many files or too deep a folder.
+    /// [`Error::Io`] for a file that cannot be mapped; [`Error::Format`] for too many files or too deeply nested
+    /// folders.
     pub fn of_folder(path: &Path) -> Result<Container> {
         let mut container = Container {
             path: path.to_path_buf(),
@@ -74,29 +75,29 @@ impl Container {
 
     fn add_folder(&mut self, folder: &Path, prefix: &str, depth: usize) -> Result<()> {
         if depth > MAX_DEPTH {
-            return Err(Error::format(folder, format!("a folder {depth} deep; at most {MAX_DEPTH} are looked into")));
+            return Err(Error::format(folder, format!("folders are nested deeper than {MAX_DEPTH} levels, the limit")));
         }
         let entries = std::fs::read_dir(folder).map_err(Error::io("list", folder))?;
         for entry in entries {
             let entry = entry.map_err(Error::io("list", folder))?;
             let path = entry.path();
-            // A name that is not UTF-8 is none of a checkpoint's.
+            // No file of a checkpoint has a name that is not UTF-8.
             let Some(name) = entry.file_name().to_str().map(|name| format!("{prefix}{name}")) else { continue };
-            let kind = entry.file_type().map_err(Error::io("look at", &path))?;
+            let kind = entry.file_type().map_err(Error::io("access", &path))?;
             if kind.is_dir() {
                 self.add_folder(&path, &format!("{name}/"), depth + 1)?;
             } else if kind.is_file() {
                 if self.files.len() == MAX_FILES {
                     return Err(Error::format(&self.path, format!("more than {MAX_FILES} files")));
                 }
-                // SAFETY: `Checkpoint` hands the duty to leave its files alone on to whoever opens it.
+                // SAFETY: `Checkpoint` requires its caller not to modify its files while it is open.
                 #[allow(unsafe_code)]
                 let file = unsafe { MappedFile::open(&path)? };
                 let place = MemberLocation { file: self.files.len(), bytes: 0..file.bytes().len() };
                 self.files.push(file);
                 self.members.insert(name, place);
             } else {
-                self.others.insert(name, if kind.is_symlink() { "a symbolic link" } else { "no regular file" });
+                self.others.insert(name, if kind.is_symlink() { "a symbolic link" } else { "a special file" });
             }
         }
         Ok(())
@@ -115,46 +116,46 @@ impl Container {
         }
     }
 
-    /// Every member and its place, in order of names.
+    /// Every member and its location, sorted by name.
     pub fn members(&self) -> impl Iterator<Item = (&str, &MemberLocation)> {
         self.members.iter().map(|(name, place)| (name.as_str(), place))
     }
 
-    /// Members whose names start with `prefix`, in order of names, the prefix taken off.
+    /// The members whose names start with `prefix`, sorted by name, without the prefix.
     pub fn below<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, &'a MemberLocation)> {
         let from = self.members.range::<str, _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded));
         from.map_while(move |(name, place)| Some((name.strip_prefix(prefix)?, place)))
     }
 
-    /// Where the member called `name` lies, if it is there.
+    /// Location of the member called `name`, if it exists.
     pub fn find(&self, name: &str) -> Option<&MemberLocation> {
         self.members.get(name)
     }
 
-    /// Where the member called `name` lies.
+    /// Location of the member called `name`.
     ///
     /// # Errors
-    /// [`Error::Format`] if there is none, or it is a link.
+    /// [`Error::Format`] if there is none, or it is not a regular file.
     pub fn get(&self, name: &str) -> Result<&MemberLocation> {
         self.find(name).ok_or_else(|| match self.others.get(name) {
             Some(kind) => Error::format(self.member_path(name), format!("it is {kind}, expected a file")),
-            None => Error::format(&self.path, format!("it has no `{}`", crate::error::clip(name))),
+            None => Error::format(&self.path, format!("`{}` is missing", crate::error::clip(name))),
         })
     }
 
-    /// The content of a place this container gave.
+    /// Contents of a location in this container.
     ///
     /// # Errors
-    /// [`Error::Internal`] for another place.
+    /// [`Error::Internal`] for a location outside its file.
     pub fn bytes(&self, place: &MemberLocation) -> Result<&[u8]> {
         let found = self.files.get(place.file).and_then(|file| file.bytes().get(place.bytes.clone()));
         found.ok_or_else(|| {
             let asked = format!("bytes {:?} of file {} of {}", place.bytes, place.file, self.path.display());
-            Error::internal(asked, "a place that the container gave")
+            Error::internal(asked, "a location in the container")
         })
     }
 
-    /// The mapped files, for a checkpoint to keep; places and shards name them by index.
+    /// The mapped files, for a checkpoint to keep; locations and shards refer to them by index.
     pub fn into_files(self) -> Vec<MappedFile> {
         self.files
     }

@@ -10,10 +10,10 @@ use crate::error::Result;
 use crate::fuzzing::check_refusal;
 use crate::mmap::MappedFile;
 
-/// Elements that are read of an accepted weight.
+/// Number of elements read of an accepted weight.
 const READ_ELEMENTS: usize = 4096;
 
-/// A `model_config.yaml`: what is accepted makes a model, whatever the vocabulary.
+/// A `model_config.yaml`: an accepted config describes a valid model, whatever the vocabulary.
 pub fn yaml(bytes: &[u8]) {
     match config::read(Path::new("model_config.yaml"), bytes) {
         Ok(config) => {
@@ -34,7 +34,7 @@ pub fn torch_dist(bytes: &[u8]) {
     check_tensors(bytes, |container| torch_dist::tensors(container, ""));
 }
 
-/// The `.metadata` of such a checkpoint: every chunk lies in its tensor, and every place is a place.
+/// The `.metadata` of such a checkpoint: every chunk lies in its tensor, and every byte range is valid.
 pub fn metadata(bytes: &[u8]) {
     let metadata = match torch::read_metadata(Path::new(".metadata"), bytes, |_| true) {
         Ok(metadata) => metadata,
@@ -49,7 +49,7 @@ pub fn metadata(bytes: &[u8]) {
     assert!(metadata.items.iter().all(|item| item.bytes.start <= item.bytes.end));
 }
 
-/// A whole `.nemo`: what is opened has the weights of its config, and they can be read.
+/// A whole `.nemo`: an accepted one has the weights of its config, and they can be read.
 pub fn nemo(bytes: &[u8]) {
     let path = Path::new("model.nemo");
     let Ok(container) = Container::of_archive(path, MappedFile::in_memory(path, bytes)) else { return };

@@ -1,4 +1,4 @@
-//! A `.nemo` compressed with gzip: unpacked to a temporary file once, for its weights have to be found by their place.
+//! Unpacks a `.nemo` that is compressed with gzip to a temporary file, since weights need random access.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
@@ -15,11 +15,12 @@ use crate::mmap::{MappedFile, open_regular};
 const PIECE_BYTES: usize = 1 << 20;
 /// Interval, in decompressed bytes, of the checks for free disk space.
 const CHECK_BYTES: u64 = 64 << 20;
-/// Left free on the disk.
+/// Disk space to leave free.
 const RESERVE_BYTES: u64 = 256 << 20;
-/// Weights do not compress to less than a hundredth; what does, past its first 64 MiB, is made to fill a disk.
+/// Maximum compression ratio after the first 64 MiB. Weights never compress this well; what does is meant to fill a
+/// disk.
 const MAX_RATIO: u64 = 100;
-/// The smallest file that may be an archive: one header and the two empty blocks of its end.
+/// Size of a tar header.
 const TAR_BLOCK_BYTES: usize = 512;
 
 /// Returns true if the file starts with a gzip header.
@@ -27,26 +28,29 @@ pub(super) fn is_gzip(bytes: &[u8]) -> bool {
     bytes.starts_with(b"\x1f\x8b")
 }
 
-/// Unpacks `path` to a file without a name in the temporary folder, which is gone when it is closed, whatever happens.
+/// Unpacks `path` to an unlinked file in the scratch folder, which the system frees when it is closed.
 ///
 /// # Errors
-/// [`Error::Io`] if the disk is full or cannot be written; [`Error::Format`] if the content is damaged, no archive, or
-/// more than weights can be; [`Error::Cancelled`].
+/// [`Error::Io`] if the disk is full or cannot be written; [`Error::Format`] if the content is damaged, not a tar
+/// archive, or a decompression bomb; [`Error::Cancelled`].
 pub(super) fn unpack(path: &Path, options: &OpenOptions<'_>) -> Result<MappedFile> {
     let source = open_regular(path)?;
     let packed_bytes = source.metadata().map_err(Error::io("read the size of", path))?.len();
     let folder = &options.scratch;
     let in_folder = |action: &'static str| Error::io(action, folder.join("(unpacked archive)"));
-    let mut target = tempfile::tempfile_in(folder).map_err(Error::io("make a temporary file in", folder))?;
+    let mut target = tempfile::tempfile_in(folder).map_err(Error::io("create a temporary file in", folder))?;
     let counted = Counted { inner: source, read: 0 };
     let mut decoder = MultiGzDecoder::new(BufReader::with_capacity(PIECE_BYTES, counted));
     let mut piece = vec![0; PIECE_BYTES];
     let (mut unpacked, mut next_check, mut reported) = (0u64, 0u64, 0u64);
     loop {
         let filled = fill(&mut decoder, &mut piece)
-            .map_err(|error| Error::format(path, format!("gzip: after {unpacked} unpacked bytes: {error}")))?;
+            .map_err(|error| Error::format(path, format!("gzip: after {unpacked} decompressed bytes: {error}")))?;
         if unpacked == 0 && !starts_as_tar(&piece[..filled]) {
-            return Err(Error::format(path, "what is compressed in it is no tar archive, so this is no .nemo"));
+            return Err(Error::format(
+                path,
+                "not a .nemo: it is compressed with gzip, but does not contain a tar archive",
+            ));
         }
         if filled == 0 {
             break;
@@ -58,8 +62,9 @@ pub(super) fn unpack(path: &Path, options: &OpenOptions<'_>) -> Result<MappedFil
         unpacked += filled as u64;
         let read = decoder.get_ref().get_ref().read;
         if unpacked > CHECK_BYTES && unpacked / MAX_RATIO > read {
-            let detail =
-                format!("{read} bytes of it unpack to {unpacked}, which no weights do; it is not read further");
+            let detail = format!(
+                "decompression bomb: {read} bytes decompress to {unpacked}, more than {MAX_RATIO} times as many"
+            );
             return Err(Error::format(path, detail));
         }
         target.write_all(&piece[..filled]).map_err(in_folder("write"))?;
@@ -68,7 +73,7 @@ pub(super) fn unpack(path: &Path, options: &OpenOptions<'_>) -> Result<MappedFil
         }
         reported = read;
     }
-    // SAFETY: the file has no name, so this process alone has it, and nothing writes to it from here on.
+    // SAFETY: the file is unlinked, so only this process has it, and nothing writes to it from here on.
     #[allow(unsafe_code)]
     unsafe {
         MappedFile::of_file(path, &target)
@@ -94,7 +99,7 @@ fn starts_as_tar(bytes: &[u8]) -> bool {
     field.iter().all(|byte| matches!(byte, b'0'..=b'7' | b' ' | 0)) && field.iter().any(|byte| byte.is_ascii_digit())
 }
 
-/// Refuses to go on where the disk has less room than is still needed, at least.
+/// Fails if the disk has less space than the minimum that is still needed.
 fn check_space(path: &Path, folder: &Path, target: &File, unpacked: u64, packed_bytes: u64) -> Result<()> {
     let Ok(disk) = rustix::fs::fstatvfs(target) else { return Ok(()) };
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
@@ -103,14 +108,14 @@ fn check_space(path: &Path, folder: &Path, target: &File, unpacked: u64, packed_
         return Ok(());
     }
     let detail = format!(
-        "it is compressed, and unpacking it to {} needs {needed} more bytes at least, of which {free} are free; free some, \
-         set TMPDIR to a folder on a larger disk, or unpack it with gunzip",
+        "it is compressed, and unpacking it to {} needs at least {needed} more bytes, but only {free} are free; free \
+                      some space, set TMPDIR to a folder on a larger disk, or decompress it with gunzip",
         folder.display()
     );
     Err(Error::format(path, detail))
 }
 
-/// Counts what is read.
+/// Counts the bytes read.
 struct Counted<R> {
     inner: R,
     read: u64,
@@ -170,10 +175,10 @@ mod tests {
         let last = damaged.len() - 6;
         damaged[last] ^= 1;
         assert!(reason(&damaged).contains("gzip: after"), "{}", reason(&damaged));
-        assert!(reason(&packed(b"no archive")).contains("no tar archive"));
-        assert!(reason(&packed(b"")).contains("no tar archive"));
+        assert!(reason(&packed(b"no archive")).contains("does not contain a tar archive"));
+        assert!(reason(&packed(b"")).contains("does not contain a tar archive"));
         let bomb = reason(&packed(&tar(200 << 20)));
-        assert!(bomb.contains("which no weights do"), "{bomb}");
+        assert!(bomb.contains("decompression bomb"), "{bomb}");
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! A `.nemo`: what NeMo's training framework saves, as an archive or as the folder it unpacks to.
+//! Reads a `.nemo`, the checkpoint of NeMo's training framework, as an archive or as the folder it unpacks to.
 //!
-//! Opening one finds where every weight lies, whatever the layout: torch files (one, or one for each rank of tensor and
-//! pipeline parallelism) or a distributed checkpoint (zarr, torch_dist). Nothing is copied or unpacked, unless the
-//! archive is compressed.
+//! Opening one locates every weight, whatever the layout: torch files (one, or one per tensor- and pipeline-parallel
+//! rank) or a distributed checkpoint (zarr, torch_dist). Nothing is copied or unpacked, unless the archive is
+//! compressed.
 
 use std::path::Path;
 
@@ -34,11 +34,11 @@ use ranks::Ranks;
 use weights::Parts;
 
 const CONFIG: &str = "model_config.yaml";
-/// The folder of a distributed checkpoint, and what it says about itself.
+/// The folder of a distributed checkpoint, and its metadata file.
 const DISTRIBUTED: &str = "model_weights/";
 const METADATA: &str = "model_weights/metadata.json";
 
-/// Returns true if `path` looks like a `.nemo` or an unpacked one, by its first bytes and the names of its files.
+/// Returns true if `path` looks like a `.nemo` or an unpacked one, judging only by file names.
 pub(super) fn looks_like_one(path: &Path) -> bool {
     if path.is_dir() {
         return path.join(CONFIG).is_file();
@@ -52,7 +52,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions<'_>) -> Result<Checkpoint>
     of_container(path, open_container(path, options)?)
 }
 
-/// Opens what the archive or folder `path` holds.
+/// Opens the checkpoint in `container`, the archive or folder `path`.
 fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     let yaml = container.get(CONFIG)?;
     let config_path = container.member_path(CONFIG);
@@ -60,8 +60,8 @@ fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
 
     let layout = NemoLayout::find(&container)?;
     if let (NemoLayout::Ranks(_), Some(2..)) = (&layout, config.virtual_pipeline) {
-        let detail = "virtual_pipeline_model_parallel_size is set, and its stages' layers are interleaved; save the model \
-                      without it, or as a distributed checkpoint";
+        let detail = "virtual_pipeline_model_parallel_size is set, and torch files of interleaved stages are not supported; \
+                      save the model without it, or as a distributed checkpoint";
         return Err(Error::unsupported(&config_path, detail));
     }
     let tensors = layout.tensors(&container, config.num_layers)?;
@@ -72,7 +72,7 @@ fn of_container(path: &Path, container: Container) -> Result<Checkpoint> {
     let details = details(&config, &layout);
     let prompt_tokens = config.chat_prompt_tokens.clone();
     let mut model = config.with_vocabulary(vocab_size, None, Vec::new())?;
-    // What is stored decides; the config says what the training computed in.
+    // The stored type wins; the config gives the training precision.
     if let Some(dtype) = element_type.weight() {
         model.dtype = dtype;
     }
@@ -87,7 +87,7 @@ fn open_container(path: &Path, options: &OpenOptions<'_>) -> Result<Container> {
     if std::fs::metadata(path).map_err(Error::io("open", path))?.is_dir() {
         return Container::of_folder(path);
     }
-    // SAFETY: `Checkpoint` hands the duty to leave its files alone on to whoever opens it.
+    // SAFETY: `Checkpoint` requires its caller not to modify its files while it is open.
     #[allow(unsafe_code)]
     let file = unsafe { MappedFile::open(path)? };
     let file = if gzip::is_gzip(file.bytes()) { gzip::unpack(path, options)? } else { file };
@@ -111,7 +111,7 @@ impl NemoLayout {
             (None, Some(layout)) => Ok(layout),
             (Some(ranks), Some(_)) => {
                 let detail = format!(
-                    "{} and a distributed checkpoint in {DISTRIBUTED}; which is meant is not clear: remove one",
+                    "found both {} and a distributed checkpoint in {DISTRIBUTED}; remove one of them",
                     ranks.describe()
                 );
                 Err(Error::format(container.path(), detail))
@@ -119,8 +119,8 @@ impl NemoLayout {
             (None, None) => {
                 let names: Vec<String> = container.members().map(|(name, _)| clip(name)).take(5).collect();
                 let detail = format!(
-                    "no weights: expected model_weights.ckpt, folders mp_rank_00 or tp_rank_00_pp_rank_000 with one, or \
-                     {DISTRIBUTED} with a distributed checkpoint; it holds {}",
+                    "no weights: expected model_weights.ckpt, the same in folders such as mp_rank_00 or \
+                      tp_rank_00_pp_rank_000, or a distributed checkpoint in {DISTRIBUTED}; found {}",
                     names.join(", ")
                 );
                 Err(Error::format(container.path(), detail))
@@ -145,7 +145,7 @@ impl NemoLayout {
     }
 }
 
-/// The kind of distributed checkpoint in the container: as its metadata.json says, or by its files where it has none.
+/// The kind of distributed checkpoint in the container, from its metadata.json or, without one, from its files.
 fn distributed(container: &Container) -> Result<Option<NemoLayout>> {
     if container.below(DISTRIBUTED).next().is_none() {
         return Ok(None);
@@ -154,16 +154,13 @@ fn distributed(container: &Container) -> Result<Option<NemoLayout>> {
         let path = container.member_path(METADATA);
         let bytes = container.bytes(place)?;
         if bytes.len() as u64 > MAX_CONFIG_BYTES {
-            return Err(Error::format(
-                &path,
-                format!("longer than the {MAX_CONFIG_BYTES} bytes accepted for this file"),
-            ));
+            return Err(Error::format(&path, format!("longer than {MAX_CONFIG_BYTES} bytes, the limit for this file")));
         }
         return match parse_object(&path, bytes)?.get("sharded_backend") {
             Some(Value::String(backend)) if backend == "zarr" => Ok(Some(NemoLayout::Zarr)),
             Some(Value::String(backend)) if backend == "torch_dist" => Ok(Some(NemoLayout::TorchDist)),
             other => {
-                let found = other.map_or_else(|| "nothing".to_owned(), super::json::shown);
+                let found = other.map_or_else(|| "missing".to_owned(), super::json::shown);
                 Err(Error::unsupported(
                     &path,
                     format!("sharded_backend is {found}, expected \"zarr\" or \"torch_dist\""),
@@ -177,11 +174,11 @@ fn distributed(container: &Container) -> Result<Option<NemoLayout>> {
     if container.find("model_weights/.metadata").is_some() {
         return Ok(Some(NemoLayout::TorchDist));
     }
-    let detail = format!("{DISTRIBUTED} has neither metadata.json, nor .metadata, nor arrays of zarr");
+    let detail = format!("{DISTRIBUTED} has neither metadata.json nor .metadata nor zarr arrays");
     Err(Error::format(container.path(), detail))
 }
 
-/// The tokenizer's file in the container.
+/// Locates the tokenizer file in the container.
 fn tokenizer(container: &Container, config: &NemoConfig) -> Result<Option<TokenizerSource>> {
     let Some(tokenizer) = &config.tokenizer else { return Ok(None) };
     let (name, is_json) = match artifacts::tokenizer_file(container, tokenizer)? {
@@ -198,7 +195,7 @@ fn is_extra_state(name: &str) -> bool {
     name.contains("_extra_state")
 }
 
-/// Further facts about the file, for the user: names and values.
+/// Further facts about the file to show to the user: (name, value).
 fn details(config: &NemoConfig, layout: &NemoLayout) -> Vec<(&'static str, String)> {
     let mut details = vec![("layout", layout.describe())];
     let trained = [("tensor", config.tensor_parallel), ("pipeline", config.pipeline_parallel)];

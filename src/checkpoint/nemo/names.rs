@@ -1,8 +1,8 @@
 //! Names of a `.nemo`'s tensors, and their roles.
 //!
 //! Two generations of code wrote them: NeMo's own GPT (`model.language_model.encoder.layers.3.…`) and Megatron-Core
-//! (`model.decoder.layers.3.…`), the latter with Transformer Engine's layers, which fuse a norm with the product behind
-//! it, or without. Distributed checkpoints drop the number of the layer and stack the layers on a new first axis.
+//! (`model.decoder.layers.3.…`), the latter with or without Transformer Engine's layers, which fuse a norm with the
+//! linear layer after it. Distributed checkpoints drop the layer number and stack the layers along a new first axis.
 
 use super::is_extra_state;
 use crate::checkpoint::ModelConfig;
@@ -23,7 +23,7 @@ impl NemoTensor {
 
     pub const EMBEDDING: NemoTensor = NemoTensor { first: TensorRole::Embedding };
 
-    /// The model's tensors in it, in their order.
+    /// The model's tensors in it, in order.
     pub fn specs(self) -> impl Iterator<Item = &'static TensorSpec> {
         SCHEMA.iter().filter(move |spec| spec.nemo == self.first.spec().nemo)
     }
@@ -36,12 +36,12 @@ impl NemoTensor {
         self.specs().all(|spec| spec.is_in(config))
     }
 
-    /// The axis along which tensor parallelism splits it; `None` if every rank has all of it.
+    /// The axis along which tensor parallelism splits it; `None` if it is replicated.
     pub fn split_axis(self) -> Option<usize> {
         self.first.spec().nemo.split_axis
     }
 
-    /// Row-major shape, fused tensors one above the other; `None` if `config`'s sizes overflow.
+    /// Row-major shape, with fused tensors stacked by rows; `None` if `config`'s sizes overflow.
     pub fn shape(self, config: &ModelConfig) -> Option<Vec<usize>> {
         let mut whole = self.first.shape(config)?;
         for spec in self.specs().skip(1) {
@@ -51,7 +51,7 @@ impl NemoTensor {
         Some(whole)
     }
 
-    /// Its name in messages about a missing one.
+    /// Description for the message that it is missing.
     pub fn described(self, layer: Option<usize>) -> String {
         let NemoNames { legacy, core, .. } = &self.first.spec().nemo;
         let (legacy, core) = (legacy[0], core[0]);
@@ -59,7 +59,7 @@ impl NemoTensor {
             let layer = layer.map_or_else(String::new, |layer| format!("{layer}."));
             return format!("`….layers.{layer}{core}` (or `{legacy}`)");
         }
-        // Without the module around it, which differs between the two.
+        // Without the enclosing module, which differs between the two schemes.
         let name = format!(
             "`….{}`",
             core.split_once('.').map_or(core, |(_, inner)| if inner.contains('.') { inner } else { core })
@@ -72,11 +72,11 @@ impl NemoTensor {
     }
 }
 
-/// A generation of code, by how it names a model's tensors.
+/// The naming scheme of one generation of code.
 struct Naming {
-    /// Before the names of what is not in a layer.
+    /// Prefix of names outside the layers.
     root: &'static str,
-    /// Before the number of a layer.
+    /// Prefix of a layer number.
     layers: &'static str,
     names: fn(&'static NemoNames) -> &'static [&'static str],
 }
@@ -87,7 +87,7 @@ const NAMINGS: [Naming; 2] = [
 ];
 
 impl Naming {
-    /// The tensor that is called `name` behind the root or the number of a layer.
+    /// The tensor called `name`, after the root or the layer number.
     fn find(&self, scope: TensorScope, name: &str) -> Option<NemoTensor> {
         let named = |spec: &&'static TensorSpec| spec.scope == scope && (self.names)(&spec.nemo).contains(&name);
         SCHEMA.iter().find(named).map(|spec| NemoTensor { first: spec.role })
@@ -97,14 +97,14 @@ impl Naming {
 /// Meaning of a tensor's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning {
-    /// A tensor of the architecture. A layer's tensor without a layer is the stack of all layers'.
+    /// A tensor of the architecture. A layer's tensor without `layer` is the stack of all layers.
     Weight {
         tensor: NemoTensor,
         layer: Option<usize>,
     },
-    /// Nothing that the model computes with: what is derived from the config, or a library's state.
+    /// Not used in inference: derived from the config, or a library's state.
     Ignored,
-    /// The embedding once more, on the last of several pipeline stages; only where the head shares its weights.
+    /// The copy of the embedding on the last pipeline stage, for a tied head.
     TiedCopy,
     Unknown,
 }
@@ -112,7 +112,7 @@ pub(super) enum Meaning {
 /// Identifies the tensor called `name`.
 pub(super) fn meaning(name: &str) -> Meaning {
     let mut name = name.replace("._orig_mod", "");
-    // Wrappers: `model.` always, `module.` where a model in half precision was wrapped.
+    // Wrappers: always `model.`, and `module.` around a model in half precision.
     while let Some(rest) = name.strip_prefix("model.").or_else(|| name.strip_prefix("module.")) {
         name = rest.to_owned();
     }

@@ -1,4 +1,4 @@
-//! Weights in torch files: one for the whole model, or one for each rank of tensor and pipeline parallelism.
+//! Weights in torch files: one for the whole model, or one per tensor- and pipeline-parallel rank.
 
 use std::collections::BTreeMap;
 
@@ -8,12 +8,12 @@ use crate::checkpoint::sharded::ShardedTensor;
 use crate::checkpoint::torch::read_state_dict;
 use crate::error::{Error, Result, clip};
 
-/// The file of weights of a model that is not split, and of each rank's folder.
+/// Weights file of an unsplit model, and of each rank's folder.
 const WEIGHTS: &str = "model_weights.ckpt";
-/// The most ranks of one kind.
+/// Maximum number of ranks of each kind.
 const MAX_RANKS: usize = 4096;
 
-/// The files of weights by pipeline and tensor rank.
+/// Weights files by pipeline and tensor rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ranks {
     /// `[pipeline ranks][tensor ranks]`, a full grid of at least one.
@@ -21,10 +21,10 @@ pub(super) struct Ranks {
 }
 
 impl Ranks {
-    /// The torch files of weights in the container; `None` if there are none.
+    /// Finds the torch weights files in the container; `None` if there are none.
     ///
     /// # Errors
-    /// [`Error::Format`] if they are not all of one layout, or a rank's is missing.
+    /// [`Error::Format`] if layouts are mixed, or a rank's file is missing.
     pub fn find(container: &Container) -> Result<Option<Ranks>> {
         let mut found: BTreeMap<(usize, usize), String> = BTreeMap::new();
         for (name, _) in container.members() {
@@ -32,8 +32,7 @@ impl Ranks {
             let Some(rank) = rank_of(folder) else { continue };
             if let Some(other) = found.insert(rank, name.to_owned()) {
                 let (name, other) = (clip(name), clip(other));
-                let detail =
-                    format!("`{name}` and `{other}` are both weights of the same rank; which is meant is not clear");
+                let detail = format!("`{name}` and `{other}` are weights of the same rank; remove one of them");
                 return Err(Error::format(container.path(), detail));
             }
         }
@@ -47,8 +46,7 @@ impl Ranks {
                 Error::internal(format!("{} ranks with weights", found.len()), format!("{stages} times {ranks}"))
             })?;
             let detail = format!(
-                "weights of {} ranks, but those of pipeline rank {stage}, tensor rank {rank} are missing; \
-                 {stages} times {ranks} are expected",
+                "the weights of pipeline rank {stage}, tensor rank {rank} are missing: found {}, expected {stages} x {ranks}",
                 found.len()
             );
             return Err(Error::format(container.path(), detail));
@@ -57,7 +55,7 @@ impl Ranks {
         Ok(Some(Ranks { members: (0..stages).map(|_| members.by_ref().take(ranks).collect()).collect() }))
     }
 
-    /// Name of the layout, for the user.
+    /// Description of the layout, for the user.
     pub fn describe(&self) -> String {
         match (self.members.len(), self.members.first().map_or(1, Vec::len)) {
             (1, 1) => "one torch file".to_owned(),
@@ -67,15 +65,15 @@ impl Ranks {
         }
     }
 
-    /// Reads what the files hold and merges the ranks: every tensor as it would be in one file, in order of its name.
-    /// Tensors that are not part of the architecture keep their own name, for the caller to refuse.
+    /// Reads the files and merges the ranks: every tensor as it would be in a single file. Tensors outside the
+    /// architecture keep their own names, for the caller to reject.
     ///
     /// # Errors
-    /// [`Error::Format`] for a damaged file, or ranks that do not fit together; names the file and the tensor.
+    /// [`Error::Format`] for a damaged file, or ranks that are inconsistent; names the file and the tensor.
     pub fn tensors(&self, container: &Container, num_layers: usize) -> Result<Vec<(String, ShardedTensor)>> {
         let stages = self.members.len();
         if !num_layers.is_multiple_of(stages) {
-            let detail = format!("its {stages} pipeline stages cannot share {num_layers} layers evenly");
+            let detail = format!("{num_layers} layers cannot be divided evenly among {stages} pipeline stages");
             return Err(Error::format(container.path(), detail));
         }
         let layers_per_stage = num_layers / stages;
@@ -102,7 +100,8 @@ impl Ranks {
                     Meaning::Weight { tensor, layer } => {
                         let in_model = layer.map(|layer| layer + stage * layers_per_stage);
                         if layer.is_some_and(|layer| layer >= layers_per_stage) {
-                            let detail = format!("`{}` is past the {layers_per_stage} layers of a stage", clip(&name));
+                            let detail =
+                                format!("`{}` is outside the {layers_per_stage} layers of a stage", clip(&name));
                             return Err(Error::format(container.member_path(&ranks[0]), detail));
                         }
                         (renumbered(&name, layer, in_model), tensor.split_axis())
@@ -116,7 +115,7 @@ impl Ranks {
                     Some(axis) => ShardedTensor::concat(of_ranks, axis).map_err(|detail| {
                         Error::format(container.path(), format!("tensor `{}`: {detail}", clip(&name)))
                     })?,
-                    // Every rank has all of it; the first is taken, as Megatron's own merge does.
+                    // Replicated on every rank; take the first, as Megatron's own merge does.
                     None => match of_ranks.into_iter().next() {
                         Some(first) => first,
                         None => return Err(Error::internal(format!("no rank has `{}`", clip(&name)), "one for each")),
@@ -130,11 +129,11 @@ impl Ranks {
 }
 
 fn missing_in(container: &Container, member: &str, name: &str, other: &str) -> Error {
-    let detail = format!("tensor `{}` is missing, which `{}` has", clip(name), clip(other));
+    let detail = format!("tensor `{}` is missing, but `{}` has it", clip(name), clip(other));
     Error::format(container.member_path(member), detail)
 }
 
-/// `name` with the number of another layer.
+/// `name` with its layer number replaced.
 fn renumbered(name: &str, layer: Option<usize>, in_model: Option<usize>) -> String {
     match (layer, in_model) {
         (Some(layer), Some(in_model)) if layer != in_model => {
@@ -144,7 +143,7 @@ fn renumbered(name: &str, layer: Option<usize>, in_model: Option<usize>) -> Stri
     }
 }
 
-/// Pipeline and tensor rank of a folder of weights; `None` if it is none.
+/// Pipeline and tensor rank of a weights folder; `None` for any other folder.
 fn rank_of(folder: &str) -> Option<(usize, usize)> {
     if folder.is_empty() {
         return Some((0, 0));

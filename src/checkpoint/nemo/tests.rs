@@ -104,35 +104,35 @@ fn refuses_what_does_not_fit_together() {
     refused(
         "ckpt-mcore.nemo",
         remove("model_weights.ckpt"),
-        "no weights: expected model_weights.ckpt, folders mp_rank_00",
+        "no weights: expected model_weights.ckpt, the same in folders such as mp_rank_00",
     );
     refused(
         "ckpt-tp4.nemo",
         remove("mp_rank_02/model_weights.ckpt"),
-        "weights of 3 ranks, but those of pipeline rank 0, tensor rank 2 are missing; 1 times 4 are expected",
+        "the weights of pipeline rank 0, tensor rank 2 are missing: found 3, expected 1 x 4",
     );
     refused("ckpt-tp2-pp2.nemo", remove("tp_rank_01_pp_rank_001/model_weights.ckpt"), "pipeline rank 1, tensor rank 1");
     refused(
         "ckpt-tp2.nemo",
         |folder| std::fs::write(folder.join("model_weights.ckpt"), "").unwrap(),
-        "are both weights of the same rank",
+        "are weights of the same rank",
     );
     refused(
         "zarr.nemo",
         |folder| std::fs::write(folder.join("model_weights.ckpt"), "").unwrap(),
-        "one torch file and a distributed checkpoint in model_weights/",
+        "both one torch file and a distributed checkpoint in model_weights/",
     );
     refused(
         "zarr.nemo",
         |folder| std::fs::write(folder.join("model_weights/metadata.json"), r#"{"sharded_backend": "other"}"#).unwrap(),
         "sharded_backend is \"other\", expected \"zarr\" or \"torch_dist\"",
     );
-    refused("ckpt-mcore.nemo", |folder| edit(folder, "num_layers: 4", "num_layers: 3"), "is past the 3 layers");
+    refused("ckpt-mcore.nemo", |folder| edit(folder, "num_layers: 4", "num_layers: 3"), "is outside the 3 layers");
     refused("ckpt-mcore.nemo", |folder| edit(folder, "num_layers: 4", "num_layers: 5"), "layers.4.self_attention");
     refused(
         "ckpt-pp2.nemo",
         |folder| edit(folder, "num_layers: 4", "num_layers: 5"),
-        "2 pipeline stages cannot share 5",
+        "5 layers cannot be divided evenly among 2 pipeline stages",
     );
     refused("zarr.nemo", |folder| edit(folder, "num_layers: 4", "num_layers: 3"), "expected 3 layers");
     refused(

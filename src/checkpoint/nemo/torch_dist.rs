@@ -1,8 +1,8 @@
-//! The weights of a `.nemo` as `torch.distributed.checkpoint` saves them: `.metadata` beside the files that ranks wrote,
-//! `__0_0.distcp` and the like, in which whole files of `torch.save` lie one after the other, each with one chunk of one
-//! tensor.
+//! Weights of a `.nemo` saved by `torch.distributed.checkpoint`: `.metadata` beside the files that ranks wrote, such as
+//! `__0_0.distcp`, each a sequence of whole `torch.save` files with one chunk of one tensor.
 //!
-//! The metadata says where a chunk lies and what it is; the chunk's own file says what it is too, and both must agree.
+//! The metadata gives the location, type and shape of a chunk; the chunk's own file repeats type and shape, and both
+//! must agree.
 
 use std::collections::HashMap;
 
@@ -15,13 +15,13 @@ use crate::error::{Error, Result, clip};
 /// File that describes a checkpoint, in its folder.
 const METADATA: &str = ".metadata";
 
-/// The tensors that `<prefix>.metadata` of `container` lists, by name, each chunk a shard.
+/// The tensors that `<prefix>.metadata` lists, by name, with each chunk a shard.
 ///
-/// States of Transformer Engine (`_extra_state`) are left out, and whatever is no tensor.
+/// Transformer Engine state (`_extra_state`) and entries other than tensors are skipped.
 ///
 /// # Errors
-/// [`Error::Format`] if the metadata is not there, is damaged, names anything but its own records, is over a limit, or
-/// does not fit the files; [`Error::Unsupported`] for chunks that are compressed. As [`torch::read_tensor`] for a chunk.
+/// [`Error::Format`] if the metadata is missing or damaged, imports anything but its own record types, exceeds a limit
+/// or does not match the files; [`Error::Unsupported`] for compressed chunks. As [`torch::read_tensor`] for a chunk.
 pub(in crate::checkpoint) fn tensors(container: &Container, prefix: &str) -> Result<Vec<(String, ShardedTensor)>> {
     let name = format!("{prefix}{METADATA}");
     let bytes = container.bytes(container.get(&name)?)?;
@@ -43,22 +43,22 @@ pub(in crate::checkpoint) fn tensors(container: &Container, prefix: &str) -> Res
     Ok(tensors)
 }
 
-/// Tensor's name and chunk's origin.
+/// Tensor name and chunk origin.
 type Key<'m> = (&'m str, Option<&'m [usize]>);
 
-/// The places of chunks that have not been read yet: none is read twice, so that reading all takes no longer than the
-/// files are.
+/// Locations of the chunks that have not been read yet. Each is read once, so the total work is bounded by the size of
+/// the files.
 struct Items<'m> {
     by_key: HashMap<Key<'m>, &'m MetadataItem<'m>>,
 }
 
 impl<'m> Items<'m> {
-    /// Refuses places that overlap, and two for one chunk.
+    /// Rejects overlapping locations, and two for one chunk.
     fn new(items: &'m [MetadataItem<'m>]) -> Result<Items<'m>, String> {
         let mut by_key = HashMap::new();
         for item in items {
             if by_key.insert((item.name, item.origin.as_deref()), item).is_some() {
-                return Err(format!("{} is in `storage_data` twice", shown(item)));
+                return Err(format!("`storage_data` lists {} twice", shown(item)));
             }
         }
         let mut in_order: Vec<&MetadataItem<'_>> = items.iter().collect();
@@ -78,7 +78,7 @@ impl<'m> Items<'m> {
         Ok(Items { by_key })
     }
 
-    /// Where `chunk` lies. A tensor that was saved whole may be listed without an origin.
+    /// Takes the location of `chunk`. A tensor that was saved whole may be listed without an origin.
     fn take(&mut self, tensor: &'m ChunkedTensor<'m>, chunk: &'m TensorChunk) -> Option<&'m MetadataItem<'m>> {
         match self.by_key.remove(&(tensor.name, Some(&chunk.origin))) {
             None if chunk.shape == tensor.shape => self.by_key.remove(&(tensor.name, None)),
@@ -101,23 +101,23 @@ struct Reader<'m> {
 }
 
 impl<'m> Reader<'m> {
-    /// The tensor that was saved as `chunk` of `tensor`, compared with what the metadata says of it.
+    /// Reads the `chunk` of `tensor` and compares it with the metadata.
     fn read(&mut self, tensor: &'m ChunkedTensor<'m>, chunk: &'m TensorChunk) -> Result<ShardedTensor> {
         let container = self.container;
         let metadata = container.member_path(&format!("{}{METADATA}", self.prefix));
         let name = format!("tensor `{}`: chunk at {:?}", clip(tensor.name), chunk.origin);
         let Some(item) = self.items.take(tensor, chunk) else {
-            let detail = format!("{name}: `storage_data` has no place for it, or two chunks are there");
+            let detail = format!("{name}: it is not in `storage_data`, or two chunks have this origin");
             return Err(Error::format(metadata, detail));
         };
         if let Some(transform) = item.transform {
             let detail =
-                format!("{name}: it was changed by `{}`, expected a chunk as torch.save writes it", clip(transform));
+                format!("{name}: it was transformed by `{}`, expected a plain torch.save file", clip(transform));
             return Err(Error::unsupported(metadata, detail));
         }
         if item.file.is_empty() || item.file.contains('/') || matches!(item.file, "." | "..") {
             let detail =
-                format!("{name}: it lies in `{}`, expected the name of a file beside {METADATA}", clip(item.file));
+                format!("{name}: it is in `{}`, expected the name of a file beside {METADATA}", clip(item.file));
             return Err(Error::format(metadata, detail));
         }
 
@@ -128,12 +128,12 @@ impl<'m> Reader<'m> {
         let at = item.bytes.start;
         let bytes = bytes.get(item.bytes.clone()).ok_or_else(|| {
             let (length, all) = (item.bytes.len(), bytes.len());
-            Error::format(&path, format!("{name}: {length} bytes at {at} are said to be it, but the file has {all}"))
+            Error::format(&path, format!("{name}: expected {length} bytes at {at}, but the file has {all}"))
         })?;
         let stored = torch::read_tensor(&path, bytes).map_err(|error| at_item(error, &name, at))?;
         if (stored.dtype, &stored.shape) != (tensor.dtype, &chunk.shape) {
             let detail = format!(
-                "{name}: at {at} lies {} {:?}, expected {} {:?}",
+                "{name}: found {} {:?} at {at}, expected {} {:?}",
                 stored.dtype, stored.shape, tensor.dtype, chunk.shape
             );
             return Err(Error::format(&path, detail));
@@ -142,7 +142,7 @@ impl<'m> Reader<'m> {
     }
 }
 
-/// `error`, with the chunk that is meant and its place in the file.
+/// Prefixes `error` with the chunk and its offset in the file.
 fn at_item(error: Error, name: &str, at: usize) -> Error {
     match error {
         Error::Format { path, detail } => Error::Format { path, detail: format!("{name}: at {at}: {detail}") },

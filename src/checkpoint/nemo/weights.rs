@@ -1,4 +1,4 @@
-//! The tensors of a `.nemo` under the names, and in the shapes, that the model is built from: Hugging Face's.
+//! Converts the tensors of a `.nemo` to the names and shapes that the model is built from: Hugging Face's.
 
 use std::collections::BTreeMap;
 
@@ -10,19 +10,19 @@ use crate::checkpoint::{ModelConfig, TensorRole, torch::ElementType};
 use crate::error::clip;
 use crate::mmap::MappedFile;
 
-/// The tensors that are part of the architecture, each by itself.
+/// The tensors of a `.nemo`, by their part in the architecture.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
     found: BTreeMap<(NemoTensor, Option<usize>), (String, ShardedTensor)>,
-    /// Names that are no part of it.
+    /// Names outside the architecture.
     unknown: Vec<String>,
 }
 
 impl Parts {
-    /// Sorts tensors by what they are.
+    /// Classifies tensors by name.
     ///
     /// # Errors
-    /// That two of them are the same part, for the caller to put the file's name before.
+    /// If two of them are the same part. The caller prefixes the file's name.
     pub fn sort(tensors: Vec<(String, ShardedTensor)>) -> Result<Parts, String> {
         let mut parts = Parts::default();
         for (name, tensor) in tensors {
@@ -30,7 +30,7 @@ impl Parts {
                 Meaning::Weight { tensor: part, layer } => {
                     if let Some((other, _)) = parts.found.get(&(part, layer)) {
                         return Err(format!(
-                            "`{}` and `{}` are the same weights; one too many",
+                            "`{}` and `{}` are names of the same tensor, expected one",
                             clip(other),
                             clip(name)
                         ));
@@ -44,10 +44,10 @@ impl Parts {
         Ok(parts)
     }
 
-    /// Rows of the embedding and the type of its elements.
+    /// Rows of the embedding and its element type.
     ///
     /// # Errors
-    /// That there is none.
+    /// If it is missing or not a matrix.
     pub fn embedding(&self) -> Result<(usize, ElementType), String> {
         let (name, tensor) = self
             .found
@@ -59,7 +59,7 @@ impl Parts {
         }
     }
 
-    /// The part `part` of `layer`: by itself, or off the stack of all layers'.
+    /// The part `part` of `layer`: stored by itself, or sliced from the stack of all layers.
     fn get(
         &self,
         part: NemoTensor,
@@ -80,7 +80,7 @@ impl Parts {
     /// All weights of the model in the order of use.
     ///
     /// # Errors
-    /// Missing and unexpected tensors, and those that do not fit `config`, by their names in the file.
+    /// Missing and unexpected tensors, and those that do not match `config`, by their names in the file.
     pub fn into_weights(self, config: &ModelConfig, files: &[MappedFile]) -> Result<Vec<Weight>, String> {
         let mut problems = Problems::default();
         let mut weights = Vec::new();
@@ -118,16 +118,16 @@ impl Parts {
         }
         for ((part, layer), (name, _)) in &self.found {
             let known = part.is_in(config) && layer.is_none_or(|layer| layer < layers);
-            // A stack beside the same part of single layers would be left unread.
+            // A stack next to per-layer tensors of the same part would be left unread.
             let beside = part.is_in_layers()
                 && layer.is_none()
                 && (0..layers).any(|layer| self.found.contains_key(&(*part, Some(layer))));
             if !known || beside {
-                problems.add(|| format!("`{}` is no part of this model", clip(name)));
+                problems.add(|| format!("`{}` is not a tensor of this model", clip(name)));
             }
         }
         for name in &self.unknown {
-            problems.add(|| format!("`{}` is no part of this model", clip(name)));
+            problems.add(|| format!("`{}` is not a tensor of this model", clip(name)));
         }
         problems.finish("model_config.yaml")?;
         Ok(weights)
@@ -149,7 +149,7 @@ fn in_order(config: &ModelConfig) -> Vec<(NemoTensor, Option<usize>)> {
     order
 }
 
-/// The model's tensors in `stored`, which has the shape that is expected of it.
+/// Splits `stored`, whose shape has been checked, into the model's tensors.
 fn named(
     tensor: NemoTensor,
     layer: Option<usize>,
@@ -157,12 +157,12 @@ fn named(
     config: &ModelConfig,
 ) -> Result<Vec<(String, ShardedTensor)>, String> {
     let roles: Vec<TensorRole> = tensor.specs().map(|spec| spec.role).collect();
-    // What is in no layer has a name without a number.
+    // Names outside the layers have no number.
     let name = |role: TensorRole| role.name(layer.unwrap_or(0));
     if let [role] = roles[..] {
         return Ok(vec![(name(role), stored)]);
     }
-    // Fused: for each group of heads the rows of its queries, then of its key, then of its value.
+    // Fused: for each head group, the rows of its queries, then of its key, then of its value.
     let groups = config.num_kv_heads;
     let rows = |role: &TensorRole| role.shape(config).and_then(|shape| Some(shape.first()? / groups));
     let rows: Vec<usize> = roles.iter().map(rows).collect::<Option<_>>().ok_or("the sizes overflow")?;

@@ -1,10 +1,9 @@
-//! The weights of a `.nemo` as zarr arrays: a folder for each tensor, in which `.zarray` describes a regular grid of
-//! chunks and every chunk is a file, named by its place in the grid.
+//! Weights of a `.nemo` stored as zarr arrays: one folder per tensor, in which `.zarray` describes a regular grid of
+//! chunks and each chunk is a file, named by its grid index.
 //!
-//! Reads format 2 as Megatron writes it: chunks that are neither compressed nor filtered, row-major and little-endian,
-//! with `bfloat16` as the name of a type that zarr itself does not have. A chunk at the end of an axis is stored whole
-//! too; what lies outside the tensor is left out by its strides. Zarr takes a chunk that is not there for one full of
-//! `fill_value`; a weight that is not there is an error here.
+//! Reads format 2 as Megatron writes it: uncompressed, unfiltered, row-major, little-endian chunks, with `bfloat16` as
+//! the name of a type that zarr itself lacks. A chunk at the end of an axis is stored in full; its shard covers only
+//! the part inside the tensor. To zarr a missing chunk is one full of `fill_value`; here it is an error.
 
 use std::collections::HashSet;
 
@@ -17,26 +16,26 @@ use crate::checkpoint::sharded::{Shard, ShardedTensor};
 use crate::checkpoint::torch::ElementType;
 use crate::error::{Error, Result, clip};
 
-/// File that describes an array, in its folder. Its attributes may lie beside it.
+/// Metadata file of an array, and its optional attributes.
 const DESCRIPTION: &str = ".zarray";
 const ATTRIBUTES: &str = ".zattrs";
-/// The longest description that is read; one has some 300 bytes.
+/// Size limit of a `.zarray`; one has some 300 bytes.
 const MAX_DESCRIPTION_BYTES: usize = 1 << 16;
-/// The most arrays of one checkpoint. The 8B model has a dozen, for layers are stacked.
+/// Maximum number of arrays in a checkpoint. The 8B model has a dozen, since layers are stacked.
 const MAX_ARRAYS: usize = 1 << 14;
-/// The most axes of an array; a stacked weight has up to 3.
+/// Maximum number of axes of an array; a stacked weight has up to 3.
 const MAX_AXES: usize = 8;
-/// The most chunks of an array. There is one for each layer and rank.
+/// Maximum number of chunks of an array. There is one per layer and rank.
 const MAX_CHUNKS: usize = 1 << 16;
 
-/// The arrays `<prefix><name>/.zarray` of `container` by name, each chunk a shard.
+/// The arrays `<prefix><name>/.zarray` of `container`, by name, with each chunk a shard.
 ///
-/// States of Transformer Engine (`_extra_state`) are left out, and whatever is no array.
+/// Transformer Engine state (`_extra_state`) and files outside arrays are skipped.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for what Megatron does not write: another format, order or type, compression, filters;
-/// [`Error::Format`] for a description that makes no sense or is over a limit, a chunk that is missing or has a wrong
-/// size, and a file that is no chunk.
+/// [`Error::Unsupported`] for features that Megatron does not use: another format, order or type, compression, filters;
+/// [`Error::Format`] for an invalid `.zarray`, an exceeded limit, a chunk that is missing or has the wrong size, and a
+/// file that is not a chunk.
 pub(in crate::checkpoint) fn tensors(container: &Container, prefix: &str) -> Result<Vec<(String, ShardedTensor)>> {
     let mut tensors = Vec::new();
     for (member, place) in container.below(prefix) {
@@ -53,14 +52,14 @@ pub(in crate::checkpoint) fn tensors(container: &Container, prefix: &str) -> Res
     Ok(tensors)
 }
 
-/// A described array. The lists have an entry for each axis.
+/// An array as described by its `.zarray`. Lists have one entry per axis.
 struct Array<'c> {
     container: &'c Container,
     /// Its folder, with the `/`.
     folder: String,
     dtype: ElementType,
     shape: Vec<usize>,
-    /// Sizes of a chunk, none 0; their product in bytes fits a `usize`.
+    /// Shape of a chunk, no size 0; their product in bytes fits a `usize`.
     chunk: Vec<usize>,
     /// Bytes of a chunk.
     chunk_bytes: usize,
@@ -71,13 +70,13 @@ struct Array<'c> {
 }
 
 impl<'c> Array<'c> {
-    /// Reads the description at `place`.
+    /// Parses the `.zarray` at `place`.
     fn read(container: &'c Container, folder: String, place: &MemberLocation) -> Result<Array<'c>> {
         let path = container.member_path(&format!("{folder}{DESCRIPTION}"));
         let damaged = |detail: String| Error::format(&path, detail);
         let bytes = container.bytes(place)?;
         if bytes.len() > MAX_DESCRIPTION_BYTES {
-            let detail = format!("{} bytes; at most {MAX_DESCRIPTION_BYTES} are accepted", bytes.len());
+            let detail = format!("{} bytes, more than the limit of {MAX_DESCRIPTION_BYTES}", bytes.len());
             return Err(damaged(detail));
         }
         let object = json::parse_object(&path, bytes)?;
@@ -89,10 +88,10 @@ impl<'c> Array<'c> {
             }
         };
         is("zarr_format", 2.into(), "zarr format 2")?;
-        is("compressor", Value::Null, "chunks that are not compressed")?;
+        is("compressor", Value::Null, "uncompressed chunks")?;
         is("order", "C".into(), "row-major chunks")?;
         if object.contains_key("filters") {
-            is("filters", Value::Null, "chunks that are not filtered")?;
+            is("filters", Value::Null, "unfiltered chunks")?;
         }
         let separator = match object.get("dimension_separator").map(|value| (value, value.as_str())) {
             None | Some((_, Some("."))) => ".",
@@ -105,7 +104,7 @@ impl<'c> Array<'c> {
         let dtype = required(&object, "dtype").map_err(damaged)?;
         let dtype = dtype.as_str().and_then(element_type).ok_or_else(|| {
             let dtype = json::shown(dtype);
-            let detail = format!("`dtype` is {dtype}, expected \"bfloat16\" or a little-endian number such as \"<f4\"");
+            let detail = format!("`dtype` is {dtype}, expected \"bfloat16\" or a little-endian type such as \"<f4\"");
             Error::unsupported(&path, detail)
         })?;
 
@@ -115,19 +114,19 @@ impl<'c> Array<'c> {
             return Err(damaged(format!("`shape` {shape:?} and `chunks` {chunk:?} differ in their number of axes")));
         }
         if bytes_of(&shape, dtype).is_none() {
-            return Err(damaged(format!("`shape` {shape:?} takes more bytes than a machine can address")));
+            return Err(damaged(format!("`shape` {shape:?} exceeds the address space")));
         }
-        let chunk_bytes = bytes_of(&chunk, dtype)
-            .ok_or_else(|| damaged(format!("`chunks` {chunk:?} takes more bytes than a machine can address")))?;
+        let chunk_bytes =
+            bytes_of(&chunk, dtype).ok_or_else(|| damaged(format!("`chunks` {chunk:?} exceeds the address space")))?;
         let grid: Vec<usize> = shape.iter().zip(&chunk).map(|(size, chunk)| size.div_ceil(*chunk)).collect();
         if count(&grid).is_none_or(|chunks| chunks > MAX_CHUNKS) {
-            let detail = format!("a grid of {grid:?} chunks; at most {MAX_CHUNKS} in all are accepted");
+            let detail = format!("a grid of {grid:?} chunks, more than the limit of {MAX_CHUNKS} in all");
             return Err(damaged(detail));
         }
         Ok(Array { container, folder, dtype, shape, chunk, chunk_bytes, grid, separator })
     }
 
-    /// The tensor, whose shards are the chunks in the order of the grid.
+    /// The tensor, whose shards are the chunks in grid order.
     fn tensor(self) -> Result<ShardedTensor> {
         let strides = row_major(&self.chunk);
         let (mut shards, mut chunks) = (Vec::new(), HashSet::new());
@@ -135,7 +134,7 @@ impl<'c> Array<'c> {
         while let Some(at) = index {
             let name = self.chunk_name(&at);
             let place = self.chunk_place(&name)?;
-            // An index of the grid times the chunk's size lies inside the shape.
+            // A grid index times the chunk's size lies inside the shape.
             let origin: Vec<usize> = at.iter().zip(&self.chunk).map(|(at, size)| at * size).collect();
             let inside = self.shape.iter().zip(&origin).map(|(size, origin)| size - origin);
             let shape = inside.zip(&self.chunk).map(|(left, size)| left.min(*size)).collect();
@@ -152,9 +151,9 @@ impl<'c> Array<'c> {
         Ok(ShardedTensor { dtype: self.dtype, shape: self.shape, shards })
     }
 
-    /// The file of the chunk at `index` of the grid, in the array's folder.
+    /// File name of the chunk at `index` of the grid.
     fn chunk_name(&self, index: &[usize]) -> String {
-        // A scalar has one chunk and no axis to name it by.
+        // A scalar has no index; its only chunk is called 0.
         if index.is_empty() {
             return "0".to_owned();
         }
@@ -166,12 +165,13 @@ impl<'c> Array<'c> {
         let member = format!("{}{name}", self.folder);
         let place = self.container.find(&member).ok_or_else(|| {
             let path = self.container.member_path(&format!("{}{DESCRIPTION}", self.folder));
-            let detail = format!("chunk `{name}` is missing; expected a file for each of a grid of {:?}", self.grid);
+            let detail =
+                format!("chunk `{name}` is missing; expected one file for each chunk of the grid {:?}", self.grid);
             Error::format(path, detail)
         })?;
         if place.bytes.len() != self.chunk_bytes {
             let detail = format!(
-                "a chunk of {} bytes, expected {} for {:?} of {}",
+                "the chunk has {} bytes, expected {} for {:?} of {}",
                 place.bytes.len(),
                 self.chunk_bytes,
                 self.chunk,
@@ -182,22 +182,22 @@ impl<'c> Array<'c> {
         Ok(place)
     }
 
-    /// Why the file `name` of the array's folder, no chunk of the grid, is refused.
+    /// The error for the file `name` in the array's folder, which is not a chunk of the grid.
     fn stray(&self, name: &str) -> Error {
         let is_index = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
         let parts = name.split(self.separator);
         let detail = match parts.clone().all(is_index) && parts.count() == self.grid.len() {
-            true => format!("chunk `{}` is not in the grid of {:?}", clip(name), self.grid),
+            true => format!("chunk `{}` is outside the grid {:?}", clip(name), self.grid),
             false => {
                 let example = self.chunk_name(&vec![0; self.grid.len()]);
-                format!("a file of an array, but no chunk; expected names such as `{example}`")
+                format!("not a chunk of the array; expected file names such as `{example}`")
             }
         };
         Error::format(self.container.member_path(&format!("{}{name}", self.folder)), detail)
     }
 }
 
-/// The type that NumPy, and Megatron for `bfloat16`, calls `name`; little-endian.
+/// The little-endian type that NumPy (or, for `bfloat16`, Megatron) calls `name`.
 fn element_type(name: &str) -> Option<ElementType> {
     Some(match name {
         "|b1" => ElementType::Bool,
@@ -220,19 +220,19 @@ fn required<'o>(object: &'o Map<String, Value>, key: &str) -> Result<&'o Value, 
     object.get(key).ok_or_else(|| format!("`{key}` is missing"))
 }
 
-/// The list of whole numbers of at least `least` under `key`, one for each axis.
+/// The list of sizes under `key`, one per axis, each at least `least`.
 fn sizes(object: &Map<String, Value>, key: &str, least: usize) -> Result<Vec<usize>, String> {
     let list = match required(object, key)? {
         Value::Array(list) => list,
         other => return Err(format!("`{key}` is {}, expected a list of sizes", json::kind(other))),
     };
     if list.len() > MAX_AXES {
-        return Err(format!("`{key}` has {} axes; at most {MAX_AXES} are accepted", list.len()));
+        return Err(format!("`{key}` has {} axes, more than the limit of {MAX_AXES}", list.len()));
     }
     let size = |value: &Value| {
         let size = value.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|size| *size >= least);
         size.ok_or_else(|| {
-            format!("`{key}` has the size {}, expected whole numbers of at least {least}", json::shown(value))
+            format!("`{key}` contains {}, expected whole numbers of at least {least}", json::shown(value))
         })
     };
     list.iter().map(size).collect()
@@ -249,7 +249,7 @@ fn bytes_of(sizes: &[usize], dtype: ElementType) -> Option<usize> {
     bytes.filter(|bytes| isize::try_from(*bytes).is_ok())
 }
 
-/// From one index to the next along each axis of `sizes`, whose product is known to fit.
+/// Row-major strides of `sizes`, whose product is known to fit.
 fn row_major(sizes: &[usize]) -> Vec<usize> {
     let mut next = 1;
     let outward = sizes.iter().rev().map(|size| {

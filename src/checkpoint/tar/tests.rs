@@ -141,26 +141,26 @@ fn refuses_links_only_where_a_file_is_needed() {
 fn refuses_what_is_ambiguous_or_leads_out() {
     let cases: &[(Vec<Vec<u8>>, &str)] = &[
         (vec![member("/etc/passwd", b'0', b"")], "member `/etc/passwd` at 0: its name is an absolute path"),
-        (vec![member("a/../../b", b'0', b"")], "member `a/../../b` at 0: its name leads out of the archive by `..`"),
-        (vec![member("..", b'2', b"")], "leads out of the archive"),
+        (vec![member("a/../../b", b'0', b"")], "member `a/../../b` at 0: its name escapes the archive through `..`"),
+        (vec![member("..", b'2', b"")], "escapes the archive"),
         (vec![member("x", b'x', &pax(&[("path", "/x")])), member("x", b'0', b"")], "is an absolute path"),
-        (vec![member("x", b'x', &pax(&[("path", "a\0b")])), member("x", b'0', b"")], "a zero byte in it"),
+        (vec![member("x", b'x', &pax(&[("path", "a\0b")])), member("x", b'0', b"")], "contains a NUL byte"),
         (vec![member("x", b'x', &pax(&[("path", &"n".repeat(5000))])), member("x", b'0', b"")], "name has 5000 bytes"),
-        (vec![member("x", b'L', b"../x\0"), member("x", b'0', b"")], "leads out of the archive"),
-        (vec![member("a", b'0', b"1"), member("./a", b'0', b"2")], "member `a` is there twice"),
-        (vec![member("a", b'5', b""), member("a", b'0', b"2")], "member `a` is there twice"),
-        (vec![member("a", b'2', b""), member("a", b'5', b"")], "member `a` is there twice"),
-        (vec![member("", b'0', b"")], "a member without a name"),
+        (vec![member("x", b'L', b"../x\0"), member("x", b'0', b"")], "escapes the archive"),
+        (vec![member("a", b'0', b"1"), member("./a", b'0', b"2")], "duplicate member `a`"),
+        (vec![member("a", b'5', b""), member("a", b'0', b"2")], "duplicate member `a`"),
+        (vec![member("a", b'2', b""), member("a", b'5', b"")], "duplicate member `a`"),
+        (vec![member("", b'0', b"")], "the member before 512 has no name"),
         (vec![member("a", b'S', b"")], "member `a` at 0: it is sparse"),
         (vec![member("x", b'x', &pax(&[("GNU.sparse.major", "1")]))], "extended header at 0: it describes a sparse"),
         (vec![member("a", b'M', b"")], "continues from another volume"),
-        (vec![member("a", b'Z', b"")], "its type is `Z`, which is unknown"),
-        (vec![member("a", b'\n', b"")], "its type is `\\n`"),
-        (vec![member("a", b'1', b"data")], "type `1` with 4 bytes of data"),
-        (vec![member("a", b'5', b"data")], "type `5` with 4 bytes of data"),
-        (vec![member("a/", b'0', b"data")], "a folder with 4 bytes of data"),
-        (vec![member("x", b'g', &pax(&[("size", "5")]))], "it gives one size to all members"),
-        (vec![member("x", b'g', &pax(&[("path", "5")]))], "it gives one path to all members"),
+        (vec![member("a", b'Z', b"")], "unknown type `Z`"),
+        (vec![member("a", b'\n', b"")], "unknown type `\\n`"),
+        (vec![member("a", b'1', b"data")], "a member of type `1` has 4 bytes of data"),
+        (vec![member("a", b'5', b"data")], "a member of type `5` has 4 bytes of data"),
+        (vec![member("a/", b'0', b"data")], "a folder has 4 bytes of data"),
+        (vec![member("x", b'g', &pax(&[("size", "5")]))], "a global header sets one size for all members"),
+        (vec![member("x", b'g', &pax(&[("path", "5")]))], "a global header sets one path for all members"),
         (vec![member("x", b'x', &pax(&[("size", "-5")]))], "size `-5`, expected decimal digits"),
         (vec![member("x", b'x', &pax(&[("size", "+5")]))], "size `+5`, expected decimal digits"),
         (vec![member("x", b'x', &pax(&[("size", "99999999999999999999")]))], "expected decimal digits"),
@@ -169,14 +169,14 @@ fn refuses_what_is_ambiguous_or_leads_out() {
         (vec![member("x", b'x', b"0 path=a\n")], "a record is not `length key=value`"),
         (vec![member("x", b'x', b"7 path\n")], "a record is not `length key=value`"),
         (vec![member("x", b'x', b"11 path=\xff\xff\n")], "is not UTF-8"),
-        (vec![member("x", b'x', &pax(&[("path", "a")]))], "the extended header at 0 belongs to no member"),
+        (vec![member("x", b'x', &pax(&[("path", "a")]))], "the extended header at 0 is not followed by a member"),
         (vec![header_with("a", b'0', 0, |b| b[0] = 0xff)], "its name is not UTF-8"),
         (vec![header_with("a", b'0', 0, |b| b[124..128].copy_from_slice(b"09zz"))], "its size is `09zz"),
         (vec![header_with("a", b'0', 0, |b| b[124] = 0xff)], "its size is negative"),
-        (vec![header_with("a", b'0', 0, |b| (b[124], b[126]) = (0x80, 1))], "takes more than 64 bits"),
-        (vec![header("a", b'0', 8_000_000_000)], "member `a` at 0: it has 8000000000 bytes, but only 1024 are left"),
+        (vec![header_with("a", b'0', 0, |b| (b[124], b[126]) = (0x80, 1))], "exceeds 64 bits"),
+        (vec![header("a", b'0', 8_000_000_000)], "member `a` at 0: it has 8000000000 bytes, but only 1024 remain"),
         (vec![member("x", b'x', &pax(&[("size", "18446744073709551615")])), header("a", b'0', 0)], "bytes, but only"),
-        (vec![header("x", b'x', 2 << 20), vec![b'x'; 2 << 20]], "2097152 bytes of extended header; at most 1048576"),
+        (vec![header("x", b'x', 2 << 20), vec![b'x'; 2 << 20]], "2097152 bytes, more than the limit of 1048576"),
     ];
     for (members, reason) in cases {
         refused(&archive(members), reason);
@@ -186,9 +186,12 @@ fn refuses_what_is_ambiguous_or_leads_out() {
 #[test]
 fn refuses_other_files_and_damaged_headers() {
     let gzip = read(b"\x1f\x8b\x08 rest").unwrap_err().to_string();
-    assert!(gzip.starts_with("model.nemo: unsupported: it is compressed with gzip; unpack it with gunzip"), "{gzip}");
-    refused(b"", "0 bytes end at 0 without the two empty blocks");
-    refused(b"PK\x03\x04", "4 bytes end at 0");
+    assert!(
+        gzip.starts_with("model.nemo: unsupported: it is compressed with gzip; decompress it first: gunzip"),
+        "{gzip}"
+    );
+    refused(b"", "truncated: 0 bytes, without the two empty blocks");
+    refused(b"PK\x03\x04", "truncated: 4 bytes");
     refused(&[b'x'; 1024], "header at 0: its checksum is `xxxxxxxx`, expected octal digits; is this a tar archive?");
     let good = archive(&[member("a", b'0', b"data"), member("b", b'0', &[1; 600])]);
     assert!(read(&good).is_ok());

@@ -12,9 +12,9 @@ use crate::checkpoint::weight::{TensorView, Weight};
 use crate::fuzzing::{check_message, check_refusal};
 use crate::mmap::MappedFile;
 
-/// Tensors of an input whose elements are looked at.
+/// Number of tensors of an input whose elements are read.
 const READ_TENSORS: usize = 16;
-/// The most elements of one of them.
+/// Maximum number of elements of such a tensor.
 const READ_ELEMENTS: usize = 4096;
 
 /// A zip archive, and the state dict that it may be: members and storages lie in the file without overlap, and tensors
@@ -44,7 +44,7 @@ pub fn zip(bytes: &[u8]) {
     }
 }
 
-/// A pickle, with every storage that it names there and of the size that it claims.
+/// A pickle, given every storage that it names, in the size that it claims.
 pub fn pickle(bytes: &[u8]) {
     let pickle = match Pickle::read(Dialect::Saved, bytes) {
         Ok(pickle) => pickle,
@@ -71,7 +71,7 @@ pub fn pickle(bytes: &[u8]) {
     }
 }
 
-/// The bytes of each storage by its key, as the descriptions of the root's tensors (and of its dicts') have it.
+/// Claimed bytes of each storage, by key, from the persistent ids of the tensors in the root and in its dicts.
 fn claimed_storages<'p>(pickle: &Pickle<'p>) -> HashMap<&'p str, usize> {
     let mut storages = HashMap::new();
     let Object::Dict(root) = pickle.root() else { return storages };

@@ -1,8 +1,8 @@
-//! The names that a pickle may import: a short list for each kind of file, and nothing besides.
+//! The globals that a pickle may import: a short list for each kind of file.
 
 use super::ElementType;
 
-/// Purpose of a pickle, which decides the globals it may name and its maximum size.
+/// Purpose of a pickle, which determines the globals it may import and its limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dialect {
     /// An object that `torch.save` wrote: tensors, storages and containers.
@@ -12,8 +12,8 @@ pub(super) enum Dialect {
 }
 
 impl Dialect {
-    /// The longest pickle that is read. The 8B model's state dict has about 50 KB, its metadata some 300 bytes for each
-    /// chunk, of which there is one for each weight, layer and rank, and as much again for the plans of the ranks.
+    /// Size limit in bytes. The 8B model's state dict has about 50 KB; its metadata has some 300 bytes per chunk (one
+    /// per weight, layer and rank), and as much again for the ranks' save plans.
     pub const fn max_bytes(self) -> usize {
         match self {
             Dialect::Saved => 8 << 20,
@@ -21,8 +21,8 @@ impl Dialect {
         }
     }
 
-    /// The most objects, and the most entries of stack and memo. A state dict has some 20 objects for each tensor,
-    /// metadata some 60 for each chunk.
+    /// Maximum number of objects, and of entries of stack and memo. A state dict has some 20 objects per tensor,
+    /// metadata some 60 per chunk.
     pub const fn max_objects(self) -> usize {
         match self {
             Dialect::Saved => 1 << 18,
@@ -30,7 +30,8 @@ impl Dialect {
         }
     }
 
-    /// The newest protocol. `torch.save` chooses it; metadata is in Python's own, 4, and 5 since Python 3.14.
+    /// The newest supported protocol. `torch.save` takes it as an argument; metadata has Python's default, 4, or 5
+    /// since Python 3.14.
     pub const fn max_protocol(self) -> u8 {
         match self {
             Dialect::Saved => 4,
@@ -41,12 +42,12 @@ impl Dialect {
     /// The globals allowed, for messages.
     pub const fn allowed(self) -> &'static str {
         match self {
-            Dialect::Saved => "a checkpoint may name tensors, storages and containers alone",
-            Dialect::Metadata => "the metadata of a distributed checkpoint may name its own records alone",
+            Dialect::Saved => "a checkpoint may only import tensors, storages and containers",
+            Dialect::Metadata => "the metadata of a distributed checkpoint may only import its own record types",
         }
     }
 
-    /// Resolves `module.name`, if that is allowed.
+    /// Resolves `module.name`, if it is allowed.
     pub fn global(self, module: &str, name: &str) -> Option<Global> {
         match self {
             Dialect::Saved => saved(module, name),
@@ -55,7 +56,7 @@ impl Dialect {
     }
 }
 
-/// A name that a pickle imports.
+/// A global that a pickle imports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Global {
     /// `collections.OrderedDict`
@@ -64,47 +65,47 @@ pub(super) enum Global {
     RebuildTensor,
     /// `torch._utils._rebuild_parameter`
     RebuildParameter,
-    /// `torch.FloatStorage` and its like
+    /// `torch.FloatStorage` and other storage classes
     Storage(ElementType),
     /// `torch.storage.UntypedStorage`
     UntypedStorage,
     /// `torch.Size`
     Size,
-    /// `torch.bfloat16` and its like, by the name there
+    /// `torch.bfloat16` and other dtypes, by name
     DType(&'static str),
     /// `_io.BytesIO`
     BytesIo,
     /// `_codecs.encode`, by which protocol 2 writes bytes
     Encode,
-    /// A class whose objects are their fields.
+    /// A record class.
     Record(Class),
-    /// Something called to make a value that nothing is read from, of this kind: an enum, a path.
+    /// A callable whose result is not needed, described by its kind: an enum, a path.
     Value(&'static str),
 }
 
-/// The classes of metadata that are read.
+/// Record classes of metadata.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Class {
     /// `Metadata`: the whole file.
     Metadata,
     /// `TensorStorageMetadata`: a tensor and its chunks.
     Tensor,
-    /// `BytesStorageMetadata`: an object that is no tensor.
+    /// `BytesStorageMetadata`: an object that is not a tensor.
     Bytes,
     /// `TensorProperties`: a tensor's type.
     Properties,
     /// `ChunkStorageMetadata`: a rectangle of a tensor.
     Chunk,
-    /// `MetadataIndex`: names a chunk.
+    /// `MetadataIndex`: identifies a chunk.
     Index,
-    /// `_StorageInfo`: where a chunk lies.
+    /// `_StorageInfo`: location of a chunk.
     StorageInfo,
-    /// One that tells a reader nothing: what saved the checkpoint, and the plans by which it was saved.
+    /// Not needed for reading: the writer of the checkpoint, and its save plans.
     Other,
 }
 
 impl Class {
-    /// An object of it, with its article.
+    /// Its name, with an article.
     pub const fn kind(self) -> &'static str {
         match self {
             Class::Metadata => "a Metadata",
@@ -119,7 +120,7 @@ impl Class {
     }
 }
 
-/// Resolves `torch.NAME` as a dtype.
+/// Names of torch's dtypes.
 const DTYPES: &[&str] = &[
     "bfloat16",
     "bool",
@@ -178,13 +179,13 @@ fn metadata(module: &str, name: &str) -> Option<Global> {
             "_MEM_FORMAT_ENCODING" => return Some(Global::Value("a memory format")),
             _ => return None,
         },
-        // Where torch before 2.3 had the properties.
+        // TensorProperties' module before torch 2.3.
         ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties") => Class::Properties,
         ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING") => {
             return Some(Global::Value("a memory format"));
         }
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo") => Class::StorageInfo,
-        // Megatron keeps in the metadata how each rank saved, and for some versions in a class of its own.
+        // Megatron keeps each rank's save plan in the metadata, in some versions in classes of its own.
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix") => Class::Other,
         ("torch.distributed.checkpoint.planner", name) => match name {
             "SavePlan" | "WriteItem" | "TensorWriteData" | "BytesIOWriteData" => Class::Other,

@@ -13,24 +13,24 @@ use super::pickle::{Id, Object, Pickle};
 use super::state_dict::{check_bytes, count, counts};
 use crate::error::{Error, Result, clip};
 
-/// The most tensors, chunks of all tensors together, and places. The 8B model has a dozen stacked tensors with a chunk
-/// for each layer and rank; what is no tensor has a place too.
+/// Maximum numbers of tensors, of chunks over all tensors, and of `storage_data` entries. The 8B model has a dozen
+/// stacked tensors with one chunk per layer and rank; objects other than tensors have entries too.
 const MAX_TENSORS: usize = 1 << 14;
 const MAX_CHUNKS: usize = 1 << 16;
 const MAX_ITEMS: usize = 1 << 18;
-/// The longest name of a tensor or a file.
+/// Maximum length of the name of a tensor or a file.
 const MAX_NAME_BYTES: usize = 1024;
-/// The most fields of a record; none has ten.
+/// Maximum number of fields of a record; none has ten.
 const MAX_FIELDS: usize = 64;
 
-/// Contents of a checkpoint. Names are those in the file.
+/// Contents of a `.metadata`. Names are those in the file.
 #[derive(Debug)]
 pub(in crate::checkpoint) struct Metadata<'p> {
     pub tensors: Vec<ChunkedTensor<'p>>,
     pub items: Vec<MetadataItem<'p>>,
 }
 
-/// A tensor that was saved in chunks; each lies inside its shape. That they cover it is not checked.
+/// A tensor that was saved in chunks; each lies inside its shape. Coverage is not checked here.
 #[derive(Debug)]
 pub(in crate::checkpoint) struct ChunkedTensor<'p> {
     pub name: &'p str,
@@ -40,34 +40,34 @@ pub(in crate::checkpoint) struct ChunkedTensor<'p> {
     pub chunks: Vec<TensorChunk>,
 }
 
-/// A rectangle of a tensor; lists have an entry for each of its axes.
+/// A rectangle of a tensor; lists have one entry per axis.
 #[derive(Debug)]
 pub(in crate::checkpoint) struct TensorChunk {
     pub origin: Vec<usize>,
     pub shape: Vec<usize>,
 }
 
-/// Where a chunk, or an object that is no tensor, was saved.
+/// Location of a chunk, or of an object that is not a tensor.
 #[derive(Debug)]
 pub(in crate::checkpoint) struct MetadataItem<'p> {
     /// The tensor's or object's name.
     pub name: &'p str,
     /// The chunk's origin; an object has none.
     pub origin: Option<Vec<usize>>,
-    /// The file beside `.metadata`; may be any text.
+    /// The file beside `.metadata`; not validated.
     pub file: &'p str,
-    /// In that file.
+    /// Byte range in that file.
     pub bytes: Range<usize>,
-    /// Something that changed the bytes on their way to the file, such as a compression.
+    /// Transform that was applied to the bytes, such as compression.
     pub transform: Option<&'p str>,
 }
 
-/// Reads the `.metadata` that is all of `bytes`: of the tensors, those whose name is `wanted`, and all places. `path`
-/// names the file in messages.
+/// Parses the `.metadata` in `bytes`: the tensors whose names are `wanted`, and all locations. `path` names the file in
+/// messages.
 ///
 /// # Errors
-/// [`Error::Format`] for a file that is damaged, names anything but the records of such a file, contradicts itself or
-/// is over a limit.
+/// [`Error::Format`] if the file is damaged, imports anything but its own record types, contradicts itself or exceeds a
+/// limit.
 pub(in crate::checkpoint) fn read_metadata<'p>(
     path: &Path,
     bytes: &'p [u8],
@@ -92,7 +92,7 @@ fn tensors<'p>(
     for (key, value) in dict(pickle, entries).map_err(|found| format!("`state_dict_metadata` is {found}"))? {
         let name = name(pickle, *key).map_err(|found| format!("a key of `state_dict_metadata` is {found}"))?;
         if !seen.insert(name) {
-            return Err(format!("`{}` is in `state_dict_metadata` twice", clip(name)));
+            return Err(format!("`state_dict_metadata` lists `{}` twice", clip(name)));
         }
         let in_tensor = |detail: String| format!("tensor `{}`: {detail}", clip(name));
         match pickle.get(*value) {
@@ -125,7 +125,7 @@ fn tensor<'p>(
     };
     *chunks_left = chunks_left
         .checked_sub(list.len())
-        .ok_or_else(|| format!("with it there are more than {MAX_CHUNKS} chunks"))?;
+        .ok_or_else(|| format!("more than {MAX_CHUNKS} chunks in all, the limit"))?;
     let mut chunks = Vec::new();
     for (index, id) in list.iter().enumerate() {
         chunks.push(chunk(pickle, *id, &shape).map_err(|detail| format!("chunk {index}: {detail}"))?);
@@ -133,7 +133,7 @@ fn tensor<'p>(
     Ok(ChunkedTensor { name, dtype, shape, chunks })
 }
 
-/// The type in a TensorProperties, which writes itself as a tuple: dtype, layout, and things of no concern to a reader.
+/// The dtype in a TensorProperties, which pickles itself as a tuple that starts with dtype and layout.
 fn dtype(pickle: &Pickle<'_>, properties: Id) -> Result<ElementType, String> {
     let state = match pickle.get(properties) {
         Object::Record(Class::Properties, Some(state)) => pickle.get(*state),
@@ -141,7 +141,7 @@ fn dtype(pickle: &Pickle<'_>, properties: Id) -> Result<ElementType, String> {
     };
     let first = match state {
         Object::Tuple(values) => values.first().map(|id| pickle.get(*id)),
-        other => return Err(format!("its properties are written as {}, expected a tuple", other.kind())),
+        other => return Err(format!("the state of its properties is {}, expected a tuple", other.kind())),
     };
     match first {
         Some(Object::Global(Global::DType(name))) => {
@@ -160,7 +160,7 @@ fn chunk(pickle: &Pickle<'_>, id: Id, whole: &[usize]) -> Result<TensorChunk, St
         |((at, size), all): ((&usize, &usize), &usize)| at.checked_add(*size).is_some_and(|end| end <= *all);
     let same_axes = origin.len() == whole.len() && shape.len() == whole.len();
     if !same_axes || !origin.iter().zip(&shape).zip(whole).all(ends_inside) {
-        return Err(format!("sizes {shape:?} at {origin:?} do not lie in the tensor's {whole:?}"));
+        return Err(format!("sizes {shape:?} at {origin:?} exceed the tensor's shape {whole:?}"));
     }
     Ok(TensorChunk { origin, shape })
 }
@@ -168,7 +168,7 @@ fn chunk(pickle: &Pickle<'_>, id: Id, whole: &[usize]) -> Result<TensorChunk, St
 fn items<'p>(pickle: &Pickle<'p>, entries: Id) -> Result<Vec<MetadataItem<'p>>, String> {
     let entries = dict(pickle, entries).map_err(|found| format!("`storage_data` is {found}"))?;
     if entries.len() > MAX_ITEMS {
-        return Err(format!("{} places in `storage_data`; at most {MAX_ITEMS} are accepted", entries.len()));
+        return Err(format!("`storage_data` has {} entries, more than the limit of {MAX_ITEMS}", entries.len()));
     }
     let mut items = Vec::new();
     for (number, (key, value)) in entries.iter().enumerate() {
@@ -181,7 +181,7 @@ fn item<'p>(pickle: &Pickle<'p>, key: Id, value: Id) -> Result<MetadataItem<'p>,
     let index = MetadataFields::of(pickle, key, Class::Index)?;
     let name = name(pickle, index.get("fqn")?).map_err(|found| format!("its name is {found}"))?;
     let in_item = |detail: String| format!("`{}`: {detail}", clip(name));
-    // The attribute of an object that has no origin is left out, or None.
+    // For an object without an origin, the attribute is missing or None.
     let origin = match index.find("offset")?.filter(|id| !matches!(pickle.get(*id), Object::None)) {
         Some(id) => Some(counts(pickle, id).map_err(|found| in_item(format!("its origin is {found}")))?),
         None => None,
@@ -191,7 +191,7 @@ fn item<'p>(pickle: &Pickle<'p>, key: Id, value: Id) -> Result<MetadataItem<'p>,
         let file = self::name(pickle, info.get("relative_path")?).map_err(|found| format!("its file is {found}"))?;
         let start = count(pickle, info.get("offset")?).map_err(|found| format!("its offset is {found}"))?;
         let length = count(pickle, info.get("length")?).map_err(|found| format!("its length is {found}"))?;
-        let end = start.checked_add(length).ok_or_else(|| format!("{length} bytes at {start} end nowhere"))?;
+        let end = start.checked_add(length).ok_or_else(|| format!("{length} bytes at {start} overflow"))?;
         let transform = match info.find("transform_descriptors")? {
             Some(descriptors) => transform(pickle, descriptors)?,
             None => None,
@@ -202,7 +202,7 @@ fn item<'p>(pickle: &Pickle<'p>, key: Id, value: Id) -> Result<MetadataItem<'p>,
     Ok(MetadataItem { name, origin, file, bytes, transform })
 }
 
-/// The first of a list of names, if it has any.
+/// The first name in a list, if any.
 fn transform<'p>(pickle: &Pickle<'p>, descriptors: Id) -> Result<Option<&'p str>, String> {
     let first = match pickle.get(descriptors) {
         Object::None => None,
@@ -213,7 +213,7 @@ fn transform<'p>(pickle: &Pickle<'p>, descriptors: Id) -> Result<Option<&'p str>
     first.map(name).transpose()
 }
 
-/// The entries of a dict; else what was found instead.
+/// The entries of a dict; the error describes what was found instead.
 fn dict<'a>(pickle: &'a Pickle<'_>, id: Id) -> Result<&'a [(Id, Id)], String> {
     match pickle.get(id) {
         Object::Dict(entries) => Ok(entries),
@@ -221,11 +221,11 @@ fn dict<'a>(pickle: &'a Pickle<'_>, id: Id) -> Result<&'a [(Id, Id)], String> {
     }
 }
 
-/// A string that may be a name; else what was found instead.
+/// A string short enough for a name; the error describes what was found instead.
 fn name<'p>(pickle: &Pickle<'p>, id: Id) -> Result<&'p str, String> {
     match pickle.get(id) {
         Object::Str(name) if name.len() > MAX_NAME_BYTES => {
-            Err(format!("a string of {} bytes; at most {MAX_NAME_BYTES} are accepted", name.len()))
+            Err(format!("a string of {} bytes, more than the limit of {MAX_NAME_BYTES}", name.len()))
         }
         Object::Str(name) => Ok(name),
         other => Err(format!("{}, expected a string", other.kind())),
@@ -252,30 +252,30 @@ impl<'a, 'p> MetadataFields<'a, 'p> {
         let expected = class.kind();
         let state = match object {
             Object::Record(found, state) if *found == class => state,
-            other => return Err(format!("it is {}, expected {expected}", other.kind())),
+            other => return Err(format!("found {}, expected {expected}", other.kind())),
         };
         match state.map(|state| pickle.get(state)) {
             Some(Object::Dict(entries)) if entries.len() <= MAX_FIELDS => Ok(MetadataFields { pickle, class, entries }),
             Some(Object::Dict(entries)) => {
-                Err(format!("it is {expected} of {} fields; at most {MAX_FIELDS} are accepted", entries.len()))
+                Err(format!("{expected} has {} fields, more than the limit of {MAX_FIELDS}", entries.len()))
             }
-            Some(other) => Err(format!("it is {expected} written as {}, expected a dict", other.kind())),
-            None => Err(format!("it is {expected} without fields")),
+            Some(other) => Err(format!("the state of {expected} is {}, expected a dict", other.kind())),
+            None => Err(format!("{expected} has no fields")),
         }
     }
 
-    /// The value of a field that may be left out.
+    /// The value of an optional field.
     fn find(&self, field: &str) -> Result<Option<Id>, String> {
         let named = |(key, _): &&(Id, Id)| matches!(self.pickle.get(*key), Object::Str(name) if *name == field);
         let mut found = self.entries.iter().filter(named).map(|(_, value)| *value);
         match (found.next(), found.next()) {
             (first, None) => Ok(first),
-            (_, Some(_)) => Err(format!("it is {} with `{field}` twice", self.class.kind())),
+            (_, Some(_)) => Err(format!("{} has `{field}` twice", self.class.kind())),
         }
     }
 
-    /// The value of a field that must be there.
+    /// The value of a required field.
     fn get(&self, field: &str) -> Result<Id, String> {
-        self.find(field)?.ok_or_else(|| format!("it is {} without `{field}`", self.class.kind()))
+        self.find(field)?.ok_or_else(|| format!("{} has no `{field}`", self.class.kind()))
     }
 }

@@ -1,10 +1,9 @@
-//! Reads files saved by torch in place: the `.ckpt` members of a `.nemo`, and the parts of a distributed checkpoint.
+//! Reads `torch.save` files in place: the `.ckpt` members of a `.nemo`, and the chunks of a distributed checkpoint.
 //!
 //! A file of `torch.save` is an uncompressed zip archive. `<prefix>/data.pkl` is a pickle of the saved object, in which
 //! each tensor is a call that names a storage, an offset, a shape and strides; the storages are the members
 //! `<prefix>/data/<key>`, and several tensors may share one. [`read_state_dict`] works on a byte slice (a mapped file,
-//! or the part of one that is a member of a tar) and answers with places in it; no element is read. Nothing in the
-//! pickle is ever executed.
+//! or a tar member in one) and returns locations in it; no element is read. Nothing in the pickle is ever executed.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -27,7 +26,7 @@ pub(super) use metadata::{ChunkedTensor, MetadataItem, TensorChunk, read_metadat
 use pickle::Pickle;
 use state_dict::FindStorage;
 
-/// The type of a stored tensor's elements, as torch names them.
+/// Element type of a stored tensor, by torch's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
 pub enum ElementType {
@@ -46,7 +45,7 @@ pub enum ElementType {
 }
 
 impl ElementType {
-    /// The type of the elements of `torch.NAME`, a class of storages.
+    /// The element type of the storage class `torch.NAME`.
     fn of_storage(name: &str) -> Option<ElementType> {
         Some(match name {
             "BoolStorage" => ElementType::Bool,
@@ -65,7 +64,7 @@ impl ElementType {
         })
     }
 
-    /// The type that the dtype `torch.NAME` is.
+    /// The element type of the dtype `torch.NAME`.
     fn of_dtype(name: &str) -> Option<ElementType> {
         use ElementType::*;
         let all = [Bool, Uint8, Int8, Int16, Int32, Int64, Float16, Bfloat16, Float32, Float64, Complex64, Complex128];
@@ -101,7 +100,7 @@ impl ElementType {
         }
     }
 
-    /// The element type of weights stored so, if weights may be: F32, F16 or BF16.
+    /// The element type if weights may have it: F32, F16 or BF16.
     pub const fn weight(self) -> Option<DType> {
         match self {
             ElementType::Float32 => Some(DType::F32),
@@ -118,20 +117,20 @@ impl fmt::Display for ElementType {
     }
 }
 
-/// Where a tensor of a [`StateDict`] lies and how its elements are laid out. Every element is inside `storage`.
+/// Location and layout of a tensor of a [`StateDict`]. Every element is inside `storage`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TorchTensor {
     /// Its key in the state dict.
     pub name: String,
-    /// Any that torch stores; only those with an [`ElementType::weight`] can be read.
+    /// Any type that torch stores; only those with an [`ElementType::weight`] can be read.
     pub dtype: ElementType,
     /// The product of the sizes, in bytes, fits an `isize`. Empty for a scalar.
     pub shape: Vec<usize>,
-    /// From one index to the next along each axis, in elements; as many as there are sizes.
+    /// Stride of each axis, in elements; as many as there are sizes.
     pub strides: Vec<usize>,
-    /// Where the first element lies in the storage, in elements.
+    /// Offset of the first element in the storage, in elements.
     pub offset: usize,
-    /// The storage, in bytes from the start of the slice that was read. Other tensors may lie in it too.
+    /// Byte range of the storage in the slice that was read. Tensors may share it.
     pub storage: Range<usize>,
 }
 
@@ -147,23 +146,23 @@ impl TorchTensor {
 pub struct StateDict {
     tensors: Vec<TorchTensor>,
     by_name: HashMap<String, usize>,
-    /// Name and kind of what is no tensor.
+    /// Name and kind of the entries that are not tensors.
     others: Vec<(String, &'static str)>,
 }
 
-/// Reads the state dict in `bytes`, all of a file that `torch.save` wrote: a dict of tensors, or a dict with such a dict
-/// under the key `state_dict`. `path` names the file in messages.
+/// Reads the state dict in `bytes`, a whole `torch.save` file: a dict of tensors, or a dict with such a dict under the
+/// key `state_dict`. `path` names the file in messages.
 ///
 /// # Errors
-/// [`Error::Format`] for a file that is damaged, whose pickle names anything but tensors and containers, or that a
-/// limit keeps from being read; [`Error::Unsupported`] for the format of torch before 1.6, TorchScript and big-endian files.
+/// [`Error::Format`] if the file is damaged, its pickle imports anything but tensors and containers, or it exceeds a
+/// limit; [`Error::Unsupported`] for the format of torch before 1.6, TorchScript and big-endian files.
 pub fn read_state_dict(path: &Path, bytes: &[u8]) -> Result<StateDict> {
     let (tensors, others) = read_saved(path, bytes, state_dict::extract)?;
     let by_name = tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
     Ok(StateDict { tensors, by_name, others })
 }
 
-/// Reads the tensor in `bytes`, all that `torch.save` wrote of it; it has no name. `path` names the file in messages.
+/// Reads the tensor in `bytes`, a whole `torch.save` file; it has no name. `path` names the file in messages.
 ///
 /// # Errors
 /// As [`read_state_dict`].
@@ -171,7 +170,7 @@ pub fn read_tensor(path: &Path, bytes: &[u8]) -> Result<TorchTensor> {
     read_saved(path, bytes, state_dict::root)
 }
 
-/// Reads what `torch.save` wrote and has `extract` find the tensors in its pickle, given the places of its storages.
+/// Reads a `torch.save` file; `extract` finds the tensors in its pickle, given the locations of its storages.
 fn read_saved<T>(
     path: &Path,
     bytes: &[u8],
@@ -179,13 +178,12 @@ fn read_saved<T>(
 ) -> Result<T> {
     let damaged = |detail: String| Error::format(path, detail);
     if bytes.starts_with(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19") {
-        let detail = "a file in the format of torch before 1.6, which is no zip archive; \
-                      load it and save it again with a newer torch";
+        let detail = "saved in the format of torch before 1.6; load it and save it again with a newer torch";
         return Err(Error::unsupported(path, detail));
     }
     if !zip::looks_like_one(bytes) {
         return Err(damaged(format!(
-            "{} bytes that do not start as a zip archive: torch.save wrote none",
+            "not a torch.save file: its {} bytes do not start like a zip archive",
             bytes.len()
         )));
     }
@@ -196,15 +194,15 @@ fn read_saved<T>(
         members.get(&name).map(|range| (name, range))
     };
     if member("constants.pkl").is_some() {
-        return Err(Error::unsupported(path, "a TorchScript archive; expected tensors that torch.save wrote"));
+        return Err(Error::unsupported(path, "a TorchScript archive; expected a state dict saved with torch.save"));
     }
     if let Some((name, range)) = member("byteorder")
         && bytes[range.clone()] != *b"little"
     {
         let order = String::from_utf8_lossy(&bytes[range.start..range.end.min(range.start + 100)]);
-        return Err(Error::unsupported(path, format!("`{}` says `{}`, expected `little`", clip(name), clip(order))));
+        return Err(Error::unsupported(path, format!("`{}` is `{}`, expected `little`", clip(name), clip(order))));
     }
-    let (name, range) = member("data.pkl").ok_or_else(|| damaged("no pickle of the saved object".to_owned()))?;
+    let (name, range) = member("data.pkl").ok_or_else(|| damaged("data.pkl is missing".to_owned()))?;
     let in_pickle = |detail: String| damaged(format!("`{}`: {detail}", clip(&name)));
     let pickle = Pickle::read(Dialect::Saved, &bytes[range]).map_err(in_pickle)?;
     let storage = |key: &str| member(&format!("data/{key}")).map(|(_, range)| range);
@@ -216,9 +214,9 @@ fn prefix<'a>(members: &zip::Members<'a>) -> Result<&'a str, String> {
     let mut prefixes = members.names().filter_map(|name| name.strip_suffix("/data.pkl"));
     match (prefixes.next(), prefixes.next()) {
         (Some(prefix), None) => Ok(prefix),
-        (None, _) => Err("a zip archive without a member `<name>/data.pkl`: torch.save did not write it".to_owned()),
+        (None, _) => Err("not a torch.save file: a zip archive without a member `<name>/data.pkl`".to_owned()),
         (Some(one), Some(other)) => {
-            // The table of members has no order; a message has.
+            // Members are unordered; the message must be deterministic.
             let (one, other) = if one < other { (one, other) } else { (other, one) };
             Err(format!("two pickles, `{}/data.pkl` and `{}/data.pkl`; expected one", clip(one), clip(other)))
         }
@@ -236,7 +234,7 @@ impl StateDict {
         self.by_name.get(name).map(|index| &self.tensors[*index])
     }
 
-    /// Name and kind of the entries that are no tensors, such as Transformer Engine's `_extra_state`.
+    /// Name and kind of the entries that are not tensors, such as Transformer Engine's `_extra_state`.
     pub fn others(&self) -> &[(String, &'static str)] {
         &self.others
     }

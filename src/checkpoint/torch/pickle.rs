@@ -1,24 +1,23 @@
-//! Reader of the pickles that torch writes, as data: nothing in them is ever called.
+//! Parses the pickles that torch writes as data: nothing in them is ever called.
 //!
-//! A pickle is a program for a stack machine that may import any function and call it. This reader knows the opcodes
-//! that plain data, tensors, records and their containers need, and the few names that a file of its [`Dialect`]
-//! imports ([`Global`]); every other opcode and name is refused. A call that would make a tensor becomes an
-//! [`Object::Tensor`], which keeps the arguments, and one that would make a record an [`Object::Record`], which keeps
-//! the fields.
+//! A pickle is a program for a stack machine that may import any function and call it. This reader supports the opcodes
+//! of plain data, tensors, records and containers, and the few globals of the file's [`Dialect`] ([`Global`]); every
+//! other opcode and global is an error. A call that would make a tensor becomes an [`Object::Tensor`], which keeps the
+//! arguments, and one that would make a record an [`Object::Record`], which keeps the fields.
 //!
-//! Objects live in one table and refer to each other by number, so that a pickle in which everything refers to
-//! everything, or to itself, takes no more memory than it has opcodes, and nothing here recurses.
+//! Objects live in one table and refer to each other by index, so memory is bounded by the number of opcodes even if
+//! objects are shared or contain themselves, and nothing here recurses.
 
 use std::collections::HashMap;
 
 use super::globals::{Class, Dialect, Global};
 use crate::error::clip;
 
-/// Names an object in its [`Pickle`].
+/// Index of an object in its [`Pickle`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Id(u32);
 
-/// One value of a pickle; text borrows from it.
+/// One value of a pickle; strings borrow from it.
 #[derive(Debug)]
 pub(super) enum Object<'p> {
     None,
@@ -29,15 +28,15 @@ pub(super) enum Object<'p> {
     List(Vec<Id>),
     /// A dict or an OrderedDict: keys and values in the order they were set.
     Dict(Vec<(Id, Id)>),
-    /// An imported name.
+    /// An imported global.
     Global(Global),
     /// A call of [`Global::RebuildTensor`] with this tuple of arguments.
     Tensor(Id),
-    /// A persistent id: an object that the reader must supply, described by this value.
+    /// A persistent id, which stands for an object outside the pickle: this value.
     Persistent(Id),
-    /// An object of this class, and its state: a dict of its fields, or what it chose to write instead.
+    /// An object of this class and its state: a dict of its fields, or a form of the class's own.
     Record(Class, Option<Id>),
-    /// Something that no tensor is made of: a float, bytes, a stream.
+    /// A value that tensors do not need: a float, bytes, a stream.
     Opaque(&'static str),
 }
 
@@ -69,14 +68,14 @@ pub(super) struct Pickle<'p> {
 }
 
 impl<'p> Pickle<'p> {
-    /// Reads the pickle that is all of `bytes`, of a file of this kind.
+    /// Parses `bytes`, a whole pickle of this dialect.
     ///
     /// # Errors
     /// The problem (damaged, refused, or over a limit), with its offset; the caller prefixes the member's name.
     pub fn read(dialect: Dialect, bytes: &'p [u8]) -> Result<Pickle<'p>, String> {
         let limit = dialect.max_bytes();
         if bytes.len() > limit {
-            return Err(format!("{} bytes of pickle; at most {limit} are accepted", bytes.len()));
+            return Err(format!("the pickle has {} bytes, more than the limit of {limit}", bytes.len()));
         }
         let mut machine = PickleMachine {
             dialect,
@@ -102,7 +101,7 @@ impl<'p> Pickle<'p> {
         self.get(self.root)
     }
 
-    /// The object with this number.
+    /// The object at this index.
     pub fn get(&self, id: Id) -> &Object<'p> {
         // Every `Id` was made by `PickleMachine::push`, which put its object here, and none is ever removed.
         &self.objects[id.0 as usize]
@@ -115,7 +114,7 @@ struct PickleMachine<'p> {
     at: usize,
     objects: Vec<Object<'p>>,
     stack: Vec<Id>,
-    /// Lengths of `stack` at the marks.
+    /// Length of `stack` at each mark.
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
 }
@@ -123,18 +122,18 @@ struct PickleMachine<'p> {
 const TRUNCATED: &str = "the pickle is truncated";
 
 impl<'p> PickleMachine<'p> {
-    /// Executes one opcode. Returns the result at the end.
+    /// Executes one opcode. Returns the result at STOP.
     fn step(&mut self) -> Result<Option<Id>, String> {
         let start = self.at;
         let opcode = self.u8()?;
         if start == 0 && opcode != 0x80 {
             let newest = self.dialect.max_protocol();
-            return Err(format!("it starts with byte {opcode:#04x}, expected 0x80 and a protocol from 2 to {newest}"));
+            return Err(format!("starts with byte {opcode:#04x}, expected 0x80 and a protocol from 2 to {newest}"));
         }
         match opcode {
             // PROTO
             0x80 => match (self.u8()?, self.dialect.max_protocol()) {
-                _ if start != 0 => return Err("a second protocol".to_owned()),
+                _ if start != 0 => return Err("a second PROTO opcode".to_owned()),
                 (protocol, newest) if !(2..=newest).contains(&protocol) => {
                     return Err(format!("protocol {protocol}, expected 2 to {newest}"));
                 }
@@ -153,7 +152,7 @@ impl<'p> PickleMachine<'p> {
                 let left = (self.stack.len() + self.marks.len(), self.bytes.len() - self.at);
                 return match left {
                     (0, 0) => Ok(Some(root)),
-                    (values, bytes) => Err(format!("the end, with {values} values and {bytes} bytes left over")),
+                    (values, bytes) => Err(format!("STOP with {values} values and {bytes} bytes left over")),
                 };
             }
             // GLOBAL, STACK_GLOBAL
@@ -168,7 +167,13 @@ impl<'p> PickleMachine<'p> {
                         let (module, name) = (*module, *name);
                         self.import(module, name)?;
                     }
-                    (module, name) => return Err(format!("a name made of {} and {}", module.kind(), name.kind())),
+                    (module, name) => {
+                        return Err(format!(
+                            "a global named by {} and {}, expected two strings",
+                            module.kind(),
+                            name.kind()
+                        ));
+                    }
                 }
             }
             // BINPUT, LONG_BINPUT, MEMOIZE
@@ -305,7 +310,7 @@ impl<'p> PickleMachine<'p> {
             }
             _ => {
                 let shown = clip(char::from(opcode));
-                return Err(format!("opcode {opcode:#04x} (`{shown}`) is refused: plain checkpoints do not need it"));
+                return Err(format!("opcode {opcode:#04x} (`{shown}`) is not supported: no checkpoint needs it"));
             }
         }
         Ok(None)
@@ -314,7 +319,7 @@ impl<'p> PickleMachine<'p> {
     fn import(&mut self, module: &str, name: &str) -> Result<(), String> {
         let Some(global) = self.dialect.global(module, name) else {
             return Err(format!(
-                "it asks for `{}.{}`, which is refused: {}; nothing was executed",
+                "it imports `{}.{}`, which is not allowed: {}; nothing was executed",
                 clip(module),
                 clip(name),
                 self.dialect.allowed()
@@ -323,13 +328,15 @@ impl<'p> PickleMachine<'p> {
         self.push(Object::Global(global))
     }
 
-    /// Result of calling `function` with the tuple `arguments`, as far as it is known without calling it.
+    /// Pushes the known result of calling `function` with the tuple `arguments`; nothing is called.
     fn call(&mut self, function: Id, arguments: Id, new: bool) -> Result<(), String> {
         let (global, items) = match (self.object(function), self.object(arguments)) {
             (Object::Global(global), Object::Tuple(items)) => (*global, items.as_slice()),
             (function, arguments) => {
                 let (function, arguments) = (function.kind(), arguments.kind());
-                return Err(format!("a call of {function} with {arguments}; nothing was executed"));
+                return Err(format!(
+                    "it calls {function} with {arguments}, which is not supported; nothing was executed"
+                ));
             }
         };
         match (global, items) {
@@ -342,13 +349,14 @@ impl<'p> PickleMachine<'p> {
             (Global::Encode, _) if !new => self.push(Object::Opaque("bytes")),
             (Global::Record(class), []) if new => self.push(Object::Record(class, None)),
             (Global::Value(kind), _) if !new => self.push(Object::Opaque(kind)),
-            (global, items) => {
-                Err(format!("{global:?} is not called with {} arguments; nothing was executed", items.len()))
-            }
+            (global, items) => Err(format!(
+                "it calls {global:?} with {} arguments, which is not supported; nothing was executed",
+                items.len()
+            )),
         }
     }
 
-    /// Gives the topmost object its attributes. Of a dict none matters (a state dict's `_metadata`).
+    /// Sets the state of the topmost object. A dict's (a state dict's `_metadata`) is ignored.
     fn build(&mut self, state: Id) -> Result<(), String> {
         let target = self.top()?;
         match &mut self.objects[target.0 as usize] {
@@ -357,12 +365,12 @@ impl<'p> PickleMachine<'p> {
                 *fields = Some(state);
                 Ok(())
             }
-            Object::Record(class, Some(_)) => Err(format!("attributes for {} that has some", class.kind())),
-            other => Err(format!("attributes for {}; nothing was executed", other.kind())),
+            Object::Record(class, Some(_)) => Err(format!("BUILD of {} that already has a state", class.kind())),
+            other => Err(format!("BUILD of {}, which is not supported; nothing was executed", other.kind())),
         }
     }
 
-    /// Refuses a list of what there are too many of.
+    /// Limits the length of the tables, to bound memory.
     fn check_room(&self, length: usize, what: &str) -> Result<(), String> {
         match self.dialect.max_objects() {
             limit if length < limit => Ok(()),
@@ -408,7 +416,7 @@ impl<'p> PickleMachine<'p> {
         let id = self.top()?;
         match &mut self.objects[id.0 as usize] {
             Object::List(items) => Ok(items),
-            other => Err(format!("items for {}", other.kind())),
+            other => Err(format!("items appended to {}, expected a list", other.kind())),
         }
     }
 
@@ -416,7 +424,7 @@ impl<'p> PickleMachine<'p> {
         let id = self.top()?;
         match &mut self.objects[id.0 as usize] {
             Object::Dict(items) => Ok(items),
-            other => Err(format!("keys for {}", other.kind())),
+            other => Err(format!("keys set on {}, expected a dict", other.kind())),
         }
     }
 
@@ -428,7 +436,7 @@ impl<'p> PickleMachine<'p> {
     }
 
     fn recall(&mut self, index: u32) -> Result<(), String> {
-        let id = *self.memo.get(&index).ok_or_else(|| format!("nothing is remembered as {index}"))?;
+        let id = *self.memo.get(&index).ok_or_else(|| format!("the memo has no entry {index}"))?;
         self.push_again(id)
     }
 

@@ -1,18 +1,18 @@
-//! Where the members of an uncompressed zip archive lie, so that they can be used in place.
+//! Locates the members of an uncompressed zip archive, so that they can be used in place.
 //!
-//! Names, sizes and places come from the central directory at the archive's end; of a member's local header only the
-//! length is used, for its data starts behind it (writers that stream leave the sizes there zero and put them behind
-//! the data). The archive must be one whole: nothing in front of it or behind it, no member outside it or over another,
-//! no name twice. Checksums are not compared, which would read all of the data, and torch can be told not to write them.
+//! Names, sizes and offsets come from the central directory at the archive's end. Of a member's local header only the
+//! length is used, since its data follows (streaming writers leave the sizes there zero and write them after the data).
+//! Data before or after the archive, members outside it or overlapping, and duplicate names are errors. Checksums are
+//! not verified: that would read all of the data, and torch can be told not to write them.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::error::clip;
 
-/// The most members that are listed. A checkpoint has one for each tensor and a few more.
+/// Maximum number of members. A checkpoint has one per tensor and a few more.
 const MAX_MEMBERS: u64 = 100_000;
-/// The longest name of a member.
+/// Maximum length of a member's name.
 const MAX_NAME_BYTES: usize = 1024;
 
 const LOCAL: &[u8; 4] = b"PK\x03\x04";
@@ -21,14 +21,14 @@ const END: &[u8; 4] = b"PK\x05\x06";
 const END64: &[u8; 4] = b"PK\x06\x06";
 const LOCATOR64: &[u8; 4] = b"PK\x06\x07";
 
-/// Bytes of each record before its names and other fields of variable length.
+/// Bytes of the fixed part of each record, before names and other fields of variable length.
 const LOCAL_BYTES: usize = 30;
 const CENTRAL_BYTES: usize = 46;
 const END_BYTES: usize = 22;
 const END64_BYTES: usize = 56;
 const LOCATOR64_BYTES: usize = 20;
 
-/// In a field of two or four bytes: the value is in the ZIP64 record.
+/// In a 16- or 32-bit field: the value is in the ZIP64 record.
 const IN_ZIP64_16: u16 = u16::MAX;
 const IN_ZIP64_32: u32 = u32::MAX;
 /// The extra field that holds a member's ZIP64 values.
@@ -41,7 +41,7 @@ pub(super) struct Members<'a> {
 }
 
 impl<'a> Members<'a> {
-    /// Where the member called `name` lies, in bytes from the start of the archive.
+    /// Byte range of the data of the member called `name` in the archive.
     pub fn get(&self, name: &str) -> Option<Range<usize>> {
         self.by_name.get(name).cloned()
     }
@@ -57,7 +57,7 @@ pub(super) fn looks_like_one(bytes: &[u8]) -> bool {
     bytes.starts_with(LOCAL)
 }
 
-/// Lists the archive that is all of `bytes`.
+/// Lists the members of the archive `bytes`.
 ///
 /// # Errors
 /// The problem (damaged or unsupported), with the member's name and the offset; the caller prefixes the file's name.
@@ -71,13 +71,13 @@ pub(super) fn members(bytes: &[u8]) -> Result<Members<'_>, String> {
         let entry = central_entry(&mut entries)?;
         let (span, data) = place(bytes, &entry, directory.range.start)?;
         if by_name.insert(entry.name, data).is_some() {
-            return Err(format!("zip: member `{}` is there twice", clip(entry.name)));
+            return Err(format!("zip: duplicate member `{}`", clip(entry.name)));
         }
         spans.push((span, entry.name));
     }
     if entries.at != directory.range.end {
         return Err(format!(
-            "zip: the central directory claims {} members and ends at {}, but they end at {}",
+            "zip: the central directory claims {} members and ends at {}, but its entries end at {}",
             directory.members, directory.range.end, entries.at
         ));
     }
@@ -96,7 +96,7 @@ pub(super) fn members(bytes: &[u8]) -> Result<Members<'_>, String> {
     Ok(Members { by_name })
 }
 
-/// Reads little-endian fields one after the other.
+/// Reads consecutive little-endian fields.
 struct ZipFields<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -138,7 +138,7 @@ fn find_directory(bytes: &[u8]) -> Result<Directory, String> {
     let end_at = (earliest..(bytes.len() + 1).saturating_sub(END_BYTES))
         .rev()
         .find(|at| bytes[*at..].starts_with(END) && comment_fits(bytes, *at))
-        .ok_or("zip: no end record at the end of the archive: it is truncated or followed by something else")?;
+        .ok_or("zip: no end record: the archive is truncated or followed by other data")?;
     let truncated = || format!("zip: the end record at {end_at} is truncated");
     let mut fields = ZipFields { bytes, at: end_at + END.len() };
     let mut end = || {
@@ -148,7 +148,7 @@ fn find_directory(bytes: &[u8]) -> Result<Directory, String> {
     };
     let (disks, members, size, offset) = end().ok_or_else(truncated)?;
 
-    // (what, the end record's value if it is not elsewhere)
+    // The end record's values; `None` if the value is in the ZIP64 end record.
     let disk = |number: u16| (number != IN_ZIP64_16).then_some(u64::from(number));
     let in_64 = |value: u32| (value != IN_ZIP64_32).then_some(u64::from(value));
     let short = [disk(disks[0]), disk(disks[1]), disk(members[0]), disk(members[1]), in_64(size), in_64(offset)];
@@ -161,27 +161,27 @@ fn find_directory(bytes: &[u8]) -> Result<Directory, String> {
         *value = match (short[index], long.as_ref().map(|(_, values)| values[index])) {
             (Some(short), Some(long)) if short != long => {
                 let name = names[index];
-                return Err(format!("zip: the end record says {name} {short}, the ZIP64 end record {long}"));
+                return Err(format!("zip: {name} is {short} in the end record, but {long} in the ZIP64 end record"));
             }
             (_, Some(long)) => long,
             (Some(short), None) => short,
-            (None, None) => return Err(format!("zip: {} is in a ZIP64 end record that is not there", names[index])),
+            (None, None) => return Err(format!("zip: {} is in the ZIP64 end record, which is missing", names[index])),
         };
     }
     let [this_disk, directory_disk, members_here, members, size, offset] = values;
     if this_disk != 0 || directory_disk != 0 || members_here != members {
-        return Err(format!("zip: a part of an archive split over several disks (this is disk {this_disk})"));
+        return Err(format!("zip: archives split over several disks are not supported (this is disk {this_disk})"));
     }
     if members > MAX_MEMBERS {
-        return Err(format!("zip: {members} members; at most {MAX_MEMBERS} are accepted"));
+        return Err(format!("zip: {members} members, more than the limit of {MAX_MEMBERS}"));
     }
     let start = usize::try_from(offset).ok();
     let end = start.and_then(|start| start.checked_add(usize::try_from(size).ok()?));
     match (start, end) {
         (Some(start), Some(end)) if end == directory_end => Ok(Directory { range: start..end, members }),
         _ => Err(format!(
-            "zip: the central directory is said to have {size} bytes at {offset}, but what follows it is at \
-             {directory_end} (is something in front of the archive?)"
+            "zip: the central directory of {size} bytes at {offset} does not end at {directory_end}, where the end \
+                      record starts (is there data before the archive?)"
         )),
     }
 }
@@ -198,12 +198,12 @@ fn end64(bytes: &[u8], end_at: usize) -> Result<Option<(usize, [u64; 6])>, Strin
     if !bytes[locator_at..].starts_with(LOCATOR64) {
         return Ok(None);
     }
-    let damaged = || format!("zip: the ZIP64 locator at {locator_at} does not point at a ZIP64 end record before it");
+    let damaged = || format!("zip: the ZIP64 locator at {locator_at} does not point to a ZIP64 end record before it");
     let mut locator = ZipFields { bytes, at: locator_at + LOCATOR64.len() };
     let mut read = || Some((locator.u32()?, locator.u64()?, locator.u32()?));
     let (disk, offset, disks) = read().ok_or_else(damaged)?;
     if disk != 0 || disks > 1 {
-        return Err(format!("zip: a part of an archive split over {disks} disks"));
+        return Err(format!("zip: archives split over several disks are not supported (disk {disk} of {disks})"));
     }
     let at = usize::try_from(offset).ok().filter(|at| at.checked_add(END64_BYTES).is_some_and(|end| end <= locator_at));
     let at = at.ok_or_else(damaged)?;
@@ -248,11 +248,11 @@ fn central_entry<'a>(fields: &mut ZipFields<'a>) -> Result<ZipEntry<'a>, String>
     };
     let (signature, flags, method, [compressed, size], lengths, disk, local_header) = read().ok_or_else(truncated)?;
     if &signature != CENTRAL {
-        return Err(format!("zip: no entry of the central directory at {at}, where one is expected"));
+        return Err(format!("zip: expected an entry of the central directory at {at}"));
     }
     let [name_bytes, extra_bytes, comment_bytes] = lengths;
     if name_bytes > MAX_NAME_BYTES {
-        return Err(format!("zip: a name of {name_bytes} bytes at {at}; at most {MAX_NAME_BYTES} are accepted"));
+        return Err(format!("zip: the name in the entry at {at} has {name_bytes} bytes, more than {MAX_NAME_BYTES}"));
     }
     let name = fields.take(name_bytes).ok_or_else(truncated)?;
     let extra = fields.take(extra_bytes).ok_or_else(truncated)?;
@@ -264,11 +264,13 @@ fn central_entry<'a>(fields: &mut ZipFields<'a>) -> Result<ZipEntry<'a>, String>
         return Err(refused("it is encrypted".to_owned()));
     }
     if method != 0 {
-        return Err(refused(format!("it is compressed (method {method}); expected it stored, as torch.save does")));
+        return Err(refused(format!("it is compressed (method {method}), expected stored, as torch.save writes it")));
     }
     let mut extra = zip64_extra(extra).map_err(&refused)?;
     let mut in_extra = |short: u32, what: &str| match short {
-        IN_ZIP64_32 => extra.u64().ok_or_else(|| refused(format!("its {what} is in a ZIP64 field that is not there"))),
+        IN_ZIP64_32 => {
+            extra.u64().ok_or_else(|| refused(format!("its {what} is in the ZIP64 field, which is missing")))
+        }
         short => Ok(u64::from(short)),
     };
     let size = in_extra(size, "size")?;
@@ -276,10 +278,10 @@ fn central_entry<'a>(fields: &mut ZipFields<'a>) -> Result<ZipEntry<'a>, String>
     let local_header = in_extra(local_header, "offset")?;
     let disk = if disk == IN_ZIP64_16 { extra.u32().unwrap_or(u32::MAX) } else { disk.into() };
     if disk != 0 {
-        return Err(refused(format!("it is on disk {disk} of an archive split over several")));
+        return Err(refused(format!("it is on disk {disk}; archives split over several disks are not supported")));
     }
     if size != compressed {
-        return Err(refused(format!("it is stored, yet has {size} bytes in {compressed}")));
+        return Err(refused(format!("it is stored, but its size {size} and compressed size {compressed} differ")));
     }
     Ok(ZipEntry { name, size, local_header })
 }
@@ -287,7 +289,7 @@ fn central_entry<'a>(fields: &mut ZipFields<'a>) -> Result<ZipEntry<'a>, String>
 /// The content of the ZIP64 field among the extra fields of a member; empty if there is none.
 fn zip64_extra(extra: &[u8]) -> Result<ZipFields<'_>, String> {
     let mut fields = ZipFields { bytes: extra, at: 0 };
-    // Some writers pad with fewer bytes than a field's head takes.
+    // Some writers pad with fewer bytes than a field's header takes.
     while let (Some(id), Some(length)) = (fields.u16(), fields.u16()) {
         let content = fields.take(length.into()).ok_or("its extra fields are truncated")?;
         if id == ZIP64_EXTRA {
@@ -297,12 +299,12 @@ fn zip64_extra(extra: &[u8]) -> Result<ZipFields<'_>, String> {
     Ok(ZipFields { bytes: &[], at: 0 })
 }
 
-/// Where a member lies: with its local header, and its data alone.
+/// Byte ranges of a member: with its local header, and of its data alone.
 fn place(bytes: &[u8], entry: &ZipEntry<'_>, directory_start: usize) -> Result<(Range<usize>, Range<usize>), String> {
     let ZipEntry { name, size, local_header } = *entry;
     let refused = |detail: &str| format!("zip: member `{}` at {local_header}: {detail}", clip(name));
     let start = usize::try_from(local_header).ok().filter(|start| *start < directory_start);
-    let start = start.ok_or_else(|| refused("outside the archive"))?;
+    let start = start.ok_or_else(|| refused("its local header is outside the archive"))?;
     let mut header = ZipFields { bytes: &bytes[..directory_start], at: start };
     let mut read = || {
         let signature = header.array::<4>()?;
@@ -312,17 +314,17 @@ fn place(bytes: &[u8], entry: &ZipEntry<'_>, directory_start: usize) -> Result<(
         Some((signature, flags, method, header.u16()?, header.u16()?))
     };
     let (signature, flags, method, name_bytes, extra_bytes) =
-        read().ok_or_else(|| refused("its local header does not fit in front of the central directory"))?;
+        read().ok_or_else(|| refused("its local header overlaps the central directory"))?;
     let local_name = header.take(name_bytes.into());
     if &signature != LOCAL || local_name != Some(name.as_bytes()) || flags & 1 != 0 || method != 0 {
-        return Err(refused("the local header there is not this member's"));
+        return Err(refused("its local header does not match its entry in the central directory"));
     }
     let data = header.take(extra_bytes.into()).and_then(|_| {
         let size = usize::try_from(size).ok()?;
         let start = header.at;
         header.take(size).map(|_| start..start + size)
     });
-    let outside = || refused(&format!("its {size} bytes do not fit in front of the central directory"));
+    let outside = || refused(&format!("its {size} bytes overlap the central directory"));
     let data = data.ok_or_else(outside)?;
     Ok((start..data.end, data))
 }

@@ -130,12 +130,12 @@ fn refuses_shards_that_make_no_matrix() {
         assert!(error.starts_with("`w`: ") && error.contains(reason), "{error}\nexpected: {reason}");
     };
     let both = |one: Shard, other: Shard| tensor(&[4, 3], vec![one, other]);
-    refused(tensor(&[4, 3], vec![]), "no shard holds the element at row 0, column 0");
-    refused(tensor(&[4, 3], vec![shard(0..3, 0..3, 0)]), "no shard holds the element at row 3, column 0");
-    refused(both(shard(0..4, 0..2, 0), shard(1..4, 2..3, 8)), "no shard holds the element at row 0, column 2");
-    refused(both(shard(0..4, 0..2, 0), shard(0..4, 1..3, 0)), "two shards hold the element at row 0, column 1");
-    refused(both(shard(0..3, 0..3, 0), shard(2..4, 0..3, 0)), "two shards hold the element at row 2, column 0");
-    refused(both(shard(0..3, 0..3, 0), shard(3..5, 0..3, 0)), "is no part of [4, 3]");
+    refused(tensor(&[4, 3], vec![]), "no shard contains the element at row 0, column 0");
+    refused(tensor(&[4, 3], vec![shard(0..3, 0..3, 0)]), "no shard contains the element at row 3, column 0");
+    refused(both(shard(0..4, 0..2, 0), shard(1..4, 2..3, 8)), "no shard contains the element at row 0, column 2");
+    refused(both(shard(0..4, 0..2, 0), shard(0..4, 1..3, 0)), "two shards contain the element at row 0, column 1");
+    refused(both(shard(0..3, 0..3, 0), shard(2..4, 0..3, 0)), "two shards contain the element at row 2, column 0");
+    refused(both(shard(0..3, 0..3, 0), shard(3..5, 0..3, 0)), "lies outside the tensor's shape [4, 3]");
     refused(both(shard(0..3, 0..3, 0), shard(3..4, 0..3, 10)), "outside their file of 48 bytes");
     refused(tensor(&[4, 3, 1], vec![]), "3 axes, expected 1 or 2");
     refused(tensor(&[], vec![]), "0 axes");
@@ -146,7 +146,7 @@ fn refuses_shards_that_make_no_matrix() {
     refused(strided([usize::MAX / 4, 1]), "outside their file");
     let mut short = shard(0..4, 0..3, 0);
     short.strides.pop();
-    refused(tensor(&[4, 3], vec![short]), "is no part of");
+    refused(tensor(&[4, 3], vec![short]), "lies outside the tensor's shape");
     let mut elsewhere = shard(0..4, 0..3, 0);
     elsewhere.file = 1;
     refused(tensor(&[4, 3], vec![elsewhere]), "outside their file of 0 bytes");
@@ -154,5 +154,5 @@ fn refuses_shards_that_make_no_matrix() {
     let many = (0..70_000).map(single).collect();
     refused(tensor(&[70_000, 3], many), "more than 65536 blocks");
     let error = ShardedTensor::concat(vec![tensor(&[2, 3], vec![]), tensor(&[2, 4], vec![])], 0).unwrap_err();
-    assert!(error.contains("rank 1 holds float32 [2, 4], which does not continue float32 [2, 3]"), "{error}");
+    assert!(error.contains("rank 1 has float32 [2, 4], which cannot be concatenated with float32 [2, 3]"), "{error}");
 }

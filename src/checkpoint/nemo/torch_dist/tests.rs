@@ -128,32 +128,35 @@ fn finds_the_chunks_of_layers_and_ranks() {
 #[test]
 fn executes_nothing() {
     let error = SavedFolder::with(fixture("hostile.metadata"))
-        .refused(".metadata", "asks for `posix.system`, which is refused");
-    assert!(error.to_string().ends_with("may name its own records alone; nothing was executed"), "{error}");
+        .refused(".metadata", "imports `posix.system`, which is not allowed");
+    assert!(error.to_string().ends_with("may only import its own record types; nothing was executed"), "{error}");
     let pickles: &[(&[u8], &str)] = &[
-        (b"\x80\x04cbuiltins\ngetattr\n.", "asks for `builtins.getattr`"),
-        (b"\x80\x04cbuiltins\neval\n.", "asks for `builtins.eval`"),
-        (b"\x80\x04ctorch\nload\n.", "asks for `torch.load`"),
-        (b"\x80\x04ctorch.serialization\nload\n.", "asks for `torch.serialization.load`"),
-        (b"\x80\x04cpathlib\nPath.unlink\n.", "asks for `pathlib.Path.unlink`"),
+        (b"\x80\x04cbuiltins\ngetattr\n.", "imports `builtins.getattr`"),
+        (b"\x80\x04cbuiltins\neval\n.", "imports `builtins.eval`"),
+        (b"\x80\x04ctorch\nload\n.", "imports `torch.load`"),
+        (b"\x80\x04ctorch.serialization\nload\n.", "imports `torch.serialization.load`"),
+        (b"\x80\x04cpathlib\nPath.unlink\n.", "imports `pathlib.Path.unlink`"),
         (
             b"\x80\x04ctorch.distributed.checkpoint.metadata\nos\n.",
-            "asks for `torch.distributed.checkpoint.metadata.os`",
+            "imports `torch.distributed.checkpoint.metadata.os`",
         ),
         (b"\x80\x04ctorch.distributed.checkpoint.filesystem\nFileSystemWriter\n.", "filesystem.FileSystemWriter`"),
         (b"\x80\x04cmegatron.core.dist_checkpointing.strategies.torch\nsave\n.", "strategies.torch.save`"),
         // What only tensors need.
-        (b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n.", "asks for `torch._utils._rebuild_tensor_v2`"),
-        (b"\x80\x04ctorch\nFloatStorage\n.", "asks for `torch.FloatStorage`"),
-        (b"\x80\x04c_io\nBytesIO\n.", "asks for `_io.BytesIO`"),
-        (b"\x80\x04c_codecs\nencode\n.", "asks for `_codecs.encode`"),
+        (b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n.", "imports `torch._utils._rebuild_tensor_v2`"),
+        (b"\x80\x04ctorch\nFloatStorage\n.", "imports `torch.FloatStorage`"),
+        (b"\x80\x04c_io\nBytesIO\n.", "imports `_io.BytesIO`"),
+        (b"\x80\x04c_codecs\nencode\n.", "imports `_codecs.encode`"),
         // Allowed names in calls that nobody makes.
-        (b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n)R.", "is not called with 0 arguments"),
-        (b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nK\x01\x85\x81.", "is not called with 1 arguments"),
-        (b"\x80\x04cpathlib\nPosixPath\n)\x81.", "is not called with 0 arguments; nothing was executed"),
-        (b"\x80\x04ctorch\nbfloat16\n)R.", "is not called with 0 arguments"),
-        (b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n}b.", "attributes for a class or function"),
-        (b"\x80\x04)}b.", "attributes for a tuple"),
+        (b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n)R.", "with 0 arguments, which is not supported"),
+        (
+            b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\nK\x01\x85\x81.",
+            "with 1 arguments, which is not supported",
+        ),
+        (b"\x80\x04cpathlib\nPosixPath\n)\x81.", "with 0 arguments, which is not supported; nothing was executed"),
+        (b"\x80\x04ctorch\nbfloat16\n)R.", "with 0 arguments, which is not supported"),
+        (b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n}b.", "BUILD of a class or function"),
+        (b"\x80\x04)}b.", "BUILD of a tuple"),
         (b"\x80\x04\x92.", "opcode 0x92"),
         (b"\x80\x06N.", "protocol 6, expected 2 to 5"),
     ];
@@ -312,21 +315,24 @@ fn refuses_metadata_that_does_not_fit_the_files() {
         (|s| s.dtype = "float8_e4m3fn", "its type is float8_e4m3fn, which is not supported"),
         (|s| s.dtype = "Size", "its type is a class or function, expected one such as torch.bfloat16"),
         (|s| s.size = vec![2, -4, 3], "its size is -4, expected a whole number of at least 0"),
-        (|s| s.size = vec![1 << 40, 1 << 40, 3], "takes more bytes than a machine can address"),
-        (|s| s.size = vec![1; 9], "its size is one of 9 axes; at most 8 are accepted"),
-        (|s| s.size = vec![2, 4], "chunk 0: sizes [1, 4, 3] at [0, 0, 0] do not lie in the tensor's [2, 4]"),
-        (|s| s.size[0] = 1, "chunk 1: sizes [1, 4, 3] at [1, 0, 0] do not lie in the tensor's [1, 4, 3]"),
-        (|s| s.chunks[1].0[1] = 1, "chunk 1: sizes [1, 4, 3] at [1, 1, 0] do not lie"),
-        (|s| s.chunks[1].0[1] = i64::MAX, "chunk 1: sizes [1, 4, 3] at [1, 9223372036854775807, 0] do not lie"),
+        (|s| s.size = vec![1 << 40, 1 << 40, 3], "exceeds the address space"),
+        (|s| s.size = vec![1; 9], "its size is a tuple of 9 axes, more than the limit of 8"),
+        (|s| s.size = vec![2, 4], "chunk 0: sizes [1, 4, 3] at [0, 0, 0] exceed the tensor's shape [2, 4]"),
+        (|s| s.size[0] = 1, "chunk 1: sizes [1, 4, 3] at [1, 0, 0] exceed the tensor's shape [1, 4, 3]"),
+        (|s| s.chunks[1].0[1] = 1, "chunk 1: sizes [1, 4, 3] at [1, 1, 0] exceed the tensor's shape"),
+        (
+            |s| s.chunks[1].0[1] = i64::MAX,
+            "chunk 1: sizes [1, 4, 3] at [1, 9223372036854775807, 0] exceed the tensor's shape",
+        ),
         (|s| s.chunks[1].0[1] = -1, "chunk 1: its offsets are -1, expected a whole number"),
         (|s| s.chunks[1].1[1] = -1, "chunk 1: its sizes are -1, expected a whole number"),
-        (|s| s.chunks[1].1.truncate(2), "chunk 1: sizes [1, 4] at [1, 0, 0] do not lie"),
-        (|s| s.chunks[1].0[0] = 0, "chunk at [0, 0, 0]: `storage_data` has no place for it, or two chunks are there"),
-        (|s| drop(s.items.pop()), "chunk at [1, 0, 0]: `storage_data` has no place for it"),
-        (|s| s.items[1].name.push('x'), "chunk at [1, 0, 0]: `storage_data` has no place for it"),
-        (|s| s.items[1].origin = None, "chunk at [1, 0, 0]: `storage_data` has no place for it"),
-        (|s| s.items[1].origin = Some(vec![0, 0, 0]), "linear_fc1.weight` at [0, 0, 0] is in `storage_data` twice"),
-        (|s| s.items[1].origin = Some(vec![0; 9]), "its origin is one of 9 axes"),
+        (|s| s.chunks[1].1.truncate(2), "chunk 1: sizes [1, 4] at [1, 0, 0] exceed the tensor's shape"),
+        (|s| s.chunks[1].0[0] = 0, "chunk at [0, 0, 0]: it is not in `storage_data`, or two chunks have this origin"),
+        (|s| drop(s.items.pop()), "chunk at [1, 0, 0]: it is not in `storage_data`"),
+        (|s| s.items[1].name.push('x'), "chunk at [1, 0, 0]: it is not in `storage_data`"),
+        (|s| s.items[1].origin = None, "chunk at [1, 0, 0]: it is not in `storage_data`"),
+        (|s| s.items[1].origin = Some(vec![0, 0, 0]), "linear_fc1.weight` at [0, 0, 0] twice"),
+        (|s| s.items[1].origin = Some(vec![0; 9]), "its origin is a tuple of 9 axes"),
         (
             |s| s.items[1].start -= 1,
             "in `__0_0.distcp`, the chunk of `model.decoder.layers.mlp.linear_fc1.weight` at [1, 0, 0]",
@@ -337,12 +343,12 @@ fn refuses_metadata_that_does_not_fit_the_files() {
         ),
         (|s| s.items[1].start = -1, "its offset is -1"),
         (|s| s.items[1].length = -1, "its length is -1"),
-        (|s| s.items[0].file = String::new(), "it lies in ``, expected the name of a file beside .metadata"),
-        (|s| s.items[0].file = "../x.distcp".to_owned(), "it lies in `../x.distcp`, expected the name of a file"),
-        (|s| s.items[0].file = "..".to_owned(), "it lies in `..`, expected the name of a file"),
-        (|s| s.items[0].file = "/etc/passwd".to_owned(), "it lies in `/etc/passwd`, expected the name of a file"),
-        (|s| s.items[0].file = "sub/__0_0.distcp".to_owned(), "it lies in `sub/__0_0.distcp`"),
-        (|s| s.items[0].file = "x".repeat(1025), "its file is a string of 1025 bytes; at most 1024"),
+        (|s| s.items[0].file = String::new(), "it is in ``, expected the name of a file beside .metadata"),
+        (|s| s.items[0].file = "../x.distcp".to_owned(), "it is in `../x.distcp`, expected the name of a file"),
+        (|s| s.items[0].file = "..".to_owned(), "it is in `..`, expected the name of a file"),
+        (|s| s.items[0].file = "/etc/passwd".to_owned(), "it is in `/etc/passwd`, expected the name of a file"),
+        (|s| s.items[0].file = "sub/__0_0.distcp".to_owned(), "it is in `sub/__0_0.distcp`"),
+        (|s| s.items[0].file = "x".repeat(1025), "its file is a string of 1025 bytes, more than the limit of 1024"),
         (|s| s.items[0].name = "x".repeat(1025), "entry 0 of `storage_data`: its name is a string of 1025 bytes"),
         (|s| s.items[0].transforms = Some(int(1)), "its transform_descriptors are an int, expected a list"),
         (|s| s.items[0].transforms = Some(list(&[int(1)])), "one of its transform_descriptors is an int"),
@@ -355,12 +361,12 @@ fn refuses_metadata_that_does_not_fit_the_files() {
     let in_file: &[(Change, &str)] = &[
         (|s| s.dtype = "float16", "lies bfloat16 [1, 4, 3], expected float16 [1, 4, 3]"),
         (|s| s.chunks[0].1[1] = 3, "lies bfloat16 [1, 4, 3], expected bfloat16 [1, 3, 3]"),
-        (|s| s.items[0].length -= 1, "no end record at the end of the archive"),
+        (|s| s.items[0].length -= 1, "no end record: the archive is truncated"),
         (|s| s.items[1].length += 20, "linear_fc1.weight`: chunk at [1, 0, 0]: at "),
         (|s| s.items[1].length = 1 << 40, "chunk at [1, 0, 0]: 1099511627776 bytes at "),
-        (|s| s.items[1].start = 1 << 40, "bytes at 1099511627776 are said to be it, but the file has 18420"),
-        (|s| s.items[1].start += 1, "do not start as a zip archive: torch.save wrote none"),
-        (|s| s.items[1].length = 0, "0 bytes that do not start as a zip archive"),
+        (|s| s.items[1].start = 1 << 40, "bytes at 1099511627776, but the file has 18420"),
+        (|s| s.items[1].start += 1, "do not start like a zip archive"),
+        (|s| s.items[1].length = 0, "its 0 bytes do not start like a zip archive"),
     ];
     for (change, reason) in in_file {
         let mut saved = Saved::good();
@@ -369,19 +375,19 @@ fn refuses_metadata_that_does_not_fit_the_files() {
     }
     let mut saved = Saved::good();
     saved.items[0].transforms = Some(list(&[text("stream.zstd")]));
-    let error = saved.folder().refused(".metadata", "it was changed by `stream.zstd`, expected a chunk as torch.save");
+    let error = saved.folder().refused(".metadata", "it was transformed by `stream.zstd`, expected a plain torch.save");
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     saved = Saved::good();
     saved.items[0].file = "__7_0.distcp".to_owned();
     let error = saved.folder().read().unwrap_err().to_string();
-    assert!(error.contains("it has no `model_weights/__7_0.distcp`"), "{error}");
+    assert!(error.contains("`model_weights/__7_0.distcp` is missing"), "{error}");
     // A place whose end is past all numbers.
     let mut saved = Saved::good();
     (saved.items[1].start, saved.items[1].length) = (i64::MAX, i64::MAX);
-    saved.folder().refused("__0_0.distcp", "9223372036854775807 bytes at 9223372036854775807 are said to be it");
+    saved.folder().refused("__0_0.distcp", "9223372036854775807 bytes at 9223372036854775807");
     let empty = SavedFolder(tempfile::tempdir().unwrap());
     let error = empty.read().unwrap_err().to_string();
-    assert!(error.contains("it has no `model_weights/.metadata`"), "{error}");
+    assert!(error.contains("`model_weights/.metadata` is missing"), "{error}");
 }
 
 #[test]
@@ -405,55 +411,58 @@ fn refuses_records_that_make_no_sense() {
     let cases: Vec<(Vec<u8>, &str)> = vec![
         (Vec::new(), "pickle at 0: the pickle is truncated"),
         (b"PK\x03\x04".to_vec(), "starts with byte 0x50, expected 0x80 and a protocol from 2 to 5"),
-        (root(none()), "it is None, expected a Metadata"),
-        (root(dict(&[])), "it is a dict, expected a Metadata"),
-        (root(tensor.clone()), "it is a TensorStorageMetadata, expected a Metadata"),
-        (root(global("torch.distributed.checkpoint.metadata", "Metadata")), "it is a class or function, expected"),
-        (root(record("Metadata", tuple(&[]))), "it is a Metadata written as a tuple, expected a dict"),
-        (root(record("Metadata", dict(&many))), "it is a Metadata of 65 fields; at most 64 are accepted"),
-        (root([&global("torch.distributed.checkpoint.metadata", "Metadata")[..], b")\x81"].concat()), "without fields"),
-        (twice, "attributes for a Metadata that has some"),
-        (root(fields("Metadata", &[])), "it is a Metadata without `state_dict_metadata`"),
-        (root(fields("Metadata", &[("state_dict_metadata", dict(&[]))])), "it is a Metadata without `storage_data`"),
+        (root(none()), "found None, expected a Metadata"),
+        (root(dict(&[])), "found a dict, expected a Metadata"),
+        (root(tensor.clone()), "found a TensorStorageMetadata, expected a Metadata"),
+        (root(global("torch.distributed.checkpoint.metadata", "Metadata")), "found a class or function, expected"),
+        (root(record("Metadata", tuple(&[]))), "the state of a Metadata is a tuple, expected a dict"),
+        (root(record("Metadata", dict(&many))), "a Metadata has 65 fields, more than the limit of 64"),
+        (root([&global("torch.distributed.checkpoint.metadata", "Metadata")[..], b")\x81"].concat()), "has no fields"),
+        (twice, "BUILD of a Metadata that already has a state"),
+        (root(fields("Metadata", &[])), "a Metadata has no `state_dict_metadata`"),
+        (root(fields("Metadata", &[("state_dict_metadata", dict(&[]))])), "a Metadata has no `storage_data`"),
         (
             root(fields("Metadata", &[("storage_data", none()), ("state_dict_metadata", dict(&[]))])),
             "`storage_data` is None, expected a dict",
         ),
         (
             root(fields("Metadata", &[("state_dict_metadata", dict(&[])), ("state_dict_metadata", dict(&[]))])),
-            "it is a Metadata with `state_dict_metadata` twice",
+            "a Metadata has `state_dict_metadata` twice",
         ),
         (root(fields("Metadata", &[("state_dict_metadata", list(&[]))])), "`state_dict_metadata` is a list, expected"),
         (metadata(&[(int(1), tensor.clone())], &[]), "a key of `state_dict_metadata` is an int, expected a string"),
-        (metadata(&[(text(&"w".repeat(1025)), tensor.clone())], &[]), "a string of 1025 bytes; at most 1024"),
+        (
+            metadata(&[(text(&"w".repeat(1025)), tensor.clone())], &[]),
+            "a string of 1025 bytes, more than the limit of 1024",
+        ),
         (
             metadata(&[(text("w"), tensor.clone()), (text("w"), tensor.clone())], &items),
-            "`w` is in `state_dict_metadata` twice",
+            "`state_dict_metadata` lists `w` twice",
         ),
-        (one(none()), "tensor `w`: it is None, expected a TensorStorageMetadata"),
-        (one(record("StorageMeta", dict(&[]))), "tensor `w`: it is another record, expected a TensorStorageMetadata"),
-        (one(fields("TensorStorageMetadata", &[])), "tensor `w`: it is a TensorStorageMetadata without `properties`"),
+        (one(none()), "tensor `w`: found None, expected a TensorStorageMetadata"),
+        (one(record("StorageMeta", dict(&[]))), "tensor `w`: found another record, expected a TensorStorageMetadata"),
+        (one(fields("TensorStorageMetadata", &[])), "tensor `w`: a TensorStorageMetadata has no `properties`"),
         (
             one(fields("TensorStorageMetadata", &[("properties", none())])),
             "tensor `w`: its properties are None, expected a TensorProperties with fields",
         ),
-        (properties(dict(&[])), "its properties are written as a dict, expected a tuple"),
+        (properties(dict(&[])), "the state of its properties is a dict, expected a tuple"),
         (properties(tuple(&[])), "its properties are empty"),
         (properties(tuple(&[none()])), "its type is None, expected one such as torch.bfloat16"),
         (properties(tuple(&[global("torch", "float32")])), "its size is None, expected a tuple"),
         (with_chunks(none()), "its chunks are None, expected a list"),
-        (with_chunks(list(&[none()])), "chunk 0: it is None, expected a ChunkStorageMetadata"),
+        (with_chunks(list(&[none()])), "chunk 0: found None, expected a ChunkStorageMetadata"),
         (
             with_chunks(list(&[fields("ChunkStorageMetadata", &[("offsets", size(&[0]))])])),
-            "chunk 0: it is a ChunkStorageMetadata without `sizes`",
+            "chunk 0: a ChunkStorageMetadata has no `sizes`",
         ),
-        (with_chunks(b"]q\0h\0a".to_vec()), "chunk 0: it is a list, expected a ChunkStorageMetadata"),
-        (storage(text("w"), value.clone()), "entry 0 of `storage_data`: it is a string, expected a MetadataIndex"),
-        (storage(value.clone(), value.clone()), "it is a _StorageInfo, expected a MetadataIndex"),
-        (storage(fields("MetadataIndex", &[]), value.clone()), "it is a MetadataIndex without `fqn`"),
+        (with_chunks(b"]q\0h\0a".to_vec()), "chunk 0: found a list, expected a ChunkStorageMetadata"),
+        (storage(text("w"), value.clone()), "entry 0 of `storage_data`: found a string, expected a MetadataIndex"),
+        (storage(value.clone(), value.clone()), "found a _StorageInfo, expected a MetadataIndex"),
+        (storage(fields("MetadataIndex", &[]), value.clone()), "a MetadataIndex has no `fqn`"),
         (storage(fields("MetadataIndex", &[("fqn", int(1))]), value), "its name is an int, expected a string"),
-        (storage(key.clone(), key.clone()), "it is a MetadataIndex, expected a _StorageInfo"),
-        (storage(key.clone(), fields("_StorageInfo", &[])), "it is a _StorageInfo without `relative_path`"),
+        (storage(key.clone(), key.clone()), "found a MetadataIndex, expected a _StorageInfo"),
+        (storage(key.clone(), fields("_StorageInfo", &[])), "a _StorageInfo has no `relative_path`"),
         (
             storage(
                 key,
@@ -479,8 +488,7 @@ fn keeps_shared_parts_small() {
     );
     let mut tensors = vec![(text("0"), [&tensor[..], b"q\x02"].concat())];
     tensors.extend((1..100).map(|index| (text(&index.to_string()), b"h\x02".to_vec())));
-    SavedFolder::with(metadata(&tensors, &[]))
-        .refused(".metadata", "tensor `6`: with it there are more than 65536 chunks");
+    SavedFolder::with(metadata(&tensors, &[])).refused(".metadata", "tensor `6`: more than 65536 chunks in all");
 
     // Tensors without number.
     let empty = fields(
@@ -499,14 +507,15 @@ fn keeps_shared_parts_small() {
     let (key, value) = Saved::good().items().swap_remove(0);
     let mut items = vec![([&key[..], b"q\x03"].concat(), [&value[..], b"q\x04"].concat())];
     items.extend(vec![(b"h\x03".to_vec(), b"h\x04".to_vec()); 300_000]);
-    SavedFolder::with(metadata(&[], &items)).refused(".metadata", "300001 places in `storage_data`; at most 262144");
+    SavedFolder::with(metadata(&[], &items))
+        .refused(".metadata", "`storage_data` has 300001 entries, more than the limit of 262144");
 
     for (opcode, limit) in [(&b"N"[..], "objects"), (&b"("[..], "marks")] {
         let pickle = [b"\x80\x04", opcode.repeat((1 << 20) + 1).as_slice()].concat();
         SavedFolder::with(pickle).refused(".metadata", &format!("more than 1048576 {limit}"));
     }
     let pickle = vec![b'N'; (32 << 20) + 1];
-    SavedFolder::with(pickle).refused(".metadata", "33554433 bytes of pickle; at most 33554432 are accepted");
+    SavedFolder::with(pickle).refused(".metadata", "the pickle has 33554433 bytes, more than the limit of 33554432");
 }
 
 #[test]
