@@ -149,9 +149,9 @@ def check(options: argparse.Namespace, scratch: Path) -> list[str]:
     print(f"""## Every layout, built and answered
 
 Made by `tools/check_nemo.py`: tiny-chat written as a `.nemo` in each layout, built with `--recipe {options.recipe}`,
-and compared with the build of its Hugging Face folder, whose answers are those of transformers in FP32 in
-{as_transformers} of {len(expected)} held-out conversations. Weights and plans are compared by SHA-256. A package that
-equals an earlier row's in every file of weights, plan and tokenizer answers each twentieth conversation only.
+and compared with the build of its Hugging Face folder, whose answers equal those of transformers in FP32 in
+{as_transformers} of {len(expected)} held-out conversations. Weights and plans are compared by SHA-256. A package whose
+weights, plan and tokenizer equal those of an earlier row answers only every twentieth conversation.
 
 | row | layout | size | build | weights | plan | conversations answered alike |
 | --- | --- | --- | --- | --- | --- | --- |""")
