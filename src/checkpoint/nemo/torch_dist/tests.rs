@@ -359,8 +359,8 @@ fn refuses_metadata_that_does_not_fit_the_files() {
         saved.folder().refused(".metadata", reason);
     }
     let in_file: &[(Change, &str)] = &[
-        (|s| s.dtype = "float16", "lies bfloat16 [1, 4, 3], expected float16 [1, 4, 3]"),
-        (|s| s.chunks[0].1[1] = 3, "lies bfloat16 [1, 4, 3], expected bfloat16 [1, 3, 3]"),
+        (|s| s.dtype = "float16", "expected float16 [1, 4, 3]"),
+        (|s| s.chunks[0].1[1] = 3, "expected bfloat16 [1, 3, 3]"),
         (|s| s.items[0].length -= 1, "no end record: the archive is truncated"),
         (|s| s.items[1].length += 20, "linear_fc1.weight`: chunk at [1, 0, 0]: at "),
         (|s| s.items[1].length = 1 << 40, "chunk at [1, 0, 0]: 1099511627776 bytes at "),
