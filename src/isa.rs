@@ -140,7 +140,11 @@ impl Isa {
     }
 
     fn of_variable(name: &OsStr) -> Result<Isa> {
-        name.to_str().and_then(Isa::by_name).ok_or_else(|| {
+        let named = name.to_str().and_then(|name| match name {
+            "native" => Some(Isa::detect()),
+            name => Isa::by_name(name),
+        });
+        named.ok_or_else(|| {
             let sets: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
             Error::Request(format!(
                 "{CPU_VARIABLE} is `{}`, which this machine lacks; name one of {}, or unset it",

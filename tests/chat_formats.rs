@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use aotron::text::ChatTemplate;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -117,7 +118,8 @@ fn named_templates_are_chosen_by_name_and_files_go_first() {
     case.write("chat_template.jinja", golden("mini").0);
     case.build(&[]).ok();
     assert_eq!(case.ids(&mini[1].0, &[]), mini[1].1);
-    case.build(&["--chat-format", "nope"]).fails(1, &["unknown chat format `nope`", "nemotron, raw, chatml, default"]);
+    let names = format!("{}, default", ChatTemplate::built_in_names().join(", "));
+    case.build(&["--chat-format", "nope"]).fails(1, &["unknown chat format `nope`", &names]);
     let only_named = Case::new(&[("tokenizer_config.json", &config(json!([{"name": "rag", "template": "x"}])))]);
     only_named.build(&[]).fails(1, &["the chat templates rag and none called default", "--chat-format"]);
     // Inspect lists them all the same.

@@ -160,3 +160,27 @@ fn what_cannot_be_packed_again_says_so() {
     assert_eq!(std::fs::read(output.join("plans/cpu.json")).unwrap(), before, "the package is as it was");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
 }
+
+/// A link to a package is followed, and what somebody else put into a package's folder is not deleted with it.
+#[test]
+fn packing_again_replaces_the_package_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (real, link) = (path("real"), path("link"));
+    aotron(&["build", "tests/data/tiny-chat", "-o", &real, "--cpu", "avx2"]).ok();
+    std::os::unix::fs::symlink("real", &link).unwrap();
+    let again = ["build", &link, "--finish", "--recipe", "cpu", "--cpu", "portable"];
+    let packed_for = || aotron(&["inspect", &real, "--format", "json"]).ok().json()["cpu_plan"]["packed_for"].clone();
+    assert_eq!(packed_for(), "avx2");
+    aotron(&again).ok();
+    assert_eq!(packed_for(), "portable");
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+    let notes = folder.path().join("real/notes.txt");
+    std::fs::write(&notes, "mine").unwrap();
+    aotron(&again).fails(1, &["notes.txt, which is not part of the package; move it elsewhere"]);
+    aotron(&["build", "tests/data/tiny-chat", "-o", &real, "--force"]).fails(1, &["notes.txt"]);
+    assert_eq!(std::fs::read_to_string(&notes).unwrap(), "mine");
+    std::fs::remove_file(notes).unwrap();
+    aotron(&["build", "tests/data/tiny-chat", "-o", &real, "--recipe", "/dev/zero", "--force"])
+        .fails(1, &["/dev/zero", "at most"]);
+}

@@ -9,6 +9,7 @@
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
+use std::sync::OnceLock;
 
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
@@ -109,6 +110,20 @@ pub fn pack(files: Vec<File<'_>>, checkpoint: &Checkpoint, digest: bool, follow:
         pass_over(source, &mut queues, checkpoint, &mut digests, &mut scales, follow)?;
     }
     digests.of_all(checkpoint, follow)
+}
+
+/// Starts the threads that pack weights: a machine that cannot start them is an error here rather than a panic later.
+///
+/// # Errors
+/// [`Error::Request`] if they cannot be started.
+pub fn start_threads() -> Result<()> {
+    static STARTED: OnceLock<Result<(), String>> = OnceLock::new();
+    let started = STARTED.get_or_init(|| match rayon::ThreadPoolBuilder::new().build_global() {
+        Err(error) if std::error::Error::source(&error).is_some() => Err(error.to_string()),
+        // They run already, or somebody else's do.
+        Ok(()) | Err(_) => Ok(()),
+    });
+    started.clone().map_err(|error| Error::Request(format!("cannot start the threads that pack weights: {error}")))
 }
 
 /// Upper bound on the private memory that [`pack`] takes for files of these items.

@@ -4,6 +4,7 @@ use super::Executor;
 use super::cpu::executor::{CpuExecutor, CpuModel, CpuOptions};
 use super::cpu::program::{PROGRAM_VERSION, Program};
 use super::tensorrt::{DeviceInfo, GpuOptions, LibraryKind, TensorRtExecutor, TensorRtLibrary, devices, gpu_words};
+use crate::checkpoint::ModelConfig;
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, PlanRefusal, PlanRefusals, RefusalReason, Result, clip};
 use crate::tensor_file::TensorFile;
@@ -193,10 +194,35 @@ pub fn cpu_program(package: &Package) -> Result<(&PlanInfo, Program)> {
     let file = program_file(package, plan)?;
     let refuse = |detail: String| Error::package(package.path(), format!("{file}: {detail}; build the package again"));
     let program = parse_program(&package.read(file)?).map_err(refuse)?;
-    if program.limits != plan.limits {
-        return Err(refuse("its limits are not those of the manifest".into()));
-    }
+    agrees(&program, plan, &package.manifest().model).map_err(refuse)?;
     Ok((plan, program))
+}
+
+/// Checks that a CPU plan is of the model that the manifest describes.
+fn agrees(program: &Program, plan: &PlanInfo, model: &ModelConfig) -> Result<(), String> {
+    let (limits, cache) = (&program.limits, &program.cache);
+    if *limits != plan.limits {
+        return Err("its limits are not those of the manifest".into());
+    }
+    let equal = [
+        ("layers", cache.layers, "num_layers", model.num_layers),
+        ("KV heads", cache.kv_heads, "num_kv_heads", model.num_kv_heads),
+        ("dimensions per head", cache.head_dim, "head_dim", model.head_dim),
+        ("columns of logits", limits.vocab_size, "vocab_size", model.vocab_size),
+        ("bytes of KV cache per token", cache.bytes_per_token(), "kv_bytes_per_token", plan.kv_bytes_per_token),
+    ];
+    for (what, found, name, stated) in equal {
+        if found != stated {
+            return Err(format!("it has {found} {what}, but the manifest's {name} is {stated}"));
+        }
+    }
+    let (found, stated) = (limits.max_sequence_tokens, model.max_position_embeddings);
+    if found > stated {
+        return Err(format!(
+            "it holds {found} tokens per sequence, but the manifest's max_position_embeddings is {stated}"
+        ));
+    }
+    Ok(())
 }
 
 /// The program file of a CPU plan.

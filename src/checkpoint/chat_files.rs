@@ -127,16 +127,19 @@ fn config_templates(path: &Path, value: Option<Value>) -> Result<Vec<TemplateFil
     match value {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(Value::String(source)) => Ok(vec![template("default", &source)]),
-        Some(Value::Array(list)) => list
-            .iter()
-            .map(|entry| {
+        Some(Value::Array(list)) => {
+            // As in transformers, the last template of a name is the one.
+            let mut templates: Vec<TemplateFile> = Vec::new();
+            for entry in &list {
                 let text = |key: &str| entry.get(key).and_then(Value::as_str);
-                match (text("name"), text("template")) {
-                    (Some(name), Some(source)) => Ok(template(name, source)),
-                    _ => Err(Error::format(path, "chat_template: an entry of the list lacks name or template")),
-                }
-            })
-            .collect(),
+                let (Some(name), Some(source)) = (text("name"), text("template")) else {
+                    return Err(Error::format(path, "chat_template: an entry of the list lacks name or template"));
+                };
+                templates.retain(|earlier| earlier.name != name);
+                templates.push(template(name, source));
+            }
+            Ok(templates)
+        }
         Some(other) => {
             let detail = format!("chat_template is {}, expected a string or a list of named templates", kind(&other));
             Err(Error::format(path, detail))

@@ -208,7 +208,7 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
     let package = Package::open(path)?;
     let style = term::on_stdout();
     let mut out = term::stdout();
-    let title = |plan: &PlanSummary| format!("{} in {}", plan.target, plan.precision);
+    let title = |plan: &PlanSummary| term::harmless(&format!("{} in {}", plan.target, plan.precision));
     let titles: Vec<String> = plans.iter().map(title).collect();
     writeln!(out, "{} for {}, in {took}", style.bold(term::harmless(&path.display().to_string())), titles.join(", "))?;
     let mut line = |name: &str, text: String| writeln!(out, "  {} {text}", style.dim(format!("{name:<10}")));
@@ -216,7 +216,7 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
     for plan in plans {
         let (limits, per_token) = (&plan.limits, plan.kv_bytes_per_token as u64);
         if plans.len() > 1 {
-            line(&plan.target, plan.precision.clone())?;
+            line(&term::harmless(&plan.target), term::harmless(&plan.precision))?;
         }
         if let ("cpu", Some(facts)) = (plan.target.as_str(), CpuPlanFacts::of(&package)) {
             line("packed for", facts?.to_string())?;

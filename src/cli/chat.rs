@@ -52,14 +52,14 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let engine = flags.engine.open_chat(&flags.chat)?;
     let (plan, settings) = (engine.plan()?, engine.package.manifest().generation.clone());
     let defaults = SamplingParams::from(&settings);
-    if let Some(idle) = flags.sampling.without_effect(&defaults) {
-        term::warn(idle);
-    }
     let Some(tokenizer) = &engine.tokenizer else {
         let path = engine.package.path().display();
         bail!("{path} has no tokenizer, so it cannot chat; `aotron run` takes --token-ids");
     };
     let sampling = flags.sampling.params(&defaults, tokenizer.vocab_size())?;
+    if let Some(idle) = flags.sampling.without_effect(&defaults) {
+        term::warn(idle);
+    }
     let format = Arc::new(engine.format.clone());
     let name = engine.package.path().display().to_string();
     let mut chat = Chat::new(engine.into_session(), format)?;

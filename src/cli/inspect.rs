@@ -280,8 +280,8 @@ struct FactLines {
 
 impl FactLines {
     fn fact(&mut self, name: &str, text: impl std::fmt::Display) {
-        let text = term::harmless(&text.to_string());
-        self.lines.push(format!("{} {text}", self.style.dim(format!("{name:<12}"))));
+        let text = term::harmless(&text.to_string().replace('\n', " "));
+        self.lines.push(format!("{} {text}", self.style.dim(format!("{:<12}", term::harmless(name)))));
     }
 
     fn title(&mut self, text: impl AsRef<str>) {

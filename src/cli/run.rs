@@ -128,10 +128,10 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }
     let engine = flags.engine.open_chat(&flags.chat)?;
     let load_seconds = engine.load_seconds;
+    let request = flags.request(prompt, engine.tokenizer.as_deref(), &engine.format, engine.package.manifest())?;
     if let Some(idle) = flags.sampling.without_effect(&(&engine.package.manifest().generation).into()) {
         term::warn(idle);
     }
-    let request = flags.request(prompt, engine.tokenizer.as_deref(), &engine.format, engine.package.manifest())?;
     let (max_tokens, has_text) = (request.max_tokens, engine.tokenizer.is_some());
     if !has_text {
         note_ids_only(&engine.package);

@@ -15,12 +15,13 @@ use super::term::{self, Stages};
 
 /// Flags of `aotron tokenize`.
 #[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("input").required(true).args(["text", "messages"]))]
 pub struct Flags {
     /// Engine package or checkpoint
     #[arg(value_name = "ENGINE|CHECKPOINT")]
     path: PathBuf,
     /// Text to encode
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, required_unless_present = "messages")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     text: Option<String>,
     /// Conversation to encode: a JSON file with a list of {"role", "content"}, `-` for standard input
     #[arg(long, value_name = "FILE.json", conflicts_with_all = ["text", "raw"])]

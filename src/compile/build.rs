@@ -140,6 +140,7 @@ impl PlannedBuild {
     pub fn new(request: &BuildRequest, progress: &dyn Progress) -> Result<PlannedBuild> {
         let recipes = &request.recipes;
         check_recipes(recipes)?;
+        packing::start_threads()?;
         // Fail on anything that cannot be built here before reading the checkpoint.
         let means = recipes.iter().map(|recipe| means_for(recipe, request.prepare)).collect::<Result<Vec<_>>>()?;
         PackageWriter::check_target(&request.output, request.replace)?;

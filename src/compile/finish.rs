@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::gpu::{GpuPlan, PlanCompiler, precision_of};
 use super::repack::repack;
 use super::{BuildSummary, Calibration, PlanSummary, Precision, Progress, Recipe, Target, add_engines, plan_info};
+use crate::backend::packing;
 use crate::backend::tensorrt::lower::Constants;
 use crate::backend::tensorrt::pack;
 use crate::engine::{Manifest, Package, PackageWriter, PlanInfo};
@@ -32,6 +33,7 @@ pub struct FinishRequest {
 /// [`Error::Package`] if there is nothing to compile or the weights do not match the plan; [`Error::TensorRt`] if this
 /// machine cannot compile it; any I/O error.
 pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<BuildSummary> {
+    packing::start_threads()?;
     let package = Package::open(&request.package)?;
     let mut manifest = package.manifest().clone();
     if let Some(recipe) = request.recipe.as_ref().filter(|recipe| recipe.target == Target::Cpu) {

@@ -1,6 +1,8 @@
 //! Recipes: targets and settings of a build. The built-in ones are `engines/*.toml`.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -148,12 +150,16 @@ impl Recipe {
             let detail = format!("there is no such recipe and no such file; the recipes are: {}", names.join(", "));
             return Err(Error::Recipe { name: name_or_path.into(), detail });
         }
-        let bytes = std::fs::metadata(path).map_err(Error::io("look at", path))?.len();
-        if bytes > MAX_RECIPE_BYTES {
-            let detail = format!("the file has {bytes} bytes, a recipe has at most {MAX_RECIPE_BYTES}");
-            return Err(Error::Recipe { name: name_or_path.into(), detail });
+        // A pipe is fine; a device that never ends is not.
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let mut bytes = Vec::new();
+        file.take(MAX_RECIPE_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+        let refuse = |detail: String| Error::Recipe { name: name_or_path.into(), detail };
+        if bytes.len() as u64 > MAX_RECIPE_BYTES {
+            return Err(refuse(format!("a recipe has at most {MAX_RECIPE_BYTES} bytes")));
         }
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = String::from_utf8(bytes)
+            .map_err(|error| refuse(format!("not UTF-8 text: byte {} is wrong", error.utf8_error().valid_up_to())))?;
         Recipe::parse(name_or_path, &text)
     }
 

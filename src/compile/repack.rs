@@ -62,6 +62,13 @@ pub(super) fn repack(
         optimized_graph(model, recipe.precision, old.limits.max_sequence_tokens, Some(&calibration))?;
     let lowered = lower(&graph, &limits, target)?.program;
 
+    if lowered.weights.len() != program.weights.len() {
+        let (found, expected) = (program.weights.len(), lowered.weights.len());
+        let detail = format!(
+            "its CPU plan has {found} weights, but its model has {expected}; build it from the checkpoint again"
+        );
+        return Err(Error::package(package.path(), detail));
+    }
     let specs: Vec<&WeightSpec> =
         pack::file_order(&lowered.weights).into_iter().map(|index| &lowered.weights[index]).collect();
     progress.stage("packing", pack::packed_bytes(&lowered.weights));

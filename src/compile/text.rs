@@ -10,6 +10,8 @@ use crate::text::{ChatFormat, ChatTemplate, FormatProblems, JinjaTemplate, Nemot
 
 /// Largest tokenizer file that is read; the 8B model's has about 20 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+/// Tokens that a note lists.
+const MAX_LISTED: usize = 8;
 /// Common names of the end-of-text token, for a tokenizer.json without a config.
 const ENDS_OF_TEXT: [&str; 6] = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>"];
 
@@ -64,17 +66,21 @@ impl CheckpointText {
             return Err(Error::format(&file.path, format!("it has {ids} ids, but the model's vocab_size is {rows}")));
         }
         text.add_end_of_text(&mut eos, &tokenizer, &special_tokens);
-        eos.retain(|id| text.can_be_sampled(*id, &tokenizer, choice.is_some()));
+        let eos = distinct(eos);
+        let eos: Vec<u32> =
+            eos.into_iter().filter(|id| text.can_be_sampled(*id, &tokenizer, choice.is_some())).collect();
 
-        let mut format = ChatFormat::raw(&distinct(eos));
+        let mut format = ChatFormat::raw(&eos);
         format.special_tokens = special_tokens;
         format.stop_strings.clone_from(&config.stop_strings);
         format.named_templates = files.templates.into_iter().map(|file| (file.name, file.source)).collect();
         format.template = template.clone();
         let (tokenizer, whole) = format.prepare_and_list(tokenizer)?;
         if !whole.is_empty() {
-            let whole: Vec<String> = whole.iter().map(|piece| format!("`{}`", clip(piece))).collect();
-            text.notes.push(format!("{}: encoded whole wherever a text has it", whole.join(", ")));
+            let listed: Vec<String> = whole.iter().take(MAX_LISTED).map(|piece| format!("`{}`", clip(piece))).collect();
+            let more = whole.len() - listed.len();
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            text.notes.push(format!("{}{more}: encoded whole wherever a text has it", listed.join(", ")));
         }
         text.format = format.with_template(template, &tokenizer);
         text.format

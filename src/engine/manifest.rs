@@ -221,6 +221,15 @@ impl Manifest {
         }
         manifest.sha256 = stated;
         manifest.model.validate().map_err(|detail| refuse(format!("model: {detail}")))?;
+        let rows = manifest.model.vocab_size;
+        if let Some(tokenizer) = manifest.tokenizer.as_ref().filter(|tokenizer| tokenizer.vocab_size > rows) {
+            let ids = tokenizer.vocab_size;
+            return Err(refuse(format!("the tokenizer has {ids} ids, but the model's vocab_size is {rows}")));
+        }
+        let mut targets = HashSet::new();
+        if let Some(plan) = manifest.plans.iter().find(|plan| !targets.insert(&plan.target)) {
+            return Err(refuse(format!("there are two plans for the target {}", clip(&plan.target))));
+        }
         let vocab_size = manifest.tokenizer.as_ref().map_or(manifest.model.vocab_size, |t| t.vocab_size);
         manifest.chat_format.validate(vocab_size).map_err(|detail| refuse(format!("chat_format: {detail}")))?;
         let mut listed = HashSet::new();

@@ -130,7 +130,14 @@ impl Package {
     fn plain_tokenizer(&self) -> Result<Option<Tokenizer>> {
         let Some(info) = &self.manifest.tokenizer else { return Ok(None) };
         let bytes = self.read(&info.file)?;
-        Tokenizer::from_package(&self.file_path(&info.file), &bytes).map(Some)
+        let tokenizer = Tokenizer::from_package(&self.file_path(&info.file), &bytes)?;
+        match tokenizer.vocab_size() {
+            found if found == info.vocab_size => Ok(Some(tokenizer)),
+            found => {
+                let detail = format!("has {found} ids, but the manifest's vocab_size for it is {}", info.vocab_size);
+                Err(self.refuse(&info.file, &detail))
+            }
+        }
     }
 
     /// The package's chat format, to share between conversations.

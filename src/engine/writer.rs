@@ -4,6 +4,7 @@
 //! dies leaves such a folder behind; the next build to the same target removes it (a lock tells a dead build's
 //! folder from a running one's).
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,9 @@ use sha2::{Digest, Sha256};
 use super::manifest::{FileInfo, MANIFEST_NAME, Manifest, hex};
 use super::package::is_package;
 use crate::error::{Error, Result};
+
+/// Folders that running a package may leave in it: kernels compiled for a GPU.
+const KEPT_BESIDE: &[&str] = &["kernels"];
 
 /// A package being written. Dropping it unfinished leaves nothing behind.
 #[derive(Debug)]
@@ -40,6 +44,9 @@ impl PackageWriter {
     /// [`Error::Package`] if `target` exists, unless `replace` is set and it is an engine package or an empty folder;
     /// [`Error::Io`] if a folder cannot be created.
     pub fn create(target: &Path, replace: bool) -> Result<PackageWriter> {
+        // What a link points to is replaced, not the link; and `.` has a name.
+        let resolved = fs::canonicalize(target);
+        let target = resolved.as_deref().unwrap_or(target);
         let name = target
             .file_name()
             .and_then(|n| n.to_str())
@@ -206,7 +213,22 @@ fn refuse_existing(target: &Path, replace: bool) -> Result<()> {
     if !empty && !replace {
         return Err(Error::package(target, "the output exists; pass --force to replace it"));
     }
+    if let Some(other) = foreign_entry(target) {
+        let detail = format!("the output has {}, which is not part of the package; move it elsewhere", other.display());
+        return Err(Error::package(target, detail));
+    }
     Ok(())
+}
+
+/// An entry of a package's folder that its manifest does not list, and that replacing the package would delete. Files that
+/// belong to no reader of packages are somebody's.
+fn foreign_entry(package: &Path) -> Option<PathBuf> {
+    // A package of another version is replaced as a whole.
+    let files = super::Package::open(package).ok()?.manifest().files.clone();
+    let listed: HashSet<&str> = files.iter().filter_map(|file| file.path.split('/').next()).collect();
+    let names = fs::read_dir(package).ok()?.flatten().map(|entry| entry.file_name());
+    let is_known = |name: &str| name == MANIFEST_NAME || KEPT_BESIDE.contains(&name) || listed.contains(name);
+    names.into_iter().find(|name| !name.to_str().is_some_and(is_known)).map(|name| package.join(name))
 }
 
 /// Removes leftovers of dead builds. A running build holds its folder's lock.

@@ -116,7 +116,7 @@ impl Tokenizer {
 
     /// This tokenizer, which from now on encodes each occurrence of these pieces in a text whole, as transformers does
     /// with special tokens. Without it, a special token that a tokenizer.json does not list among its added tokens, or
-    /// a control piece of a SentencePiece model, is ordinary characters in a text.
+    /// a control or unknown piece of a SentencePiece model, is ordinary characters in a text.
     ///
     /// Only pieces of the vocabulary that are not whole already are affected; the second value lists them. Ids and
     /// decoded text stay the same.
@@ -125,13 +125,14 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] if the tokenizer rejects one of them.
     pub(crate) fn with_whole(self, contents: &[String]) -> Result<(Tokenizer, Vec<String>)> {
         let known: HashSet<String> = self.markers().into_iter().map(|(marker, _)| marker).collect();
+        let mut ids = HashSet::new();
         let mut whole: Vec<AddedToken> = Vec::new();
-        for content in contents {
-            let is_new = !known.contains(content) && whole.iter().all(|token| token.content != *content);
-            if let Some(id) = self.id(content).filter(|_| is_new && !content.is_empty())
-                && whole.iter().all(|token| token.id != id)
-                && (self.sentencepiece().is_none() || self.is_control(id))
-            {
+        for content in contents.iter().filter(|content| !content.is_empty() && !known.contains(*content)) {
+            let id = self.id(content).filter(|id| match &self.encoder {
+                Encoder::HuggingFace(_) => true,
+                Encoder::SentencePiece { model, .. } => model.is_control(*id) || model.is_unknown(*id),
+            });
+            if let Some(id) = id.filter(|id| ids.insert(*id)) {
                 whole.push(AddedToken { id, content: content.clone(), lstrip: false, rstrip: false });
             }
         }
@@ -278,11 +279,11 @@ impl Tokenizer {
         }
     }
 
-    /// The control pieces of a SentencePiece model.
-    pub fn control_pieces(&self) -> impl Iterator<Item = &str> {
+    /// Pieces of a SentencePiece model that text never encodes to: its control pieces and its unknown piece.
+    pub(crate) fn unspelled_pieces(&self) -> impl Iterator<Item = &str> {
         let model = match &self.encoder {
             Encoder::HuggingFace(_) => None,
-            Encoder::SentencePiece { model, .. } => Some(model.control()),
+            Encoder::SentencePiece { model, .. } => Some(model.unspelled()),
         };
         model.into_iter().flatten()
     }

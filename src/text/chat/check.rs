@@ -1,5 +1,7 @@
 //! Finds out whether a tokenizer can express a chat format.
 
+use std::collections::HashSet;
+
 use super::{ChatFormat, ChatTemplate, Message, NemotronMarkers};
 use crate::checkpoint::MAX_TEMPLATE_BYTES;
 use crate::error::{Error, Result};
@@ -36,6 +38,10 @@ const MAX_NAME_BYTES: usize = 256;
 const MAX_MARKER_BYTES: usize = 1 << 10;
 const MAX_SPECIAL_TOKENS: usize = 256;
 const MAX_STOP_IDS: usize = 1 << 10;
+/// Longer substrings of a prompt do not look like markers.
+const MAX_WORD_BYTES: usize = 64;
+/// Markers that one warning lists.
+const MAX_LISTED: usize = 8;
 
 impl ChatFormat {
     /// Checks a format that was read from a file: sizes, ids below `vocab_size`, and that the template can be parsed.
@@ -95,18 +101,17 @@ impl ChatFormat {
                 problems.refusals = broken_markers(markers, &text, tokenizer)
             }
             (ChatTemplate::Jinja(_), Ok(text)) => {
-                let markers = tokenizer.markers();
-                let mut letters: Vec<&str> = Vec::new();
-                for word in angled(&text) {
-                    if !letters.contains(&word) && markers.iter().all(|(marker, _)| marker != word) {
-                        letters.push(word);
-                    }
-                }
+                let markers: HashSet<String> = tokenizer.markers().into_iter().map(|(marker, _)| marker).collect();
+                let mut seen: HashSet<&str> = HashSet::new();
+                let letters: Vec<&str> =
+                    angled(&text).filter(|word| !markers.contains(*word) && seen.insert(word)).collect();
                 if !letters.is_empty() {
+                    let more = letters.len().saturating_sub(MAX_LISTED);
+                    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+                    let listed = letters.get(..MAX_LISTED).unwrap_or(&letters).join(", ");
                     problems.warnings.push(format!(
-                        "the chat template writes {}, no token of this tokenizer: it becomes letters, as with \
-                         transformers",
-                        letters.join(", ")
+                        "the chat template writes {listed}{more}, no token of this tokenizer: it becomes letters, as with \
+                         transformers"
                     ));
                 }
             }
@@ -147,12 +152,13 @@ fn broken_markers(markers: &NemotronMarkers, text: &str, tokenizer: &Tokenizer) 
     broken
 }
 
-/// Substrings that look like markers in a prompt: `<…>` without spaces.
+/// Substrings that look like markers in a prompt: `<…>` without spaces, up to [`MAX_WORD_BYTES`] long.
 fn angled(text: &str) -> impl Iterator<Item = &str> {
     text.match_indices('<').filter_map(|(start, _)| {
         let rest = text.get(start..)?;
-        let word = rest.get(..rest.find('>')? + 1)?;
+        let len = rest.bytes().take(MAX_WORD_BYTES).position(|byte| byte == b'>')? + 1;
+        let word = rest.get(..len)?;
         let inner = word.get(1..)?;
-        (word.len() > 3 && word.len() <= 64 && !inner.contains(['<', ' ', '\n', '"', '='])).then_some(word)
+        (word.len() > 3 && !inner.contains(['<', ' ', '\n', '"', '='])).then_some(word)
     })
 }

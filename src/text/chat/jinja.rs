@@ -20,7 +20,7 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value};
 use serde::{Deserialize, Serialize};
 
-use super::tojson::dumps;
+use super::tojson::{dumps, python_float};
 use crate::checkpoint::MAX_TEMPLATE_BYTES;
 use crate::error::{Error, Result, clip};
 
@@ -42,6 +42,10 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const MAX_OVERDUE: usize = 2;
 /// The largest number in the pattern of `str.format`: a width or a precision beyond it is an allocation, not a layout.
 const MAX_FORMAT_NUMBER: usize = 10_000;
+/// Bytes that all calls of `str.format` in one rendering may make.
+const MAX_FORMATTED_BYTES: usize = 16 << 20;
+/// A longer value is not turned into text outside the template's output, whose length fuel bounds.
+pub(super) const MAX_VALUE_BYTES: usize = 1 << 20;
 /// Limit on nested templates and recursive macros; each level takes a few of these.
 const RECURSION: usize = 200;
 
@@ -75,7 +79,10 @@ impl JinjaTemplate {
     pub fn check(&self) -> Result<(), String> {
         self.check_size()?;
         let source = without_generation_tags(&self.source).to_string();
-        on_own_thread(source.len().saturating_mul(STACK_BYTES_PER_SOURCE_BYTE), move || {
+        // Parsing ends; it is not kept waiting by a rendering that does not.
+        static OVERDUE: AtomicUsize = AtomicUsize::new(0);
+        let stack_bytes = source.len().saturating_mul(STACK_BYTES_PER_SOURCE_BYTE);
+        run_until(DEADLINE, &OVERDUE, stack_bytes, move || {
             let environment = environment(NaiveDateTime::default());
             environment.template_from_named_str("chat_template", &source).map(|_| ()).map_err(|error| reason(&error))
         })
@@ -189,9 +196,21 @@ fn environment(now: NaiveDateTime) -> Environment<'static> {
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default());
     environment.set_recursion_limit(RECURSION);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_unknown_method_callback(methods);
+    environment.set_formatter(|out, state, value| match f64::try_from(value.clone()) {
+        Ok(number) if value.is_number() && !value.is_integer() && number.is_finite() => {
+            Ok(out.write_str(&python_float(number))?)
+        }
+        _ => minijinja::escape_formatter(out, state, value),
+    });
+    let formatted = AtomicUsize::new(0);
+    environment.set_unknown_method_callback(move |state, value, method, args| {
+        if let ("format", Some(pattern)) = (method, value.as_str()) {
+            check_format(pattern, args, &formatted)?;
+        }
+        methods(state, value, method, args)
+    });
     environment.add_function("raise_exception", |words: &Value| -> Result<Value, minijinja::Error> {
-        let words = words.to_string();
+        let words = bounded_text(words, MAX_VALUE_BYTES)?;
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, words.clone()).with_source(Raised(words)))
     });
     environment.add_function("strftime_now", move |format: &str| -> Result<String, minijinja::Error> {
@@ -207,15 +226,61 @@ fn environment(now: NaiveDateTime) -> Environment<'static> {
     environment
 }
 
-/// Python's methods: those of `minijinja-contrib` and a few more that templates use.
-fn methods(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
-    if let ("format", Some(pattern)) = (method, value.as_str()) {
-        let numbers = pattern.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
-        if numbers.map(str::parse::<usize>).any(|number| number.map_or(true, |n| n > MAX_FORMAT_NUMBER)) {
-            let detail = format!("str.format takes widths and precisions up to {MAX_FORMAT_NUMBER}");
-            return Err(minijinja::Error::new(ErrorKind::InvalidOperation, detail));
+/// Checks a call of `str.format` before it allocates: fuel sees neither widths nor how often a pattern has a field.
+/// `formatted` counts the bytes that the calls of one rendering may make.
+fn check_format(pattern: &str, args: &[Value], formatted: &AtomicUsize) -> Result<(), minijinja::Error> {
+    let numbers = pattern.split(|c: char| !c.is_ascii_digit()).filter(|number| !number.is_empty());
+    let mut bytes = pattern.len();
+    for number in numbers {
+        match number.parse::<usize>() {
+            Ok(number) if number <= MAX_FORMAT_NUMBER => bytes = bytes.saturating_add(number),
+            _ => {
+                let detail = format!("str.format takes widths and precisions up to {MAX_FORMAT_NUMBER}");
+                return Err(minijinja::Error::new(ErrorKind::InvalidOperation, detail));
+            }
         }
     }
+    let fields = pattern.matches('{').count();
+    for arg in args {
+        let arg_bytes = match arg.as_str() {
+            Some(text) => text.len(),
+            None => bounded_text(arg, MAX_VALUE_BYTES)?.len(),
+        };
+        bytes = bytes.saturating_add(arg_bytes.saturating_mul(fields));
+    }
+    if formatted.fetch_add(bytes.min(MAX_FORMATTED_BYTES), Ordering::Relaxed).saturating_add(bytes)
+        > MAX_FORMATTED_BYTES
+    {
+        let detail = format!("str.format may make up to {MAX_FORMATTED_BYTES} bytes in one prompt");
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, detail));
+    }
+    Ok(())
+}
+
+/// A value as text, unless that is longer than `limit`: a value that holds itself many times over has no end.
+pub(super) fn bounded_text(value: &Value, limit: usize) -> Result<String, minijinja::Error> {
+    struct Bounded(String, usize);
+    impl fmt::Write for Bounded {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            if self.0.len() + text.len() > self.1 {
+                return Err(fmt::Error);
+            }
+            self.0.push_str(text);
+            Ok(())
+        }
+    }
+    let mut text = Bounded(String::new(), limit);
+    match fmt::write(&mut text, format_args!("{value}")) {
+        Ok(()) => Ok(text.0),
+        Err(fmt::Error) => {
+            let detail = format!("a value has more than {limit} bytes as text");
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, detail))
+        }
+    }
+}
+
+/// Python's methods: those of `minijinja-contrib` and a few more that templates use.
+fn methods(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, minijinja::Error> {
     if let (Some(text), [arg]) = (value.as_str(), args)
         && let Some(arg) = arg.as_str()
     {

@@ -26,7 +26,7 @@ pub(crate) use marks::PromptPart;
 pub use message::{Message, Role};
 pub use nemotron::NemotronMarkers;
 
-use super::Tokenizer;
+use super::{Tokenizer, looks_like_marker};
 use crate::checkpoint::read_template;
 use crate::error::{Error, Result, clip};
 
@@ -82,17 +82,16 @@ impl ChatTemplate {
     }
 
     /// Pieces that have to be encoded whole in this template's prompts. In a text, special tokens are plain characters
-    /// unless the tokenizer lists them; those that a template writes are intended, and transformers treats every special
-    /// token as one.
+    /// unless the tokenizer lists them; those that a template writes are intended. A Jinja template is the checkpoint's or
+    /// the user's for use with transformers, which treats every special token and every control piece as one token.
     fn special_pieces(&self, special_tokens: &BTreeMap<String, String>, tokenizer: &Tokenizer) -> Vec<String> {
         match self {
             ChatTemplate::Nemotron(_) if tokenizer.sentencepiece().is_none() => Vec::new(),
             ChatTemplate::Nemotron(markers) => {
                 markers.named().into_iter().map(|(_, marker, _)| marker.to_owned()).collect()
             }
-            ChatTemplate::Jinja(jinja) => {
-                let pieces = tokenizer.control_pieces().filter(|piece| jinja.source.contains(*piece));
-                pieces.map(str::to_owned).chain(special_tokens.values().cloned()).collect()
+            ChatTemplate::Jinja(_) => {
+                tokenizer.unspelled_pieces().map(str::to_owned).chain(special_tokens.values().cloned()).collect()
             }
             ChatTemplate::Raw => Vec::new(),
         }
@@ -313,7 +312,9 @@ impl ChatFormat {
         let text = jinja.render(&json(&conversation), &self.special_tokens, NaiveDateTime::default()).ok()?;
         let (_, after) = text.split_once(answered)?;
         let (between, _) = after.split_once(next)?;
-        let markers = tokenizer.markers();
+        // A special token may be anything, also a line break or a letter, which ends no answer.
+        let markers = tokenizer.markers().into_iter().filter(|(marker, _)| looks_like_marker(marker));
+        let markers: Vec<(String, u32)> = markers.collect();
         let found = markers.iter().filter_map(|(marker, id)| Some((between.find(marker.as_str())?, marker, *id)));
         // The earliest match, and the longest of those.
         if let Some((_, text, id)) = found.min_by_key(|(at, marker, _)| (*at, usize::MAX - marker.len())) {

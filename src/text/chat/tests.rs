@@ -118,6 +118,62 @@ fn the_end_of_an_answer_is_what_the_template_writes_after_it() {
     assert_eq!(ChatFormat::raw(&[3]).find_end_of_turn(&tokenizer), None);
 }
 
+/// What fuel does not see: fields of `str.format`, and values that are turned into text outside the output.
+#[test]
+fn texts_made_outside_the_output_are_bounded() {
+    let double = |start: &str| {
+        format!(
+            "{{% set ns = namespace(x={start}) %}}{{% for i in range(18) %}}{{% set ns.x = ns.x + ns.x %}}{{% endfor %}}"
+        )
+    };
+    let list = "{% set ns = namespace(x=[1, 2]) %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}";
+    let refused = |source: String| jinja(&source).render(&[Message::user("u")]).unwrap_err().to_string();
+    let many = refused(format!("{}{{{{ ns.x.format(1)|length }}}}", double("'{0:10000}'")));
+    assert!(many.contains("str.format may make up to 16777216 bytes"), "{many}");
+    let wide = refused(format!("{}{{{{ ns.x.format('a' * 100000)|length }}}}", double("'{0}'")));
+    assert!(wide.contains("str.format may make up to"), "{wide}");
+    for call in ["raise_exception(ns.x)", "1|tojson(separators=[ns.x, ns.x])", "'{}'.format(ns.x)"] {
+        let error = refused(format!("{list}{{{{ {call} }}}}"));
+        assert!(error.contains("a value has more than"), "{call}: {error}");
+    }
+    assert_eq!(jinja("{{ '{:>5}|{}'.format('ab', 3) }}").render(&[Message::user("u")]).unwrap(), "   ab|3");
+}
+
+#[test]
+fn floats_are_pythons() {
+    let source =
+        "{{ [1e-05, 1e16, 0.1, 1e15, 123456789.5, 0.0001, 5e-324, 2.0, 1e22] | tojson }} {{ 1e-7 }} {{ 3.0 }} {{ 7 }}";
+    let expected = "[1e-05, 1e+16, 0.1, 1000000000000000.0, 123456789.5, 0.0001, 5e-324, 2.0, 1e+22] 1e-07 3.0 7";
+    assert_eq!(jinja(source).render(&[Message::user("u")]).unwrap(), expected);
+}
+
+/// The check of a template's output takes time in proportion to it.
+#[test]
+fn checks_of_large_prompts_end() {
+    let started = Instant::now();
+    let tokenizer = tiny_chat();
+    for source in [
+        "{{ '<' * 3000000 }}{{ messages[0].content }}",
+        "<aa{{ range(100000)|join('><aa') }}>{{ messages[0].content }}",
+    ] {
+        let warnings = jinja(source).problems(&tokenizer).warnings;
+        assert!(warnings.iter().all(|warning| warning.len() < 500), "{}", warnings.len());
+    }
+    let words = jinja("<aa{{ range(100)|join('><aa') }}>{{ messages[0].content }}").problems(&tokenizer).warnings;
+    assert!(words[0].contains("<aa0>, <aa1>") && words[0].contains(" and 92 more"), "{words:?}");
+    assert!(started.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn only_what_looks_like_a_marker_ends_an_answer() {
+    let path = Path::new("tests/data/tiny-chat/tokenizer.json");
+    let plain = Tokenizer::from_json(path, &std::fs::read(path).unwrap()).unwrap();
+    let (tokenizer, whole) = plain.with_whole(&["e".to_owned(), "e".to_owned(), "none of it".to_owned()]).unwrap();
+    assert_eq!(whole, ["e"]);
+    let source = "{% for m in messages %}{{ m.content }} e\n\n{% endfor %}";
+    assert_eq!(jinja(source).find_end_of_turn(&tokenizer), None);
+}
+
 #[test]
 fn each_marker_of_nemotron_is_one_token() {
     let tokenizer = tiny_chat();
@@ -160,7 +216,8 @@ fn formats_are_found_by_name_and_by_file() {
     assert_eq!(choose("rag").unwrap(), "jinja template `rag`");
     assert_eq!(choose(path.to_str().unwrap()).unwrap(), "jinja template `own.jinja`");
     let error = choose("llama").unwrap_err().to_string();
-    assert!(error.contains("unknown chat format `llama`: name one of nemotron, raw, chatml, rag, raw"), "{error}");
+    let names = built_in::names().join(", ");
+    assert!(error.contains(&format!("unknown chat format `llama`: name one of {names}, rag, raw")), "{error}");
     std::fs::write(&path, "{% if %}").unwrap();
     let error = choose(path.to_str().unwrap()).unwrap_err().to_string();
     assert!(error.contains("own.jinja: not a chat template: line 1: "), "{error}");

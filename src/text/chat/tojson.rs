@@ -4,10 +4,12 @@
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::jinja::is_missing;
+use super::jinja::{bounded_text, is_missing};
 
 /// Deeper values are refused, as by the JSON reader.
 const MAX_DEPTH: usize = 128;
+/// Limit on the texts between items and in front of them.
+const MAX_SEPARATOR_BYTES: usize = 64;
 
 /// Formatting options of `json.dumps`.
 struct JsonStyle {
@@ -23,12 +25,13 @@ pub(super) fn dumps(state: &State, value: &Value, args: &Kwargs) -> Result<Strin
     let indent = args.get::<Option<Value>>("indent")?.filter(|indent| !indent.is_none());
     let indent = match indent {
         None => None,
-        Some(text) if text.kind() == ValueKind::String => Some(text.to_string()),
+        Some(text) if text.kind() == ValueKind::String => Some(bounded_text(&text, MAX_SEPARATOR_BYTES)?),
         Some(count) => Some(" ".repeat(usize::try_from(count.as_i64().unwrap_or(0)).unwrap_or(0).min(64))),
     };
+    let short = |text: &Value| bounded_text(text, MAX_SEPARATOR_BYTES);
     let separators = args.get::<Option<Value>>("separators")?.filter(|separators| !separators.is_none());
     let (between_items, after_key) = match separators {
-        Some(pair) => (pair.get_item_by_index(0)?.to_string(), pair.get_item_by_index(1)?.to_string()),
+        Some(pair) => (short(&pair.get_item_by_index(0)?)?, short(&pair.get_item_by_index(1)?)?),
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
         None => (", ".to_owned(), ": ".to_owned()),
     };
@@ -43,6 +46,21 @@ pub(super) fn dumps(state: &State, value: &Value, args: &Kwargs) -> Result<Strin
     let mut text = String::new();
     style.write(state, value, 0, &mut text)?;
     Ok(text)
+}
+
+/// A finite float as Python's `repr` writes it: the shortest digits that read back as the same number, with an exponent
+/// below 1e-4 and from 1e16 on.
+pub(super) fn python_float(number: f64) -> String {
+    let scientific = format!("{number:e}");
+    let exponent =
+        scientific.split_once('e').and_then(|(digits, exponent)| Some((digits, exponent.parse::<i32>().ok()?)));
+    match exponent {
+        Some((digits, exponent)) if number != 0.0 && !(-4..16).contains(&exponent) => {
+            let sign = if exponent < 0 { '-' } else { '+' };
+            format!("{digits}e{sign}{:02}", exponent.unsigned_abs())
+        }
+        _ => format!("{number:?}"),
+    }
 }
 
 impl JsonStyle {
@@ -60,6 +78,7 @@ impl JsonStyle {
                 Ok(number) if number.is_infinite() => {
                     text.push_str(if number > 0.0 { "Infinity" } else { "-Infinity" });
                 }
+                Ok(number) if !value.is_integer() => text.push_str(&python_float(number)),
                 _ => text.push_str(&value.to_string()),
             },
             ValueKind::String => self.quote(value.as_str().unwrap_or_default(), text),

@@ -254,9 +254,15 @@ impl SentencePieceModel {
         self.vocabulary.ids_of(PieceKind::UserDefined).map(|id| (self.vocabulary.text(id), id))
     }
 
-    /// Control pieces, which text never encodes to.
-    pub(super) fn control(&self) -> impl Iterator<Item = &str> {
-        self.vocabulary.ids_of(PieceKind::Control).filter_map(|id| self.vocabulary.piece(id))
+    /// Control pieces and the unknown piece: text never encodes to their names.
+    pub(super) fn unspelled(&self) -> impl Iterator<Item = &str> {
+        let ids = self.vocabulary.ids_of(PieceKind::Control).chain([self.vocabulary.unknown]);
+        ids.filter_map(|id| self.vocabulary.piece(id))
+    }
+
+    /// Returns true if `id` is the unknown piece.
+    pub(super) fn is_unknown(&self, id: u32) -> bool {
+        id == self.vocabulary.unknown
     }
 
     /// Returns true if `id` is a control piece, which text never encodes to.
