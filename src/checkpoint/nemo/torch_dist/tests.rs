@@ -363,7 +363,7 @@ fn refuses_metadata_that_does_not_fit_the_files() {
         (|s| s.chunks[0].1[1] = 3, "expected bfloat16 [1, 3, 3]"),
         (|s| s.items[0].length -= 1, "no end record: the archive is truncated"),
         (|s| s.items[1].length += 20, "linear_fc1.weight`: chunk at [1, 0, 0]: at "),
-        (|s| s.items[1].length = 1 << 40, "chunk at [1, 0, 0]: 1099511627776 bytes at "),
+        (|s| s.items[1].length = 1 << 40, "chunk at [1, 0, 0]: expected 1099511627776 bytes at "),
         (|s| s.items[1].start = 1 << 40, "bytes at 1099511627776, but the file has 18420"),
         (|s| s.items[1].start += 1, "do not start like a zip archive"),
         (|s| s.items[1].length = 0, "its 0 bytes do not start like a zip archive"),
