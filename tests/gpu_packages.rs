@@ -116,7 +116,7 @@ fn plans_of_one_packing_share_its_file() {
     let twice = [("a100", Precision::Bf16), ("a100", Precision::Int8)];
     let error =
         build_recipes(Path::new(TINY_CHAT), &twice, false, &folder.path().join("twice")).unwrap_err().to_string();
-    assert!(error.contains("a100: it is named twice"), "{error}");
+    assert!(error.contains("the second one for the target a100"), "{error}");
 }
 
 #[test]
