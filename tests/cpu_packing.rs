@@ -8,6 +8,7 @@ use aotron::compile::{BuildRequest, FinishRequest, Precision, Recipe, build, fin
 use aotron::engine::Package;
 use aotron::isa::{CpuFeatures, Isa};
 
+use crate::cli::aotron;
 use crate::numerics::score;
 use crate::packages::quiet;
 
