@@ -713,6 +713,39 @@ fn doctor_says_what_is_wrong_with_a_library() {
     assert!(text.contains("file too short") || text.contains("invalid ELF header"), "{text}");
 }
 
+/// A library is code: one that lies in the folder that a command happens to be started in is never opened.
+#[test]
+fn libraries_in_the_current_folder_are_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    for place in ["here", "here/.tensorrt", "here/tensorrt", "here/lib"] {
+        std::fs::create_dir_all(folder.path().join(place)).unwrap();
+        for library in ["libtensorrt_rtx.so.1", "libnvinfer.so.11"] {
+            std::fs::write(folder.path().join(place).join(library), "not the user's").unwrap();
+        }
+    }
+    let run = |program: &Path| {
+        let mut command = Command::new(program);
+        command.args(["doctor", "--format", "json"]).current_dir(folder.path().join("here"));
+        for variable in ["AOTRON_TENSORRT_DIR", "XDG_DATA_HOME", "HOME", "VIRTUAL_ENV", "CONDA_PREFIX"] {
+            command.env_remove(variable);
+        }
+        let output = command.env("XDG_DATA_HOME", ".").output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = run(Path::new(env!("CARGO_BIN_EXE_aotron")));
+    assert!(!text.contains("file too short") && !text.contains("invalid ELF header"), "{text}");
+    assert!(text.contains("(libnvinfer.so.11) is not installed"), "{text}");
+
+    // Beside the program, it is the user's own.
+    let program = folder.path().join("bin/aotron");
+    std::fs::create_dir(folder.path().join("bin")).unwrap();
+    std::fs::copy(env!("CARGO_BIN_EXE_aotron"), &program).unwrap();
+    std::fs::write(folder.path().join("bin/libtensorrt_rtx.so.1"), "truncated").unwrap();
+    let text = run(&program);
+    assert!(text.contains("bin/libtensorrt_rtx.so.1 as TensorRT for RTX: "), "{text}");
+}
+
 #[test]
 fn help_and_mistakes_go_where_they_belong() {
     let help = aotron(&["--help"]).ok();

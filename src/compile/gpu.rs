@@ -26,6 +26,8 @@ pub struct PlanCompiler {
     library: TensorRtLibrary,
     /// Compute capability to compile for; `None` is the GPU in this machine.
     capability: Option<u16>,
+    /// Index of the GPU in this machine to compile on, if it matters.
+    gpu: Option<usize>,
     /// Compiles for [`CHECKED_CAPABILITY`] as a check and discards the result.
     only_checked: bool,
 }
@@ -40,10 +42,12 @@ impl PlanCompiler {
         let (sm, gpu) = (sm(capability), target.to_uppercase());
         // Without a working driver there are no usable GPUs, whatever the reason.
         let here = devices().unwrap_or_default();
-        let is_here = here.iter().any(|device| device.compute_capability == capability);
-        let enterprise = is_here.then(|| TensorRtLibrary::find(LibraryKind::TensorRt));
-        if let Some(Ok(library)) = enterprise {
-            return Ok(PlanCompiler { library, capability: None, only_checked: false });
+        let device = here.into_iter().find(|device| device.compute_capability == capability);
+        let checked = |library: TensorRtLibrary| library.check_driver().map(|()| library);
+        let enterprise = device.as_ref().map(|_| TensorRtLibrary::find(LibraryKind::TensorRt).and_then(checked));
+        if let (Some(Ok(library)), Some(device)) = (&enterprise, &device) {
+            let (library, gpu) = (*library, Some(device.index));
+            return Ok(PlanCompiler { library, capability: None, gpu, only_checked: false });
         }
         let rtx = match TensorRtLibrary::find(LibraryKind::Rtx) {
             Ok(library) => library,
@@ -54,9 +58,9 @@ impl PlanCompiler {
             }
         };
         match rtx.compiles_for(Some(capability)) {
-            Ok(()) => Ok(PlanCompiler { library: rtx, capability: Some(capability), only_checked: false }),
+            Ok(()) => Ok(PlanCompiler { library: rtx, capability: Some(capability), gpu: None, only_checked: false }),
             Err(_) if prepare => {
-                Ok(PlanCompiler { library: rtx, capability: Some(CHECKED_CAPABILITY), only_checked: true })
+                Ok(PlanCompiler { library: rtx, capability: Some(CHECKED_CAPABILITY), gpu: None, only_checked: true })
             }
             Err(_) => {
                 let why = match enterprise {
@@ -80,9 +84,10 @@ impl PlanCompiler {
     /// Library and target as text.
     pub fn describe(&self) -> String {
         let library = format!("{} {}", self.library.kind().name(), self.library.version());
-        match self.capability {
-            Some(capability) => format!("{library} for SM {}", sm(capability)),
-            None => format!("{library} for the GPU in this machine"),
+        match (self.capability, self.gpu) {
+            (Some(capability), _) => format!("{library} for SM {}", sm(capability)),
+            (None, Some(gpu)) => format!("{library} on GPU {gpu}"),
+            (None, None) => format!("{library} for the GPU in this machine"),
         }
     }
 }
@@ -144,7 +149,7 @@ impl GpuPlan {
         };
         let sizes = recipe.tensorrt_sizes(options, limits);
         let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
-        let network = means.library.network(Arc::new(Traced))?;
+        let network = means.library.network_on(means.gpu, Arc::new(Traced))?;
         let LoweredNetwork { weights, bindings, .. } =
             lower(&graph, network, Attends::Cache, &sizes, &Constants::Arbitrary)?;
         let holds_weights = weights.iter().any(|weight| weight.in_plan);
@@ -193,7 +198,7 @@ impl GpuPlan {
         let compile = |attends, steps: &str| {
             progress.work(&format!("{verb} {target}{steps}"));
             let monitor = Arc::new(BuildMonitor { progress: progress.clone() });
-            let network = self.means.library.network(monitor)?;
+            let network = self.means.library.network_on(self.means.gpu, monitor)?;
             let LoweredNetwork { mut network, profiles, .. } =
                 lower(&self.graph, network, attends, &self.sizes, constants)?;
             network.build(&BuildOptions {

@@ -110,8 +110,16 @@ void fake_put(void* stream, void (*run)(void*), void* argument)
 }
 bool fake_inside(std::uint64_t address, std::uint64_t bytes) { return inside(address, bytes); }
 bool fake_current() { return tCurrent != nullptr; }
+// Compute capability of the current GPU; as in CUDA's runtime, GPU 0 is current unless another was made so.
+int fake_capability() { return tCurrent == nullptr ? gGpus[0].capability : tCurrent->capability; }
 
 int cuInit(unsigned) { return kSUCCESS; }
+int cuDriverGetVersion(int* version)
+{
+    char const* const chosen = std::getenv("FAKE_CUDA_VERSION");
+    *version = chosen == nullptr ? 13000 : std::atoi(chosen);
+    return kSUCCESS;
+}
 int cuGetErrorName(int error, char const** name)
 {
     *name = error == kILLEGAL_ADDRESS ? "FAKE_ILLEGAL_ADDRESS" : error == kOUT_OF_MEMORY ? "FAKE_OUT_OF_MEMORY" : "FAKE";

@@ -5,13 +5,14 @@ use std::sync::OnceLock;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
 
-use crate::backend::tensorrt::DeviceInfo;
+use crate::backend::tensorrt::{DeviceInfo, DriverVersion};
 use crate::error::{Error, Result};
 
 /// Every driver function this module calls. The bindings abort the process on a missing symbol, so all of them are
 /// looked up before the first call.
-const FUNCTIONS: [&str; 33] = [
+const FUNCTIONS: [&str; 34] = [
     "cuInit",
+    "cuDriverGetVersion",
     "cuGetErrorName",
     "cuGetErrorString",
     "cuDeviceGetCount",
@@ -58,6 +59,24 @@ pub fn devices() -> Result<Vec<DeviceInfo>> {
     }
     let count = result::device::get_count().map_err(|error| Error::Gpu(words("count the GPUs", error)))?;
     (0..usize::try_from(count).unwrap_or(0)).map(info).collect()
+}
+
+/// Version of the driver.
+///
+/// # Errors
+/// [`Error::Gpu`] if there is no driver, or it fails to initialize or finds no GPU.
+pub fn driver_version() -> Result<DriverVersion> {
+    start_driver().map_err(|start| match start {
+        Start::NoDevice => Error::Gpu("the NVIDIA driver finds no GPU".into()),
+        Start::Failed(detail) => Error::Gpu(detail),
+    })?;
+    let mut number = 0;
+    // SAFETY: the pointer is valid for writes, and the function was found in the library.
+    let done = unsafe { sys::cuDriverGetVersion(&raw mut number) }.result();
+    done.map_err(|error| Error::Gpu(words("ask for the driver's version", error)))?;
+    let number = u32::try_from(number).unwrap_or(0);
+    let release = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    Ok(DriverVersion { cuda: (number / 1000, number % 1000 / 10), release: DriverVersion::release_in(&release) })
 }
 
 #[derive(Debug, Clone)]

@@ -173,6 +173,7 @@ impl TensorRtExecutor {
             return Err(refuse(package, plan, &detail, Remedy::Compile));
         };
         let library = TensorRtLibrary::find(compiled.library)?;
+        library.check_driver()?;
         check::version(compiled, library.version())
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Compile))?;
         let gpu = pick(info.compute_capability, &devices()?, options.device)?;
