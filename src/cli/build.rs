@@ -15,7 +15,7 @@ use aotron::compile::{
 use aotron::engine::{Package, is_package};
 use aotron::isa::{CpuFeatures, Isa};
 
-use super::args::{chat_format_help, count, usage};
+use super::args::{PinFlags, chat_format_help, count, usage};
 use super::engine::{refuse_checkpoint, shell_word};
 use super::inspect::{CpuPlanFacts, text_facts};
 use super::term::{self, Stages};
@@ -58,6 +58,8 @@ pub struct Flags {
     /// plan for this CPU or --cpu. Precision and sequence length stay those of the weights
     #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "prepare", "output", "force"])]
     finish: bool,
+    #[command(flatten)]
+    pin: PinFlags,
     /// Output folder of the engine package [default: engines/ and the checkpoint's name]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -139,7 +141,17 @@ impl Flags {
             _ => return Err(usage("--finish adds a plan for one --recipe at a time")),
         };
         refuse_checkpoint(&self.source)?;
+        if self.pin.expect.is_some() {
+            self.pin.open(&self.source)?;
+        }
         Ok(FinishRequest { package: self.source.clone(), recipe })
+    }
+}
+
+fn refuse_pin(flags: &Flags) -> anyhow::Result<()> {
+    match flags.pin.expect {
+        Some(_) => Err(usage("--expect pins an engine package, so it is for --finish")),
+        None => Ok(()),
     }
 }
 
@@ -153,6 +165,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let summary = match flags.finish {
         true => compile::finish(&flags.finish_request()?, &follower)?,
         false => {
+            refuse_pin(flags)?;
             if is_package(&flags.source) && !is_checkpoint(&flags.source) {
                 let engine = flags.source.display();
                 bail!(

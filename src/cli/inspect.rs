@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use checkpoint::Facts;
 pub use cpu_plan::CpuPlanFacts;
 
-use super::args::Format;
+use super::args::{Format, PinFlags};
 use super::term::{self, Stages, Style};
 
 /// Flags of `aotron inspect`.
@@ -49,12 +49,16 @@ pub struct Flags {
     format: Format,
     #[command(flatten)]
     tensorrt: tensorrt::PlanFlags,
+    #[command(flatten)]
+    pin: PinFlags,
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
     flags.tensorrt.check()?;
     let subject = if is_package(&flags.path) {
-        Subject::Engine(Box::new(Package::open(&flags.path)?))
+        Subject::Engine(Box::new(flags.pin.open(&flags.path)?))
+    } else if flags.pin.expect.is_some() {
+        return flags.pin.refuse_checkpoint(&flags.path);
     } else if flags.tensorrt.is_wanted() && !is_checkpoint(&flags.path) {
         Subject::Config(flags.path.clone(), Box::new(read_config(&flags.path)?))
     } else {
@@ -292,6 +296,7 @@ impl FactLines {
         let manifest = package.manifest();
         self.title(format!("{}, an engine package", package.path().display()));
         self.fact("built by", format!("{}, format {}", manifest.tool, manifest.format_version));
+        self.fact("sha256", format!("{}, of the manifest (--expect)", manifest.sha256));
         self.fact("from", format!("{} checkpoint {}", manifest.checkpoint.format, manifest.checkpoint.digest));
         self.model(&manifest.model);
         match &manifest.tokenizer {

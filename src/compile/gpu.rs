@@ -8,10 +8,10 @@ use super::{Calibration, PassReport, Precision, Progress, Recipe, optimized_grap
 use crate::backend::Limits;
 use crate::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, PlanWeight, lower};
 use crate::backend::tensorrt::{
-    BuildOptions, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices,
+    BuildOptions, DeviceInfo, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices,
 };
 use crate::checkpoint::ModelConfig;
-use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo};
+use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo, TimedOn};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 
@@ -79,6 +79,12 @@ impl PlanCompiler {
     /// Returns true if the plan is not compiled and only its graph is checked.
     pub fn only_checks(&self) -> bool {
         self.only_checked
+    }
+
+    /// The GPU that plans are compiled on.
+    fn timed_on(&self) -> Option<TimedOn> {
+        let DeviceInfo { name, memory_bytes, .. } = devices().ok()?.into_iter().nth(self.gpu?)?;
+        Some(TimedOn { name, memory_bytes })
     }
 
     /// Library and target as text.
@@ -216,7 +222,12 @@ impl GpuPlan {
     /// The TensorRT part of the plan's manifest entry. `context_plan` is the file of the context plan.
     pub fn info(self, context_plan: Option<String>) -> TensorRtInfo {
         let library = self.means.library;
-        let compiled = Compiled { library: library.kind(), version: library.version().to_string(), context_plan };
+        let compiled = Compiled {
+            library: library.kind(),
+            version: library.version().to_string(),
+            gpu: self.means.timed_on(),
+            context_plan,
+        };
         TensorRtInfo {
             compute_capability: self.compute_capability,
             compiled: (!self.means.only_checked).then_some(compiled),

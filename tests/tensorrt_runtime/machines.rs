@@ -2,10 +2,14 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 
-use aotron::backend::tensorrt::{GpuOptions, LibraryKind, TensorRtExecutor, TensorRtLibrary, devices, driver_version};
+use aotron::backend::tensorrt::{
+    GpuEvent, GpuOptions, GpuReport, LibraryKind, TensorRtExecutor, TensorRtLibrary, devices, driver_version,
+};
 use aotron::backend::{Executor, NextToken, Step};
 use aotron::compile::Precision;
+use aotron::engine::tensorrt::TimedOn;
 use aotron::engine::{Package, PlanInfo};
 
 use super::executor::{folder, run_in, stand_ins};
@@ -54,6 +58,36 @@ fn on_stand_ins_plans_find_their_gpu() {
     let mut executor = TensorRtExecutor::open(&package, plan_of(&package), &options).unwrap();
     assert_eq!(executor.gpu().index, 1);
     let limits = executor.limits().clone();
+    drop(executor.forward(&Step::decode(&limits, &[NextToken { slot: 0, past_tokens: 0, token: 5 }]).unwrap()));
+    drop(executor);
+
+    // The manifest has the GPU that the plan was timed on, and another one is said to be.
+    assert_eq!(compiled.gpu, Some(TimedOn { name: "Fake A100-40GB".into(), memory_bytes: 42_400_000_000 }));
+    let heard = Arc::new(Mutex::new(String::new()));
+    let copy = heard.clone();
+    let report = GpuReport::to(move |event| {
+        if let GpuEvent::Fact(text) = event {
+            copy.lock().unwrap().push_str(text);
+        }
+    });
+    let options = GpuOptions { slots: Some(2), report, ..GpuOptions::default() };
+    let mut elsewhere = plan_of(&package).clone();
+    let other = TimedOn { name: "Fake A100-80GB".into(), memory_bytes: 85_000_000_000 };
+    elsewhere.tensorrt.as_mut().unwrap().compiled.as_mut().unwrap().gpu = Some(other);
+    let mut executor = TensorRtExecutor::open(&package, &elsewhere, &options).unwrap();
+    let words = heard.lock().unwrap().clone();
+    assert!(words.contains("compiled on Fake A100-80GB (85 GB)") && words.contains("--finish"), "{words}");
+
+    // What the library says of a plan that it does not read comes with the versions and the remedy.
+    let mut wrong = plan_of(&package).clone();
+    wrong.tensorrt.as_mut().unwrap().compute_capability = 89;
+    let error = TensorRtExecutor::open(&package, &wrong, &GpuOptions::default()).err().unwrap().to_string();
+    assert!(
+        error.contains("TensorRT 11.4.0 cannot read plans/a100.engine, which TensorRT 11.4.0 compiled: "),
+        "{error}"
+    );
+    assert!(error.contains("the current GPU is SM 89") && error.contains("--finish` on this machine"), "{error}");
+
     let step = Step::decode(&limits, &[NextToken { slot: 0, past_tokens: 0, token: 5 }]).unwrap();
     executor.forward(&step).unwrap();
 }

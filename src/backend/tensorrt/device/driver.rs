@@ -101,7 +101,8 @@ fn start_driver() -> Result<(), Start> {
             // SAFETY: the symbol is only looked up, not called.
             if unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_err() {
                 return Err(Start::Failed(format!(
-                    "libcuda.so.1 has no function {name}: aotron needs a driver for CUDA 12.0 or later"
+                    "libcuda.so.1 has no function {name}: aotron needs an NVIDIA driver of version 525 or newer, and one of 580 \
+                     or newer for libraries built with CUDA 13"
                 )));
             }
         }
