@@ -1,6 +1,6 @@
 """Puts the library of TensorRT for RTX, from PyPI, where aotron finds it. Needs Python 3.8 with pip; no GPU.
 
-  python3 tools/fetch_tensorrt.py [--cuda 12|13] [FOLDER]
+  python3 tools/fetch_tensorrt.py [--cuda 12|13] [--parser] [FOLDER]
 
 FOLDER is by default aotron/tensorrt in the user's data folder (XDG_DATA_HOME, or ~/.local/share). The library comes in two
 builds: the one for CUDA 13 needs an NVIDIA driver of version 580 or newer on the machine that runs plans, the one for CUDA
@@ -22,6 +22,7 @@ from pathlib import Path
 
 VERSION = "1.7.1.116"  # the version whose headers build.rs compiles against
 LIBRARY = "libtensorrt_rtx.so.1"
+PARSER = "libtensorrt_onnxparser_rtx.so.1"  # which the Python bindings load, and aotron does not
 DIGESTS = {  # SHA-256 of the wheel for each CUDA version, Linux on x86-64
     "12": "68c2615fef1556e7721235682f460f3d78ab89df320a3f34a416367b144817a8",
     "13": "e3fd45fed001240d63304e77a2d4006319b839994237cb294b6e7ad72acaabcd",
@@ -54,13 +55,15 @@ def default_folder() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Puts the library of TensorRT for RTX where aotron finds it.")
     parser.add_argument("--cuda", choices=sorted(DIGESTS))
+    parser.add_argument("--parser", action="store_true", help="also the ONNX parser")
     parser.add_argument("folder", nargs="?", type=Path, default=default_folder())
     flags = parser.parse_args()
     cuda = flags.cuda or cuda_of_this_machine()
     folder = flags.folder
     wheel = f"tensorrt-rtx-cu{cuda}-libs=={VERSION}"
     mark = folder / "VERSION.txt"
-    if (folder / LIBRARY).exists() and mark.exists() and mark.read_text().strip() == wheel:
+    wanted_files = ["LICENSE.txt", *([PARSER] if flags.parser else []), LIBRARY]
+    if all((folder / name).exists() for name in wanted_files) and mark.exists() and mark.read_text().strip() == wheel:
         print(f"{folder / LIBRARY} is there; delete it to fetch it again")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,14 +79,14 @@ def main() -> None:
         with zipfile.ZipFile(file) as archive:
             for entry in archive.namelist():
                 base = Path(entry).name
-                if base in (LIBRARY, "LICENSE.txt"):
+                if base in wanted_files:
                     with archive.open(entry) as source, open(scratch / base, "wb") as target:
                         shutil.copyfileobj(source, target)
         (scratch / mark.name).write_text(wheel + "\n")
         # The library last, each by a rename, so that a library that is there is whole. Without the mark, an interrupted
         # replacement is fetched again.
         mark.unlink(missing_ok=True)
-        for base in ("LICENSE.txt", LIBRARY, mark.name):
+        for base in (*wanted_files, mark.name):
             (scratch / base).replace(folder / base)
     print(f"{folder / LIBRARY} is ready; `aotron doctor` says what it can do here")
 

@@ -244,6 +244,16 @@ int cuMemcpyDtoHAsync_v2(void* to, std::uint64_t from, std::size_t bytes, void* 
     static_cast<Stream*>(stream)->put([=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
     return kSUCCESS;
 }
+int cuMemcpyDtoDAsync_v2(std::uint64_t to, std::uint64_t from, std::size_t bytes, void* stream)
+{
+    READY();
+    if (!inside(to, bytes) || !inside(from, bytes)) {
+        return kINVALID_VALUE;
+    }
+    static_cast<Stream*>(stream)->put(
+        [=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
+    return kSUCCESS;
+}
 int cuStreamCreate(void** stream, unsigned)
 {
     READY();
