@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::bail;
+use aotron::backend::tensorrt::TensorRtLibrary;
 use aotron::checkpoint::is_checkpoint;
 use aotron::compile::gpu::precision_of;
 use aotron::compile::{
@@ -262,6 +263,13 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
         Some(_) => format!("aotron chat {engine}"),
         None => format!("aotron run {engine} --token-ids 1,2,3"),
     };
+    let library = package.manifest().plans.iter().find_map(|plan| plan.tensorrt.as_ref()?.compiled.as_ref());
+    if let Some(compiled) = library.filter(|_| !runs_here) {
+        let kind = compiled.library;
+        let found = TensorRtLibrary::find(kind).map(|library| library.path().display().to_string());
+        let file = found.unwrap_or_else(|_| kind.file_name().into());
+        line("copy", format!("{engine}, the program and {file} into one folder there"))?;
+    }
     match plans.iter().find(|plan| plan.only_prepared) {
         Some(plan) => line("next", format!("on the {}: aotron build {engine} --finish", plan.target.to_uppercase()))?,
         None if runs_here => line("next", chat)?,

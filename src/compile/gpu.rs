@@ -39,6 +39,25 @@ impl PlanCompiler {
     /// # Errors
     /// [`Error::TensorRt`] with what is missing and the alternatives.
     pub fn find(target: &str, capability: u16, prepare: bool) -> Result<PlanCompiler> {
+        let gpu = target.to_uppercase();
+        let advice = format!(
+            "Either build there; or pass --prepare to quantize and pack the weights here and check the graph, and run \
+             `aotron build PACKAGE --finish` on the {gpu}."
+        );
+        PlanCompiler::select(target, capability, prepare, &advice)
+    }
+
+    /// As [`PlanCompiler::find`], for the plan of an existing package.
+    ///
+    /// # Errors
+    /// As [`PlanCompiler::find`].
+    pub fn find_to_finish(target: &str, capability: u16) -> Result<PlanCompiler> {
+        let gpu = target.to_uppercase();
+        let advice = format!("Copy the package to a machine with an {gpu} and run the same command there.");
+        PlanCompiler::select(target, capability, false, &advice)
+    }
+
+    fn select(target: &str, capability: u16, prepare: bool, advice: &str) -> Result<PlanCompiler> {
         let (sm, gpu) = (sm(capability), target.to_uppercase());
         // Without a working driver there are no usable GPUs, whatever the reason.
         let here = devices().unwrap_or_default();
@@ -68,9 +87,8 @@ impl PlanCompiler {
                     _ => format!("this machine has no {gpu}"),
                 };
                 Err(Error::TensorRt(format!(
-                    "cannot build for {target} here: only TensorRT 11 on an {gpu} compiles for SM {sm}, and \
-                     {why}. Either build there; or pass --prepare to quantize and pack the weights here and check the \
-                     graph, and run `aotron build PACKAGE --finish` on the {gpu}."
+                    "cannot build for {target} here: only TensorRT 11 on an {gpu} compiles for SM {sm}, and {why}. \
+                     {advice}"
                 )))
             }
         }

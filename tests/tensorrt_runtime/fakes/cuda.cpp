@@ -32,7 +32,18 @@ struct Gpu {
     std::uint64_t used;
 };
 
-Gpu gGpus[] = {{"Fake L40", 89, 46000000000ULL, 0}, {"Fake A100-40GB", 80, 42400000000ULL, 400000000ULL}};
+// FAKE_GPU=h100 makes GPU 1 an H100, h200 an H200.
+Gpu second()
+{
+    char const* const chosen = std::getenv("FAKE_GPU");
+    if (chosen == nullptr) {
+        return {"Fake A100-40GB", 80, 42400000000ULL, 400000000ULL};
+    }
+    bool const large = std::strcmp(chosen, "h200") == 0;
+    return {large ? "Fake H200" : "Fake H100-80GB", 90, large ? 150000000000ULL : 85000000000ULL, 400000000ULL};
+}
+
+Gpu gGpus[] = {{"Fake L40", 89, 46000000000ULL, 0}, second()};
 std::map<std::uint64_t, std::pair<Gpu*, std::uint64_t>> gMemory;
 thread_local Gpu* tCurrent = nullptr;
 Status gFailed = kSUCCESS;
