@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::bail;
-use aotron::backend::tensorrt::TensorRtLibrary;
+use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 use aotron::checkpoint::is_checkpoint;
 use aotron::compile::gpu::precision_of;
 use aotron::compile::{
@@ -269,6 +269,9 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
         let found = TensorRtLibrary::find(kind).map(|library| library.path().display().to_string());
         let file = found.unwrap_or_else(|_| kind.file_name().into());
         line("copy", format!("{engine}, the program and {file} into one folder there"))?;
+        if kind == LibraryKind::Rtx {
+            line("", "the first start compiles kernels for the GPU, later ones find them".into())?;
+        }
     }
     match plans.iter().find(|plan| plan.only_prepared) {
         Some(plan) => line("next", format!("on the {}: aotron build {engine} --finish", plan.target.to_uppercase()))?,
