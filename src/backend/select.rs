@@ -265,7 +265,12 @@ mod tests {
         };
         let info = |compute_capability| TensorRtInfo {
             compute_capability,
-            compiled: library.map(|library| Compiled { library, version: "1.7.1".into(), context_plan: None }),
+            compiled: library.map(|library| Compiled {
+                library,
+                version: "1.7.1".into(),
+                gpu: None,
+                context_plan: None,
+            }),
             sizes,
             bindings: Vec::new(),
             kv_cache_gib: BTreeMap::new(),

@@ -1,6 +1,6 @@
 //! Command-line arguments, and groups of flags shared by several commands.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aotron::engine::Package;
 use aotron::isa::Isa;
@@ -56,6 +56,8 @@ pub enum Format {
 pub struct EngineFlags {
     /// Engine package, a folder written by `aotron build`
     pub engine: PathBuf,
+    #[command(flatten)]
+    pub pin: PinFlags,
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = count(1024), allow_negative_numbers = true)]
     pub threads: Option<usize>,
@@ -71,6 +73,31 @@ pub struct EngineFlags {
     /// Launch the GPU's kernels one by one rather than as CUDA graphs
     #[arg(long, hide = true)]
     pub no_cuda_graphs: bool,
+}
+
+/// Flags that pin an engine package.
+#[derive(Debug, clap::Args)]
+pub struct PinFlags {
+    /// Refuse the package unless its manifest has this SHA-256, which `aotron inspect` shows
+    #[arg(long, value_name = "SHA256", value_parser = sha256)]
+    pub expect: Option<String>,
+}
+
+impl PinFlags {
+    /// Opens a package and checks that it is the one expected, if any is.
+    pub fn open(&self, path: &Path) -> aotron::Result<Package> {
+        let package = Package::open(path)?;
+        self.expect.iter().try_for_each(|sha256| package.expect(sha256))?;
+        Ok(package)
+    }
+
+    /// Refuses to pin a checkpoint.
+    pub fn refuse_checkpoint(&self, path: &Path) -> anyhow::Result<()> {
+        match self.expect {
+            Some(_) => Err(usage(format!("--expect is for engine packages, and {} is none", path.display()))),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Flags for the chat format.
@@ -211,6 +238,14 @@ fn isa(name: &str) -> Result<Isa, String> {
         let names: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
         format!("this machine has {}", names.join(", "))
     })
+}
+
+fn sha256(text: &str) -> Result<String, String> {
+    let digits = text.strip_prefix("sha256:").unwrap_or(text);
+    match digits.len() == 64 && digits.chars().all(|c| c.is_ascii_hexdigit()) {
+        true => Ok(digits.to_ascii_lowercase()),
+        false => Err("expected 64 hexadecimal digits".into()),
+    }
 }
 
 fn bias(text: &str) -> Result<(u32, f32), String> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::bail;
+use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 use aotron::checkpoint::is_checkpoint;
 use aotron::compile::gpu::precision_of;
 use aotron::compile::{
@@ -15,7 +16,7 @@ use aotron::compile::{
 use aotron::engine::{Package, is_package};
 use aotron::isa::{CpuFeatures, Isa};
 
-use super::args::{chat_format_help, count, usage};
+use super::args::{PinFlags, chat_format_help, count, usage};
 use super::engine::{refuse_checkpoint, shell_word};
 use super::inspect::{CpuPlanFacts, text_facts};
 use super::term::{self, Stages};
@@ -58,6 +59,8 @@ pub struct Flags {
     /// plan for this CPU or --cpu. Precision and sequence length stay those of the weights
     #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "prepare", "output", "force"])]
     finish: bool,
+    #[command(flatten)]
+    pin: PinFlags,
     /// Output folder of the engine package [default: engines/ and the checkpoint's name]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -139,7 +142,17 @@ impl Flags {
             _ => return Err(usage("--finish adds a plan for one --recipe at a time")),
         };
         refuse_checkpoint(&self.source)?;
+        if self.pin.expect.is_some() {
+            self.pin.open(&self.source)?;
+        }
         Ok(FinishRequest { package: self.source.clone(), recipe })
+    }
+}
+
+fn refuse_pin(flags: &Flags) -> anyhow::Result<()> {
+    match flags.pin.expect {
+        Some(_) => Err(usage("--expect pins an engine package, so it is for --finish")),
+        None => Ok(()),
     }
 }
 
@@ -153,6 +166,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let summary = match flags.finish {
         true => compile::finish(&flags.finish_request()?, &follower)?,
         false => {
+            refuse_pin(flags)?;
             if is_package(&flags.source) && !is_checkpoint(&flags.source) {
                 let engine = flags.source.display();
                 bail!(
@@ -249,6 +263,16 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
         Some(_) => format!("aotron chat {engine}"),
         None => format!("aotron run {engine} --token-ids 1,2,3"),
     };
+    let library = package.manifest().plans.iter().find_map(|plan| plan.tensorrt.as_ref()?.compiled.as_ref());
+    if let Some(compiled) = library.filter(|_| !runs_here) {
+        let kind = compiled.library;
+        let found = TensorRtLibrary::find(kind).map(|library| library.path().display().to_string());
+        let file = found.unwrap_or_else(|_| kind.file_name().into());
+        line("copy", format!("{engine}, the program and {file} into one folder there"))?;
+        if kind == LibraryKind::Rtx {
+            line("", "the first start compiles kernels for the GPU, later ones find them".into())?;
+        }
+    }
     match plans.iter().find(|plan| plan.only_prepared) {
         Some(plan) => line("next", format!("on the {}: aotron build {engine} --finish", plan.target.to_uppercase()))?,
         None if runs_here => line("next", chat)?,

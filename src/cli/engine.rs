@@ -33,7 +33,7 @@ impl EngineFlags {
     /// The package only, without opening its plan.
     pub fn package(&self) -> aotron::Result<Package> {
         refuse_checkpoint(&self.engine)?;
-        Package::open(&self.engine)
+        self.pin.open(&self.engine)
     }
 
     /// Options for running its CPU plan, with KV memory for `slots` sequences.

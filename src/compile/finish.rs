@@ -49,7 +49,7 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
         .iter()
         .map(|(recipe, plan)| {
             let capability = recipe.target.compute_capability().ok_or_else(|| not_for_gpus(&package, plan))?;
-            PlanCompiler::find(recipe.target.name(), capability, false)
+            PlanCompiler::find_to_finish(recipe.target.name(), capability)
         })
         .collect::<Result<_>>()?;
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-pub use self::driver::devices;
+pub use self::driver::{devices, driver_version};
 use self::driver::{is_sticky, words};
 use super::DeviceInfo;
 use crate::error::{Error, Result};
