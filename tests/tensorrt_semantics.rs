@@ -17,6 +17,7 @@ use aotron::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use aotron::graph::Graph;
 use aotron::tensor::DType;
 use aotron::tensor_file::TensorFile;
+use aotron::verify::{RowStats, limit_on_gpu, row_error};
 
 use crate::evaluator::{Array, Element, Evaluator, Rounding};
 use crate::numerics::score;
@@ -140,6 +141,8 @@ struct Device<'p> {
     expected: &'p [Vec<f32>],
     /// Largest difference so far, relative to the row's largest logit.
     error: f32,
+    /// Largest error so far as `aotron verify` measures it.
+    verify_error: f32,
     /// Number of rows whose most likely token leads by more than the tolerance.
     clear: usize,
     tolerance: f32,
@@ -250,6 +253,7 @@ impl Device<'_> {
         let error = worst / largest;
         self.error = self.error.max(error);
         assert!(error < self.tolerance, "sequence {sequence}, position {position}: {error:e}");
+        self.verify_error = self.verify_error.max(row_error(logits, expected, RowStats::of(expected)).0);
         let (best, runner_up) = (first(expected, None), first(expected, Some(first(expected, None))));
         if expected[best] - expected[runner_up] > self.tolerance * largest {
             self.clear += 1;
@@ -305,12 +309,16 @@ fn check(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>]) -> usiz
             sequences,
             expected: &expected,
             error: 0.0,
+            verify_error: 0.0,
             clear: 0,
             tolerance: tolerance(precision, rounding),
         };
         device.run();
-        println!("{checkpoint} {precision} {rounding:?}: {:.1e}, {} clear", device.error, device.clear);
-        clear += device.clear;
+        let Device { error, verify_error, clear: rows, .. } = device;
+        println!("{checkpoint} {precision} {rounding:?}: {error:.1e}, {rows} clear, verify {verify_error:.1e}");
+        let limit = limit_on_gpu(&precision.to_string());
+        assert!(1.5 * verify_error < limit, "{checkpoint} {precision} {rounding:?}: {verify_error:e} of {limit:e}");
+        clear += rows;
     }
     clear
 }

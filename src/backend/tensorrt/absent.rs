@@ -23,6 +23,11 @@ pub fn devices() -> Result<Vec<DeviceInfo>> {
     Err(Error::Gpu(WORDS.into()))
 }
 
+/// Version of the loaded driver: empty, since there is none.
+pub fn driver_version() -> String {
+    String::new()
+}
+
 impl LibraryKind {
     /// Version of the headers this program was compiled against; `None` without the feature `tensorrt`.
     pub fn header_version(self) -> Option<Version> {

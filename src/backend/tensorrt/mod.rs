@@ -41,9 +41,9 @@ mod weights;
 use std::ops::ControlFlow;
 
 #[cfg(not(feature = "tensorrt"))]
-pub use absent::{Network, SerializedPlan, TensorRtExecutor, TensorRtLibrary, devices};
+pub use absent::{Network, SerializedPlan, TensorRtExecutor, TensorRtLibrary, devices, driver_version};
 #[cfg(feature = "tensorrt")]
-pub use device::devices;
+pub use device::{devices, driver_version};
 #[cfg(feature = "tensorrt")]
 pub use executor::TensorRtExecutor;
 pub use gpu::DeviceInfo;

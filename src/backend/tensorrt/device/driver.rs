@@ -60,6 +60,26 @@ pub fn devices() -> Result<Vec<DeviceInfo>> {
     (0..usize::try_from(count).unwrap_or(0)).map(info).collect()
 }
 
+/// Version of the loaded driver, as far as it can be told: the kernel module's line in /proc, and the newest CUDA that the
+/// driver supports.
+pub fn driver_version() -> String {
+    let module = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    let module = module.lines().next().unwrap_or_default().trim().to_owned();
+    let cuda = start_driver().ok().and_then(|()| {
+        // SAFETY: the driver is loaded, as it has started.
+        let library = unsafe { sys::culib() };
+        // SAFETY: the function's signature in every version of CUDA.
+        let ask = unsafe { library.get::<unsafe extern "C" fn(*mut i32) -> CUresult>(b"cuDriverGetVersion") }.ok()?;
+        let mut version = 0;
+        // SAFETY: the pointer is valid for writes.
+        (unsafe { ask(&raw mut version) } == CUresult::CUDA_SUCCESS).then_some(version)
+    });
+    match cuda {
+        Some(version) => format!("CUDA {}.{} {module}", version / 1000, version % 1000 / 10),
+        None => module,
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Start {
     NoDevice,

@@ -3,7 +3,6 @@
 //! The file is in the package's folder, or in the user's cache folder if the package is read-only. The library itself
 //! rejects kernels of another version, GPU or driver; a digest detects damaged files.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -11,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::engine::Package;
+use crate::engine::{Package, user_cache};
 
 const MAGIC: &[u8; 8] = b"aotronk1";
 const DIGEST_BYTES: usize = 32;
@@ -30,13 +29,9 @@ impl KernelCache {
     pub(super) fn new(package: &Package, plan: &str, gpu: &str, version: &str) -> KernelCache {
         let name = format!("{plan}-{gpu}-{version}.kernels");
         let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
-        let folder = |variable: &str| std::env::var_os(variable).filter(|value: &OsString| !value.is_empty());
-        let cache = folder("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .or_else(|| folder("HOME").map(|home| PathBuf::from(home).join(".cache")));
         let digest = package.manifest().sha256.get(..16).unwrap_or_default();
         let beside = package.path().join("kernels").join(&name);
-        let cached = cache.map(|cache| cache.join("aotron").join("kernels").join(format!("{digest}-{name}")));
+        let cached = user_cache().map(|cache| cache.join("kernels").join(format!("{digest}-{name}")));
         KernelCache { files: std::iter::once(beside).chain(cached).collect() }
     }
 

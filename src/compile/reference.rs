@@ -1,0 +1,103 @@
+//! The reference of a build: what the CPU answers to a few short prompts, in the precision of each plan.
+//!
+//! A CPU plan is asked itself. For a plan that only a GPU runs, the same graph is lowered to the CPU and its weights are
+//! evaluated from the checkpoint, kernel by kernel: all prompts are one step, so each weight is read once.
+
+use std::path::Path;
+
+use super::{Calibration, Precision, Progress, optimized_graph};
+use crate::backend::cpu::lower::{CpuTarget, LoweredProgram, lower};
+use crate::backend::cpu::program::{Program, ProgramKernel};
+use crate::backend::cpu::streamed::run_streamed;
+use crate::backend::cpu::{CpuExecutor, CpuOptions};
+use crate::backend::{Chunk, Limits, Rows, Step};
+use crate::checkpoint::{Checkpoint, ModelConfig};
+use crate::error::{Error, Result};
+use crate::tensor_file::TensorFile;
+use crate::verify::Reference;
+
+/// Name of the stage.
+const STAGE: &str = "asking the CPU";
+
+/// Asks a CPU plan whose weights are in the file `path`.
+///
+/// # Errors
+/// [`Error::Numerics`] if a logit is not finite; errors of opening the plan.
+pub(super) fn ask_cpu_plan(
+    reference: &mut Reference,
+    precision: &str,
+    program: &Program,
+    path: &Path,
+    progress: &dyn Progress,
+) -> Result<()> {
+    progress.steps(STAGE, reference.tokens() as u64, "tokens");
+    let slots = program.limits.slots.min(reference.prompts.len()).max(1);
+    let options = CpuOptions { slots: Some(slots), ..CpuOptions::default() };
+    let mut executor = CpuExecutor::new(program.clone(), path, TensorFile::open(path)?, &options)?;
+    let answers = reference.ask(&mut executor, &|tokens| follow(progress, tokens))?;
+    reference.add("cpu", precision, executor.arithmetic(), answers);
+    Ok(())
+}
+
+/// Returns true if a program's linear layers quantize their inputs, which no GPU plan does.
+pub(super) fn quantizes_inputs(program: &Program) -> bool {
+    program.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Quantize { .. }))
+}
+
+/// The model in a precision, lowered to this CPU for one step over all prompts.
+///
+/// # Errors
+/// [`Error::Graph`] if the model cannot be lowered.
+pub(super) fn lower_for_prompts(
+    reference: &Reference,
+    config: &ModelConfig,
+    precision: Precision,
+    calibration: Option<&Calibration>,
+) -> Result<LoweredProgram> {
+    let tokens = reference.tokens().max(1);
+    let limits = Limits {
+        slots: reference.prompts.len().max(1),
+        max_sequence_tokens: reference.prompts.iter().map(|prompt| prompt.token_ids.len()).max().unwrap_or(1),
+        max_step_tokens: tokens,
+        max_logits_rows: tokens,
+        vocab_size: config.vocab_size,
+    };
+    let (graph, _) = optimized_graph(config, precision, limits.max_sequence_tokens, calibration)?;
+    lower(&graph, &limits, CpuTarget::native()?)
+}
+
+/// Asks a lowered model for the answers that the plan for `target` must give.
+///
+/// # Errors
+/// [`Error::Numerics`] if a logit is not finite; [`Error::Format`] for a weight that is not.
+pub(super) fn ask_checkpoint(
+    reference: &mut Reference,
+    (target, precision): (&str, Precision),
+    lowered: &LoweredProgram,
+    checkpoint: &Checkpoint,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let program = &lowered.program;
+    let bytes = |index: usize| program.weights.get(index).and_then(|weight| weight.stored_bytes()).unwrap_or(0) as u64;
+    let linear = |kernel: &ProgramKernel| match kernel {
+        ProgramKernel::Linear { weight, .. } => bytes(*weight),
+        _ => 0,
+    };
+    progress.stage(STAGE, program.kernels.iter().map(linear).sum());
+    let chunks: Vec<Chunk<'_>> = reference
+        .prompts
+        .iter()
+        .enumerate()
+        .map(|(slot, prompt)| Chunk { slot, past_tokens: 0, tokens: &prompt.token_ids, rows: Rows::All })
+        .collect();
+    let step = Step::prefill(&program.limits, &chunks)?;
+    let logits = run_streamed(lowered, checkpoint, &step, &|kernel| follow(progress, linear(kernel)))?;
+    let answers = reference.keep(|row| logits.row(row))?;
+    reference.add(target, &precision.to_string(), "the checkpoint, on the CPU".into(), answers);
+    Ok(())
+}
+
+fn follow(progress: &dyn Progress, amount: u64) -> Result<()> {
+    progress.advance(amount);
+    if progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+}
