@@ -22,6 +22,7 @@ use aotron::verify::{RowStats, limit_on_gpu, row_error};
 use crate::evaluator::{Array, Element, Evaluator, Rounding};
 use crate::numerics::score;
 use crate::packages::build_package;
+use crate::verify::{VOCAB, grouped_checkpoint};
 
 const TINY_CHAT: &str = "tests/data/tiny-chat";
 
@@ -356,6 +357,22 @@ fn every_shape_is_what_the_cpu_computes() {
             if shape != "odd" || precision != Precision::Int4 {
                 check(&checkpoint, precision, &sequences);
             }
+        }
+    }
+}
+
+/// Errors of deep models: the limits of `aotron verify` must hold for them too.
+#[test]
+fn depth_adds_little_to_the_error() {
+    for layers in [4, 32] {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = folder.path().join(format!("layers-{layers}"));
+        grouped_checkpoint(&checkpoint, layers);
+        let ids =
+            |sequence: u32| (0..TOKENS as u32).map(|i| (sequence * 31 + i * i * 7 + i * 13) % VOCAB as u32).collect();
+        let sequences: Vec<Vec<u32>> = (0..SLOTS as u32).map(ids).collect();
+        for precision in [Precision::Bf16, Precision::Fp8] {
+            check(checkpoint.to_str().unwrap(), precision, &sequences);
         }
     }
 }

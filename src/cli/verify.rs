@@ -15,7 +15,7 @@ use super::term::{self, Stages};
 /// Sequences at once on a CPU, where batch sizes select no kernels.
 const CPU_SLOTS: usize = 4;
 /// Tokens of the longest sequence on a CPU without --thorough: the 8B computes a few thousand in minutes.
-const CPU_TOKENS: usize = 512;
+const CPU_TOKENS: usize = 192;
 
 /// Flags of `aotron verify`.
 #[derive(Debug, clap::Args)]

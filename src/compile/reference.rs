@@ -101,3 +101,54 @@ fn follow(progress: &dyn Progress, amount: u64) -> Result<()> {
     progress.advance(amount);
     if progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::pack::items;
+    use crate::backend::packing;
+    use crate::verify::prompts;
+
+    struct Quiet;
+    impl Progress for Quiet {
+        fn stage(&self, _: &str, _: u64) {}
+        fn advance(&self, _: u64) {}
+        fn warn(&self, _: &str) {}
+    }
+
+    /// Weights evaluated a few rows at a time give the bits that the packed file gives.
+    #[test]
+    fn a_checkpoint_answers_as_its_plan_does() {
+        for folder in
+            ["tests/data/tiny-chat", "tests/data/shapes/odd", "tests/data/shapes/gqa", "tests/data/shapes/wide"]
+        {
+            let checkpoint = Checkpoint::open(Path::new(folder)).unwrap();
+            let config = checkpoint.config();
+            let limits = Limits {
+                slots: 1,
+                max_sequence_tokens: 40,
+                max_step_tokens: 40,
+                max_logits_rows: 40,
+                vocab_size: config.vocab_size,
+            };
+            let mut reference = Reference::new(prompts(None, &[], &limits));
+            for precision in Precision::ALL {
+                let calibration = Calibration::uniform(0.1);
+                let lowered = lower_for_prompts(&reference, config, precision, Some(&calibration)).unwrap();
+                let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+                let mut bytes = Vec::new();
+                let mut sink = |piece: &[u8]| {
+                    bytes.extend_from_slice(piece);
+                    Ok(())
+                };
+                let file = packing::File { items: items(&lowered), sink: &mut sink };
+                packing::pack(vec![file], &checkpoint, false, &|_| Ok(())).unwrap();
+                std::fs::write(&path, bytes).unwrap();
+                ask_cpu_plan(&mut reference, &precision.to_string(), &lowered.program, &path, &Quiet).unwrap();
+                let of_plan = reference.answers_for("cpu").unwrap().rows.clone();
+                ask_checkpoint(&mut reference, ("cpu", precision), &lowered, &checkpoint, &Quiet).unwrap();
+                assert_eq!(reference.answers_for("cpu").unwrap().rows, of_plan, "{folder} {precision}");
+            }
+        }
+    }
+}

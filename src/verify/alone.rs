@@ -14,6 +14,8 @@ use crate::error::Result;
 const SHORT: usize = 40;
 /// Sequences with different tokens.
 const SEQUENCES: usize = 5;
+/// Tokens of the first part of a sequence that is changed; each other part is as long as all before it.
+const FIRST_PART: usize = 16;
 /// Byte of a fill that is a large number in every float type: 784 in BF16, 785 in FP32, 4.3 in FP16.
 const JUNK: u8 = 0x44;
 /// Byte of a fill with NaN.
@@ -56,6 +58,7 @@ impl<'r, 'e> AloneCases<'r, 'e> {
         }
         cases.nan_is_seen()?;
         cases.to_the_last_position()?;
+        cases.every_part_counts()?;
         Ok(cases.results)
     }
 
@@ -310,6 +313,8 @@ impl<'r, 'e> AloneCases<'r, 'e> {
         let mut case = self.case("in a slot that held a longer sequence");
         let longer = sample_tokens(&self.runner.limits, 100, self.most_tokens.min(4 * SHORT));
         for slot in [0, self.last_slot()] {
+            // Nothing but the longer sequence is in the slot, in particular not the one that follows it.
+            self.runner.zero(slot)?;
             self.runner.fill_with(slot, 0, &longer)?;
             self.in_slot(&mut case, slot, "after a longer sequence")?;
         }
@@ -365,6 +370,48 @@ impl<'r, 'e> AloneCases<'r, 'e> {
         self.runner.mend(slot)?;
         self.in_slot(&mut case, slot, "that was mended after NaN")?;
         self.runner.zero(slot)?;
+        self.results.push(case);
+        Ok(())
+    }
+
+    /// Other tokens in any part of a sequence must change the logits at its end: a kernel that leaves out some keys every
+    /// time agrees with itself.
+    fn every_part_counts(&mut self) -> Result<()> {
+        let mut case = CaseResult::new("every part of a sequence counts", 0.0);
+        let (slot, most) = (self.last_slot(), self.runner.limits.max_step_tokens);
+        let mut first = 0;
+        let mut end = FIRST_PART;
+        while first + 1 < self.most_tokens {
+            let length = self.most_tokens.min(end + 2);
+            let ids = sample_tokens(&self.runner.limits, 400, length);
+            let others = sample_tokens(&self.runner.limits, 401, length);
+            // All tokens from `first` to `end`, but never the last two.
+            let part = first..end.min(length.saturating_sub(2)).max(first + 1).min(length - 1);
+            let mut changed = ids.clone();
+            changed[part.clone()].copy_from_slice(&others[part.clone()]);
+            let mut rows = Vec::new();
+            for ids in [&ids, &changed] {
+                self.runner.zero(slot)?;
+                let cut = length.saturating_sub(most.max(2)).max(usize::from(length > 2)).min(length - 2);
+                self.runner.fill_with(slot, 0, &ids[..cut])?;
+                let tokens = &ids[cut..length - 1];
+                let mut found = self.runner.prefill(&[Part { slot, past_tokens: cut, tokens, rows: Rows::Last }])?;
+                found.extend(self.runner.decode_all(slot, length - 1, &ids[length - 1..])?);
+                rows.push(found);
+            }
+            if let [found, other] = &rows[..] {
+                for ((row, other), way) in found.iter().zip(other).zip(["prefilled", "decoded"]) {
+                    case.rows += 1;
+                    let same = row.iter().zip(other).all(|(a, b)| a.to_bits() == b.to_bits());
+                    if let (true, Some(value)) = (same, row.first()) {
+                        case.record(f32::INFINITY, Some(0), *value, f32::NAN, &|| {
+                            format!("{way} at position {}, which tokens {part:?} do not change", length - 1)
+                        });
+                    }
+                }
+            }
+            (first, end) = (end, 2 * end);
+        }
         self.results.push(case);
         Ok(())
     }

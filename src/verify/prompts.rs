@@ -10,6 +10,8 @@ use crate::text::{ChatFormat, Message, Tokenizer};
 pub const PROMPT_TOKENS: usize = 12;
 /// Tokens of the conversation, so that it gets past the template's first marker.
 const CHAT_TOKENS: usize = 24;
+/// Tokens of the longest prompt, so that attention spans several blocks of keys.
+const LONG_TOKENS: usize = 96;
 /// Prompts without a tokenizer.
 const ARBITRARY: usize = 8;
 /// Calibration prompts to include.
@@ -48,11 +50,14 @@ pub fn prompts(
         }
     };
     if let Some((tokenizer, format)) = text {
+        let mut all = Vec::new();
         for (script, sentence) in SENTENCES {
             if let Some(ids) = known(tokenizer, sentence) {
                 add(script.into(), &ids, PROMPT_TOKENS);
+                all.extend(ids);
             }
         }
+        add("all scripts".into(), &all, LONG_TOKENS);
         let conversation = [Message::user("What is the capital of France, and why?")];
         if let Ok(ids) = format.prompt(tokenizer, &conversation) {
             add("conversation".into(), &ids, CHAT_TOKENS);
@@ -65,6 +70,7 @@ pub fn prompts(
         for index in 0..ARBITRARY {
             add(format!("ids {}", index + 1), &sample_tokens(limits, 300 + index as u64, PROMPT_TOKENS), PROMPT_TOKENS);
         }
+        add("many ids".into(), &sample_tokens(limits, 350, LONG_TOKENS), LONG_TOKENS);
     }
     prompts
 }
@@ -96,7 +102,7 @@ mod tests {
         assert!(names.contains(&"Latin") && names.contains(&"code"), "{names:?}");
         assert!(names.contains(&"calibration prompt 1") && names.contains(&"calibration prompt 3"), "{names:?}");
         assert!(!names.contains(&"calibration prompt 2"), "the same ids as 1: {names:?}");
-        assert!(found.iter().all(|prompt| (1..=CHAT_TOKENS).contains(&prompt.token_ids.len())));
+        assert!(found.iter().all(|prompt| (1..=LONG_TOKENS).contains(&prompt.token_ids.len())));
     }
 
     #[test]

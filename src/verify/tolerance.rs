@@ -22,7 +22,7 @@ pub fn limit_on_gpu(precision: &str) -> f32 {
 pub fn limit_on_cpu(precision: &str) -> f32 {
     match precision {
         "f32" => 1e-4,
-        "bf16" | "int8" | "int4" => 0.02,
-        _ => 0.15,
+        "bf16" | "int8" | "int4" => 0.03,
+        _ => 0.2,
     }
 }

@@ -30,7 +30,7 @@ const SIZES: Sizes = Sizes {
 };
 
 /// A folder with both fake libraries, compiled once per process.
-fn stand_ins() -> &'static Path {
+pub(super) fn stand_ins() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     let compile = || {
         let folder = tempfile::tempdir().unwrap();
@@ -39,7 +39,7 @@ fn stand_ins() -> &'static Path {
         for (file, library) in [("cuda.cpp", "libcuda.so.1"), ("tensorrt_rtx.cpp", "libtensorrt_rtx.so.1")] {
             let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
             let done = Command::new(compiler)
-                .args(["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Icpp/cuda", &header])
+                .args(["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-Icpp/cuda", &header])
                 .arg(source.join(file))
                 .args(["-ldl", "-o"])
                 .arg(folder.path().join(library))

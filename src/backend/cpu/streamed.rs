@@ -19,8 +19,8 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 
-/// Values that a thread evaluates at a time. As FP32 they must stay in a core's cache.
-const PIECE_ELEMENTS: usize = 1 << 18;
+/// Values that a thread evaluates at a time. As FP32 they must stay in a core's cache. Tests cut small weights too.
+const PIECE_ELEMENTS: usize = if cfg!(test) { 1 << 11 } else { 1 << 18 };
 /// Pieces per thread that are evaluated before they are multiplied.
 const PIECES_PER_THREAD: usize = 4;
 
