@@ -57,7 +57,7 @@ impl<'r, 'e> AloneCases<'r, 'e> {
             cases.past_the_end("NaN past the end of a sequence", NAN)?;
         }
         cases.nan_is_seen()?;
-        cases.to_the_last_position()?;
+        cases.whole_slot()?;
         cases.every_part_counts()?;
         Ok(cases.results)
     }
@@ -418,7 +418,7 @@ impl<'r, 'e> AloneCases<'r, 'e> {
 
     /// Two passes over a sequence that fills its slot, with different chunks, over zeros and over junk. Rows are compared
     /// around every power of two, where a plan may change to a larger capacity, and at the last position.
-    fn to_the_last_position(&mut self) -> Result<()> {
+    fn whole_slot(&mut self) -> Result<()> {
         let mut case = self.case("up to the last position");
         let length = self.most_tokens;
         if length < self.runner.limits.max_sequence_tokens {

@@ -113,12 +113,15 @@ impl<'p> Gate<'p> {
         options: &VerifyOptions<'_>,
     ) -> Result<Report> {
         let answers = self.answers();
-        let precision = &self.plan.precision;
+        let (precision, layers) = (&self.plan.precision, self.package.manifest().model.num_layers);
         let is_same = computed_by.is_some() && answers.map(|answers| answers.computed_by.as_str()) == computed_by;
         let limits = match self.selection.device {
-            Some(_) => ErrorLimits { alone: limit_on_gpu(precision), reference: limit_on_gpu(precision) },
+            Some(_) => {
+                let limit = limit_on_gpu(precision, layers);
+                ErrorLimits { alone: limit, reference: limit }
+            }
             None if is_same => ErrorLimits { alone: 0.0, reference: 0.0 },
-            None => ErrorLimits { alone: 0.0, reference: limit_on_cpu(precision) },
+            None => ErrorLimits { alone: 0.0, reference: limit_on_cpu(precision, layers) },
         };
         verify(executor, limits, self.reference.as_ref().zip(answers), options)
     }

@@ -10,7 +10,7 @@
 //!
 //! [`verify()`] runs them on any [`Executor`] and returns a [`Report`]. [`open`] opens a plan for the runtime and, for a
 //! plan on a GPU, verifies it first unless it has passed before on the same card, driver and library
-//! ([`record`](self)). What this proves and what it cannot is in docs/verify.md.
+//! (records are in the user's cache). What this proves and what it cannot is in docs/verify.md.
 
 mod alone;
 mod compare;
