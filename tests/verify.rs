@@ -13,6 +13,7 @@ use aotron::{Error, Model};
 use half::bf16;
 use safetensors::tensor::Dtype;
 
+use crate::cli::aotron;
 use crate::packages::{build_package, build_recipes, quiet};
 use crate::tensorrt::rtx;
 
@@ -138,6 +139,41 @@ fn a_damaged_weight_is_caught_by_the_reference() {
     // The lowest bit too, with the instruction set that must give the same bits.
     let damaged = resealed(&package, &file, |content| content[(bytes / 2) & !1] ^= 1, &folder.path().join("hardly"));
     assert!(!verified(&damaged, here()).unwrap().passes());
+}
+
+#[test]
+fn the_command_prints_a_table_and_fails_if_a_case_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("whole");
+    let package = build_package(Path::new("tests/data/shapes/gqa"), Precision::Bf16, &output);
+    let path = output.to_str().unwrap();
+    let table = aotron(&["verify", path]).ok().out;
+    assert!(table.starts_with("case ") && table.contains("the CPU's answers, prefilled"), "{table}");
+    assert!(table.contains("passed") && !table.contains("FAILED"), "{table}");
+    let json = aotron(&["verify", path, "--json", "--target", "cpu"]).ok().json();
+    assert_eq!(
+        (&json["passed"], &json["compared_with_cpu"], &json["target"]),
+        (&true.into(), &true.into(), &"cpu".into())
+    );
+    assert!(json["cases"].as_array().unwrap().iter().all(|case| case["worst_error"] == 0.0), "{json}");
+    aotron(&["verify", path, "--accept-unverified"]).fails(2, &["--accept-unverified"]);
+    aotron(&["verify", path, "--target", "a100"]).fails(1, &["it has no plan for a100"]);
+
+    let file = package.manifest().plans[0].weights.clone();
+    let damaged = folder.path().join("damaged");
+    resealed(
+        &package,
+        &file,
+        |content| {
+            let middle = content.len() / 2;
+            content[middle | 1] ^= 0x40;
+        },
+        &damaged,
+    );
+    let ran = aotron(&["verify", damaged.to_str().unwrap()]);
+    assert_eq!(ran.code, Some(1));
+    assert!(ran.out.contains("FAILED") && ran.out.contains("worst: "), "{}", ran.out);
+    assert!(ran.err.contains("plan cpu (bf16) gives wrong answers: ") && ran.err.contains("build the package again"));
 }
 
 #[test]

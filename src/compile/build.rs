@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::calibration::{self, Calibration};
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
-use super::reference::{ask_checkpoint, ask_cpu_plan, lower_for_prompts, quantizes_inputs};
+use super::reference::{Stand, ask_checkpoint, ask_program, lower_for_prompts, quantizes_inputs};
 use super::{
     BuildRequest, BuildSummary, CheckpointText, PassReport, PlanSummary, Precision, Progress, Recipe, add_engines,
     optimized_graph, plan_info,
@@ -123,6 +123,7 @@ pub struct PlannedBuild {
     calibration: Option<CalibrationRun>,
     /// Prompts for the reference, without answers yet; `None` if it is not wanted.
     reference: Option<Reference>,
+    stands: Vec<Stand>,
     prediction: Prediction,
 }
 
@@ -198,8 +199,10 @@ impl PlannedBuild {
             plans,
             calibration,
             reference,
+            stands: Vec::new(),
             prediction: Prediction::default(),
         };
+        planned.stands = planned.plan_stands()?;
         planned.prediction = planned.predict()?;
         Ok(planned)
     }
@@ -227,6 +230,7 @@ impl PlannedBuild {
         if let Some(run) = self.calibration.as_ref().filter(|run| run.is_scratch) {
             files.push((run.weights.clone(), cpu::pack::items(&run.lowered)));
         }
+        files.extend(self.stands.iter().map(|stand| (stand.weights.clone(), cpu::pack::items(&stand.lowered))));
         Ok(files)
     }
 
@@ -257,6 +261,8 @@ impl PlannedBuild {
             let cached_tokens = program.limits.slots * program.limits.max_sequence_tokens;
             calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token()) as u64;
         }
+        scratch_bytes +=
+            self.stands.iter().map(|stand| cpu::pack::packed_bytes(&stand.lowered.program.weights)).sum::<u64>();
         let mut asking = 0;
         if let Some(reference) = &self.reference {
             for plan in &self.plans {
@@ -371,8 +377,9 @@ impl PlannedBuild {
         let digests = packing::pack(packed.collect(), &self.checkpoint, true, &follow)?;
         progress.work("flushing");
         let infos = open.into_par_iter().map(PackageFile::finish).collect::<Result<Vec<_>>>()?;
-        let scratch = self.calibration.as_ref().filter(|run| run.is_scratch).map(|run| &run.weights);
-        infos.into_iter().filter(|info| Some(&info.path) != scratch).for_each(|info| writer.push(info));
+        let calibration = self.calibration.iter().filter(|run| run.is_scratch).map(|run| &run.weights);
+        let scratch: Vec<&String> = calibration.chain(self.stands.iter().map(|stand| &stand.weights)).collect();
+        infos.into_iter().filter(|info| !scratch.contains(&&info.path)).for_each(|info| writer.push(info));
         Ok(self.digest(&digests))
     }
 
@@ -404,6 +411,22 @@ impl PlannedBuild {
         Ok(Some(found))
     }
 
+    /// The models to pack for the CPU, for the reference of GPU plans with quantized weights. None is needed where a CPU
+    /// plan computes the same.
+    fn plan_stands(&self) -> Result<Vec<Stand>> {
+        let Some(reference) = &self.reference else { return Ok(Vec::new()) };
+        let (mut of_cpu, mut of_gpu) = (Vec::new(), Vec::new());
+        for plan in &self.plans {
+            match &plan.lowered {
+                LoweredPlan::Cpu { lowered, .. } if quantizes_inputs(&lowered.program) => {}
+                LoweredPlan::Cpu { .. } => of_cpu.push(plan.recipe.precision),
+                LoweredPlan::Gpu(_) => of_gpu.push(plan.recipe.precision),
+            }
+        }
+        of_gpu.retain(|precision| !of_cpu.contains(precision));
+        Stand::plan(reference, &self.config, &of_gpu)
+    }
+
     /// Computes the answers that the plans must give, if they are wanted. Plans that compute alike share them.
     fn ask(
         &self,
@@ -417,13 +440,8 @@ impl PlannedBuild {
         for plan in &self.plans {
             let LoweredPlan::Cpu { lowered, .. } = &plan.lowered else { continue };
             let precision = plan.recipe.precision;
-            ask_cpu_plan(
-                &mut reference,
-                &precision.to_string(),
-                &lowered.program,
-                &writer.scratch(&plan.weights),
-                progress,
-            )?;
+            let path = writer.scratch(&plan.weights);
+            ask_program(&mut reference, ("cpu", &precision.to_string()), &lowered.program, &path, progress)?;
             if !quantizes_inputs(&lowered.program) {
                 answered.push((plan.recipe.target.name(), precision));
             }
@@ -435,7 +453,15 @@ impl PlannedBuild {
                 continue;
             }
             let lowered = lower_for_prompts(&reference, &self.config, precision, calibration)?;
-            ask_checkpoint(&mut reference, (target, precision), &lowered, &self.checkpoint, progress)?;
+            match self.stands.iter().find(|stand| stand.precision == precision) {
+                Some(stand) => {
+                    let (path, name) = (writer.scratch(&stand.weights), precision.to_string());
+                    let asked = ask_program(&mut reference, (target, &name), &lowered.program, &path, progress);
+                    std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+                    asked?;
+                }
+                None => ask_checkpoint(&mut reference, (target, precision), &lowered, &self.checkpoint, progress)?,
+            }
             answered.push((target, precision));
         }
         Ok(Some(reference))

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gpu::{GpuPlan, PlanCompiler, precision_of};
-use super::reference::{ask_cpu_plan, quantizes_inputs};
+use super::reference::{ask_program, quantizes_inputs};
 use super::repack::repack;
 use super::{BuildSummary, Calibration, PlanSummary, Precision, Progress, Recipe, Target, add_engines, plan_info};
 use crate::backend::cpu::program::Program;
@@ -126,7 +126,7 @@ fn after_repacking(
         .map_err(|error| Error::internal(format!("a plan that cannot be read: {error}"), "the plan just written"))?;
     let (_, old) = cpu_program(package)?;
     if quantizes_inputs(&old) != quantizes_inputs(&program) {
-        ask_cpu_plan(&mut reference, &info.precision, &program, &writer.scratch(&info.weights), progress)?;
+        ask_program(&mut reference, ("cpu", &info.precision), &program, &writer.scratch(&info.weights), progress)?;
     }
     Ok(reference)
 }

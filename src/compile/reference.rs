@@ -1,11 +1,14 @@
 //! The reference of a build: what the CPU answers to a few short prompts, in the precision of each plan.
 //!
-//! A CPU plan is asked itself. For a plan that only a GPU runs, the same graph is lowered to the CPU and its weights are
-//! evaluated from the checkpoint, kernel by kernel: all prompts are one step, so each weight is read once.
+//! A CPU plan is asked itself. For a plan that only a GPU runs, the same graph is lowered to the CPU, and all prompts are
+//! one step, so that each weight is read once. Weights that are stored as they are, or rounded, are evaluated from the
+//! checkpoint, kernel by kernel. Quantized ones would take another search for the best scales, which takes longer than all
+//! else; they are packed for the CPU too, in the same pass as for the GPU, into a file that is removed afterwards.
 
 use std::path::Path;
 
 use super::{Calibration, Precision, Progress, optimized_graph};
+use crate::backend::constants::RowForm;
 use crate::backend::cpu::lower::{CpuTarget, LoweredProgram, lower};
 use crate::backend::cpu::program::{Program, ProgramKernel};
 use crate::backend::cpu::streamed::run_streamed;
@@ -19,13 +22,13 @@ use crate::verify::Reference;
 /// Name of the stage.
 const STAGE: &str = "asking the CPU";
 
-/// Asks a CPU plan whose weights are in the file `path`.
+/// Asks a program whose weights are in the file `path` for the answers that the plan for `target` must give.
 ///
 /// # Errors
 /// [`Error::Numerics`] if a logit is not finite; errors of opening the plan.
-pub(super) fn ask_cpu_plan(
+pub(super) fn ask_program(
     reference: &mut Reference,
-    precision: &str,
+    (target, precision): (&str, &str),
     program: &Program,
     path: &Path,
     progress: &dyn Progress,
@@ -35,8 +38,37 @@ pub(super) fn ask_cpu_plan(
     let options = CpuOptions { slots: Some(slots), ..CpuOptions::default() };
     let mut executor = CpuExecutor::new(program.clone(), path, TensorFile::open(path)?, &options)?;
     let answers = reference.ask(&mut executor, &|tokens| follow(progress, tokens))?;
-    reference.add("cpu", precision, executor.arithmetic(), answers);
+    reference.add(target, precision, executor.arithmetic(), answers);
     Ok(())
+}
+
+/// The model in the precision of a GPU plan with quantized weights, to be packed for the CPU.
+pub(super) struct Stand {
+    pub precision: Precision,
+    pub lowered: LoweredProgram,
+    /// Temporary file of its weights.
+    pub weights: String,
+}
+
+impl Stand {
+    /// One for each of the precisions that quantizes weights.
+    ///
+    /// # Errors
+    /// As [`lower_for_prompts`].
+    pub fn plan(reference: &Reference, config: &ModelConfig, precisions: &[Precision]) -> Result<Vec<Stand>> {
+        let mut stands: Vec<Stand> = Vec::new();
+        for precision in precisions {
+            // Weights do not depend on calibration, so any scale will do.
+            let uncalibrated = Calibration::uniform(0.5);
+            let lowered = lower_for_prompts(reference, config, *precision, Some(&uncalibrated))?;
+            let has_codes = lowered.constants.iter().any(|constant| matches!(constant.form(), RowForm::Codes(_)));
+            if has_codes && stands.iter().all(|stand| stand.precision != *precision) {
+                let weights = format!("reference-{precision}.safetensors");
+                stands.push(Stand { precision: *precision, lowered, weights });
+            }
+        }
+        Ok(stands)
+    }
 }
 
 /// Returns true if a program's linear layers quantize their inputs, which no GPU plan does.
@@ -144,7 +176,7 @@ mod tests {
                 let file = packing::File { items: items(&lowered), sink: &mut sink };
                 packing::pack(vec![file], &checkpoint, false, &|_| Ok(())).unwrap();
                 std::fs::write(&path, bytes).unwrap();
-                ask_cpu_plan(&mut reference, &precision.to_string(), &lowered.program, &path, &Quiet).unwrap();
+                ask_program(&mut reference, ("cpu", &precision.to_string()), &lowered.program, &path, &Quiet).unwrap();
                 let of_plan = reference.answers_for("cpu").unwrap().rows.clone();
                 ask_checkpoint(&mut reference, ("cpu", precision), &lowered, &checkpoint, &Quiet).unwrap();
                 assert_eq!(reference.answers_for("cpu").unwrap().rows, of_plan, "{folder} {precision}");

@@ -19,6 +19,7 @@ use half::bf16;
 use safetensors::tensor::Dtype;
 
 use super::executor::stand_ins;
+use crate::cli::aotron;
 use crate::packages::build_package;
 use crate::verify::{HEAD_DIM, KV_HEADS, VOCAB, grouped_checkpoint};
 
@@ -332,6 +333,15 @@ fn on_stand_ins_faults_are_caught() {
     let last = folder().join(format!("engine-{}", FAULTS[FAULTS.len() - 1].0));
     let error = Model::open(&last).unwrap().session().err().unwrap();
     assert!(matches!(error, Error::Unproven { .. }), "{error}");
+    let path = last.to_str().unwrap();
+    let refused = ["aotron verify", "token id", "instead of", "gives wrong answers on GPU 1", "--accept-unverified"];
+    let shown = aotron(&["verify", path]);
+    assert_eq!(shown.code, Some(1), "{}", shown.err);
+    assert!(shown.out.contains("FAILED") && shown.out.contains("worst:"), "{}", shown.out);
+    assert!(refused.iter().all(|words| shown.err.contains(words)), "{}", shown.err);
+    aotron(&["run", path, "--token-ids", "5,9", "--max-tokens", "2"]).fails(1, &refused);
+    let insisting = aotron(&["run", path, "--token-ids", "5,9", "--max-tokens", "2", "--accept-unverified"]).ok();
+    assert!(insisting.err.contains("runs unverified on GPU 1"), "{}", insisting.err);
 }
 
 #[test]
