@@ -385,7 +385,7 @@ mod tests {
                 held[span.slot] = span.past_tokens + span.len;
             }
         }
-        assert_eq!(steps.len(), 5);
+        assert_eq!(steps.len(), 6);
     }
 
     #[test]
