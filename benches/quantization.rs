@@ -100,6 +100,7 @@ fn main() -> Outcome<()> {
             prepare: false,
             calibration: None,
             chat_format: None,
+            reference: true,
         };
         build(&request, &quiet)?;
         packages.insert(name.clone(), Package::open(&output)?);

@@ -38,6 +38,7 @@ pub fn build_recipes(
         prepare,
         calibration: None,
         chat_format: None,
+        reference: true,
     };
     build(&request, &quiet())
 }

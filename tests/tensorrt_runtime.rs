@@ -15,6 +15,8 @@ use crate::tensorrt::rtx;
 
 #[path = "tensorrt_runtime/executor.rs"]
 mod executor;
+#[path = "tensorrt_runtime/faults.rs"]
+mod faults;
 #[path = "tensorrt_runtime/machines.rs"]
 mod machines;
 

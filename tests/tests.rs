@@ -37,6 +37,8 @@ mod tensorrt_runtime;
 mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;
+/// Verification of CPU plans.
+mod verify;
 
 use aotron::isa::{CPU_VARIABLE, CpuFeatures, Isa};
 

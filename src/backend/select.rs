@@ -18,6 +18,8 @@ pub struct ExecutorOptions {
     pub cpu: CpuOptions,
     /// Options of GPU plans.
     pub gpu: GpuOptions,
+    /// Runs a GPU plan that has not been verified on this machine, see [`crate::verify`].
+    pub accept_unverified: bool,
 }
 
 /// The selected plan, and the reason for the choice.

@@ -9,7 +9,7 @@ use aotron::text::{ChatFormat, ChatTemplate, Tokenizer};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
-use super::{bench, build, chat, doctor, inspect, run, score, shell, term, tokenize};
+use super::{bench, build, chat, doctor, inspect, run, score, shell, term, tokenize, verify};
 
 /// Compiles Nemotron chat models ahead of time and runs them.
 #[derive(Debug, Parser)]
@@ -33,6 +33,8 @@ pub enum Command {
     Tokenize(tokenize::Flags),
     /// Show the contents of an engine package or a checkpoint
     Inspect(inspect::Flags),
+    /// Compare a plan's answers with each other and with the CPU's
+    Verify(verify::Flags),
     /// Measure prefill and decode speed
     Bench(bench::Flags),
     /// Report what this machine can build and run
@@ -70,13 +72,16 @@ pub struct EngineFlags {
     /// Index of the GPU to run on [default: the first one that a plan was compiled for]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub device: Option<usize>,
+    /// Run a GPU plan that has not been verified on this card, driver and library
+    #[arg(long)]
+    pub accept_unverified: bool,
     /// Launch the GPU's kernels one by one rather than as CUDA graphs
     #[arg(long, hide = true)]
     pub no_cuda_graphs: bool,
 }
 
 /// Flags that pin an engine package.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct PinFlags {
     /// Refuse the package unless its manifest has this SHA-256, which `aotron inspect` shows
     #[arg(long, value_name = "SHA256", value_parser = sha256)]

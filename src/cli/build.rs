@@ -20,6 +20,7 @@ use super::args::{PinFlags, chat_format_help, count, usage};
 use super::engine::{refuse_checkpoint, shell_word};
 use super::inspect::{CpuPlanFacts, text_facts};
 use super::term::{self, Stages};
+use super::verify::verify_compiled;
 
 /// Flags of `aotron build`.
 #[derive(Debug, clap::Args)]
@@ -51,13 +52,17 @@ pub struct Flags {
     calibration: Option<PathBuf>,
     #[arg(long, value_name = "NAME|FILE.jinja", help = chat_format_help("the checkpoint's own"))]
     chat_format: Option<String>,
+    /// Store no reference answers. A plan for a GPU can then be compared with itself only, not with the CPU's answers,
+    /// before it is used
+    #[arg(long)]
+    no_reference: bool,
     /// If a plan cannot be compiled on this machine, do everything else; --finish compiles it later on its GPU
     #[arg(long)]
     prepare: bool,
     /// Compile the plans of an engine package that were only prepared, or recompile all GPU plans if there are none,
     /// from the package's own weights; with --recipe, add a plan for that GPU, or with --recipe cpu, repack the CPU
     /// plan for this CPU or --cpu. Precision and sequence length stay those of the weights
-    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "prepare", "output", "force"])]
+    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "no_reference", "prepare", "output", "force"])]
     finish: bool,
     #[command(flatten)]
     pin: PinFlags,
@@ -126,6 +131,7 @@ impl Flags {
             prepare: self.prepare,
             calibration: self.calibration.clone(),
             chat_format: self.chat_format.clone(),
+            reference: !self.no_reference,
         })
     }
 
@@ -193,7 +199,13 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         }
     }
     let took = term::duration(started.elapsed());
-    print(&summary, &took)
+    print(&summary, &took)?;
+    if !flags.finish {
+        return Ok(());
+    }
+    let compiled = summary.plans.iter().filter(|plan| plan.compiler.is_some() && !plan.only_prepared);
+    let targets: Vec<&str> = compiled.map(|plan| plan.target.as_str()).collect();
+    verify_compiled(&Package::open(&summary.package)?, &targets)
 }
 
 /// Prints a build's resource estimate on standard error.

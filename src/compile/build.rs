@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::calibration::{self, Calibration};
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
+use super::reference::{Stand, ask_checkpoint, ask_program, lower_for_prompts, quantizes_inputs};
 use super::{
     BuildRequest, BuildSummary, CheckpointText, PassReport, PlanSummary, Precision, Progress, Recipe, add_engines,
     optimized_graph, plan_info,
@@ -23,6 +24,7 @@ use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, P
 use crate::error::{Error, Result, clip};
 use crate::tensor_file::TensorFile;
 use crate::text::{ChatFormat, ChatTemplate, NemotronMarkers, Tokenizer};
+use crate::verify::{Reference, prompts};
 
 /// Baseline: code, tables and thread stacks.
 const PROGRAM_BYTES: u64 = 64 << 20;
@@ -119,6 +121,9 @@ pub struct PlannedBuild {
     generation: GenerationSettings,
     plans: Vec<Planned>,
     calibration: Option<CalibrationRun>,
+    /// Prompts for the reference, without answers yet; `None` if it is not wanted.
+    reference: Option<Reference>,
+    stands: Vec<Stand>,
     prediction: Prediction,
 }
 
@@ -172,6 +177,18 @@ impl PlannedBuild {
             tokenizer_of.map(|tokenizer| (tokenizer, &chat_format)),
             progress,
         )?;
+        let reference = request.reference.then(|| {
+            let shortest = plans.iter().map(|plan| plan.limits.max_sequence_tokens).min().unwrap_or(0);
+            let limits = Limits { max_sequence_tokens: shortest, ..plans[0].limits.clone() };
+            let calibrated = calibration.as_ref().map_or(&[][..], |run| &run.prompts);
+            Reference::new(prompts(tokenizer_of.map(|tokenizer| (tokenizer, &chat_format)), calibrated, &limits))
+        });
+        if reference.is_none() {
+            progress.warn(
+                "without reference answers (--no-reference) a plan for a GPU is compared with itself only, not with the \
+                 CPU, before it answers",
+            );
+        }
         let mut planned = PlannedBuild {
             request: request.clone(),
             checkpoint,
@@ -181,8 +198,11 @@ impl PlannedBuild {
             generation,
             plans,
             calibration,
+            reference,
+            stands: Vec::new(),
             prediction: Prediction::default(),
         };
+        planned.stands = planned.plan_stands()?;
         planned.prediction = planned.predict()?;
         Ok(planned)
     }
@@ -210,6 +230,7 @@ impl PlannedBuild {
         if let Some(run) = self.calibration.as_ref().filter(|run| run.is_scratch) {
             files.push((run.weights.clone(), cpu::pack::items(&run.lowered)));
         }
+        files.extend(self.stands.iter().map(|stand| (stand.weights.clone(), cpu::pack::items(&stand.lowered))));
         Ok(files)
     }
 
@@ -240,11 +261,28 @@ impl PlannedBuild {
             let cached_tokens = program.limits.slots * program.limits.max_sequence_tokens;
             calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token()) as u64;
         }
+        scratch_bytes +=
+            self.stands.iter().map(|stand| cpu::pack::packed_bytes(&stand.lowered.program.weights)).sum::<u64>();
+        let mut asking = 0;
+        if let Some(reference) = &self.reference {
+            for plan in &self.plans {
+                let program = match &plan.lowered {
+                    LoweredPlan::Cpu { lowered, .. } => lowered.program.clone(),
+                    LoweredPlan::Gpu(_) => {
+                        let uncalibrated = Calibration::uniform(0.5);
+                        let precision = plan.recipe.precision;
+                        lower_for_prompts(reference, &self.config, precision, Some(&uncalibrated))?.program
+                    }
+                };
+                let cached_tokens = reference.tokens() * program.cache.bytes_per_token();
+                asking = asking.max((program.arena_bytes + cached_tokens) as u64);
+            }
+        }
         Ok(Prediction {
             read_bytes: self.checkpoint.weight_bytes(),
             files,
             scratch_bytes,
-            memory_bytes: PROGRAM_BYTES + packing.max(compiling).max(calibrating),
+            memory_bytes: PROGRAM_BYTES + packing.max(compiling).max(calibrating).max(asking),
             free_disk_bytes: free_bytes(&self.request.output),
             available_memory_bytes: available_memory_bytes(),
         })
@@ -269,7 +307,8 @@ impl PlannedBuild {
             });
         }
         let digest = self.pack(&mut writer, progress)?;
-        self.calibrate(&writer, &**progress)?;
+        let calibration = self.calibrate(&writer, &**progress)?;
+        let reference = self.ask(&writer, calibration.as_ref(), &**progress)?;
 
         let checkpoint_info = CheckpointInfo { format: self.checkpoint.format().into(), digest };
         let mut manifest = Manifest::new(self.config, checkpoint_info, self.chat_format, self.generation);
@@ -279,6 +318,11 @@ impl PlannedBuild {
             writer.add(file, |write| write(&kept))?;
             let vocab_size = tokenizer.vocab_size();
             manifest.tokenizer = Some(TokenizerInfo { file: file.into(), source: source.into(), vocab_size });
+        }
+        if let Some(reference) = reference {
+            let text = reference.to_json()?;
+            writer.add(Reference::PACKAGE_FILE, |write| write(&text))?;
+            manifest.reference = Some(Reference::PACKAGE_FILE.into());
         }
         let mut plans = Vec::with_capacity(self.plans.len());
         for (Planned { recipe, limits, lowered, weights }, engines) in self.plans.into_iter().zip(engines) {
@@ -333,8 +377,9 @@ impl PlannedBuild {
         let digests = packing::pack(packed.collect(), &self.checkpoint, true, &follow)?;
         progress.work("flushing");
         let infos = open.into_par_iter().map(PackageFile::finish).collect::<Result<Vec<_>>>()?;
-        let scratch = self.calibration.as_ref().filter(|run| run.is_scratch).map(|run| &run.weights);
-        infos.into_iter().filter(|info| Some(&info.path) != scratch).for_each(|info| writer.push(info));
+        let calibration = self.calibration.iter().filter(|run| run.is_scratch).map(|run| &run.weights);
+        let scratch: Vec<&String> = calibration.chain(self.stands.iter().map(|stand| &stand.weights)).collect();
+        infos.into_iter().filter(|info| !scratch.contains(&&info.path)).for_each(|info| writer.push(info));
         Ok(self.digest(&digests))
     }
 
@@ -351,8 +396,8 @@ impl PlannedBuild {
     }
 
     /// Runs the calibration, if any, and lowers again the plans that depend on it.
-    fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<()> {
-        let Some(run) = self.calibration.take() else { return Ok(()) };
+    fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<Option<Calibration>> {
+        let Some(run) = self.calibration.take() else { return Ok(None) };
         let path = writer.scratch(&run.weights);
         let found = calibration::calibrate(run.lowered.program, &path, &run.prompts, progress);
         if run.is_scratch {
@@ -363,7 +408,63 @@ impl PlannedBuild {
             plan.lowered =
                 LoweredPlan::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
         }
-        Ok(())
+        Ok(Some(found))
+    }
+
+    /// The models to pack for the CPU, for the reference of GPU plans with quantized weights. None is needed where a CPU
+    /// plan computes the same.
+    fn plan_stands(&self) -> Result<Vec<Stand>> {
+        let Some(reference) = &self.reference else { return Ok(Vec::new()) };
+        let (mut of_cpu, mut of_gpu) = (Vec::new(), Vec::new());
+        for plan in &self.plans {
+            match &plan.lowered {
+                LoweredPlan::Cpu { lowered, .. } if quantizes_inputs(&lowered.program) => {}
+                LoweredPlan::Cpu { .. } => of_cpu.push(plan.recipe.precision),
+                LoweredPlan::Gpu(_) => of_gpu.push(plan.recipe.precision),
+            }
+        }
+        of_gpu.retain(|precision| !of_cpu.contains(precision));
+        Stand::plan(reference, &self.config, &of_gpu)
+    }
+
+    /// Computes the answers that the plans must give, if they are wanted. Plans that compute alike share them.
+    fn ask(
+        &self,
+        writer: &PackageWriter,
+        calibration: Option<&Calibration>,
+        progress: &dyn Progress,
+    ) -> Result<Option<Reference>> {
+        let Some(mut reference) = self.reference.clone() else { return Ok(None) };
+        let mut answered: Vec<(&str, Precision)> = Vec::new();
+        let is_gpu = |plan: &&Planned| plan.lowered.means().is_some();
+        for plan in &self.plans {
+            let LoweredPlan::Cpu { lowered, .. } = &plan.lowered else { continue };
+            let precision = plan.recipe.precision;
+            let path = writer.scratch(&plan.weights);
+            ask_program(&mut reference, ("cpu", &precision.to_string()), &lowered.program, &path, progress)?;
+            if !quantizes_inputs(&lowered.program) {
+                answered.push((plan.recipe.target.name(), precision));
+            }
+        }
+        for plan in self.plans.iter().filter(is_gpu) {
+            let (target, precision) = (plan.recipe.target.name(), plan.recipe.precision);
+            if let Some((other, _)) = answered.iter().find(|(_, of_other)| *of_other == precision) {
+                reference.expect_alike(target, Some(other));
+                continue;
+            }
+            let lowered = lower_for_prompts(&reference, &self.config, precision, calibration)?;
+            match self.stands.iter().find(|stand| stand.precision == precision) {
+                Some(stand) => {
+                    let (path, name) = (writer.scratch(&stand.weights), precision.to_string());
+                    let asked = ask_program(&mut reference, (target, &name), &lowered.program, &path, progress);
+                    std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+                    asked?;
+                }
+                None => ask_checkpoint(&mut reference, (target, precision), &lowered, &self.checkpoint, progress)?,
+            }
+            answered.push((target, precision));
+        }
+        Ok(Some(reference))
     }
 }
 

@@ -8,6 +8,7 @@ pub mod passes;
 mod prediction;
 mod quantize;
 mod recipe;
+mod reference;
 mod repack;
 mod text;
 
@@ -76,6 +77,8 @@ pub struct BuildRequest {
     /// The chat format, as accepted by [`ChatTemplate::choose`](crate::text::ChatTemplate::choose). `None` uses the
     /// checkpoint's own.
     pub chat_format: Option<String>,
+    /// Stores the CPU's answers to a few prompts, which plans for GPUs are [held to](crate::verify).
+    pub reference: bool,
 }
 
 /// Result of a build.

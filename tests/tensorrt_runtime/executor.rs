@@ -43,7 +43,7 @@ pub fn stand_ins() -> &'static Path {
             let header = format!("-DAOTRON_HEADER=\"{header}\"");
             let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
             let done = Command::new(compiler)
-                .args(["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Icpp/cuda", &header, more])
+                .args(["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-Icpp/cuda", &header, more])
                 .arg(source.join(file))
                 .args(["-ldl", "-o"])
                 .arg(folder.path().join(library))

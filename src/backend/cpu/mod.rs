@@ -7,5 +7,6 @@ pub mod lower;
 pub mod pack;
 pub mod program;
 mod run;
+pub mod streamed;
 
 pub use executor::{CpuExecutor, CpuModel, CpuOptions};

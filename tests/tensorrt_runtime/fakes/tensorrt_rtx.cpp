@@ -12,10 +12,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -64,6 +66,7 @@ struct Tensor {
 struct Spec {
     std::vector<Tensor> tensors;
     std::vector<std::array<std::int64_t, 3>> profiles; // largest B, T, R
+    std::string fault;                                 // see model.inl
 
     Tensor const* find(std::string const& name) const
     {
@@ -90,6 +93,9 @@ struct Bound {
     std::uint64_t address = 0;
 };
 
+struct Run;
+void compute_model(Run const& run);
+
 struct Run {
     std::shared_ptr<Spec const> spec;
     std::map<std::string, Bound> bound;
@@ -115,6 +121,9 @@ struct Run {
 
     void run() const
     {
+        if (spec->find("embedding") != nullptr) {
+            return compute_model(*this);
+        }
         std::uint32_t weights = 0;
         std::vector<std::pair<std::uint16_t*, std::vector<std::int64_t>>> caches;
         for (auto const& tensor : spec->tensors) {
@@ -194,6 +203,13 @@ struct Run {
         }
     }
 };
+
+#include "model.inl"
+
+void compute_model(Run const& run)
+{
+    model::Model(run).compute();
+}
 
 class HostMemoryImpl final : public apiv::VHostMemory {
 public:
@@ -482,6 +498,8 @@ public:
                     fail("the plan was built for SM " + std::to_string(built) + ", the current GPU is SM " + std::to_string(here));
                     return nullptr;
                 }
+            } else if (kind == "fault") {
+                text >> spec->fault;
             } else if (kind == "profile") {
                 auto& most = spec->profiles.emplace_back();
                 text >> most[0] >> most[1] >> most[2];

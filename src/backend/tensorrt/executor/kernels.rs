@@ -3,14 +3,13 @@
 //! The file is in the user's cache folder and nowhere else: kernels are code, and a package may be anyone's. The library
 //! itself rejects kernels of another version, GPU or driver; a digest detects damaged files.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::engine::Package;
+use crate::engine::{Package, user_cache};
 
 const MAGIC: &[u8; 8] = b"aotronk1";
 const DIGEST_BYTES: usize = 32;
@@ -30,7 +29,7 @@ impl KernelCache {
         let name = format!("{}-{plan}-{gpu}-{version}.kernels", package.manifest().sha256);
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
         let name: String = name.chars().map(plain).collect();
-        KernelCache { file: folder(&|variable| std::env::var_os(variable)).map(|folder| folder.join(name)) }
+        KernelCache { file: user_cache().map(|cache| cache.join("kernels").join(name)) }
     }
 
     /// Reads the kernels if the file is intact.
@@ -48,13 +47,6 @@ impl KernelCache {
         };
         write(file, kernels).map_err(|error| format!("{}: {error}", file.display()))
     }
-}
-
-/// Folder of kernel caches; relative paths are not used, as they would be inside of the current folder.
-fn folder(variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
-    let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let cache = absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))?;
-    Some(cache.join("aotron").join("kernels"))
 }
 
 fn read(file: &Path) -> Option<Vec<u8>> {
@@ -117,15 +109,5 @@ mod tests {
         KernelCache { file: Some(link.clone()) }.write(b"compiled").unwrap();
         assert_eq!(fs::read_to_string(&precious).unwrap(), "mine");
         assert!(!fs::symlink_metadata(&link).unwrap().is_symlink());
-    }
-
-    #[test]
-    fn the_folder_is_the_users_and_absolute() {
-        let set = |values: &'static [(&str, &str)]| {
-            folder(&move |name| values.iter().find(|(known, _)| *known == name).map(|(_, value)| value.into()))
-        };
-        assert_eq!(set(&[("XDG_CACHE_HOME", "/c"), ("HOME", "/h")]), Some("/c/aotron/kernels".into()));
-        assert_eq!(set(&[("XDG_CACHE_HOME", "."), ("HOME", "/h")]), Some("/h/.cache/aotron/kernels".into()));
-        assert_eq!(set(&[("XDG_CACHE_HOME", ""), ("HOME", "")]), None);
     }
 }

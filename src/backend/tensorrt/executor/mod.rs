@@ -393,6 +393,20 @@ impl Executor for TensorRtExecutor {
         self.run_step(step)?;
         Ok(Logits::deferred(&mut self.results))
     }
+
+    /// Attention reads a slot's whole capacity, so what lies past the end of a sequence must be finite.
+    fn fill_slot(&mut self, slot: usize, byte: u8) -> Result<bool> {
+        if slot >= self.layout.slots {
+            return Err(Error::Step(format!("slot {slot}, but the engine has {} slots", self.layout.slots)));
+        }
+        self.stream.device().bind()?;
+        for (half, part) in &self.layout.caches {
+            let bytes = self.layout.slot_bytes.get(half).copied().unwrap_or(0);
+            let start = part.offset + slot as u64 * bytes;
+            self.stream.fill(&self.buffers.cache, start..start + bytes, byte)?;
+        }
+        Ok(true)
+    }
 }
 
 impl Drop for TensorRtExecutor {
@@ -536,6 +550,7 @@ mod tests {
                 prepare: true,
                 calibration: None,
                 chat_format: None,
+                reference: true,
             };
             build(&request, &(Arc::new(Quiet) as Arc<dyn Progress>)).unwrap();
             let package = Package::open(Path::new(&output)).unwrap();
