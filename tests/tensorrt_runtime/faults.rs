@@ -266,6 +266,7 @@ fn package(of_cpu: &Package, weights: &[FakeWeight], fault: &str, reference: boo
             compiled: Some(Compiled {
                 library: LibraryKind::Rtx,
                 version: "1.7.1".into(),
+                gpu: None,
                 context_plan: Some("plans/a100-context.plan".into()),
             }),
             sizes: SIZES,
