@@ -13,8 +13,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use aotron::backend::{ExecutorOptions, open};
-use aotron::compile::{BuildRequest, Precision, Progress, Recipe, build};
+use aotron::compile::rounding::InputProducts;
+use aotron::compile::{BuildRequest, LinearKind, Precision, Progress, Recipe, WeightRounding, build};
 use aotron::engine::Package;
+use aotron::quantize::{F8_MAX, Scheme, round_f8, round_integer};
 use aotron::runtime::{Chat, Session, Turn};
 use serde_json::Value;
 
@@ -59,6 +61,19 @@ const LEGEND: &str = "
   parameters; in the 8B model they are a quarter.
 ";
 
+/// Text above the table of layers.
+const LAYERS: &str = "
+Relative error in percent, ‖y' − y‖ / ‖y‖, of the outputs of random layers as wide as the 8B's, on inputs other than those
+that weights were rounded by. The inputs share 64 directions; after LayerNorm, one channel of 512 is 20 times as large.
+
+| inputs | int8 | int4, nearest | int4, gptq | E4M3 weights, nearest | E4M3 weights, gptq | E4M3 inputs | both, gptq | \
+W8A8 | W8A8, SmoothQuant |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+";
+
+/// The page's end.
+const FINDINGS: &str = "";
+
 struct Quiet;
 impl Progress for Quiet {
     fn stage(&self, _: &str, _: u64) {}
@@ -84,17 +99,12 @@ fn main() -> Outcome<()> {
     let folder = tempfile::tempdir()?;
     let quiet: Arc<dyn Progress> = Arc::new(Quiet);
     let mut packages = HashMap::new();
-    let mut rows: Vec<(String, Precision, Option<bool>)> =
-        Precision::ALL.into_iter().map(|precision| (precision.to_string(), precision, None)).collect();
-    rows.insert(3, ("int8, int8 activations".into(), Precision::Int8, Some(true)));
-    for (name, precision, quantize_activations) in &rows {
-        let mut recipe = Recipe::load("cpu")?;
-        recipe.precision = *precision;
-        recipe.quantize_activations = *quantize_activations;
+    let variants = variants()?;
+    for (name, recipe) in &variants {
         let output = folder.path().join(name);
         let request = BuildRequest {
             checkpoint: CHECKPOINT.into(),
-            recipes: vec![recipe],
+            recipes: vec![recipe.clone()],
             output: output.clone(),
             replace: false,
             prepare: false,
@@ -110,7 +120,7 @@ fn main() -> Outcome<()> {
         "| precision | exact | same answers | same token | KL of answers | KL of all | weights |\n\
          | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
-    for (precision, ..) in &rows {
+    for (precision, _) in &variants {
         let package = &packages[precision];
         let mut measured = Measured { weight_bytes: weight_bytes(package), ..Measured::default() };
         hold_conversations(package, &asked, &answered, &mut measured)?;
@@ -120,9 +130,179 @@ fn main() -> Outcome<()> {
         page.push_str(&row);
     }
     page.push_str(LEGEND);
+    page.push_str(&layers());
+    page.push_str(FINDINGS);
     fs::create_dir_all("docs")?;
     fs::write(PAGE, page)?;
     Ok(())
+}
+
+/// The recipes to measure, by the names of their rows.
+fn variants() -> Outcome<Vec<(String, Recipe)>> {
+    let cpu = Recipe::load("cpu")?;
+    let of = |precision: Precision| Recipe { precision, ..cpu.clone() };
+    let nearest = |precision: Precision| Recipe { weight_rounding: WeightRounding::Nearest, ..of(precision) };
+    let keeping = |kinds: &[LinearKind]| Recipe { keep_bf16: kinds.to_vec(), ..of(Precision::Fp8) };
+    let fp8 = |kinds: &[LinearKind], name: &str| (format!("fp8, {name} in BF16"), keeping(kinds));
+    let int8 = Recipe { quantize_activations: Some(true), ..of(Precision::Int8) };
+    let plain = Precision::ALL.into_iter().map(|precision| (precision.to_string(), of(precision)));
+    let mut variants: Vec<(String, Recipe)> = plain.collect();
+    variants.insert(3, ("int8, int8 activations".into(), int8));
+    variants.push(("int4, nearest".into(), nearest(Precision::Int4)));
+    variants.push(("fp8, nearest".into(), nearest(Precision::Fp8)));
+    variants.push(("fp8, all layers".into(), keeping(&[])));
+    variants.push(("fp8, all layers, nearest".into(), Recipe { keep_bf16: Vec::new(), ..nearest(Precision::Fp8) }));
+    variants.push(fp8(&[LinearKind::DownProj], "`down_proj`"));
+    variants.push(fp8(&[LinearKind::UpProj], "`up_proj`"));
+    variants.push(fp8(&[LinearKind::OProj], "`o_proj`"));
+    variants.push(fp8(&[LinearKind::QkvProj, LinearKind::OProj], "`qkv_proj` and `o_proj`"));
+    Ok(variants)
+}
+
+/// Numbers close to normal, by a linear congruential generator.
+struct Normal(u32);
+
+impl Normal {
+    fn next(&mut self) -> f32 {
+        let mut uniform = || {
+            self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (self.0 >> 8) as f32 / (1 << 24) as f32
+        };
+        (0..12).map(|_| uniform()).sum::<f32>() - 6.0
+    }
+
+    fn matrix(&mut self, elements: usize) -> Vec<f32> {
+        (0..elements).map(|_| self.next()).collect()
+    }
+}
+
+/// Inputs that share 64 directions, some channels 20 times as large as the others, as LayerNorm gives; or their squared
+/// ReLU, as the down projection has. `[tokens, columns]`
+fn layer_inputs(tokens: usize, columns: usize, is_squared: bool, seed: u32) -> Vec<f32> {
+    const DIRECTIONS: usize = 64;
+    let mut normal = Normal(seed);
+    let (directions, amounts) = (normal.matrix(DIRECTIONS * columns), normal.matrix(tokens * DIRECTIONS));
+    let mut inputs = vec![0f32; tokens * columns];
+    for (x, amounts) in inputs.chunks_exact_mut(columns).zip(amounts.chunks_exact(DIRECTIONS)) {
+        for (amount, direction) in amounts.iter().zip(directions.chunks_exact(columns)) {
+            x.iter_mut().zip(direction).for_each(|(x, d)| *x += amount * d / 8.0);
+        }
+        for (column, x) in x.iter_mut().enumerate() {
+            *x += 0.5 * normal.next();
+            if is_squared {
+                *x = x.max(0.0).powi(2);
+            } else if column % 512 == 7 {
+                *x *= 20.0;
+            }
+        }
+    }
+    inputs
+}
+
+/// Relative errors of the outputs of random layers as wide as the 8B's, a table.
+fn layers() -> String {
+    const ROWS: usize = 128;
+    let mut table = LAYERS.to_owned();
+    for (name, columns, is_squared) in
+        [("4,096, as after LayerNorm", 4096, false), ("16,384, squared ReLU", 16_384, true)]
+    {
+        let tokens = 4096;
+        // The inputs that are rounded by, and others of the same kind that are measured on.
+        let all = layer_inputs(tokens + 256, columns, is_squared, 1);
+        let (seen, fresh) = all.split_at(tokens * columns);
+        let weights = Normal(2).matrix(ROWS * columns);
+        let expected = product(fresh, &weights, columns);
+        let error = |x: &[f32], weights: &[f32]| {
+            let outputs = product(x, weights, columns);
+            let off: f64 = outputs.iter().zip(&expected).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+            100.0 * (off / expected.iter().map(|b| f64::from(*b).powi(2)).sum::<f64>()).sqrt()
+        };
+        let rounded = |scheme: Scheme, codes: &[f32], scales: &[f32]| -> Vec<f32> {
+            let (group, blocks) = (scheme.block().unwrap_or(columns), scheme.blocks(columns));
+            let scale = |i: usize| scales[i / columns * blocks + i % columns / group];
+            codes.iter().enumerate().map(|(i, code)| code * scale(i)).collect()
+        };
+        let nearest = |scheme: Scheme, weights: &[f32]| {
+            let (mut codes, mut scales) = (weights.to_vec(), vec![0f32; ROWS * scheme.blocks(columns)]);
+            scheme.quantize(columns, &mut codes, &mut scales);
+            rounded(scheme, &codes, &scales)
+        };
+        let mut products = InputProducts::new(columns);
+        seen.chunks(256 * columns).for_each(|some| products.add(some));
+        let Some(compensation) = products.factorize() else { continue };
+        let gptq = |scheme: Scheme| {
+            let found = compensation.round(scheme, &weights);
+            rounded(scheme, &found.codes, &found.scales)
+        };
+        let largest = seen.iter().fold(0f32, |most, v| most.max(v.abs()));
+        let scale = 2.0 * largest / F8_MAX;
+        let e4m3: Vec<f32> = fresh.iter().map(|v| round_f8(v / scale) * scale).collect();
+        let cells = [
+            error(fresh, &nearest(Scheme::INT8, &weights)),
+            error(fresh, &nearest(Scheme::INT4, &weights)),
+            error(fresh, &gptq(Scheme::INT4)),
+            error(fresh, &nearest(Scheme::FP8, &weights)),
+            error(fresh, &gptq(Scheme::FP8)),
+            error(&e4m3, &weights),
+            error(&e4m3, &gptq(Scheme::FP8)),
+            smoothed(seen, fresh, &weights, columns, 0.0, &error, &nearest),
+            smoothed(seen, fresh, &weights, columns, 0.5, &error, &nearest),
+        ];
+        let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:.2}")).collect();
+        let _ = writeln!(table, "| {name} | {} |", cells.join(" | "));
+    }
+    table
+}
+
+/// Error with 8-bit integers on both sides, one scale for a token and one for a channel, after SmoothQuant's division of
+/// inputs, and multiplication of weights, by `max|x|^strength / max|w|^(1 − strength)` of each column; 0: without.
+fn smoothed(
+    seen: &[f32],
+    fresh: &[f32],
+    weights: &[f32],
+    columns: usize,
+    strength: f32,
+    error: &dyn Fn(&[f32], &[f32]) -> f64,
+    nearest: &dyn Fn(Scheme, &[f32]) -> Vec<f32>,
+) -> f64 {
+    let largest = |rows: &[f32]| {
+        let mut most = vec![1e-5f32; columns];
+        for row in rows.chunks_exact(columns) {
+            most.iter_mut().zip(row).for_each(|(most, v)| *most = most.max(v.abs()));
+        }
+        most
+    };
+    let factors: Vec<f32> = match strength {
+        0.0 => vec![1.0; columns],
+        _ => {
+            largest(seen).iter().zip(largest(weights)).map(|(x, w)| x.powf(strength) / w.powf(1.0 - strength)).collect()
+        }
+    };
+    let scaled = |rows: &[f32], power: i32| -> Vec<f32> {
+        rows.iter().enumerate().map(|(i, v)| v * factors[i % columns].powi(power)).collect()
+    };
+    let weights = scaled(&nearest(Scheme::INT8, &scaled(weights, 1)), -1);
+    let mut inputs = scaled(fresh, -1);
+    for row in inputs.chunks_exact_mut(columns) {
+        let scale = row.iter().fold(f32::MIN_POSITIVE, |most, v| most.max(v.abs())) / 127.0;
+        row.iter_mut().for_each(|v| *v = round_integer(*v / scale) * scale);
+    }
+    error(&scaled(&inputs, 1), &weights)
+}
+
+/// `x · weightsᵀ`
+fn product(x: &[f32], weights: &[f32], columns: usize) -> Vec<f32> {
+    let row = |x: &[f32]| -> Vec<f32> {
+        let dot = |w: &[f32]| {
+            let mut sums = [0f32; 16];
+            for (x, w) in x.as_chunks::<16>().0.iter().zip(w.as_chunks::<16>().0) {
+                sums.iter_mut().zip(x.iter().zip(w)).for_each(|(sum, (x, w))| *sum += x * w);
+            }
+            sums.iter().sum()
+        };
+        weights.chunks_exact(columns).map(dot).collect()
+    };
+    x.chunks_exact(columns).flat_map(row).collect()
 }
 
 impl Measured {

@@ -89,6 +89,16 @@ impl Scheme {
         }
     }
 
+    /// The code nearest to `weight / scale`, as a number.
+    #[inline(always)]
+    pub fn nearest(self, weight: f32, scale: f32) -> f32 {
+        match self.code {
+            Code::I8 => round_integer((weight / scale).clamp(-127.0, 127.0)),
+            Code::I4 => round_integer((weight / scale).clamp(-8.0, 7.0)),
+            Code::F8 => round_f8(weight / scale),
+        }
+    }
+
     /// Quantizes whole rows in place: `[rows, columns]` become codes, as numbers; their scales go into `scales`,
     /// `[rows, blocks]`.
     pub fn quantize(self, columns: usize, rows: &mut [f32], scales: &mut [f32]) {

@@ -8,12 +8,14 @@ use sha2::{Digest, Sha256};
 
 use super::calibration::{self, Calibration};
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
+use super::observation::{CalibrationInputs, RoundingJob, calibrate};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
 use super::{
     BuildRequest, BuildSummary, CheckpointText, PassReport, PlanSummary, Precision, Progress, Recipe, add_engines,
     optimized_graph, plan_info,
 };
 use crate::backend::Limits;
+use crate::backend::constants::ConstRows;
 use crate::backend::cpu;
 use crate::backend::packing::{self, PackItem};
 use crate::backend::tensorrt::lower::{Constants, PlanWeight};
@@ -83,6 +85,14 @@ impl LoweredPlan {
         }
     }
 
+    /// The constants that it stores.
+    fn contents(&self) -> Box<dyn Iterator<Item = &ConstRows> + '_> {
+        match self {
+            LoweredPlan::Cpu { lowered, .. } => Box::new(lowered.constants.iter()),
+            LoweredPlan::Gpu(plan) => Box::new(plan.weights.iter().map(|weight| &weight.content)),
+        }
+    }
+
     fn means(&self) -> Option<PlanCompiler> {
         match self {
             LoweredPlan::Cpu { .. } => None,
@@ -106,7 +116,12 @@ struct CalibrationRun {
     /// File of its weights: an existing plan's, or a temporary one.
     weights: String,
     is_scratch: bool,
+    /// Matrices to round before they are packed.
+    job: RoundingJob,
 }
+
+/// Temporary file of rounded matrices.
+const ROUNDED: &str = "rounded.safetensors";
 
 /// A build that is fully planned, with the weights still unread.
 pub struct PlannedBuild {
@@ -161,7 +176,8 @@ impl PlannedBuild {
         let uncalibrated = Calibration::uniform(0.5);
         let mut plans: Vec<Planned> = Vec::with_capacity(recipes.len());
         for ((recipe, limits), means) in recipes.iter().zip(limits).zip(means) {
-            let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&uncalibrated))?;
+            let scales = uncalibrated.without(&recipe.keep_bf16);
+            let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&scales))?;
             let weights = weights_file(&plans, recipe, &lowered);
             plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
         }
@@ -237,8 +253,13 @@ impl PlannedBuild {
             if run.is_scratch {
                 scratch_bytes = cpu::pack::packed_bytes(&program.weights);
             }
+            scratch_bytes += run.job.file_bytes(&run.lowered);
             let cached_tokens = program.limits.slots * program.limits.max_sequence_tokens;
-            calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token()) as u64;
+            let tokens: usize = run.prompts.iter().map(Vec::len).sum();
+            // The residual stream, and the cosines and sines of positions, in FP32.
+            let carried = tokens * (self.config.hidden_size + self.config.rotary_dim) * 4;
+            calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token() + carried) as u64;
+            calibrating += run.job.memory_bytes(&run.lowered);
         }
         Ok(Prediction {
             read_bytes: self.checkpoint.weight_bytes(),
@@ -268,8 +289,7 @@ impl PlannedBuild {
                 _ => None,
             });
         }
-        let digest = self.pack(&mut writer, progress)?;
-        self.calibrate(&writer, &**progress)?;
+        let digest = self.pack_and_calibrate(&mut writer, progress)?;
 
         let checkpoint_info = CheckpointInfo { format: self.checkpoint.format().into(), digest };
         let mut manifest = Manifest::new(self.config, checkpoint_info, self.chat_format, self.generation);
@@ -317,10 +337,31 @@ impl PlannedBuild {
         Ok(BuildSummary { package: self.request.output, bytes, plans })
     }
 
-    /// Writes all weights files in one pass over the checkpoint, and returns its digest.
-    fn pack(&self, writer: &mut PackageWriter, progress: &Arc<dyn Progress>) -> Result<String> {
+    /// Writes all weights files and runs the calibration, if any. One pass over the checkpoint suffices unless weights
+    /// are rounded by their layers' inputs: then those inputs are computed first. Returns the checkpoint's digest.
+    fn pack_and_calibrate(&mut self, writer: &mut PackageWriter, progress: &Arc<dyn Progress>) -> Result<String> {
+        let first = self.calibration.as_ref().filter(|run| !run.job.is_empty()).map(|run| run.weights.clone());
+        let Some(first) = first else {
+            let digest = self.pack(writer, progress, &|_| true)?;
+            self.calibrate(writer, &**progress)?;
+            return Ok(digest);
+        };
+        let digest = self.pack(writer, progress, &|file| file == first)?;
+        self.calibrate(writer, &**progress)?;
+        self.pack(writer, progress, &|file| file != first)?;
+        Ok(digest)
+    }
+
+    /// Writes the weights files that `is_wanted` in one pass over the checkpoint, and returns its digest.
+    fn pack(
+        &self,
+        writer: &mut PackageWriter,
+        progress: &Arc<dyn Progress>,
+        is_wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<String> {
         progress.stage("packing", self.checkpoint.weight_bytes());
-        let files = self.files()?;
+        let mut files = self.files()?;
+        files.retain(|(name, _)| is_wanted(name));
         let mut open = Vec::with_capacity(files.len());
         for (name, _) in &files {
             open.push(writer.create_file(name)?);
@@ -354,12 +395,25 @@ impl PlannedBuild {
     fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<()> {
         let Some(run) = self.calibration.take() else { return Ok(()) };
         let path = writer.scratch(&run.weights);
-        let found = calibration::calibrate(run.lowered.program, &path, &run.prompts, progress);
+        let inputs = CalibrationInputs {
+            lowered: &run.lowered,
+            weights: &path,
+            prompts: &run.prompts,
+            checkpoint: &self.checkpoint,
+            scales: self.plans.iter().any(|plan| plan.recipe.precision.needs_calibration()),
+            job: &run.job,
+            rounded: &writer.scratch(ROUNDED),
+        };
+        let found = calibrate(&inputs, progress);
         if run.is_scratch {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
-        let found = found?;
+        let (found, rounded) = found?;
+        if let Some(rounded) = rounded {
+            self.checkpoint.use_rounded(rounded);
+        }
         for plan in self.plans.iter_mut().filter(|plan| plan.recipe.precision.needs_calibration()) {
+            let found = found.without(&plan.recipe.keep_bf16);
             plan.lowered =
                 LoweredPlan::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
         }
@@ -409,7 +463,10 @@ fn plan_calibration(
     text: Option<(&Tokenizer, &ChatFormat)>,
     progress: &dyn Progress,
 ) -> Result<Option<CalibrationRun>> {
-    let Some(calibrated) = plans.iter().find(|plan| plan.recipe.precision.needs_calibration()) else {
+    // Arbitrary ids say little of what a layer's inputs are like: not enough to round its weights by.
+    let compensates = |plan: &Planned| plan.recipe.compensates() && (text.is_some() || request.calibration.is_some());
+    let is_calibrated = |plan: &&Planned| plan.recipe.precision.needs_calibration() || compensates(plan);
+    let Some(calibrated) = plans.iter().find(is_calibrated) else {
         let Some(path) = &request.calibration else { return Ok(None) };
         let names: Vec<String> = plans.iter().map(|plan| plan.recipe.precision.to_string()).collect();
         let (name, path) = (recipe_names(&request.recipes), path.display());
@@ -423,7 +480,26 @@ fn plan_calibration(
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
     let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target()?)?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
-    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none() }))
+    let rounded = plans.iter().filter(|plan| compensates(plan));
+    let mut schemes: Vec<_> = Vec::new();
+    for plan in rounded.clone() {
+        let of_plan = (plan.recipe.precision, plan.recipe.weight_rounding);
+        if plans.iter().any(|other| (other.recipe.precision == of_plan.0) && !compensates(other)) {
+            let detail = format!("all plans in {} of a package are rounded alike: weight_rounding differs", of_plan.0);
+            return Err(Error::Recipe { name: plan.recipe.target.name().into(), detail });
+        }
+        schemes.push(plan.recipe.precision.to_string());
+    }
+    let job = RoundingJob::new(&lowered, rounded.flat_map(|plan| plan.lowered.contents()));
+    if !job.is_empty() {
+        let tokens: usize = prompts.iter().map(Vec::len).sum();
+        progress.note(&format!(
+            "{} weights are rounded by the inputs that their layers have on {tokens} tokens of calibration prompts; \
+             weight_rounding = \"nearest\" in the recipe builds faster",
+            schemes.join(" and ")
+        ));
+    }
+    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none(), job }))
 }
 
 /// Rejects combinations of recipes that cannot share a package.

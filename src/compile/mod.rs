@@ -4,11 +4,13 @@ mod build;
 mod calibration;
 mod finish;
 pub mod gpu;
+mod observation;
 pub mod passes;
 mod prediction;
 mod quantize;
 mod recipe;
 mod repack;
+pub mod rounding;
 mod text;
 
 use std::path::{Path, PathBuf};
@@ -19,7 +21,7 @@ pub use finish::{FinishRequest, finish};
 use gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 pub use passes::{PassReport, Precision};
 pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
-pub use recipe::{Recipe, Target, TensorRtOptions};
+pub use recipe::{LinearKind, Recipe, Target, TensorRtOptions, WeightRounding};
 pub use text::CheckpointText;
 
 use crate::backend::Limits;
