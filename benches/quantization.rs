@@ -21,6 +21,8 @@ use aotron::runtime::{Chat, Session, Turn};
 use serde_json::Value;
 
 const CHECKPOINT: &str = "tests/data/tiny-chat";
+/// Dialogues of the kind that the model was trained for, none of them held out.
+const SIMILAR: &str = "tests/data/tiny-chat/calibration.jsonl";
 const PAGE: &str = "docs/quantization.md";
 /// Limit on tokens, longer than any answer.
 const MAX_TOKENS: usize = 200;
@@ -100,7 +102,7 @@ fn main() -> Outcome<()> {
     let quiet: Arc<dyn Progress> = Arc::new(Quiet);
     let mut packages = HashMap::new();
     let variants = variants()?;
-    for (name, recipe) in &variants {
+    for Variant { name, recipe, calibration } in &variants {
         let output = folder.path().join(name);
         let request = BuildRequest {
             checkpoint: CHECKPOINT.into(),
@@ -108,7 +110,7 @@ fn main() -> Outcome<()> {
             output: output.clone(),
             replace: false,
             prepare: false,
-            calibration: None,
+            calibration: calibration.map(Into::into),
             chat_format: None,
         };
         build(&request, &quiet)?;
@@ -120,7 +122,7 @@ fn main() -> Outcome<()> {
         "| precision | exact | same answers | same token | KL of answers | KL of all | weights |\n\
          | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
     );
-    for (precision, _) in &variants {
+    for Variant { name: precision, .. } in &variants {
         let package = &packages[precision];
         let mut measured = Measured { weight_bytes: weight_bytes(package), ..Measured::default() };
         hold_conversations(package, &asked, &answered, &mut measured)?;
@@ -137,26 +139,42 @@ fn main() -> Outcome<()> {
     Ok(())
 }
 
-/// The recipes to measure, by the names of their rows.
-fn variants() -> Outcome<Vec<(String, Recipe)>> {
+/// A recipe to measure.
+struct Variant {
+    /// Name of its row.
+    name: String,
+    recipe: Recipe,
+    /// Calibration prompts other than the built-in ones.
+    calibration: Option<&'static str>,
+}
+
+fn variants() -> Outcome<Vec<Variant>> {
     let cpu = Recipe::load("cpu")?;
     let of = |precision: Precision| Recipe { precision, ..cpu.clone() };
     let nearest = |precision: Precision| Recipe { weight_rounding: WeightRounding::Nearest, ..of(precision) };
     let keeping = |kinds: &[LinearKind]| Recipe { keep_bf16: kinds.to_vec(), ..of(Precision::Fp8) };
-    let fp8 = |kinds: &[LinearKind], name: &str| (format!("fp8, {name} in BF16"), keeping(kinds));
-    let int8 = Recipe { quantize_activations: Some(true), ..of(Precision::Int8) };
-    let plain = Precision::ALL.into_iter().map(|precision| (precision.to_string(), of(precision)));
-    let mut variants: Vec<(String, Recipe)> = plain.collect();
-    variants.insert(3, ("int8, int8 activations".into(), int8));
-    variants.push(("int4, nearest".into(), nearest(Precision::Int4)));
-    variants.push(("fp8, nearest".into(), nearest(Precision::Fp8)));
-    variants.push(("fp8, all layers".into(), keeping(&[])));
-    variants.push(("fp8, all layers, nearest".into(), Recipe { keep_bf16: Vec::new(), ..nearest(Precision::Fp8) }));
-    variants.push(fp8(&[LinearKind::DownProj], "`down_proj`"));
-    variants.push(fp8(&[LinearKind::UpProj], "`up_proj`"));
-    variants.push(fp8(&[LinearKind::OProj], "`o_proj`"));
-    variants.push(fp8(&[LinearKind::QkvProj, LinearKind::OProj], "`qkv_proj` and `o_proj`"));
-    Ok(variants)
+    let row = |name: &str, recipe: Recipe| Variant { name: name.into(), recipe, calibration: None };
+    let similar = |name: &str, recipe: Recipe| Variant { calibration: Some(SIMILAR), ..row(name, recipe) };
+    let all_nearest = Recipe { keep_bf16: Vec::new(), ..nearest(Precision::Fp8) };
+    let (qkv, o, up, down) = (LinearKind::QkvProj, LinearKind::OProj, LinearKind::UpProj, LinearKind::DownProj);
+    Ok(vec![
+        row("f32", of(Precision::F32)),
+        row("bf16", of(Precision::Bf16)),
+        row("int8", of(Precision::Int8)),
+        row("int8, int8 activations", Recipe { quantize_activations: Some(true), ..of(Precision::Int8) }),
+        row("int4", of(Precision::Int4)),
+        similar("int4, similar prompts", of(Precision::Int4)),
+        row("int4, nearest", nearest(Precision::Int4)),
+        row("fp8", of(Precision::Fp8)),
+        similar("fp8, similar prompts", of(Precision::Fp8)),
+        row("fp8, nearest", nearest(Precision::Fp8)),
+        row("fp8, keep_bf16 = []", keeping(&[])),
+        row("fp8, keep_bf16 = [], nearest", all_nearest),
+        row("fp8, keep_bf16 = [down_proj]", keeping(&[down])),
+        row("fp8, keep_bf16 = [up_proj]", keeping(&[up])),
+        row("fp8, keep_bf16 = [o_proj]", keeping(&[o])),
+        row("fp8, keep_bf16 = [qkv_proj, o_proj]", keeping(&[qkv, o])),
+    ])
 }
 
 /// Numbers close to normal, by a linear congruential generator.

@@ -20,7 +20,7 @@ const RUN_COLUMNS: usize = 4096;
 const BLOCK_COLUMNS: usize = 128;
 /// Part of the mean diagonal element of `H` that is added to all of them, which bounds what little-used inputs may
 /// compensate.
-const DAMPING: f64 = 0.001;
+const DAMPING: f64 = 0.003;
 /// Times that the damping is raised tenfold if a matrix cannot be factorized.
 const DAMPING_STEPS: i32 = 4;
 /// Rows and columns of sums that stay in registers.
@@ -50,6 +50,8 @@ struct Factor {
     columns: usize,
     /// Of each block `[earlier columns and its own, padded width]`.
     panels: Vec<Vec<f32>>,
+    /// Mean square of each input, which weights the errors that a group's scale is chosen by.
+    importance: Vec<f32>,
 }
 
 /// A matrix's codes and scales.
@@ -170,7 +172,8 @@ impl Run {
             });
             panels.push(panel);
         }
-        Some(Factor { first, columns: n, panels })
+        let importance = (0..n).map(|i| (products[i * n + i] / mean + DAMPING) as f32).collect();
+        Some(Factor { first, columns: n, panels, importance })
     }
 }
 
@@ -226,7 +229,7 @@ impl Factor {
                 if scheme.block().is_some() {
                     let wanted: Vec<f32> = weights.iter().zip(&*owed).map(|(w, owed)| w + owed).collect();
                     let of_groups = &mut scales[at / group..(at + end - start).div_ceil(group)];
-                    scheme.scales(&wanted, of_groups);
+                    scheme.weighted_scales(&wanted, &self.importance[start..end], of_groups);
                 }
                 let mut of_row = [0f32; BLOCK_COLUMNS];
                 let block = &panel[start * padded..];
