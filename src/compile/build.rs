@@ -476,7 +476,11 @@ fn plan_calibration(
     // The CPU's own BF16 plan is used if there is one: its weights are in the package anyway.
     let own = plans.iter().find(|plan| plan.lowered.means().is_none() && plan.recipe.precision == Precision::Bf16);
     let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
-    let prompts = calibration::prompts(request.calibration.as_ref(), text, &limits, progress)?;
+    let built_in_tokens = match plans.iter().any(compensates) {
+        true => calibration::ROUNDING_TOKENS,
+        false => calibration::SCALE_TOKENS,
+    };
+    let prompts = calibration::prompts(request.calibration.as_ref(), text, built_in_tokens, &limits, progress)?;
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
     let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target()?)?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());

@@ -18,8 +18,11 @@ use crate::text::{ChatFormat, Message, Tokenizer};
 const BUILT_IN: &str = include_str!("calibration.jsonl");
 /// Size limit of a prompt file.
 const MAX_PROMPTS_BYTES: u64 = 64 << 20;
-/// Tokens of built-in conversations at most. They bound the time of a build, which runs them all through the model.
-const BUILT_IN_TOKENS: usize = 32 << 10;
+/// Tokens of built-in conversations, at most, to round weights by. They bound the time of a build, which runs them all
+/// through the model.
+pub(super) const ROUNDING_TOKENS: usize = 32 << 10;
+/// The same for the scales of activations alone, which fewer tokens settle.
+pub(super) const SCALE_TOKENS: usize = 8 << 10;
 /// Tokens of one of them at most.
 const BUILT_IN_PROMPT_TOKENS: usize = 256;
 /// Without a tokenizer: the number and the length of arbitrary token sequences.
@@ -92,13 +95,15 @@ pub(super) fn base_name(weight: &str) -> &str {
     [".panels", ".bf16", ".f8"].into_iter().fold(weight, |name, suffix| name.strip_suffix(suffix).unwrap_or(name))
 }
 
-/// Prompts as token ids: those of `file`, else the built-in conversations, else (without a tokenizer) arbitrary ids.
+/// Prompts as token ids: those of `file`, else the first `built_in_tokens` of the built-in conversations, else (without a
+/// tokenizer) arbitrary ids.
 ///
 /// # Errors
 /// [`Error::Format`] naming the line of `file` that is not a prompt, [`Error::Io`] if it cannot be read.
 pub(super) fn prompts(
     file: Option<&PathBuf>,
     text: Option<(&Tokenizer, &ChatFormat)>,
+    built_in_tokens: usize,
     limits: &Limits,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<u32>>> {
@@ -133,7 +138,7 @@ pub(super) fn prompts(
             let mut tokens = 0;
             let mut within = |ids: &[u32]| {
                 tokens += ids.len();
-                tokens <= BUILT_IN_TOKENS
+                tokens <= built_in_tokens
             };
             let fitting = prompts.iter().take_while(|ids| within(ids)).count();
             prompts.truncate(fitting.max(1));

@@ -27,13 +27,22 @@ const DAMPING_STEPS: i32 = 4;
 const TILE: (usize, usize) = (6, 16);
 /// Columns factorized at a time.
 const FACTOR_COLUMNS: usize = 64;
-/// Partial sums of a dot product.
-const LANES: usize = 8;
+/// Partial sums of a dot product. (The kernels here are compiled for AVX2 at most: with AVX-512 the compiler vectorizes
+/// the long loop, with gathers, in place of the sums in registers.)
+const LANES: usize = 16;
+
+/// Inputs that are collected before their products are added up: the products of wide layers are far larger than any
+/// cache, so they should be gone through seldom.
+const PENDING_TOKENS: usize = 2048;
+/// Tokens whose products are summed in FP32; the sums are added up in FP64.
+const SUMMED_TOKENS: usize = 256;
 
 /// Products of a layer's inputs, `Σ xᵀx` over tokens, for runs of columns.
 pub struct InputProducts {
     columns: usize,
     runs: Vec<Run>,
+    /// Inputs that are in no product yet, `[tokens, columns]`.
+    pending: Vec<f32>,
 }
 
 /// Columns that compensate each other.
@@ -74,10 +83,12 @@ pub fn memory_bytes(widths: impl Iterator<Item = usize>) -> u64 {
     let products = |columns: usize| {
         (0..columns).step_by(RUN_COLUMNS).map(|first| run(RUN_COLUMNS.min(columns - first))).sum::<u64>()
     };
-    // One run is copied for factorization, and a layer's factors take half of a run's bytes each.
+    // Inputs wait twice, by columns and by runs; one run is copied for factorization, and factors take a quarter of the
+    // bytes of products.
     let widths: Vec<usize> = widths.collect();
     let largest = widths.iter().copied().map(products).max().unwrap_or(0);
-    widths.into_iter().map(products).sum::<u64>() + run(RUN_COLUMNS) + largest / 4
+    let pending = widths.iter().map(|columns| (columns * PENDING_TOKENS * 4) as u64).sum::<u64>() * 2;
+    widths.into_iter().map(products).sum::<u64>() + pending + run(RUN_COLUMNS) + largest / 4
 }
 
 impl InputProducts {
@@ -87,37 +98,51 @@ impl InputProducts {
             let width = RUN_COLUMNS.min(columns - first);
             Run { first, columns: width, products: vec![0.0; width * width] }
         };
-        InputProducts { columns, runs: (0..columns).step_by(RUN_COLUMNS).map(run).collect() }
+        InputProducts { columns, runs: (0..columns).step_by(RUN_COLUMNS).map(run).collect(), pending: Vec::new() }
     }
 
     /// Adds the inputs of some tokens, `[tokens, columns]`.
     pub fn add(&mut self, inputs: &[f32]) {
+        for some in inputs.chunks(PENDING_TOKENS * self.columns) {
+            if self.pending.len() + some.len() > PENDING_TOKENS * self.columns {
+                self.add_pending();
+            }
+            self.pending.extend_from_slice(some);
+        }
+    }
+
+    fn add_pending(&mut self) {
         let (rows, cols) = TILE;
         let isa = Isa::detect();
+        let inputs = std::mem::take(&mut self.pending);
         for Run { first, columns, products } in &mut self.runs {
             let columns = *columns;
             let padded = columns.next_multiple_of(rows * cols);
-            let tokens = inputs.len() / self.columns;
-            let mut x = vec![0f32; tokens * padded];
+            let mut x = vec![0f32; inputs.len() / self.columns * padded];
             for (x, inputs) in x.chunks_exact_mut(padded).zip(inputs.chunks_exact(self.columns)) {
                 x[..columns].copy_from_slice(&inputs[*first..*first + columns]);
             }
             products.par_chunks_mut(rows * columns).enumerate().for_each(|(index, products)| {
                 let top = index * rows;
-                for left in (0..(top + rows).min(columns)).step_by(cols) {
-                    let mut sums = [[0f32; TILE.1]; TILE.0];
-                    add_products(isa, tokens, &x[top..], padded, &x[left..], padded, &mut sums);
-                    for (row, sums) in products.chunks_mut(columns).zip(&sums) {
-                        row[left..].iter_mut().zip(sums).for_each(|(product, sum)| *product += f64::from(*sum));
+                for x in x.chunks(SUMMED_TOKENS * padded) {
+                    for left in (0..(top + rows).min(columns)).step_by(cols) {
+                        let mut sums = [[0f32; TILE.1]; TILE.0];
+                        add_products(isa, x.len() / padded, &x[top..], padded, &x[left..], padded, &mut sums);
+                        for (row, sums) in products.chunks_mut(columns).zip(&sums) {
+                            row[left..].iter_mut().zip(sums).for_each(|(product, sum)| *product += f64::from(*sum));
+                        }
                     }
                 }
             });
         }
+        self.pending = inputs;
+        self.pending.clear();
     }
 
     /// The outputs' squared error over the tokens, `Σ_rows e H eᵀ`, for errors `[rows, columns]` of weights; of the
     /// weights themselves it is the outputs' square. Inputs of different runs count as uncorrelated.
-    pub fn output_error(&self, errors: &[f32]) -> f64 {
+    pub fn output_error(&mut self, errors: &[f32]) -> f64 {
+        self.add_pending();
         let of_row = |row: &[f32]| -> f64 {
             let of_run = |run: &Run| -> f64 {
                 let e = &row[run.first..run.first + run.columns];
@@ -134,7 +159,9 @@ impl InputProducts {
     }
 
     /// Factorizes the products. `None` if they are not those of finite inputs.
-    pub fn factorize(self) -> Option<Compensation> {
+    pub fn factorize(mut self) -> Option<Compensation> {
+        self.add_pending();
+        self.pending = Vec::new();
         let columns = self.columns;
         let factors = self.runs.into_iter().map(Run::factorize).collect::<Option<_>>()?;
         Some(Compensation { columns, factors })
@@ -245,7 +272,6 @@ dispatch! {
     fn add_products[](
         count: usize, a: &[f32], a_stride: usize, b: &[f32], b_stride: usize, sums: &mut [[f32; TILE.1]; TILE.0]
     ) {
-        avx512 => add_products_body,
         avx2 => add_products_body,
         portable => add_products_body,
     }
@@ -279,7 +305,6 @@ dispatch! {
         scheme: Scheme, scales: (&[f32], usize), weights: &[f32], panel: &[f32], owed: &mut [f32], codes: &mut [f32],
         errors: &mut [f32]
     ) {
-        avx512 => round_in_order_body,
         avx2 => round_in_order_body,
         portable => round_in_order_body,
     }
@@ -353,7 +378,6 @@ fn factorize(matrix: &mut [f64], n: usize) -> bool {
 dispatch! {
     /// Dot product of vectors of equal length.
     fn dot[](a: &[f64], b: &[f64]) -> f64 {
-        avx512 => dot_body,
         avx2 => dot_body,
         portable => dot_body,
     }
@@ -361,19 +385,16 @@ dispatch! {
 
 #[inline(always)]
 fn dot_body(a: &[f64], b: &[f64]) -> f64 {
-    let mut sums = [[0f64; LANES]; 4];
-    let (a_groups, a_rest) = a.as_chunks::<{ 4 * LANES }>();
-    let (b_groups, b_rest) = b.as_chunks::<{ 4 * LANES }>();
+    let mut sums = [0f64; LANES];
+    let (a_groups, a_rest) = a.as_chunks::<LANES>();
+    let (b_groups, b_rest) = b.as_chunks::<LANES>();
     for (a, b) in a_groups.iter().zip(b_groups) {
-        for (part, sums) in sums.iter_mut().enumerate() {
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                *sum += a[part * LANES + lane] * b[part * LANES + lane];
-            }
+        for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += a * b;
         }
     }
     let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    let lanes: f64 = (0..LANES).map(|lane| (sums[0][lane] + sums[1][lane]) + (sums[2][lane] + sums[3][lane])).sum();
-    lanes + rest
+    sums.iter().sum::<f64>() + rest
 }
 
 #[cfg(test)]

@@ -40,7 +40,8 @@ fn errors(scheme: Scheme, weights: &[f32], codes: &[f32], scales: &[f32], column
 #[test]
 fn products_are_sums_over_tokens() {
     for columns in [1, 7, 48, 100, 193] {
-        let (products, x) = (products(columns), inputs(600, columns));
+        let (mut products, x) = (products(columns), inputs(600, columns));
+        products.add_pending();
         for i in 0..columns {
             for j in 0..=i {
                 let sum: f64 = x.chunks(columns).map(|x| f64::from(x[i]) * f64::from(x[j])).sum();
@@ -115,7 +116,8 @@ fn rounded_by_the_formula(scheme: Scheme, products: &InputProducts, weights: &[f
 fn codes_are_those_of_the_formula() {
     // Per-channel scales depend on the weights alone. FP32 sums may turn a tie the other way, which changes later codes.
     for columns in [40, 200] {
-        let products = products(columns);
+        let mut products = products(columns);
+        products.add_pending();
         let weights = matrix(20, columns, 5);
         for scheme in [Scheme::INT8, Scheme::FP8] {
             let expected = rounded_by_the_formula(scheme, &products, &weights, columns);
@@ -134,7 +136,7 @@ fn outputs_are_closer_than_with_the_nearest_codes() {
         let weights = matrix(50, columns, 6);
         let (mut nearest, mut scales) = (weights.clone(), vec![0f32; 50 * scheme.blocks(columns)]);
         scheme.quantize(columns, &mut nearest, &mut scales);
-        let products = products(columns);
+        let mut products = products(columns);
         let error_of_nearest = products.output_error(&errors(scheme, &weights, &nearest, &scales, columns));
         let rounded = self::products(columns).factorize().unwrap().round(scheme, &weights);
         let error = products.output_error(&errors(scheme, &weights, &rounded.codes, &rounded.scales, columns));
