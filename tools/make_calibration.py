@@ -4,7 +4,7 @@ code and figures, in the scripts that multilingual tokenizers know.
     python tools/make_calibration.py
 
 Calibration runs a model over them to see what its layers' inputs are like; nothing is learned from them, so an answer
-matters only as text of the kind that a model writes. Builds use the first 32,768 tokens: kinds alternate.
+matters only as text of the kind that a model writes. Builds may use the first ones only: kinds alternate.
 """
 
 import itertools

@@ -18,13 +18,13 @@ use crate::text::{ChatFormat, Message, Tokenizer};
 const BUILT_IN: &str = include_str!("calibration.jsonl");
 /// Size limit of a prompt file.
 const MAX_PROMPTS_BYTES: u64 = 64 << 20;
-/// Tokens of built-in conversations, at most, to round weights by. They bound the time of a build, which runs them all
-/// through the model.
-pub(super) const ROUNDING_TOKENS: usize = 32 << 10;
+/// Tokens of built-in conversations, at most, to round weights by; by most tokenizers all of them are fewer. They bound the
+/// time of a build, which runs them all through the model.
+pub(super) const ROUNDING_TOKENS: usize = 64 << 10;
 /// The same for the scales of activations alone, which fewer tokens settle.
 pub(super) const SCALE_TOKENS: usize = 8 << 10;
 /// Tokens of one of them at most.
-const BUILT_IN_PROMPT_TOKENS: usize = 256;
+const BUILT_IN_PROMPT_TOKENS: usize = 512;
 /// Without a tokenizer: the number and the length of arbitrary token sequences.
 const ARBITRARY: (usize, usize) = (8, 64);
 
