@@ -71,7 +71,8 @@ pub struct BuildRequest {
     pub replace: bool,
     /// If a plan cannot be compiled on this machine, do everything else; [`finish()`] completes it on another.
     pub prepare: bool,
-    /// Calibration prompts for a precision that [needs them](Precision::needs_calibration), as lines of JSON:
+    /// Calibration prompts for a precision that [needs them](Precision::needs_calibration) or a recipe that
+    /// [rounds weights by them](Recipe::compensates), as lines of JSON:
     /// `{"messages": [{"role", "content"}, …]}` ending with a user message, or `{"token_ids": […]}`. `None` uses the
     /// built-in ones.
     pub calibration: Option<PathBuf>,
