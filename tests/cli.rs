@@ -207,7 +207,8 @@ fn fp8_is_calibrated_with_the_users_prompts() {
         assert!(ran.err.contains("calibrating: ") && ran.err.contains("fake-quantize-inputs: "), "{}", ran.err);
         assert!(!Path::new(&output).join("calibration.safetensors").exists());
         let graph = aotron(&["inspect", &output, "--graph"]).ok().out;
-        assert!(graph.contains("codes(rows(model.layers.0.self_attn.q_proj.weight"), "{graph}");
+        assert!(graph.contains("codes(model.layers.0.self_attn.o_proj.weight"), "{graph}");
+        assert!(!graph.contains("codes(rows(model.layers.0.self_attn.q_proj.weight"), "kept in BF16: {graph}");
         graph.lines().filter(|line| line.contains("fake_quantize_f8")).map(str::to_owned).collect::<Vec<String>>()
     };
     let hello = scales(r#"{"messages": [{"role": "user", "content": "Hello!"}]}"#);

@@ -88,8 +88,8 @@ fn h100_is_refused_prepared_and_left_whole() {
     let info = plan(&package, "h100").tensorrt.as_ref().unwrap();
     assert_eq!((info.compute_capability, info.compiled.as_ref()), (90, None));
     assert!(plan(&package, "h100").plan.is_none());
-    // Four linear layers per block are quantized; the head stays in BF16.
-    assert_eq!(info.activation_scales.len(), 4 * 5 + 1);
+    // Three linear layers per block are quantized; `qkv_proj` and the head stay in BF16.
+    assert_eq!(info.activation_scales.len(), 3 * 5 + 1);
     assert!(info.activation_scales.values().all(|scale| *scale > 0.0));
 
     let request = FinishRequest { package: output.clone(), recipe: None };

@@ -27,6 +27,8 @@ mod numerics;
 mod packages;
 /// Graphs evaluated in FP64.
 mod reference;
+/// Weights rounded by their layers' inputs.
+mod rounding;
 /// Tests that cannot run on every machine.
 mod skips;
 /// TensorRT, if its library is available.

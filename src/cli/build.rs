@@ -46,8 +46,8 @@ pub struct Flags {
     /// Maximum number of concurrent sequences [default: the recipe's]
     #[arg(long, value_name = "N", value_parser = count(1024), allow_negative_numbers = true)]
     slots: Option<usize>,
-    /// Prompts for calibrating the activation ranges of fp8, as lines of JSON: {"messages": [{"role", "content"}, …]}
-    /// or {"token_ids": […]} [default: built-in conversations]
+    /// Prompts to calibrate int4 and fp8 with, as lines of JSON: {"messages": [{"role", "content"}, …]} or
+    /// {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,
     #[arg(long, value_name = "NAME|FILE.jinja", help = chat_format_help("the checkpoint's own"))]

@@ -8,13 +8,15 @@ use sha2::{Digest, Sha256};
 
 use super::calibration::{self, Calibration};
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
+use super::observation::{CalibrationInputs, RoundingJob, calibrate};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
 use super::reference::{Stand, ask_checkpoint, ask_program, lower_for_prompts, quantizes_inputs};
 use super::{
-    BuildRequest, BuildSummary, CheckpointText, PassReport, PlanSummary, Precision, Progress, Recipe, add_engines,
-    optimized_graph, plan_info,
+    BuildRequest, BuildSummary, CheckpointText, LinearKind, PassReport, PlanSummary, Precision, Progress, Recipe,
+    add_engines, optimized_graph, plan_info,
 };
 use crate::backend::Limits;
+use crate::backend::constants::ConstRows;
 use crate::backend::cpu;
 use crate::backend::packing::{self, PackItem};
 use crate::backend::tensorrt::lower::{Constants, PlanWeight};
@@ -85,6 +87,14 @@ impl LoweredPlan {
         }
     }
 
+    /// The constants that it stores.
+    fn contents(&self) -> Box<dyn Iterator<Item = &ConstRows> + '_> {
+        match self {
+            LoweredPlan::Cpu { lowered, .. } => Box::new(lowered.constants.iter()),
+            LoweredPlan::Gpu(plan) => Box::new(plan.weights.iter().map(|weight| &weight.content)),
+        }
+    }
+
     fn means(&self) -> Option<PlanCompiler> {
         match self {
             LoweredPlan::Cpu { .. } => None,
@@ -108,7 +118,12 @@ struct CalibrationRun {
     /// File of its weights: an existing plan's, or a temporary one.
     weights: String,
     is_scratch: bool,
+    /// Matrices to round before they are packed.
+    job: RoundingJob,
 }
+
+/// Temporary file of rounded matrices.
+const ROUNDED: &str = "rounded.safetensors";
 
 /// A build that is fully planned, with the weights still unread.
 pub struct PlannedBuild {
@@ -166,7 +181,8 @@ impl PlannedBuild {
         let uncalibrated = Calibration::uniform(0.5);
         let mut plans: Vec<Planned> = Vec::with_capacity(recipes.len());
         for ((recipe, limits), means) in recipes.iter().zip(limits).zip(means) {
-            let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&uncalibrated))?;
+            let scales = uncalibrated.without(&recipe.keep_bf16);
+            let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&scales))?;
             let weights = weights_file(&plans, recipe, &lowered);
             plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
         }
@@ -258,8 +274,13 @@ impl PlannedBuild {
             if run.is_scratch {
                 scratch_bytes = cpu::pack::packed_bytes(&program.weights);
             }
+            scratch_bytes += run.job.file_bytes(&run.lowered);
             let cached_tokens = program.limits.slots * program.limits.max_sequence_tokens;
-            calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token()) as u64;
+            let tokens: usize = run.prompts.iter().map(Vec::len).sum();
+            // The residual stream, and the cosines and sines of positions, in FP32.
+            let carried = tokens * (self.config.hidden_size + self.config.rotary_dim) * 4;
+            calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token() + carried) as u64;
+            calibrating += run.job.memory_bytes(&run.lowered);
         }
         scratch_bytes +=
             self.stands.iter().map(|stand| cpu::pack::packed_bytes(&stand.lowered.program.weights)).sum::<u64>();
@@ -269,8 +290,8 @@ impl PlannedBuild {
                 let program = match &plan.lowered {
                     LoweredPlan::Cpu { lowered, .. } => lowered.program.clone(),
                     LoweredPlan::Gpu(_) => {
-                        let uncalibrated = Calibration::uniform(0.5);
-                        let precision = plan.recipe.precision;
+                        let (precision, kept) = numbers(&plan.recipe);
+                        let uncalibrated = Calibration::uniform(0.5).without(kept);
                         lower_for_prompts(reference, &self.config, precision, Some(&uncalibrated))?.program
                     }
                 };
@@ -306,8 +327,7 @@ impl PlannedBuild {
                 _ => None,
             });
         }
-        let digest = self.pack(&mut writer, progress)?;
-        let calibration = self.calibrate(&writer, &**progress)?;
+        let (digest, calibration) = self.pack_and_calibrate(&mut writer, progress)?;
         let reference = self.ask(&writer, calibration.as_ref(), &**progress)?;
 
         let checkpoint_info = CheckpointInfo { format: self.checkpoint.format().into(), digest };
@@ -361,10 +381,34 @@ impl PlannedBuild {
         Ok(BuildSummary { package: self.request.output, bytes, plans })
     }
 
-    /// Writes all weights files in one pass over the checkpoint, and returns its digest.
-    fn pack(&self, writer: &mut PackageWriter, progress: &Arc<dyn Progress>) -> Result<String> {
+    /// Writes all weights files and runs the calibration, if any. One pass over the checkpoint suffices unless weights
+    /// are rounded by their layers' inputs: then those inputs are computed first. Returns the checkpoint's digest.
+    fn pack_and_calibrate(
+        &mut self,
+        writer: &mut PackageWriter,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<(String, Option<Calibration>)> {
+        let first = self.calibration.as_ref().filter(|run| !run.job.is_empty()).map(|run| run.weights.clone());
+        let Some(first) = first else {
+            let digest = self.pack(writer, progress, &|_| true)?;
+            return Ok((digest, self.calibrate(writer, &**progress)?));
+        };
+        let digest = self.pack(writer, progress, &|file| file == first)?;
+        let calibration = self.calibrate(writer, &**progress)?;
+        self.pack(writer, progress, &|file| file != first)?;
+        Ok((digest, calibration))
+    }
+
+    /// Writes the weights files that `is_wanted` in one pass over the checkpoint, and returns its digest.
+    fn pack(
+        &self,
+        writer: &mut PackageWriter,
+        progress: &Arc<dyn Progress>,
+        is_wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<String> {
         progress.stage("packing", self.checkpoint.weight_bytes());
-        let files = self.files()?;
+        let mut files = self.files()?;
+        files.retain(|(name, _)| is_wanted(name));
         let mut open = Vec::with_capacity(files.len());
         for (name, _) in &files {
             open.push(writer.create_file(name)?);
@@ -399,12 +443,25 @@ impl PlannedBuild {
     fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<Option<Calibration>> {
         let Some(run) = self.calibration.take() else { return Ok(None) };
         let path = writer.scratch(&run.weights);
-        let found = calibration::calibrate(run.lowered.program, &path, &run.prompts, progress);
+        let inputs = CalibrationInputs {
+            lowered: &run.lowered,
+            weights: &path,
+            prompts: &run.prompts,
+            checkpoint: &self.checkpoint,
+            scales: self.plans.iter().any(|plan| plan.recipe.precision.needs_calibration()),
+            job: &run.job,
+            rounded: &writer.scratch(ROUNDED),
+        };
+        let found = calibrate(&inputs, progress);
         if run.is_scratch {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
-        let found = found?;
+        let (found, rounded) = found?;
+        if let Some(rounded) = rounded {
+            self.checkpoint.use_rounded(rounded);
+        }
         for plan in self.plans.iter_mut().filter(|plan| plan.recipe.precision.needs_calibration()) {
+            let found = found.without(&plan.recipe.keep_bf16);
             plan.lowered =
                 LoweredPlan::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
         }
@@ -419,11 +476,11 @@ impl PlannedBuild {
         for plan in &self.plans {
             match &plan.lowered {
                 LoweredPlan::Cpu { lowered, .. } if quantizes_inputs(&lowered.program) => {}
-                LoweredPlan::Cpu { .. } => of_cpu.push(plan.recipe.precision),
-                LoweredPlan::Gpu(_) => of_gpu.push(plan.recipe.precision),
+                LoweredPlan::Cpu { .. } => of_cpu.push(numbers(&plan.recipe)),
+                LoweredPlan::Gpu(_) => of_gpu.push(numbers(&plan.recipe)),
             }
         }
-        of_gpu.retain(|precision| !of_cpu.contains(precision));
+        of_gpu.retain(|numbers| !of_cpu.contains(numbers));
         Stand::plan(reference, &self.config, &of_gpu)
     }
 
@@ -435,7 +492,7 @@ impl PlannedBuild {
         progress: &dyn Progress,
     ) -> Result<Option<Reference>> {
         let Some(mut reference) = self.reference.clone() else { return Ok(None) };
-        let mut answered: Vec<(&str, Precision)> = Vec::new();
+        let mut answered: Vec<(&str, Numbers)> = Vec::new();
         let is_gpu = |plan: &&Planned| plan.lowered.means().is_some();
         for plan in &self.plans {
             let LoweredPlan::Cpu { lowered, .. } = &plan.lowered else { continue };
@@ -443,17 +500,19 @@ impl PlannedBuild {
             let path = writer.scratch(&plan.weights);
             ask_program(&mut reference, ("cpu", &precision.to_string()), &lowered.program, &path, progress)?;
             if !quantizes_inputs(&lowered.program) {
-                answered.push((plan.recipe.target.name(), precision));
+                answered.push((plan.recipe.target.name(), numbers(&plan.recipe)));
             }
         }
         for plan in self.plans.iter().filter(is_gpu) {
             let (target, precision) = (plan.recipe.target.name(), plan.recipe.precision);
-            if let Some((other, _)) = answered.iter().find(|(_, of_other)| *of_other == precision) {
+            let numbers = numbers(&plan.recipe);
+            if let Some((other, _)) = answered.iter().find(|(_, of_other)| *of_other == numbers) {
                 reference.expect_alike(target, Some(other));
                 continue;
             }
-            let lowered = lower_for_prompts(&reference, &self.config, precision, calibration)?;
-            match self.stands.iter().find(|stand| stand.precision == precision) {
+            let calibration = calibration.map(|found| found.without(numbers.1));
+            let lowered = lower_for_prompts(&reference, &self.config, precision, calibration.as_ref())?;
+            match self.stands.iter().find(|stand| stand.is_of(numbers)) {
                 Some(stand) => {
                     let (path, name) = (writer.scratch(&stand.weights), precision.to_string());
                     let asked = ask_program(&mut reference, (target, &name), &lowered.program, &path, progress);
@@ -462,10 +521,18 @@ impl PlannedBuild {
                 }
                 None => ask_checkpoint(&mut reference, (target, precision), &lowered, &self.checkpoint, progress)?,
             }
-            answered.push((target, precision));
+            answered.push((target, numbers));
         }
         Ok(Some(reference))
     }
+}
+
+/// The number formats of a plan's linear layers: those of equal ones give the same answers.
+pub(super) type Numbers<'r> = (Precision, &'r [LinearKind]);
+
+fn numbers(recipe: &Recipe) -> Numbers<'_> {
+    let kept = if recipe.precision.needs_calibration() { &recipe.keep_bf16[..] } else { &[] };
+    (recipe.precision, kept)
 }
 
 /// Opens the checkpoint at `path`, reporting to `progress` while it is unpacked.
@@ -510,7 +577,10 @@ fn plan_calibration(
     text: Option<(&Tokenizer, &ChatFormat)>,
     progress: &dyn Progress,
 ) -> Result<Option<CalibrationRun>> {
-    let Some(calibrated) = plans.iter().find(|plan| plan.recipe.precision.needs_calibration()) else {
+    // Arbitrary ids say little of what a layer's inputs are like: not enough to round its weights by.
+    let compensates = |plan: &Planned| plan.recipe.compensates() && (text.is_some() || request.calibration.is_some());
+    let is_calibrated = |plan: &&Planned| plan.recipe.precision.needs_calibration() || compensates(plan);
+    let Some(calibrated) = plans.iter().find(is_calibrated) else {
         let Some(path) = &request.calibration else { return Ok(None) };
         let names: Vec<String> = plans.iter().map(|plan| plan.recipe.precision.to_string()).collect();
         let (name, path) = (recipe_names(&request.recipes), path.display());
@@ -520,11 +590,34 @@ fn plan_calibration(
     // The CPU's own BF16 plan is used if there is one: its weights are in the package anyway.
     let own = plans.iter().find(|plan| plan.lowered.means().is_none() && plan.recipe.precision == Precision::Bf16);
     let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
-    let prompts = calibration::prompts(request.calibration.as_ref(), text, &limits, progress)?;
+    let built_in_tokens = match plans.iter().any(compensates) {
+        true => calibration::ROUNDING_TOKENS,
+        false => calibration::SCALE_TOKENS,
+    };
+    let prompts = calibration::prompts(request.calibration.as_ref(), text, built_in_tokens, &limits, progress)?;
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
     let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target()?)?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
-    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none() }))
+    let rounded = plans.iter().filter(|plan| compensates(plan));
+    let mut schemes: Vec<_> = Vec::new();
+    for plan in rounded.clone() {
+        let of_plan = (plan.recipe.precision, plan.recipe.weight_rounding);
+        if plans.iter().any(|other| (other.recipe.precision == of_plan.0) && !compensates(other)) {
+            let detail = format!("all plans in {} of a package are rounded alike: weight_rounding differs", of_plan.0);
+            return Err(Error::Recipe { name: plan.recipe.target.name().into(), detail });
+        }
+        schemes.push(plan.recipe.precision.to_string());
+    }
+    let job = RoundingJob::new(&lowered, rounded.flat_map(|plan| plan.lowered.contents()));
+    if !job.is_empty() {
+        let tokens: usize = prompts.iter().map(Vec::len).sum();
+        progress.note(&format!(
+            "{} weights are rounded by the inputs that their layers have on {tokens} tokens of calibration prompts; \
+             weight_rounding = \"nearest\" in the recipe builds faster",
+            schemes.join(" and ")
+        ));
+    }
+    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none(), job }))
 }
 
 /// Rejects combinations of recipes that cannot share a package.

@@ -7,7 +7,8 @@
 
 use std::path::Path;
 
-use super::{Calibration, Precision, Progress, optimized_graph};
+use super::build::Numbers;
+use super::{Calibration, LinearKind, Precision, Progress, optimized_graph};
 use crate::backend::constants::RowForm;
 use crate::backend::cpu::lower::{CpuTarget, LoweredProgram, lower};
 use crate::backend::cpu::program::{Program, ProgramKernel};
@@ -44,30 +45,38 @@ pub(super) fn ask_program(
 
 /// The model in the precision of a GPU plan with quantized weights, to be packed for the CPU.
 pub(super) struct Stand {
-    pub precision: Precision,
+    precision: Precision,
+    keep_bf16: Vec<LinearKind>,
     pub lowered: LoweredProgram,
     /// Temporary file of its weights.
     pub weights: String,
 }
 
 impl Stand {
-    /// One for each of the precisions that quantizes weights.
+    /// One for each of `wanted` that quantizes weights.
     ///
     /// # Errors
     /// As [`lower_for_prompts`].
-    pub fn plan(reference: &Reference, config: &ModelConfig, precisions: &[Precision]) -> Result<Vec<Stand>> {
+    pub fn plan(reference: &Reference, config: &ModelConfig, wanted: &[Numbers<'_>]) -> Result<Vec<Stand>> {
         let mut stands: Vec<Stand> = Vec::new();
-        for precision in precisions {
-            // Weights do not depend on calibration, so any scale will do.
-            let uncalibrated = Calibration::uniform(0.5);
-            let lowered = lower_for_prompts(reference, config, *precision, Some(&uncalibrated))?;
+        for numbers @ (precision, kept) in wanted.iter().copied() {
+            // Which weights there are does not depend on calibration, so any scale will do.
+            let uncalibrated = Calibration::uniform(0.5).without(kept);
+            let lowered = lower_for_prompts(reference, config, precision, Some(&uncalibrated))?;
             let has_codes = lowered.constants.iter().any(|constant| matches!(constant.form(), RowForm::Codes(_)));
-            if has_codes && stands.iter().all(|stand| stand.precision != *precision) {
-                let weights = format!("reference-{precision}.safetensors");
-                stands.push(Stand { precision: *precision, lowered, weights });
+            if has_codes && stands.iter().all(|stand| !stand.is_of(numbers)) {
+                let weights = format!("reference-{}-{precision}.safetensors", stands.len());
+                stands.push(Stand { precision, keep_bf16: kept.to_vec(), lowered, weights });
             }
         }
         Ok(stands)
+    }
+}
+
+impl Stand {
+    /// Returns true if it computes with these number formats.
+    pub fn is_of(&self, (precision, kept): Numbers<'_>) -> bool {
+        self.precision == precision && self.keep_bf16 == kept
     }
 }
 

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::observe::InputObserver;
 use super::program::{ALIGN, Program, ProgramKernel};
 use super::run::{StepRun, WeightSource};
 use crate::backend::constants::stored_dtype;
@@ -38,10 +39,10 @@ pub struct CpuModel {
 
 /// CPU executor: its own KV memory and activations over a shared [`CpuModel`].
 pub struct CpuExecutor {
-    program: Arc<Program>,
-    limits: Limits,
+    pub(super) program: Arc<Program>,
+    pub(super) limits: Limits,
     weights: Arc<MappedWeights>,
-    arena: Memory,
+    pub(super) arena: Memory,
     cache: Memory,
     positions: Vec<u32>, // [tokens of the step]
     slots: Vec<u32>,     // [tokens of the step]
@@ -181,16 +182,6 @@ impl CpuExecutor {
         CpuModel::new(program, plan_path, weights, options)?.executor(options.slots)
     }
 
-    /// Runs a step and records the largest magnitude of the linear layers' inputs: entry `w` of `largest`, `[weights of
-    /// the program]`, is raised to at least that of the inputs of every [`ProgramKernel::Linear`] over weight `w`;
-    /// infinite if one of them is NaN.
-    ///
-    /// # Errors
-    /// As [`Executor::forward`].
-    pub fn observe(&mut self, step: &Step, largest: &mut [f32]) -> Result<()> {
-        self.run(step, Some(largest))
-    }
-
     /// Instruction set and packing, which together decide the bits of the logits.
     pub fn arithmetic(&self) -> String {
         format!("{}, packed for {}", self.isa, self.program.cpu)
@@ -244,7 +235,8 @@ impl Executor for CpuExecutor {
     }
 
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
-        self.run(step, None)?;
+        let kernels = 0..self.program.kernels.len();
+        self.run_kernels(step, kernels, None)?;
         let logits = &self.program.buffers[self.program.logits];
         let bytes = step.logits_rows().len() * logits.width * 4;
         Logits::new(bytemuck::cast_slice(&self.arena.bytes()[logits.offset..logits.offset + bytes]), logits.width)
@@ -281,7 +273,14 @@ impl CpuExecutor {
         Ok((0..2 * cache.layers).map(move |half| (half * slots + slot) * bytes..(half * slots + slot + 1) * bytes))
     }
 
-    fn run(&mut self, step: &Step, mut largest: Option<&mut [f32]>) -> Result<()> {
+    /// Runs some kernels of a step, in order. `observer` is shown the inputs of linear layers. Kernels that do not start
+    /// with the program's first continue from what is in the arena.
+    pub(super) fn run_kernels(
+        &mut self,
+        step: &Step,
+        kernels: Range<usize>,
+        mut observer: Option<&mut dyn InputObserver>,
+    ) -> Result<()> {
         if step.tokens().len() > self.limits.max_step_tokens || step.logits_rows().len() > self.limits.max_logits_rows {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
@@ -297,7 +296,7 @@ impl CpuExecutor {
         if out_of_range {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
-        if self.poison {
+        if self.poison && kernels.start == 0 {
             self.arena.bytes_mut().fill(0xff); // all-ones is NaN in every float type: reads of unwritten memory show up
         }
         let mut run = StepRun {
@@ -312,11 +311,12 @@ impl CpuExecutor {
             isa: self.isa,
         };
         self.pool.install(|| {
-            for kernel in &run.program.kernels {
-                if let (Some(largest), ProgramKernel::Linear { x, weight, .. }) = (&mut largest, kernel)
-                    && let Some(largest) = largest.get_mut(*weight)
+            for kernel in &run.program.kernels[kernels] {
+                if let (Some(observer), ProgramKernel::Linear { x, weight, .. }) = (&mut observer, kernel)
+                    && observer.wants(*weight)
                 {
-                    *largest = largest.max(run.magnitude(*x)?);
+                    let inputs = run.values(*x)?;
+                    observer.inputs(*weight, x.width, &inputs)?;
                 }
                 run.kernel(kernel)?;
             }

@@ -180,15 +180,16 @@ impl StepRun<'_> {
         Ok(())
     }
 
-    /// Largest magnitude in the columns of a buffer of floats; infinite if one is NaN.
-    pub fn magnitude(&self, x: View) -> Result<f32> {
+    /// The columns of a buffer of floats, `[rows, width]`.
+    pub fn values(&self, x: View) -> Result<Vec<f32>> {
         let rows = self.row_count(&self.program.buffers[x.buffer]);
+        let mut values = Vec::with_capacity(rows * x.width);
         let x = source(self.arena, self.program, self.limits, x, 0);
         with_float!(x.spec.dtype, T => {
             let x = x.rows::<T>();
-            let values = (0..rows).flat_map(|row| x.row(row)).map(|value| value.to_f32().abs());
-            Ok(values.fold(0.0, |most, v| if v.is_nan() { f32::INFINITY } else { most.max(v) }))
-        })
+            (0..rows).for_each(|row| values.extend(x.row(row).iter().map(|value| value.to_f32())));
+        });
+        Ok(values)
     }
 
     fn store(&mut self, x: View, layer: usize, kind: KeysOrValues) -> Result<()> {

@@ -116,7 +116,7 @@ impl Plans<'_> {
         check_size(config)?;
         // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
         // rounding.
-        let any_scale = Calibration::uniform(0.01);
+        let any_scale = Calibration::uniform(0.01).without(&recipe.keep_bf16);
         let (sizes, calibration, has_context_plan) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
