@@ -82,13 +82,13 @@ const FINDINGS: &str = "
 - **FP8 is limited by its inputs' significant bits, not by their scale.** E4M3 keeps four of them, an error of 2.6 % for any
   scale that neither saturates nor leaves much among the subnormal numbers, and those limits are fourteen binades apart. It
   was expected that clipping would matter; what matters is which layers have such inputs. On tiny-chat `qkv_proj` comes first:
-  with it in BF16 the divergence of all tokens is half of that with E4M3 and the nearest codes in all layers. `up_proj` does
+  with it in BF16 the divergence of all tokens is about half of that with E4M3 and the nearest codes in all layers. `up_proj` does
   about as well for a third more bytes, `down_proj` less. So `keep_bf16 = [\"qkv_proj\"]` is the default of `h100` and `cpu`:
   12.2 GB of weights for the 8B where E4M3 in all layers takes 10.6, 15 % more to read for a token.
-- **GPTQ leaves two fifths of 4-bit weights' divergence** over all tokens, with prompts of any kind. For the answers, prompts of
-  their own kind are worth as much again: `similar prompts` above are dialogues like those that tiny-chat was trained for,
+- **GPTQ leaves a third of 4-bit weights' divergence** over all tokens, with prompts of any kind. For the answers, prompts of
+  their own kind are worth more: `similar prompts` above are dialogues like those that tiny-chat was trained for,
   none of them held out (`--calibration tests/data/tiny-chat/calibration.jsonl`). The divergence of answers rests on few
-  undecided tokens, so differences of a fifth are chance there, as are two or three conversations.
+  undecided tokens, so differences of a third are chance there, as are two or three conversations.
 - **Wide layers.** The products of 16,384 inputs would take 2 GiB in FP64, so `down_proj` is rounded in four runs of 4,096
   columns that do not make up for each other. A run needs more tokens than it has columns: with as many, as in the table
   above, nearly uncorrelated inputs leave GPTQ nothing to gain with E4M3, and a quarter of the error with 4 bits.
