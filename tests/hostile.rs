@@ -90,6 +90,9 @@ fn edit_header(path: &Path, edit: impl FnOnce(&mut Value)) {
     });
 }
 
+/// A change of a JSON file.
+type Edit = fn(&mut Value);
+
 /// Changes a package's manifest and recomputes its digest, as an attacker would.
 fn edit_manifest(package: &Path, edit: impl FnOnce(&mut Value)) {
     let path = package.join("engine.json");
@@ -601,7 +604,7 @@ cases! {
     manifest_of_another_model: |scene| {
         let package = scene.package();
         let before = fs::read(package.join("engine.json")).unwrap();
-        let edits: [(fn(&mut Value), &str); 6] = [
+        let edits: [(Edit, &str); 6] = [
             (|m| m["model"]["num_layers"] = json!(1), "layers, but the manifest's num_layers is 1"),
             (|m| m["model"]["vocab_size"] = json!(1_000_000), "but the manifest's vocab_size is 1000000"),
             (|m| m["model"]["max_position_embeddings"] = json!(8), "the manifest's max_position_embeddings is 8"),
