@@ -11,7 +11,7 @@ use crate::backend::tensorrt::{
     BuildOptions, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices,
 };
 use crate::checkpoint::ModelConfig;
-use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo};
+use crate::engine::tensorrt::{AttentionInput, Binding, Compiled, Sizes, TensorRtInfo};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 
@@ -114,6 +114,7 @@ pub struct GpuPlan {
     activation_scales: BTreeMap<String, f32>,
     compute_capability: u16,
     has_context_plan: bool,
+    attention: AttentionInput,
     optimization_level: usize,
 }
 
@@ -146,7 +147,7 @@ impl GpuPlan {
         let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
         let network = means.library.network(Arc::new(Traced))?;
         let LoweredNetwork { weights, bindings, .. } =
-            lower(&graph, network, Attends::Cache, &sizes, &Constants::Arbitrary)?;
+            lower(&graph, network, Attends::Cache(options.attention), &sizes, &Constants::Arbitrary)?;
         let holds_weights = weights.iter().any(|weight| weight.in_plan);
         let scales = calibration.filter(|_| recipe.precision.needs_calibration()).map(Calibration::scales);
         Ok(GpuPlan {
@@ -160,6 +161,7 @@ impl GpuPlan {
             activation_scales: scales.cloned().unwrap_or_default(),
             compute_capability,
             has_context_plan: options.context_plan.unwrap_or(!holds_weights),
+            attention: options.attention,
             optimization_level: options.optimization_level,
         })
     }
@@ -196,14 +198,21 @@ impl GpuPlan {
             let network = self.means.library.network(monitor)?;
             let LoweredNetwork { mut network, profiles, .. } =
                 lower(&self.graph, network, attends, &self.sizes, constants)?;
-            network.build(&BuildOptions {
+            let (plan, in_parts) = network.build_or_decompose(&BuildOptions {
                 compute_capability: self.means.capability,
                 optimization_level: u8::try_from(self.optimization_level).ok(),
                 list_kernels: false,
                 profiles,
-            })
+            })?;
+            if let Some(reason) = in_parts {
+                progress.warn(&format!(
+                    "{target}{steps}: TensorRT has no fused kernel for this attention, so the plan computes it in parts: \
+                     slower, and with scratch memory for the scores ({reason})"
+                ));
+            }
+            Ok::<_, Error>(plan)
         };
-        let plan = compile(Attends::Cache, "")?;
+        let plan = compile(Attends::Cache(self.attention), "")?;
         let context_plan = if self.has_context_plan { Some(compile(Attends::Chunk, ", context plan")?) } else { None };
         Ok((!self.means.only_checked).then_some(CompiledPlans { plan, context_plan }))
     }

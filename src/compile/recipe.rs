@@ -10,8 +10,9 @@ use serde::Deserialize;
 use super::passes::Precision;
 use crate::backend::Limits;
 use crate::backend::cpu::lower::CpuTarget;
+use crate::backend::tensorrt::lower::least_prefill_sequences;
 use crate::checkpoint::ModelConfig;
-use crate::engine::tensorrt::Sizes;
+use crate::engine::tensorrt::{AttentionInput, Sizes};
 use crate::error::{Error, Result};
 use crate::isa::CpuFeatures;
 
@@ -64,6 +65,9 @@ pub struct TensorRtOptions {
     pub prefill_sequences: usize,
     /// Builds a context plan for prefill without a past; `None` means yes unless weights are embedded in the plan.
     pub context_plan: Option<bool>,
+    /// Input by which attention learns a sequence's length.
+    #[serde(default)]
+    pub attention: AttentionInput,
     /// TensorRT 11's builder optimization level, 0 to 5.
     pub optimization_level: usize,
     /// GiB of KV cache on a GPU, by the GPU's memory in GB.
@@ -269,11 +273,12 @@ impl Recipe {
 
     /// Sizes of a TensorRT plan within these limits.
     pub fn tensorrt_sizes(&self, options: &TensorRtOptions, limits: &Limits) -> Sizes {
+        let prefill_tokens = self.prefill_chunk_tokens.min(limits.max_sequence_tokens);
         Sizes {
             max_sequence_tokens: limits.max_sequence_tokens,
             decode_sequences: limits.slots,
-            prefill_sequences: options.prefill_sequences,
-            prefill_tokens: self.prefill_chunk_tokens.min(limits.max_sequence_tokens),
+            prefill_sequences: options.prefill_sequences.max(least_prefill_sequences(prefill_tokens)),
+            prefill_tokens,
             prefill_logits_rows: limits.max_logits_rows.min(limits.max_step_tokens),
             top_tokens: options.top_tokens.min(limits.vocab_size),
         }

@@ -27,6 +27,14 @@ pub struct TensorRtInfo {
 }
 
 impl TensorRtInfo {
+    /// The input by which its plans learn which keys of the cache to attend to.
+    pub fn attention(&self) -> AttentionInput {
+        match self.bindings.iter().any(|binding| binding.role == BindingRole::TotalTokens) {
+            true => AttentionInput::Lengths,
+            false => AttentionInput::Mask,
+        }
+    }
+
     /// Bytes of KV cache per token of one sequence.
     pub fn kv_bytes_per_token(&self) -> usize {
         let caches =
@@ -64,6 +72,27 @@ pub enum LibraryKind {
     /// TensorRT for RTX; cross-compiles for a given compute capability on any machine.
     #[serde(rename = "tensorrt-rtx")]
     Rtx,
+}
+
+/// The input by which a plan that reads the cache learns which keys a query attends to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionInput {
+    /// [`BindingRole::AttentionMask`]: nothing is left to the library's notion of a sequence's length.
+    #[default]
+    Mask,
+    /// [`BindingRole::TotalTokens`], with a causal mask aligned to each sequence's own end. Some releases of TensorRT
+    /// attend past that end on some GPUs, without an error.
+    Lengths,
+}
+
+impl fmt::Display for AttentionInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            AttentionInput::Mask => "mask",
+            AttentionInput::Lengths => "lengths",
+        })
+    }
 }
 
 /// The sizes a plan is built for.
@@ -133,6 +162,8 @@ pub enum BindingRole {
     PastTokens,
     /// Input `i32[B]`: length of each sequence after the step. The context plan does not have it.
     TotalTokens,
+    /// Input `bool[B, 1, T, S]`: the keys that each query attends to. The context plan does not have it.
+    AttentionMask,
     /// Input `i32[R]`: indices into the step's B · T tokens.
     LogitsRows,
     /// Input `[B, kv_heads, S, head_dim]`: a layer's keys.
@@ -152,6 +183,11 @@ pub enum BindingRole {
 }
 
 impl BindingRole {
+    /// Returns true for inputs of the plan that reads the cache which the context plan does not have.
+    pub fn limits_cached_keys(self) -> bool {
+        matches!(self, BindingRole::TotalTokens | BindingRole::AttentionMask)
+    }
+
     /// Returns true if the plan writes it.
     pub fn is_output(self) -> bool {
         matches!(

@@ -74,6 +74,11 @@ fn folder() -> PathBuf {
     std::env::var_os("AOTRON_TEST_FOLDER").expect("run by another test").into()
 }
 
+/// Returns true if plans have lengths instead of a mask.
+fn by_lengths() -> bool {
+    std::env::var_os("AOTRON_TEST_LENGTHS").is_some()
+}
+
 fn bindings() -> Vec<Binding> {
     use Extent::{Fixed, Step};
     use StepSize::{B, R, T};
@@ -85,7 +90,15 @@ fn bindings() -> Vec<Binding> {
         binding("token_ids".into(), BindingRole::TokenIds, DType::I32, &[Step(B), Step(T)]),
         binding("positions".into(), BindingRole::Positions, DType::I32, &[Step(B), Step(T)]),
         binding("past_tokens".into(), BindingRole::PastTokens, DType::I32, &[Step(B)]),
-        binding("total_tokens".into(), BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+        match by_lengths() {
+            true => binding("total_tokens".into(), BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+            false => binding(
+                "attention_mask".into(),
+                BindingRole::AttentionMask,
+                DType::Bool,
+                &[Step(B), Fixed(1), Step(T), Fixed(SIZES.max_sequence_tokens)],
+            ),
+        },
         binding("logits_rows".into(), BindingRole::LogitsRows, DType::I32, &[Step(R)]),
         binding("logits".into(), BindingRole::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
         binding("top_logits".into(), BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
@@ -108,7 +121,7 @@ fn bindings() -> Vec<Binding> {
 /// A plan in the fake library's text format.
 fn plan_text(context_plan: bool) -> String {
     let mut text = String::new();
-    for binding in bindings().iter().filter(|b| !(context_plan && b.role == BindingRole::TotalTokens)) {
+    for binding in bindings().iter().filter(|b| !(context_plan && b.role.limits_cached_keys())) {
         let role = match binding.role {
             BindingRole::Weight => "weight",
             BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => "cache",
@@ -286,6 +299,7 @@ fn steps_give_what_their_sequences_give() {
     let text = run("on_stand_ins_steps_run", &[]);
     assert!(text.contains("kept kernels were taken"), "{text}");
     run("on_stand_ins_steps_run", &[("FAKE_NO_CAPTURE", "1")]);
+    run("on_stand_ins_steps_run", &[("AOTRON_TEST_LENGTHS", "1")]);
 }
 
 #[test]

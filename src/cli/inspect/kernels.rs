@@ -5,7 +5,7 @@ use std::fmt;
 use aotron::backend::tensorrt::analysis::{Copied, GPUS, KernelLocation, StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelTensor};
 use aotron::compile::gpu::sm;
-use aotron::engine::tensorrt::{Binding, BindingRole};
+use aotron::engine::tensorrt::{AttentionInput, Binding, BindingRole};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
@@ -29,6 +29,10 @@ pub struct Listing {
     pub max_sequence_tokens: usize,
     /// Bytes of weights embedded in the plan.
     pub weight_bytes_in_plan: u64,
+    /// Input by which the plan that reads the cache learns which keys to attend to.
+    pub attention: AttentionInput,
+    /// Plans for whose attention TensorRT has no fused kernel, and its words.
+    pub in_parts: Vec<(&'static str, String)>,
     pub bindings: Vec<Binding>,
     pub steps: Vec<StepListing>,
     pub traffic: Traffic,
@@ -211,7 +215,15 @@ impl Listing {
                 sm(self.compute_capability)
             ),
         };
-        format!("kernels for {} in {}, {compiled}{stands_in}", self.target, self.precision)
+        let in_parts: String = self
+            .in_parts
+            .iter()
+            .map(|(plan, reason)| {
+                format!("\nno fused attention: {plan} computes it in parts, which is slower ({reason})")
+            })
+            .collect();
+        let (target, precision, attention) = (self.target, &self.precision, self.attention);
+        format!("kernels for {target} in {precision}, attention by {attention}, {compiled}{stands_in}{in_parts}")
     }
 
     fn situations(&self) -> impl Iterator<Item = (usize, usize)> {
@@ -335,6 +347,8 @@ impl Serialize for Listing {
             "compute_capability": self.compute_capability,
             "compiled_for": self.compiled_for,
             "weight_bytes_in_plan": self.weight_bytes_in_plan,
+            "attention": self.attention,
+            "attention_in_parts": self.in_parts,
             "traffic": self.traffic,
             "decode": decode,
             "steps": self.steps,

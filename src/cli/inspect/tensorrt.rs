@@ -12,7 +12,7 @@ use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, lower
 use aotron::backend::tensorrt::{BuildOptions, LibraryKind, Monitor, TensorRtLibrary};
 use aotron::checkpoint::ModelConfig;
 use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
-use aotron::engine::tensorrt::Sizes;
+use aotron::engine::tensorrt::{AttentionInput, Sizes};
 use aotron::engine::{PlanInfo, tensorrt::TensorRtInfo};
 use aotron::graph::Graph;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -87,6 +87,7 @@ struct Plans<'a> {
     calibration: Calibration,
     sizes: Sizes,
     compute_capability: u16,
+    attention: AttentionInput,
     /// `None` means yes unless weights are embedded in the plan.
     has_context_plan: Option<bool>,
 }
@@ -116,16 +117,16 @@ impl Plans<'_> {
         // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
         // rounding.
         let any_scale = Calibration::uniform(0.01);
-        let (sizes, calibration, has_context_plan) = match packaged {
+        let (sizes, calibration, has_context_plan, attention) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
                 let calibration = if scales.is_empty() { any_scale } else { Calibration::from_scales(scales) };
                 let context_plan = info.compiled.as_ref().map(|compiled| compiled.context_plan.is_some());
-                (info.sizes.clone(), calibration, context_plan.or(options.context_plan))
+                (info.sizes.clone(), calibration, context_plan.or(options.context_plan), info.attention())
             }
             None => {
                 let sizes = recipe.tensorrt_sizes(options, &recipe.limits(config)?);
-                (sizes, any_scale, options.context_plan)
+                (sizes, any_scale, options.context_plan, options.attention)
             }
         };
         Ok(Plans {
@@ -135,6 +136,7 @@ impl Plans<'_> {
             calibration,
             sizes,
             compute_capability,
+            attention,
             has_context_plan,
         })
     }
@@ -155,7 +157,7 @@ impl Plans<'_> {
 
     fn networks(&self, detail: ListingDetail) -> anyhow::Result<Networks> {
         let graph = self.graph()?;
-        let cache = self.lowered(&graph, Attends::Cache, Arc::new(()))?;
+        let cache = self.lowered(&graph, Attends::Cache(self.attention), Arc::new(()))?;
         let context_plan = match self.has_context_plan(&cache) {
             true => Some(self.lowered(&graph, Attends::Chunk, Arc::new(()))?.network.layers()?),
             false => None,
@@ -171,18 +173,20 @@ impl Plans<'_> {
             capability => capability,
         };
         let graph = self.graph()?;
-        let compile = |attends, name: &str| -> aotron::Result<(LoweredNetwork, Arc<KernelLog>)> {
+        let mut in_parts = Vec::new();
+        let mut compile = |attends, name: &'static str| -> aotron::Result<(LoweredNetwork, Arc<KernelLog>)> {
             let log = Arc::new(KernelLog::new(Arc::new(CompileSpinner::new(format!("compiling {name}")))));
             let mut lowered = self.lowered(&graph, attends, log.clone())?;
-            lowered.network.build(&BuildOptions {
+            let (_, reason) = lowered.network.build_or_decompose(&BuildOptions {
                 compute_capability: Some(compiled_for),
                 list_kernels: true,
                 profiles: lowered.profiles.clone(),
                 ..BuildOptions::default()
             })?;
+            in_parts.extend(reason.map(|reason| (name, reason)));
             Ok((lowered, log))
         };
-        let (lowered, log) = compile(Attends::Cache, "the prefill and decode plan")?;
+        let (lowered, log) = compile(Attends::Cache(self.attention), "the prefill and decode plan")?;
         let LoweredNetwork { bindings, weights, .. } = &lowered;
         let mut kernels = log.kernels();
         let step = |name, kernels: Vec<_>, bindings: &_| StepListing {
@@ -212,6 +216,8 @@ impl Plans<'_> {
             compiled_for,
             max_sequence_tokens: self.sizes.max_sequence_tokens,
             weight_bytes_in_plan: parts,
+            attention: self.attention,
+            in_parts,
             bindings: bindings.clone(),
             steps,
             traffic,

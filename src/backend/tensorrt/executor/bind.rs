@@ -48,6 +48,7 @@ impl Binder<'_> {
             BindingRole::Positions => Some(inputs.positions),
             BindingRole::PastTokens => Some(inputs.past_tokens),
             BindingRole::TotalTokens if !is_context_plan => Some(inputs.total_tokens),
+            BindingRole::AttentionMask if !is_context_plan => Some(inputs.mask),
             BindingRole::LogitsRows => Some(inputs.logits_rows),
             _ => None,
         }
@@ -89,6 +90,7 @@ impl Binder<'_> {
                 | BindingRole::Positions
                 | BindingRole::PastTokens
                 | BindingRole::TotalTokens
+                | BindingRole::AttentionMask
                 | BindingRole::LogitsRows
                 | BindingRole::KeyCache(_)
                 | BindingRole::ValueCache(_)

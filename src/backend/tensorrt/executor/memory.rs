@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | weights | every [`BindingRole::Weight`], in order of the bindings |
 //! | cache | keys and values of every layer, `[layers, 2, slots, kv_heads, S, head_dim]` |
-//! | inputs | token ids, positions, lengths and logits rows of one run |
+//! | inputs | token ids, positions, lengths or mask, and logits rows of one run |
 //! | outputs | top-k logits and their ids for decode and prefill rows, then all logits, `f32[rows, vocab]` |
 //! | scratch | TensorRT's intermediate values; all contexts share it, since their runs do not overlap |
 
@@ -19,7 +19,7 @@ use crate::tensor::DType;
 const RESERVE_BYTES: u64 = 512 << 20;
 
 /// A byte range of a buffer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct BufferRange {
     pub offset: u64,
     pub bytes: u64,
@@ -68,6 +68,7 @@ pub(super) fn cache_of(role: BindingRole) -> Option<(usize, CacheHalf)> {
         | BindingRole::Positions
         | BindingRole::PastTokens
         | BindingRole::TotalTokens
+        | BindingRole::AttentionMask
         | BindingRole::LogitsRows
         | BindingRole::Logits
         | BindingRole::TopLogits
@@ -75,14 +76,20 @@ pub(super) fn cache_of(role: BindingRole) -> Option<(usize, CacheHalf)> {
     }
 }
 
-/// Ranges of a run's inputs, sized for the largest run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Ranges of a run's inputs, sized for the largest run. What comes from the host is at the start, in one piece.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct InputRanges {
     pub token_ids: BufferRange,
     pub positions: BufferRange,
     pub past_tokens: BufferRange,
     pub total_tokens: BufferRange,
     pub logits_rows: BufferRange,
+    /// `bool[B, 1, T, S]`
+    pub mask: BufferRange,
+    /// `bool[T, T]` for the largest T of a prefill run, true on and below the diagonal; written when the plan is opened.
+    pub triangle: BufferRange,
+    /// Bytes that a decode run copies from the host: integers, and the mask of its rows.
+    pub host_bytes: u64,
 }
 
 /// Ranges of a step's outputs. Row numbers start with the decode runs' rows; the prefill runs' rows follow.
@@ -204,6 +211,7 @@ impl MemoryLayout {
                 | BindingRole::Positions
                 | BindingRole::PastTokens
                 | BindingRole::TotalTokens
+                | BindingRole::AttentionMask
                 | BindingRole::LogitsRows
                 | BindingRole::UpdatedKeys(_)
                 | BindingRole::UpdatedValues(_)
@@ -220,13 +228,25 @@ impl MemoryLayout {
         let most_rows = sizes.prefill_logits_rows.max(sizes.decode_sequences) as u64;
         let mut of_inputs = Cursor::default();
         let mut integers = |count: u64| of_inputs.take(4 * count).ok_or_else(too_large);
-        let inputs = InputRanges {
+        let mut inputs = InputRanges {
             token_ids: integers(most_tokens)?,
             positions: integers(most_tokens)?,
             past_tokens: integers(most_sequences)?,
             total_tokens: integers(most_sequences)?,
             logits_rows: integers(most_rows)?,
+            ..InputRanges::default()
         };
+        if info.bindings.iter().any(|binding| binding.role == BindingRole::AttentionMask) {
+            let area = |rows: usize, columns: usize| (rows as u64).checked_mul(columns as u64).ok_or_else(too_large);
+            let decode = area(sizes.decode_sequences, sizes.max_sequence_tokens)?;
+            let prefill = area(sizes.prefill_sequences * sizes.prefill_tokens, sizes.max_sequence_tokens)?;
+            inputs.mask = of_inputs.take(decode.max(prefill)).ok_or_else(too_large)?;
+            inputs.host_bytes = inputs.mask.offset + decode;
+            let triangle = area(sizes.prefill_tokens, sizes.prefill_tokens)?;
+            inputs.triangle = of_inputs.take(triangle).ok_or_else(too_large)?;
+        } else {
+            inputs.host_bytes = of_inputs.0;
+        }
 
         let (decode_rows, prefill_rows) = (constraints.decode_rows(), constraints.prefill_rows());
         let mut of_outputs = Cursor::default();

@@ -14,6 +14,7 @@
 mod bind;
 mod check;
 mod kernels;
+mod mask;
 mod memory;
 mod schedule;
 mod weights;
@@ -227,6 +228,13 @@ impl TensorRtExecutor {
             options.report.event(&GpuEvent::Loading { done_bytes, total_bytes: layout.weights_bytes });
         })?;
 
+        let triangle = layout.inputs.triangle;
+        if triangle.bytes > 0 {
+            let mut host = device.pinned(triangle.bytes as usize, "the attention mask")?;
+            mask::write_triangle(host.bytes()?, info.sizes.prefill_tokens);
+            host.upload(0..triangle.bytes as usize, &buffers.inputs, triangle.offset, &stream)?;
+        }
+
         let binder = Binder { bindings: &info.bindings, layout: &layout, buffers: &buffers };
         let prefill = |kept: &LoadedEngine, is_context_plan: bool| -> Result<Prefill> {
             let mut context = kept.engine.context(0, false, &stream)?;
@@ -252,7 +260,7 @@ impl TensorRtExecutor {
             context_prefill,
             engines,
             results,
-            inputs_host: device.pinned(layout.inputs_bytes as usize, "a step's inputs")?,
+            inputs_host: device.pinned(layout.inputs.host_bytes as usize, "a step's inputs")?,
             held: vec![0; layout.slots],
             bindings: info.bindings.clone(),
             graphs: !options.no_graphs,
@@ -291,6 +299,9 @@ impl TensorRtExecutor {
 
     fn run(&mut self, run: &PlanRun) -> Result<()> {
         let inputs = &self.layout.inputs;
+        let has_mask = inputs.mask.bytes > 0;
+        let is_decode = run.kind == RunKind::Decode;
+        let capacity = self.constraints.sizes.max_sequence_tokens;
         let host = self.inputs_host.bytes()?;
         for (part, values) in [
             (inputs.token_ids, &run.token_ids),
@@ -304,9 +315,21 @@ impl TensorRtExecutor {
             let place = place.ok_or_else(|| Error::Step("a run's inputs are larger than their buffer".into()))?;
             place.copy_from_slice(bytes);
         }
-        self.inputs_host.upload(0..self.inputs_host.len(), &self.buffers.inputs, 0, &self.stream)?;
-        if run.kind == RunKind::Decode {
+        // Integers come first, so that one copy takes everything a run needs.
+        let mut host_bytes = if has_mask { inputs.mask.offset as usize } else { host.len() };
+        if has_mask && is_decode {
+            let rows = host_bytes..host_bytes + run.sequences * capacity;
+            let rows = host.get_mut(rows.clone()).ok_or_else(|| Error::Step("a mask exceeds its buffer".into()))?;
+            mask::write_rows(rows, &run.total_tokens, capacity)?;
+            host_bytes += rows.len();
+        }
+        self.inputs_host.upload(0..host_bytes, &self.buffers.inputs, 0, &self.stream)?;
+        if is_decode {
             return self.decode(run);
+        }
+        if has_mask && run.kind == RunKind::CachedPrefill {
+            let past = run.past_tokens.first().map_or(0, |past| *past as usize);
+            mask::write_prefill(&self.stream, &self.buffers.inputs, inputs, (past, run.tokens), capacity)?;
         }
         let binder = Binder { bindings: &self.bindings, layout: &self.layout, buffers: &self.buffers };
         let prefill = match (&mut self.context_prefill, run.kind) {

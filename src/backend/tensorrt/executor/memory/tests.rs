@@ -30,7 +30,12 @@ pub(in crate::backend::tensorrt::executor) fn info(
         binding("token_ids", BindingRole::TokenIds, DType::I32, &[Step(B), Step(T)]),
         binding("positions", BindingRole::Positions, DType::I32, &[Step(B), Step(T)]),
         binding("past_tokens", BindingRole::PastTokens, DType::I32, &[Step(B)]),
-        binding("total_tokens", BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+        binding(
+            "attention_mask",
+            BindingRole::AttentionMask,
+            DType::Bool,
+            &[Step(B), Fixed(1), Step(T), Fixed(sizes.max_sequence_tokens)],
+        ),
         binding("logits_rows", BindingRole::LogitsRows, DType::I32, &[Step(R)]),
         binding("logits", BindingRole::Logits, DType::F32, &[Step(R), Fixed(vocab_size)]),
         binding("top_logits", BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(k)]),
@@ -107,8 +112,12 @@ proptest! {
         prop_assert_eq!(layout.weights.len(), weights.len());
         assert_apart(layout.caches.values().copied(), layout.cache_bytes);
         prop_assert_eq!(layout.caches.len(), 2 * layers);
-        let InputRanges { token_ids, positions, past_tokens, total_tokens, logits_rows } = layout.inputs;
-        assert_apart([token_ids, positions, past_tokens, total_tokens, logits_rows], layout.inputs_bytes);
+        let InputRanges { token_ids, positions, past_tokens, total_tokens, logits_rows, mask, triangle, host_bytes } =
+            layout.inputs;
+        let all = [token_ids, positions, past_tokens, total_tokens, logits_rows, mask, triangle];
+        assert_apart(all, layout.inputs_bytes);
+        prop_assert_eq!(mask.offset + (sizes.decode_sequences * sizes.max_sequence_tokens) as u64, host_bytes);
+        prop_assert!(host_bytes <= mask.offset + mask.bytes);
         let outputs = &layout.outputs;
         assert_apart(outputs.tops.into_iter().chain([outputs.logits]), layout.outputs_bytes);
 
