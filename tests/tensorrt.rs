@@ -47,6 +47,7 @@ impl Monitor for Recorder {
 
 const SIZES: Sizes = Sizes {
     max_sequence_tokens: 256,
+    position_tokens: 256,
     decode_sequences: 8,
     prefill_sequences: 2,
     prefill_tokens: 64,
@@ -126,6 +127,75 @@ fn quantized_linear_layers_read_their_codes_in_place() {
             };
             assert_eq!(products.filter(reading).count(), 4 * config.num_layers, "{name}: GEMMs with codes");
             assert_eq!(step.iter().filter(reading).count(), 4 * config.num_layers, "{name}: kernels that read codes");
+        }
+    }
+}
+
+/// In every precision, at two layers of the 8B's widths, a mask compiles to as many kernels and copies as lengths (in
+/// cached prefill, to one more for all layers), and decoding to as many for every capacity. Prints what
+/// docs/tensorrt.md has.
+#[test]
+fn a_mask_costs_no_kernel_and_no_copy() {
+    let Some(library) = rtx("a_mask_costs_no_kernel_and_no_copy") else { return };
+    let wide = ModelConfig {
+        hidden_size: 4096,
+        intermediate_size: 16384,
+        num_layers: 2,
+        num_heads: 32,
+        num_kv_heads: 32,
+        head_dim: 128,
+        rotary_dim: 64,
+        ..tiny_chat()
+    };
+    let calibration = Calibration::uniform(0.01);
+    let full = Sizes {
+        max_sequence_tokens: 4096,
+        position_tokens: 4096,
+        decode_sequences: 28,
+        prefill_sequences: 1,
+        prefill_tokens: 512,
+        ..SIZES
+    };
+    let steps = |config: &ModelConfig, precision, capability, input, capacity| -> [StepKernels; 2] {
+        let sizes = full.at_capacity(capacity, 28 * 4096 / capacity);
+        let (graph, _) = optimized_graph(config, precision, full.position_tokens, Some(&calibration)).unwrap();
+        let log = Arc::new(KernelLog::new(Arc::new(())));
+        let network = library.network(log.clone()).unwrap();
+        let mut lowered = lower(&graph, network, Attends::Cache(input), &sizes, &Constants::Arbitrary).unwrap();
+        build(&mut lowered, Some(capability), true).unwrap();
+        let kernels = log.kernels();
+        assert_eq!(kernels.unread, [""; 0]);
+        [1, 0].map(|profile| StepKernels::of(kernels.profile(profile), &lowered.bindings))
+    };
+    for (precision, capability) in
+        [(Precision::Bf16, 80), (Precision::Int8, 80), (Precision::Int4, 80), (Precision::Fp8, 89)]
+    {
+        let [mask, lengths] = [AttentionInput::Mask, AttentionInput::Lengths]
+            .map(|input| steps(&wide, precision, capability, input, 4096));
+        for (step, mask, lengths) in [("decode", &mask[0], &lengths[0]), ("cached prefill", &mask[1], &lengths[1])] {
+            let found = |step: &StepKernels| {
+                (step.launches, step.by_layer.clone(), step.weight_copies.len(), step.cache_copies.len())
+            };
+            println!("{precision}, {step}: mask {:?}, lengths {:?}", found(mask), found(lengths));
+            assert_eq!(mask.cache_copies.len(), lengths.cache_copies.len(), "{precision}, {step}");
+            // In prefill one kernel for all layers brings the mask into attention's layout.
+            let more = usize::from(step != "decode");
+            assert!((lengths.launches..=lengths.launches + more).contains(&mask.launches), "{precision}, {step}");
+            assert_eq!(mask.weight_copies, []);
+        }
+        assert_eq!(mask[0].cache_copies, []);
+        for capacity in [256, 512, 1024, 2048] {
+            // The kernels do not depend on the widths, and narrow layers compile sooner.
+            let narrow = ModelConfig { num_layers: 2, ..tiny_chat() };
+            let [decode, prefill] = steps(&narrow, precision, capability, AttentionInput::Mask, capacity);
+            println!("{precision}, class {capacity}: decode {:?}, prefill {:?}", decode.by_layer, prefill.by_layer);
+            assert_eq!(
+                (&decode.by_layer, decode.launches),
+                (&mask[0].by_layer, mask[0].launches),
+                "{precision} {capacity}"
+            );
+            assert_eq!((decode.weight_copies, decode.cache_copies), (vec![], vec![]), "{precision} {capacity}");
+            assert_eq!(prefill.weight_copies, []);
         }
     }
 }
@@ -259,7 +329,8 @@ fn the_8b_model_compiles() {
         bos_token_id: Some(2),
         eos_token_ids: vec![3],
     };
-    let sizes = Sizes { max_sequence_tokens: 4096, prefill_sequences: 1, prefill_tokens: 512, ..SIZES };
+    let sizes =
+        Sizes { max_sequence_tokens: 4096, position_tokens: 4096, prefill_sequences: 1, prefill_tokens: 512, ..SIZES };
     let (lowered, plan, kernels) = kernels(&library, &config, CACHE, &sizes);
     assert!(plan.bytes().len() < 100 << 20, "{plan:?} holds weights");
     let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);

@@ -29,6 +29,7 @@ const TINY_CHAT: &str = "tests/data/tiny-chat";
 /// A smaller cache than the CPU plans', so that nothing passes by having coincidentally equal shapes.
 const SIZES: Sizes = Sizes {
     max_sequence_tokens: 48,
+    position_tokens: 48,
     decode_sequences: 3,
     prefill_sequences: 2,
     prefill_tokens: 16,

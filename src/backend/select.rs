@@ -257,6 +257,7 @@ mod tests {
     fn plan(target: &str, compute_capability: Option<u16>, library: Option<LibraryKind>) -> PlanInfo {
         let sizes = Sizes {
             max_sequence_tokens: 8,
+            position_tokens: 8,
             decode_sequences: 1,
             prefill_sequences: 1,
             prefill_tokens: 8,
@@ -267,6 +268,7 @@ mod tests {
             compute_capability,
             compiled: library.map(|library| Compiled { library, version: "1.7.1".into(), context_plan: None }),
             sizes,
+            smaller_classes: Vec::new(),
             bindings: Vec::new(),
             kv_cache_gib: BTreeMap::new(),
             activation_scales: BTreeMap::new(),

@@ -35,13 +35,6 @@ const QUANTIZED_PRODUCTS: DType = DType::BF16;
 /// TensorRT's limit for k in TopK.
 pub const MOST_TOP_TOKENS: usize = 3840;
 
-/// The least number of sequences that a prefill profile of this many tokens must allow. With a batch of exactly one and
-/// at most 64 tokens, TensorRT for RTX 1.7 refuses a mask that several layers share ("Graph contains more than one op
-/// named attention_mask.1_iota").
-pub fn least_prefill_sequences(prefill_tokens: usize) -> usize {
-    if prefill_tokens <= 64 { 2 } else { 1 }
-}
-
 /// Source of the keys and values that attention reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attends {
@@ -208,7 +201,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
             }
             Op::RotaryAngle { trig, theta, rotary_dim } => {
                 let [positions] = operands(node)?;
-                let rows = self.sizes.max_sequence_tokens;
+                let rows = self.sizes.position_tokens;
                 let expr = Const::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim, positions: rows };
                 let name = format!("{}.table", node.name);
                 let ty = Type::new(dtype, [rows.into(), (rotary_dim / 2).into()]);

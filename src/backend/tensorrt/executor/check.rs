@@ -132,6 +132,7 @@ mod tests {
     fn manifest() -> TensorRtInfo {
         let sizes = Sizes {
             max_sequence_tokens: 64,
+            position_tokens: 64,
             decode_sequences: 4,
             prefill_sequences: 1,
             prefill_tokens: 16,
