@@ -36,6 +36,17 @@ rust::Slice<const std::uint8_t> bytes_of(char const* text)
     return {reinterpret_cast<std::uint8_t const*>(text), std::strlen(text)};
 }
 
+// True if this process has opened NVIDIA's driver, as TensorRT does where there is one.
+bool driver_is_loaded()
+{
+    void* const driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    if (driver == nullptr) {
+        return false;
+    }
+    dlclose(driver); // only drops the count that dlopen added
+    return true;
+}
+
 // Receives TensorRT's log lines for one network or runtime.
 class Listener {
 public:
@@ -73,10 +84,12 @@ public:
     {
         std::lock_guard<std::mutex> lock(mMutex);
         auto const is_other_thread = [](Line const& line) { return line.thread != std::this_thread::get_id(); };
-        // Without a driver, TensorRT logs that after every other error.
-        auto const is_no_driver = [](Line const& line) { return line.text.find("cudaError 35:") != std::string::npos; };
         drop_unless_all(is_other_thread);
-        drop_unless_all(is_no_driver);
+        // Without a driver, TensorRT logs error 35 after every other error. With one, it says that the driver is too
+        // old, which is the reason for the others.
+        if (!driver_is_loaded()) {
+            drop_unless_all([](Line const& line) { return line.text.find("cudaError 35:") != std::string::npos; });
+        }
         std::string text;
         for (auto const& line : mErrors) {
             text += text.empty() ? line.text : "; " + line.text;
@@ -384,13 +397,15 @@ public:
         rust::Box<ConstantBytes> bytes, Element element, rust::Slice<const std::int64_t> dims) override
     {
         std::int64_t count = 1;
+        DataType const type = data_type(element);
+        // So that the number of bits, rounded up to bytes, fits.
+        std::int64_t const most = (std::numeric_limits<std::int64_t>::max() - 7) / bits_of(type);
         for (auto size : dims) {
-            if (size <= 0 || count > std::numeric_limits<std::int64_t>::max() / size / 8) {
+            if (size <= 0 || count > most / size) {
                 throw std::runtime_error("a constant of impossible sizes");
             }
             count *= size;
         }
-        DataType const type = data_type(element);
         auto const needed = static_cast<std::size_t>((count * bits_of(type) + 7) / 8);
         auto const slice = bytes->as_slice();
         if (slice.size() != needed) {
@@ -618,7 +633,11 @@ public:
         if (options.compute_capability != 0) {
             target(*config, options.compute_capability);
         }
-#if !AOTRON_CROSS_COMPILES
+#if AOTRON_CROSS_COMPILES
+        // Contexts then never allocate by themselves, so that the memory that was summed up is all, and runs can be
+        // captured as graphs.
+        config->setFlag(BuilderFlag::kREQUIRE_USER_ALLOCATION);
+#else
         if (options.optimization_level >= 0) {
             config->setBuilderOptimizationLevel(options.optimization_level);
         }

@@ -79,6 +79,14 @@ pub enum Error {
         /// The file or field, what was found and expected, and the command that fixes it.
         detail: String,
     },
+    /// A plan gives wrong answers on this machine, so it is not used.
+    #[error("engine package {}: {detail}", path.display())]
+    Unproven {
+        /// The package folder.
+        path: PathBuf,
+        /// The plan, the cases that failed with the worst logit of each, and what to do.
+        detail: String,
+    },
     /// A recipe has an invalid key or value.
     #[error("recipe {name}: {detail}")]
     Recipe {

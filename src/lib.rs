@@ -114,6 +114,7 @@
 //! | `model` | the architecture: builds a graph from a config |
 //! | `engine` | the package: manifest, limits, opening and writing |
 //! | `backend` | `Step`, the `Executor` trait, weight files written in one pass, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering, running on a GPU) |
+//! | `verify` | the cases that a plan must pass before it answers, and the reference answers in a package |
 //! | `compile` | recipes, passes, and [`build`](build()), which runs the upper half of the diagram |
 //! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread); it depends on neither graphs nor checkpoints |
 //!
@@ -161,6 +162,8 @@ pub mod tensor;
 pub mod tensor_file;
 #[doc(hidden)]
 pub mod text;
+#[doc(hidden)]
+pub mod verify;
 
 pub use error::{Error, PlanRefusal, PlanRefusals, RefusalReason, Result};
 

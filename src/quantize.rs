@@ -80,12 +80,34 @@ impl Scheme {
         }
     }
 
+    /// As [`Scheme::scales`], with the sum of squared errors weighted by `importance`, one number of 0 or more for each
+    /// weight of the row.
+    pub fn weighted_scales(self, row: &[f32], importance: &[f32], scales: &mut [f32]) {
+        let block = self.block.unwrap_or(row.len()).max(1);
+        let mut scratch = [Vec::new(), Vec::new()];
+        let isa = Isa::detect();
+        let blocks = row.chunks(block).zip(importance.chunks(block));
+        for (scale, (weights, importance)) in scales.iter_mut().zip(blocks) {
+            *scale = best_weighted_scale(isa, self.code, weights, importance, &mut scratch);
+        }
+    }
+
     /// Replaces each weight of a row by its code, as a number.
     pub fn codes(self, row: &mut [f32], scales: &[f32]) {
         let block = self.block.unwrap_or(row.len()).max(1);
         let isa = Isa::detect();
         for (weights, scale) in row.chunks_mut(block).zip(scales) {
             nearest_codes(isa, self.code, weights, *scale);
+        }
+    }
+
+    /// The code nearest to `weight / scale`, as a number.
+    #[inline(always)]
+    pub fn nearest(self, weight: f32, scale: f32) -> f32 {
+        match self.code {
+            Code::I8 => round_integer((weight / scale).clamp(-127.0, 127.0)),
+            Code::I4 => round_integer((weight / scale).clamp(-8.0, 7.0)),
+            Code::F8 => round_f8(weight / scale),
         }
     }
 
@@ -160,6 +182,15 @@ dispatch! {
 }
 
 dispatch! {
+    /// As [`best_scale`], with the squared errors weighted by `importance`.
+    fn best_weighted_scale[](code: Code, weights: &[f32], importance: &[f32], scratch: &mut [Vec<f32>; 2]) -> f32 {
+        avx512 => best_weighted_scale_body,
+        avx2 => best_weighted_scale_body,
+        portable => best_weighted_scale_body,
+    }
+}
+
+dispatch! {
     /// Replaces each weight of a block by its code, as a number.
     fn nearest_codes[](code: Code, weights: &mut [f32], scale: f32) {
         avx512 => nearest_codes_body,
@@ -170,6 +201,28 @@ dispatch! {
 
 #[inline(always)]
 fn best_scale_body(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
+    least_error_scale::<false>(code, weights, scratch, &[])
+}
+
+#[inline(always)]
+fn best_weighted_scale_body(code: Code, weights: &[f32], importance: &[f32], scratch: &mut [Vec<f32>; 2]) -> f32 {
+    let [scratch, parts] = scratch;
+    // As parts of the largest, so that no product over- or underflows.
+    let largest = importance.iter().fold(f32::MIN_POSITIVE, |most, part| most.max(*part));
+    parts.clear();
+    parts.extend(importance.iter().map(|part| part / largest));
+    parts.resize(importance.len().next_multiple_of(LANES), 0.0);
+    least_error_scale::<true>(code, weights, scratch, parts.as_chunks::<LANES>().0)
+}
+
+/// The best scale of a block. `importance` is ignored unless `WEIGHTED`.
+#[inline(always)]
+fn least_error_scale<const WEIGHTED: bool>(
+    code: Code,
+    weights: &[f32],
+    scratch: &mut Vec<f32>,
+    importance: &[[f32; LANES]],
+) -> f32 {
     let largest = weights.iter().fold(0f32, |most, w| most.max(w.abs()));
     let whole = largest / code.largest();
     if whole < f32::MIN_POSITIVE {
@@ -180,18 +233,19 @@ fn best_scale_body(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
     scratch.extend(weights.iter().map(|w| w / largest));
     scratch.resize(weights.len().next_multiple_of(LANES), 0.0);
     let (groups, _) = scratch.as_chunks::<LANES>();
+    let importance = if WEIGHTED { importance } else { groups };
     // A scale as it will be kept, again as a part of the largest weight.
     let kept = |scale: f32| code.kept_scale(scale * largest) / largest;
     let unclipped = kept(1.0 / code.largest());
     let error = |scale: f32| match code {
-        Code::I8 => error_of(groups, scale, |v| round_integer(v.clamp(-127.0, 127.0))),
-        Code::I4 => error_of(groups, scale, |v| round_integer(v.clamp(-8.0, 7.0))),
-        Code::F8 => error_of(groups, scale, round_f8),
+        Code::I8 => error_of::<WEIGHTED>(groups, importance, scale, |v| round_integer(v.clamp(-127.0, 127.0))),
+        Code::I4 => error_of::<WEIGHTED>(groups, importance, scale, |v| round_integer(v.clamp(-8.0, 7.0))),
+        Code::F8 => error_of::<WEIGHTED>(groups, importance, scale, round_f8),
     };
     let refined = |scale: f32| match code {
-        Code::I8 => refined_scale(groups, scale, |v| round_integer(v.clamp(-127.0, 127.0))),
-        Code::I4 => refined_scale(groups, scale, |v| round_integer(v.clamp(-8.0, 7.0))),
-        Code::F8 => refined_scale(groups, scale, round_f8),
+        Code::I8 => refined_scale::<WEIGHTED>(groups, importance, scale, |v| round_integer(v.clamp(-127.0, 127.0))),
+        Code::I4 => refined_scale::<WEIGHTED>(groups, importance, scale, |v| round_integer(v.clamp(-8.0, 7.0))),
+        Code::F8 => refined_scale::<WEIGHTED>(groups, importance, scale, round_f8),
     };
     let mut best = (unclipped, error(unclipped));
     for step in 1..=CANDIDATES {
@@ -216,16 +270,21 @@ fn best_scale_body(code: Code, weights: &[f32], scratch: &mut Vec<f32>) -> f32 {
 
 /// `Σ (w − s·c)²` for the codes nearest at scale `s`.
 #[inline(always)]
-fn error_of(groups: &[[f32; LANES]], scale: f32, nearest: impl Fn(f32) -> f32) -> f64 {
+fn error_of<const WEIGHTED: bool>(
+    groups: &[[f32; LANES]],
+    importance: &[[f32; LANES]],
+    scale: f32,
+    nearest: impl Fn(f32) -> f32,
+) -> f64 {
     let inverse = 1.0 / scale;
     let mut error = 0f64;
     // Short runs, so that single precision loses nothing that matters.
-    for run in groups.chunks(64) {
+    for (run, importance) in groups.chunks(64).zip(importance.chunks(64)) {
         let mut sums = [0f32; LANES];
-        for group in run {
-            for (sum, w) in sums.iter_mut().zip(group) {
+        for (group, importance) in run.iter().zip(importance) {
+            for (sum, (w, part)) in sums.iter_mut().zip(group.iter().zip(importance)) {
                 let left = w - nearest(w * inverse) * scale;
-                *sum += left * left;
+                *sum += if WEIGHTED { left * left * part } else { left * left };
             }
         }
         error += total(&sums);
@@ -235,16 +294,22 @@ fn error_of(groups: &[[f32; LANES]], scale: f32, nearest: impl Fn(f32) -> f32) -
 
 /// The scale that is best for the codes nearest at scale `s`, `Σ w·c / Σ c²`; 0 if they are all zero.
 #[inline(always)]
-fn refined_scale(groups: &[[f32; LANES]], scale: f32, nearest: impl Fn(f32) -> f32) -> f32 {
+fn refined_scale<const WEIGHTED: bool>(
+    groups: &[[f32; LANES]],
+    importance: &[[f32; LANES]],
+    scale: f32,
+    nearest: impl Fn(f32) -> f32,
+) -> f32 {
     let inverse = 1.0 / scale;
     let (mut products, mut squares) = (0f64, 0f64);
-    for run in groups.chunks(64) {
+    for (run, importance) in groups.chunks(64).zip(importance.chunks(64)) {
         let mut sums = [[0f32; LANES]; 2];
-        for group in run {
-            for (lane, w) in group.iter().enumerate() {
+        for (group, importance) in run.iter().zip(importance) {
+            for (lane, (w, part)) in group.iter().zip(importance).enumerate() {
                 let code = nearest(w * inverse);
-                sums[0][lane] += w * code;
-                sums[1][lane] += code * code;
+                let part = if WEIGHTED { code * part } else { code };
+                sums[0][lane] += w * part;
+                sums[1][lane] += code * part;
             }
         }
         products += total(&sums[0]);
@@ -381,6 +446,26 @@ mod tests {
                 }
                 assert!(error(&values, &row) <= error(&plain, &row) * 1.0001 + 1e-10, "{scheme}, {columns} columns");
             }
+        }
+    }
+
+    #[test]
+    fn weights_that_matter_more_are_closer() {
+        let mut seed = 3;
+        for scheme in SCHEMES {
+            let row: Vec<f32> = (0..100).map(|_| random(&mut seed)).collect();
+            let equal = vec![7e20f32; row.len()];
+            let importance: Vec<f32> = (0..row.len()).map(|i| if i % 10 == 0 { 1e-3 } else { 0.0 }).collect();
+            let (mut plain, mut same, mut weighted) = ([0f32], [0f32], [0f32]);
+            scheme.scales(&row, &mut plain);
+            scheme.weighted_scales(&row, &equal, &mut same);
+            scheme.weighted_scales(&row, &importance, &mut weighted);
+            assert_eq!(plain, same, "{scheme}");
+            let off = |scale: f32| -> f64 {
+                let off = |w: &f32| f64::from(w - scheme.nearest(*w, scale) * scale).powi(2);
+                row.iter().step_by(10).map(off).sum()
+            };
+            assert!(weighted != plain && off(weighted[0]) < off(plain[0]), "{scheme}: {weighted:?}, {plain:?}");
         }
     }
 

@@ -207,7 +207,8 @@ fn fp8_is_calibrated_with_the_users_prompts() {
         assert!(ran.err.contains("calibrating: ") && ran.err.contains("fake-quantize-inputs: "), "{}", ran.err);
         assert!(!Path::new(&output).join("calibration.safetensors").exists());
         let graph = aotron(&["inspect", &output, "--graph"]).ok().out;
-        assert!(graph.contains("codes(rows(model.layers.0.self_attn.q_proj.weight"), "{graph}");
+        assert!(graph.contains("codes(model.layers.0.self_attn.o_proj.weight"), "{graph}");
+        assert!(!graph.contains("codes(rows(model.layers.0.self_attn.q_proj.weight"), "kept in BF16: {graph}");
         graph.lines().filter(|line| line.contains("fake_quantize_f8")).map(str::to_owned).collect::<Vec<String>>()
     };
     let hello = scales(r#"{"messages": [{"role": "user", "content": "Hello!"}]}"#);
@@ -711,6 +712,81 @@ fn doctor_says_what_is_wrong_with_a_library() {
     assert!(output.status.success());
     assert!(text.contains("libtensorrt_rtx.so.1 as TensorRT for RTX: "), "{text}");
     assert!(text.contains("file too short") || text.contains("invalid ELF header"), "{text}");
+}
+
+#[test]
+fn a_package_is_pinned_by_its_digest() {
+    let sha256 = aotron(&["inspect", odd(), "--format", "json"]).ok().json()["manifest"]["sha256"].clone();
+    let sha256 = sha256.as_str().unwrap();
+    assert!(aotron(&["inspect", odd()]).ok().out.contains(sha256));
+    let other = sha256.replace(&sha256[..1], if sha256.starts_with('0') { "1" } else { "0" });
+    let run: &[&str] = &["run", odd(), "--token-ids", "1,2", "--max-tokens", "1"];
+    let commands = [
+        run,
+        &["inspect", odd()],
+        &["bench", odd()],
+        &["build", odd(), "--finish"],
+        &["tokenize", odd(), "--text", "a"],
+    ];
+    for command in commands {
+        let with = |digest: &str| aotron(&[command, &["--expect", digest]].concat());
+        with(&other).fails(1, &[sha256, &other, "another package"]);
+        with("12").fails(2, &["64 hexadecimal digits"]);
+    }
+    let pinned = |digest: &str| aotron(&[run, &["--expect", digest]].concat());
+    assert_eq!(pinned(sha256).ok().out, aotron(run).ok().out);
+    pinned(&format!("sha256:{}", sha256.to_uppercase())).ok();
+    aotron(&["inspect", "tests/data/tiny-chat", "--expect", sha256]).fails(2, &["--expect is for engine packages"]);
+    aotron(&["build", "tests/data/tiny-chat", "--expect", sha256]).fails(2, &["--finish"]);
+}
+
+#[test]
+fn a_model_that_would_take_hours_to_list_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config: Value =
+        serde_json::from_str(&std::fs::read_to_string("tests/data/tiny-chat/config.json").unwrap()).unwrap();
+    let path = folder.path().join("config.json");
+    for (key, value, words) in
+        [("num_hidden_layers", 65, "65 layers"), ("intermediate_size", 1 << 30, "1073741824 by 192 elements")]
+    {
+        let before = std::mem::replace(&mut config[key], value.into());
+        std::fs::write(&path, config.to_string()).unwrap();
+        aotron(&["inspect", text(folder.path()), "--network", "--precision", "int4"]).fails(1, &[words]);
+        config[key] = before;
+    }
+}
+
+/// A library is code: one that lies in the folder that a command happens to be started in is never opened.
+#[test]
+fn libraries_in_the_current_folder_are_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    for place in ["here", "here/.tensorrt", "here/tensorrt", "here/lib"] {
+        std::fs::create_dir_all(folder.path().join(place)).unwrap();
+        for library in ["libtensorrt_rtx.so.1", "libnvinfer.so.11"] {
+            std::fs::write(folder.path().join(place).join(library), "not the user's").unwrap();
+        }
+    }
+    let run = |program: &Path| {
+        let mut command = Command::new(program);
+        command.args(["doctor", "--format", "json"]).current_dir(folder.path().join("here"));
+        for variable in ["AOTRON_TENSORRT_DIR", "XDG_DATA_HOME", "HOME", "VIRTUAL_ENV", "CONDA_PREFIX"] {
+            command.env_remove(variable);
+        }
+        let output = command.env("XDG_DATA_HOME", ".").output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = run(Path::new(env!("CARGO_BIN_EXE_aotron")));
+    assert!(!text.contains("file too short") && !text.contains("invalid ELF header"), "{text}");
+    assert!(text.contains("(libnvinfer.so.11) is not installed"), "{text}");
+
+    // Beside the program, it is the user's own.
+    let program = folder.path().join("bin/aotron");
+    std::fs::create_dir(folder.path().join("bin")).unwrap();
+    std::fs::copy(env!("CARGO_BIN_EXE_aotron"), &program).unwrap();
+    std::fs::write(folder.path().join("bin/libtensorrt_rtx.so.1"), "truncated").unwrap();
+    let text = run(&program);
+    assert!(text.contains("bin/libtensorrt_rtx.so.1 as TensorRT for RTX: "), "{text}");
 }
 
 #[test]

@@ -28,6 +28,7 @@ fn package(recipe: Recipe, output: &Path) -> Package {
         prepare: false,
         calibration: None,
         chat_format: None,
+        reference: true,
     };
     build(&request, &quiet()).unwrap();
     Package::open(output).unwrap()

@@ -88,8 +88,8 @@ fn h100_is_refused_prepared_and_left_whole() {
     let info = plan(&package, "h100").tensorrt.as_ref().unwrap();
     assert_eq!((info.compute_capability, info.compiled.as_ref()), (90, None));
     assert!(plan(&package, "h100").plan.is_none());
-    // Four linear layers per block are quantized; the head stays in BF16.
-    assert_eq!(info.activation_scales.len(), 4 * 5 + 1);
+    // Three linear layers per block are quantized; `qkv_proj` and the head stay in BF16.
+    assert_eq!(info.activation_scales.len(), 3 * 5 + 1);
     assert!(info.activation_scales.values().all(|scale| *scale > 0.0));
 
     let request = FinishRequest { package: output.clone(), recipe: None };
@@ -201,11 +201,13 @@ fn the_program_builds_finishes_and_says_where_plans_run() {
     assert_eq!(code, Some(0), "{errors}");
     assert!(text.contains("a100 in int8, h100 in fp8"), "{text}");
     assert!(text.contains("for SM 8.0") && text.contains("graph checked with"), "{text}");
+    assert!(text.contains("the program and") && text.contains("libtensorrt_rtx.so.1 into one folder there"), "{text}");
     assert!(text.contains("on the H100: aotron build") && text.contains("--finish"), "{text}");
 
     let (code, _, errors) = run(&["build", output, "--finish"]);
     assert_eq!(code, Some(1));
-    assert!(errors.contains("H100"), "{errors}");
+    assert!(errors.contains("H100") && errors.contains("Copy the package"), "{errors}");
+    assert!(!errors.contains("--prepare"), "it is prepared already: {errors}");
     let (code, text, errors) = run(&["build", output, "--finish", "--recipe", "a100"]);
     assert_eq!(code, Some(0), "{errors}");
     assert!(text.contains("for a100 in int8"), "{text}");
@@ -215,6 +217,8 @@ fn the_program_builds_finishes_and_says_where_plans_run() {
     let (code, text, _) = run(&["inspect", output]);
     assert_eq!(code, Some(0));
     assert!(text.contains("h100 plan") && text.contains("only prepared"), "{text}");
+    assert!(text.contains("by TensorRT for RTX 1.") && text.contains("for SM 8.0"), "{text}");
+    assert!(text.contains(&format!("on a GPU of SM 9.0: aotron build {output} --finish")), "{text}");
     let (code, _, errors) = run(&["build", TINY_CHAT, "--recipe", "a100:fp8", "-o", output, "--force"]);
     assert_eq!(code, Some(1));
     assert!(errors.contains("fp8 is not for a100, which takes bf16, int8, int4"), "{errors}");

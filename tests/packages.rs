@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use aotron::compile::{BuildRequest, BuildSummary, Precision, Progress, Recipe, build};
+use aotron::compile::{BuildRequest, BuildSummary, Precision, Progress, Recipe, WeightRounding, build};
 use aotron::engine::Package;
 
 struct Quiet;
@@ -21,15 +21,19 @@ pub fn build_package(checkpoint: &Path, precision: Precision, output: &Path) -> 
     package
 }
 
-/// Builds a package by built-in recipes.
+/// Builds a package by built-in recipes, with weights rounded to the nearest codes: those that a test can compute again
+/// from the checkpoint.
 pub fn build_recipes(
     checkpoint: &Path,
     recipes: &[(&str, Precision)],
     prepare: bool,
     output: &Path,
 ) -> aotron::Result<BuildSummary> {
-    let recipe =
-        |(name, precision): &(&str, Precision)| Recipe { precision: *precision, ..Recipe::load(name).unwrap() };
+    let recipe = |(name, precision): &(&str, Precision)| Recipe {
+        precision: *precision,
+        weight_rounding: WeightRounding::Nearest,
+        ..Recipe::load(name).unwrap()
+    };
     let request = BuildRequest {
         checkpoint: checkpoint.into(),
         recipes: recipes.iter().map(recipe).collect(),
@@ -38,6 +42,7 @@ pub fn build_recipes(
         prepare,
         calibration: None,
         chat_format: None,
+        reference: true,
     };
     build(&request, &quiet())
 }

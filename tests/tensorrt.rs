@@ -11,7 +11,9 @@ use aotron::Error;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelLog, KernelTensor, Kernels};
 use aotron::backend::tensorrt::lower::{Attends, AttentionInput, Constants, LoweredNetwork, Sizes, lower};
-use aotron::backend::tensorrt::{BuildOptions, Layers, LibraryKind, Monitor, SerializedPlan, TensorRtLibrary, Version};
+use aotron::backend::tensorrt::{
+    BuildOptions, ConstantBytes, Layers, LibraryKind, Monitor, SerializedPlan, TensorRtLibrary, Version,
+};
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Calibration, Precision, optimized_graph};
 use aotron::engine::tensorrt::{Binding, BindingRole, Extent};
@@ -450,6 +452,17 @@ fn errors_carry_the_words_of_tensorrt() {
     assert!(error.contains("the network has no tensor"), "{error}");
     let error = network.input("deep", DType::F32, &[1; 12]).unwrap_err().to_string();
     assert!(error.contains("12 dimensions"), "{error}");
+    // Sizes whose bits, bytes or elements overflow are not taken for the few bytes that are left of them.
+    for (dtype, dims) in [
+        (DType::F32, &[1 << 59][..]),
+        (DType::F32, &[1 << 58]),
+        (DType::I4, &[1 << 61]),
+        (DType::I8, &[1 << 32, 1 << 32]),
+    ] {
+        let bytes = ConstantBytes::of_memory([0u8; 4].into(), 0..0).unwrap();
+        let error = network.constant(bytes, dtype, dims).unwrap_err().to_string();
+        assert!(error.contains("a constant of impossible sizes") || error.contains("0 bytes, expected"), "{error}");
+    }
 }
 
 #[test]

@@ -15,6 +15,10 @@ use crate::tensorrt::rtx;
 
 #[path = "tensorrt_runtime/executor.rs"]
 mod executor;
+#[path = "tensorrt_runtime/faults.rs"]
+mod faults;
+#[path = "tensorrt_runtime/machines.rs"]
+mod machines;
 
 /// A package with tiny-chat's A100 plan, and the plan's bytes.
 fn tiny_chat(folder: &Path) -> (Package, Vec<u8>) {

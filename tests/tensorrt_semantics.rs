@@ -19,10 +19,12 @@ use aotron::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use aotron::graph::Graph;
 use aotron::tensor::DType;
 use aotron::tensor_file::TensorFile;
+use aotron::verify::{RowStats, limit_on_gpu, row_error};
 
 use crate::evaluator::{Array, Element, Evaluator, Rounding};
 use crate::numerics::score;
 use crate::packages::build_package;
+use crate::verify::{VOCAB, grouped_checkpoint};
 
 const TINY_CHAT: &str = "tests/data/tiny-chat";
 
@@ -161,6 +163,8 @@ struct Device<'p> {
     expected: &'p [Vec<f32>],
     /// Largest difference so far, relative to the row's largest logit.
     error: f32,
+    /// Largest error so far as `aotron verify` measures it.
+    verify_error: f32,
     /// Number of rows whose most likely token leads by more than the tolerance.
     clear: usize,
     tolerance: f32,
@@ -288,6 +292,7 @@ impl Device<'_> {
         let error = worst / largest;
         self.error = self.error.max(error);
         assert!(error < self.tolerance, "sequence {sequence}, position {position}: {error:e}");
+        self.verify_error = self.verify_error.max(row_error(logits, expected, RowStats::of(expected)).0);
         let (best, runner_up) = (first(expected, None), first(expected, Some(first(expected, None))));
         if expected[best] - expected[runner_up] > self.tolerance * largest {
             self.clear += 1;
@@ -328,6 +333,11 @@ fn tolerance(precision: Precision, rounding: Rounding) -> f32 {
 
 /// Evaluates a model's plans in one precision with each kind of rounding. Returns how many rows had a clear winner.
 fn check(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>]) -> usize {
+    check_within(checkpoint, precision, sequences, 1.0)
+}
+
+/// As [`check`], with this many times the tolerance.
+fn check_within(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>], times: f32) -> usize {
     let folder = tempfile::tempdir().unwrap();
     let package = build_package(Path::new(checkpoint), precision, &folder.path().join("engine"));
     let calibration = Calibration::of_program(&cpu_program(&package).unwrap().1);
@@ -345,13 +355,20 @@ fn check(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>]) -> usiz
             sequences,
             expected: &expected,
             error: 0.0,
+            verify_error: 0.0,
             clear: 0,
-            tolerance: tolerance(precision, rounding),
+            tolerance: tolerance(precision, rounding) * times,
             attention,
         };
         device.run();
-        println!("{checkpoint} {precision} {attention} {rounding:?}: {:.1e}, {} clear", device.error, device.clear);
-        clear += device.clear;
+        let Device { error, verify_error, clear: rows, .. } = device;
+        println!(
+            "{checkpoint} {precision} {attention} {rounding:?}: {error:.1e}, {rows} clear, verify {verify_error:.1e}"
+        );
+        let layers = package.manifest().model.num_layers;
+        let limit = limit_on_gpu(&precision.to_string(), layers);
+        assert!(1.5 * verify_error < limit, "{checkpoint} {precision} {rounding:?}: {verify_error:e} of {limit:e}");
+        clear += rows;
     }
     clear
 }
@@ -389,6 +406,23 @@ fn every_shape_is_what_the_cpu_computes() {
             if shape != "odd" || precision != Precision::Int4 {
                 check(&checkpoint, precision, &sequences);
             }
+        }
+    }
+}
+
+/// Models whose layers all matter, shallow and deep: the limits of `aotron verify` must hold for them too. The tolerance
+/// of the other comparisons is for models of few layers.
+#[test]
+fn the_limits_hold_at_any_depth() {
+    for layers in [4, 32] {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = folder.path().join(format!("layers-{layers}"));
+        grouped_checkpoint(&checkpoint, layers);
+        let ids =
+            |sequence: u32| (0..TOKENS as u32).map(|i| (sequence * 31 + i * i * 7 + i * 13) % VOCAB as u32).collect();
+        let sequences: Vec<Vec<u32>> = (0..SLOTS as u32).map(ids).collect();
+        for precision in [Precision::Bf16, Precision::Fp8] {
+            check_within(checkpoint.to_str().unwrap(), precision, &sequences, 4.0);
         }
     }
 }

@@ -27,6 +27,8 @@ mod numerics;
 mod packages;
 /// Graphs evaluated in FP64.
 mod reference;
+/// Weights rounded by their layers' inputs.
+mod rounding;
 /// Tests that cannot run on every machine.
 mod skips;
 /// TensorRT, if its library is available.
@@ -37,6 +39,8 @@ mod tensorrt_runtime;
 mod tensorrt_semantics;
 /// The 500 conversations of tiny-chat.
 mod tiny_chat;
+/// Verification of CPU plans.
+mod verify;
 
 use aotron::isa::{CPU_VARIABLE, CpuFeatures, Isa};
 

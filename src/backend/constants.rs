@@ -117,6 +117,11 @@ impl ConstRows {
         self.form
     }
 
+    /// The elements of the checkpoint that its rows are computed from.
+    pub fn unquantized(&self) -> ConstRows {
+        ConstRows { transforms: Vec::new(), form: RowForm::Values, ..self.clone() }
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows
@@ -221,8 +226,14 @@ impl<'c> SourceRows<'c> {
     ) -> Result<SourceRows<'c>> {
         let mut values = vec![0f32; rows.len() * columns];
         let mut stored = Vec::new();
+        let mut quantized = Vec::new();
         match source {
             RowSource::Tensors(names) => {
+                for scheme in checkpoint.rounded_schemes(names) {
+                    let (mut codes, mut scales) = (values.clone(), vec![0f32; rows.len() * scheme.blocks(columns)]);
+                    checkpoint.read_rounded(names, scheme, rows.clone(), &mut codes, &mut scales)?;
+                    quantized.push(Quantized { transforms: Vec::new(), scheme, codes, scales });
+                }
                 let mut above = 0;
                 for name in names {
                     let view = checkpoint.tensor(name)?;
@@ -254,7 +265,7 @@ impl<'c> SourceRows<'c> {
                 }
             }
         }
-        Ok(SourceRows { columns, values, stored, quantized: Vec::new() })
+        Ok(SourceRows { columns, values, stored, quantized })
     }
 
     /// Evaluates a constant of this source, `[rows, width]`. Codes are returned as numbers; [`Scheme::bits`] gives

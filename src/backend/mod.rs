@@ -50,4 +50,38 @@ pub trait Executor: Send {
     fn retained_tokens(&self, _slot: usize) -> usize {
         self.limits().max_sequence_tokens
     }
+
+    /// Guarantees beyond the above, which verification holds the executor to.
+    fn promises(&self) -> ExecutorPromises {
+        ExecutorPromises::default()
+    }
+
+    /// Sets every byte of a slot's keys and values, those past the end of its sequence included: 0 for zeros, 0xff for
+    /// NaN, 0x44 for large numbers, in any float type. Returns false, having done nothing, if the executor has no such
+    /// access to its KV memory.
+    ///
+    /// # Errors
+    /// [`Error::Step`](crate::Error::Step) if there is no such slot; any error of the backend.
+    fn fill_slot(&mut self, slot: usize, byte: u8) -> Result<bool> {
+        let _ = (slot, byte);
+        Ok(false)
+    }
+
+    /// Makes a slot fit for another sequence after one whose logits were not finite. The runtime calls it; an executor
+    /// whose attention reads past the end of a sequence zeroes the slot, as this does.
+    ///
+    /// # Errors
+    /// As [`Executor::fill_slot`].
+    fn mend_slot(&mut self, slot: usize) -> Result<()> {
+        self.fill_slot(slot, 0).map(drop)
+    }
+}
+
+/// Guarantees of an executor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ExecutorPromises {
+    /// A sequence's logits have the same bits whatever else is in its steps and however it was chunked.
+    pub same_bits: bool,
+    /// Keys and values at or past the end of a sequence are never read, so they may be NaN.
+    pub ignores_unwritten: bool,
 }

@@ -18,6 +18,8 @@ pub struct ExecutorOptions {
     pub cpu: CpuOptions,
     /// Options of GPU plans.
     pub gpu: GpuOptions,
+    /// Runs a GPU plan that has not been verified on this machine, see [`crate::verify`].
+    pub accept_unverified: bool,
 }
 
 /// The selected plan, and the reason for the choice.
@@ -266,7 +268,12 @@ mod tests {
         };
         let info = |compute_capability| TensorRtInfo {
             compute_capability,
-            compiled: library.map(|library| Compiled { library, version: "1.7.1".into(), context_plan: None }),
+            compiled: library.map(|library| Compiled {
+                library,
+                version: "1.7.1".into(),
+                gpu: None,
+                context_plan: None,
+            }),
             sizes,
             smaller_classes: Vec::new(),
             bindings: Vec::new(),

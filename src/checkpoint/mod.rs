@@ -25,6 +25,7 @@ mod hugging_face;
 mod json;
 mod keys;
 mod nemo;
+mod rounded;
 mod schema;
 mod sharded;
 pub mod tar;
@@ -38,6 +39,7 @@ pub use chat_files::{AddedToken, ChatFiles, NemoPromptTokens, TemplateFile};
 pub(crate) use chat_files::{MAX_TEMPLATE_BYTES, read_template};
 pub use config::ModelConfig;
 pub use generation::GenerationConfig;
+pub use rounded::{RoundedWeights, codes_name, scales_name};
 pub use schema::{EMBEDDING, TensorRole};
 pub use weight::TensorView;
 use weight::Weight;
@@ -57,6 +59,8 @@ pub struct Checkpoint {
     details: Vec<(&'static str, String)>,
     /// Chat markers, for a `.nemo`.
     nemo_prompt_tokens: Option<NemoPromptTokens>,
+    /// Matrices whose codes are not the nearest ones.
+    rounded: Option<RoundedWeights>,
 }
 
 /// Location of a checkpoint's tokenizer.
@@ -139,6 +143,7 @@ impl Checkpoint {
             tokenizer,
             details,
             nemo_prompt_tokens: None,
+            rounded: None,
         }
     }
 

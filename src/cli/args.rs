@@ -1,6 +1,6 @@
 //! Command-line arguments, and groups of flags shared by several commands.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use aotron::engine::Package;
 use aotron::isa::Isa;
@@ -9,7 +9,7 @@ use aotron::text::{ChatFormat, ChatTemplate, Tokenizer};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
-use super::{bench, build, chat, doctor, inspect, run, score, shell, term, tokenize};
+use super::{bench, build, chat, doctor, inspect, run, score, shell, term, tokenize, verify};
 
 /// Compiles Nemotron chat models ahead of time and runs them.
 #[derive(Debug, Parser)]
@@ -33,6 +33,8 @@ pub enum Command {
     Tokenize(tokenize::Flags),
     /// Show the contents of an engine package or a checkpoint
     Inspect(inspect::Flags),
+    /// Compare a plan's answers with each other and with the CPU's
+    Verify(verify::Flags),
     /// Measure prefill and decode speed
     Bench(bench::Flags),
     /// Report what this machine can build and run
@@ -56,6 +58,8 @@ pub enum Format {
 pub struct EngineFlags {
     /// Engine package, a folder written by `aotron build`
     pub engine: PathBuf,
+    #[command(flatten)]
+    pub pin: PinFlags,
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = count(1024), allow_negative_numbers = true)]
     pub threads: Option<usize>,
@@ -68,9 +72,37 @@ pub struct EngineFlags {
     /// Index of the GPU to run on [default: the first one that a plan was compiled for]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub device: Option<usize>,
+    /// Run a GPU plan that has not been verified on this card, driver and library
+    #[arg(long)]
+    pub accept_unverified: bool,
     /// Launch the GPU's kernels one by one rather than as CUDA graphs
     #[arg(long, hide = true)]
     pub no_cuda_graphs: bool,
+}
+
+/// Flags that pin an engine package.
+#[derive(Debug, Default, clap::Args)]
+pub struct PinFlags {
+    /// Refuse the package unless its manifest has this SHA-256, which `aotron inspect` shows
+    #[arg(long, value_name = "SHA256", value_parser = sha256)]
+    pub expect: Option<String>,
+}
+
+impl PinFlags {
+    /// Opens a package and checks that it is the one expected, if any is.
+    pub fn open(&self, path: &Path) -> aotron::Result<Package> {
+        let package = Package::open(path)?;
+        self.expect.iter().try_for_each(|sha256| package.expect(sha256))?;
+        Ok(package)
+    }
+
+    /// Refuses to pin a checkpoint.
+    pub fn refuse_checkpoint(&self, path: &Path) -> anyhow::Result<()> {
+        match self.expect {
+            Some(_) => Err(usage(format!("--expect is for engine packages, and {} is none", path.display()))),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Flags for the chat format.
@@ -211,6 +243,14 @@ fn isa(name: &str) -> Result<Isa, String> {
         let names: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
         format!("this machine has {}", names.join(", "))
     })
+}
+
+fn sha256(text: &str) -> Result<String, String> {
+    let digits = text.strip_prefix("sha256:").unwrap_or(text);
+    match digits.len() == 64 && digits.chars().all(|c| c.is_ascii_hexdigit()) {
+        true => Ok(digits.to_ascii_lowercase()),
+        false => Err("expected 64 hexadecimal digits".into()),
+    }
 }
 
 fn bias(text: &str) -> Result<(u32, f32), String> {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::bail;
+use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 use aotron::checkpoint::is_checkpoint;
 use aotron::compile::gpu::precision_of;
 use aotron::compile::{
@@ -15,10 +16,11 @@ use aotron::compile::{
 use aotron::engine::{Package, is_package};
 use aotron::isa::{CpuFeatures, Isa};
 
-use super::args::{chat_format_help, count, usage};
+use super::args::{PinFlags, chat_format_help, count, usage};
 use super::engine::{refuse_checkpoint, shell_word};
 use super::inspect::{CpuPlanFacts, text_facts};
 use super::term::{self, Stages};
+use super::verify::verify_compiled;
 
 /// Flags of `aotron build`.
 #[derive(Debug, clap::Args)]
@@ -44,20 +46,26 @@ pub struct Flags {
     /// Maximum number of concurrent sequences [default: the recipe's]
     #[arg(long, value_name = "N", value_parser = count(1024), allow_negative_numbers = true)]
     slots: Option<usize>,
-    /// Prompts for calibrating the activation ranges of fp8, as lines of JSON: {"messages": [{"role", "content"}, …]}
-    /// or {"token_ids": […]} [default: built-in conversations]
+    /// Prompts to calibrate int4 and fp8 with, as lines of JSON: {"messages": [{"role", "content"}, …]} or
+    /// {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,
     #[arg(long, value_name = "NAME|FILE.jinja", help = chat_format_help("the checkpoint's own"))]
     chat_format: Option<String>,
+    /// Store no reference answers. A plan for a GPU can then be compared with itself only, not with the CPU's answers,
+    /// before it is used
+    #[arg(long)]
+    no_reference: bool,
     /// If a plan cannot be compiled on this machine, do everything else; --finish compiles it later on its GPU
     #[arg(long)]
     prepare: bool,
     /// Compile the plans of an engine package that were only prepared, or recompile all GPU plans if there are none,
     /// from the package's own weights; with --recipe, add a plan for that GPU, or with --recipe cpu, repack the CPU
     /// plan for this CPU or --cpu. Precision and sequence length stay those of the weights
-    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "prepare", "output", "force"])]
+    #[arg(long, conflicts_with_all = ["precision", "max_sequence_tokens", "slots", "calibration", "chat_format", "no_reference", "prepare", "output", "force"])]
     finish: bool,
+    #[command(flatten)]
+    pin: PinFlags,
     /// Output folder of the engine package [default: engines/ and the checkpoint's name]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -123,6 +131,7 @@ impl Flags {
             prepare: self.prepare,
             calibration: self.calibration.clone(),
             chat_format: self.chat_format.clone(),
+            reference: !self.no_reference,
         })
     }
 
@@ -139,7 +148,17 @@ impl Flags {
             _ => return Err(usage("--finish adds a plan for one --recipe at a time")),
         };
         refuse_checkpoint(&self.source)?;
+        if self.pin.expect.is_some() {
+            self.pin.open(&self.source)?;
+        }
         Ok(FinishRequest { package: self.source.clone(), recipe })
+    }
+}
+
+fn refuse_pin(flags: &Flags) -> anyhow::Result<()> {
+    match flags.pin.expect {
+        Some(_) => Err(usage("--expect pins an engine package, so it is for --finish")),
+        None => Ok(()),
     }
 }
 
@@ -153,6 +172,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let summary = match flags.finish {
         true => compile::finish(&flags.finish_request()?, &follower)?,
         false => {
+            refuse_pin(flags)?;
             if is_package(&flags.source) && !is_checkpoint(&flags.source) {
                 let engine = flags.source.display();
                 bail!(
@@ -179,7 +199,13 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         }
     }
     let took = term::duration(started.elapsed());
-    print(&summary, &took)
+    print(&summary, &took)?;
+    if !flags.finish {
+        return Ok(());
+    }
+    let compiled = summary.plans.iter().filter(|plan| plan.compiler.is_some() && !plan.only_prepared);
+    let targets: Vec<&str> = compiled.map(|plan| plan.target.as_str()).collect();
+    verify_compiled(&Package::open(&summary.package)?, &targets)
 }
 
 /// Prints a build's resource estimate on standard error.
@@ -255,6 +281,16 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
         Some(_) => format!("aotron chat {engine}"),
         None => format!("aotron run {engine} --token-ids 1,2,3"),
     };
+    let library = package.manifest().plans.iter().find_map(|plan| plan.tensorrt.as_ref()?.compiled.as_ref());
+    if let Some(compiled) = library.filter(|_| !runs_here) {
+        let kind = compiled.library;
+        let found = TensorRtLibrary::find(kind).map(|library| library.path().display().to_string());
+        let file = found.unwrap_or_else(|_| kind.file_name().into());
+        line("copy", format!("{engine}, the program and {file} into one folder there"))?;
+        if kind == LibraryKind::Rtx {
+            line("", "the first start compiles kernels for the GPU, later ones find them".into())?;
+        }
+    }
     match plans.iter().find(|plan| plan.only_prepared) {
         Some(plan) => line("next", format!("on the {}: aotron build {engine} --finish", plan.target.to_uppercase()))?,
         None if runs_here => line("next", chat)?,

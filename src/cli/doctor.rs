@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use aotron::backend::tensorrt::{DeviceInfo, LibraryKind, TensorRtLibrary, devices};
+use aotron::backend::tensorrt::{DeviceInfo, LibraryKind, TensorRtLibrary, devices, driver_version};
 use aotron::compile::gpu::{PlanCompiler, sm};
 use aotron::compile::{Precision, Target, available_memory_bytes, free_bytes, total_memory_bytes};
 use aotron::isa::{CPU_VARIABLE, Isa};
@@ -51,6 +51,8 @@ struct Findings {
     gpus: Vec<String>,
     /// The reason why there are none.
     gpu_problem: Option<String>,
+    /// The NVIDIA driver.
+    driver: Option<String>,
     tensorrt: Vec<TensorRtFinding>,
     targets: Vec<TargetFinding>,
 }
@@ -71,7 +73,7 @@ struct TensorRtFinding {
 }
 
 impl TensorRtFinding {
-    fn gather(kind: LibraryKind) -> TensorRtFinding {
+    fn gather(kind: LibraryKind, devices: &[DeviceInfo]) -> TensorRtFinding {
         let mut finding = TensorRtFinding {
             name: kind.name(),
             file: kind.file_name(),
@@ -85,23 +87,33 @@ impl TensorRtFinding {
             Ok(library) => {
                 finding.version = Some(library.version().to_string());
                 finding.path = Some(library.path());
-                finding.try_out(&library);
+                let driver = library.check_driver();
+                // Compiling for a named compute capability needs no driver.
+                if driver.is_ok() || kind == LibraryKind::Rtx {
+                    finding.try_out(&library, devices);
+                }
+                finding.problems.extend(driver.err().map(|error| format!("running plans: {}", words(&error))));
             }
             Err(error) => finding.problems.push(words(&error)),
         }
         finding
     }
 
-    fn try_out(&mut self, library: &TensorRtLibrary) {
-        let gpus = match library.kind() {
-            LibraryKind::Rtx => COMPUTE_CAPABILITIES
-                .iter()
-                .map(|(sm, gpu)| (Some(*sm), format!("SM {}.{} ({gpu})", sm / 10, sm % 10)))
-                .collect(),
-            LibraryKind::TensorRt => vec![(None, "the GPU of this machine".to_owned())],
+    fn try_out(&mut self, library: &TensorRtLibrary, devices: &[DeviceInfo]) {
+        let named =
+            |(sm, gpu): &(u16, &str)| (format!("SM {}.{} ({gpu})", sm / 10, sm % 10), library.compiles_for(Some(*sm)));
+        let here = |device: &DeviceInfo| {
+            (format!("GPU {} ({})", device.index, device.name), library.compiles_on(device.index))
         };
-        for (compute_capability, gpu) in gpus {
-            match library.compiles_for(compute_capability) {
+        let tried: Vec<(String, aotron::Result<()>)> = match library.kind() {
+            LibraryKind::Rtx => COMPUTE_CAPABILITIES.iter().map(named).collect(),
+            LibraryKind::TensorRt if devices.is_empty() => {
+                vec![("the GPU of this machine".into(), library.compiles_for(None))]
+            }
+            LibraryKind::TensorRt => devices.iter().map(here).collect(),
+        };
+        for (gpu, result) in tried {
+            match result {
                 Ok(()) => self.compiles_for.push(gpu),
                 Err(error) => self.problems.push(format!("{gpu}: {}", words(&error))),
             }
@@ -179,10 +191,11 @@ impl Findings {
             memory_bytes: total_memory_bytes(),
             memory_available_bytes: available_memory_bytes(),
             disk_free_bytes: free_bytes(Path::new(".")),
-            tensorrt: LibraryKind::ALL.into_iter().map(TensorRtFinding::gather).collect(),
+            tensorrt: LibraryKind::ALL.into_iter().map(|kind| TensorRtFinding::gather(kind, &gpus)).collect(),
             targets: Target::ALL.into_iter().map(|target| TargetFinding::gather(target, &gpus)).collect(),
             gpus: gpus.iter().map(gpu_words).collect(),
             gpu_problem,
+            driver: driver_version().ok().map(|driver| driver.to_string()),
         })
     }
 }
@@ -217,6 +230,9 @@ fn print(found: &Findings) -> anyhow::Result<()> {
     let none = found.gpu_problem.clone().unwrap_or_else(|| "none that CUDA sees".into());
     for (index, gpu) in found.gpus.iter().chain(found.gpus.is_empty().then_some(&none)).enumerate() {
         line(if index == 0 { "GPU" } else { "" }, term::harmless(gpu))?;
+    }
+    if let Some(driver) = &found.driver {
+        line("driver", term::harmless(driver))?;
     }
     for (label, finding) in ["TensorRT RTX", "TensorRT"].into_iter().zip(&found.tensorrt) {
         for (index, text) in finding.lines().into_iter().enumerate() {

@@ -7,14 +7,15 @@ use std::time::Instant;
 use anyhow::Context;
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
-use aotron::backend::{Executor, ExecutorOptions, Selection, open_selected, select};
+use aotron::backend::{Executor, ExecutorOptions, Selection, select};
 use aotron::checkpoint::is_checkpoint;
 use aotron::compile::Progress;
 use aotron::engine::{Package, PlanInfo, is_package};
 use aotron::runtime::Session;
 use aotron::text::{ChatFormat, Tokenizer};
+use aotron::verify;
 
-use super::args::{ChatFlags, EngineFlags};
+use super::args::{ChatFlags, EngineFlags, PinFlags};
 use super::term::{self, Stages};
 
 /// An opened package, ready to run.
@@ -30,10 +31,24 @@ pub struct OpenedEngine {
 }
 
 impl EngineFlags {
+    /// The flags of a command that names nothing but the package.
+    pub fn of(engine: &Path) -> EngineFlags {
+        EngineFlags {
+            engine: engine.to_path_buf(),
+            pin: PinFlags::default(),
+            threads: None,
+            isa: None,
+            target: None,
+            device: None,
+            accept_unverified: false,
+            no_cuda_graphs: false,
+        }
+    }
+
     /// The package only, without opening its plan.
     pub fn package(&self) -> aotron::Result<Package> {
         refuse_checkpoint(&self.engine)?;
-        Package::open(&self.engine)
+        self.pin.open(&self.engine)
     }
 
     /// Options for running its CPU plan, with KV memory for `slots` sequences.
@@ -56,7 +71,12 @@ impl EngineFlags {
             no_graphs: self.no_cuda_graphs,
             report: GpuReport::to(hear),
         };
-        ExecutorOptions { target: self.target.clone(), cpu: self.cpu_options(slots), gpu }
+        ExecutorOptions {
+            target: self.target.clone(),
+            cpu: self.cpu_options(slots),
+            gpu,
+            accept_unverified: self.accept_unverified,
+        }
     }
 
     /// The plan that would be selected.
@@ -96,7 +116,7 @@ impl EngineFlags {
         if package.manifest().plans.len() > 1 || selection.device.is_some() {
             term::note(&selection.reason);
         }
-        let executor = open_selected(&package, &selection, &options)?;
+        let executor = verify::open(&package, &selection, &options)?;
         let load_seconds = started.elapsed().as_secs_f64();
         Ok(OpenedEngine { package, format, tokenizer, executor, selection, load_seconds })
     }

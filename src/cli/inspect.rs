@@ -15,7 +15,9 @@ use aotron::backend::cpu::lower::{CpuTarget, lower};
 use aotron::backend::cpu::program::Program;
 use aotron::backend::{Limits, cpu_program};
 use aotron::checkpoint::{Checkpoint, ModelConfig, is_checkpoint, read_config};
+use aotron::compile::gpu::sm;
 use aotron::compile::{Calibration, PassReport, Precision, Recipe, open_checkpoint, optimized_graph};
+use aotron::engine::tensorrt::Compiled;
 use aotron::engine::{GenerationSettings, Manifest, Package, is_package};
 use aotron::graph::Graph;
 use aotron::runtime::SamplingParams;
@@ -26,7 +28,8 @@ use serde_json::{Value, json};
 use checkpoint::Facts;
 pub use cpu_plan::CpuPlanFacts;
 
-use super::args::Format;
+use super::args::{Format, PinFlags};
+use super::engine::shell_word;
 use super::term::{self, Stages, Style};
 
 /// Flags of `aotron inspect`.
@@ -49,12 +52,16 @@ pub struct Flags {
     format: Format,
     #[command(flatten)]
     tensorrt: tensorrt::PlanFlags,
+    #[command(flatten)]
+    pin: PinFlags,
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
     flags.tensorrt.check()?;
     let subject = if is_package(&flags.path) {
-        Subject::Engine(Box::new(Package::open(&flags.path)?))
+        Subject::Engine(Box::new(flags.pin.open(&flags.path)?))
+    } else if flags.pin.expect.is_some() {
+        return flags.pin.refuse_checkpoint(&flags.path);
     } else if flags.tensorrt.is_wanted() && !is_checkpoint(&flags.path) {
         Subject::Config(flags.path.clone(), Box::new(read_config(&flags.path)?))
     } else {
@@ -292,6 +299,7 @@ impl FactLines {
         let manifest = package.manifest();
         self.title(format!("{}, an engine package", package.path().display()));
         self.fact("built by", format!("{}, format {}", manifest.tool, manifest.format_version));
+        self.fact("sha256", format!("{}, of the manifest (--expect)", manifest.sha256));
         self.fact("from", format!("{} checkpoint {}", manifest.checkpoint.format, manifest.checkpoint.digest));
         self.model(&manifest.model);
         match &manifest.tokenizer {
@@ -309,6 +317,18 @@ impl FactLines {
                 &format!("{} plan", plan.target),
                 format!("{}, {}", plan.precision, plan.plan.as_deref().unwrap_or("only prepared")),
             );
+            let compiled = plan.tensorrt.as_ref().map(|info| (&info.compiled, sm(info.compute_capability)));
+            match compiled {
+                Some((Some(Compiled { library, version, gpu, .. }), sm)) => {
+                    let on = gpu.as_ref().map(|gpu| format!(" on {}", gpu.name)).unwrap_or_default();
+                    self.fact("  compiled", format!("by {} {version}{on}, for SM {sm}", library.name()));
+                }
+                Some((None, sm)) => {
+                    let engine = shell_word(package.path());
+                    self.fact("  next", format!("on a GPU of SM {sm}: aotron build {engine} --finish"));
+                }
+                None => {}
+            }
             if let ("cpu", Some(facts)) = (plan.target.as_str(), CpuPlanFacts::of(package)) {
                 self.fact("  packed for", facts.map_or_else(|error| format!("unknown: {error}"), |it| it.to_string()));
             }

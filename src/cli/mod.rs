@@ -16,6 +16,7 @@ mod score;
 mod shell;
 mod term;
 mod tokenize;
+mod verify;
 mod whole_file;
 
 use std::io::{ErrorKind, Write};
@@ -66,6 +67,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Score(flags) => score::run(&flags),
         Command::Tokenize(flags) => tokenize::run(&flags),
         Command::Inspect(flags) => inspect::run(&flags),
+        Command::Verify(flags) => verify::run(&flags),
         Command::Bench(flags) => bench::run(&flags),
         Command::Doctor(flags) => doctor::run(&flags),
         Command::Completions(flags) => shell::completions(&flags),

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use aotron::compile::{CheckpointText, open_checkpoint};
-use aotron::engine::{Package, is_package};
+use aotron::engine::is_package;
 use aotron::text::{ChatFormat, FormatProblems, Message, Tokenizer};
 use serde_json::Value;
 
-use super::args::ChatFlags;
+use super::args::{ChatFlags, PinFlags};
 use super::prompt::{input_name, read_file};
 use super::term::{self, Stages};
 
@@ -31,6 +31,8 @@ pub struct Flags {
     raw: bool,
     #[command(flatten)]
     chat: ChatFlags,
+    #[command(flatten)]
+    pin: PinFlags,
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
@@ -54,12 +56,13 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 /// The chosen chat format and its tokenizer. A format that the tokenizer cannot express is shown all the same.
 fn open(flags: &Flags) -> anyhow::Result<(Tokenizer, ChatFormat)> {
     let (format, tokenizer, problems) = if is_package(&flags.path) {
-        let (format, tokenizer) = flags.chat.open_unchecked(&Package::open(&flags.path)?)?;
+        let (format, tokenizer) = flags.chat.open_unchecked(&flags.pin.open(&flags.path)?)?;
         let chosen = tokenizer.as_ref().filter(|_| flags.chat.chat_format.is_some());
         let FormatProblems { warnings, refusals, .. } =
             chosen.map(|tokenizer| format.problems(tokenizer)).unwrap_or_default();
         (format, tokenizer, [warnings, refusals].concat())
     } else {
+        flags.pin.refuse_checkpoint(&flags.path)?;
         let checkpoint = open_checkpoint(&flags.path, &Stages::new())?;
         let text = CheckpointText::of(&checkpoint, flags.chat.chat_format.as_deref())?;
         let format = ChatFormat { escape_markers: flags.chat.escape_markers, ..text.format };

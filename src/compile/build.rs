@@ -8,12 +8,15 @@ use sha2::{Digest, Sha256};
 
 use super::calibration::{self, Calibration};
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
+use super::observation::{CalibrationInputs, RoundingJob, calibrate};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
+use super::reference::{Stand, ask_checkpoint, ask_program, lower_for_prompts, quantizes_inputs};
 use super::{
-    BuildRequest, BuildSummary, CheckpointText, PassReport, PlanSummary, Precision, Progress, Recipe, add_engines,
-    optimized_graph, plan_info,
+    BuildRequest, BuildSummary, CheckpointText, LinearKind, PassReport, PlanSummary, Precision, Progress, Recipe,
+    add_engines, optimized_graph, plan_info,
 };
 use crate::backend::Limits;
+use crate::backend::constants::ConstRows;
 use crate::backend::cpu;
 use crate::backend::packing::{self, PackItem};
 use crate::backend::tensorrt::lower::{Constants, PlanWeight};
@@ -23,6 +26,7 @@ use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, P
 use crate::error::{Error, Result, clip};
 use crate::tensor_file::TensorFile;
 use crate::text::{ChatFormat, ChatTemplate, NemotronMarkers, Tokenizer};
+use crate::verify::{Reference, prompts};
 
 /// Baseline: code, tables and thread stacks.
 const PROGRAM_BYTES: u64 = 64 << 20;
@@ -83,6 +87,14 @@ impl LoweredPlan {
         }
     }
 
+    /// The constants that it stores.
+    fn contents(&self) -> Box<dyn Iterator<Item = &ConstRows> + '_> {
+        match self {
+            LoweredPlan::Cpu { lowered, .. } => Box::new(lowered.constants.iter()),
+            LoweredPlan::Gpu(plan) => Box::new(plan.weights.iter().map(|weight| &weight.content)),
+        }
+    }
+
     fn means(&self) -> Option<PlanCompiler> {
         match self {
             LoweredPlan::Cpu { .. } => None,
@@ -106,7 +118,12 @@ struct CalibrationRun {
     /// File of its weights: an existing plan's, or a temporary one.
     weights: String,
     is_scratch: bool,
+    /// Matrices to round before they are packed.
+    job: RoundingJob,
 }
+
+/// Temporary file of rounded matrices.
+const ROUNDED: &str = "rounded.safetensors";
 
 /// A build that is fully planned, with the weights still unread.
 pub struct PlannedBuild {
@@ -119,6 +136,9 @@ pub struct PlannedBuild {
     generation: GenerationSettings,
     plans: Vec<Planned>,
     calibration: Option<CalibrationRun>,
+    /// Prompts for the reference, without answers yet; `None` if it is not wanted.
+    reference: Option<Reference>,
+    stands: Vec<Stand>,
     prediction: Prediction,
 }
 
@@ -161,7 +181,8 @@ impl PlannedBuild {
         let uncalibrated = Calibration::uniform(0.5);
         let mut plans: Vec<Planned> = Vec::with_capacity(recipes.len());
         for ((recipe, limits), means) in recipes.iter().zip(limits).zip(means) {
-            let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&uncalibrated))?;
+            let scales = uncalibrated.without(&recipe.keep_bf16);
+            let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&scales))?;
             let weights = weights_file(&plans, recipe, &lowered);
             plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
         }
@@ -172,6 +193,18 @@ impl PlannedBuild {
             tokenizer_of.map(|tokenizer| (tokenizer, &chat_format)),
             progress,
         )?;
+        let reference = request.reference.then(|| {
+            let shortest = plans.iter().map(|plan| plan.limits.max_sequence_tokens).min().unwrap_or(0);
+            let limits = Limits { max_sequence_tokens: shortest, ..plans[0].limits.clone() };
+            let calibrated = calibration.as_ref().map_or(&[][..], |run| &run.prompts);
+            Reference::new(prompts(tokenizer_of.map(|tokenizer| (tokenizer, &chat_format)), calibrated, &limits))
+        });
+        if reference.is_none() {
+            progress.warn(
+                "without reference answers (--no-reference) a plan for a GPU is compared with itself only, not with the \
+                 CPU, before it answers",
+            );
+        }
         let mut planned = PlannedBuild {
             request: request.clone(),
             checkpoint,
@@ -181,8 +214,11 @@ impl PlannedBuild {
             generation,
             plans,
             calibration,
+            reference,
+            stands: Vec::new(),
             prediction: Prediction::default(),
         };
+        planned.stands = planned.plan_stands()?;
         planned.prediction = planned.predict()?;
         Ok(planned)
     }
@@ -210,6 +246,7 @@ impl PlannedBuild {
         if let Some(run) = self.calibration.as_ref().filter(|run| run.is_scratch) {
             files.push((run.weights.clone(), cpu::pack::items(&run.lowered)));
         }
+        files.extend(self.stands.iter().map(|stand| (stand.weights.clone(), cpu::pack::items(&stand.lowered))));
         Ok(files)
     }
 
@@ -237,14 +274,36 @@ impl PlannedBuild {
             if run.is_scratch {
                 scratch_bytes = cpu::pack::packed_bytes(&program.weights);
             }
+            scratch_bytes += run.job.file_bytes(&run.lowered);
             let cached_tokens = program.limits.slots * program.limits.max_sequence_tokens;
-            calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token()) as u64;
+            let tokens: usize = run.prompts.iter().map(Vec::len).sum();
+            // The residual stream, and the cosines and sines of positions, in FP32.
+            let carried = tokens * (self.config.hidden_size + self.config.rotary_dim) * 4;
+            calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token() + carried) as u64;
+            calibrating += run.job.memory_bytes(&run.lowered);
+        }
+        scratch_bytes +=
+            self.stands.iter().map(|stand| cpu::pack::packed_bytes(&stand.lowered.program.weights)).sum::<u64>();
+        let mut asking = 0;
+        if let Some(reference) = &self.reference {
+            for plan in &self.plans {
+                let program = match &plan.lowered {
+                    LoweredPlan::Cpu { lowered, .. } => lowered.program.clone(),
+                    LoweredPlan::Gpu(_) => {
+                        let (precision, kept) = numbers(&plan.recipe);
+                        let uncalibrated = Calibration::uniform(0.5).without(kept);
+                        lower_for_prompts(reference, &self.config, precision, Some(&uncalibrated))?.program
+                    }
+                };
+                let cached_tokens = reference.tokens() * program.cache.bytes_per_token();
+                asking = asking.max((program.arena_bytes + cached_tokens) as u64);
+            }
         }
         Ok(Prediction {
             read_bytes: self.checkpoint.weight_bytes(),
             files,
             scratch_bytes,
-            memory_bytes: PROGRAM_BYTES + packing.max(compiling).max(calibrating),
+            memory_bytes: PROGRAM_BYTES + packing.max(compiling).max(calibrating).max(asking),
             free_disk_bytes: free_bytes(&self.request.output),
             available_memory_bytes: available_memory_bytes(),
         })
@@ -268,8 +327,8 @@ impl PlannedBuild {
                 _ => None,
             });
         }
-        let digest = self.pack(&mut writer, progress)?;
-        self.calibrate(&writer, &**progress)?;
+        let (digest, calibration) = self.pack_and_calibrate(&mut writer, progress)?;
+        let reference = self.ask(&writer, calibration.as_ref(), &**progress)?;
 
         let checkpoint_info = CheckpointInfo { format: self.checkpoint.format().into(), digest };
         let mut manifest = Manifest::new(self.config, checkpoint_info, self.chat_format, self.generation);
@@ -279,6 +338,11 @@ impl PlannedBuild {
             writer.add(file, |write| write(&kept))?;
             let vocab_size = tokenizer.vocab_size();
             manifest.tokenizer = Some(TokenizerInfo { file: file.into(), source: source.into(), vocab_size });
+        }
+        if let Some(reference) = reference {
+            let text = reference.to_json()?;
+            writer.add(Reference::PACKAGE_FILE, |write| write(&text))?;
+            manifest.reference = Some(Reference::PACKAGE_FILE.into());
         }
         let mut plans = Vec::with_capacity(self.plans.len());
         for (Planned { recipe, limits, lowered, weights }, engines) in self.plans.into_iter().zip(engines) {
@@ -317,10 +381,34 @@ impl PlannedBuild {
         Ok(BuildSummary { package: self.request.output, bytes, plans })
     }
 
-    /// Writes all weights files in one pass over the checkpoint, and returns its digest.
-    fn pack(&self, writer: &mut PackageWriter, progress: &Arc<dyn Progress>) -> Result<String> {
+    /// Writes all weights files and runs the calibration, if any. One pass over the checkpoint suffices unless weights
+    /// are rounded by their layers' inputs: then those inputs are computed first. Returns the checkpoint's digest.
+    fn pack_and_calibrate(
+        &mut self,
+        writer: &mut PackageWriter,
+        progress: &Arc<dyn Progress>,
+    ) -> Result<(String, Option<Calibration>)> {
+        let first = self.calibration.as_ref().filter(|run| !run.job.is_empty()).map(|run| run.weights.clone());
+        let Some(first) = first else {
+            let digest = self.pack(writer, progress, &|_| true)?;
+            return Ok((digest, self.calibrate(writer, &**progress)?));
+        };
+        let digest = self.pack(writer, progress, &|file| file == first)?;
+        let calibration = self.calibrate(writer, &**progress)?;
+        self.pack(writer, progress, &|file| file != first)?;
+        Ok((digest, calibration))
+    }
+
+    /// Writes the weights files that `is_wanted` in one pass over the checkpoint, and returns its digest.
+    fn pack(
+        &self,
+        writer: &mut PackageWriter,
+        progress: &Arc<dyn Progress>,
+        is_wanted: &dyn Fn(&str) -> bool,
+    ) -> Result<String> {
         progress.stage("packing", self.checkpoint.weight_bytes());
-        let files = self.files()?;
+        let mut files = self.files()?;
+        files.retain(|(name, _)| is_wanted(name));
         let mut open = Vec::with_capacity(files.len());
         for (name, _) in &files {
             open.push(writer.create_file(name)?);
@@ -333,8 +421,9 @@ impl PlannedBuild {
         let digests = packing::pack(packed.collect(), &self.checkpoint, true, &follow)?;
         progress.work("flushing");
         let infos = open.into_par_iter().map(PackageFile::finish).collect::<Result<Vec<_>>>()?;
-        let scratch = self.calibration.as_ref().filter(|run| run.is_scratch).map(|run| &run.weights);
-        infos.into_iter().filter(|info| Some(&info.path) != scratch).for_each(|info| writer.push(info));
+        let calibration = self.calibration.iter().filter(|run| run.is_scratch).map(|run| &run.weights);
+        let scratch: Vec<&String> = calibration.chain(self.stands.iter().map(|stand| &stand.weights)).collect();
+        infos.into_iter().filter(|info| !scratch.contains(&&info.path)).for_each(|info| writer.push(info));
         Ok(self.digest(&digests))
     }
 
@@ -351,20 +440,99 @@ impl PlannedBuild {
     }
 
     /// Runs the calibration, if any, and lowers again the plans that depend on it.
-    fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<()> {
-        let Some(run) = self.calibration.take() else { return Ok(()) };
+    fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<Option<Calibration>> {
+        let Some(run) = self.calibration.take() else { return Ok(None) };
         let path = writer.scratch(&run.weights);
-        let found = calibration::calibrate(run.lowered.program, &path, &run.prompts, progress);
+        let inputs = CalibrationInputs {
+            lowered: &run.lowered,
+            weights: &path,
+            prompts: &run.prompts,
+            checkpoint: &self.checkpoint,
+            scales: self.plans.iter().any(|plan| plan.recipe.precision.needs_calibration()),
+            job: &run.job,
+            rounded: &writer.scratch(ROUNDED),
+        };
+        let found = calibrate(&inputs, progress);
         if run.is_scratch {
             std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
-        let found = found?;
+        let (found, rounded) = found?;
+        if let Some(rounded) = rounded {
+            self.checkpoint.use_rounded(rounded);
+        }
         for plan in self.plans.iter_mut().filter(|plan| plan.recipe.precision.needs_calibration()) {
+            let found = found.without(&plan.recipe.keep_bf16);
             plan.lowered =
                 LoweredPlan::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
         }
-        Ok(())
+        Ok(Some(found))
     }
+
+    /// The models to pack for the CPU, for the reference of GPU plans with quantized weights. None is needed where a CPU
+    /// plan computes the same.
+    fn plan_stands(&self) -> Result<Vec<Stand>> {
+        let Some(reference) = &self.reference else { return Ok(Vec::new()) };
+        let (mut of_cpu, mut of_gpu) = (Vec::new(), Vec::new());
+        for plan in &self.plans {
+            match &plan.lowered {
+                LoweredPlan::Cpu { lowered, .. } if quantizes_inputs(&lowered.program) => {}
+                LoweredPlan::Cpu { .. } => of_cpu.push(numbers(&plan.recipe)),
+                LoweredPlan::Gpu(_) => of_gpu.push(numbers(&plan.recipe)),
+            }
+        }
+        of_gpu.retain(|numbers| !of_cpu.contains(numbers));
+        Stand::plan(reference, &self.config, &of_gpu)
+    }
+
+    /// Computes the answers that the plans must give, if they are wanted. Plans that compute alike share them.
+    fn ask(
+        &self,
+        writer: &PackageWriter,
+        calibration: Option<&Calibration>,
+        progress: &dyn Progress,
+    ) -> Result<Option<Reference>> {
+        let Some(mut reference) = self.reference.clone() else { return Ok(None) };
+        let mut answered: Vec<(&str, Numbers)> = Vec::new();
+        let is_gpu = |plan: &&Planned| plan.lowered.means().is_some();
+        for plan in &self.plans {
+            let LoweredPlan::Cpu { lowered, .. } = &plan.lowered else { continue };
+            let precision = plan.recipe.precision;
+            let path = writer.scratch(&plan.weights);
+            ask_program(&mut reference, ("cpu", &precision.to_string()), &lowered.program, &path, progress)?;
+            if !quantizes_inputs(&lowered.program) {
+                answered.push((plan.recipe.target.name(), numbers(&plan.recipe)));
+            }
+        }
+        for plan in self.plans.iter().filter(is_gpu) {
+            let (target, precision) = (plan.recipe.target.name(), plan.recipe.precision);
+            let numbers = numbers(&plan.recipe);
+            if let Some((other, _)) = answered.iter().find(|(_, of_other)| *of_other == numbers) {
+                reference.expect_alike(target, Some(other));
+                continue;
+            }
+            let calibration = calibration.map(|found| found.without(numbers.1));
+            let lowered = lower_for_prompts(&reference, &self.config, precision, calibration.as_ref())?;
+            match self.stands.iter().find(|stand| stand.is_of(numbers)) {
+                Some(stand) => {
+                    let (path, name) = (writer.scratch(&stand.weights), precision.to_string());
+                    let asked = ask_program(&mut reference, (target, &name), &lowered.program, &path, progress);
+                    std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+                    asked?;
+                }
+                None => ask_checkpoint(&mut reference, (target, precision), &lowered, &self.checkpoint, progress)?,
+            }
+            answered.push((target, numbers));
+        }
+        Ok(Some(reference))
+    }
+}
+
+/// The number formats of a plan's linear layers: those of equal ones give the same answers.
+pub(super) type Numbers<'r> = (Precision, &'r [LinearKind]);
+
+fn numbers(recipe: &Recipe) -> Numbers<'_> {
+    let kept = if recipe.precision.needs_calibration() { &recipe.keep_bf16[..] } else { &[] };
+    (recipe.precision, kept)
 }
 
 /// Opens the checkpoint at `path`, reporting to `progress` while it is unpacked.
@@ -409,7 +577,10 @@ fn plan_calibration(
     text: Option<(&Tokenizer, &ChatFormat)>,
     progress: &dyn Progress,
 ) -> Result<Option<CalibrationRun>> {
-    let Some(calibrated) = plans.iter().find(|plan| plan.recipe.precision.needs_calibration()) else {
+    // Arbitrary ids say little of what a layer's inputs are like: not enough to round its weights by.
+    let compensates = |plan: &Planned| plan.recipe.compensates() && (text.is_some() || request.calibration.is_some());
+    let is_calibrated = |plan: &&Planned| plan.recipe.precision.needs_calibration() || compensates(plan);
+    let Some(calibrated) = plans.iter().find(is_calibrated) else {
         let Some(path) = &request.calibration else { return Ok(None) };
         let names: Vec<String> = plans.iter().map(|plan| plan.recipe.precision.to_string()).collect();
         let (name, path) = (recipe_names(&request.recipes), path.display());
@@ -419,11 +590,34 @@ fn plan_calibration(
     // The CPU's own BF16 plan is used if there is one: its weights are in the package anyway.
     let own = plans.iter().find(|plan| plan.lowered.means().is_none() && plan.recipe.precision == Precision::Bf16);
     let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
-    let prompts = calibration::prompts(request.calibration.as_ref(), text, &limits, progress)?;
+    let built_in_tokens = match plans.iter().any(compensates) {
+        true => calibration::ROUNDING_TOKENS,
+        false => calibration::SCALE_TOKENS,
+    };
+    let prompts = calibration::prompts(request.calibration.as_ref(), text, built_in_tokens, &limits, progress)?;
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
     let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target()?)?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
-    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none() }))
+    let rounded = plans.iter().filter(|plan| compensates(plan));
+    let mut schemes: Vec<_> = Vec::new();
+    for plan in rounded.clone() {
+        let of_plan = (plan.recipe.precision, plan.recipe.weight_rounding);
+        if plans.iter().any(|other| (other.recipe.precision == of_plan.0) && !compensates(other)) {
+            let detail = format!("all plans in {} of a package are rounded alike: weight_rounding differs", of_plan.0);
+            return Err(Error::Recipe { name: plan.recipe.target.name().into(), detail });
+        }
+        schemes.push(plan.recipe.precision.to_string());
+    }
+    let job = RoundingJob::new(&lowered, rounded.flat_map(|plan| plan.lowered.contents()));
+    if !job.is_empty() {
+        let tokens: usize = prompts.iter().map(Vec::len).sum();
+        progress.note(&format!(
+            "{} weights are rounded by the inputs that their layers have on {tokens} tokens of calibration prompts; \
+             weight_rounding = \"nearest\" in the recipe builds faster",
+            schemes.join(" and ")
+        ));
+    }
+    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none(), job }))
 }
 
 /// Rejects combinations of recipes that cannot share a package.

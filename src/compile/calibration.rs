@@ -1,5 +1,4 @@
-//! Calibration of activation ranges for 8-bit activations: the checkpoint runs in BF16 on the CPU over some prompts,
-//! and the largest magnitude of each linear layer's inputs is recorded.
+//! Calibration: the prompts it uses, and its result for 8-bit activations, one scale for each linear layer's inputs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -9,21 +8,23 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::Progress;
+use super::recipe::LinearKind;
+use crate::backend::Limits;
 use crate::backend::cpu::program::{Program, ProgramKernel};
-use crate::backend::cpu::{CpuExecutor, CpuOptions};
-use crate::backend::{Chunk, Limits, Rows, Step};
 use crate::error::{Error, Result, clip};
-use crate::quantize::F8_MAX;
-use crate::tensor_file::TensorFile;
 use crate::text::{ChatFormat, Message, Tokenizer};
 
-/// Diverse built-in conversations, used if the user names no prompts.
+/// Diverse built-in conversations, used if the user names no prompts; `tools/make_calibration.py` writes them.
 const BUILT_IN: &str = include_str!("calibration.jsonl");
 /// Size limit of a prompt file.
 const MAX_PROMPTS_BYTES: u64 = 64 << 20;
-/// Scales leave headroom for inputs this many times larger than the largest one seen. It costs one of E4M3's fifteen
-/// binades, at the small end.
-const HEADROOM: f32 = 2.0;
+/// Tokens of built-in conversations, at most, to round weights by; by most tokenizers all of them are fewer. They bound the
+/// time of a build, which runs them all through the model.
+pub(super) const ROUNDING_TOKENS: usize = 64 << 10;
+/// The same for the scales of activations alone, which fewer tokens settle.
+pub(super) const SCALE_TOKENS: usize = 8 << 10;
+/// Tokens of one of them at most.
+const BUILT_IN_PROMPT_TOKENS: usize = 512;
 /// Without a tokenizer: the number and the length of arbitrary token sequences.
 const ARBITRARY: (usize, usize) = (8, 64);
 
@@ -33,22 +34,34 @@ pub struct Calibration {
     scales: BTreeMap<String, f32>,
     /// Scale of layers not in the map.
     otherwise: Option<f32>,
+    /// Layers that have no scale, because they stay in BF16.
+    kept: Vec<LinearKind>,
 }
 
 impl Calibration {
     /// The input scale of the layer with this weight; a suffix that names the stored form is ignored.
     pub fn scale(&self, weight: &str) -> Option<f32> {
-        self.scales.get(base_name(weight)).copied().or(self.otherwise)
+        let name = base_name(weight);
+        let otherwise = self.otherwise.filter(|_| !self.kept.iter().any(|kind| kind.is_of(name)));
+        self.scales.get(name).copied().or(otherwise)
+    }
+
+    /// The same without scales for layers of these kinds, so that they stay in BF16.
+    pub fn without(&self, kinds: &[LinearKind]) -> Calibration {
+        let mut left = self.clone();
+        left.scales.retain(|name, _| !kinds.iter().any(|kind| kind.is_of(name)));
+        left.kept.extend_from_slice(kinds);
+        left
     }
 
     /// One scale for every layer, for plans that are inspected but not run.
     pub fn uniform(scale: f32) -> Calibration {
-        Calibration { scales: BTreeMap::new(), otherwise: Some(scale) }
+        Calibration { otherwise: Some(scale), ..Calibration::default() }
     }
 
     /// Creates it from scales by name, as stored in a manifest.
     pub fn from_scales(scales: BTreeMap<String, f32>) -> Calibration {
-        Calibration { scales, otherwise: None }
+        Calibration { scales, ..Calibration::default() }
     }
 
     /// The scales, by the names of the layers' weights.
@@ -78,17 +91,19 @@ impl Calibration {
 }
 
 /// A weight's name without the suffix of its stored form.
-fn base_name(weight: &str) -> &str {
+pub(super) fn base_name(weight: &str) -> &str {
     [".panels", ".bf16", ".f8"].into_iter().fold(weight, |name, suffix| name.strip_suffix(suffix).unwrap_or(name))
 }
 
-/// Prompts as token ids: those of `file`, else the built-in conversations, else (without a tokenizer) arbitrary ids.
+/// Prompts as token ids: those of `file`, else the first `built_in_tokens` of the built-in conversations, else (without a
+/// tokenizer) arbitrary ids.
 ///
 /// # Errors
 /// [`Error::Format`] naming the line of `file` that is not a prompt, [`Error::Io`] if it cannot be read.
 pub(super) fn prompts(
     file: Option<&PathBuf>,
     text: Option<(&Tokenizer, &ChatFormat)>,
+    built_in_tokens: usize,
     limits: &Limits,
     progress: &dyn Progress,
 ) -> Result<Vec<Vec<u32>>> {
@@ -118,8 +133,15 @@ pub(super) fn prompts(
             if let (true, Some(error)) = (prompts.is_empty(), refusal) {
                 return Err(error);
             }
-            // For an engine with short sequences, the beginnings suffice.
-            prompts.iter_mut().for_each(|ids| ids.truncate(limits.max_sequence_tokens));
+            // The beginnings suffice.
+            prompts.iter_mut().for_each(|ids| ids.truncate(limits.max_sequence_tokens.min(BUILT_IN_PROMPT_TOKENS)));
+            let mut tokens = 0;
+            let mut within = |ids: &[u32]| {
+                tokens += ids.len();
+                tokens <= built_in_tokens
+            };
+            let fitting = prompts.iter().take_while(|ids| within(ids)).count();
+            prompts.truncate(fitting.max(1));
             Ok(prompts)
         }
         (None, None) => {
@@ -176,47 +198,11 @@ fn parse(
     Ok(prompts)
 }
 
-/// Runs the prompts through `program`, the BF16 model, whose weights are in the file `path`.
-///
-/// # Errors
-/// [`Error::Numerics`] naming the layer whose inputs are not finite.
-pub(super) fn calibrate(
-    program: Program,
-    path: &Path,
-    prompts: &[Vec<u32>],
-    progress: &dyn Progress,
-) -> Result<Calibration> {
-    let limits = program.limits.clone();
-    progress.steps("calibrating", prompts.iter().map(Vec::len).sum::<usize>() as u64, "tokens");
-    let names: Vec<String> = program.weights.iter().map(|w| w.name.clone()).collect();
-    let is_of_linear = |index| {
-        program.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Linear { weight, .. } if *weight == index))
-    };
-    let of_linear: Vec<bool> = (0..names.len()).map(is_of_linear).collect();
-    let mut largest = vec![0f32; names.len()];
-    let weights = TensorFile::open(path)?;
-    let mut executor = CpuExecutor::new(program, path, weights, &CpuOptions::default())?;
-    for ids in prompts {
-        let mut past_tokens = 0;
-        for tokens in ids.chunks(limits.max_step_tokens) {
-            let step = Step::prefill(&limits, &[Chunk { slot: 0, past_tokens, tokens, rows: Rows::None }])?;
-            executor.observe(&step, &mut largest)?;
-            past_tokens += tokens.len();
-            progress.advance(tokens.len() as u64);
-        }
+impl Calibration {
+    /// Adds the scale of the layer with this weight.
+    pub(super) fn insert(&mut self, weight: &str, scale: f32) {
+        self.scales.insert(base_name(weight).into(), scale);
     }
-    let mut calibration = Calibration::default();
-    for ((name, largest), _) in names.iter().zip(largest).zip(of_linear).filter(|(_, of_linear)| *of_linear) {
-        if !largest.is_finite() {
-            return Err(Error::Numerics(format!(
-                "calibration: inputs of the layer with weight `{name}` reach {largest}"
-            )));
-        }
-        let scale = largest * HEADROOM / F8_MAX;
-        let scale = if scale < f32::MIN_POSITIVE { 1.0 } else { scale };
-        calibration.scales.insert(base_name(name).into(), scale);
-    }
-    Ok(calibration)
 }
 
 #[cfg(test)]

@@ -6,14 +6,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gpu::{GpuPlan, PlanCompiler, precision_of};
+use super::reference::{ask_program, quantizes_inputs};
 use super::repack::repack;
 use super::{BuildSummary, Calibration, PlanSummary, Precision, Progress, Recipe, Target, add_engines, plan_info};
-use crate::backend::packing;
+use crate::backend::cpu::program::Program;
 use crate::backend::tensorrt::lower::Constants;
 use crate::backend::tensorrt::pack;
+use crate::backend::{cpu_program, packing};
 use crate::engine::{Manifest, Package, PackageWriter, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
+use crate::verify::Reference;
 
 /// Package to finish, and optionally a recipe.
 #[derive(Debug, Clone)]
@@ -39,7 +42,11 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
     if let Some(recipe) = request.recipe.as_ref().filter(|recipe| recipe.target == Target::Cpu) {
         let mut writer = PackageWriter::create(&request.package, true)?;
         let (info, summary) = repack(&package, recipe, &mut writer, &**progress)?;
-        let written: Vec<String> = info.files().cloned().collect();
+        let mut written: Vec<String> = info.files().cloned().collect();
+        if let Some(reference) = Reference::of_package(&package)? {
+            let reference = after_repacking(reference, &package, &info, &writer, &**progress)?;
+            written.extend(add_reference(reference, &mut writer, &mut manifest)?);
+        }
         replace_plan(&mut manifest, info);
         return publish(&package, writer, manifest, &written, vec![summary]);
     }
@@ -49,14 +56,19 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
         .iter()
         .map(|(recipe, plan)| {
             let capability = recipe.target.compute_capability().ok_or_else(|| not_for_gpus(&package, plan))?;
-            PlanCompiler::find(recipe.target.name(), capability, false)
+            PlanCompiler::find_to_finish(recipe.target.name(), capability)
         })
         .collect::<Result<_>>()?;
 
     let mut writer = PackageWriter::create(&request.package, true)?;
+    let mut reference = Reference::of_package(&package)?;
     let mut plans = Vec::with_capacity(work.len());
     let mut added: Vec<String> = Vec::new();
     for ((recipe, old), means) in work.into_iter().zip(means) {
+        if let Some(reference) = &mut reference {
+            // A plan of the same weights must give the same answers.
+            reference.expect_alike(recipe.target.name(), Some(&old.target));
+        }
         let tensorrt = old.tensorrt.as_ref().ok_or_else(|| {
             Error::internal(format!("the {} plan to compile is not TensorRT's", old.target), "one of those that are")
         })?;
@@ -80,7 +92,43 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
         added.extend(info.files().filter(|file| **file != info.weights).cloned());
         replace_plan(&mut manifest, info);
     }
+    if let Some(reference) = reference {
+        added.extend(add_reference(reference, &mut writer, &mut manifest)?);
+    }
     publish(&package, writer, manifest, &added, plans)
+}
+
+/// Adds a reference to the package, and returns its file's name.
+fn add_reference(reference: Reference, writer: &mut PackageWriter, manifest: &mut Manifest) -> Result<Option<String>> {
+    manifest.reference = None;
+    if reference.answers.is_empty() {
+        return Ok(None);
+    }
+    let text = reference.to_json()?;
+    writer.add(Reference::PACKAGE_FILE, |write| write(&text))?;
+    manifest.reference = Some(Reference::PACKAGE_FILE.into());
+    Ok(manifest.reference.clone())
+}
+
+/// The reference of a package whose CPU plan was repacked. It holds as it is, unless the plan now quantizes the inputs of
+/// linear layers, or no longer does: then the repacked plan is asked again.
+fn after_repacking(
+    mut reference: Reference,
+    package: &Package,
+    info: &PlanInfo,
+    writer: &PackageWriter,
+    progress: &dyn Progress,
+) -> Result<Reference> {
+    let Some(plan) = &info.plan else { return Ok(reference) };
+    let path = writer.scratch(plan);
+    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let program: Program = serde_json::from_slice(&text)
+        .map_err(|error| Error::internal(format!("a plan that cannot be read: {error}"), "the plan just written"))?;
+    let (_, old) = cpu_program(package)?;
+    if quantizes_inputs(&old) != quantizes_inputs(&program) {
+        ask_program(&mut reference, ("cpu", &info.precision), &program, &writer.scratch(&info.weights), progress)?;
+    }
+    Ok(reference)
 }
 
 /// Puts a plan into the manifest, replacing the one for its target.

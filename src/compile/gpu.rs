@@ -8,10 +8,10 @@ use super::{Calibration, PassReport, Precision, Progress, Recipe, optimized_grap
 use crate::backend::Limits;
 use crate::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, PlanWeight, lower};
 use crate::backend::tensorrt::{
-    BuildOptions, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices,
+    BuildOptions, DeviceInfo, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices,
 };
 use crate::checkpoint::ModelConfig;
-use crate::engine::tensorrt::{AttentionInput, Binding, CapacityClass, Compiled, Sizes, TensorRtInfo};
+use crate::engine::tensorrt::{AttentionInput, Binding, CapacityClass, Compiled, Sizes, TensorRtInfo, TimedOn};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 
@@ -26,6 +26,8 @@ pub struct PlanCompiler {
     library: TensorRtLibrary,
     /// Compute capability to compile for; `None` is the GPU in this machine.
     capability: Option<u16>,
+    /// Index of the GPU in this machine to compile on, if it matters.
+    gpu: Option<usize>,
     /// Compiles for [`CHECKED_CAPABILITY`] as a check and discards the result.
     only_checked: bool,
 }
@@ -37,13 +39,34 @@ impl PlanCompiler {
     /// # Errors
     /// [`Error::TensorRt`] with what is missing and the alternatives.
     pub fn find(target: &str, capability: u16, prepare: bool) -> Result<PlanCompiler> {
+        let gpu = target.to_uppercase();
+        let advice = format!(
+            "Either build there; or pass --prepare to quantize and pack the weights here and check the graph, and run \
+             `aotron build PACKAGE --finish` on the {gpu}."
+        );
+        PlanCompiler::select(target, capability, prepare, &advice)
+    }
+
+    /// As [`PlanCompiler::find`], for the plan of an existing package.
+    ///
+    /// # Errors
+    /// As [`PlanCompiler::find`].
+    pub fn find_to_finish(target: &str, capability: u16) -> Result<PlanCompiler> {
+        let gpu = target.to_uppercase();
+        let advice = format!("Copy the package to a machine with an {gpu} and run the same command there.");
+        PlanCompiler::select(target, capability, false, &advice)
+    }
+
+    fn select(target: &str, capability: u16, prepare: bool, advice: &str) -> Result<PlanCompiler> {
         let (sm, gpu) = (sm(capability), target.to_uppercase());
         // Without a working driver there are no usable GPUs, whatever the reason.
         let here = devices().unwrap_or_default();
-        let is_here = here.iter().any(|device| device.compute_capability == capability);
-        let enterprise = is_here.then(|| TensorRtLibrary::find(LibraryKind::TensorRt));
-        if let Some(Ok(library)) = enterprise {
-            return Ok(PlanCompiler { library, capability: None, only_checked: false });
+        let device = here.into_iter().find(|device| device.compute_capability == capability);
+        let checked = |library: TensorRtLibrary| library.check_driver().map(|()| library);
+        let enterprise = device.as_ref().map(|_| TensorRtLibrary::find(LibraryKind::TensorRt).and_then(checked));
+        if let (Some(Ok(library)), Some(device)) = (&enterprise, &device) {
+            let (library, gpu) = (*library, Some(device.index));
+            return Ok(PlanCompiler { library, capability: None, gpu, only_checked: false });
         }
         let rtx = match TensorRtLibrary::find(LibraryKind::Rtx) {
             Ok(library) => library,
@@ -54,9 +77,9 @@ impl PlanCompiler {
             }
         };
         match rtx.compiles_for(Some(capability)) {
-            Ok(()) => Ok(PlanCompiler { library: rtx, capability: Some(capability), only_checked: false }),
+            Ok(()) => Ok(PlanCompiler { library: rtx, capability: Some(capability), gpu: None, only_checked: false }),
             Err(_) if prepare => {
-                Ok(PlanCompiler { library: rtx, capability: Some(CHECKED_CAPABILITY), only_checked: true })
+                Ok(PlanCompiler { library: rtx, capability: Some(CHECKED_CAPABILITY), gpu: None, only_checked: true })
             }
             Err(_) => {
                 let why = match enterprise {
@@ -64,9 +87,8 @@ impl PlanCompiler {
                     _ => format!("this machine has no {gpu}"),
                 };
                 Err(Error::TensorRt(format!(
-                    "cannot build for {target} here: only TensorRT 11 on an {gpu} compiles for SM {sm}, and \
-                     {why}. Either build there; or pass --prepare to quantize and pack the weights here and check the \
-                     graph, and run `aotron build PACKAGE --finish` on the {gpu}."
+                    "cannot build for {target} here: only TensorRT 11 on an {gpu} compiles for SM {sm}, and {why}. \
+                     {advice}"
                 )))
             }
         }
@@ -77,12 +99,19 @@ impl PlanCompiler {
         self.only_checked
     }
 
+    /// The GPU that plans are compiled on.
+    fn timed_on(&self) -> Option<TimedOn> {
+        let DeviceInfo { name, memory_bytes, .. } = devices().ok()?.into_iter().nth(self.gpu?)?;
+        Some(TimedOn { name, memory_bytes })
+    }
+
     /// Library and target as text.
     pub fn describe(&self) -> String {
         let library = format!("{} {}", self.library.kind().name(), self.library.version());
-        match self.capability {
-            Some(capability) => format!("{library} for SM {}", sm(capability)),
-            None => format!("{library} for the GPU in this machine"),
+        match (self.capability, self.gpu) {
+            (Some(capability), _) => format!("{library} for SM {}", sm(capability)),
+            (None, Some(gpu)) => format!("{library} on GPU {gpu}"),
+            (None, None) => format!("{library} for the GPU in this machine"),
         }
     }
 }
@@ -149,7 +178,7 @@ impl GpuPlan {
         let classes = recipe.tensorrt_classes(options, limits, config);
         let sizes = classes.last().ok_or_else(|| Error::internal("a plan without sizes", "a capacity class"))?;
         let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
-        let network = means.library.network(Arc::new(Traced))?;
+        let network = means.library.network_on(means.gpu, Arc::new(Traced))?;
         let LoweredNetwork { weights, bindings, .. } =
             lower(&graph, network, Attends::Cache(options.attention), sizes, &Constants::Arbitrary)?;
         let holds_weights = weights.iter().any(|weight| weight.in_plan);
@@ -212,7 +241,7 @@ impl GpuPlan {
             };
             progress.work(&format!("{verb} {target}{of_class}{steps}"));
             let monitor = Arc::new(BuildMonitor { progress: progress.clone() });
-            let network = self.means.library.network(monitor)?;
+            let network = self.means.library.network_on(self.means.gpu, monitor)?;
             let LoweredNetwork { mut network, profiles, .. } = lower(&self.graph, network, attends, sizes, constants)?;
             let (plan, in_parts) = network.build_or_decompose(&BuildOptions {
                 compute_capability: self.means.capability,
@@ -247,7 +276,12 @@ impl GpuPlan {
         let no_class = || Error::internal("a plan without sizes", "a capacity class");
         let (sizes, smaller) = self.classes.split_last().ok_or_else(no_class)?;
         let context_plan = files.pop().and_then(|(_, context_plan)| context_plan);
-        let compiled = Compiled { library: library.kind(), version: library.version().to_string(), context_plan };
+        let compiled = Compiled {
+            library: library.kind(),
+            version: library.version().to_string(),
+            gpu: self.means.timed_on(),
+            context_plan,
+        };
         let mut files = files.into_iter();
         let smaller_classes = smaller.iter().map(|sizes| {
             let (plan, context_plan) = files.next().map_or((None, None), |(plan, context)| (Some(plan), context));

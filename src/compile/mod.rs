@@ -4,11 +4,14 @@ mod build;
 mod calibration;
 mod finish;
 pub mod gpu;
+mod observation;
 pub mod passes;
 mod prediction;
 mod quantize;
 mod recipe;
+mod reference;
 mod repack;
+pub mod rounding;
 mod text;
 
 use std::path::{Path, PathBuf};
@@ -19,7 +22,7 @@ pub use finish::{FinishRequest, finish};
 use gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 pub use passes::{PassReport, Precision};
 pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
-pub use recipe::{Recipe, Target, TensorRtOptions};
+pub use recipe::{LinearKind, Recipe, Target, TensorRtOptions, WeightRounding};
 pub use text::CheckpointText;
 
 use crate::backend::Limits;
@@ -69,13 +72,16 @@ pub struct BuildRequest {
     pub replace: bool,
     /// If a plan cannot be compiled on this machine, do everything else; [`finish()`] completes it on another.
     pub prepare: bool,
-    /// Calibration prompts for a precision that [needs them](Precision::needs_calibration), as lines of JSON:
+    /// Calibration prompts for a precision that [needs them](Precision::needs_calibration) or a recipe that
+    /// [rounds weights by them](Recipe::compensates), as lines of JSON:
     /// `{"messages": [{"role", "content"}, …]}` ending with a user message, or `{"token_ids": […]}`. `None` uses the
     /// built-in ones.
     pub calibration: Option<PathBuf>,
     /// The chat format, as accepted by [`ChatTemplate::choose`](crate::text::ChatTemplate::choose). `None` uses the
     /// checkpoint's own.
     pub chat_format: Option<String>,
+    /// Stores the CPU's answers to a few prompts, which plans for GPUs are [held to](crate::verify).
+    pub reference: bool,
 }
 
 /// Result of a build.

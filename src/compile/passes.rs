@@ -110,7 +110,10 @@ pub fn run(
     if precision != Precision::F32 {
         passes.push(&narrow_to_bf16);
     }
-    let quantize = precision.scheme().map(|scheme| move |graph: &Graph| quantize_weights(graph, scheme));
+    let quantize = precision.scheme().map(|scheme| {
+        let scaled = calibration.filter(|_| precision.needs_calibration());
+        move |graph: &Graph| quantize_weights(graph, scheme, scaled)
+    });
     let round = |graph: &Graph| fake_quantize_inputs(graph, calibration);
     if let Some(quantize) = &quantize {
         passes.push(quantize);
@@ -367,6 +370,7 @@ fn remove_dead_values(graph: &Graph) -> Result<(Graph, PassReport)> {
 mod tests {
     use super::*;
     use crate::checkpoint::ModelConfig;
+    use crate::compile::LinearKind;
 
     fn config() -> ModelConfig {
         ModelConfig {
@@ -453,5 +457,19 @@ mod tests {
         let graph = || crate::model::build_graph(&config()).unwrap();
         let error = run(graph(), Precision::Fp8, 64, None).unwrap_err().to_string();
         assert!(error.contains("layers.0.attention.qkv") && error.contains("calibration"), "{error}");
+    }
+
+    #[test]
+    fn layers_without_a_scale_stay_in_bf16() {
+        let kept = Calibration::uniform(0.5).without(&[LinearKind::QkvProj, LinearKind::DownProj]);
+        let graph = crate::model::build_graph(&config()).unwrap();
+        let (graph, reports) = run(graph, Precision::Fp8, 64, Some(&kept)).unwrap();
+        assert_eq!(count(&graph, &Op::QuantizedLinear { block: None }), 2 * 2);
+        assert_eq!(count(&graph, &Op::FakeQuantizeF8 { scale: 0.5 }), 2 * 2);
+        for node in graph.nodes().iter().filter(|node| node.op == Op::Linear) {
+            assert_eq!(graph.node(node.operands[1]).ty.dtype, DType::BF16, "{}", node.name);
+        }
+        let left: Vec<&str> = reports.iter().flat_map(|r| &r.left).map(|(at, _)| at.as_str()).collect();
+        assert!(left.contains(&"layers.1.attention.qkv") && left.contains(&"layers.0.mlp.down"), "{left:?}");
     }
 }

@@ -11,8 +11,13 @@ use crate::graph::{Const, Dim, Graph, Op, Type};
 use crate::quantize::Scheme;
 use crate::tensor::DType;
 
-/// Quantizes the weights of all linear layers but the head.
-pub(super) fn quantize_weights(graph: &Graph, scheme: Scheme) -> Result<(Graph, PassReport)> {
+/// Quantizes the weights of all linear layers but the head, and but those that `calibration`, if their inputs need one,
+/// has no scale for.
+pub(super) fn quantize_weights(
+    graph: &Graph,
+    scheme: Scheme,
+    calibration: Option<&Calibration>,
+) -> Result<(Graph, PassReport)> {
     let mut report = PassReport::new("quantize-weights");
     let mut r = Rewrite::new(graph);
     for (value, node) in graph.iter() {
@@ -23,6 +28,7 @@ pub(super) fn quantize_weights(graph: &Graph, scheme: Scheme) -> Result<(Graph, 
         let weight = graph.node(node.operands[1]);
         let reason = match (const_of(graph, node.operands[1]), weight.ty.shape.as_slice()) {
             _ if graph.outputs().contains(&value) => "the head stays as it is: its errors are the logits' errors",
+            _ if calibration.is_some_and(|c| c.scale(&weight.name).is_none()) => "it stays in BF16 by the recipe",
             (Some(expr), [rows, columns]) => match (rows.as_fixed(), columns.as_fixed()) {
                 (Some(rows), Some(columns)) => {
                     // Quantize the checkpoint's values, not their BF16-rounded copies.

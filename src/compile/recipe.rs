@@ -48,10 +48,53 @@ pub struct Recipe {
     /// For a CPU plan in [`Precision::Int8`]: quantizes activations to 8 bits too, with per-row scales. `None` means no
     /// or, when repacking, as in the existing plan.
     pub quantize_activations: Option<bool>,
+    /// For a plan in [`Precision::Int4`] or [`Precision::Fp8`]: rounding of weights.
+    pub weight_rounding: WeightRounding,
+    /// For a plan in [`Precision::Fp8`]: linear layers that stay in BF16.
+    pub keep_bf16: Vec<LinearKind>,
     /// Options of a GPU plan.
     pub tensorrt: Option<TensorRtOptions>,
     /// The recipe's source text.
     pub text: String,
+}
+
+/// Rounding of quantized weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WeightRounding {
+    /// Each weight to the nearest code.
+    Nearest,
+    /// GPTQ: weights compensate each other's errors, so that outputs on calibration prompts stay close.
+    #[default]
+    Gptq,
+}
+
+/// The linear layers of a transformer layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinearKind {
+    /// Queries, keys and values, which are one layer.
+    QkvProj,
+    /// Attention's output.
+    OProj,
+    /// The MLP's first.
+    UpProj,
+    /// The MLP's second.
+    DownProj,
+}
+
+impl LinearKind {
+    /// Returns true if the weight of this name is of such a layer.
+    pub(super) fn is_of(self, weight: &str) -> bool {
+        let module = weight.strip_suffix(".weight").unwrap_or(weight);
+        let ends: &[&str] = match self {
+            LinearKind::QkvProj => &[".qkv", ".q_proj", ".k_proj", ".v_proj"],
+            LinearKind::OProj => &[".o_proj"],
+            LinearKind::UpProj => &[".up_proj"],
+            LinearKind::DownProj => &[".down_proj"],
+        };
+        ends.iter().any(|end| module.ends_with(end))
+    }
 }
 
 /// Options of a TensorRT plan.
@@ -185,6 +228,10 @@ impl Recipe {
             prefill_chunk_tokens: usize,
             logits_rows: usize,
             activations: Option<RawActivations>,
+            #[serde(default)]
+            weight_rounding: WeightRounding,
+            #[serde(default)]
+            keep_bf16: Vec<LinearKind>,
             tensorrt: Option<TensorRtOptions>,
         }
         #[derive(Deserialize)]
@@ -238,6 +285,8 @@ impl Recipe {
             logits_rows: within("logits_rows", raw.logits_rows, 1 << 16)?,
             cpu: None,
             quantize_activations: raw.activations.map(|activations| matches!(activations, RawActivations::Int8)),
+            weight_rounding: raw.weight_rounding,
+            keep_bf16: raw.keep_bf16,
             tensorrt: raw.tensorrt,
             text: text.into(),
         };
@@ -267,6 +316,11 @@ impl Recipe {
     /// That a setting of this recipe does not fit.
     pub(super) fn refusal(&self, detail: impl Into<String>) -> Error {
         Error::Recipe { name: self.name.clone(), detail: detail.into() }
+    }
+
+    /// Returns true if its weights are rounded by the inputs that their layers have on calibration prompts.
+    pub fn compensates(&self) -> bool {
+        self.weight_rounding == WeightRounding::Gptq && matches!(self.precision, Precision::Int4 | Precision::Fp8)
     }
 
     /// The CPU that a CPU plan is lowered for.
@@ -375,6 +429,17 @@ mod tests {
     }
 
     #[test]
+    fn layers_are_known_by_their_weights() {
+        let kinds = [LinearKind::QkvProj, LinearKind::OProj, LinearKind::UpProj, LinearKind::DownProj];
+        let of = |name: &str| kinds.into_iter().filter(|kind| kind.is_of(name)).collect::<Vec<_>>();
+        assert_eq!(of("layers.0.attention.qkv.weight"), [LinearKind::QkvProj]);
+        assert_eq!(of("model.layers.3.self_attn.o_proj.weight"), [LinearKind::OProj]);
+        assert_eq!(of("model.layers.3.mlp.up_proj.weight"), [LinearKind::UpProj]);
+        assert_eq!(of("model.layers.31.mlp.down_proj.weight"), [LinearKind::DownProj]);
+        assert_eq!(of("lm_head.weight"), []);
+    }
+
+    #[test]
     fn mistakes_are_named() {
         assert!(Recipe::parse("r", GOOD).is_ok());
         let refused = |text: String| Recipe::parse("r", &text).unwrap_err().to_string();
@@ -383,6 +448,8 @@ mod tests {
         assert!(refused(GOOD.replace("'cpu'", "'tpu'")).contains("tpu"));
         assert!(refused(format!("{GOOD}speed = 9\n")).contains("speed"));
         assert!(refused(GOOD.replace("slots = 2\n", "")).contains("slots"));
+        assert!(refused(format!("{GOOD}weight_rounding = 'up'\n")).contains("expected `nearest` or `gptq`"));
+        assert!(refused(format!("{GOOD}keep_bf16 = ['gate_proj']\n")).contains("gate_proj"));
         let a100 = Recipe::load("a100").unwrap().text;
         let refused_gpu = |from: &str, to: &str| refused(a100.replace(from, to));
         assert!(

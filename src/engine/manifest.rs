@@ -42,6 +42,10 @@ pub struct Manifest {
     pub generation: GenerationSettings,
     /// Plans, one per target and precision.
     pub plans: Vec<PlanInfo>,
+    /// File of what the CPU executor answered when the package was built, see [`crate::verify`]; `None` if it was built
+    /// without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
     /// All other files of the package.
     pub files: Vec<FileInfo>,
     /// SHA-256 of this manifest with this field empty.
@@ -177,6 +181,7 @@ impl Manifest {
             chat_format,
             generation,
             plans: Vec::new(),
+            reference: None,
             files: Vec::new(),
             sha256: String::new(),
         }
@@ -250,7 +255,7 @@ impl Manifest {
             }
         }
         let referenced = manifest.plans.iter().flat_map(PlanInfo::files);
-        for path in referenced.chain(manifest.tokenizer.as_ref().map(|t| &t.file)) {
+        for path in referenced.chain(manifest.tokenizer.as_ref().map(|t| &t.file)).chain(&manifest.reference) {
             if !listed.contains(path) {
                 return Err(refuse(format!("\"{}\" is used but not listed in files", clip(path))));
             }

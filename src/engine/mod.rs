@@ -5,6 +5,7 @@
 //! plans/<target>.*     what a target executes
 //! weights/*.safetensors  packed weights, mapped and read in place
 //! tokenizer.aotron     the tokenizer, in one form whichever file it came from
+//! reference.json       what the CPU executor answered at build, see [`crate::verify`]
 //! ```
 
 #[cfg(any(test, fuzzing))]
@@ -13,6 +14,7 @@ mod limits;
 mod manifest;
 mod package;
 pub mod tensorrt;
+mod user_cache;
 mod writer;
 
 pub use limits::Limits;
@@ -20,4 +22,5 @@ pub use manifest::{
     CheckpointInfo, FORMAT_VERSION, FileInfo, GenerationSettings, MANIFEST_NAME, Manifest, PlanInfo, TokenizerInfo,
 };
 pub use package::{Package, is_package};
+pub use user_cache::user_cache;
 pub use writer::{PackageFile, PackageWriter};

@@ -17,7 +17,8 @@ pub fn is_package(path: &Path) -> bool {
     path.join(MANIFEST_NAME).is_file()
 }
 
-/// An opened engine package. Its files are mapped when they are read and must not be modified while in use, see
+/// An opened engine package. Open only packages from people you trust: a GPU plan is code for TensorRT, and digests tell
+/// damage from what was written, not who wrote it; [`Package::expect`] does. Its files are mapped when they are read and must not be modified while in use, see
 /// [`MappedFile`]; replacing the whole folder is safe.
 #[derive(Debug, Clone)]
 pub struct Package {
@@ -97,9 +98,36 @@ impl Package {
     /// [`Error::Package`] if it is not listed, or its digest differs.
     pub fn read(&self, file: &str) -> Result<Vec<u8>> {
         let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
+        // Copied first: what is returned is what was checked, even if the file changes.
+        let bytes = self.map(file)?.bytes().to_vec();
+        self.check(info, &bytes, &|_| {})?;
+        Ok(bytes)
+    }
+
+    /// A large file, mapped and checked against its digest.
+    ///
+    /// # Errors
+    /// As [`Package::read`].
+    pub fn mapped(&self, file: &str) -> Result<MappedFile> {
+        let info = self.manifest.file(file).ok_or_else(|| self.refuse(file, "is not listed in the manifest"))?;
         let mapped = self.map(file)?;
         self.check(info, mapped.bytes(), &|_| {})?;
-        Ok(mapped.bytes().to_vec())
+        Ok(mapped)
+    }
+
+    /// Checks that this is the package with the given digest, [`Manifest::sha256`] in hexadecimal. The manifest has the
+    /// digest of every file; plans and the tokenizer are checked against theirs when they are read, weights by
+    /// [`Package::verify`].
+    ///
+    /// # Errors
+    /// [`Error::Package`] with both digests if it is another one.
+    pub fn expect(&self, sha256: &str) -> Result<()> {
+        let found = &self.manifest.sha256;
+        if found.eq_ignore_ascii_case(sha256) {
+            return Ok(());
+        }
+        let detail = format!("its manifest has SHA-256 {found}, expected {sha256}: it is another package");
+        Err(Error::package(&self.path, detail))
     }
 
     /// The package's tokenizer, if it has one, prepared for the package's chat format.

@@ -96,8 +96,21 @@ pub struct Compiled {
     pub library: LibraryKind,
     /// Version of the library.
     pub version: String,
+    /// The GPU it was compiled and timed on; `None` if it was compiled for a compute capability, on any machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<TimedOn>,
     /// File of the context plan, which prefills sequences without a past. Without it, the main plan prefills them too.
     pub context_plan: Option<String>,
+}
+
+/// The GPU that a plan was compiled on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TimedOn {
+    /// NVIDIA's product name, such as "NVIDIA H100 PCIe".
+    pub name: String,
+    /// Total device memory.
+    pub memory_bytes: u64,
 }
 
 /// TensorRT's two libraries.

@@ -310,8 +310,10 @@ impl Batcher {
                 }
                 Some(Ok(())) => Event::Done(active.generation.complete()),
                 Some(Err(error)) => {
-                    // Keys and values that led to NaN must not be reused.
+                    // Keys and values that led to NaN must not be reused, nor read past the end of the next sequence. If
+                    // mending fails, the executor has, and the next step says so.
                     self.slots.forget(active.slot);
+                    let _ = self.executor.mend_slot(active.slot);
                     Event::Failed(error)
                 }
             };

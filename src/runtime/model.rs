@@ -12,10 +12,11 @@ use super::sampling::SamplingParams;
 use super::session::Session;
 use crate::backend::cpu::{CpuModel, CpuOptions};
 use crate::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
-use crate::backend::{Executor, ExecutorOptions, Limits, Selection, open_noted_cpu_model, open_selected, select};
+use crate::backend::{Executor, ExecutorOptions, Limits, Selection, open_noted_cpu_model, select};
 use crate::engine::{Package, PlanInfo};
 use crate::error::{Error, Result};
 use crate::text::{ChatFormat, Message, Tokenizer};
+use crate::verify;
 
 /// Options for opening a [`Model`]. The defaults suit a single user of this machine.
 #[derive(Debug, Clone, Default)]
@@ -64,6 +65,15 @@ impl ModelOptions {
     #[must_use]
     pub fn chat_format(mut self, choice: impl Into<String>) -> ModelOptions {
         self.chat_format = Some(choice.into());
+        self
+    }
+
+    /// Runs a GPU plan that has not been verified on this machine. By default the first opening on a new combination of
+    /// card, driver, library and plan compares the plan's answers with each other and with those that the CPU gave when
+    /// the package was built, which takes seconds, and refuses a plan that answers wrongly.
+    #[must_use]
+    pub fn accept_unverified(mut self, accept: bool) -> ModelOptions {
+        self.executor.accept_unverified = accept;
         self
     }
 
@@ -263,7 +273,7 @@ impl Model {
             gpu: GpuOptions { slots, ..executor.gpu.clone() },
             ..executor.clone()
         };
-        open_selected(package, selection, &options)
+        verify::open(package, selection, &options)
     }
 
     /// The package's folder.

@@ -39,6 +39,7 @@ pub(super) struct Scripted {
     top: (Vec<f32>, Vec<u32>),
     is_lost: bool,
     fetches: Arc<AtomicUsize>,
+    mended: Arc<Mutex<Vec<usize>>>,
 }
 
 impl Scripted {
@@ -58,6 +59,7 @@ impl Scripted {
             top: Default::default(),
             is_lost: false,
             fetches: Arc::default(),
+            mended: Arc::default(),
         }
     }
 
@@ -70,6 +72,11 @@ impl Scripted {
     /// Counter of the rows that were fetched.
     pub(super) fn fetches(&self) -> Arc<AtomicUsize> {
         self.fetches.clone()
+    }
+
+    /// The slots that were mended, in order.
+    pub(super) fn mended(&self) -> Arc<Mutex<Vec<usize>>> {
+        self.mended.clone()
     }
 
     pub(super) fn log(&self) -> Log {
@@ -123,6 +130,11 @@ impl Executor for Scripted {
             self.top.1.extend(ids);
         }
         Ok(Logits::deferred(self))
+    }
+
+    fn mend_slot(&mut self, slot: usize) -> Result<()> {
+        self.mended.lock().unwrap().push(slot);
+        Ok(())
     }
 }
 

@@ -23,7 +23,6 @@ const SLOT: usize = 0;
 /// The slot's keys and values outlive a generation: only the part of the next prompt that differs from the ids already
 /// there is computed, which affects speed but not the result. After an error the slot counts as empty; after a
 /// cancellation it holds what was computed. Either way the next generation gives the result of a fresh session.
-/// cancel it holds what was computed; either way the next generation gives what a fresh session would.
 pub struct Session {
     executor: Box<dyn Executor>,
     vocabulary: OutputVocabulary,
@@ -103,10 +102,17 @@ impl Session {
             Some(token) => self.decode(token, generation, delta),
         };
         if advanced.is_err() {
-            // Keys and values that led to NaN, or that a failed step left behind, must not be reused.
-            self.cached.clear();
+            self.mend();
         }
         advanced
+    }
+
+    /// Empties the slot: keys and values that led to NaN, or that a failed step left behind, must be neither reused nor
+    /// read past the end of the next sequence.
+    fn mend(&mut self) {
+        self.cached.clear();
+        // If this fails, the executor has, and the next step says so.
+        let _ = self.executor.mend_slot(SLOT);
     }
 
     /// Computes the last sampled id and chooses the next one.
@@ -153,11 +159,25 @@ impl Session {
         }
         check_ids(ids, &limits)?;
         self.cached.clear();
+        let scores = self.score_checked(ids, &limits, on_row);
+        match scores {
+            Ok(_) => self.cached.extend_from_slice(ids),
+            Err(_) => self.mend(),
+        }
+        scores
+    }
+
+    fn score_checked(
+        &mut self,
+        ids: &[u32],
+        limits: &Limits,
+        on_row: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<Vec<f64>> {
         let chunk_tokens = limits.max_step_tokens.min(limits.max_logits_rows).max(1);
         let mut scores = Vec::with_capacity(ids.len() - 1);
         for (index, tokens) in ids.chunks(chunk_tokens).enumerate() {
             let past_tokens = index * chunk_tokens;
-            let step = Step::prefill(&limits, &[Chunk { slot: SLOT, past_tokens, tokens, rows: Rows::All }])?;
+            let step = Step::prefill(limits, &[Chunk { slot: SLOT, past_tokens, tokens, rows: Rows::All }])?;
             let mut logits = self.executor.forward(&step)?;
             for offset in 0..tokens.len() {
                 let row = logits.row(offset)?;
@@ -167,7 +187,6 @@ impl Session {
                 }
             }
         }
-        self.cached.extend_from_slice(ids);
         Ok(scores)
     }
 }

@@ -32,17 +32,21 @@ const SIZES: Sizes = Sizes {
     top_tokens: TOP,
 };
 
-/// A folder with both fake libraries, compiled once per process.
-fn stand_ins() -> &'static Path {
+/// A folder with the fake driver and both fake libraries, compiled once per process.
+pub fn stand_ins() -> &'static Path {
     static FOLDER: OnceLock<tempfile::TempDir> = OnceLock::new();
     let compile = || {
         let folder = tempfile::tempdir().unwrap();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tensorrt_runtime/fakes");
-        let header = format!("-DAOTRON_HEADER=\"{}\"", env!("AOTRON_TENSORRT_RTX_HEADER"));
-        for (file, library) in [("cuda.cpp", "libcuda.so.1"), ("tensorrt_rtx.cpp", "libtensorrt_rtx.so.1")] {
+        for (file, header, more, library) in [
+            ("cuda.cpp", "", "-DFAKE", "libcuda.so.1"),
+            ("tensorrt_rtx.cpp", env!("AOTRON_TENSORRT_RTX_HEADER"), "-DFAKE_RTX=1", "libtensorrt_rtx.so.1"),
+            ("tensorrt_rtx.cpp", env!("AOTRON_TENSORRT_HEADER"), "-DFAKE_RTX=0", "libnvinfer.so.11"),
+        ] {
+            let header = format!("-DAOTRON_HEADER=\"{header}\"");
             let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
             let done = Command::new(compiler)
-                .args(["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Icpp/cuda", &header])
+                .args(["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-Icpp/cuda", &header, more])
                 .arg(source.join(file))
                 .args(["-ldl", "-o"])
                 .arg(folder.path().join(library))
@@ -58,9 +62,14 @@ fn stand_ins() -> &'static Path {
 
 /// Runs an ignored test of this file on the fakes, and returns its output.
 fn run(test: &str, environment: &[(&str, &str)]) -> String {
+    run_in("executor", test, environment)
+}
+
+/// Runs an ignored test of a module beside this one on the fakes, and returns its output.
+pub fn run_in(module: &str, test: &str, environment: &[(&str, &str)]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "--nocapture", &format!("tensorrt_runtime::executor::{test}")])
+        .args(["--ignored", "--exact", "--nocapture", &format!("tensorrt_runtime::{module}::{test}")])
         .env("LD_LIBRARY_PATH", stand_ins())
         .env("AOTRON_TENSORRT_DIR", stand_ins())
         .env("AOTRON_TEST_FOLDER", folder.path())
@@ -73,7 +82,7 @@ fn run(test: &str, environment: &[(&str, &str)]) -> String {
     text
 }
 
-fn folder() -> PathBuf {
+pub fn folder() -> PathBuf {
     std::env::var_os("AOTRON_TEST_FOLDER").expect("run by another test").into()
 }
 
@@ -209,6 +218,7 @@ fn package(name: &str, plan: &str) -> Package {
             compiled: Some(Compiled {
                 library: LibraryKind::Rtx,
                 version: "1.7.1".into(),
+                gpu: None,
                 context_plan: Some("plans/a100-context.plan".into()),
             }),
             sizes: SIZES,
@@ -354,7 +364,8 @@ fn on_stand_ins_steps_run() {
 
     // On another thread, with fewer slots, and with the kernel cache of the first run.
     drop(executor);
-    assert_eq!(std::fs::read_dir(package.path().join("kernels")).unwrap().count(), 2 + 2 * smaller().len());
+    assert!(!package.path().join("kernels").exists(), "kernels are code: none is read from a package");
+    assert_eq!(std::fs::read_dir(folder().join("cache/aotron/kernels")).unwrap().count(), 2 + 2 * smaller().len());
     let gpu = GpuOptions { slots: Some(3), no_graphs: true, ..GpuOptions::default() };
     let mut executor = TensorRtExecutor::open(&package, &package.manifest().plans[0], &gpu).unwrap();
     assert_eq!((executor.limits().slots, executor.gpu().index), (3, 1));

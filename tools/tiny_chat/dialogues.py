@@ -556,6 +556,20 @@ def write_conversations(path):
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def write_calibration(path, count=320):
+    """Write dialogues of the training stream as calibration prompts, none of them held out. Each ends with the first
+    question of the next one, since a prompt ends with the user."""
+    stream = training_stream({skill: 1 for skill in HELD_OUT_COUNTS})
+    dialogues = [next(stream) for _ in range(count + 1)]
+    with open(path, "w", encoding="utf-8") as out:
+        for dialogue, following in zip(dialogues, dialogues[1:]):
+            messages = [{"role": "system", "content": dialogue.system}] if dialogue.system else []
+            for user, answer in dialogue.turns:
+                messages += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+            messages.append({"role": "user", "content": following.turns[0][0]})
+            out.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
 def read_conversations(path):
     """The dialogues of a file written by `write_conversations`."""
     with open(path, encoding="utf-8") as lines:
@@ -569,3 +583,4 @@ def read_conversations(path):
 if __name__ == "__main__":
     write_conversations("tests/data/tiny-chat/conversations.jsonl")
     print("500 held-out conversations written")
+    write_calibration("tests/data/tiny-chat/calibration.jsonl")

@@ -4,10 +4,11 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::observe::InputObserver;
 use super::program::{ALIGN, Program, ProgramKernel};
-use super::run::StepRun;
+use super::run::{StepRun, WeightSource};
 use crate::backend::constants::stored_dtype;
-use crate::backend::{Executor, Limits, Logits, Step};
+use crate::backend::{Executor, ExecutorPromises, Limits, Logits, Step};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::tensor_file::TensorFile;
@@ -38,10 +39,10 @@ pub struct CpuModel {
 
 /// CPU executor: its own KV memory and activations over a shared [`CpuModel`].
 pub struct CpuExecutor {
-    program: Arc<Program>,
-    limits: Limits,
+    pub(super) program: Arc<Program>,
+    pub(super) limits: Limits,
     weights: Arc<MappedWeights>,
-    arena: Memory,
+    pub(super) arena: Memory,
     cache: Memory,
     positions: Vec<u32>, // [tokens of the step]
     slots: Vec<u32>,     // [tokens of the step]
@@ -52,14 +53,14 @@ pub struct CpuExecutor {
 
 /// Zeroed, cache-line-aligned memory whose pages the operating system commits on first touch. (An allocation with an
 /// explicit alignment would be zeroed eagerly, all of it at once.)
-struct Memory {
+pub(super) struct Memory {
     bytes: Box<[u8]>,
     start: usize,
     len: usize,
 }
 
 impl Memory {
-    fn reserve(len: usize, what: &str, limits: &Limits) -> Result<Memory> {
+    pub(super) fn reserve(len: usize, what: &str, limits: &Limits) -> Result<Memory> {
         let refuse = || {
             Error::Request(format!(
                 "cannot reserve {len} bytes for the {what} of {} sequences of {} tokens; ask for fewer slots",
@@ -75,11 +76,11 @@ impl Memory {
         Ok(Memory { bytes, start, len })
     }
 
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes[self.start..self.start + self.len]
     }
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
     }
 }
@@ -181,14 +182,9 @@ impl CpuExecutor {
         CpuModel::new(program, plan_path, weights, options)?.executor(options.slots)
     }
 
-    /// Runs a step and records the largest magnitude of the linear layers' inputs: entry `w` of `largest`, `[weights of
-    /// the program]`, is raised to at least that of the inputs of every [`ProgramKernel::Linear`] over weight `w`;
-    /// infinite if one of them is NaN.
-    ///
-    /// # Errors
-    /// As [`Executor::forward`].
-    pub fn observe(&mut self, step: &Step, largest: &mut [f32]) -> Result<()> {
-        self.run(step, Some(largest))
+    /// Instruction set and packing, which together decide the bits of the logits.
+    pub fn arithmetic(&self) -> String {
+        format!("{}, packed for {}", self.isa, self.program.cpu)
     }
 
     /// The instruction set in use.
@@ -239,15 +235,52 @@ impl Executor for CpuExecutor {
     }
 
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
-        self.run(step, None)?;
+        let kernels = 0..self.program.kernels.len();
+        self.run_kernels(step, kernels, None)?;
         let logits = &self.program.buffers[self.program.logits];
         let bytes = step.logits_rows().len() * logits.width * 4;
         Logits::new(bytemuck::cast_slice(&self.arena.bytes()[logits.offset..logits.offset + bytes]), logits.width)
     }
+
+    fn promises(&self) -> ExecutorPromises {
+        ExecutorPromises { same_bits: true, ignores_unwritten: true }
+    }
+
+    fn fill_slot(&mut self, slot: usize, byte: u8) -> Result<bool> {
+        for range in self.slot_ranges(slot)? {
+            let part = self.cache.bytes_mut().get_mut(range);
+            part.ok_or_else(|| Error::internal("a slot outside of the cache", "a checked plan"))?.fill(byte);
+        }
+        Ok(true)
+    }
+
+    /// Nothing to do: attention never reads past the end of a sequence.
+    fn mend_slot(&mut self, _slot: usize) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl CpuExecutor {
-    fn run(&mut self, step: &Step, mut largest: Option<&mut [f32]>) -> Result<()> {
+    /// Bytes of one slot in the cache of every layer, keys and values.
+    fn slot_ranges(&self, slot: usize) -> Result<impl Iterator<Item = Range<usize>> + use<>> {
+        let (cache, slots) = (&self.program.cache, self.limits.slots);
+        if slot >= slots {
+            return Err(Error::Step(format!("slot {slot}, but the engine has {slots} slots")));
+        }
+        let elements = cache.slot_elements(&self.limits);
+        let bytes = elements.and_then(|elements| elements.checked_mul(cache.dtype.bytes()));
+        let bytes = bytes.ok_or_else(|| Error::internal("a cache whose size overflows", "a checked plan"))?;
+        Ok((0..2 * cache.layers).map(move |half| (half * slots + slot) * bytes..(half * slots + slot + 1) * bytes))
+    }
+
+    /// Runs some kernels of a step, in order. `observer` is shown the inputs of linear layers. Kernels that do not start
+    /// with the program's first continue from what is in the arena.
+    pub(super) fn run_kernels(
+        &mut self,
+        step: &Step,
+        kernels: Range<usize>,
+        mut observer: Option<&mut dyn InputObserver>,
+    ) -> Result<()> {
         if step.tokens().len() > self.limits.max_step_tokens || step.logits_rows().len() > self.limits.max_logits_rows {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
@@ -263,7 +296,7 @@ impl CpuExecutor {
         if out_of_range {
             return Err(Error::Step("the step was made for another engine's limits".into()));
         }
-        if self.poison {
+        if self.poison && kernels.start == 0 {
             self.arena.bytes_mut().fill(0xff); // all-ones is NaN in every float type: reads of unwritten memory show up
         }
         let mut run = StepRun {
@@ -272,17 +305,18 @@ impl CpuExecutor {
             slots: &self.slots,
             program: &self.program,
             limits: &self.limits,
-            weights: &self.weights,
+            weights: WeightSource::Mapped(&self.weights),
             arena: self.arena.bytes_mut(),
             cache: self.cache.bytes_mut(),
             isa: self.isa,
         };
         self.pool.install(|| {
-            for kernel in &run.program.kernels {
-                if let (Some(largest), ProgramKernel::Linear { x, weight, .. }) = (&mut largest, kernel)
-                    && let Some(largest) = largest.get_mut(*weight)
+            for kernel in &run.program.kernels[kernels] {
+                if let (Some(observer), ProgramKernel::Linear { x, weight, .. }) = (&mut observer, kernel)
+                    && observer.wants(*weight)
                 {
-                    *largest = largest.max(run.magnitude(*x)?);
+                    let inputs = run.values(*x)?;
+                    observer.inputs(*weight, x.width, &inputs)?;
                 }
                 run.kernel(kernel)?;
             }

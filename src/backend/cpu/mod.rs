@@ -4,8 +4,11 @@
 pub mod executor;
 pub mod kernels;
 pub mod lower;
+mod observe;
 pub mod pack;
 pub mod program;
 mod run;
+pub mod streamed;
 
 pub use executor::{CpuExecutor, CpuModel, CpuOptions};
+pub use observe::InputObserver;

@@ -1,5 +1,6 @@
 //! Runs the kernels of one step: locates each call's operands in the arena and calls the kernel.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use half::bf16;
@@ -13,6 +14,7 @@ use super::kernels::{FloatElement, RowsRef};
 use super::program::{
     BufferSpec, CacheSpec, Indices, KeysOrValues, Program, ProgramKernel, RowCount, Storage, Table, View,
 };
+use super::streamed::{EvaluatedWeights, LinearWeight};
 use crate::backend::{Limits, Step};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
@@ -28,10 +30,29 @@ pub(super) struct StepRun<'a> {
     pub slots: &'a [u32],     // [tokens]
     pub program: &'a Program,
     pub limits: &'a Limits,
-    pub weights: &'a MappedWeights,
+    pub weights: WeightSource<'a>,
     pub arena: &'a mut [u8],
     pub cache: &'a mut [u8], // [layers, keys and values, slots, kv_heads, head_elements]
     pub isa: Isa,
+}
+
+/// Source of a program's weights.
+#[derive(Clone, Copy)]
+pub(super) enum WeightSource<'a> {
+    /// The package's file.
+    Mapped(&'a MappedWeights),
+    /// The checkpoint, see [`super::streamed`].
+    Evaluated(&'a EvaluatedWeights<'a>),
+}
+
+impl<'a> WeightSource<'a> {
+    /// A weight that is a single row of FP32.
+    fn vector(self, index: usize) -> Result<Cow<'a, [f32]>> {
+        Ok(match self {
+            WeightSource::Mapped(mapped) => Cow::Borrowed(mapped.data(index)),
+            WeightSource::Evaluated(evaluated) => Cow::Owned(evaluated.rows(index, &[0])?),
+        })
+    }
 }
 
 /// Runs an expression with `$t` bound to the Rust type of a float's dtype.
@@ -71,9 +92,19 @@ impl StepRun<'_> {
                     Table::Weight(w) => {
                         let width = program.weights[w].columns;
                         with_float!(program.weights[w].dtype, T => {
-                            let table = RowsRef::new(weights.data::<T>(w), width, width);
                             let ([], [out]) = self.buffers([], [out])?;
-                            rowwise::gather(table, indices, out.rows_mut());
+                            match weights {
+                                WeightSource::Mapped(mapped) => {
+                                    let table = RowsRef::new(mapped.data::<T>(w), width, width);
+                                    rowwise::gather(table, indices, out.rows_mut());
+                                }
+                                WeightSource::Evaluated(evaluated) => {
+                                    let rows = evaluated.rows(w, indices)?;
+                                    let rows: Vec<T> = rows.into_iter().map(FloatElement::from_f32).collect();
+                                    let in_order: Vec<u32> = (0..indices.len() as u32).collect();
+                                    rowwise::gather(RowsRef::new(&rows, width, width), &in_order, out.rows_mut());
+                                }
+                            }
                         });
                     }
                     Table::View(x) => {
@@ -83,20 +114,13 @@ impl StepRun<'_> {
                 }
             }
             ProgramKernel::LayerNorm { x, gamma, beta, eps, out } => {
-                let (gamma, beta) = (weights.data::<f32>(gamma), weights.data::<f32>(beta));
+                let (gamma, beta) = (weights.vector(gamma)?, weights.vector(beta)?);
                 let ([x], [out]) = self.buffers([x], [out])?;
                 with_float!(out.spec.dtype, O => {
-                    rowwise::layer_norm::<O>(isa, x.rows(), gamma, beta, eps, out.rows_mut());
+                    rowwise::layer_norm::<O>(isa, x.rows(), &gamma, &beta, eps, out.rows_mut());
                 });
             }
             ProgramKernel::Linear { x, x_scales, weight, scales, group, epilogue, out } => {
-                let spec = &program.weights[weight];
-                let Storage::Packed { packing, .. } = spec.storage else {
-                    return Err(Error::internal(format!("`{}` is stored by rows", spec.name), "a packed weight"));
-                };
-                let shape = LinearShape { outputs: spec.rows, inputs: spec.columns, group };
-                let scales = scales.map_or(&[][..], |scales| weights.data::<u8>(scales));
-                let weight = PackedWeight::new(packing, weights.data::<u8>(weight), scales, shape)?;
                 let ([x, x_scales], [out]) = self.buffers([x, x_scales.unwrap_or(x)], [out])?;
                 let x = match x.spec.dtype {
                     DType::F32 => Activations::F32(x.rows()),
@@ -104,6 +128,23 @@ impl StepRun<'_> {
                     DType::I8 => Activations::I8 { codes: x.rows(), scales: x_scales.rows() },
                     other => return Err(Error::internal(format!("activations in {other}"), "floats or bytes")),
                 };
+                let mapped = match weights {
+                    WeightSource::Mapped(mapped) => mapped,
+                    WeightSource::Evaluated(evaluated) => {
+                        let of = LinearWeight { weight, scales, group };
+                        with_float!(out.spec.dtype, O => {
+                            evaluated.linear(isa, x, of, epilogue, out.rows_mut::<O>())?;
+                        });
+                        return Ok(());
+                    }
+                };
+                let spec = &program.weights[weight];
+                let Storage::Packed { packing, .. } = spec.storage else {
+                    return Err(Error::internal(format!("`{}` is stored by rows", spec.name), "a packed weight"));
+                };
+                let shape = LinearShape { outputs: spec.rows, inputs: spec.columns, group };
+                let scales = scales.map_or(&[][..], |scales| mapped.data::<u8>(scales));
+                let weight = PackedWeight::new(packing, mapped.data::<u8>(weight), scales, shape)?;
                 with_float!(out.spec.dtype, O => linear(isa, x, weight, epilogue, out.rows_mut::<O>())?);
             }
             ProgramKernel::Quantize { x, out, scales } => {
@@ -139,15 +180,16 @@ impl StepRun<'_> {
         Ok(())
     }
 
-    /// Largest magnitude in the columns of a buffer of floats; infinite if one is NaN.
-    pub fn magnitude(&self, x: View) -> Result<f32> {
+    /// The columns of a buffer of floats, `[rows, width]`.
+    pub fn values(&self, x: View) -> Result<Vec<f32>> {
         let rows = self.row_count(&self.program.buffers[x.buffer]);
+        let mut values = Vec::with_capacity(rows * x.width);
         let x = source(self.arena, self.program, self.limits, x, 0);
         with_float!(x.spec.dtype, T => {
             let x = x.rows::<T>();
-            let values = (0..rows).flat_map(|row| x.row(row)).map(|value| value.to_f32().abs());
-            Ok(values.fold(0.0, |most, v| if v.is_nan() { f32::INFINITY } else { most.max(v) }))
-        })
+            (0..rows).for_each(|row| values.extend(x.row(row).iter().map(|value| value.to_f32())));
+        });
+        Ok(values)
     }
 
     fn store(&mut self, x: View, layer: usize, kind: KeysOrValues) -> Result<()> {

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{
-    AttentionMask, BuildOptions, ConstantBytes, DeviceInfo, GpuOptions, Layer, Layers, LibraryKind, Monitor,
-    NetworkTensor, Version,
+    AttentionMask, BuildOptions, ConstantBytes, DeviceInfo, DriverVersion, GpuOptions, Layer, Layers, LibraryKind,
+    Monitor, NetworkTensor, Version,
 };
 use crate::backend::{Executor, Limits, Logits, Step};
 use crate::engine::{Package, PlanInfo};
@@ -21,6 +21,14 @@ const WORDS: &str =
 /// # Errors
 /// Always [`Error::Gpu`]: without the feature `tensorrt` there is no driver to ask.
 pub fn devices() -> Result<Vec<DeviceInfo>> {
+    Err(Error::Gpu(WORDS.into()))
+}
+
+/// Version of the driver.
+///
+/// # Errors
+/// Always [`Error::Gpu`]: without the feature `tensorrt` there is no driver to ask.
+pub fn driver_version() -> Result<DriverVersion> {
     Err(Error::Gpu(WORDS.into()))
 }
 
@@ -68,6 +76,30 @@ impl TensorRtLibrary {
 
     /// Path of the file the library was opened from.
     pub fn path(&self) -> PathBuf {
+        match *self {}
+    }
+
+    /// Checks that the machine's driver is new enough.
+    ///
+    /// # Errors
+    /// None: there is no library to ask.
+    pub fn check_driver(&self) -> Result<()> {
+        match *self {}
+    }
+
+    /// Checks that the library can compile for a GPU of this machine.
+    ///
+    /// # Errors
+    /// None: there is no library to ask.
+    pub fn compiles_on(&self, _gpu: usize) -> Result<()> {
+        match *self {}
+    }
+
+    /// An empty network, built on one of this machine's GPUs.
+    ///
+    /// # Errors
+    /// None: there is no library to ask.
+    pub fn network_on(&self, _gpu: Option<usize>, _monitor: Arc<dyn Monitor>) -> Result<Network> {
         match *self {}
     }
 

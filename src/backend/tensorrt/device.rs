@@ -14,7 +14,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 pub use self::copy::ByteGrid;
-pub use self::driver::devices;
+pub use self::driver::{devices, driver_version};
 use self::driver::{is_sticky, words};
 use super::DeviceInfo;
 use crate::error::{Error, Result};
@@ -369,11 +369,20 @@ impl Stream {
     /// # Errors
     /// [`Error::Gpu`] if the driver fails.
     pub fn zero(&self, buffer: &Buffer) -> Result<()> {
+        self.fill(buffer, 0..buffer.bytes, 0)
+    }
+
+    /// Fills a range of a buffer with a byte.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] if the range is outside of the buffer or the driver fails.
+    pub fn fill(&self, buffer: &Buffer, range: Range<u64>, byte: u8) -> Result<()> {
         self.device.bind()?;
-        let bytes = usize::try_from(buffer.bytes).unwrap_or(usize::MAX);
-        // SAFETY: the buffer has that many bytes, and its deallocation waits for this work.
-        let done = unsafe { result::memset_d8_async(buffer.address, 0, bytes, self.handle) };
-        self.device.0.check(done, || format!("clear {bytes} bytes"))
+        let bytes = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
+        let address = buffer.part(range)?;
+        // SAFETY: the range was checked to lie in the buffer, whose deallocation waits for this work.
+        let done = unsafe { result::memset_d8_async(address, byte, bytes, self.handle) };
+        self.device.0.check(done, || format!("fill {bytes} bytes"))
     }
 
     /// Captures the work that `work` enqueues as a CUDA graph, without running it. Only runs of execution contexts may

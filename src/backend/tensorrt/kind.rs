@@ -32,9 +32,9 @@ impl LibraryKind {
                  environment, or set AOTRON_TENSORRT_DIR to the folder that contains the library"
             }
             LibraryKind::Rtx => {
-                "run `make tensorrt` in aotron's source folder, which downloads it (95 MB) to .tensorrt/; or `pip \
-                 install tensorrt-rtx` and run aotron in the same Python environment; or set AOTRON_TENSORRT_DIR to the \
-                 folder that contains the library"
+                "run `make tensorrt` in aotron's source folder, which downloads it (95 MB) to your data folder; or \
+                 copy the library into the program's folder; or `pip install tensorrt-rtx` and run aotron in the same \
+                 Python environment; or set AOTRON_TENSORRT_DIR to the folder that contains the library"
             }
         }
     }

@@ -7,10 +7,16 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::device::Device;
 use super::ffi::{Observer, bridge};
-use super::{BuildOptions, Layers, LibraryKind, Monitor, Network, Version};
+use super::{BuildOptions, Layers, LibraryKind, Monitor, Network, Version, driver_version};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
+
+mod cuda;
+
+/// CUDA's major version that the newest builds of these libraries use.
+const NEWEST_CUDA: u32 = 13;
 
 /// Version of the headers this program was compiled against.
 fn header_version(kind: LibraryKind) -> Version {
@@ -65,11 +71,14 @@ impl TensorRtLibrary {
     /// Opens the first library found:
     ///
     /// 1. in the folder `AOTRON_TENSORRT_DIR`;
-    /// 2. in `.tensorrt` in the current folder, then beside the program, where `make tensorrt` puts it;
-    /// 3. on the system's library search path;
-    /// 4. in the active Python environment.
+    /// 2. in the folder of the program, and in `tensorrt` in that folder;
+    /// 3. in `aotron/tensorrt` in the user's data folder (`XDG_DATA_HOME`, by default `~/.local/share`), where `make
+    ///    tensorrt` puts it;
+    /// 4. on the system's library search path;
+    /// 5. in the active Python environment.
     ///
-    /// A library that is found but unusable is an error; the search does not continue.
+    /// The current folder is not among them: a library is code, and anyone may have written what is there. A library
+    /// that is found but unusable is an error; the search does not continue.
     ///
     /// # Errors
     /// [`Error::TensorRt`] with the places searched and installation instructions, or with the problem of the one
@@ -126,12 +135,56 @@ impl TensorRtLibrary {
         OsString::from_vec(self.inner.path()).into()
     }
 
-    /// Checks that the library can compile for a GPU by compiling one linear layer; `None` is the GPU in this machine.
+    /// Checks that this machine's NVIDIA driver serves the CUDA version that the library was built with. Without a
+    /// driver or a GPU there is nothing to check.
+    ///
+    /// # Errors
+    /// [`Error::TensorRt`] with the driver found, the driver needed, and the remedy.
+    pub fn check_driver(&self) -> Result<()> {
+        let Ok(driver) = driver_version() else { return Ok(()) };
+        // Every library whose headers this program knows runs with a driver for the newest CUDA it knows.
+        if driver.cuda.0 >= NEWEST_CUDA {
+            return Ok(());
+        }
+        let path = self.path();
+        let name = format!("{} {} at {}", self.kind.name(), self.version, path.display());
+        match cuda::problem(self.kind, &name, cuda::built_with(&path), &driver) {
+            Some(words) => Err(Error::TensorRt(words)),
+            None => Ok(()),
+        }
+    }
+
+    /// An error in TensorRT's words. CUDA's error 35 with a driver means that the driver is older than the library
+    /// needs; the remedy is added.
+    pub(super) fn refused(&self, error: &cxx::Exception) -> Error {
+        let mut words = error.what().to_owned();
+        if (words.contains("cudaError 35") || words.contains("error: 35"))
+            && let Ok(driver) = driver_version()
+        {
+            words += &format!(". This machine's {driver} is too old for it. {}", cuda::remedy(self.kind, &driver));
+        }
+        Error::TensorRt(words)
+    }
+
+    /// Checks that the library can compile for a GPU of this compute capability by compiling one linear layer; `None` is
+    /// the first GPU in this machine.
     ///
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's message if it cannot.
     pub fn compiles_for(&self, compute_capability: Option<u16>) -> Result<()> {
-        let mut network = self.network(Arc::new(()))?;
+        self.try_out(None, compute_capability)
+    }
+
+    /// Checks that the library can compile for the GPU of this index in this machine.
+    ///
+    /// # Errors
+    /// [`Error::TensorRt`] with TensorRT's message if it cannot, [`Error::Gpu`] if there is no such GPU.
+    pub fn compiles_on(&self, gpu: usize) -> Result<()> {
+        self.try_out(Some(gpu), None)
+    }
+
+    fn try_out(&self, gpu: Option<usize>, compute_capability: Option<u16>) -> Result<()> {
+        let mut network = self.network_on(gpu, Arc::new(()))?;
         let x = network.input("x", DType::BF16, &[8, 64])?;
         let weight = network.input("weight", DType::BF16, &[64, 64])?;
         let product = network.linear(x, weight)?;
@@ -146,17 +199,26 @@ impl TensorRtLibrary {
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's message.
     pub fn network(&self, monitor: Arc<dyn Monitor>) -> Result<Network> {
-        let inner = self.inner.network(Box::new(Observer(monitor)));
-        Ok(Network::new(inner.map_err(|error| Error::TensorRt(error.what().into()))?))
+        self.network_on(None, monitor)
+    }
+
+    /// As [`TensorRtLibrary::network`], built on the GPU of this index, which becomes this thread's current one: a
+    /// build without a named compute capability is for the current GPU, which otherwise is the first.
+    ///
+    /// # Errors
+    /// As [`TensorRtLibrary::network`], and [`Error::Gpu`] if there is no such GPU. With one, the driver is checked first
+    /// ([`TensorRtLibrary::check_driver`]).
+    pub fn network_on(&self, gpu: Option<usize>, monitor: Arc<dyn Monitor>) -> Result<Network> {
+        let device = gpu.map(|gpu| self.check_driver().and_then(|()| Device::open(gpu))).transpose()?;
+        let inner = self.inner.network(Box::new(Observer(monitor))).map_err(|error| self.refused(&error))?;
+        Ok(Network::new(inner, *self, device))
     }
 }
 
 /// The places to search for libraries.
 #[derive(Debug, Clone, Default)]
 struct Surroundings {
-    /// `AOTRON_TENSORRT_DIR`.
-    chosen: Option<PathBuf>,
-    /// Folders that may contain a `.tensorrt`.
+    /// Folders that may contain a library, in order of preference.
     folders: Vec<PathBuf>,
     /// Searches the system's library path.
     system: bool,
@@ -166,13 +228,26 @@ struct Surroundings {
 
 impl Surroundings {
     fn of_this_process() -> Surroundings {
-        let folder = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let beside = env::current_exe().ok().and_then(|path| path.parent().map(Path::to_path_buf));
+        Surroundings::of(&|name| env::var_os(name), env::current_exe().ok().as_deref())
+    }
+
+    /// The places for a program at `program` with the environment that `variable` looks up. Paths that other programs
+    /// set count only if they are absolute, since a relative one would be found in the current folder.
+    fn of(variable: &dyn Fn(&str) -> Option<OsString>, program: Option<&Path>) -> Surroundings {
+        let folder = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let absolute = |name: &str| folder(name).filter(|path| path.is_absolute());
+        let beside = program.and_then(Path::parent);
+        let data = absolute("XDG_DATA_HOME").or_else(|| absolute("HOME").map(|home| home.join(".local/share")));
+        let folders = [
+            folder("AOTRON_TENSORRT_DIR"),
+            beside.map(Path::to_path_buf),
+            beside.map(|beside| beside.join("tensorrt")),
+            data.map(|data| data.join("aotron").join("tensorrt")),
+        ];
         Surroundings {
-            chosen: folder("AOTRON_TENSORRT_DIR"),
-            folders: env::current_dir().into_iter().chain(beside).collect(),
+            folders: folders.into_iter().flatten().collect(),
             system: true,
-            python: ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(folder).collect(),
+            python: ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(absolute).collect(),
         }
     }
 
@@ -181,11 +256,9 @@ impl Surroundings {
         // any dynamically linked program, whoever can replace the library there controls what runs.
         #[allow(unsafe_code)]
         let open = |path: &Path| unsafe { TensorRtLibrary::open(kind, path) };
-        let of_chosen = self.chosen.iter().cloned();
-        let local = of_chosen.chain(self.folders.iter().map(|folder| folder.join(".tensorrt")));
-        let local: Vec<PathBuf> = local.map(|folder| folder.join(kind.file_name())).collect();
-        if let Some(path) = local.iter().find(|path| path.exists()) {
-            return open(path);
+        let mut in_folders = self.folders.iter().map(|folder| folder.join(kind.file_name()));
+        if let Some(path) = in_folders.find(|path| path.exists()) {
+            return open(&path);
         }
         // The system searches for a name without a slash. Its error ("cannot open shared object file") is dropped, as
         // it says no more than that nothing was found, and the search goes on.
@@ -196,8 +269,7 @@ impl Surroundings {
         if let Some(path) = self.python.iter().flat_map(|root| python_libraries(root, kind)).next() {
             return open(&path);
         }
-        let mut places: Vec<String> =
-            local.iter().filter_map(|p| p.parent()).map(|p| p.display().to_string()).collect();
+        let mut places: Vec<String> = self.folders.iter().map(|folder| folder.display().to_string()).collect();
         if self.system {
             places.push("the system's library path".into());
         }
@@ -246,7 +318,7 @@ mod tests {
             let error = nowhere.find(kind).unwrap_err().to_string();
             assert!(error.starts_with(&format!("TensorRT: {} ({}) is not", kind.name(), kind.file_name())), "{error}");
             assert!(error.contains("pip install tensorrt") && error.contains("AOTRON_TENSORRT_DIR"), "{error}");
-            assert!(error.contains(&folder.path().join(".tensorrt").display().to_string()), "{error}");
+            assert!(error.contains(&folder.path().display().to_string()), "{error}");
         }
     }
 
@@ -261,21 +333,39 @@ mod tests {
         };
         let places = [
             place("chosen"),
-            place("here/.tensorrt"),
-            place("beside/.tensorrt"),
+            place("bin"),
+            place("bin/tensorrt"),
+            place("home/.local/share/aotron/tensorrt"),
             place("python/lib/python3.11/site-packages/tensorrt_rtx_libs"),
         ];
-        let surroundings = Surroundings {
-            chosen: Some(root.path().join("chosen")),
-            folders: vec![root.path().join("here"), root.path().join("beside")],
-            system: false,
-            python: vec![root.path().join("python")],
+        let variable = |name: &str| {
+            let folder = match name {
+                "AOTRON_TENSORRT_DIR" => "chosen",
+                "HOME" => "home",
+                "VIRTUAL_ENV" => "python",
+                _ => return None,
+            };
+            Some(root.path().join(folder).into())
         };
+        let program = root.path().join("bin/aotron");
+        let surroundings = Surroundings { system: false, ..Surroundings::of(&variable, Some(&program)) };
         for place in places.iter().rev() {
             std::fs::write(place, "no library").unwrap();
             let error = surroundings.find(LibraryKind::Rtx).unwrap_err().to_string();
             assert!(error.starts_with(&format!("TensorRT: cannot use {} as", place.display())), "{error}");
         }
+    }
+
+    #[test]
+    fn only_the_user_can_name_the_current_folder() {
+        let relative = |name: &str| Some(if name == "AOTRON_TENSORRT_DIR" { "mine" } else { "." }.into());
+        let found = Surroundings::of(&relative, None);
+        assert_eq!(found.folders, [Path::new("mine")]);
+        assert!(found.python.is_empty());
+        let none = Surroundings::of(&|_| None, Some(Path::new("/opt/aotron/aotron")));
+        assert_eq!(none.folders, [Path::new("/opt/aotron"), Path::new("/opt/aotron/tensorrt")]);
+        let data = |name: &str| (name == "XDG_DATA_HOME").then(|| "/data".into());
+        assert_eq!(Surroundings::of(&data, None).folders, [Path::new("/data/aotron/tensorrt")]);
     }
 
     #[test]

@@ -41,13 +41,13 @@ mod weights;
 use std::ops::ControlFlow;
 
 #[cfg(not(feature = "tensorrt"))]
-pub use absent::{Network, SerializedPlan, TensorRtExecutor, TensorRtLibrary, devices};
+pub use absent::{Network, SerializedPlan, TensorRtExecutor, TensorRtLibrary, devices, driver_version};
 #[cfg(feature = "tensorrt")]
-pub use device::devices;
+pub use device::{devices, driver_version};
 #[cfg(feature = "tensorrt")]
 pub use executor::TensorRtExecutor;
-pub use gpu::DeviceInfo;
 pub(crate) use gpu::gpu_words;
+pub use gpu::{DeviceInfo, DriverVersion};
 pub use kind::{LibraryKind, Version};
 pub use layers::{
     AttentionMask, BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange,

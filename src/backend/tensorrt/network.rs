@@ -5,9 +5,11 @@ use std::pin::Pin;
 
 use cxx::UniquePtr;
 
+use super::device::Device;
 use super::ffi::bridge::{self, Element};
 use super::{
     AttentionMask, BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange,
+    TensorRtLibrary,
 };
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -16,6 +18,9 @@ use crate::tensor::DType;
 /// [`Error::TensorRt`] with its message.
 pub struct Network {
     inner: UniquePtr<bridge::Network>,
+    library: TensorRtLibrary,
+    /// The GPU that was current when the network was created, and is to be when it is built.
+    device: Option<Device>,
 }
 
 impl fmt::Debug for Network {
@@ -29,8 +34,8 @@ fn refused(error: cxx::Exception) -> Error {
 }
 
 impl Network {
-    pub(super) fn new(inner: UniquePtr<bridge::Network>) -> Network {
-        Network { inner }
+    pub(super) fn new(inner: UniquePtr<bridge::Network>, library: TensorRtLibrary, device: Option<Device>) -> Network {
+        Network { inner, library, device }
     }
 
     fn pin(&mut self) -> Pin<&mut bridge::Network> {
@@ -68,7 +73,8 @@ impl Network {
     /// Compiles the network.
     ///
     /// # Errors
-    /// [`Error::TensorRt`] with TensorRT's message; [`Error::Cancelled`] if the monitor cancelled the build.
+    /// [`Error::TensorRt`] with TensorRT's message; [`Error::Cancelled`] if the monitor cancelled the build;
+    /// [`Error::Gpu`] if the GPU to build on has failed.
     pub fn build(&mut self, options: &BuildOptions) -> Result<SerializedPlan> {
         let ranges = |profile: &OptimizationProfile| {
             let range = |range: &ShapeRange| {
@@ -83,10 +89,12 @@ impl Network {
             list_kernels: options.list_kernels,
             profiles: options.profiles.iter().map(ranges).collect(),
         };
+        // Between the network's creation and now, this thread may have used another GPU.
+        self.device.iter().try_for_each(Device::bind)?;
         match self.pin().build(&options) {
             Ok(inner) => Ok(SerializedPlan { inner }),
             Err(_) if self.inner.cancelled() => Err(Error::Cancelled),
-            Err(error) => Err(refused(error)),
+            Err(error) => Err(self.library.refused(&error)),
         }
     }
 }

@@ -17,6 +17,7 @@ fn refused(error: cxx::Exception) -> Error {
 /// Deserializes plans (TensorRT's `IRuntime`).
 pub struct TensorRtRuntime {
     inner: UniquePtr<bridge::Runtime>,
+    library: TensorRtLibrary,
 }
 
 /// Result of checking a plan's header against this machine.
@@ -38,7 +39,8 @@ impl TensorRtLibrary {
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's message.
     pub fn runtime(&self, monitor: Arc<dyn Monitor>) -> Result<TensorRtRuntime> {
-        Ok(TensorRtRuntime { inner: self.inner().runtime(Box::new(Observer(monitor))).map_err(refused)? })
+        let inner = self.inner().runtime(Box::new(Observer(monitor))).map_err(|error| self.refused(&error))?;
+        Ok(TensorRtRuntime { inner, library: *self })
     }
 }
 
@@ -60,7 +62,8 @@ impl TensorRtRuntime {
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's message.
     pub fn deserialize(&self, plan: &[u8]) -> Result<CudaEngine> {
-        Ok(CudaEngine { inner: self.inner.deserialize(plan).map_err(refused)? })
+        let inner = self.inner.deserialize(plan).map_err(|error| self.library.refused(&error))?;
+        Ok(CudaEngine { inner })
     }
 }
 

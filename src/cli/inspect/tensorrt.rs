@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::KernelLog;
 use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, lower};
@@ -124,9 +124,10 @@ impl Plans<'_> {
             return Err(usage(format!("recipe {name} is not for a GPU, so it has no TensorRT plan")));
         };
         let config = subject.config();
+        check_size(config)?;
         // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
         // rounding.
-        let any_scale = Calibration::uniform(0.01);
+        let any_scale = Calibration::uniform(0.01).without(&recipe.keep_bf16);
         let (classes, calibration, has_context_plan, attention) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
@@ -242,6 +243,30 @@ impl Plans<'_> {
             detail,
         })
     }
+}
+
+/// Most layers of a model whose network is listed: the time that TensorRT takes grows with their cube, half a minute for
+/// 40.
+const MOST_LAYERS: usize = 64;
+/// Most elements of a matrix that is listed. A matrix that is a constant of the plan is made up in memory, of half a byte
+/// an element.
+const MOST_ELEMENTS: usize = 1 << 32;
+
+/// Refuses models whose listing would take hours or more memory than machines have.
+fn check_size(config: &ModelConfig) -> anyhow::Result<()> {
+    let layers = config.num_layers;
+    if layers > MOST_LAYERS {
+        bail!(
+            "the model has {layers} layers, and --network and --kernels list up to {MOST_LAYERS}; since its layers are alike, \
+             a copy of its config with fewer layers shows the same"
+        );
+    }
+    let heads = config.num_heads.max(config.num_kv_heads).saturating_mul(config.head_dim).saturating_mul(3);
+    let widest = config.vocab_size.max(config.intermediate_size).max(heads);
+    if widest.saturating_mul(config.hidden_size) > MOST_ELEMENTS {
+        bail!("its largest matrix is {widest} by {} elements, too large to list a plan for", config.hidden_size);
+    }
+    Ok(())
 }
 
 /// The package's first TensorRT plan, for `target` if given.

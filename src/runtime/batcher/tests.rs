@@ -115,7 +115,9 @@ fn one_bad_request_fails_alone() {
     let script = |_: usize, sequence: &[u32]| {
         if sequence[0] == 9 && sequence.len() > 3 { ScriptedRow::Spoiled(17, f32::NAN) } else { ScriptedRow::Hash }
     };
-    let mut batcher = Batcher::new(Box::new(Scripted::new(&limits(3, 8), script)), None, 4);
+    let executor = Scripted::new(&limits(3, 8), script);
+    let mended = executor.mended();
+    let mut batcher = Batcher::new(Box::new(executor), None, 4);
     let good = [request(&[1, 2], 6), request(&[4], 6), request(&[8, 9], 2)];
     let mut outcomes = Outcomes::default();
     let first = batcher.submit(good[0].clone()).unwrap();
@@ -124,6 +126,7 @@ fn one_bad_request_fails_alone() {
     let third = batcher.submit(good[2].clone()).unwrap();
     outcomes.run(&mut batcher);
     assert!(outcomes.failed[&bad].contains("index 17"), "{}", outcomes.failed[&bad]);
+    assert_eq!(*mended.lock().unwrap(), [1], "its slot, and no other");
     for (id, request) in [first, second, third].iter().zip(&good) {
         assert_eq!(outcomes.done[id].token_ids, alone(request, None).token_ids);
     }

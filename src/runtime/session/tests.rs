@@ -176,9 +176,12 @@ fn after_an_error_the_session_starts_from_nothing() {
         4 => ScriptedRow::Fail,
         _ => ScriptedRow::Hash,
     };
-    let mut session = Session::new(Box::new(Scripted::new(&limits(60, 8), script)), None);
+    let executor = Scripted::new(&limits(60, 8), script);
+    let mended = executor.mended();
+    let mut session = Session::new(Box::new(executor), None);
     let error = session.generate(&request(&[1, 2], 9), &mut quiet).unwrap_err();
     assert!(matches!(&error, Error::Numerics(detail) if detail.contains("index 42")), "{error}");
+    assert_eq!(mended.lock().unwrap().len(), 1);
     let error = session.generate(&request(&[1, 2], 9), &mut quiet).unwrap_err();
     assert!(error.to_string().contains("the device is gone"), "{error}");
     let completion = session.generate(&request(&[1, 2], 9), &mut quiet).unwrap();

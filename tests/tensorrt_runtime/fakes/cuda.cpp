@@ -32,7 +32,18 @@ struct Gpu {
     std::uint64_t used;
 };
 
-Gpu gGpus[] = {{"Fake L40", 89, 46000000000ULL, 0}, {"Fake A100-40GB", 80, 42400000000ULL, 400000000ULL}};
+// FAKE_GPU=h100 makes GPU 1 an H100, h200 an H200.
+Gpu second()
+{
+    char const* const chosen = std::getenv("FAKE_GPU");
+    if (chosen == nullptr) {
+        return {"Fake A100-40GB", 80, 42400000000ULL, 400000000ULL};
+    }
+    bool const large = std::strcmp(chosen, "h200") == 0;
+    return {large ? "Fake H200" : "Fake H100-80GB", 90, large ? 150000000000ULL : 85000000000ULL, 400000000ULL};
+}
+
+Gpu gGpus[] = {{"Fake L40", 89, 46000000000ULL, 0}, second()};
 std::map<std::uint64_t, std::pair<Gpu*, std::uint64_t>> gMemory;
 thread_local Gpu* tCurrent = nullptr;
 Status gFailed = kSUCCESS;
@@ -110,8 +121,16 @@ void fake_put(void* stream, void (*run)(void*), void* argument)
 }
 bool fake_inside(std::uint64_t address, std::uint64_t bytes) { return inside(address, bytes); }
 bool fake_current() { return tCurrent != nullptr; }
+// Compute capability of the current GPU; as in CUDA's runtime, GPU 0 is current unless another was made so.
+int fake_capability() { return tCurrent == nullptr ? gGpus[0].capability : tCurrent->capability; }
 
 int cuInit(unsigned) { return kSUCCESS; }
+int cuDriverGetVersion(int* version)
+{
+    char const* const chosen = std::getenv("FAKE_CUDA_VERSION");
+    *version = chosen == nullptr ? 13000 : std::atoi(chosen);
+    return kSUCCESS;
+}
 int cuGetErrorName(int error, char const** name)
 {
     *name = error == kILLEGAL_ADDRESS ? "FAKE_ILLEGAL_ADDRESS" : error == kOUT_OF_MEMORY ? "FAKE_OUT_OF_MEMORY" : "FAKE";
@@ -281,6 +300,16 @@ int cuMemcpyDtoHAsync_v2(void* to, std::uint64_t from, std::size_t bytes, void* 
         return kINVALID_VALUE;
     }
     static_cast<Stream*>(stream)->put([=] { std::memcpy(to, reinterpret_cast<void*>(from), bytes); });
+    return kSUCCESS;
+}
+int cuMemcpyDtoDAsync_v2(std::uint64_t to, std::uint64_t from, std::size_t bytes, void* stream)
+{
+    READY();
+    if (!inside(to, bytes) || !inside(from, bytes)) {
+        return kINVALID_VALUE;
+    }
+    static_cast<Stream*>(stream)->put(
+        [=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
     return kSUCCESS;
 }
 int cuStreamCreate(void** stream, unsigned)

@@ -1,16 +1,23 @@
-// A fake TensorRT for RTX, libtensorrt_rtx.so.1, on the GPU of cuda.cpp. Its plans are text: bindings and profiles.
+// A fake TensorRT for RTX, libtensorrt_rtx.so.1, or with -DFAKE_RTX=0 a fake TensorRT, libnvinfer.so.11, on the GPUs of
+// cuda.cpp. Its plans are text: the compute capability they were built for, bindings and profiles.
 // Running one writes each token into the caches and returns logits that depend on the weights and on every token the
 // row may attend to, so that a wrong slot, position, length or address changes them.
+#ifndef FAKE_RTX
+#define FAKE_RTX 1
 #define nvinfer1 nvinfer1_rtx
+#endif
 #include AOTRON_HEADER
 
 #include <dlfcn.h>
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -59,6 +66,7 @@ struct Tensor {
 struct Spec {
     std::vector<Tensor> tensors;
     std::vector<std::array<std::int64_t, 3>> profiles; // largest B, T, R
+    std::string fault;                                 // see model.inl
 
     Tensor const* find(std::string const& name) const
     {
@@ -69,7 +77,14 @@ struct Spec {
 
 std::size_t width(DataType dtype)
 {
-    return dtype == DataType::kBF16 ? 2 : dtype == DataType::kBOOL ? 1 : 4;
+    switch (dtype) {
+    case DataType::kBF16:
+    case DataType::kHALF: return 2;
+    case DataType::kINT8:
+    case DataType::kFP8:
+    case DataType::kBOOL: return 1;
+    default: return 4;
+    }
 }
 
 // A tensor with its shape and address in a run.
@@ -77,6 +92,9 @@ struct Bound {
     std::vector<std::int64_t> dims;
     std::uint64_t address = 0;
 };
+
+struct Run;
+void compute_model(Run const& run);
 
 struct Run {
     std::shared_ptr<Spec const> spec;
@@ -103,13 +121,17 @@ struct Run {
 
     void run() const
     {
+        if (spec->find("embedding") != nullptr) {
+            return compute_model(*this);
+        }
         std::uint32_t weights = 0;
         std::vector<std::pair<std::uint16_t*, std::vector<std::int64_t>>> caches;
         for (auto const& tensor : spec->tensors) {
             auto const& at = bound.at(tensor.name);
             if (tensor.role == "weight") {
                 auto const* bytes = reinterpret_cast<std::uint8_t const*>(at.address);
-                auto const count = std::accumulate(at.dims.begin(), at.dims.end(), std::int64_t{2}, std::multiplies<>());
+                auto const count = std::accumulate(at.dims.begin(), at.dims.end(),
+                    static_cast<std::int64_t>(width(tensor.dtype)), std::multiplies<>());
                 for (std::int64_t i = 0; i < count; ++i) {
                     weights = weights * 31 + bytes[i];
                 }
@@ -192,6 +214,13 @@ struct Run {
     }
 };
 
+#include "model.inl"
+
+void compute_model(Run const& run)
+{
+    model::Model(run).compute();
+}
+
 class HostMemoryImpl final : public apiv::VHostMemory {
 public:
     explicit HostMemoryImpl(std::string bytes) : mBytes(std::move(bytes)) {}
@@ -206,6 +235,7 @@ struct FakeHostMemory final : IHostMemory {
     HostMemoryImpl impl;
 };
 
+#if FAKE_RTX
 class CacheImpl final : public apiv::VRuntimeCache {
 public:
     IHostMemory* serialize() const noexcept override { return new FakeHostMemory("kernels of the stand-in"); }
@@ -221,19 +251,22 @@ struct FakeCache final : IRuntimeCache {
     FakeCache() { mImpl = &impl; }
     CacheImpl impl;
 };
+#endif
 
 class ConfigImpl final : public apiv::VRuntimeConfig {
 public:
     void setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy) noexcept override {}
+    IRuntimeConfig* getPImpl() noexcept override { unused("getPImpl"); }
+    ExecutionContextAllocationStrategy getExecutionContextAllocationStrategy() const noexcept override { unused("getExecutionContextAllocationStrategy"); }
+#if FAKE_RTX
     IRuntimeCache* createRuntimeCache() const noexcept override { return new FakeCache; }
     bool setRuntimeCache(IRuntimeCache const&) noexcept override { return true; }
     void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy) noexcept override {}
-    IRuntimeConfig* getPImpl() noexcept override { unused("getPImpl"); }
-    ExecutionContextAllocationStrategy getExecutionContextAllocationStrategy() const noexcept override { unused("getExecutionContextAllocationStrategy"); }
     IRuntimeCache* getRuntimeCache() const noexcept override { unused("getRuntimeCache"); }
     DynamicShapesKernelSpecializationStrategy getDynamicShapesKernelSpecializationStrategy() const noexcept override { unused("getDynamicShapesKernelSpecializationStrategy"); }
     bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept override { unused("setCudaGraphStrategy"); }
     CudaGraphStrategy getCudaGraphStrategy() const noexcept override { unused("getCudaGraphStrategy"); }
+#endif
 };
 struct FakeConfig final : IRuntimeConfig {
     FakeConfig() { mImpl = &impl; }
@@ -278,7 +311,9 @@ public:
         mRun.bound[name].address = reinterpret_cast<std::uint64_t>(data);
         return true;
     }
+#if FAKE_RTX
     bool isStreamCapturable(cudaStream_t) const noexcept override { return true; }
+#endif
 
     bool enqueueV3(cudaStream_t stream) noexcept override
     {
@@ -442,11 +477,13 @@ public:
     int64_t getDeviceMemorySizeForProfileV2(int32_t profileIndex) const noexcept override { unused("getDeviceMemorySizeForProfileV2"); }
     int64_t const* getProfileTensorValuesV2( char const* tensorName, int32_t profileIndex, OptProfileSelector select) const noexcept override { unused("getProfileTensorValuesV2"); }
     int64_t getEngineStat(EngineStat stat) const noexcept override { unused("getEngineStat"); }
+#if FAKE_RTX
     bool areWeightsLoaded() const noexcept override { unused("areWeightsLoaded"); }
     bool loadWeights(void const* blob, int64_t size) noexcept override { unused("loadWeights"); }
     bool loadWeightsAsync(IStreamReaderV2& streamReader, cudaStream_t stream) noexcept override { unused("loadWeightsAsync"); }
     bool unloadWeights() noexcept override { unused("unloadWeights"); }
     IWeightsManager* createWeightsManager() noexcept override { unused("createWeightsManager"); }
+#endif
 private:
     std::shared_ptr<Spec const> mSpec;
 };
@@ -463,7 +500,17 @@ public:
         std::istringstream text(std::string(static_cast<char const*>(blob), size));
         std::string kind;
         while (text >> kind) {
-            if (kind == "profile") {
+            if (kind == "sm") {
+                int built = 0;
+                text >> built;
+                int const here = driver<int (*)()>("fake_capability")();
+                if (built != here) {
+                    fail("the plan was built for SM " + std::to_string(built) + ", the current GPU is SM " + std::to_string(here));
+                    return nullptr;
+                }
+            } else if (kind == "fault") {
+                text >> spec->fault;
+            } else if (kind == "profile") {
                 auto& most = spec->profiles.emplace_back();
                 text >> most[0] >> most[1] >> most[2];
             } else {
@@ -475,10 +522,10 @@ public:
                     text >> tensor.dims.d[i];
                 }
                 tensor.input = kind == "input";
-                tensor.dtype = dtype == "bf16" ? DataType::kBF16
-                    : dtype == "bool"          ? DataType::kBOOL
-                    : dtype == "i32"           ? DataType::kINT32
-                                               : DataType::kFLOAT;
+                std::map<std::string, DataType> const known{{"bf16", DataType::kBF16}, {"f16", DataType::kHALF},
+                    {"i32", DataType::kINT32}, {"i8", DataType::kINT8}, {"f8e4m3", DataType::kFP8},
+                    {"bool", DataType::kBOOL}, {"f32", DataType::kFLOAT}};
+                tensor.dtype = known.at(dtype);
                 tensor.alias = alias == "-" ? "" : alias;
                 spec->tensors.push_back(std::move(tensor));
             }
@@ -489,6 +536,7 @@ public:
         }
         return new FakeEngine(spec);
     }
+#if FAKE_RTX
     std::int64_t getEngineHeaderSize() const noexcept override { return 64; }
     EngineValidity getEngineValidity(void const* blob, std::int64_t, std::uint64_t* reasons) const noexcept override
     {
@@ -496,6 +544,7 @@ public:
         *reasons = old ? 1 : 0;
         return old ? EngineValidity::kINVALID : EngineValidity::kVALID;
     }
+#endif
     IRuntime* getPImpl() noexcept override { unused("getPImpl"); }
     void setDLACore(int32_t dlaCore) noexcept override { unused("setDLACore"); }
     int32_t getDLACore() const noexcept override { unused("getDLACore"); }
@@ -516,8 +565,10 @@ public:
     void setEngineHostCodeAllowed(bool allowed) noexcept override { unused("setEngineHostCodeAllowed"); }
     bool getEngineHostCodeAllowed() const noexcept override { unused("getEngineHostCodeAllowed"); }
     ICudaEngine* deserializeCudaEngineV2(IStreamReaderV2& streamReader) noexcept override { unused("deserializeCudaEngineV2"); }
+#if FAKE_RTX
     void setDeferredWeightsLoading(bool defer) noexcept override { unused("setDeferredWeightsLoading"); }
     bool getDeferredWeightsLoading() const noexcept override { unused("getDeferredWeightsLoading"); }
+#endif
     bool setDLAWorkspaceAllocationStrategy(DLAWorkspaceAllocationStrategy strategy) noexcept override { unused("setDLAWorkspaceAllocationStrategy"); }
     DLAWorkspaceAllocationStrategy getDLAWorkspaceAllocationStrategy() const noexcept override { unused("getDLAWorkspaceAllocationStrategy"); }
 };
@@ -526,6 +577,8 @@ struct FakeRuntime final : IRuntime {
     RuntimeImpl impl;
 };
 
+#include "builder.inl"
+
 } // namespace
 
 extern "C" {
@@ -533,9 +586,14 @@ std::int32_t getInferLibVersion() noexcept
 {
     return NV_TENSORRT_VERSION;
 }
-void* createInferBuilder_INTERNAL(void*, std::int32_t) noexcept
+// As in the sources that the real library carries for its kernels: the CUDA version it was built with.
+extern char const fake_sources[]; // exported, so that it is kept
+char const fake_sources[] = "#define CUDART_VERSION 13040\n";
+
+void* createInferBuilder_INTERNAL(void* logger, std::int32_t) noexcept
 {
-    return nullptr;
+    gLogger = static_cast<ILogger*>(logger);
+    return static_cast<IBuilder*>(new FakeBuilder);
 }
 void* createInferRuntime_INTERNAL(void* logger, std::int32_t) noexcept
 {

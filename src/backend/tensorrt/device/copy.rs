@@ -39,7 +39,7 @@ impl Stream {
     ///
     /// # Errors
     /// [`Error::Gpu`] if the rows overlap or leave the buffer, or if the driver fails.
-    pub fn fill(&self, to: ByteGrid<'_>, value: u8, width: u64, height: u64) -> Result<()> {
+    pub fn fill_rows(&self, to: ByteGrid<'_>, value: u8, width: u64, height: u64) -> Result<()> {
         if width == 0 || height == 0 {
             return Ok(());
         }
@@ -54,8 +54,8 @@ impl Stream {
     /// Enqueues copying `height` rows of `width` bytes within the GPU's memory. The two must not overlap.
     ///
     /// # Errors
-    /// As [`Stream::fill`].
-    pub fn copy(&self, from: ByteGrid<'_>, to: ByteGrid<'_>, width: u64, height: u64) -> Result<()> {
+    /// As [`Stream::fill_rows`].
+    pub fn copy_rows(&self, from: ByteGrid<'_>, to: ByteGrid<'_>, width: u64, height: u64) -> Result<()> {
         if width == 0 || height == 0 {
             return Ok(());
         }

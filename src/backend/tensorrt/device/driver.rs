@@ -5,13 +5,14 @@ use std::sync::OnceLock;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUresult};
 
-use crate::backend::tensorrt::DeviceInfo;
+use crate::backend::tensorrt::{DeviceInfo, DriverVersion};
 use crate::error::{Error, Result};
 
 /// Every driver function this module calls. The bindings abort the process on a missing symbol, so all of them are
 /// looked up before the first call.
-const FUNCTIONS: [&str; 33] = [
+const FUNCTIONS: [&str; 34] = [
     "cuInit",
+    "cuDriverGetVersion",
     "cuGetErrorName",
     "cuGetErrorString",
     "cuDeviceGetCount",
@@ -60,6 +61,24 @@ pub fn devices() -> Result<Vec<DeviceInfo>> {
     (0..usize::try_from(count).unwrap_or(0)).map(info).collect()
 }
 
+/// Version of the driver.
+///
+/// # Errors
+/// [`Error::Gpu`] if there is no driver, or it fails to initialize or finds no GPU.
+pub fn driver_version() -> Result<DriverVersion> {
+    start_driver().map_err(|start| match start {
+        Start::NoDevice => Error::Gpu("the NVIDIA driver finds no GPU".into()),
+        Start::Failed(detail) => Error::Gpu(detail),
+    })?;
+    let mut number = 0;
+    // SAFETY: the pointer is valid for writes, and the function was found in the library.
+    let done = unsafe { sys::cuDriverGetVersion(&raw mut number) }.result();
+    done.map_err(|error| Error::Gpu(words("ask for the driver's version", error)))?;
+    let number = u32::try_from(number).unwrap_or(0);
+    let release = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    Ok(DriverVersion { cuda: (number / 1000, number % 1000 / 10), release: DriverVersion::release_in(&release) })
+}
+
 #[derive(Debug, Clone)]
 enum Start {
     NoDevice,
@@ -82,7 +101,8 @@ fn start_driver() -> Result<(), Start> {
             // SAFETY: the symbol is only looked up, not called.
             if unsafe { library.get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_err() {
                 return Err(Start::Failed(format!(
-                    "libcuda.so.1 has no function {name}: aotron needs a driver for CUDA 12.0 or later"
+                    "libcuda.so.1 has no function {name}: aotron needs an NVIDIA driver of version 525 or newer, and one of 580 \
+                     or newer for libraries built with CUDA 13"
                 )));
             }
         }

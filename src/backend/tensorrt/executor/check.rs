@@ -1,7 +1,7 @@
 //! Compatibility checks of a plan with this machine and its manifest, made before anything is allocated.
 
 use crate::backend::tensorrt::{DeviceInfo, EngineTensor, LibraryKind, Version, gpu_words};
-use crate::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, Sizes};
+use crate::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, Sizes, TimedOn};
 use crate::tensor::DType;
 
 /// Checks the GPU: a plan runs only on GPUs of its own compute capability.
@@ -11,6 +11,24 @@ pub(super) fn device(plan: u16, device: &DeviceInfo) -> Result<(), String> {
     }
     let (found, name) = (gpu_words(device.compute_capability), &device.name);
     Err(format!("it was built for {}, but GPU {} is {name}, {found}", gpu_words(plan), device.index))
+}
+
+/// A warning if the plan was timed on another GPU than the one it is to run on: GPUs of one compute capability differ in
+/// cores, clocks and memory (H100 PCIe, SXM and NVL, H200), and so do the kernels that are fastest on them.
+pub(super) fn timed_on(compiled: &Compiled, device: &DeviceInfo) -> Option<String> {
+    let TimedOn { name, memory_bytes } = compiled.gpu.as_ref()?;
+    // The total varies by some MB with the driver.
+    let near = memory_bytes.abs_diff(device.memory_bytes) < memory_bytes / 20;
+    let gigabytes = |bytes: u64| (bytes as f64 / 1e9).round();
+    (*name != device.name || !near).then(|| {
+        format!(
+            "the plan was compiled on {name} ({} GB) and may be slower than it could be on GPU {}, {} ({} GB)",
+            gigabytes(*memory_bytes),
+            device.index,
+            device.name,
+            gigabytes(device.memory_bytes)
+        )
+    })
 }
 
 /// Checks the version: TensorRT reads plans of its own minor version. For TensorRT for RTX, the plan's header is
@@ -222,7 +240,18 @@ mod tests {
             device(90, &a100).unwrap_err(),
             "it was built for SM 9.0 (H100, H200), but GPU 0 is NVIDIA A100-SXM4-40GB, SM 8.0 (A100)"
         );
-        let compiled = |library, version: &str| Compiled { library, version: version.into(), context_plan: None };
+        let compiled =
+            |library, version: &str| Compiled { library, version: version.into(), gpu: None, context_plan: None };
+        let mut elsewhere = compiled(LibraryKind::TensorRt, "11.4.0");
+        assert_eq!(timed_on(&elsewhere, &a100), None);
+        elsewhere.gpu = Some(TimedOn { name: a100.name.clone(), memory_bytes: 42_300_000_000 });
+        assert_eq!(timed_on(&elsewhere, &a100), None);
+        elsewhere.gpu = Some(TimedOn { name: "NVIDIA A100-SXM4-80GB".into(), memory_bytes: 85_000_000_000 });
+        assert_eq!(
+            timed_on(&elsewhere, &a100).unwrap(),
+            "the plan was compiled on NVIDIA A100-SXM4-80GB (85 GB) and may be slower than it could be on GPU 0, NVIDIA \
+             A100-SXM4-40GB (42 GB)"
+        );
         let found = Version { major: 11, minor: 4, patch: 2 };
         assert_eq!(version(&compiled(LibraryKind::TensorRt, "11.4.0"), found), Ok(()));
         assert_eq!(version(&compiled(LibraryKind::TensorRt, "11.4"), found), Ok(()));

@@ -1,17 +1,15 @@
 //! Kernel cache: kernels that TensorRT for RTX compiled when a plan first ran on a GPU, stored for later processes.
 //!
-//! The file is in the package's folder, or in the user's cache folder if the package is read-only. The library itself
-//! rejects kernels of another version, GPU or driver; a digest detects damaged files.
+//! The file is in the user's cache folder and nowhere else: kernels are code, and a package may be anyone's. The library
+//! itself rejects kernels of another version, GPU or driver; a digest detects damaged files.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::engine::Package;
+use crate::engine::{Package, user_cache};
 
 const MAGIC: &[u8; 8] = b"aotronk1";
 const DIGEST_BYTES: usize = 32;
@@ -21,43 +19,33 @@ const MAX_BYTES: u64 = 1 << 30;
 /// Kernel cache of one engine.
 #[derive(Debug, Clone)]
 pub(super) struct KernelCache {
-    /// Candidate paths in order of preference.
-    files: Vec<PathBuf>,
+    /// `None` if the user has no cache folder.
+    file: Option<PathBuf>,
 }
 
 impl KernelCache {
     /// The cache for a plan file on a GPU model with a library version.
     pub(super) fn new(package: &Package, plan: &str, gpu: &str, version: &str) -> KernelCache {
-        let name = format!("{plan}-{gpu}-{version}.kernels");
-        let name: String = name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
-        let folder = |variable: &str| std::env::var_os(variable).filter(|value: &OsString| !value.is_empty());
-        let cache = folder("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .or_else(|| folder("HOME").map(|home| PathBuf::from(home).join(".cache")));
-        let digest = package.manifest().sha256.get(..16).unwrap_or_default();
-        let beside = package.path().join("kernels").join(&name);
-        let cached = cache.map(|cache| cache.join("aotron").join("kernels").join(format!("{digest}-{name}")));
-        KernelCache { files: std::iter::once(beside).chain(cached).collect() }
+        let name = format!("{}-{plan}-{gpu}-{version}.kernels", package.manifest().sha256);
+        let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
+        let name: String = name.chars().map(plain).collect();
+        KernelCache { file: user_cache().map(|cache| cache.join("kernels").join(name)) }
     }
 
-    /// Reads the kernels from the first intact file.
+    /// Reads the kernels if the file is intact.
     pub(super) fn read(&self) -> Option<Vec<u8>> {
-        self.files.iter().find_map(|file| read(file))
+        read(self.file.as_deref()?)
     }
 
-    /// Atomically writes the first path that is writable.
+    /// Writes the file atomically.
     ///
     /// # Errors
-    /// The reasons why no path is writable.
+    /// The reason why it cannot be written.
     pub(super) fn write(&self, kernels: &[u8]) -> Result<(), String> {
-        let mut reasons = Vec::new();
-        for file in &self.files {
-            match write(file, kernels) {
-                Ok(()) => return Ok(()),
-                Err(error) => reasons.push(format!("{}: {error}", file.display())),
-            }
-        }
-        Err(reasons.join("; "))
+        let Some(file) = &self.file else {
+            return Err("neither XDG_CACHE_HOME nor HOME names a folder".into());
+        };
+        write(file, kernels).map_err(|error| format!("{}: {error}", file.display()))
     }
 }
 
@@ -74,9 +62,9 @@ fn read(file: &Path) -> Option<Vec<u8>> {
 fn write(file: &Path, kernels: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
-    // Temporary files are private by default, but whoever may read the package may use its kernels.
-    let everyone = fs::Permissions::from_mode(0o666);
-    let mut out = tempfile::Builder::new().prefix(".unfinished-").permissions(everyone).tempfile_in(folder)?;
+    // A new file of a random name, private to the user, that then takes the place of whatever was there, a symbolic link
+    // included.
+    let mut out = tempfile::Builder::new().prefix(".unfinished-").tempfile_in(folder)?;
     out.write_all(MAGIC)?;
     out.write_all(&Sha256::digest(kernels))?;
     out.write_all(kernels)?;
@@ -92,22 +80,34 @@ mod tests {
     #[test]
     fn kernels_come_back_whole_or_not_at_all() {
         let folder = tempfile::tempdir().unwrap();
-        let blocked = folder.path().join("blocked");
-        fs::write(&blocked, "a file where a folder is wanted").unwrap();
-        let kernel_cache = KernelCache { files: vec![blocked.join("kernels"), folder.path().join("cache/kernels")] };
+        let file = folder.path().join("cache/kernels");
+        let kernel_cache = KernelCache { file: Some(file.clone()) };
         assert_eq!(kernel_cache.read(), None);
         kernel_cache.write(b"first").unwrap();
         kernel_cache.write(b"compiled").unwrap();
         assert_eq!(kernel_cache.read().as_deref(), Some(&b"compiled"[..]));
         assert_eq!(fs::read_dir(folder.path().join("cache")).unwrap().count(), 1, "no temporary file is left");
 
-        let file = &kernel_cache.files[1];
-        let whole = fs::read(file).unwrap();
+        let whole = fs::read(&file).unwrap();
         for damaged in [&whole[..whole.len() - 1], &whole[..20], b"", b"aotronk2"] {
-            fs::write(file, damaged).unwrap();
+            fs::write(&file, damaged).unwrap();
             assert_eq!(kernel_cache.read(), None);
         }
-        let kernel_cache = KernelCache { files: vec![blocked.join("kernels")] };
-        assert!(kernel_cache.write(b"compiled").unwrap_err().contains("blocked"));
+        let blocked = KernelCache { file: Some(file.join("kernels")) };
+        assert!(blocked.write(b"compiled").unwrap_err().contains("cache/kernels/kernels: "));
+        let nowhere = KernelCache { file: None };
+        assert_eq!(nowhere.read(), None);
+        assert!(nowhere.write(b"compiled").unwrap_err().contains("XDG_CACHE_HOME"));
+    }
+
+    #[test]
+    fn a_planted_link_is_replaced_and_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (precious, link) = (folder.path().join("precious"), folder.path().join("kernels"));
+        fs::write(&precious, "mine").unwrap();
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        KernelCache { file: Some(link.clone()) }.write(b"compiled").unwrap();
+        assert_eq!(fs::read_to_string(&precious).unwrap(), "mine");
+        assert!(!fs::symlink_metadata(&link).unwrap().is_symlink());
     }
 }

@@ -59,9 +59,9 @@ pub(super) fn write_prefill(
         return Err(Error::Step(detail));
     }
     let at = |range: &BufferRange, column: u64, pitch: u64| ByteGrid { buffer, offset: range.offset + column, pitch };
-    stream.fill(at(mask, 0, new * columns), 0, new * columns, 1)?;
-    stream.fill(at(mask, 0, columns), 1, past, new)?;
-    stream.copy(at(triangle, 0, side), at(mask, past, columns), new, new)
+    stream.fill_rows(at(mask, 0, new * columns), 0, new * columns, 1)?;
+    stream.fill_rows(at(mask, 0, columns), 1, past, new)?;
+    stream.copy_rows(at(triangle, 0, side), at(mask, past, columns), new, new)
 }
 
 #[cfg(test)]

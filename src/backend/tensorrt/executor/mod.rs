@@ -53,6 +53,8 @@ pub struct TensorRtExecutor {
     layout: MemoryLayout,
     constraints: BatchingConstraints,
     placement: Placement,
+    /// The byte of all memory of the cache that no slot has, if it was filled since the last step.
+    free_bytes: Option<u8>,
     graphs: bool,
     report: GpuReport,
     stream: Arc<Stream>,
@@ -105,6 +107,7 @@ impl TensorRtExecutor {
         self.results.rows.clear();
         self.stream.device().bind()?;
         schedule::check(step, &self.constraints.limits)?;
+        self.free_bytes = None;
         let copies = self.placement.prepare(step.spans()).map_err(Error::Step)?;
         let ran = self.run_prepared(step, &copies);
         if ran.is_err() {
@@ -145,7 +148,7 @@ impl TensorRtExecutor {
                     };
                     ByteGrid { buffer: &self.buffers.cache, offset, pitch }
                 };
-                self.stream.copy(grid(from), grid(to), width, region.kv_heads)?;
+                self.stream.copy_rows(grid(from), grid(to), width, region.kv_heads)?;
             }
         }
         Ok(())
@@ -299,6 +302,28 @@ impl Executor for TensorRtExecutor {
 
     fn retained_tokens(&self, slot: usize) -> usize {
         self.placement.held(slot)
+    }
+
+    /// Attention reads a row's whole capacity, so what lies past the end of a sequence must be finite. A slot without a row
+    /// may get any that is free, so all of those are filled too.
+    fn fill_slot(&mut self, slot: usize, byte: u8) -> Result<bool> {
+        if slot >= self.constraints.limits.slots {
+            let slots = self.constraints.limits.slots;
+            return Err(Error::Step(format!("slot {slot}, but the engine has {slots} slots")));
+        }
+        self.stream.device().bind()?;
+        let holders = match self.free_bytes == Some(byte) {
+            true => self.placement.own_tokens(slot).into_iter().collect(),
+            false => self.placement.free_tokens(slot),
+        };
+        self.free_bytes = Some(byte);
+        for tokens in holders {
+            for region in self.layout.caches.values() {
+                let at = |token: usize| region.part.offset + token as u64 * region.token_bytes();
+                self.stream.fill(&self.buffers.cache, at(tokens.start)..at(tokens.end), byte)?;
+            }
+        }
+        Ok(true)
     }
 }
 

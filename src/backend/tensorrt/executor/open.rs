@@ -42,9 +42,10 @@ impl Opening<'_> {
     }
 
     fn engine(&self, file: &str, class: &ClassConstraints, is_context_plan: bool) -> Result<LoadedEngine> {
-        let bytes = self.package.read(file)?;
+        let plan = self.package.mapped(file)?;
+        let bytes = plan.bytes();
         let name = self.library.kind().name();
-        match self.runtime.validity(&bytes) {
+        match self.runtime.validity(bytes) {
             Validity::Unknown | Validity::Valid => {}
             Validity::Suboptimal => {
                 let finish = format!("`aotron build {} --finish`", self.package.path().display());
@@ -58,7 +59,14 @@ impl Opening<'_> {
                 return Err(self.refuse(&format!("{name} cannot run {file}: {}", reasons.join(", "))));
             }
         }
-        let mut engine = self.runtime.deserialize(&bytes)?;
+        let mut engine = self.runtime.deserialize(bytes).map_err(|error| match error {
+            Error::TensorRt(words) => {
+                let compiled = self.info.compiled.as_ref().map_or("", |compiled| &compiled.version);
+                let here = self.library.version();
+                self.refuse(&format!("{name} {here} cannot read {file}, which {name} {compiled} compiled: {words}"))
+            }
+            other => other,
+        })?;
         let largest = |input: &str, profile: u32| engine.largest(input, profile);
         let bindings = self.info.bindings_at(class.sizes.max_sequence_tokens);
         check::bindings(&bindings, &engine.tensors(), is_context_plan)
@@ -130,11 +138,16 @@ impl TensorRtExecutor {
             return Err(refuse(package, plan, &detail, Remedy::Compile));
         };
         let library = TensorRtLibrary::find(compiled.library)?;
+        library.check_driver()?;
         check::version(compiled, library.version())
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Compile))?;
         let gpu = pick(info.compute_capability, &devices()?, options.device)?;
         check::device(info.compute_capability, &gpu)
             .map_err(|detail| refuse(package, plan, &detail, Remedy::AnotherGpu))?;
+        if let Some(words) = check::timed_on(compiled, &gpu) {
+            let path = package.path().display();
+            options.report.fact(&format!("{words}; `aotron build {path} --finish` compiles it for this GPU"));
+        }
         let most = plan.limits.slots;
         if let Some(asked) = options.slots
             && !(1..=most).contains(&asked)
@@ -206,6 +219,7 @@ impl TensorRtExecutor {
             results,
             inputs_host: device.pinned(layout.inputs.host_bytes as usize, "a step's inputs")?,
             placement: Placement::new(layout.region.clone()),
+            free_bytes: None,
             graphs: !options.no_graphs,
             report: options.report.clone(),
             buffers,
@@ -306,6 +320,7 @@ mod tests {
                 prepare: true,
                 calibration: None,
                 chat_format: None,
+                reference: true,
             };
             build(&request, &(Arc::new(Quiet) as Arc<dyn Progress>)).unwrap();
             let package = Package::open(Path::new(&output)).unwrap();

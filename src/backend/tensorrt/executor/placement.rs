@@ -24,6 +24,8 @@
 //! they decode, at the end of what such a row holds. A sequence of 256 tokens fits class 256 nevertheless, since the last
 //! token of an answer is never computed.
 
+use std::ops::Range;
+
 use super::schedule::bucket;
 use crate::backend::Span;
 
@@ -177,6 +179,30 @@ impl Placement {
     /// Offset of a row in the region, in tokens.
     pub(super) fn offset(&self, ClassRow { class, row }: ClassRow) -> usize {
         self.ranges[class].base + row * self.region.capacities[class]
+    }
+
+    /// The tokens of the region that a slot has.
+    pub(super) fn own_tokens(&self, slot: usize) -> Option<Range<usize>> {
+        let place = self.place(slot)?;
+        let start = self.offset(place);
+        Some(start..start + self.region.capacities[place.class])
+    }
+
+    /// The tokens of the region that a slot has, and those that nobody has.
+    pub(super) fn free_tokens(&self, slot: usize) -> Vec<Range<usize>> {
+        let mut free = Vec::new();
+        let mut end = 0;
+        for (class, range) in self.ranges.iter().enumerate() {
+            for (row, holder) in range.rows.iter().enumerate() {
+                let start = self.offset(ClassRow { class, row });
+                end = start + self.region.capacities[class];
+                if holder.is_none_or(|holder| holder == slot) {
+                    free.push(start..end);
+                }
+            }
+        }
+        free.push(end..self.region.tokens);
+        free
     }
 
     /// Gives every sequence of a step a row that holds it after the step. Returns the copies to make before.
