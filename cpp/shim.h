@@ -78,6 +78,12 @@ public:
     virtual std::uint32_t attention_with_lengths(
         std::uint32_t q, std::uint32_t keys, std::uint32_t values, std::uint32_t lengths)
         = 0;
+    // Over the keys for which mask [B, 1, T, S] is true; every query needs one.
+    virtual std::uint32_t attention_with_mask(
+        std::uint32_t q, std::uint32_t keys, std::uint32_t values, std::uint32_t mask)
+        = 0;
+    // Allows all attentions so far to be compiled to several kernels each; returns their number.
+    virtual std::uint32_t decompose_attention() = 0;
     // The k largest elements along the last of two dimensions.
     virtual TopK top_k(std::uint32_t x, std::uint32_t k) = 0;
 

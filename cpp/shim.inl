@@ -242,6 +242,7 @@ DataType data_type(Element element)
     case Element::I8: return DataType::kINT8;
     case Element::I4: return DataType::kINT4;
     case Element::F8: return DataType::kFP8;
+    case Element::Bool: return DataType::kBOOL;
     }
     throw std::runtime_error("an element type that the shim does not know");
 }
@@ -552,13 +553,37 @@ public:
 
     std::uint32_t attention(std::uint32_t q, std::uint32_t keys, std::uint32_t values) override
     {
-        return attend(q, keys, values, nullptr);
+        return keep(attend(q, keys, values, CausalMaskKind::kLOWER_RIGHT), "attention");
     }
 
     std::uint32_t attention_with_lengths(
         std::uint32_t q, std::uint32_t keys, std::uint32_t values, std::uint32_t lengths) override
     {
-        return attend(q, keys, values, &at(lengths));
+        auto* attention = attend(q, keys, values, CausalMaskKind::kLOWER_RIGHT);
+        if (attention != nullptr && !attention->setKeyValueLengths(&at(lengths))) {
+            fail("give attention its lengths at " + mScope);
+        }
+        return keep(attention, "attention");
+    }
+
+    std::uint32_t attention_with_mask(
+        std::uint32_t q, std::uint32_t keys, std::uint32_t values, std::uint32_t mask) override
+    {
+        auto* attention = attend(q, keys, values, CausalMaskKind::kNONE);
+        if (attention != nullptr && !attention->setMask(at(mask))) {
+            fail("give attention its mask at " + mScope);
+        }
+        return keep(attention, "attention");
+    }
+
+    std::uint32_t decompose_attention() override
+    {
+        for (auto* attention : mAttentions) {
+            if (!attention->setDecomposable(true)) {
+                fail("decompose attention");
+            }
+        }
+        return static_cast<std::uint32_t>(mAttentions.size());
     }
 
     TopK top_k(std::uint32_t x, std::uint32_t k) override
@@ -721,14 +746,14 @@ private:
         return keep(mNetwork->addConstant(dims_of(dims), Weights{type, stored.data(), count}), "constant");
     }
 
-    std::uint32_t attend(std::uint32_t q, std::uint32_t keys, std::uint32_t values, ITensor* lengths)
+    IAttention* attend(std::uint32_t q, std::uint32_t keys, std::uint32_t values, CausalMaskKind causal)
     {
         auto* attention = mNetwork->addAttentionV2(
-            at(q), at(keys), at(values), AttentionNormalizationOp::kSOFTMAX, CausalMaskKind::kLOWER_RIGHT);
-        if (attention != nullptr && lengths != nullptr && !attention->setKeyValueLengths(lengths)) {
-            fail("give attention its lengths at " + mScope);
+            at(q), at(keys), at(values), AttentionNormalizationOp::kSOFTMAX, causal);
+        if (attention != nullptr) {
+            mAttentions.push_back(attention);
         }
-        return keep(attention, "attention");
+        return attention;
     }
 
     // Destroyed in reverse order: the listener receives the builder's last lines.
@@ -738,6 +763,7 @@ private:
     std::unique_ptr<IBuilder> mBuilder;
     std::unique_ptr<INetworkDefinition> mNetwork;
     std::vector<ITensor*> mTensors; // owned by the network
+    std::vector<IAttention*> mAttentions; // likewise
     std::string mScope;
     std::uint32_t mInScope = 0;
     bool mCancelled = false;

@@ -133,7 +133,7 @@ pub fn code_bits(dtype: DType, code: f32) -> u8 {
         DType::I8 => code as i8 as u8,
         DType::I4 => code as i8 as u8 & 0x0f,
         DType::F8 => f8_bits(code),
-        DType::F32 | DType::F16 | DType::BF16 | DType::I32 => 0,
+        DType::F32 | DType::F16 | DType::BF16 | DType::I32 | DType::Bool => 0,
     }
 }
 

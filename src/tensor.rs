@@ -20,6 +20,8 @@ pub enum DType {
     I8,
     /// 4-bit signed integer, two to a byte, the first in the low half: a code that a scale multiplies.
     I4,
+    /// Truth value of one byte, 0 or 1: the elements of an attention mask.
+    Bool,
     /// 8-bit float, 4 bits of exponent and 3 of mantissa, without infinities (E4M3FN): a code that a scale multiplies.
     F8,
 }
@@ -30,7 +32,7 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::F16 | DType::BF16 => 2,
-            DType::I8 | DType::I4 | DType::F8 => 1,
+            DType::I8 | DType::I4 | DType::F8 | DType::Bool => 1,
         }
     }
 
@@ -53,7 +55,7 @@ impl DType {
                     *value = half::bf16::from_le_bytes(*raw).to_f32();
                 }
             }
-            DType::I32 | DType::I8 | DType::I4 | DType::F8 => out.fill(f32::NAN),
+            DType::I32 | DType::I8 | DType::I4 | DType::F8 | DType::Bool => out.fill(f32::NAN),
         }
     }
 
@@ -78,6 +80,7 @@ impl fmt::Display for DType {
             DType::I8 => "i8",
             DType::I4 => "i4",
             DType::F8 => "f8",
+            DType::Bool => "bool",
         })
     }
 }

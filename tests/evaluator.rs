@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use aotron::Error;
-use aotron::backend::tensorrt::{ConstantBytes, Layers, NetworkTensor};
+use aotron::backend::tensorrt::{AttentionMask, ConstantBytes, Layers, NetworkTensor};
 use aotron::quantize::{f8_value, round_f8};
 use aotron::tensor::DType;
 use half::{bf16, f16};
@@ -36,7 +36,7 @@ impl Element {
             Element::Stored(DType::BF16) => bf16::from_f32(value).to_f32(),
             Element::Stored(DType::F16) => f16::from_f32(value).to_f32(),
             Element::Stored(DType::F8) => round_f8(value),
-            Element::Stored(DType::F32 | DType::I32 | DType::I8 | DType::I4) | Element::I64 => value,
+            Element::Stored(DType::F32 | DType::I32 | DType::I8 | DType::I4 | DType::Bool) | Element::I64 => value,
         }
     }
 }
@@ -73,6 +73,7 @@ impl Array {
             DType::BF16 => bytes.as_chunks().0.iter().map(|raw| bf16::from_le_bytes(*raw).to_f32()).collect(),
             DType::I32 => bytes.as_chunks().0.iter().map(|raw| i32::from_le_bytes(*raw) as f32).collect(),
             DType::I8 => bytes.iter().map(|byte| f32::from(*byte as i8)).collect(),
+            DType::Bool => bytes.iter().map(|byte| f32::from(*byte)).collect(),
             DType::I4 => {
                 bytes.iter().flat_map(|byte| [byte << 4, *byte]).map(|half| f32::from(half as i8 >> 4)).collect()
             }
@@ -564,13 +565,14 @@ impl Layers for Evaluator<'_> {
         Ok(updated)
     }
 
-    /// Lower-right causal mask: the last query attends to all keys of its sequence, each query before it to one fewer.
+    /// A causal mask is aligned to the lower right: the last query attends to all keys of its sequence, each query before
+    /// it to one fewer. What is masked has no influence, even if it is NaN.
     fn attention(
         &mut self,
         q: NetworkTensor,
         keys: NetworkTensor,
         values: NetworkTensor,
-        lengths: Option<NetworkTensor>,
+        mask: AttentionMask,
     ) -> Result<NetworkTensor> {
         let unrounded = self.casts.get(&q).filter(|_| self.rounding == Rounding::AsCpu).map(|before| self.at(*before));
         let (q, keys, values) = (self.at(q), self.at(keys), self.at(values));
@@ -584,25 +586,48 @@ impl Layers for Evaluator<'_> {
         self.check(fits, "not [B, heads, T, head_dim] and [B, kv_heads, S, head_dim]", &[&q, &keys, &values])?;
         let [sequences, heads, tokens, width] = q.dims[..] else { return Err(Error::TensorRt("rank".into())) };
         let (kv_heads, positions) = (keys.dims[1], keys.dims[2]);
-        let lengths = match lengths {
-            Some(lengths) => {
+        let causal = |lengths: Vec<usize>| -> Vec<Vec<usize>> {
+            let of = |sequence: usize, token: usize| (0..token + lengths[sequence] - tokens + 1).collect();
+            (0..sequences)
+                .flat_map(|sequence| (0..tokens).map(move |token| (sequence, token)))
+                .map(|(s, t)| of(s, t))
+                .collect()
+        };
+        // The keys of each query, `[sequences, tokens]`.
+        let seen: Vec<Vec<usize>> = match mask {
+            AttentionMask::Explicit(mask) => {
+                let mask = self.at(mask);
+                let typed =
+                    mask.element == Element::Stored(DType::Bool) && mask.dims == [sequences, 1, tokens, positions];
+                self.check(typed, "a truth value for each query and key", &[&q, &mask])?;
+                let keys = |row: &[f32]| (0..positions).filter(|key| row[*key] == 1.0).collect();
+                mask.values.chunks_exact(positions).map(keys).collect()
+            }
+            AttentionMask::Lengths(lengths) => {
                 let lengths = self.at(lengths);
                 let typed = lengths.element == Element::Stored(DType::I32) && lengths.dims == [sequences];
                 self.check(typed, "a length for each sequence", &[&q, &lengths])?;
-                lengths.sizes()
+                let inside = lengths.sizes().iter().all(|length| (tokens..=positions).contains(length));
+                self.check(inside, "lengths hold the queries and are in the cache", &[&lengths, &keys])?;
+                causal(lengths.sizes())
             }
-            None => vec![positions; sequences],
+            AttentionMask::Causal => {
+                self.check(tokens <= positions, "there is a key for each query", &[&q, &keys])?;
+                causal(vec![positions; sequences])
+            }
         };
-        let inside = lengths.iter().all(|length| (tokens..=positions).contains(length));
-        self.check(inside, &format!("lengths hold the queries and are in the cache: {lengths:?}"), &[&q, &keys])?;
+        self.check(seen.iter().all(|keys| !keys.is_empty()), "every query attends to a key", &[&q, &keys])?;
         let rounds = self.rounding != Rounding::AsCpu;
         let mut mixed = Vec::with_capacity(q.values.len());
         for (row, query) in unrounded.as_ref().unwrap_or(&q).values.chunks_exact(width).enumerate() {
             let (sequence, head, token) = (row / (heads * tokens), row / tokens % heads, row % tokens);
-            let seen = token + lengths[sequence] - tokens + 1;
+            let seen = &seen[sequence * tokens + token];
             let first = (sequence * kv_heads + head / (heads / kv_heads)) * positions;
-            let mut scores: Vec<f64> = (first..first + seen)
-                .map(|key| query.iter().zip(keys.row(key, width)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum())
+            let mut scores: Vec<f64> = seen
+                .iter()
+                .map(|key| {
+                    query.iter().zip(keys.row(first + key, width)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+                })
                 .collect();
             if self.rounding == Rounding::Scores {
                 scores.iter_mut().for_each(|score| *score = q.element.round(*score as f32).into());
@@ -611,7 +636,7 @@ impl Layers for Evaluator<'_> {
             let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
             let total: f64 = weights.iter().sum();
             let mut sums = vec![0f64; width];
-            for (position, weight) in weights.iter().enumerate() {
+            for (position, weight) in seen.iter().zip(weights) {
                 let weight = (weight / total) as f32;
                 let weight = f64::from(if rounds { values.element.round(weight) } else { weight });
                 let value = values.row(first + position, width);

@@ -44,7 +44,7 @@ fn round(dtype: DType, value: f64) -> f64 {
         // As in a backend that computes in FP32 and narrows the result.
         DType::BF16 => f64::from(bf16::from_f32(value as f32).to_f32()),
         DType::I32 | DType::I8 | DType::I4 => value,
-        DType::F8 | DType::F16 => panic!("no value of the CPU's graphs is {dtype}"),
+        DType::F8 | DType::F16 | DType::Bool => panic!("no value of the CPU's graphs is {dtype}"),
     }
 }
 

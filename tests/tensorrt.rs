@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use aotron::Error;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelLog, KernelTensor, Kernels};
-use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, Sizes, lower};
+use aotron::backend::tensorrt::lower::{Attends, AttentionInput, Constants, LoweredNetwork, Sizes, lower};
 use aotron::backend::tensorrt::{
     BuildOptions, ConstantBytes, Layers, LibraryKind, Monitor, SerializedPlan, TensorRtLibrary, Version,
 };
@@ -22,6 +22,7 @@ use aotron::tensor::DType;
 use crate::skips::skip;
 
 const TINY_CHAT: &str = "tests/data/tiny-chat";
+const CACHE: Attends = Attends::Cache(AttentionInput::Mask);
 const SM_80: Option<u16> = Some(80);
 
 /// TensorRT for RTX; `None`, with `test` reported as skipped, if it is not installed.
@@ -48,6 +49,7 @@ impl Monitor for Recorder {
 
 const SIZES: Sizes = Sizes {
     max_sequence_tokens: 256,
+    position_tokens: 256,
     decode_sequences: 8,
     prefill_sequences: 2,
     prefill_tokens: 64,
@@ -97,9 +99,7 @@ fn quantized_linear_layers_read_their_codes_in_place() {
     };
     for (precision, capability, most) in [(Precision::Int8, 80, 9), (Precision::Int4, 80, 10), (Precision::Fp8, 89, 10)]
     {
-        for (config, attends) in
-            [(&wide, Attends::Cache), (&tiny_chat(), Attends::Cache), (&tiny_chat(), Attends::Chunk)]
-        {
+        for (config, attends) in [(&wide, CACHE), (&tiny_chat(), CACHE), (&tiny_chat(), Attends::Chunk)] {
             let name = format!("{precision}, {attends:?}, {} wide", config.hidden_size);
             // Not 1, which TensorRT would optimize away.
             let calibration = Calibration::uniform(0.01);
@@ -110,7 +110,7 @@ fn quantized_linear_layers_read_their_codes_in_place() {
             build(&mut lowered, Some(capability), true).unwrap();
             let kernels = log.kernels();
             assert_eq!(kernels.unread, [""; 0]);
-            let step = kernels.profile(if attends == Attends::Cache { 1 } else { 0 });
+            let step = kernels.profile(if attends == CACHE { 1 } else { 0 });
             let found = StepKernels::of(step, &lowered.bindings);
             // Context prefill needs one more kernel, to transpose keys and values from the GEMM's to attention's
             // layout.
@@ -129,6 +129,75 @@ fn quantized_linear_layers_read_their_codes_in_place() {
             };
             assert_eq!(products.filter(reading).count(), 4 * config.num_layers, "{name}: GEMMs with codes");
             assert_eq!(step.iter().filter(reading).count(), 4 * config.num_layers, "{name}: kernels that read codes");
+        }
+    }
+}
+
+/// In every precision, at two layers of the 8B's widths, a mask compiles to as many kernels and copies as lengths (in
+/// cached prefill, to one more for all layers), and decoding to as many for every capacity. Prints what
+/// docs/tensorrt.md has.
+#[test]
+fn a_mask_costs_no_kernel_and_no_copy() {
+    let Some(library) = rtx("a_mask_costs_no_kernel_and_no_copy") else { return };
+    let wide = ModelConfig {
+        hidden_size: 4096,
+        intermediate_size: 16384,
+        num_layers: 2,
+        num_heads: 32,
+        num_kv_heads: 32,
+        head_dim: 128,
+        rotary_dim: 64,
+        ..tiny_chat()
+    };
+    let calibration = Calibration::uniform(0.01);
+    let full = Sizes {
+        max_sequence_tokens: 4096,
+        position_tokens: 4096,
+        decode_sequences: 28,
+        prefill_sequences: 1,
+        prefill_tokens: 512,
+        ..SIZES
+    };
+    let steps = |config: &ModelConfig, precision, capability, input, capacity| -> [StepKernels; 2] {
+        let sizes = full.at_capacity(capacity, 28 * 4096 / capacity);
+        let (graph, _) = optimized_graph(config, precision, full.position_tokens, Some(&calibration)).unwrap();
+        let log = Arc::new(KernelLog::new(Arc::new(())));
+        let network = library.network(log.clone()).unwrap();
+        let mut lowered = lower(&graph, network, Attends::Cache(input), &sizes, &Constants::Arbitrary).unwrap();
+        build(&mut lowered, Some(capability), true).unwrap();
+        let kernels = log.kernels();
+        assert_eq!(kernels.unread, [""; 0]);
+        [1, 0].map(|profile| StepKernels::of(kernels.profile(profile), &lowered.bindings))
+    };
+    for (precision, capability) in
+        [(Precision::Bf16, 80), (Precision::Int8, 80), (Precision::Int4, 80), (Precision::Fp8, 89)]
+    {
+        let [mask, lengths] = [AttentionInput::Mask, AttentionInput::Lengths]
+            .map(|input| steps(&wide, precision, capability, input, 4096));
+        for (step, mask, lengths) in [("decode", &mask[0], &lengths[0]), ("cached prefill", &mask[1], &lengths[1])] {
+            let found = |step: &StepKernels| {
+                (step.launches, step.by_layer.clone(), step.weight_copies.len(), step.cache_copies.len())
+            };
+            println!("{precision}, {step}: mask {:?}, lengths {:?}", found(mask), found(lengths));
+            assert_eq!(mask.cache_copies.len(), lengths.cache_copies.len(), "{precision}, {step}");
+            // In prefill one kernel for all layers brings the mask into attention's layout.
+            let more = usize::from(step != "decode");
+            assert!((lengths.launches..=lengths.launches + more).contains(&mask.launches), "{precision}, {step}");
+            assert_eq!(mask.weight_copies, []);
+        }
+        assert_eq!(mask[0].cache_copies, []);
+        for capacity in [256, 512, 1024, 2048] {
+            // The kernels do not depend on the widths, and narrow layers compile sooner.
+            let narrow = ModelConfig { num_layers: 2, ..tiny_chat() };
+            let [decode, prefill] = steps(&narrow, precision, capability, AttentionInput::Mask, capacity);
+            println!("{precision}, class {capacity}: decode {:?}, prefill {:?}", decode.by_layer, prefill.by_layer);
+            assert_eq!(
+                (&decode.by_layer, decode.launches),
+                (&mask[0].by_layer, mask[0].launches),
+                "{precision} {capacity}"
+            );
+            assert_eq!((decode.weight_copies, decode.cache_copies), (vec![], vec![]), "{precision} {capacity}");
+            assert_eq!(prefill.weight_copies, []);
         }
     }
 }
@@ -156,7 +225,7 @@ fn tiny_chat() -> ModelConfig {
 fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
     let Some(library) = rtx("tiny_chat_builds_and_decodes_in_eight_kernels_a_layer") else { return };
     let config = tiny_chat();
-    let (lowered, plan, kernels) = kernels(&library, &config, Attends::Cache, &SIZES);
+    let (lowered, plan, kernels) = kernels(&library, &config, CACHE, &SIZES);
     assert!(plan.bytes().len() > 100_000, "{plan:?}");
     assert_eq!(kernels.profiles.len(), 2);
     // Per layer, from the first norm to relu² and residual; then the requested rows' norm, the head and TopK.
@@ -177,7 +246,7 @@ fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
 fn tiny_chat_reads_its_weights_once() {
     let Some(library) = rtx("tiny_chat_reads_its_weights_once") else { return };
     let config = tiny_chat();
-    let (lowered, _, kernels) = kernels(&library, &config, Attends::Cache, &SIZES);
+    let (lowered, _, kernels) = kernels(&library, &config, CACHE, &SIZES);
     let Traffic { weight_bytes, row_bytes, kv_bytes_per_token } =
         Traffic::of(kernels.profile(1), &lowered.bindings, &lowered.weights);
     let (hidden, layers) = (config.hidden_size, config.num_layers);
@@ -262,8 +331,9 @@ fn the_8b_model_compiles() {
         bos_token_id: Some(2),
         eos_token_ids: vec![3],
     };
-    let sizes = Sizes { max_sequence_tokens: 4096, prefill_sequences: 1, prefill_tokens: 512, ..SIZES };
-    let (lowered, plan, kernels) = kernels(&library, &config, Attends::Cache, &sizes);
+    let sizes =
+        Sizes { max_sequence_tokens: 4096, position_tokens: 4096, prefill_sequences: 1, prefill_tokens: 512, ..SIZES };
+    let (lowered, plan, kernels) = kernels(&library, &config, CACHE, &sizes);
     assert!(plan.bytes().len() < 100 << 20, "{plan:?} holds weights");
     let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);
     assert_eq!(decode.by_layer, [8; 32], "{:#?}", kernels.profile(1));
@@ -292,9 +362,44 @@ fn grouped_queries_and_tied_embeddings_build() {
     let Some(library) = rtx("grouped_queries_and_tied_embeddings_build") else { return };
     // `gqa` and `odd` are left out: TensorRT for RTX 1.7 has no cached attention for head dimensions 12 and 13.
     for shape in ["theta", "wide"] {
-        for attends in [Attends::Cache, Attends::Chunk] {
+        for attends in [CACHE, Attends::Chunk] {
             let mut lowered = lowered(&library, Arc::new(()), &format!("tests/data/shapes/{shape}"), attends);
             build(&mut lowered, SM_80, false).unwrap_or_else(|error| panic!("{shape}, {attends:?}: {error}"));
+        }
+    }
+}
+
+/// TensorRT for RTX 1.7 has no fused attention for heads wider than 256. It refuses such a plan in words that name
+/// attention, and takes attention apart if allowed to.
+#[test]
+fn attention_without_a_fused_kernel_is_built_in_parts() {
+    let Some(library) = rtx("attention_without_a_fused_kernel_is_built_in_parts") else { return };
+    let wide = ModelConfig {
+        hidden_size: 1024,
+        num_heads: 2,
+        num_kv_heads: 2,
+        head_dim: 512,
+        rotary_dim: 256,
+        num_layers: 2,
+        ..tiny_chat()
+    };
+    for (config, is_fused) in [(&wide, false), (&tiny_chat(), true)] {
+        for attends in [CACHE, Attends::Chunk] {
+            let log = Arc::new(KernelLog::new(Arc::new(())));
+            let mut lowered = lowered_model(&library, log.clone(), config, attends, &SIZES);
+            let profiles = lowered.profiles.clone();
+            let options =
+                BuildOptions { compute_capability: SM_80, list_kernels: true, profiles, ..Default::default() };
+            let refused = lowered.network.build(&options).err().map(|error| error.to_string());
+            assert_eq!(refused.is_none(), is_fused, "{attends:?}: {refused:?}");
+            let (plan, reason) = lowered.network.build_or_decompose(&options).unwrap();
+            assert!(plan.bytes().len() > 100_000, "{plan:?}");
+            assert_eq!(reason.is_none(), is_fused, "{attends:?}: {reason:?}");
+            let found = log.kernels();
+            assert_eq!(found.unread, [""; 0]);
+            let is_attention = |kernel: &&GpuKernel| kernel.kind == KernelKind::Attention;
+            let attentions = found.profile(0).iter().filter(is_attention).count();
+            assert_eq!(attentions > 0, is_fused, "{attends:?}");
         }
     }
 }
@@ -303,7 +408,7 @@ fn grouped_queries_and_tied_embeddings_build() {
 fn the_network_is_what_the_graph_says() {
     let Some(library) = rtx("the_network_is_what_the_graph_says") else { return };
     let config = tiny_chat();
-    let lowered = lowered(&library, Arc::new(()), TINY_CHAT, Attends::Cache);
+    let lowered = lowered(&library, Arc::new(()), TINY_CHAT, CACHE);
     let layers = lowered.network.layers().unwrap();
     let count = |kind: &str| layers.iter().filter(|layer| layer.kind == kind).count();
     assert_eq!(count("matrix_multiply"), 4 * config.num_layers + 1);
@@ -326,7 +431,7 @@ fn the_network_is_what_the_graph_says() {
 #[test]
 fn errors_carry_the_words_of_tensorrt() {
     let Some(library) = rtx("errors_carry_the_words_of_tensorrt") else { return };
-    let mut lowered = lowered(&library, Arc::new(()), TINY_CHAT, Attends::Cache);
+    let mut lowered = lowered(&library, Arc::new(()), TINY_CHAT, CACHE);
     let error = build(&mut lowered, Some(90), false).unwrap_err().to_string();
     assert!(error.starts_with("TensorRT: cannot build for compute capability 90: "), "{error}");
     assert!(error.contains("ompute capability is invalid or not supported"), "{error}");
@@ -368,11 +473,11 @@ fn sizes_that_do_not_fit_are_refused() {
     for top_tokens in [0, 3841] {
         let sizes = Sizes { top_tokens, ..SIZES };
         let network = library.network(Arc::new(())).unwrap();
-        let error = lower(&graph, network, Attends::Cache, &sizes, &Constants::Arbitrary).unwrap_err().to_string();
+        let error = lower(&graph, network, CACHE, &sizes, &Constants::Arbitrary).unwrap_err().to_string();
         assert!(error.contains(&format!("top_tokens is {top_tokens}, accepted are 1 to 3840")), "{error}");
     }
     let sizes = Sizes { prefill_tokens: 0, ..SIZES };
-    let mut lowered = lowered_model(&library, Arc::new(()), &config, Attends::Cache, &sizes);
+    let mut lowered = lowered_model(&library, Arc::new(()), &config, CACHE, &sizes);
     let error = build(&mut lowered, SM_80, false).unwrap_err().to_string();
     assert!(error.starts_with("TensorRT: cannot "), "{error}");
 }
@@ -381,11 +486,11 @@ fn sizes_that_do_not_fit_are_refused() {
 fn a_build_can_be_cancelled_and_repeated() {
     let Some(library) = rtx("a_build_can_be_cancelled_and_repeated") else { return };
     let recorder = Arc::new(Recorder { break_after: Some(2), ..Recorder::default() });
-    let mut cancelled = lowered(&library, recorder.clone(), TINY_CHAT, Attends::Cache);
+    let mut cancelled = lowered(&library, recorder.clone(), TINY_CHAT, CACHE);
     let error = build(&mut cancelled, SM_80, false).unwrap_err();
     assert!(matches!(error, Error::Cancelled), "{error}");
     let recorder = Arc::new(Recorder::default());
-    let mut whole = lowered(&library, recorder.clone(), TINY_CHAT, Attends::Cache);
+    let mut whole = lowered(&library, recorder.clone(), TINY_CHAT, CACHE);
     build(&mut whole, SM_80, false).unwrap();
     assert!(recorder.steps.load(Ordering::Relaxed) > 2, "the build reports its progress");
 }

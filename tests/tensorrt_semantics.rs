@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::packing;
-use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, PlanWeight, Sizes, TOTAL_TOKENS, lower};
+use aotron::backend::tensorrt::lower::{
+    ATTENTION_MASK, Attends, AttentionInput, Constants, LoweredNetwork, PlanWeight, Sizes, TOTAL_TOKENS, lower,
+};
 use aotron::backend::tensorrt::pack::{items, stored};
 use aotron::backend::{cpu_program, open_cpu};
 use aotron::checkpoint::Checkpoint;
@@ -29,6 +31,7 @@ const TINY_CHAT: &str = "tests/data/tiny-chat";
 /// A smaller cache than the CPU plans', so that nothing passes by having coincidentally equal shapes.
 const SIZES: Sizes = Sizes {
     max_sequence_tokens: 48,
+    position_tokens: 48,
     decode_sequences: 3,
     prefill_sequences: 2,
     prefill_tokens: 16,
@@ -36,6 +39,8 @@ const SIZES: Sizes = Sizes {
     top_tokens: 7,
 };
 const SLOTS: usize = 3;
+const MASK: Attends = Attends::Cache(AttentionInput::Mask);
+const LENGTHS: Attends = Attends::Cache(AttentionInput::Lengths);
 /// Tokens per sequence in the steps below.
 const TOKENS: usize = 24;
 
@@ -45,14 +50,18 @@ struct Plans {
     constants: Constants,
     /// Weights that are inputs, by name.
     weights: HashMap<String, Array>,
-    /// Bindings of the main plan and of the context plan.
-    bindings: [Vec<Binding>; 2],
+    /// Bindings of the main plan with a mask and with lengths, and of the context plan.
+    bindings: [Vec<Binding>; 3],
     /// Keeps the weights file alive.
     _folder: tempfile::TempDir,
 }
 
 fn which(attends: Attends) -> usize {
-    usize::from(attends == Attends::Chunk)
+    match attends {
+        Attends::Cache(AttentionInput::Mask) => 0,
+        Attends::Cache(AttentionInput::Lengths) => 1,
+        Attends::Chunk => 2,
+    }
 }
 
 impl Plans {
@@ -61,15 +70,21 @@ impl Plans {
         let (graph, _) = optimized_graph(config, precision, SIZES.max_sequence_tokens, Some(calibration)).unwrap();
         let blank = |attends| {
             let inputs = match attends {
-                Attends::Cache => HashMap::from([(TOTAL_TOKENS.to_owned(), Array::new(DType::I32, &[1], [1.0]))]),
+                LENGTHS => HashMap::from([(TOTAL_TOKENS.to_owned(), Array::new(DType::I32, &[1], [1.0]))]),
+                MASK => {
+                    let dims = [1, 1, 1, SIZES.max_sequence_tokens];
+                    let all = vec![1.0; SIZES.max_sequence_tokens];
+                    HashMap::from([(ATTENTION_MASK.to_owned(), Array::new(DType::Bool, &dims, all))])
+                }
                 Attends::Chunk => HashMap::new(),
             };
             let lowered = lower(&graph, Evaluator::blank(inputs), attends, &SIZES, &Constants::Arbitrary).unwrap();
             (lowered.weights, lowered.bindings)
         };
-        let (weights, cache_bindings) = blank(Attends::Cache);
+        let (weights, mask_bindings) = blank(MASK);
+        let (length_weights, length_bindings) = blank(LENGTHS);
         let (chunk_weights, chunk_bindings) = blank(Attends::Chunk);
-        assert_eq!(weights, chunk_weights, "both plans read one file");
+        assert!(weights == chunk_weights && weights == length_weights, "all plans read one file");
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("weights.safetensors");
@@ -82,7 +97,7 @@ impl Plans {
         packing::pack(vec![file], checkpoint, false, &|_| Ok(())).unwrap();
         std::fs::write(&path, bytes).unwrap();
         let file = TensorFile::open(&path).unwrap();
-        let bindings = [cache_bindings, chunk_bindings];
+        let bindings = [mask_bindings, length_bindings, chunk_bindings];
         let arrays = bound_weights(&file, &weights, &bindings);
         Plans { graph, constants: Constants::File(Arc::new(file)), weights: arrays, bindings, _folder: folder }
     }
@@ -120,11 +135,17 @@ struct Row {
     past_tokens: usize,
     /// An idle row of a decode step: its one token is written at the end of the slot's sequence and attends to one key.
     idle: bool,
+    /// The step's tokens after this many are padding: token 0, whose keys and values nothing reads.
+    tokens: usize,
 }
 
 /// `slot`, the same sequence, so many tokens.
 fn row(slot: usize, past_tokens: usize) -> Row {
-    Row { slot, sequence: slot, past_tokens, idle: false }
+    Row { slot, sequence: slot, past_tokens, idle: false, tokens: usize::MAX }
+}
+
+fn padded(slot: usize, past_tokens: usize, tokens: usize) -> Row {
+    Row { tokens, ..row(slot, past_tokens) }
 }
 
 fn idle(slot: usize, past_tokens: usize) -> Row {
@@ -147,24 +168,32 @@ struct Device<'p> {
     /// Number of rows whose most likely token leads by more than the tolerance.
     clear: usize,
     tolerance: f32,
+    /// Input of the plan that reads the cache.
+    attention: AttentionInput,
 }
 
 impl Device<'_> {
     /// Prefill without a past on both plans, later chunks at different lengths, decoding with an idle row, and slot
     /// reuse.
     fn run(&mut self) {
+        let cache = Attends::Cache(self.attention);
         self.step(Attends::Chunk, &[row(0, 0), row(1, 0)], 11, &[21, 0, 10, 11, 5]);
-        self.step(Attends::Cache, &[row(2, 0)], 4, &[3, 0]);
-        self.step(Attends::Cache, &[row(2, 4), row(0, 11)], 6, &[8, 5, 11, 0]);
-        self.step(Attends::Cache, &[row(0, 17), row(1, 11), row(2, 10)], 1, &[2, 0, 1]);
-        self.step(Attends::Cache, &[row(0, 18), idle(1, 12), row(2, 11)], 1, &[0, 2, 1]);
-        self.step(Attends::Cache, &[row(0, 19), row(1, 12), row(2, 12)], 1, &[1, 2, 0]);
-        self.step(Attends::Cache, &[row(2, 13), row(0, 20)], 1, &[1, 0]);
+        self.step(cache, &[row(2, 0)], 4, &[3, 0]);
+        self.step(cache, &[row(2, 4), row(0, 11)], 6, &[8, 5, 11, 0]);
+        self.step(cache, &[row(0, 17), row(1, 11), row(2, 10)], 1, &[2, 0, 1]);
+        self.step(cache, &[row(0, 18), idle(1, 12), row(2, 11)], 1, &[0, 2, 1]);
+        self.step(cache, &[row(0, 19), row(1, 12), row(2, 12)], 1, &[1, 2, 0]);
+        self.step(cache, &[row(2, 13), row(0, 20)], 1, &[1, 0]);
+        // Runs of a fixed length, of which the tokens do not fill all: padding overtakes no token, and what it leaves in
+        // the cache is overwritten before it is read.
+        self.step(Attends::Chunk, &[padded(1, 0, 5), padded(2, 0, 7)], 8, &[4, 14, 3]);
+        self.step(cache, &[padded(1, 5, 3), padded(2, 7, 6)], 8, &[2, 13, 1]);
+        self.step(cache, &[row(2, 13), row(1, 8)], 1, &[1, 0]);
         // Sequence 0 in the slot of the longer sequence 1, whose last tokens remain in the cache.
         let again = |past_tokens| Row { slot: 1, ..row(0, past_tokens) };
         self.step(Attends::Chunk, &[again(0)], 3, &[2]);
-        self.step(Attends::Cache, &[again(3)], 5, &[4, 0]);
-        self.step(Attends::Cache, &[row(2, 14), again(8)], 1, &[1, 0]);
+        self.step(cache, &[again(3)], 5, &[4, 0]);
+        self.step(cache, &[row(2, 14), again(8)], 1, &[1, 0]);
     }
 
     /// Runs a step of `tokens` tokens per row. `wanted` holds the indices of the requested logits rows.
@@ -224,7 +253,10 @@ impl Device<'_> {
     }
 
     fn input(&mut self, of: &Binding, dims: &[usize], rows: &[Row], tokens: usize, wanted: &[usize]) -> Array {
-        let token = |row: &Row, t: usize| if row.idle { 0 } else { self.sequences[row.sequence][row.past_tokens + t] };
+        let is_padding = |row: &Row, t: usize| row.idle || t >= row.tokens;
+        let token = |row: &Row, t: usize| {
+            if is_padding(row, t) { 0 } else { self.sequences[row.sequence][row.past_tokens + t] }
+        };
         let total = |row: &Row| if row.idle { 1 } else { row.past_tokens + tokens };
         let each = |of: &dyn Fn(&Row, usize) -> usize| -> Vec<f32> {
             rows.iter().flat_map(|row| (0..tokens).map(|t| of(row, t) as f32)).collect()
@@ -234,6 +266,12 @@ impl Device<'_> {
             BindingRole::Positions => each(&|row, t| row.past_tokens + t),
             BindingRole::PastTokens => rows.iter().map(|row| row.past_tokens as f32).collect(),
             BindingRole::TotalTokens => rows.iter().map(|row| total(row) as f32).collect(),
+            BindingRole::AttentionMask => {
+                let sees = |row: &Row, t: usize, key: usize| key < total(row) + t + 1 - tokens;
+                let keys = |row: &Row, t: usize| (0..dims[3]).map(|key| sees(row, t, key) as usize as f32).collect();
+                let queries = rows.iter().flat_map(|row| (0..tokens).map(move |t| (row, t)));
+                queries.flat_map(|(row, t)| -> Vec<f32> { keys(row, t) }).collect()
+            }
             BindingRole::LogitsRows => wanted.iter().map(|row| *row as f32).collect(),
             BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => {
                 let length: usize = dims[1..].iter().product();
@@ -307,7 +345,9 @@ fn check_within(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>], 
     let expected: Vec<Vec<f32>> = sequences.iter().map(|ids| score(&mut executor, 0, ids, 8)).collect();
     let plans = Plans::new(&Checkpoint::open(Path::new(checkpoint)).unwrap(), precision, &calibration);
     let mut clear = 0;
-    for rounding in [Rounding::AsCpu, Rounding::Results, Rounding::Scores] {
+    let inputs = [AttentionInput::Mask, AttentionInput::Lengths];
+    let all = [Rounding::AsCpu, Rounding::Results, Rounding::Scores];
+    for (attention, rounding) in inputs.into_iter().flat_map(|input| all.map(|rounding| (input, rounding))) {
         let mut device = Device {
             plans: &plans,
             rounding,
@@ -318,10 +358,13 @@ fn check_within(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>], 
             verify_error: 0.0,
             clear: 0,
             tolerance: tolerance(precision, rounding) * times,
+            attention,
         };
         device.run();
         let Device { error, verify_error, clear: rows, .. } = device;
-        println!("{checkpoint} {precision} {rounding:?}: {error:.1e}, {rows} clear, verify {verify_error:.1e}");
+        println!(
+            "{checkpoint} {precision} {attention} {rounding:?}: {error:.1e}, {rows} clear, verify {verify_error:.1e}"
+        );
         let layers = package.manifest().model.num_layers;
         let limit = limit_on_gpu(&precision.to_string(), layers);
         assert!(1.5 * verify_error < limit, "{checkpoint} {precision} {rounding:?}: {verify_error:e} of {limit:e}");

@@ -170,7 +170,7 @@ fn flattened(expr: &Const) -> Result<(RowSource, Vec<RowTransform>), String> {
         Const::Cast(inner, DType::F32) => flattened(inner),
         Const::Cast(inner, DType::BF16) => then(inner, RowTransform::RoundToBf16),
         Const::Cast(inner, DType::F16) => then(inner, RowTransform::RoundToF16),
-        Const::Cast(_, dtype @ (DType::I32 | DType::I8 | DType::I4 | DType::F8)) => {
+        Const::Cast(_, dtype @ (DType::I32 | DType::I8 | DType::I4 | DType::F8 | DType::Bool)) => {
             Err(format!("`{expr}` rounds to {dtype}, which is not a float"))
         }
         Const::ConcatRows(parts) => {
@@ -358,6 +358,7 @@ pub fn stored_dtype(dtype: DType) -> Dtype {
         DType::I8 => Dtype::I8,
         DType::I4 => Dtype::U8,
         DType::F8 => Dtype::F8_E4M3,
+        DType::Bool => Dtype::BOOL,
     }
 }
 

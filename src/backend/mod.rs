@@ -34,6 +34,23 @@ pub trait Executor: Send {
     /// Any error of the backend; the contents of the step's slots past their `past_tokens` are then undefined.
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>>;
 
+    /// Reserves KV memory for a sequence of up to `tokens` tokens in a slot, so that no later step of it fails for lack
+    /// of memory. Returns false if there is none at present: then wait until another slot is released. With every other
+    /// slot released, it succeeds. Without a reservation a step takes the memory it needs, if there is any. An executor
+    /// that has memory for every slot, as on the CPU, has nothing to reserve.
+    fn reserve(&mut self, _slot: usize, _tokens: usize) -> bool {
+        true
+    }
+
+    /// Ends the use of a slot and its reservation. What it holds can be built on until its memory is needed for another
+    /// slot ([`Executor::retained_tokens`]).
+    fn release(&mut self, _slot: usize) {}
+
+    /// Tokens of a slot that later steps may build on: at most those after the last step that named it.
+    fn retained_tokens(&self, _slot: usize) -> usize {
+        self.limits().max_sequence_tokens
+    }
+
     /// Guarantees beyond the above, which verification holds the executor to.
     fn promises(&self) -> ExecutorPromises {
         ExecutorPromises::default()

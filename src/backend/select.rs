@@ -259,6 +259,7 @@ mod tests {
     fn plan(target: &str, compute_capability: Option<u16>, library: Option<LibraryKind>) -> PlanInfo {
         let sizes = Sizes {
             max_sequence_tokens: 8,
+            position_tokens: 8,
             decode_sequences: 1,
             prefill_sequences: 1,
             prefill_tokens: 8,
@@ -274,6 +275,7 @@ mod tests {
                 context_plan: None,
             }),
             sizes,
+            smaller_classes: Vec::new(),
             bindings: Vec::new(),
             kv_cache_gib: BTreeMap::new(),
             activation_scales: BTreeMap::new(),

@@ -41,7 +41,7 @@ pub(crate) fn random_tensors(config: &ModelConfig, dtype: DType, seed: u64) -> V
                 DType::F32 => ("F32", (0..count).flat_map(|_| next().to_le_bytes()).collect()),
                 DType::F16 => ("F16", (0..count).flat_map(|_| half::f16::from_f32(next()).to_le_bytes()).collect()),
                 DType::BF16 => ("BF16", (0..count).flat_map(|_| half::bf16::from_f32(next()).to_le_bytes()).collect()),
-                DType::I32 | DType::I8 | DType::I4 | DType::F8 => panic!("weights are floats"),
+                DType::I32 | DType::I8 | DType::I4 | DType::F8 | DType::Bool => panic!("weights are floats"),
             };
             (name, written, shape, data)
         })

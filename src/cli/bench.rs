@@ -195,6 +195,15 @@ fn measure(
     let limits = executor.limits().clone();
     let mut ids = Ids { state: 1, vocab_size: limits.vocab_size };
     let prompts: Vec<Vec<u32>> = (0..batch).map(|_| (0..prompt_tokens).map(|_| ids.next()).collect()).collect();
+    let most_tokens = prompt_tokens + decode_tokens;
+    for slot in 0..batch {
+        if !executor.reserve(slot, most_tokens) {
+            (0..slot).for_each(|slot| executor.release(slot));
+            return Err(aotron::Error::Request(format!(
+                "the KV memory holds {slot} sequences of {most_tokens} tokens, not {batch}; choose a smaller --batch"
+            )));
+        }
+    }
     let started = Instant::now();
     for (slot, prompt) in prompts.iter().enumerate() {
         let mut past_tokens = 0;
@@ -211,7 +220,9 @@ fn measure(
         let next: Vec<NextToken> = (0..batch).map(|slot| NextToken { slot, past_tokens, token: ids.next() }).collect();
         executor.forward(&Step::decode(&limits, &next)?)?;
     }
-    Ok(Times { prefill_seconds, decode_seconds: started.elapsed().as_secs_f64() })
+    let decode_seconds = started.elapsed().as_secs_f64();
+    (0..batch).for_each(|slot| executor.release(slot));
+    Ok(Times { prefill_seconds, decode_seconds })
 }
 
 /// Pseudorandom ids, the same in every run.

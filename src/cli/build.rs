@@ -252,7 +252,13 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
             line("plan", format!("{verb} {compiler}"))?;
         }
         let sequences = term::plural(limits.slots, "sequence");
-        line("limits", format!("{sequences} of {} tokens, prompt and answer together", limits.max_sequence_tokens))?;
+        let most = match plan.longest_sequences < limits.slots {
+            true => {
+                format!("up to {sequences}, or {} of {} tokens", plan.longest_sequences, limits.max_sequence_tokens)
+            }
+            false => format!("{sequences} of {} tokens", limits.max_sequence_tokens),
+        };
+        line("limits", format!("{most}, prompt and answer together"))?;
         let per_sequence = per_token * limits.max_sequence_tokens as u64;
         line(
             "KV memory",
@@ -261,8 +267,8 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
                 term::bytes(per_sequence),
                 limits.max_sequence_tokens,
                 term::bytes(per_token),
-                term::bytes(per_sequence * limits.slots as u64),
-                limits.slots
+                term::bytes(per_sequence * plan.longest_sequences as u64),
+                plan.longest_sequences
             ),
         )?;
     }

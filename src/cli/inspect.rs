@@ -335,16 +335,18 @@ impl FactLines {
             self.fact(
                 "  limits",
                 format!(
-                    "{} of {} tokens; a step takes up to {} new tokens and returns up to {} rows of logits",
+                    "{} of up to {} tokens ({} of them that long); a step takes up to {} new tokens and returns up to {} \
+                     rows of logits",
                     term::plural(limits.slots, "sequence"),
                     limits.max_sequence_tokens,
+                    plan.longest_sequences().min(limits.slots),
                     limits.max_step_tokens,
                     limits.max_logits_rows
                 ),
             );
             let per_token = plan.kv_bytes_per_token as u64;
             let per_sequence = per_token.saturating_mul(limits.max_sequence_tokens as u64);
-            let all = per_sequence.saturating_mul(limits.slots as u64);
+            let all = per_sequence.saturating_mul(plan.longest_sequences() as u64);
             self.fact(
                 "  KV memory",
                 format!(

@@ -318,7 +318,7 @@ impl PlannedBuild {
         self.prediction.check(&self.request.output)?;
         let mut writer = PackageWriter::create(&self.request.output, self.request.replace)?;
         // Plans that need no weights are compiled first, so that TensorRT's rejections surface within seconds.
-        let mut engines: Vec<Option<CompiledPlans>> = Vec::with_capacity(self.plans.len());
+        let mut engines: Vec<Option<Vec<CompiledPlans>>> = Vec::with_capacity(self.plans.len());
         for Planned { recipe, lowered, .. } in &self.plans {
             engines.push(match lowered {
                 LoweredPlan::Gpu(plan) if !plan.holds_weights() && !recipe.precision.needs_calibration() => {

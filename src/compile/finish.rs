@@ -182,7 +182,7 @@ fn plans_to_compile(package: &Package, recipe: Option<&Recipe>) -> Result<Vec<(R
             recipe.text = format!("{}\n\n# From the package's weights: {line}\n", recipe.text.trim_end());
         }
         let mut plan = (*source).clone();
-        plan.limits = recipe.step_limits(source.limits.max_sequence_tokens, source.limits.vocab_size);
+        plan.limits = recipe.step_limits(source.limits.max_sequence_tokens, &package.manifest().model);
         return Ok(vec![(recipe, plan)]);
     }
     let prepared: Vec<&&PlanInfo> = of_tensorrt.iter().filter(|plan| plan.plan.is_none()).collect();

@@ -11,7 +11,7 @@ use crate::backend::tensorrt::{
     BuildOptions, DeviceInfo, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices,
 };
 use crate::checkpoint::ModelConfig;
-use crate::engine::tensorrt::{Binding, Compiled, Sizes, TensorRtInfo, TimedOn};
+use crate::engine::tensorrt::{AttentionInput, Binding, CapacityClass, Compiled, Sizes, TensorRtInfo, TimedOn};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 
@@ -132,7 +132,8 @@ fn words(error: &Error) -> String {
 /// A lowered plan that is to be packed and compiled.
 pub struct GpuPlan {
     means: PlanCompiler,
-    sizes: Sizes,
+    /// Sizes of the capacity classes, ascending.
+    classes: Vec<Sizes>,
     graph: Graph,
     /// Reports of the graph passes.
     pub reports: Vec<PassReport>,
@@ -142,12 +143,15 @@ pub struct GpuPlan {
     kv_cache_gib: BTreeMap<u32, u32>,
     activation_scales: BTreeMap<String, f32>,
     compute_capability: u16,
-    has_context_plan: bool,
+    context_plan: bool,
+    attention: AttentionInput,
     optimization_level: usize,
 }
 
-/// Compiled plans.
+/// The compiled plans of a capacity class.
 pub struct CompiledPlans {
+    /// Cache capacity per sequence.
+    pub capacity_tokens: usize,
     /// The plan that reads the cache, with profiles for prefill and decode.
     pub plan: SerializedPlan,
     /// The context plan, for prefill of sequences without a past.
@@ -171,16 +175,17 @@ impl GpuPlan {
             let detail = "it is not for a GPU".into();
             return Err(Error::Recipe { name: recipe.name.clone(), detail });
         };
-        let sizes = recipe.tensorrt_sizes(options, limits);
+        let classes = recipe.tensorrt_classes(options, limits, config);
+        let sizes = classes.last().ok_or_else(|| Error::internal("a plan without sizes", "a capacity class"))?;
         let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
         let network = means.library.network_on(means.gpu, Arc::new(Traced))?;
         let LoweredNetwork { weights, bindings, .. } =
-            lower(&graph, network, Attends::Cache, &sizes, &Constants::Arbitrary)?;
+            lower(&graph, network, Attends::Cache(options.attention), sizes, &Constants::Arbitrary)?;
         let holds_weights = weights.iter().any(|weight| weight.in_plan);
         let scales = calibration.filter(|_| recipe.precision.needs_calibration()).map(Calibration::scales);
         Ok(GpuPlan {
             means,
-            sizes,
+            classes,
             graph,
             reports,
             weights,
@@ -188,7 +193,8 @@ impl GpuPlan {
             kv_cache_gib: options.kv_cache_gib.clone(),
             activation_scales: scales.cloned().unwrap_or_default(),
             compute_capability,
-            has_context_plan: options.context_plan.unwrap_or(!holds_weights),
+            context_plan: options.context_plan.unwrap_or(!holds_weights),
+            attention: options.attention,
             optimization_level: options.optimization_level,
         })
     }
@@ -205,10 +211,19 @@ impl GpuPlan {
 
     /// Number of plans to compile.
     pub fn compiled_plans(&self) -> u64 {
-        1 + u64::from(self.has_context_plan)
+        (0..self.classes.len()).map(|class| 1 + u64::from(self.has_context_plan(class))).sum()
     }
 
-    /// Compiles the plans. Returns `None` if they were only checked.
+    /// Returns true if a class has a context plan: a sequence is in the smallest class that holds it, so a prompt's first
+    /// chunk is in one of those below or just above its length.
+    fn has_context_plan(&self, class: usize) -> bool {
+        let Some(below) = class.checked_sub(1).and_then(|below| self.classes.get(below)) else {
+            return self.context_plan;
+        };
+        self.context_plan && below.max_sequence_tokens <= longest_chunk(&self.classes)
+    }
+
+    /// Compiles the plans of all capacity classes, ascending. Returns `None` if they were only checked.
     ///
     /// # Errors
     /// [`Error::TensorRt`] with TensorRT's message; [`Error::Cancelled`].
@@ -217,44 +232,81 @@ impl GpuPlan {
         target: &str,
         constants: &Constants,
         progress: &Arc<dyn Progress>,
-    ) -> Result<Option<CompiledPlans>> {
+    ) -> Result<Option<Vec<CompiledPlans>>> {
         let verb = if self.means.only_checked { "checking" } else { "compiling" };
-        let compile = |attends, steps: &str| {
-            progress.work(&format!("{verb} {target}{steps}"));
+        let compile = |attends, sizes: &Sizes, steps: &str| {
+            let of_class = match self.classes.len() {
+                1 => String::new(),
+                _ => format!(", {} tokens", sizes.max_sequence_tokens),
+            };
+            progress.work(&format!("{verb} {target}{of_class}{steps}"));
             let monitor = Arc::new(BuildMonitor { progress: progress.clone() });
             let network = self.means.library.network_on(self.means.gpu, monitor)?;
-            let LoweredNetwork { mut network, profiles, .. } =
-                lower(&self.graph, network, attends, &self.sizes, constants)?;
-            network.build(&BuildOptions {
+            let LoweredNetwork { mut network, profiles, .. } = lower(&self.graph, network, attends, sizes, constants)?;
+            let (plan, in_parts) = network.build_or_decompose(&BuildOptions {
                 compute_capability: self.means.capability,
                 optimization_level: u8::try_from(self.optimization_level).ok(),
                 list_kernels: false,
                 profiles,
-            })
+            })?;
+            if let Some(reason) = in_parts {
+                progress.warn(&format!(
+                    "{target}{of_class}{steps}: TensorRT has no fused kernel for this attention, so the plan computes it \
+                     in parts: slower, and with scratch memory for the scores ({reason})"
+                ));
+            }
+            Ok::<_, Error>(plan)
         };
-        let plan = compile(Attends::Cache, "")?;
-        let context_plan = if self.has_context_plan { Some(compile(Attends::Chunk, ", context plan")?) } else { None };
-        Ok((!self.means.only_checked).then_some(CompiledPlans { plan, context_plan }))
+        let mut compiled = Vec::with_capacity(self.classes.len());
+        for (class, sizes) in self.classes.iter().enumerate() {
+            let plan = compile(Attends::Cache(self.attention), sizes, "")?;
+            let context_plan = match self.has_context_plan(class) {
+                true => Some(compile(Attends::Chunk, sizes, ", context plan")?),
+                false => None,
+            };
+            compiled.push(CompiledPlans { capacity_tokens: sizes.max_sequence_tokens, plan, context_plan });
+        }
+        Ok((!self.means.only_checked).then_some(compiled))
     }
 
-    /// The TensorRT part of the plan's manifest entry. `context_plan` is the file of the context plan.
-    pub fn info(self, context_plan: Option<String>) -> TensorRtInfo {
+    /// The TensorRT part of the plan's manifest entry. `files` are those of each class, ascending: the plan's, and the
+    /// context plan's; none if it was only prepared.
+    pub fn info(self, mut files: Vec<(String, Option<String>)>) -> Result<TensorRtInfo> {
         let library = self.means.library;
+        let no_class = || Error::internal("a plan without sizes", "a capacity class");
+        let (sizes, smaller) = self.classes.split_last().ok_or_else(no_class)?;
+        let context_plan = files.pop().and_then(|(_, context_plan)| context_plan);
         let compiled = Compiled {
             library: library.kind(),
             version: library.version().to_string(),
             gpu: self.means.timed_on(),
             context_plan,
         };
-        TensorRtInfo {
+        let mut files = files.into_iter();
+        let smaller_classes = smaller.iter().map(|sizes| {
+            let (plan, context_plan) = files.next().map_or((None, None), |(plan, context)| (Some(plan), context));
+            CapacityClass {
+                capacity_tokens: sizes.max_sequence_tokens,
+                decode_sequences: sizes.decode_sequences,
+                plan,
+                context_plan,
+            }
+        });
+        Ok(TensorRtInfo {
             compute_capability: self.compute_capability,
             compiled: (!self.means.only_checked).then_some(compiled),
-            sizes: self.sizes,
+            sizes: sizes.clone(),
+            smaller_classes: smaller_classes.collect(),
             bindings: self.bindings,
             kv_cache_gib: self.kv_cache_gib,
             activation_scales: self.activation_scales,
-        }
+        })
     }
+}
+
+/// The longest first chunk of a prompt.
+fn longest_chunk(classes: &[Sizes]) -> usize {
+    classes.iter().map(|sizes| sizes.prefill_tokens).max().unwrap_or(0)
 }
 
 /// Looks up a precision by its name in a manifest.

@@ -104,6 +104,8 @@ pub struct PlanSummary {
     pub precision: String,
     /// The plan's limits.
     pub limits: Limits,
+    /// Sequences of the full length that its KV memory holds at most, which shorter ones share.
+    pub longest_sequences: usize,
     /// Bytes of KV cache per token of one sequence.
     pub kv_bytes_per_token: usize,
     /// For a GPU plan: the compiler, or the library that checked it.
@@ -134,6 +136,7 @@ impl PlanSummary {
             target: info.target.clone(),
             precision: info.precision.clone(),
             limits: info.limits.clone(),
+            longest_sequences: info.longest_sequences(),
             kv_bytes_per_token: info.kv_bytes_per_token,
             compiler: means.map(|means| means.describe()),
             only_prepared: info.plan.is_none(),
@@ -159,21 +162,31 @@ fn add_engines(
     writer: &mut PackageWriter,
     recipe: &Recipe,
     plan: GpuPlan,
-    engines: Option<CompiledPlans>,
+    engines: Option<Vec<CompiledPlans>>,
 ) -> Result<(Option<String>, TensorRtInfo)> {
-    let Some(engines) = engines else { return Ok((None, plan.info(None))) };
+    let Some(engines) = engines else { return Ok((None, plan.info(Vec::new())?)) };
     let target = recipe.target.name();
-    let file = format!("plans/{target}.engine");
-    writer.add(&file, |write| write(engines.plan.bytes()))?;
-    let context_plan = match engines.context_plan {
-        Some(engine) => {
-            let file = format!("plans/{target}-context.engine");
-            writer.add(&file, |write| write(engine.bytes()))?;
-            Some(file)
-        }
-        None => None,
-    };
-    Ok((Some(file), plan.info(context_plan)))
+    let largest = engines.len().saturating_sub(1);
+    let mut files = Vec::with_capacity(engines.len());
+    for (index, CompiledPlans { capacity_tokens, plan, context_plan }) in engines.into_iter().enumerate() {
+        let name = match index == largest {
+            true => format!("plans/{target}"),
+            false => format!("plans/{target}-{capacity_tokens}"),
+        };
+        let file = format!("{name}.engine");
+        writer.add(&file, |write| write(plan.bytes()))?;
+        let context_plan = match context_plan {
+            Some(engine) => {
+                let file = format!("{name}-context.engine");
+                writer.add(&file, |write| write(engine.bytes()))?;
+                Some(file)
+            }
+            None => None,
+        };
+        files.push((file, context_plan));
+    }
+    let file = files.last().map(|(file, _)| file.clone());
+    Ok((file, plan.info(files)?))
 }
 
 /// Default output folder: `engines/<checkpoint's name>`, without the extension for a `.nemo`.

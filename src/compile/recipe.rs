@@ -11,7 +11,7 @@ use super::passes::Precision;
 use crate::backend::Limits;
 use crate::backend::cpu::lower::CpuTarget;
 use crate::checkpoint::ModelConfig;
-use crate::engine::tensorrt::Sizes;
+use crate::engine::tensorrt::{AttentionInput, Sizes};
 use crate::error::{Error, Result};
 use crate::isa::CpuFeatures;
 
@@ -107,6 +107,13 @@ pub struct TensorRtOptions {
     pub prefill_sequences: usize,
     /// Builds a context plan for prefill without a past; `None` means yes unless weights are embedded in the plan.
     pub context_plan: Option<bool>,
+    /// Cache capacities below the longest sequence's, each with plans of its own; ignored where weights are embedded in
+    /// the plan. Those that are not below the longest sequence's are dropped.
+    #[serde(default)]
+    pub capacity_classes: Vec<usize>,
+    /// Input by which attention learns a sequence's length.
+    #[serde(default)]
+    pub attention: AttentionInput,
     /// TensorRT 11's builder optimization level, 0 to 5.
     pub optimization_level: usize,
     /// GiB of KV cache on a GPU, by the GPU's memory in GB.
@@ -249,6 +256,16 @@ impl Recipe {
                 within("optimization_level", options.optimization_level + 1, 6).map_err(|_| {
                     refuse(format!("optimization_level is {}, accepted are 0 to 5", options.optimization_level))
                 })?;
+                for capacity in &options.capacity_classes {
+                    let fits = (64..=1 << 20).contains(capacity) && capacity % 64 == 0;
+                    fits.then_some(()).ok_or_else(|| {
+                        refuse(format!("capacity_classes has {capacity}, accepted are multiples of 64 from 64 on"))
+                    })?;
+                }
+                if options.capacity_classes.len() > 8 {
+                    let count = options.capacity_classes.len();
+                    return Err(refuse(format!("capacity_classes has {count} entries, accepted are at most 8")));
+                }
                 if options.kv_cache_gib.is_empty() || options.kv_cache_gib.iter().any(|(gb, gib)| gb.min(gib) == &0) {
                     return Err(refuse("kv_cache_gib names at least one GPU's GB, each with at least 1 GiB".into()));
                 }
@@ -321,16 +338,32 @@ impl Recipe {
         format!("precision {precision} is not for {target}, which takes {}", names.join(", "))
     }
 
-    /// Sizes of a TensorRT plan within these limits.
-    pub fn tensorrt_sizes(&self, options: &TensorRtOptions, limits: &Limits) -> Sizes {
-        Sizes {
+    /// Sizes of the TensorRT plans within these limits, one for each capacity class, ascending.
+    pub fn tensorrt_classes(&self, options: &TensorRtOptions, limits: &Limits, model: &ModelConfig) -> Vec<Sizes> {
+        let prefill_tokens = self.prefill_chunk_tokens.min(limits.max_sequence_tokens);
+        let largest = Sizes {
             max_sequence_tokens: limits.max_sequence_tokens,
+            position_tokens: limits.max_sequence_tokens,
             decode_sequences: limits.slots,
             prefill_sequences: options.prefill_sequences,
-            prefill_tokens: self.prefill_chunk_tokens.min(limits.max_sequence_tokens),
-            prefill_logits_rows: limits.max_logits_rows.min(limits.max_step_tokens),
+            prefill_tokens,
+            prefill_logits_rows: self.logits_rows.min(limits.max_step_tokens),
             top_tokens: options.top_tokens.min(limits.vocab_size),
-        }
+        };
+        let capacities = self.capacities(options, limits.max_sequence_tokens);
+        let at = |capacity| largest.at_capacity(capacity, limits.slots.min(rows(options, model, capacity)));
+        capacities.into_iter().map(at).collect()
+    }
+
+    /// The capacity classes for sequences of so many tokens, ascending, the longest last. Constants of a plan are on the
+    /// GPU once for each plan, so such a precision has one class.
+    fn capacities(&self, options: &TensorRtOptions, max_sequence_tokens: usize) -> Vec<usize> {
+        let is_below = |capacity: &usize| *capacity < max_sequence_tokens && self.precision != Precision::Int4;
+        let mut capacities: Vec<usize> = options.capacity_classes.iter().copied().filter(is_below).collect();
+        capacities.sort_unstable();
+        capacities.dedup();
+        capacities.push(max_sequence_tokens);
+        capacities
     }
 
     /// Limits of a plan for this model.
@@ -344,20 +377,34 @@ impl Recipe {
             let detail = format!("max_sequence_tokens is {max_sequence_tokens}, but the model was trained for {most}");
             return Err(self.refusal(detail));
         }
-        Ok(self.step_limits(max_sequence_tokens, model.vocab_size))
+        Ok(self.step_limits(max_sequence_tokens, model))
     }
 
     /// Limits of a plan for sequences of this length.
-    pub(super) fn step_limits(&self, max_sequence_tokens: usize, vocab_size: usize) -> Limits {
+    pub(super) fn step_limits(&self, max_sequence_tokens: usize, model: &ModelConfig) -> Limits {
+        let smallest = |options| self.capacities(options, max_sequence_tokens).first().copied();
+        let slots = match self.tensorrt.as_ref().and_then(|options| Some((options, smallest(options)?))) {
+            Some((options, smallest)) => self.slots.min(rows(options, model, smallest)),
+            None => self.slots,
+        };
         Limits {
-            slots: self.slots,
+            slots,
             max_sequence_tokens,
             // A decode step has one token, and one row of logits, per slot.
-            max_step_tokens: self.prefill_chunk_tokens.max(self.slots),
-            max_logits_rows: self.logits_rows.max(self.slots),
-            vocab_size,
+            max_step_tokens: self.prefill_chunk_tokens.max(slots),
+            max_logits_rows: self.logits_rows.max(slots),
+            vocab_size: model.vocab_size,
         }
     }
+}
+
+/// Sequences of a capacity that the largest KV cache of the recipe holds.
+fn rows(options: &TensorRtOptions, model: &ModelConfig, capacity: usize) -> usize {
+    // Keys and values of every layer, in BF16.
+    let token_bytes = 4 * model.num_layers as u64 * model.num_kv_heads as u64 * model.head_dim as u64;
+    let bytes = u64::from(options.kv_cache_gib.values().max().copied().unwrap_or(1)) << 30;
+    let row = token_bytes.saturating_mul(capacity as u64).max(1);
+    usize::try_from(bytes / row).unwrap_or(usize::MAX).max(1)
 }
 
 #[cfg(test)]

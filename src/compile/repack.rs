@@ -40,7 +40,7 @@ pub(super) fn repack(
     let target = recipe.cpu_target()?;
     let (made_by, limits) = match recipe.is_built_in() {
         true => (&old.recipe, old.limits.clone()),
-        false => (&recipe.text, recipe.step_limits(old.limits.max_sequence_tokens, old.limits.vocab_size)),
+        false => (&recipe.text, recipe.step_limits(old.limits.max_sequence_tokens, &package.manifest().model)),
     };
     let mut lines: Vec<&str> = made_by.lines().filter(|line| !line.starts_with(PACKED_AGAIN)).collect();
     let stated = Recipe::parse(&recipe.name, made_by).ok().and_then(|stated| stated.quantize_activations);

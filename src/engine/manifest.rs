@@ -136,11 +136,18 @@ pub struct PlanInfo {
 }
 
 impl PlanInfo {
+    /// Sequences of the full length that its KV memory holds at most, which shorter ones share.
+    pub fn longest_sequences(&self) -> usize {
+        self.tensorrt.as_ref().map_or(self.limits.slots, |tensorrt| tensorrt.sizes.decode_sequences)
+    }
+
     /// All files that it needs.
     pub fn files(&self) -> impl Iterator<Item = &String> {
         let compiled = self.tensorrt.as_ref().and_then(|t| t.compiled.as_ref());
         let context_plan = compiled.and_then(|c| c.context_plan.as_ref());
-        self.plan.iter().chain(context_plan).chain([&self.weights])
+        let smaller = self.tensorrt.iter().flat_map(|tensorrt| &tensorrt.smaller_classes);
+        let smaller = smaller.flat_map(|class| class.plan.iter().chain(&class.context_plan));
+        self.plan.iter().chain(context_plan).chain(smaller).chain([&self.weights])
     }
 }
 

@@ -16,8 +16,11 @@ pub struct TensorRtInfo {
     pub compute_capability: u16,
     /// Compiler and files; `None` if the package was only prepared.
     pub compiled: Option<Compiled>,
-    /// Sizes it was built for.
+    /// Sizes it was built for; with smaller classes, those of the largest.
     pub sizes: Sizes,
+    /// Plans for shorter sequences, ascending; they share weights and KV memory with the plan of these sizes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub smaller_classes: Vec<CapacityClass>,
     /// Inputs and outputs: weights first, in the order of the weights file.
     pub bindings: Vec<Binding>,
     /// GiB of KV cache to use on a GPU, by the GPU's memory in GB.
@@ -26,7 +29,50 @@ pub struct TensorRtInfo {
     pub activation_scales: BTreeMap<String, f32>,
 }
 
+/// A capacity class below the largest: plans for a smaller cache per sequence, of which a step reads less.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CapacityClass {
+    /// Cache capacity per sequence, S.
+    pub capacity_tokens: usize,
+    /// Maximum sequences in a decode step.
+    pub decode_sequences: usize,
+    /// File of the plan that decodes and prefills; `None` if the package was only prepared.
+    pub plan: Option<String>,
+    /// File of the context plan. Without it, the other plan prefills sequences without a past too.
+    pub context_plan: Option<String>,
+}
+
 impl TensorRtInfo {
+    /// Sizes of every capacity class, ascending; the last are [`TensorRtInfo::sizes`].
+    pub fn class_sizes(&self) -> Vec<Sizes> {
+        let at = |class: &CapacityClass| self.sizes.at_capacity(class.capacity_tokens, class.decode_sequences);
+        let smaller = self.smaller_classes.iter().map(at);
+        smaller.chain([self.sizes.clone()]).collect()
+    }
+
+    /// The bindings of a plan for a cache of `capacity` tokens.
+    pub fn bindings_at(&self, capacity: usize) -> Vec<Binding> {
+        let at = |binding: &Binding| {
+            let mut binding = binding.clone();
+            if let Some(dim) = binding.role.capacity_dim()
+                && let Some(extent) = binding.shape.get_mut(dim)
+            {
+                *extent = Extent::Fixed(capacity);
+            }
+            binding
+        };
+        self.bindings.iter().map(at).collect()
+    }
+
+    /// The input by which its plans learn which keys of the cache to attend to.
+    pub fn attention(&self) -> AttentionInput {
+        match self.bindings.iter().any(|binding| binding.role == BindingRole::TotalTokens) {
+            true => AttentionInput::Lengths,
+            false => AttentionInput::Mask,
+        }
+    }
+
     /// Bytes of KV cache per token of one sequence.
     pub fn kv_bytes_per_token(&self) -> usize {
         let caches =
@@ -79,12 +125,35 @@ pub enum LibraryKind {
     Rtx,
 }
 
+/// The input by which a plan that reads the cache learns which keys a query attends to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionInput {
+    /// [`BindingRole::AttentionMask`]: nothing is left to the library's notion of a sequence's length.
+    #[default]
+    Mask,
+    /// [`BindingRole::TotalTokens`], with a causal mask aligned to each sequence's own end. Some releases of TensorRT
+    /// attend past that end on some GPUs, without an error.
+    Lengths,
+}
+
+impl fmt::Display for AttentionInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            AttentionInput::Mask => "mask",
+            AttentionInput::Lengths => "lengths",
+        })
+    }
+}
+
 /// The sizes a plan is built for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sizes {
     /// Cache capacity per sequence, S.
     pub max_sequence_tokens: usize,
+    /// Rows of the rotary tables: the capacity of the largest class, since all classes share the weights.
+    pub position_tokens: usize,
     /// Maximum sequences in a decode step, one token each.
     pub decode_sequences: usize,
     /// Maximum sequences in a prefill step.
@@ -95,6 +164,27 @@ pub struct Sizes {
     pub prefill_logits_rows: usize,
     /// Columns of the outputs [`BindingRole::TopLogits`] and [`BindingRole::TopIds`], capped at the vocabulary size.
     pub top_tokens: usize,
+}
+
+impl Sizes {
+    /// The least number of sequences that a prefill profile of so many tokens must allow. With a batch of exactly one and
+    /// at most 64 tokens, TensorRT for RTX 1.7 refuses a mask that several layers share ("Graph contains more than one
+    /// op named attention_mask.1_iota").
+    pub fn least_prefill_sequences(prefill_tokens: usize) -> usize {
+        if prefill_tokens <= 64 { 2 } else { 1 }
+    }
+
+    /// These sizes for another capacity of the cache.
+    pub fn at_capacity(&self, capacity_tokens: usize, decode_sequences: usize) -> Sizes {
+        let prefill_tokens = self.prefill_tokens.min(capacity_tokens);
+        Sizes {
+            max_sequence_tokens: capacity_tokens,
+            decode_sequences,
+            prefill_sequences: self.prefill_sequences.max(Sizes::least_prefill_sequences(prefill_tokens)),
+            prefill_tokens,
+            ..self.clone()
+        }
+    }
 }
 
 /// An input or output of a plan.
@@ -146,6 +236,8 @@ pub enum BindingRole {
     PastTokens,
     /// Input `i32[B]`: length of each sequence after the step. The context plan does not have it.
     TotalTokens,
+    /// Input `bool[B, 1, T, S]`: the keys that each query attends to. The context plan does not have it.
+    AttentionMask,
     /// Input `i32[R]`: indices into the step's B · T tokens.
     LogitsRows,
     /// Input `[B, kv_heads, S, head_dim]`: a layer's keys.
@@ -165,6 +257,23 @@ pub enum BindingRole {
 }
 
 impl BindingRole {
+    /// The dimension that is the capacity of the cache, if any.
+    pub fn capacity_dim(self) -> Option<usize> {
+        match self {
+            BindingRole::KeyCache(_)
+            | BindingRole::ValueCache(_)
+            | BindingRole::UpdatedKeys(_)
+            | BindingRole::UpdatedValues(_) => Some(2),
+            BindingRole::AttentionMask => Some(3),
+            _ => None,
+        }
+    }
+
+    /// Returns true for inputs of the plan that reads the cache which the context plan does not have.
+    pub fn limits_cached_keys(self) -> bool {
+        matches!(self, BindingRole::TotalTokens | BindingRole::AttentionMask)
+    }
+
     /// Returns true if the plan writes it.
     pub fn is_output(self) -> bool {
         matches!(

@@ -38,7 +38,8 @@ pub enum Event {
 
 /// Serves requests together, one forward step at a time. The result of a request does not depend on the others.
 ///
-/// Requests take slots in the order they arrived, and wait while none is free. Steps alternate between prefill and
+/// Requests take slots in the order they arrived, and wait while none is free or while the executor has no KV memory for
+/// the most tokens that the next one may reach; those that have a slot never wait for memory. Steps alternate between prefill and
 /// decode while there is work of both kinds, so a long prompt, computed `max_step_tokens` at a time, at most halves the
 /// speed of requests that are decoding.
 ///
@@ -124,11 +125,12 @@ impl Batcher {
     /// this engine cannot serve.
     pub fn submit(&mut self, request: GenerationRequest) -> Result<RequestId> {
         let generation = Generation::new(request, self.executor.limits(), &self.vocabulary)?;
-        self.admit();
-        if self.queue.len() >= self.max_queued && !(self.queue.is_empty() && self.slots.has_free()) {
+        let id = self.enqueue(generation);
+        if self.queue.len() > self.max_queued && self.queue.back().is_some_and(|(queued, _)| *queued == id) {
+            self.queue.pop_back();
             return Err(Error::QueueFull { slots: self.slots.count(), queued: self.queue.len() });
         }
-        Ok(self.enqueue(generation))
+        Ok(id)
     }
 
     /// Accepts a validated request, however long the queue is.
@@ -148,17 +150,30 @@ impl Batcher {
         }
         let index = self.active.iter().position(|active| active.id == id)?;
         let active = self.active.remove(index);
-        self.slots.release(active.slot);
+        self.release(active.slot);
         Some(active.generation.complete())
     }
 
-    /// Assigns free slots to queued requests, in order.
+    /// Frees a slot; its contents stay reusable until the executor needs their memory.
+    fn release(&mut self, slot: usize) {
+        self.slots.release(slot);
+        self.executor.release(slot);
+    }
+
+    /// Assigns free slots to queued requests, in order, as long as there is memory for all that they may become.
     fn admit(&mut self) {
         while self.slots.has_free()
-            && let Some((id, mut generation)) = self.queue.pop_front()
+            && let Some((_, generation)) = self.queue.front()
         {
-            // The loop checked that a slot is free, so this is never `None`.
-            let Some((slot, reused)) = self.slots.acquire(generation.prompt()) else { return };
+            self.slots.retain(|slot| self.executor.retained_tokens(slot));
+            let Some((slot, reused)) = self.slots.find(generation.prompt()) else { return };
+            if !self.executor.reserve(slot, generation.most_tokens()) {
+                return;
+            }
+            let Some((id, mut generation)) = self.queue.pop_front() else { return };
+            // The executor may have dropped what the slot held to make the reservation.
+            let reused = reused.min(self.executor.retained_tokens(slot));
+            self.slots.take(slot, reused);
             generation.start(reused);
             let outcome = generation.is_finished().then_some(Ok(()));
             self.active.push(Active { id, slot, generation, outcome });
@@ -173,6 +188,7 @@ impl Batcher {
         // Requests for zero tokens are finished before the first step.
         self.retire(&mut events);
         self.admit();
+        self.refuse_what_never_fits(&mut events);
         let parts = self.schedule();
         if !parts.is_empty() {
             if let Err(error) = self.forward(&parts, &mut events) {
@@ -188,6 +204,18 @@ impl Batcher {
             self.admit();
         }
         events
+    }
+
+    /// Fails the next request if it has no memory although it would be alone: it would wait for ever.
+    fn refuse_what_never_fits(&mut self, events: &mut Vec<(RequestId, Event)>) {
+        while self.active.is_empty()
+            && let Some((id, generation)) = self.queue.pop_front()
+        {
+            let tokens = generation.most_tokens();
+            let error = Error::Step(format!("the executor has no KV memory for a single sequence of {tokens} tokens"));
+            events.push((id, Event::Failed(Arc::new(error))));
+            self.admit();
+        }
     }
 
     /// Plans the next step, which is either all prefill or all decode.
@@ -289,7 +317,7 @@ impl Batcher {
                     Event::Failed(error)
                 }
             };
-            self.slots.release(active.slot);
+            self.release(active.slot);
             events.push((active.id, event));
         }
     }

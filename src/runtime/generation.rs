@@ -118,6 +118,11 @@ impl Generation {
         self.choose = Some(choose);
     }
 
+    /// Tokens that the sequence has in the KV cache at most: the last one of the answer is never computed.
+    pub(super) fn most_tokens(&self) -> usize {
+        self.prompt.len().saturating_add(self.budget.saturating_sub(1))
+    }
+
     /// Starts the clock; `reused_tokens` of the prompt are already in the KV cache.
     pub(super) fn start(&mut self, reused_tokens: usize) {
         self.reused_tokens = reused_tokens;

@@ -40,16 +40,29 @@ impl Slots {
         self.slots.iter().any(|slot| !slot.busy)
     }
 
-    /// Takes the free slot that holds the longest prefix of the prompt; of equals, the one that has been free the
+    /// Finds the free slot that holds the longest prefix of the prompt; of equals, the one that has been free the
     /// longest. Returns its index and the tokens to reuse, or `None` if all are busy.
-    pub(super) fn acquire(&mut self, prompt: &[u32]) -> Option<(usize, usize)> {
-        let free = self.slots.iter_mut().enumerate().filter(|(_, slot)| !slot.busy);
-        let ranked = free.map(|(index, slot)| (reusable(&slot.ids, prompt), index, slot));
-        let (reused, index, slot) =
-            ranked.max_by_key(|(reused, index, slot)| (*reused, std::cmp::Reverse((slot.released, *index))))?;
-        slot.busy = true;
-        slot.ids.truncate(reused);
+    pub(super) fn find(&self, prompt: &[u32]) -> Option<(usize, usize)> {
+        let free = self.slots.iter().enumerate().filter(|(_, slot)| !slot.busy);
+        let ranked = free.map(|(index, slot)| (reusable(&slot.ids, prompt), index, slot.released));
+        let (reused, index, _) =
+            ranked.max_by_key(|(reused, index, released)| (*reused, std::cmp::Reverse((*released, *index))))?;
         Some((index, reused))
+    }
+
+    /// Takes a slot, of which the first `reused` tokens are kept.
+    pub(super) fn take(&mut self, index: usize, reused: usize) {
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.busy = true;
+            slot.ids.truncate(reused);
+        }
+    }
+
+    /// Drops what the executor no longer holds of free slots: `retained` is the number of tokens it holds of one.
+    pub(super) fn retain(&mut self, retained: impl Fn(usize) -> usize) {
+        for (index, slot) in self.slots.iter_mut().enumerate().filter(|(_, slot)| !slot.busy) {
+            slot.ids.truncate(retained(index));
+        }
     }
 
     /// Frees a slot; its contents stay reusable.
@@ -95,20 +108,25 @@ mod tests {
     #[test]
     fn a_prompt_goes_where_most_of_it_is_and_else_where_nothing_was_for_longest() {
         let mut slots = Slots::new(3);
-        let taken: Vec<_> = (0..3).map(|n| slots.acquire(&[n, 7]).unwrap()).collect();
+        fn acquire(slots: &mut Slots, prompt: &[u32]) -> Option<(usize, usize)> {
+            let (index, reused) = slots.find(prompt)?;
+            slots.take(index, reused);
+            Some((index, reused))
+        }
+        let taken: Vec<_> = (0..3).map(|n| acquire(&mut slots, &[n, 7]).unwrap()).collect();
         assert_eq!(taken, [(0, 0), (1, 0), (2, 0)]);
-        assert_eq!(slots.acquire(&[1]), None);
+        assert_eq!(acquire(&mut slots, &[1]), None);
         for (slot, ids) in [(0, [0, 7]), (1, [1, 7]), (2, [2, 7])] {
             slots.extend(slot, &ids);
         }
         for slot in [1, 2, 0] {
             slots.release(slot);
         }
-        assert_eq!(slots.acquire(&[2, 7]), Some((2, 1)), "the last token is computed again");
+        assert_eq!(acquire(&mut slots, &[2, 7]), Some((2, 1)), "the last token is computed again");
         assert_eq!((slots.len(2), slots.len(0)), (1, 2));
-        assert_eq!(slots.acquire(&[9, 9]), Some((1, 0)));
+        assert_eq!(acquire(&mut slots, &[9, 9]), Some((1, 0)));
         slots.forget_all();
-        assert_eq!(slots.acquire(&[0, 7]), Some((0, 0)));
+        assert_eq!(acquire(&mut slots, &[0, 7]), Some((0, 0)));
         assert!(!slots.has_free() && reusable(&[], &[]) == 0);
     }
 }

@@ -96,6 +96,13 @@ impl<'e> Runner<'e> {
         (self.on_step)()?;
         let wanted = step.logits_rows().len();
         let vocab_size = self.limits.vocab_size;
+        let rows = self.rows_of(step, wanted, vocab_size)?;
+        // Cases use more slots than all fit in memory at full length: those of earlier steps may make room.
+        step.spans().iter().for_each(|span| self.executor.release(span.slot));
+        Ok(rows)
+    }
+
+    fn rows_of(&mut self, step: &Step, wanted: usize, vocab_size: usize) -> Result<Vec<Vec<f32>>> {
         let mut logits = self.executor.forward(step)?;
         if logits.rows() != wanted {
             return Err(Error::Step(format!("{} rows of logits, but the step asked for {wanted}", logits.rows())));

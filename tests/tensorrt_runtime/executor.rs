@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport, TensorRtExecutor, devices};
 use aotron::backend::{self, Chunk, Executor, ExecutorOptions, NextToken, Rows, Step};
 use aotron::checkpoint::Checkpoint;
-use aotron::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, LibraryKind, Sizes, StepSize, TensorRtInfo};
+use aotron::engine::tensorrt::{
+    Binding, BindingRole, CapacityClass, Compiled, Extent, LibraryKind, Sizes, StepSize, TensorRtInfo,
+};
 use aotron::engine::{CheckpointInfo, GenerationSettings, Limits, Manifest, Package, PackageWriter, PlanInfo};
 use aotron::tensor::DType;
 use aotron::tensor_file::encode_header;
@@ -22,8 +24,9 @@ const LAYERS: usize = 2;
 const WEIGHTS: [usize; 5] = [300, 1, 77, 4096, 5];
 const SIZES: Sizes = Sizes {
     max_sequence_tokens: 64,
+    position_tokens: 64,
     decode_sequences: 6,
-    prefill_sequences: 1,
+    prefill_sequences: 2,
     prefill_tokens: 8,
     prefill_logits_rows: 3,
     top_tokens: TOP,
@@ -83,7 +86,17 @@ pub fn folder() -> PathBuf {
     std::env::var_os("AOTRON_TEST_FOLDER").expect("run by another test").into()
 }
 
-fn bindings() -> Vec<Binding> {
+/// Returns true if plans have lengths instead of a mask.
+fn by_lengths() -> bool {
+    std::env::var_os("AOTRON_TEST_LENGTHS").is_some()
+}
+
+/// Capacity classes below the largest, and their largest batches.
+fn smaller() -> &'static [(usize, usize)] {
+    if std::env::var_os("AOTRON_TEST_ONE_CLASS").is_some() { &[] } else { &[(32, 6)] }
+}
+
+fn bindings(capacity: usize) -> Vec<Binding> {
     use Extent::{Fixed, Step};
     use StepSize::{B, R, T};
     let binding = |name: String, role, dtype, shape: &[Extent]| Binding { name, role, dtype, shape: shape.to_vec() };
@@ -94,13 +107,21 @@ fn bindings() -> Vec<Binding> {
         binding("token_ids".into(), BindingRole::TokenIds, DType::I32, &[Step(B), Step(T)]),
         binding("positions".into(), BindingRole::Positions, DType::I32, &[Step(B), Step(T)]),
         binding("past_tokens".into(), BindingRole::PastTokens, DType::I32, &[Step(B)]),
-        binding("total_tokens".into(), BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+        match by_lengths() {
+            true => binding("total_tokens".into(), BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+            false => binding(
+                "attention_mask".into(),
+                BindingRole::AttentionMask,
+                DType::Bool,
+                &[Step(B), Fixed(1), Step(T), Fixed(capacity)],
+            ),
+        },
         binding("logits_rows".into(), BindingRole::LogitsRows, DType::I32, &[Step(R)]),
         binding("logits".into(), BindingRole::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
         binding("top_logits".into(), BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
         binding("top_ids".into(), BindingRole::TopIds, DType::I32, &[Step(R), Fixed(TOP)]),
     ]);
-    let cache = [Step(B), Fixed(3), Fixed(SIZES.max_sequence_tokens), Fixed(4)];
+    let cache = [Step(B), Fixed(3), Fixed(capacity), Fixed(4)];
     for layer in 0..LAYERS {
         for (name, role) in [
             (format!("keys.{layer}"), BindingRole::KeyCache(layer)),
@@ -116,8 +137,12 @@ fn bindings() -> Vec<Binding> {
 
 /// A plan in the fake library's text format.
 fn plan_text(context_plan: bool) -> String {
+    class_text(context_plan, SIZES.max_sequence_tokens, SIZES.decode_sequences)
+}
+
+fn class_text(context_plan: bool, capacity: usize, decode_sequences: usize) -> String {
     let mut text = String::new();
-    for binding in bindings().iter().filter(|b| !(context_plan && b.role == BindingRole::TotalTokens)) {
+    for binding in bindings(capacity).iter().filter(|b| !(context_plan && b.role.limits_cached_keys())) {
         let role = match binding.role {
             BindingRole::Weight => "weight",
             BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => "cache",
@@ -135,9 +160,9 @@ fn plan_text(context_plan: bool) -> String {
         }
         text.push('\n');
     }
-    text += &format!("profile 1 {} {}\n", SIZES.prefill_tokens, SIZES.prefill_logits_rows);
+    text += &format!("profile {} {} {}\n", SIZES.prefill_sequences, SIZES.prefill_tokens, SIZES.prefill_logits_rows);
     if !context_plan {
-        text += &format!("profile {n} 1 {n}\n", n = SIZES.decode_sequences);
+        text += &format!("profile {decode_sequences} 1 {decode_sequences}\n");
     }
     text
 }
@@ -158,7 +183,16 @@ fn package(name: &str, plan: &str) -> Package {
         ("plans/a100-context.plan", plan_text(true).into_bytes()),
         ("weights/bf16.safetensors", [encode_header(&tensors).unwrap(), weight_bytes()].concat()),
     ];
+    let class_file = |capacity: usize, context: &str| format!("plans/a100-{capacity}{context}.plan");
+    let of_classes = smaller().iter().flat_map(|(capacity, batch)| {
+        [false, true].map(|context| {
+            let name = class_file(*capacity, if context { "-context" } else { "" });
+            (name, class_text(context, *capacity, *batch).into_bytes())
+        })
+    });
+    let files = files.into_iter().map(|(file, bytes)| (file.to_owned(), bytes)).chain(of_classes);
     for (file, bytes) in files {
+        let file = file.as_str();
         writer.add(file, |write| write(&bytes)).unwrap();
     }
     let model = Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap().config().clone();
@@ -188,7 +222,16 @@ fn package(name: &str, plan: &str) -> Package {
                 context_plan: Some("plans/a100-context.plan".into()),
             }),
             sizes: SIZES,
-            bindings: bindings(),
+            smaller_classes: smaller()
+                .iter()
+                .map(|(capacity, batch)| CapacityClass {
+                    capacity_tokens: *capacity,
+                    decode_sequences: *batch,
+                    plan: Some(class_file(*capacity, "")),
+                    context_plan: Some(class_file(*capacity, "-context")),
+                })
+                .collect(),
+            bindings: bindings(SIZES.max_sequence_tokens),
             kv_cache_gib: BTreeMap::from([(40, 16)]),
             activation_scales: BTreeMap::new(),
         }),
@@ -296,6 +339,8 @@ fn steps_give_what_their_sequences_give() {
     let text = run("on_stand_ins_steps_run", &[]);
     assert!(text.contains("kept kernels were taken"), "{text}");
     run("on_stand_ins_steps_run", &[("FAKE_NO_CAPTURE", "1")]);
+    run("on_stand_ins_steps_run", &[("AOTRON_TEST_LENGTHS", "1")]);
+    run("on_stand_ins_steps_run", &[("AOTRON_TEST_ONE_CLASS", "1")]);
 }
 
 #[test]
@@ -309,7 +354,8 @@ fn on_stand_ins_steps_run() {
     let facts = heard.lock().unwrap().clone();
     assert_eq!(facts[0], "plan a100 (bf16) runs on GPU 1 (Fake A100-40GB)");
     assert!(facts[1].starts_with("GPU 1 (Fake A100-40GB): weights "), "{facts:?}");
-    assert!(facts[1].contains("6 sequences of 64 tokens, 96 bytes a token"), "{facts:?}");
+    let words = "6 sequences of 64 tokens, 96 bytes a token";
+    assert!(facts[1].contains(words), "{facts:?}");
     assert_eq!(facts[2..], ["kernels are compiled on first use and cached for the next start"]);
     assert_eq!(executor.limits().slots, 6);
     run_steps(&mut *executor, 400);
@@ -319,11 +365,62 @@ fn on_stand_ins_steps_run() {
     // On another thread, with fewer slots, and with the kernel cache of the first run.
     drop(executor);
     assert!(!package.path().join("kernels").exists(), "kernels are code: none is read from a package");
-    assert_eq!(std::fs::read_dir(folder().join("cache/aotron/kernels")).unwrap().count(), 2);
+    assert_eq!(std::fs::read_dir(folder().join("cache/aotron/kernels")).unwrap().count(), 2 + 2 * smaller().len());
     let gpu = GpuOptions { slots: Some(3), no_graphs: true, ..GpuOptions::default() };
     let mut executor = TensorRtExecutor::open(&package, &package.manifest().plans[0], &gpu).unwrap();
     assert_eq!((executor.limits().slots, executor.gpu().index), (3, 1));
     std::thread::spawn(move || run_steps(&mut executor, 100)).join().unwrap();
+}
+
+/// In memory for two long sequences, six short ones run; they grow in turn, wait for memory, and give what the sequences
+/// alone give.
+#[test]
+fn sequences_share_one_budget_and_move_as_they_grow() {
+    run("on_stand_ins_sequences_share", &[]);
+}
+
+#[test]
+#[ignore = "run by sequences_share_one_budget_and_move_as_they_grow"]
+fn on_stand_ins_sequences_share() {
+    let package = package("whole", &plan_text(false));
+    let plan = &package.manifest().plans[0];
+    let gpu = GpuOptions { slots: Some(4), ..GpuOptions::default() };
+    let mut executor = TensorRtExecutor::open(&package, plan, &gpu).unwrap();
+    let limits = executor.limits().clone();
+    let token = |slot: usize, position: usize| ((slot * 37 + position * 11) % VOCAB) as u32;
+    let step = |executor: &mut TensorRtExecutor, slots: &[usize], past_tokens: usize| -> aotron::Result<()> {
+        let next: Vec<NextToken> =
+            slots.iter().map(|slot| NextToken { slot: *slot, past_tokens, token: token(*slot, past_tokens) }).collect();
+        let logits = executor.forward(&Step::decode(&limits, &next)?)?;
+        for (row, slot) in slots.iter().enumerate() {
+            let sequence: Vec<u32> = (0..=past_tokens).map(|position| token(*slot, position)).collect();
+            let wanted = expected(&sequence);
+            let best = (0..VOCAB as u32).max_by(|x, y| wanted[*x as usize].total_cmp(&wanted[*y as usize])).unwrap();
+            assert_eq!(logits.top(row).unwrap().ids[0], best, "slot {slot} at {past_tokens}");
+        }
+        Ok(())
+    };
+    // Reserved for all they may become, four sequences fit, and all of them reach their end together.
+    assert!((0..4).all(|slot| executor.reserve(slot, 64)));
+    for past_tokens in 0..64 {
+        step(&mut executor, &[2, 0, 3, 1], past_tokens).unwrap();
+        let class = executor.class_tokens(2);
+        assert_eq!(class, Some(if past_tokens < 31 { 32 } else { 64 }), "after token {past_tokens}");
+    }
+    // Nothing is free; then what was released makes room, and its contents are gone.
+    assert_eq!(executor.retained_tokens(1), 64);
+    executor.release(1);
+    assert_eq!(executor.retained_tokens(1), 64);
+    assert!(executor.reserve(1, 31));
+    assert_eq!(executor.retained_tokens(1), 64);
+    for past_tokens in 0..31 {
+        step(&mut executor, &[1], past_tokens).unwrap();
+    }
+    assert_eq!(executor.class_tokens(1), Some(32));
+    // A step on tokens that are not there is refused, and leaves everything as it was.
+    let error = step(&mut executor, &[1], 40).unwrap_err().to_string();
+    assert!(error.contains("slot 1 holds 31 tokens, but the step builds on 40 of it"), "{error}");
+    step(&mut executor, &[1, 3], 31).unwrap_or_else(|error| panic!("{error}"));
 }
 
 #[test]
@@ -389,8 +486,17 @@ fn on_stand_ins_plans_are_refused() {
     let changed = plan_text(false).replace("weight.0 bf16 - 1 300", "weight.0 bf16 - 1 30000000000");
     let other = package("large", &changed);
     large.tensorrt.as_mut().unwrap().compiled.as_mut().unwrap().context_plan = None;
+    large.tensorrt.as_mut().unwrap().smaller_classes.clear();
     let error = refused(&other, &large, &GpuOptions::default());
     assert!(error.contains("not even one sequence fits: weights 60.0 GB"), "{error}");
+
+    let mut without = plan.clone();
+    without.tensorrt.as_mut().unwrap().smaller_classes[0].plan = None;
+    let error = refused(&whole, &without, &GpuOptions::default());
+    assert!(error.contains("it has no plan for 32 tokens") && error.contains("--finish"), "{error}");
+    without.tensorrt.as_mut().unwrap().smaller_classes[0].capacity_tokens = 64;
+    let error = refused(&whole, &without, &GpuOptions::default());
+    assert!(error.contains("its capacity classes are not in ascending order, or are too many: [64, 64]"), "{error}");
 
     let old = package("old", &format!("old {}", plan_text(false)));
     let error = refused(&old, plan, &GpuOptions::default());

@@ -9,7 +9,9 @@ use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
 use aotron::backend::{ExecutorOptions, select};
 use aotron::checkpoint::Checkpoint;
 use aotron::compile::Precision;
-use aotron::engine::tensorrt::{Binding, BindingRole, Compiled, Extent, LibraryKind, Sizes, StepSize, TensorRtInfo};
+use aotron::engine::tensorrt::{
+    Binding, BindingRole, CapacityClass, Compiled, Extent, LibraryKind, Sizes, StepSize, TensorRtInfo,
+};
 use aotron::engine::{Limits, Package, PackageWriter, PlanInfo};
 use aotron::tensor::DType;
 use aotron::tensor_file::encode_header;
@@ -63,6 +65,7 @@ const FAULTS: &[(&str, &[&str])] = &[
 const LAYERS: usize = 3;
 const SIZES: Sizes = Sizes {
     max_sequence_tokens: 64,
+    position_tokens: 64,
     decode_sequences: 6,
     prefill_sequences: 1,
     prefill_tokens: 16,
@@ -71,19 +74,32 @@ const SIZES: Sizes = Sizes {
 };
 
 /// Runs an ignored test of this file on the fakes, and returns its output.
-fn run(test: &str) -> String {
+fn run(test: &str, form: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "--nocapture", &format!("tensorrt_runtime::faults::{test}")])
         .env("LD_LIBRARY_PATH", stand_ins())
         .env("AOTRON_TENSORRT_DIR", stand_ins())
         .env("AOTRON_TEST_FOLDER", folder.path())
+        .env("AOTRON_TEST_FORM", form)
         .env("XDG_CACHE_HOME", folder.path().join("cache"))
         .output()
         .unwrap();
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
     text
+}
+
+/// Forms of the fake plan: with lengths, with a mask, and with a mask in two capacity classes.
+const FORMS: [&str; 3] = ["lengths", "mask", "classes"];
+
+fn is_form(form: &str) -> bool {
+    std::env::var("AOTRON_TEST_FORM").is_ok_and(|given| given == form)
+}
+
+/// Capacity of the smaller class, if there is one.
+fn smaller_class() -> Option<usize> {
+    is_form("classes").then_some(32)
 }
 
 fn folder() -> PathBuf {
@@ -154,7 +170,15 @@ fn bindings(weights: &[FakeWeight]) -> Vec<Binding> {
         binding("token_ids", BindingRole::TokenIds, DType::I32, &[Step(B), Step(T)]),
         binding("positions", BindingRole::Positions, DType::I32, &[Step(B), Step(T)]),
         binding("past_tokens", BindingRole::PastTokens, DType::I32, &[Step(B)]),
-        binding("total_tokens", BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+        match is_form("lengths") {
+            true => binding("total_tokens", BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+            false => binding(
+                "attention_mask",
+                BindingRole::AttentionMask,
+                DType::Bool,
+                &[Step(B), Fixed(1), Step(T), Fixed(SIZES.max_sequence_tokens)],
+            ),
+        },
         binding("logits_rows", BindingRole::LogitsRows, DType::I32, &[Step(R)]),
         binding("logits", BindingRole::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
         binding("top_logits", BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(SIZES.top_tokens)]),
@@ -177,7 +201,7 @@ fn bindings(weights: &[FakeWeight]) -> Vec<Binding> {
 /// A plan in the fake library's text format.
 fn plan_text(bindings: &[Binding], context_plan: bool, fault: &str) -> String {
     let mut text = String::new();
-    for binding in bindings.iter().filter(|b| !(context_plan && b.role == BindingRole::TotalTokens)) {
+    for binding in bindings.iter().filter(|b| !(context_plan && b.role.limits_cached_keys())) {
         let role = match binding.role {
             BindingRole::Weight => "weight",
             BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => "cache",
@@ -240,6 +264,33 @@ fn package(of_cpu: &Package, weights: &[FakeWeight], fault: &str, reference: boo
         ("plans/a100-context.plan", plan_text(&bindings, true, fault).into_bytes()),
         ("weights/fake.safetensors", bytes),
     ];
+    let info = TensorRtInfo {
+        compute_capability: 80,
+        compiled: Some(Compiled {
+            library: LibraryKind::Rtx,
+            version: "1.7.1".into(),
+            gpu: None,
+            context_plan: Some("plans/a100-context.plan".into()),
+        }),
+        sizes: SIZES,
+        smaller_classes: smaller_class()
+            .into_iter()
+            .map(|capacity_tokens| CapacityClass {
+                capacity_tokens,
+                decode_sequences: SIZES.decode_sequences,
+                plan: Some("plans/a100-32.plan".into()),
+                context_plan: Some("plans/a100-32-context.plan".into()),
+            })
+            .collect(),
+        bindings,
+        kv_cache_gib: std::collections::BTreeMap::from([(40, 16)]),
+        activation_scales: std::collections::BTreeMap::new(),
+    };
+    if let Some(capacity) = smaller_class() {
+        let bindings = info.bindings_at(capacity);
+        files.push(("plans/a100-32.plan", plan_text(&bindings, false, fault).into_bytes()));
+        files.push(("plans/a100-32-context.plan", plan_text(&bindings, true, fault).into_bytes()));
+    }
     manifest.reference = reference.then(|| Reference::PACKAGE_FILE.into());
     if reference {
         files.push((Reference::PACKAGE_FILE, answers.to_json().unwrap()));
@@ -261,19 +312,7 @@ fn package(of_cpu: &Package, weights: &[FakeWeight], fault: &str, reference: boo
         },
         kv_bytes_per_token: LAYERS * 2 * KV_HEADS * HEAD_DIM * 2,
         recipe: String::new(),
-        tensorrt: Some(TensorRtInfo {
-            compute_capability: 80,
-            compiled: Some(Compiled {
-                library: LibraryKind::Rtx,
-                version: "1.7.1".into(),
-                gpu: None,
-                context_plan: Some("plans/a100-context.plan".into()),
-            }),
-            sizes: SIZES,
-            bindings,
-            kv_cache_gib: std::collections::BTreeMap::from([(40, 16)]),
-            activation_scales: std::collections::BTreeMap::new(),
-        }),
+        tensorrt: Some(info),
     });
     writer.finish(&mut manifest).unwrap();
     Package::open(&path).unwrap()
@@ -302,9 +341,11 @@ fn listening() -> (ExecutorOptions, Arc<Mutex<Vec<String>>>) {
 
 #[test]
 fn every_fault_is_caught_before_a_token_is_answered() {
-    let text = run("on_stand_ins_faults_are_caught");
-    assert_eq!(text.matches("caught: ").count(), FAULTS.len(), "{text}");
-    println!("{text}");
+    for form in FORMS {
+        let text = run("on_stand_ins_faults_are_caught", form);
+        assert_eq!(text.matches("caught: ").count(), FAULTS.len(), "{form}: {text}");
+        println!("{form}: {text}");
+    }
 }
 
 #[test]
@@ -347,8 +388,9 @@ fn on_stand_ins_faults_are_caught() {
 
 #[test]
 fn an_intact_plan_passes_once_and_answers_as_the_cpu_does() {
-    let text = run("on_stand_ins_an_intact_plan_passes");
-    println!("{text}");
+    for form in FORMS {
+        println!("{form}: {}", run("on_stand_ins_an_intact_plan_passes", form));
+    }
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{
-    BuildOptions, ConstantBytes, DeviceInfo, DriverVersion, GpuOptions, Layer, Layers, LibraryKind, Monitor,
-    NetworkTensor, Version,
+    AttentionMask, BuildOptions, ConstantBytes, DeviceInfo, DriverVersion, GpuOptions, Layer, Layers, LibraryKind,
+    Monitor, NetworkTensor, Version,
 };
 use crate::backend::{Executor, Limits, Logits, Step};
 use crate::engine::{Package, PlanInfo};
@@ -138,6 +138,22 @@ impl Network {
         match *self {}
     }
 
+    /// Compiles the network, with attention in several kernels if there is no fused one.
+    ///
+    /// # Errors
+    /// None: there is no network.
+    pub fn build_or_decompose(&mut self, _options: &BuildOptions) -> Result<(SerializedPlan, Option<String>)> {
+        match *self {}
+    }
+
+    /// Allows attention to be compiled to several kernels.
+    ///
+    /// # Errors
+    /// None: there is no network.
+    pub fn decompose_attention(&mut self) -> Result<usize> {
+        match *self {}
+    }
+
     /// Compiles the network.
     ///
     /// # Errors
@@ -187,7 +203,7 @@ unreachable_layers! {
     fn rotary(x: NetworkTensor, cos: NetworkTensor, sin: NetworkTensor, rotary_dims: u32) -> NetworkTensor;
     fn cache_update(cache: NetworkTensor, update: NetworkTensor, indices: NetworkTensor) -> NetworkTensor;
     fn attention(
-        q: NetworkTensor, keys: NetworkTensor, values: NetworkTensor, lengths: Option<NetworkTensor>
+        q: NetworkTensor, keys: NetworkTensor, values: NetworkTensor, mask: AttentionMask
     ) -> NetworkTensor;
     fn top_k(x: NetworkTensor, k: u32) -> (NetworkTensor, NetworkTensor);
 }

@@ -13,11 +13,13 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
+pub use self::copy::ByteGrid;
 pub use self::driver::{devices, driver_version};
 use self::driver::{is_sticky, words};
 use super::DeviceInfo;
 use crate::error::{Error, Result};
 
+mod copy;
 mod driver;
 
 /// Required alignment of tensor addresses, in bytes. Allocations of the driver are aligned to it.

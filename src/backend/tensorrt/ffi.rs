@@ -24,6 +24,7 @@ pub(super) mod bridge {
         I8,
         I4,
         F8,
+        Bool,
     }
 
     /// The two outputs of a TopK layer.
@@ -153,6 +154,8 @@ pub(super) mod bridge {
         fn attention(self: Pin<&mut Network>, q: u32, keys: u32, values: u32) -> Result<u32>;
         fn attention_with_lengths(self: Pin<&mut Network>, q: u32, keys: u32, values: u32, lengths: u32)
         -> Result<u32>;
+        fn attention_with_mask(self: Pin<&mut Network>, q: u32, keys: u32, values: u32, mask: u32) -> Result<u32>;
+        fn decompose_attention(self: Pin<&mut Network>) -> Result<u32>;
         fn top_k(self: Pin<&mut Network>, x: u32, k: u32) -> Result<TopK>;
         fn layers(self: &Network) -> u32;
         fn layer(self: &Network, index: u32) -> Result<LayerInfo>;

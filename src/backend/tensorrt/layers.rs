@@ -63,6 +63,17 @@ impl ConstantBytes {
     }
 }
 
+/// The keys that each query of an attention attends to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionMask {
+    /// Causal, aligned to the lower right: the last query attends to all S keys, each query before it to one fewer.
+    Causal,
+    /// Causal likewise, over the first `lengths[b]` keys of each sequence, `i32[B]`.
+    Lengths(NetworkTensor),
+    /// The keys for which `mask[b, 0, t, s]`, `bool[B, 1, T, S]`, is true; at least one for each query.
+    Explicit(NetworkTensor),
+}
+
 /// The network-building interface that the lowering targets: a TensorRT network, or another implementation such as an
 /// evaluator that computes each layer as it is added. Typing is strong: operand types determine the result type.
 /// Methods that add a layer return its result, or an error that names the current scope ([`Layers::scope`]).
@@ -169,14 +180,13 @@ pub trait Layers {
     ) -> Result<NetworkTensor>;
 
     /// Attention `softmax(q · keysᵀ) · values`, unscaled, for `q [B, heads, T, head_dim]` and `keys`, `values`
-    /// `[B, kv_heads, S, head_dim]`. The causal mask is aligned to the lower right: the last query attends to all keys,
-    /// which are the first `lengths[b]` (`i32[B]`) or all S.
+    /// `[B, kv_heads, S, head_dim]`.
     fn attention(
         &mut self,
         q: NetworkTensor,
         keys: NetworkTensor,
         values: NetworkTensor,
-        lengths: Option<NetworkTensor>,
+        mask: AttentionMask,
     ) -> Result<NetworkTensor>;
 
     /// The `k` largest elements of each row of `x [n, width]` in descending order, `[n, k]`, and their columns,

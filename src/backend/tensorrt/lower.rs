@@ -12,9 +12,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 pub use super::weights::{Constants, PlanWeight, WeightLayout};
-use super::{ConstantBytes, Layers, Network, NetworkTensor, OptimizationProfile, ShapeRange};
+use super::{AttentionMask, ConstantBytes, Layers, Network, NetworkTensor, OptimizationProfile, ShapeRange};
 use crate::backend::constants::ConstRows;
-pub use crate::engine::tensorrt::Sizes;
+pub use crate::engine::tensorrt::{AttentionInput, Sizes};
 use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Graph, Input, Node, Op, Type, Value};
@@ -22,6 +22,8 @@ use crate::tensor::DType;
 
 /// Name of the input with each sequence's length after the step, `i32[B]`: the keys that attention reads.
 pub const TOTAL_TOKENS: &str = "total_tokens";
+/// Name of the input with the keys that each query attends to, `bool[B, 1, T, S]`.
+pub const ATTENTION_MASK: &str = "attention_mask";
 /// Name of the output with the logits of the requested rows, `f32[R, vocab]`.
 pub const LOGITS: &str = "logits";
 /// Name of the output with the largest logits of each requested row in descending order, `f32[R, k]`.
@@ -36,10 +38,10 @@ pub const MOST_TOP_TOKENS: usize = 3840;
 /// Source of the keys and values that attention reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attends {
-    /// The cache, up to each sequence's length. Works for any step, but in prefill TensorRT copies the layer's whole
-    /// cache.
-    Cache,
-    /// The step's own keys and values, for the context plan: sequences have no past, so the cache is only written.
+    /// The cache, as far as the input says. Works for any step, but in prefill TensorRT copies the layer's whole cache.
+    Cache(AttentionInput),
+    /// The step's own keys and values, for the context plan: sequences have no past, so the cache is only written. The
+    /// mask is causal, so padding after a sequence's tokens does not reach them.
     Chunk,
 }
 
@@ -77,14 +79,12 @@ pub fn lower<N: Layers>(
         places: Vec::with_capacity(graph.nodes().len()),
         per_token: HashMap::new(),
         step_shape: None,
-        total_tokens: None,
+        cached_keys: AttentionMask::Causal,
         weights: Vec::new(),
         bindings: Vec::new(),
     };
-    if attends == Attends::Cache {
-        let total = lowering.network.input(TOTAL_TOKENS, DType::I32, &[-1])?;
-        lowering.total_tokens = Some(total);
-        lowering.bind(TOTAL_TOKENS, BindingRole::TotalTokens, DType::I32, &[Extent::Step(StepSize::B)]);
+    if let Attends::Cache(input) = attends {
+        lowering.cached_keys = lowering.attention_input(input)?;
     }
     for (_, node) in graph.iter() {
         lowering.network.scope(&node.name);
@@ -122,7 +122,8 @@ struct NetworkLowering<'g, N> {
     per_token: HashMap<Value, NetworkTensor>,
     /// `i64[2]`: B and T.
     step_shape: Option<NetworkTensor>,
-    total_tokens: Option<NetworkTensor>,
+    /// The keys of the cache that queries attend to.
+    cached_keys: AttentionMask,
     weights: Vec<PlanWeight>,
     bindings: Vec<Binding>,
 }
@@ -200,7 +201,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
             }
             Op::RotaryAngle { trig, theta, rotary_dim } => {
                 let [positions] = operands(node)?;
-                let rows = self.sizes.max_sequence_tokens;
+                let rows = self.sizes.position_tokens;
                 let expr = Const::RotaryTable { trig: *trig, theta: *theta, rotary_dim: *rotary_dim, positions: rows };
                 let name = format!("{}.table", node.name);
                 let ty = Type::new(dtype, [rows.into(), (rotary_dim / 2).into()]);
@@ -292,6 +293,27 @@ impl<N: Layers> NetworkLowering<'_, N> {
             Input::TokenIds | Input::Positions => self.network.reshape(tensor, &[-1])?,
             _ => tensor,
         }))
+    }
+
+    /// Adds the input that tells attention which keys of the cache to read.
+    fn attention_input(&mut self, input: AttentionInput) -> Result<AttentionMask> {
+        let [b, t] = [StepSize::B, StepSize::T].map(Extent::Step);
+        let tokens = self.sizes.max_sequence_tokens;
+        match input {
+            AttentionInput::Lengths => {
+                let lengths = self.network.input(TOTAL_TOKENS, DType::I32, &[-1])?;
+                self.bind(TOTAL_TOKENS, BindingRole::TotalTokens, DType::I32, &[b]);
+                Ok(AttentionMask::Lengths(lengths))
+            }
+            AttentionInput::Mask => {
+                let capacity = i64::try_from(tokens);
+                let capacity = capacity.map_err(|_| Error::TensorRt(format!("a size of {tokens} is too large")))?;
+                let mask = self.network.input(ATTENTION_MASK, DType::Bool, &[-1, 1, -1, capacity])?;
+                let shape = [b, Extent::Fixed(1), t, Extent::Fixed(tokens)];
+                self.bind(ATTENTION_MASK, BindingRole::AttentionMask, DType::Bool, &shape);
+                Ok(AttentionMask::Explicit(mask))
+            }
+        }
     }
 
     fn bind(&mut self, name: &str, role: BindingRole, dtype: DType, shape: &[Extent]) {
@@ -397,8 +419,8 @@ impl<N: Layers> NetworkLowering<'_, N> {
         let q = self.network.product(q, scale)?;
         let q = self.typed(q, given, stored)?;
         let tensor = match self.attends {
-            Attends::Cache => self.network.attention(q, keys, values, self.total_tokens)?,
-            Attends::Chunk => self.network.attention(q, new_keys, new_values, None)?,
+            Attends::Cache(_) => self.network.attention(q, keys, values, self.cached_keys)?,
+            Attends::Chunk => self.network.attention(q, new_keys, new_values, AttentionMask::Causal)?,
         };
         let tensor = self.typed(tensor, stored, node.ty.dtype)?;
         Ok(LoweredValue::Heads { tensor, heads, head_dim })
@@ -530,7 +552,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         let prefill = (s.prefill_sequences, s.prefill_tokens, s.prefill_logits_rows);
         let decode = (s.decode_sequences, 1, s.decode_sequences);
         let steps = match self.attends {
-            Attends::Cache => vec![prefill, decode],
+            Attends::Cache(_) => vec![prefill, decode],
             Attends::Chunk => vec![prefill],
         };
         steps.into_iter().map(|(sequences, tokens, rows)| self.profile(sequences, tokens, rows)).collect()

@@ -49,7 +49,9 @@ pub use executor::TensorRtExecutor;
 pub(crate) use gpu::gpu_words;
 pub use gpu::{DeviceInfo, DriverVersion};
 pub use kind::{LibraryKind, Version};
-pub use layers::{BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange};
+pub use layers::{
+    AttentionMask, BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange,
+};
 #[cfg(feature = "tensorrt")]
 pub use library::TensorRtLibrary;
 #[cfg(feature = "tensorrt")]

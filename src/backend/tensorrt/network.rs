@@ -8,7 +8,8 @@ use cxx::UniquePtr;
 use super::device::Device;
 use super::ffi::bridge::{self, Element};
 use super::{
-    BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange, TensorRtLibrary,
+    AttentionMask, BuildOptions, ConstantBytes, Layer, Layers, NetworkTensor, OptimizationProfile, ShapeRange,
+    TensorRtLibrary,
 };
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -60,6 +61,15 @@ impl Network {
             .collect()
     }
 
+    /// Allows every attention so far to be compiled to several kernels where TensorRT has no fused one, which is slower
+    /// and takes scratch memory for the scores. Returns how many there are.
+    ///
+    /// # Errors
+    /// [`Error::TensorRt`] with TensorRT's message.
+    pub fn decompose_attention(&mut self) -> Result<usize> {
+        self.pin().decompose_attention().map(|count| count as usize).map_err(refused)
+    }
+
     /// Compiles the network.
     ///
     /// # Errors
@@ -85,6 +95,30 @@ impl Network {
             Ok(inner) => Ok(SerializedPlan { inner }),
             Err(_) if self.inner.cancelled() => Err(Error::Cancelled),
             Err(error) => Err(self.library.refused(&error)),
+        }
+    }
+}
+
+/// Returns true if TensorRT refused a network because it has no fused kernel for an attention, in the words of either
+/// library.
+fn lacks_fused_attention(error: &Error) -> bool {
+    let words = error.to_string().to_ascii_lowercase();
+    words.contains("attention") || words.contains("decompos")
+}
+
+impl Network {
+    /// Compiles the network; if TensorRT has no fused kernel for its attention, with attention in parts. Returns the
+    /// plan and, if attention was taken apart, why.
+    ///
+    /// # Errors
+    /// As [`Network::build`].
+    pub fn build_or_decompose(&mut self, options: &BuildOptions) -> Result<(SerializedPlan, Option<String>)> {
+        match self.build(options) {
+            Ok(plan) => Ok((plan, None)),
+            Err(error) if lacks_fused_attention(&error) && self.decompose_attention()? > 0 => {
+                Ok((self.build(options)?, Some(error.to_string())))
+            }
+            Err(error) => Err(error),
         }
     }
 }
@@ -216,11 +250,12 @@ impl Layers for Network {
         q: NetworkTensor,
         keys: NetworkTensor,
         values: NetworkTensor,
-        lengths: Option<NetworkTensor>,
+        mask: AttentionMask,
     ) -> Result<NetworkTensor> {
-        Network::value(match lengths {
-            Some(lengths) => self.pin().attention_with_lengths(q.0, keys.0, values.0, lengths.0),
-            None => self.pin().attention(q.0, keys.0, values.0),
+        Network::value(match mask {
+            AttentionMask::Causal => self.pin().attention(q.0, keys.0, values.0),
+            AttentionMask::Lengths(lengths) => self.pin().attention_with_lengths(q.0, keys.0, values.0, lengths.0),
+            AttentionMask::Explicit(mask) => self.pin().attention_with_mask(q.0, keys.0, values.0, mask.0),
         })
     }
 
@@ -257,5 +292,6 @@ fn element(dtype: DType) -> Element {
         DType::I8 => Element::I8,
         DType::I4 => Element::I4,
         DType::F8 => Element::F8,
+        DType::Bool => Element::Bool,
     }
 }

@@ -67,7 +67,7 @@ fn item(weight: &PlanWeight) -> Result<PackItem<'_>> {
             DType::F32 => Box::new(|rows| Ok(bytemuck::cast_slice(rows).to_vec())),
             DType::BF16 => Box::new(|rows| Ok(narrowed(rows, bf16::from_f32))),
             DType::F16 => Box::new(|rows| Ok(narrowed(rows, f16::from_f32))),
-            DType::I32 | DType::I8 | DType::I4 | DType::F8 => {
+            DType::I32 | DType::I8 | DType::I4 | DType::F8 | DType::Bool => {
                 return Err(unexpected(weight, "values are stored as f32, bf16 or f16"));
             }
         },

@@ -5,15 +5,13 @@ use std::fmt;
 use aotron::backend::tensorrt::analysis::{Copied, GPUS, KernelLocation, StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelTensor};
 use aotron::compile::gpu::sm;
-use aotron::engine::tensorrt::{Binding, BindingRole};
+use aotron::engine::tensorrt::{AttentionInput, Binding, BindingRole, Sizes};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use super::tensorrt::ListingDetail;
 use super::term;
 
-/// Numbers of sequences and of tokens per sequence for which step times are listed.
-const SITUATIONS: [(usize, usize); 2] = [(1, 2048), (8, 2048)];
 /// Widths of the table's columns, 100 characters with the spaces between them.
 const COLUMNS: [usize; 4] = [9, 19, 41, 26];
 
@@ -26,9 +24,16 @@ pub struct Listing {
     pub compute_capability: u16,
     /// Compute capability that the plan was compiled for.
     pub compiled_for: u16,
-    pub max_sequence_tokens: usize,
+    /// Capacity of the class that is listed.
+    pub capacity_tokens: usize,
+    /// Sizes of all capacity classes, ascending.
+    pub classes: Vec<Sizes>,
     /// Bytes of weights embedded in the plan.
     pub weight_bytes_in_plan: u64,
+    /// Input by which the plan that reads the cache learns which keys to attend to.
+    pub attention: AttentionInput,
+    /// Plans for whose attention TensorRT has no fused kernel, and its words.
+    pub in_parts: Vec<(&'static str, String)>,
     pub bindings: Vec<Binding>,
     pub steps: Vec<StepListing>,
     pub traffic: Traffic,
@@ -211,12 +216,28 @@ impl Listing {
                 sm(self.compute_capability)
             ),
         };
-        format!("kernels for {} in {}, {compiled}{stands_in}", self.target, self.precision)
+        let in_parts: String = self
+            .in_parts
+            .iter()
+            .map(|(plan, reason)| {
+                format!("\nno fused attention: {plan} computes it in parts, which is slower ({reason})")
+            })
+            .collect();
+        let (target, precision, attention) = (self.target, &self.precision, self.attention);
+        let class = match self.classes.len() {
+            1 => String::new(),
+            _ => format!(", class {}", self.capacity_tokens),
+        };
+        format!("kernels for {target} in {precision}, attention by {attention}{class}, {compiled}{stands_in}{in_parts}")
     }
 
+    /// One sequence, and as many as the class's plan decodes together, for each class.
     fn situations(&self) -> impl Iterator<Item = (usize, usize)> {
-        let most = self.max_sequence_tokens;
-        SITUATIONS.into_iter().map(move |(sequences, tokens)| (sequences, tokens.min(most)))
+        self.classes.iter().flat_map(|sizes| {
+            let both = [1, sizes.decode_sequences];
+            let one = both.into_iter().take(if sizes.decode_sequences > 1 { 2 } else { 1 });
+            one.map(|sequences| (sequences, sizes.max_sequence_tokens))
+        })
     }
 
     fn write_copies(
@@ -260,7 +281,11 @@ impl Listing {
         };
         writeln!(f, "  {:>10}  of weights, once{in_plan}", term::bytes(weight_bytes))?;
         writeln!(f, "  {:>10}  of table rows per sequence", term::bytes(row_bytes))?;
-        writeln!(f, "  {:>10}  of keys and values per token of each sequence", term::bytes(kv_bytes_per_token))?;
+        let per = match self.attention {
+            AttentionInput::Mask => "position of each sequence's cache, used or not",
+            AttentionInput::Lengths => "token of each sequence",
+        };
+        writeln!(f, "  {:>10}  of keys and values per {per}", term::bytes(kv_bytes_per_token))?;
         writeln!(
             f,
             "\nso memory bandwidth bounds decoding to (minimum step time, maximum tokens/s over all sequences)"
@@ -273,7 +298,7 @@ impl Listing {
         writeln!(f)?;
         for (sequences, tokens) in self.situations() {
             let bytes = self.traffic.decode_bytes(sequences, tokens);
-            let what = format!("{} of {tokens} tokens", term::plural(sequences, "sequence"));
+            let what = format!("{} in class {tokens}", term::plural(sequences, "sequence"));
             write!(f, "  {what:<29}{:>10}", term::bytes(bytes))?;
             for gpu in gpus() {
                 let seconds = gpu.seconds(bytes);
@@ -335,6 +360,10 @@ impl Serialize for Listing {
             "compute_capability": self.compute_capability,
             "compiled_for": self.compiled_for,
             "weight_bytes_in_plan": self.weight_bytes_in_plan,
+            "attention": self.attention,
+            "capacity_tokens": self.capacity_tokens,
+            "classes": self.classes,
+            "attention_in_parts": self.in_parts,
             "traffic": self.traffic,
             "decode": decode,
             "steps": self.steps,

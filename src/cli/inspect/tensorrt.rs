@@ -12,7 +12,7 @@ use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, lower
 use aotron::backend::tensorrt::{BuildOptions, LibraryKind, Monitor, TensorRtLibrary};
 use aotron::checkpoint::ModelConfig;
 use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
-use aotron::engine::tensorrt::Sizes;
+use aotron::engine::tensorrt::{AttentionInput, Sizes};
 use aotron::engine::{PlanInfo, tensorrt::TensorRtInfo};
 use aotron::graph::Graph;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -41,6 +41,9 @@ pub struct PlanFlags {
     /// Number format of weights [default: the plan's]
     #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8")]
     precision: Option<Precision>,
+    /// Capacity class to list, in tokens per sequence [default: the largest]
+    #[arg(long, value_name = "TOKENS")]
+    capacity: Option<usize>,
 }
 
 /// Amount of detail to print.
@@ -68,7 +71,11 @@ impl PlanFlags {
 
     /// Rejects flags that would have no effect.
     pub fn check(&self) -> anyhow::Result<()> {
-        let idle = [("--recipe", self.recipe.is_some()), ("--precision", self.precision.is_some())];
+        let idle = [
+            ("--recipe", self.recipe.is_some()),
+            ("--precision", self.precision.is_some()),
+            ("--capacity", self.capacity.is_some()),
+        ];
         match idle.iter().find(|(_, given)| *given) {
             Some((name, _)) if !self.is_wanted() => Err(usage(format!("{name} is for --network and --kernels"))),
             _ => Ok(()),
@@ -85,8 +92,12 @@ struct Plans<'a> {
     target: &'static str,
     precision: Precision,
     calibration: Calibration,
+    /// Sizes of the class to list.
     sizes: Sizes,
+    /// Sizes of all capacity classes, ascending.
+    classes: Vec<Sizes>,
     compute_capability: u16,
+    attention: AttentionInput,
     /// `None` means yes unless weights are embedded in the plan.
     has_context_plan: Option<bool>,
 }
@@ -117,17 +128,22 @@ impl Plans<'_> {
         // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
         // rounding.
         let any_scale = Calibration::uniform(0.01).without(&recipe.keep_bf16);
-        let (sizes, calibration, has_context_plan) = match packaged {
+        let (classes, calibration, has_context_plan, attention) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
                 let calibration = if scales.is_empty() { any_scale } else { Calibration::from_scales(scales) };
                 let context_plan = info.compiled.as_ref().map(|compiled| compiled.context_plan.is_some());
-                (info.sizes.clone(), calibration, context_plan.or(options.context_plan))
+                (info.class_sizes(), calibration, context_plan.or(options.context_plan), info.attention())
             }
             None => {
-                let sizes = recipe.tensorrt_sizes(options, &recipe.limits(config)?);
-                (sizes, any_scale, options.context_plan)
+                let classes = recipe.tensorrt_classes(options, &recipe.limits(config)?, config);
+                (classes, any_scale, options.context_plan, options.attention)
             }
+        };
+        let wanted = |sizes: &&Sizes| flags.capacity.is_none_or(|capacity| sizes.max_sequence_tokens == capacity);
+        let Some(sizes) = classes.iter().rev().find(wanted).cloned() else {
+            let capacities: Vec<String> = classes.iter().map(|sizes| sizes.max_sequence_tokens.to_string()).collect();
+            return Err(usage(format!("--capacity is one of the plan's classes: {}", capacities.join(", "))));
         };
         Ok(Plans {
             config,
@@ -135,13 +151,15 @@ impl Plans<'_> {
             precision: recipe.precision,
             calibration,
             sizes,
+            classes,
             compute_capability,
+            attention,
             has_context_plan,
         })
     }
 
     fn graph(&self) -> aotron::Result<Graph> {
-        let tokens = self.sizes.max_sequence_tokens;
+        let tokens = self.sizes.position_tokens;
         Ok(optimized_graph(self.config, self.precision, tokens, Some(&self.calibration))?.0)
     }
 
@@ -156,7 +174,7 @@ impl Plans<'_> {
 
     fn networks(&self, detail: ListingDetail) -> anyhow::Result<Networks> {
         let graph = self.graph()?;
-        let cache = self.lowered(&graph, Attends::Cache, Arc::new(()))?;
+        let cache = self.lowered(&graph, Attends::Cache(self.attention), Arc::new(()))?;
         let context_plan = match self.has_context_plan(&cache) {
             true => Some(self.lowered(&graph, Attends::Chunk, Arc::new(()))?.network.layers()?),
             false => None,
@@ -172,18 +190,20 @@ impl Plans<'_> {
             capability => capability,
         };
         let graph = self.graph()?;
-        let compile = |attends, name: &str| -> aotron::Result<(LoweredNetwork, Arc<KernelLog>)> {
+        let mut in_parts = Vec::new();
+        let mut compile = |attends, name: &'static str| -> aotron::Result<(LoweredNetwork, Arc<KernelLog>)> {
             let log = Arc::new(KernelLog::new(Arc::new(CompileSpinner::new(format!("compiling {name}")))));
             let mut lowered = self.lowered(&graph, attends, log.clone())?;
-            lowered.network.build(&BuildOptions {
+            let (_, reason) = lowered.network.build_or_decompose(&BuildOptions {
                 compute_capability: Some(compiled_for),
                 list_kernels: true,
                 profiles: lowered.profiles.clone(),
                 ..BuildOptions::default()
             })?;
+            in_parts.extend(reason.map(|reason| (name, reason)));
             Ok((lowered, log))
         };
-        let (lowered, log) = compile(Attends::Cache, "the prefill and decode plan")?;
+        let (lowered, log) = compile(Attends::Cache(self.attention), "the prefill and decode plan")?;
         let LoweredNetwork { bindings, weights, .. } = &lowered;
         let mut kernels = log.kernels();
         let step = |name, kernels: Vec<_>, bindings: &_| StepListing {
@@ -211,8 +231,11 @@ impl Plans<'_> {
             library: format!("{} {}", library.kind().name(), library.version()),
             compute_capability: self.compute_capability,
             compiled_for,
-            max_sequence_tokens: self.sizes.max_sequence_tokens,
+            capacity_tokens: self.sizes.max_sequence_tokens,
+            classes: self.classes.clone(),
             weight_bytes_in_plan: parts,
+            attention: self.attention,
+            in_parts,
             bindings: bindings.clone(),
             steps,
             traffic,
@@ -314,6 +337,7 @@ mod tests {
     fn a_package_is_looked_at_by_its_own_plan() {
         let sizes = Sizes {
             max_sequence_tokens: 64,
+            position_tokens: 64,
             decode_sequences: 2,
             prefill_sequences: 1,
             prefill_tokens: 16,
@@ -336,6 +360,7 @@ mod tests {
             compute_capability: 90,
             compiled: None,
             sizes,
+            smaller_classes: Vec::new(),
             bindings: Vec::new(),
             kv_cache_gib: Default::default(),
             activation_scales: Default::default(),

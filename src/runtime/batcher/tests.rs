@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::super::scripted::{Scripted, ScriptedRow};
 use super::super::{FinishReason, SamplingParams, Session};
 use super::*;
+use crate::backend::Logits;
 use crate::text::fixture::{EOS, tokenizer};
 
 fn limits(slots: usize, max_step_tokens: usize) -> Limits {
@@ -295,4 +296,82 @@ proptest! {
             prop_assert_eq!(found.finish_reason, expected.finish_reason);
         }
     }
+}
+
+/// An executor with memory for so many tokens, which drops the contents of released slots at once.
+struct Rationed {
+    inner: Scripted,
+    tokens: usize,
+    reserved: Vec<usize>,
+    held: Vec<usize>,
+}
+
+impl Executor for Rationed {
+    fn limits(&self) -> &Limits {
+        self.inner.limits()
+    }
+
+    fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
+        for span in step.spans() {
+            assert!(span.past_tokens <= self.held[span.slot], "{span:?} builds on what was dropped");
+            self.held[span.slot] = span.past_tokens + span.len;
+            assert!(self.held[span.slot] <= self.reserved[span.slot], "{span:?} is past its reservation");
+        }
+        self.inner.forward(step)
+    }
+
+    fn reserve(&mut self, slot: usize, tokens: usize) -> bool {
+        let others: usize = self.reserved.iter().sum::<usize>() - self.reserved[slot];
+        let fits = others + tokens <= self.tokens;
+        if fits {
+            self.reserved[slot] = tokens;
+        }
+        fits
+    }
+
+    fn release(&mut self, slot: usize) {
+        (self.reserved[slot], self.held[slot]) = (0, 0);
+    }
+
+    fn retained_tokens(&self, slot: usize) -> usize {
+        self.held[slot]
+    }
+}
+
+fn rationed(tokens: usize) -> Box<Rationed> {
+    let inner = Scripted::hashing(&limits(4, 8));
+    Box::new(Rationed { inner, tokens, reserved: vec![0; 4], held: vec![0; 4] })
+}
+
+#[test]
+fn requests_wait_for_memory_and_never_for_each_other() {
+    let mut batcher = Batcher::new(rationed(40), None, 8);
+    let requests: Vec<GenerationRequest> = [(3, 30), (20, 12), (5, 5), (5, 40), (2, 1), (30, 9)]
+        .map(|(n, most)| request(&vec![n; n as usize], most))
+        .into();
+    let ids: Vec<RequestId> = requests.iter().map(|request| batcher.submit(request.clone()).unwrap()).collect();
+    // 3 + 30 - 1 tokens leave no room for 20 + 12 - 1; and those behind wait their turn.
+    assert_eq!((batcher.active(), batcher.queued()), (1, 5));
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    for (request, id) in requests.iter().zip(&ids) {
+        assert_eq!(outcomes.done[id].token_ids, alone(request, None).token_ids);
+    }
+    // Beyond the queue, a request that must wait for memory is refused like one that must wait for a slot.
+    let mut batcher = Batcher::new(rationed(40), None, 0);
+    let first = batcher.submit(request(&[1; 20], 20)).unwrap();
+    assert!(matches!(batcher.submit(request(&[1], 10)).unwrap_err(), Error::QueueFull { .. }));
+    assert!(batcher.submit(request(&[1], 1)).is_ok());
+    batcher.cancel(first).unwrap();
+    assert!(batcher.submit(request(&[1; 20], 10)).is_ok(), "what is cancelled gives its memory back");
+}
+
+#[test]
+fn what_never_fits_fails_instead_of_waiting_for_ever() {
+    let mut batcher = Batcher::new(rationed(10), None, 8);
+    let ids = [(4, 4), (8, 8), (3, 3)].map(|(n, most)| batcher.submit(request(&vec![1; n], most)).unwrap());
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    assert!(outcomes.failed[&ids[1]].contains("no KV memory for a single sequence of 15 tokens"));
+    assert!(outcomes.done.contains_key(&ids[0]) && outcomes.done.contains_key(&ids[2]));
 }

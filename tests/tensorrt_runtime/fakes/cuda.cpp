@@ -237,6 +237,53 @@ int cuMemsetD8Async(std::uint64_t address, unsigned char value, std::size_t byte
     static_cast<Stream*>(stream)->put([=] { std::memset(reinterpret_cast<void*>(address), value, bytes); });
     return kSUCCESS;
 }
+int cuMemsetD2D8Async(
+    std::uint64_t address, std::size_t pitch, unsigned char value, std::size_t width, std::size_t height, void* stream)
+{
+    READY();
+    if (pitch < width || height == 0 || !inside(address, (height - 1) * pitch + width)) {
+        return kINVALID_VALUE;
+    }
+    static_cast<Stream*>(stream)->put([=] {
+        for (std::size_t row = 0; row < height; ++row) {
+            std::memset(reinterpret_cast<void*>(address + row * pitch), value, width);
+        }
+    });
+    return kSUCCESS;
+}
+// CUDA_MEMCPY2D. Only copies within the GPU's memory are known, and those that overlap are refused: the driver leaves
+// their result undefined.
+struct Copy2d {
+    struct End {
+        std::size_t x, y;
+        unsigned type;
+        void* host;
+        std::uint64_t device;
+        void* array;
+        std::size_t pitch;
+    } from, to;
+    std::size_t width, height;
+};
+int cuMemcpy2DAsync_v2(Copy2d const* copy, void* stream)
+{
+    READY();
+    Copy2d const c = *copy;
+    auto const bytes = [&](Copy2d::End const& end) { return (c.height - 1) * end.pitch + c.width; };
+    auto const fits = [&](Copy2d::End const& end) {
+        return end.type == 2 && end.x == 0 && end.y == 0 && end.pitch >= c.width && inside(end.device, bytes(end));
+    };
+    bool const apart = c.from.device + bytes(c.from) <= c.to.device || c.to.device + bytes(c.to) <= c.from.device;
+    if (c.height == 0 || !fits(c.from) || !fits(c.to) || !apart) {
+        return kINVALID_VALUE;
+    }
+    static_cast<Stream*>(stream)->put([=] {
+        for (std::size_t row = 0; row < c.height; ++row) {
+            std::memcpy(reinterpret_cast<void*>(c.to.device + row * c.to.pitch),
+                reinterpret_cast<void const*>(c.from.device + row * c.from.pitch), c.width);
+        }
+    });
+    return kSUCCESS;
+}
 int cuMemcpyHtoDAsync_v2(std::uint64_t to, void const* from, std::size_t bytes, void* stream)
 {
     READY();

@@ -145,6 +145,7 @@ struct Run {
         auto const* positions = data<std::int32_t>("positions");
         auto const* past = data<std::int32_t>("past_tokens");
         auto const* total = data<std::int32_t>("total_tokens");
+        auto const* mask = data<std::uint8_t>("attention_mask");
         // Writes every token to every head, with a distinct mark per cache.
         for (std::size_t c = 0; c < caches.size(); ++c) {
             auto const& [memory, d] = caches[c];
@@ -167,7 +168,13 @@ struct Run {
         for (std::int64_t r = 0; r < rows; ++r) {
             auto const b = wanted[r] / t_count;
             auto const t = wanted[r] % t_count;
-            auto const keys = total == nullptr ? t + 1 : total[b] - (t_count - 1 - t);
+            // The keys that the row attends to: as the mask says, else causally up to the sequence's length, else (the
+            // context plan) causally over the step's own.
+            auto const attends = [&](std::int64_t s, std::int64_t capacity) {
+                return mask != nullptr ? mask[(b * t_count + t) * capacity + s] != 0
+                    : total != nullptr ? s < total[b] - (t_count - 1 - t)
+                                       : s < t + 1;
+            };
             std::uint32_t hash = weights;
             bool sound = positions[wanted[r]] == past[b] + t;
             for (std::size_t c = 0; c < caches.size(); ++c) {
@@ -176,7 +183,10 @@ struct Run {
                     auto const* head = memory + (b * d[1] + h) * d[2] * d[3];
                     // Entries past the end are multiplied by zero, so they must not be NaN.
                     sound = sound && std::none_of(head, head + d[2] * d[3], [](std::uint16_t x) { return x == 0xffff; });
-                    for (std::int64_t s = 0; s < keys; ++s) {
+                    for (std::int64_t s = 0; s < d[2]; ++s) {
+                        if (!attends(s, d[2])) {
+                            continue;
+                        }
                         auto const token = static_cast<std::uint16_t>(head[s * d[3] + d[3] - 1] - c);
                         if (c == 0 && h == 0) {
                             hash = hash * 31 + token + 1;

@@ -48,24 +48,28 @@ impl Binder<'_> {
             BindingRole::Positions => Some(inputs.positions),
             BindingRole::PastTokens => Some(inputs.past_tokens),
             BindingRole::TotalTokens if !is_context_plan => Some(inputs.total_tokens),
+            BindingRole::AttentionMask if !is_context_plan => Some(inputs.mask),
             BindingRole::LogitsRows => Some(inputs.logits_rows),
             _ => None,
         }
     }
 
-    /// Binds the keys and values of the run's slots. Updated caches alias the caches.
-    pub(super) fn caches(&self, context: &mut ExecutionContext, run: &PlanRun) -> Result<()> {
+    /// Binds the keys and values of the run's rows, of which the first is `offset` tokens into the region. Updated caches
+    /// alias the caches.
+    pub(super) fn caches(&self, context: &mut ExecutionContext, run: &PlanRun, offset: usize) -> Result<()> {
+        let capacity = self.layout.region.capacities[run.first.class];
         for binding in self.bindings {
             let Some(cache) = cache_of(binding.role) else { continue };
-            let (Some(part), Some(slot_bytes)) = (self.layout.caches.get(&cache), self.layout.slot_bytes.get(&cache))
-            else {
+            let Some(region) = self.layout.caches.get(&cache) else {
                 return Err(Error::TensorRt(format!("{} updates a cache that the plan does not read", binding.name)));
             };
             if !binding.role.is_output() {
                 context.set_shape(&binding.name, &dims(binding, run))?;
             }
-            let offset = part.offset + run.first_slot as u64 * slot_bytes;
-            context.set_address(&binding.name, &self.buffers.cache, offset, run.sequences as u64 * slot_bytes)?;
+            let token_bytes = region.token_bytes();
+            let bytes = (run.sequences * capacity) as u64 * token_bytes;
+            let start = region.part.offset + offset as u64 * token_bytes;
+            context.set_address(&binding.name, &self.buffers.cache, start, bytes)?;
         }
         Ok(())
     }
@@ -89,6 +93,7 @@ impl Binder<'_> {
                 | BindingRole::Positions
                 | BindingRole::PastTokens
                 | BindingRole::TotalTokens
+                | BindingRole::AttentionMask
                 | BindingRole::LogitsRows
                 | BindingRole::KeyCache(_)
                 | BindingRole::ValueCache(_)

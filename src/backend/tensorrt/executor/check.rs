@@ -47,7 +47,7 @@ pub(super) fn version(compiled: &Compiled, found: Version) -> Result<(), String>
 
 /// Compares the manifest's bindings with the inputs and outputs that the engine reports.
 pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_context_plan: bool) -> Result<(), String> {
-    let expected = || bindings.iter().filter(|binding| !(is_context_plan && binding.role == BindingRole::TotalTokens));
+    let expected = || bindings.iter().filter(|binding| !(is_context_plan && binding.role.limits_cached_keys()));
     let mut problems: Vec<String> = Vec::new();
     for binding in expected() {
         let Some(tensor) = tensors.iter().find(|tensor| tensor.name == binding.name) else {
@@ -129,6 +129,7 @@ fn name_of(dtype: DType) -> &'static str {
         DType::I8 => "i8",
         DType::I4 => "i4",
         DType::F8 => "f8e4m3",
+        DType::Bool => "bool",
     }
 }
 
@@ -149,6 +150,7 @@ mod tests {
     fn manifest() -> TensorRtInfo {
         let sizes = Sizes {
             max_sequence_tokens: 64,
+            position_tokens: 64,
             decode_sequences: 4,
             prefill_sequences: 1,
             prefill_tokens: 16,
@@ -198,11 +200,11 @@ mod tests {
         assert!(error.contains("it has no weight.0") && error.contains("its input other"), "{error}");
         assert!(refused(&|tensors| tensors.clear()).ends_with("and 10 more"));
 
-        // The context plan has no total_tokens.
-        let first: Vec<EngineTensor> = tensors.iter().filter(|t| t.name != "total_tokens").cloned().collect();
+        // The context plan has no attention_mask.
+        let first: Vec<EngineTensor> = tensors.iter().filter(|t| t.name != "attention_mask").cloned().collect();
         assert_eq!(bindings(&manifest.bindings, &first, true), Ok(()));
-        assert!(bindings(&manifest.bindings, &first, false).unwrap_err().contains("total_tokens"));
-        assert!(bindings(&manifest.bindings, &tensors, true).unwrap_err().contains("total_tokens"));
+        assert!(bindings(&manifest.bindings, &first, false).unwrap_err().contains("attention_mask"));
+        assert!(bindings(&manifest.bindings, &tensors, true).unwrap_err().contains("attention_mask"));
     }
 
     #[test]

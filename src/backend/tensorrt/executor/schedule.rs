@@ -1,46 +1,81 @@
-//! Scheduling: splits a step of the runtime into runs of a plan.
+//! Scheduling: splits a step of the runtime into runs of plans.
 //!
 //! | part of the step | run |
 //! | --- | --- |
-//! | sequences with one new token each | one decode run over slots 0 to the last of them, rounded up to a bucket size: batch row b is slot b |
-//! | a sequence with more | prefill runs of its slot alone, in order, each as long as the token and row limits allow |
+//! | sequences of one capacity class with one new token each | one decode run of the class over row 0 to the last of them, rounded up to a bucket size |
+//! | a sequence with more | prefill runs of its row alone, in order, each as long as the token and row limits allow |
 //!
-//! **Idle rows.** A decode run also writes to slots in its range that the step does not name. Such a row gets token 0
-//! and writes at position `min(tokens, S - 1)`, where `tokens` is the length of the slot after the last step that named
-//! it. Nothing ever reads that entry: the runtime owns the lengths and may truncate a slot, and entries at or past the
-//! `past_tokens` of the slot's next step count as undefined. That `past_tokens` is at most `tokens`, and at most `S -
-//! 1` since a step adds at least one token, so everything read later lies before the idle write.
+//! Where a class has too few rows for the bucket, its rows are decoded in several runs of smaller buckets.
+//!
+//! **Idle rows.** A decode run also writes to rows in its range that the step does not decode. Such a row gets token 0,
+//! attends to one key, and writes at position `min(tokens, S - 1)`, where `tokens` is the length of its slot after the
+//! last step that named it. Nothing ever reads that entry: the runtime owns the lengths and may truncate a slot, and
+//! entries at or past the `past_tokens` of the slot's next step count as undefined. That `past_tokens` is at most
+//! `tokens`, which is at most `S - 1` except in the largest class; there it is at most `S - 1` since a step adds at least
+//! one token. So everything read later lies before the idle write.
 
-use crate::backend::Step;
+use super::placement::{ClassRow, Placement};
+use crate::backend::{Span, Step};
 use crate::engine::Limits;
 use crate::engine::tensorrt::Sizes;
 use crate::error::{Error, Result};
 
-/// Batch sizes of decode runs. They are few, since each has specialized kernels and a CUDA graph of its own.
-pub(super) fn buckets(slots: usize) -> Vec<usize> {
-    let powers = [1, 2, 4].into_iter().chain((8..).step_by(8));
-    let mut buckets: Vec<usize> = powers.take_while(|bucket| *bucket < slots).collect();
-    buckets.push(slots);
-    buckets
+/// The next batch size of decode runs from `rows` on, of a plan for at most `most`. There are few, since each has
+/// specialized kernels and a CUDA graph of its own: powers of two up to 8, then four or so to each doubling.
+pub(super) fn bucket(rows: usize, most: usize) -> usize {
+    let size = match rows {
+        0..=8 => rows.max(1).next_power_of_two(),
+        _ => rows.next_multiple_of((1 << (rows.ilog2() - 2)).max(8)),
+    };
+    size.min(most.max(1))
 }
+
+/// The batches, as first row and size, that decode the first `needed` of a class's `rows`.
+fn batches(needed: usize, rows: usize, most: usize) -> Vec<(usize, usize)> {
+    let mut found = Vec::new();
+    let mut first = 0;
+    while first < needed {
+        let rest = needed - first;
+        let whole = bucket(rest, most);
+        // The largest bucket that is no larger than the rest; 1 always is one.
+        let part = || (1..=rest).rev().find(|size| bucket(*size, most) == *size).unwrap_or(1);
+        let size = if first + whole <= rows { whole } else { part() };
+        found.push((first, size));
+        first += size;
+    }
+    found
+}
+
+/// Most batches that one class is decoded in: the rest of each is less than half of it.
+const MOST_BATCHES: usize = 12;
 
 /// Batching constraints: the limits within which a step is split into runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct BatchingConstraints {
     /// Limits the executor announces to the runtime.
     pub limits: Limits,
-    /// Sizes the plan was built for.
+    /// The capacity classes, ascending.
+    pub classes: Vec<ClassConstraints>,
+    /// Rows of all classes together, at most.
+    pub rows: usize,
+    /// Required alignment of a run's first output row, in rows.
+    pub row_align: usize,
+}
+
+/// Constraints of one capacity class.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct ClassConstraints {
+    /// Sizes the class's plans were built for.
     pub sizes: Sizes,
     /// A separate plan prefills sequences that have no past.
     pub has_context_plan: bool,
-    /// Required alignment of a run's first output row, in rows.
-    pub row_align: usize,
 }
 
 impl BatchingConstraints {
     /// Number of output rows reserved for decode runs; the prefill rows follow.
     pub(super) fn decode_rows(&self) -> usize {
-        self.limits.slots.next_multiple_of(self.row_align)
+        let gaps = self.classes.len() * MOST_BATCHES * (self.row_align - 1);
+        (self.rows + gaps).next_multiple_of(self.row_align)
     }
 
     /// Number of output rows reserved for prefill runs: in the worst case each requested row is in a run of its own,
@@ -65,8 +100,8 @@ pub(super) enum RunKind {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PlanRun {
     pub kind: RunKind,
-    /// Slot of batch row 0.
-    pub first_slot: usize,
+    /// Row of batch row 0, and the class.
+    pub first: ClassRow,
     /// B, the batch size.
     pub sequences: usize,
     /// T, new tokens per sequence.
@@ -77,7 +112,7 @@ pub(super) struct PlanRun {
     pub positions: Vec<i32>,
     /// `[B]`
     pub past_tokens: Vec<i32>,
-    /// `[B]`
+    /// `[B]`: keys that the last query attends to.
     pub total_tokens: Vec<i32>,
     /// `[R]`
     pub logits_rows: Vec<i32>,
@@ -93,40 +128,79 @@ pub(super) struct Schedule {
     pub rows: Vec<usize>,
 }
 
-/// Splits a step into runs. `held` is the number of tokens in every slot after this step, or after the last step that
-/// named it.
+/// Checks that a step keeps to the limits.
 ///
 /// # Errors
-/// [`Error::Step`] if the step was made for other limits.
-pub(super) fn schedule(step: &Step, held: &[usize], constraints: &BatchingConstraints) -> Result<Schedule> {
-    let BatchingConstraints { limits, sizes, .. } = constraints;
+/// [`Error::Step`] if it was made for other limits.
+pub(super) fn check(step: &Step, limits: &Limits) -> Result<()> {
     let fits = step.tokens().len() <= limits.max_step_tokens
         && step.logits_rows().len() <= limits.max_logits_rows
         && step.tokens().iter().all(|token| (*token as usize) < limits.vocab_size)
-        && step.spans().iter().all(|span| {
-            span.slot < limits.slots.min(held.len()) && span.past_tokens + span.len <= limits.max_sequence_tokens
-        });
-    if !fits {
-        return Err(Error::Step("the step was made for another engine's limits".into()));
+        && step
+            .spans()
+            .iter()
+            .all(|span| span.slot < limits.slots && span.past_tokens + span.len <= limits.max_sequence_tokens);
+    if fits { Ok(()) } else { Err(Error::Step("the step was made for another engine's limits".into())) }
+}
+
+/// Splits a step into runs. `placement` has a row for each of its slots, and is as after the step.
+///
+/// # Errors
+/// [`Error::Internal`] if a slot has no row.
+pub(super) fn schedule(step: &Step, placement: &Placement, constraints: &BatchingConstraints) -> Result<Schedule> {
+    let mut found = Schedule { runs: Vec::new(), rows: Vec::with_capacity(step.logits_rows().len()) };
+    let mut next_row = 0;
+    let mut output_rows = vec![0; constraints.limits.slots];
+    let mut decoded: Vec<Option<&Span>> = vec![None; constraints.limits.slots];
+    for span in step.spans().iter().filter(|span| span.len == 1) {
+        if let Some(place) = decoded.get_mut(span.slot) {
+            *place = Some(span);
+        }
+    }
+    for (class, class_constraints) in constraints.classes.iter().enumerate() {
+        let of_slot = |slot: usize| decoded.get(slot).copied().flatten();
+        let spans: Vec<Option<&Span>> = placement.rows(class).iter().map(|slot| slot.and_then(of_slot)).collect();
+        let class_row = next_row;
+        next_row = (next_row + spans.len()).next_multiple_of(constraints.row_align);
+        let Some(last) = spans.iter().rposition(Option::is_some) else { continue };
+        let sizes = &class_constraints.sizes;
+        let mut output_row = class_row;
+        for (row, sequences) in batches(last + 1, spans.len(), sizes.decode_sequences) {
+            let Some(batch) = spans.get(row..row + sequences) else {
+                return Err(Error::internal(format!("a batch of {sequences} rows from {row}"), "rows of its class"));
+            };
+            if batch.iter().all(Option::is_none) {
+                continue;
+            }
+            for (index, span) in batch.iter().enumerate() {
+                if let Some(row) = span.and_then(|span| output_rows.get_mut(span.slot)) {
+                    *row = output_row + index;
+                }
+            }
+            let first = ClassRow { class, row };
+            let mut run = decode(first, batch, step, placement, sizes.max_sequence_tokens);
+            run.output_row = output_row;
+            output_row = (output_row + sequences).next_multiple_of(constraints.row_align);
+            next_row = next_row.max(output_row);
+            found.runs.push(run);
+        }
     }
     // Requested rows ascend, as spans do, so each span's rows are next in line.
     let mut wanted = step.logits_rows().iter().map(|row| *row as usize).peekable();
-    let mut found = Schedule { runs: Vec::new(), rows: Vec::with_capacity(step.logits_rows().len()) };
-    let last_decoding = step.spans().iter().filter(|span| span.len == 1).map(|span| span.slot).max();
-    if let Some(last) = last_decoding {
-        let sequences = buckets(limits.slots).into_iter().find(|bucket| *bucket > last).unwrap_or(limits.slots);
-        found.runs.push(decode(sequences, step, held, sizes.max_sequence_tokens));
-    }
     let mut next_row = constraints.decode_rows();
-    let spare_row = next_row + limits.max_logits_rows * constraints.row_align;
+    let spare_row = next_row + constraints.limits.max_logits_rows * constraints.row_align;
     for span in step.spans() {
         let end = span.first + span.len;
         if span.len == 1 {
             if wanted.next_if(|row| *row < end).is_some() {
-                found.rows.push(span.slot);
+                found.rows.push(output_rows.get(span.slot).copied().unwrap_or(spare_row));
             }
             continue;
         }
+        let place = placement.place(span.slot);
+        let place =
+            place.ok_or_else(|| Error::internal(format!("slot {} has no row", span.slot), "one after it is placed"))?;
+        let ClassConstraints { sizes, has_context_plan } = &constraints.classes[place.class];
         let mut first = span.first;
         while first < end {
             let mut rows = Vec::new();
@@ -149,12 +223,8 @@ pub(super) fn schedule(step: &Step, held: &[usize], constraints: &BatchingConstr
             }
             let past = span.past_tokens + (first - span.first);
             found.runs.push(PlanRun {
-                kind: if past == 0 && constraints.has_context_plan {
-                    RunKind::ContextPrefill
-                } else {
-                    RunKind::CachedPrefill
-                },
-                first_slot: span.slot,
+                kind: if past == 0 && *has_context_plan { RunKind::ContextPrefill } else { RunKind::CachedPrefill },
+                first: place,
                 sequences: 1,
                 tokens: next - first,
                 token_ids: step.tokens()[first..next].iter().map(|token| *token as i32).collect(),
@@ -170,26 +240,28 @@ pub(super) fn schedule(step: &Step, held: &[usize], constraints: &BatchingConstr
     Ok(found)
 }
 
-/// The decode run over the first slots: the step's token for slots it decodes, an idle row for the others.
-fn decode(sequences: usize, step: &Step, held: &[usize], max_sequence_tokens: usize) -> PlanRun {
-    let idle = |slot: usize| held[slot].min(max_sequence_tokens - 1) as i32;
+/// The decode run over a batch of a class's rows: the step's token for rows it decodes, an idle row for the others.
+fn decode(first: ClassRow, batch: &[Option<&Span>], step: &Step, placement: &Placement, capacity: usize) -> PlanRun {
+    let rows = placement.rows(first.class).get(first.row..).unwrap_or_default();
+    let held = |slot: &Option<usize>| slot.map_or(0, |slot| placement.held(slot));
+    let idle: Vec<i32> = rows.iter().take(batch.len()).map(|slot| held(slot).min(capacity - 1) as i32).collect();
     let mut run = PlanRun {
         kind: RunKind::Decode,
-        first_slot: 0,
-        sequences,
+        first,
+        sequences: batch.len(),
         tokens: 1,
-        token_ids: vec![0; sequences],
-        positions: (0..sequences).map(idle).collect(),
-        past_tokens: (0..sequences).map(idle).collect(),
-        total_tokens: vec![1; sequences],
-        logits_rows: (0..sequences as i32).collect(),
+        token_ids: vec![0; batch.len()],
+        positions: idle.clone(),
+        past_tokens: idle,
+        total_tokens: vec![1; batch.len()],
+        logits_rows: (0..batch.len() as i32).collect(),
         output_row: 0,
     };
-    for span in step.spans().iter().filter(|span| span.len == 1) {
-        run.token_ids[span.slot] = step.tokens()[span.first] as i32;
-        run.positions[span.slot] = span.past_tokens as i32;
-        run.past_tokens[span.slot] = span.past_tokens as i32;
-        run.total_tokens[span.slot] = span.past_tokens as i32 + 1;
+    for (row, span) in batch.iter().enumerate().filter_map(|(row, span)| Some((row, (*span)?))) {
+        run.token_ids[row] = step.tokens()[span.first] as i32;
+        run.positions[row] = span.past_tokens as i32;
+        run.past_tokens[row] = span.past_tokens as i32;
+        run.total_tokens[row] = span.past_tokens as i32 + 1;
     }
     run
 }

@@ -3,8 +3,9 @@ use std::ops::Range;
 use proptest::prelude::*;
 
 use super::*;
+use crate::backend::tensorrt::executor::schedule::ClassConstraints;
 use crate::engine::Limits;
-use crate::engine::tensorrt::Sizes;
+use crate::engine::tensorrt::{CapacityClass, Sizes};
 
 /// Manifest entry of a model of these sizes.
 pub(in crate::backend::tensorrt::executor) fn info(
@@ -30,7 +31,12 @@ pub(in crate::backend::tensorrt::executor) fn info(
         binding("token_ids", BindingRole::TokenIds, DType::I32, &[Step(B), Step(T)]),
         binding("positions", BindingRole::Positions, DType::I32, &[Step(B), Step(T)]),
         binding("past_tokens", BindingRole::PastTokens, DType::I32, &[Step(B)]),
-        binding("total_tokens", BindingRole::TotalTokens, DType::I32, &[Step(B)]),
+        binding(
+            "attention_mask",
+            BindingRole::AttentionMask,
+            DType::Bool,
+            &[Step(B), Fixed(1), Step(T), Fixed(sizes.max_sequence_tokens)],
+        ),
         binding("logits_rows", BindingRole::LogitsRows, DType::I32, &[Step(R)]),
         binding("logits", BindingRole::Logits, DType::F32, &[Step(R), Fixed(vocab_size)]),
         binding("top_logits", BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(k)]),
@@ -48,23 +54,26 @@ pub(in crate::backend::tensorrt::executor) fn info(
         compute_capability: 80,
         compiled: None,
         sizes,
+        smaller_classes: Vec::new(),
         bindings,
         kv_cache_gib: BTreeMap::from([(40, 16), (80, 48)]),
         activation_scales: BTreeMap::new(),
     }
 }
 
-pub(in crate::backend::tensorrt::executor) fn constraints(sizes: &Sizes, vocab_size: usize) -> BatchingConstraints {
+fn constraints(info: &TensorRtInfo, slots: usize, vocab_size: usize) -> BatchingConstraints {
+    let sizes = &info.sizes;
+    let classes = info.class_sizes().into_iter();
     BatchingConstraints {
         limits: Limits {
-            slots: sizes.decode_sequences,
+            slots,
             max_sequence_tokens: sizes.max_sequence_tokens,
             max_step_tokens: sizes.prefill_tokens,
-            max_logits_rows: sizes.prefill_logits_rows,
+            max_logits_rows: sizes.prefill_logits_rows.max(slots),
             vocab_size,
         },
-        sizes: sizes.clone(),
-        has_context_plan: true,
+        classes: classes.map(|sizes| ClassConstraints { sizes, has_context_plan: true }).collect(),
+        rows: slots,
         row_align: row_align(vocab_size, sizes.top_tokens.min(vocab_size)),
     }
 }
@@ -92,7 +101,7 @@ proptest! {
         slots in 1..30usize,
     ) {
         let sizes = Sizes {
-            max_sequence_tokens: 128,
+            max_sequence_tokens: 128, position_tokens: 128,
             decode_sequences,
             prefill_sequences,
             prefill_tokens,
@@ -100,15 +109,20 @@ proptest! {
             top_tokens,
         };
         let info = info(layers, kv_heads, 16, &weights, sizes.clone(), vocab_size);
-        let mut constraints = constraints(&sizes, vocab_size);
-        constraints.limits.slots = slots.min(decode_sequences);
-        let layout = MemoryLayout::new(&info, &constraints, 1000).unwrap();
+        let slots = slots.min(decode_sequences);
+        let constraints = constraints(&info, slots, vocab_size);
+        let layout = MemoryLayout::new(&info, &constraints, 128 * slots, 1000).unwrap();
         assert_apart(layout.weights.iter().map(|weight| weight.part), layout.weights_bytes);
         prop_assert_eq!(layout.weights.len(), weights.len());
-        assert_apart(layout.caches.values().copied(), layout.cache_bytes);
+        let regions = layout.caches.values().map(|region| region.part);
+        assert_apart(regions.chain(layout.spare_rows), layout.cache_bytes);
         prop_assert_eq!(layout.caches.len(), 2 * layers);
-        let InputRanges { token_ids, positions, past_tokens, total_tokens, logits_rows } = layout.inputs;
-        assert_apart([token_ids, positions, past_tokens, total_tokens, logits_rows], layout.inputs_bytes);
+        let InputRanges { token_ids, positions, past_tokens, total_tokens, logits_rows, mask, triangle, host_bytes } =
+            layout.inputs;
+        let all = [token_ids, positions, past_tokens, total_tokens, logits_rows, mask, triangle];
+        assert_apart(all, layout.inputs_bytes);
+        prop_assert_eq!(mask.offset + (sizes.decode_sequences * sizes.max_sequence_tokens) as u64, host_bytes);
+        prop_assert!(host_bytes <= mask.offset + mask.bytes);
         let outputs = &layout.outputs;
         assert_apart(outputs.tops.into_iter().chain([outputs.logits]), layout.outputs_bytes);
 
@@ -135,51 +149,85 @@ proptest! {
     }
 }
 
-/// Nemotron-3-8B in BF16.
-fn model_8b() -> (TensorRtInfo, BatchingConstraints) {
+/// Nemotron-3-8B in BF16, with these capacity classes below 4,096.
+fn model_8b(smaller: &[usize]) -> (TensorRtInfo, BatchingConstraints) {
     let sizes = Sizes {
         max_sequence_tokens: 4096,
+        position_tokens: 4096,
         decode_sequences: 24,
         prefill_sequences: 1,
         prefill_tokens: 512,
         prefill_logits_rows: 32,
         top_tokens: 64,
     };
-    let info = info(32, 32, 128, &[8_540_135_424], sizes.clone(), 256_000);
-    (info, constraints(&sizes, 256_000))
+    let mut info = info(32, 32, 128, &[8_540_135_424], sizes, 256_000);
+    let class = |capacity: &usize| CapacityClass {
+        capacity_tokens: *capacity,
+        decode_sequences: 24 * 4096 / capacity,
+        plan: None,
+        context_plan: None,
+    };
+    info.smaller_classes = smaller.iter().map(class).collect();
+    let slots = smaller.first().map_or(24, |capacity| 24 * 4096 / capacity);
+    let constraints = constraints(&info, slots, 256_000);
+    (info, constraints)
 }
 
-fn fit_8b(device_bytes: u64, free_bytes: u64, asked: Option<usize>) -> Result<(usize, String), String> {
-    let (info, mut constraints) = model_8b();
+fn fit_8b(
+    smaller: &[usize],
+    device_bytes: u64,
+    free_bytes: u64,
+    asked: Option<usize>,
+) -> Result<(usize, usize, String), String> {
+    let (info, mut constraints) = model_8b(smaller);
     let machine = MemoryBudget { device_bytes, free_bytes, kv_cache_gib: &info.kv_cache_gib, asked };
     let (layout, words) = fit(&info, &mut constraints, 2_000_000_000, &machine)?;
-    assert_eq!(constraints.limits.slots, layout.slots);
-    Ok((layout.slots, words))
+    assert_eq!(constraints.limits.slots, layout.region.slots);
+    assert!(layout.region.most_rows_in_all >= layout.region.slots);
+    Ok((layout.region.slots, layout.region.tokens, words))
 }
 
 #[test]
 fn slots_are_what_recipe_memory_and_request_allow() {
-    let (slots, words) = fit_8b(42_400_000_000, 41_900_000_000, None).unwrap();
+    let (slots, tokens, words) = fit_8b(&[], 42_400_000_000, 41_900_000_000, None).unwrap();
     assert_eq!(
-        (slots, words.as_str()),
+        (slots, tokens, words.as_str()),
         (
             8,
-            "weights 17.1 GB + KV cache 16.0 GiB (8 sequences of 4096 tokens, 512 KiB a token) + logits and scratch \
-             2.0 GB = 36.3 GB of 41.9 GB free"
+            8 * 4096,
+            "weights 17.1 GB + KV cache 16.1 GiB (8 sequences of 4096 tokens, 512 KiB a token) + logits and scratch \
+             2.0 GB = 36.4 GB of 41.9 GB free"
         )
     );
-    assert_eq!(fit_8b(85_000_000_000, 84_000_000_000, None).unwrap().0, 24);
+    let slots = |device, free, asked| fit_8b(&[], device, free, asked).unwrap().0;
+    assert_eq!(slots(85_000_000_000, 84_000_000_000, None), 24);
     // A GPU with a few percent less than its nominal memory, and one that the recipe does not list.
-    assert_eq!(fit_8b(79_000_000_000, 78_000_000_000, None).unwrap().0, 24);
-    assert_eq!(fit_8b(24_000_000_000, 23_500_000_000, None).unwrap().0, 1);
+    assert_eq!(slots(79_000_000_000, 78_000_000_000, None), 24);
+    assert_eq!(slots(24_000_000_000, 23_500_000_000, None), 1);
     // Others use the GPU.
-    assert_eq!(fit_8b(42_400_000_000, 30_000_000_000, None).unwrap().0, 4);
-    assert_eq!(fit_8b(42_400_000_000, 41_900_000_000, Some(2)).unwrap().0, 2);
-    let (slots, words) = fit_8b(42_400_000_000, 41_900_000_000, Some(12)).unwrap();
-    assert_eq!(slots, 10, "a request is not bound by the recipe's share");
+    assert_eq!(slots(42_400_000_000, 30_000_000_000, None), 4);
+    assert_eq!(slots(42_400_000_000, 41_900_000_000, Some(2)), 2);
+    let (_, tokens, words) = fit_8b(&[], 42_400_000_000, 41_900_000_000, Some(12)).unwrap();
+    assert_eq!(tokens / 4096, 10, "a request is not bound by the recipe's share");
     assert!(words.ends_with("; 10 sequences instead of 12, for lack of memory"), "{words}");
-    let error = fit_8b(16_000_000_000, 15_000_000_000, None).unwrap_err();
-    assert!(error.contains("= 21.3 GB of 15.0 GB free") && error.contains("int8"), "{error}");
+    let error = fit_8b(&[], 16_000_000_000, 15_000_000_000, None).unwrap_err();
+    assert!(error.contains("GB of 15.0 GB free") && error.contains("int8"), "{error}");
+}
+
+#[test]
+fn capacity_classes_share_one_budget() {
+    let smaller = [256, 512, 1024, 2048];
+    let (slots, tokens, words) = fit_8b(&smaller, 85_000_000_000, 84_000_000_000, None).unwrap();
+    assert_eq!((slots, tokens), (384, 24 * 4096));
+    assert!(words.contains("24 sequences of 4096 tokens or 384 of 256, 512 KiB a token"), "{words}");
+    let (slots, tokens, words) = fit_8b(&smaller, 42_400_000_000, 41_900_000_000, None).unwrap();
+    assert_eq!((slots, tokens), (128, 8 * 4096));
+    assert!(words.contains("8 sequences of 4096 tokens or 128 of 256"), "{words}");
+    // Memory for two long sequences, and no more than two at once.
+    let (slots, tokens, _) = fit_8b(&smaller, 85_000_000_000, 84_000_000_000, Some(2)).unwrap();
+    assert_eq!((slots, tokens), (2, 2 * 4096));
+    let (slots, tokens, _) = fit_8b(&smaller, 42_400_000_000, 30_000_000_000, None).unwrap();
+    assert!((4 * 4096..5 * 4096).contains(&tokens) && slots == tokens / 256, "{slots} {tokens}");
 }
 
 #[test]

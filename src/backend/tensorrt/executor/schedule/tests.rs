@@ -1,41 +1,66 @@
 use proptest::prelude::*;
 
+use super::super::placement::{Region, RowCopy, Spot};
 use super::*;
 use crate::backend::{Chunk, NextToken, Rows};
 
 const CAPACITY: usize = 12;
 const VOCAB: usize = 50;
 
-/// Executes schedules on a cache of token ids, and tracks what the runtime believes to be in it.
+/// Executes copies and schedules on a cache of token ids, and tracks what the runtime believes to be in it.
 struct World {
     constraints: BatchingConstraints,
-    /// `[slots][S]`
-    cache: Vec<Vec<i32>>,
+    placement: Placement,
+    /// The region, one id for each token.
+    cache: Vec<i32>,
+    spare: [Vec<i32>; 2],
     believed: Vec<Vec<i32>>,
-    held: Vec<usize>,
 }
 
 impl World {
-    fn new(constraints: BatchingConstraints) -> World {
-        let slots = constraints.limits.slots;
+    fn new(constraints: BatchingConstraints, region: Region) -> World {
         World {
+            believed: vec![Vec::new(); constraints.limits.slots],
+            cache: vec![-1; region.tokens],
+            spare: [vec![-1; CAPACITY], vec![-1; CAPACITY]],
+            placement: Placement::new(region),
             constraints,
-            cache: vec![vec![-1; CAPACITY]; slots],
-            believed: vec![Vec::new(); slots],
-            held: vec![0; slots],
+        }
+    }
+
+    fn copy(&mut self, copies: &[RowCopy]) {
+        for RowCopy { from, to, tokens } in copies {
+            let range = |spot: &Spot| match spot {
+                Spot::Region { offset, capacity } => {
+                    assert!(tokens <= capacity);
+                    Some(*offset..*offset + capacity)
+                }
+                Spot::Spare(_) => None,
+            };
+            if let (Some(from), Some(to)) = (range(from), range(to)) {
+                assert!(from.end <= to.start || to.end <= from.start, "{from:?} and {to:?} overlap");
+            }
+            let data = match from {
+                Spot::Region { offset, .. } => self.cache[*offset..offset + tokens].to_vec(),
+                Spot::Spare(index) => self.spare[*index][..*tokens].to_vec(),
+            };
+            match to {
+                Spot::Region { offset, .. } => self.cache[*offset..offset + tokens].copy_from_slice(&data),
+                Spot::Spare(index) => self.spare[*index][..*tokens].copy_from_slice(&data),
+            }
         }
     }
 
     /// Runs a step; returns, for each requested row, the tokens it attends to.
-    fn run(&mut self, step: &Step) -> Vec<Vec<i32>> {
-        for span in step.spans() {
-            self.held[span.slot] = span.past_tokens + span.len;
-        }
-        let schedule = schedule(step, &self.held, &self.constraints).unwrap();
-        let sizes = &self.constraints.sizes;
+    fn run(&mut self, step: &Step) -> Result<Vec<Vec<i32>>, String> {
+        let before = self.placement.clone();
+        let copies = self.placement.prepare(step.spans()).inspect_err(|_| assert_eq!(self.placement, before))?;
+        self.copy(&copies);
+        let schedule = schedule(step, &self.placement, &self.constraints).unwrap();
         let all_rows = self.constraints.decode_rows() + self.constraints.prefill_rows();
         let mut outputs: Vec<Option<Vec<i32>>> = vec![None; all_rows];
         for run in &schedule.runs {
+            let ClassConstraints { sizes, has_context_plan } = &self.constraints.classes[run.first.class];
             let (most_sequences, most_tokens, most_rows) = match run.kind {
                 RunKind::Decode => (sizes.decode_sequences, 1, sizes.decode_sequences),
                 _ => (sizes.prefill_sequences, sizes.prefill_tokens, sizes.prefill_logits_rows),
@@ -49,37 +74,55 @@ impl World {
             assert_eq!(run.past_tokens.len(), run.sequences);
             assert_eq!(run.total_tokens.len(), run.sequences);
             if run.kind == RunKind::Decode {
-                assert!(buckets(self.constraints.limits.slots).contains(&run.sequences));
+                assert_eq!(bucket(run.sequences, sizes.decode_sequences), run.sequences);
+                assert!(run.output_row + run.sequences <= self.constraints.decode_rows());
             }
+            let capacity = sizes.max_sequence_tokens;
+            let rows = self.placement.rows(run.first.class).len();
+            assert!(run.first.row + run.sequences <= rows, "a run writes to rows of its own class alone");
+            let start = |b: usize| self.placement.offset(ClassRow { row: run.first.row + b, ..run.first });
             for b in 0..run.sequences {
                 let past = run.past_tokens[b] as usize;
-                assert!(past + run.tokens <= CAPACITY, "writes past the cache are undefined");
-                assert!(run.kind != RunKind::ContextPrefill || past == 0);
+                assert!(past + run.tokens <= capacity, "writes past the cache are undefined");
+                assert!(run.kind != RunKind::ContextPrefill || past == 0 && *has_context_plan);
                 for t in 0..run.tokens {
                     assert_eq!(run.positions[b * run.tokens + t] as usize, past + t);
-                    self.cache[run.first_slot + b][past + t] = run.token_ids[b * run.tokens + t];
+                    self.cache[start(b) + past + t] = run.token_ids[b * run.tokens + t];
                 }
             }
             for (r, row) in run.logits_rows.iter().enumerate() {
                 let (b, t) = (*row as usize / run.tokens, *row as usize % run.tokens);
                 // The last query attends to all `total` keys, the one before it to one fewer.
                 let keys = run.total_tokens[b] as usize - (run.tokens - 1 - t);
-                let context = self.cache[run.first_slot + b][..keys].to_vec();
+                let context = self.cache[start(b)..start(b) + keys].to_vec();
                 let output = &mut outputs[run.output_row + r];
                 let spare = run.output_row + r >= all_rows - self.constraints.row_align;
                 assert!(output.is_none() || spare, "two rows share an output row");
                 *output = Some(context);
             }
         }
-        schedule.rows.iter().map(|row| outputs[*row].clone().expect("a row that was computed")).collect()
+        Ok(schedule.rows.iter().map(|row| outputs[*row].clone().expect("a row that was computed")).collect())
+    }
+
+    fn capacities(&self) -> Vec<usize> {
+        self.constraints.classes.iter().map(|class| class.sizes.max_sequence_tokens).collect()
     }
 
     /// Asserts that the cache holds what the runtime believes, except for the last entry of a full slot, which nothing
-    /// reads.
-    fn check(&self) {
-        for (believed, cache) in self.believed.iter().zip(&self.cache) {
+    /// reads; and that every sequence is in the smallest class that holds it.
+    fn check(&mut self) {
+        let capacities = self.capacities();
+        for (slot, believed) in self.believed.iter_mut().enumerate() {
+            believed.truncate(self.placement.held(slot));
+            let Some(place) = self.placement.place(slot) else {
+                assert!(believed.is_empty());
+                continue;
+            };
+            let smallest = capacities.iter().position(|capacity| believed.len() < *capacity);
+            assert_eq!(place.class, smallest.unwrap_or(capacities.len() - 1));
+            let start = self.placement.offset(place);
             let safe = believed.len().min(CAPACITY - 1);
-            assert_eq!(believed[..safe], cache[..safe]);
+            assert_eq!(believed[..safe], self.cache[start..start + safe], "slot {slot}");
         }
     }
 }
@@ -87,26 +130,43 @@ impl World {
 /// Change of a slot: length it is truncated to, tokens to append, and kind of rows requested.
 type Change = (usize, Vec<u32>, u8);
 
-fn constraints() -> impl Strategy<Value = BatchingConstraints> {
-    (1..=11usize, 1..=5usize, 1..=4usize, any::<bool>(), 1..=3usize).prop_map(
-        |(slots, prefill_tokens, prefill_logits_rows, has_context_plan, row_align)| BatchingConstraints {
-            limits: Limits {
+fn constraints() -> impl Strategy<Value = (BatchingConstraints, Region)> {
+    let classes = prop::sample::subsequence(vec![2usize, 3, 5, 6, 8], 0..=4);
+    (classes, 1..=11usize, 1..=5usize, 1..=4usize, any::<bool>(), 1..=3usize, 0..=100usize).prop_map(
+        |(mut capacities, slots, prefill_tokens, prefill_logits_rows, has_context_plan, row_align, share)| {
+            capacities.push(CAPACITY);
+            let tokens = CAPACITY + (slots - 1) * CAPACITY * share / 100;
+            let classes: Vec<ClassConstraints> = capacities
+                .iter()
+                .map(|capacity| ClassConstraints {
+                    sizes: Sizes {
+                        max_sequence_tokens: *capacity,
+                        position_tokens: CAPACITY,
+                        decode_sequences: slots.min((tokens / capacity).max(1)),
+                        prefill_sequences: 1,
+                        prefill_tokens: prefill_tokens.min(*capacity),
+                        prefill_logits_rows,
+                        top_tokens: 4,
+                    },
+                    has_context_plan,
+                })
+                .collect();
+            let rows = (tokens / capacities[0]).min(2 * slots).max(slots);
+            let region = Region {
+                most_rows: classes.iter().map(|class| class.sizes.decode_sequences).collect(),
+                capacities,
+                tokens,
+                most_rows_in_all: rows,
+                slots,
+            };
+            let limits = Limits {
                 slots,
                 max_sequence_tokens: CAPACITY,
                 max_step_tokens: 40,
                 max_logits_rows: 30,
                 vocab_size: VOCAB,
-            },
-            sizes: Sizes {
-                max_sequence_tokens: CAPACITY,
-                decode_sequences: slots,
-                prefill_sequences: 1,
-                prefill_tokens,
-                prefill_logits_rows,
-                top_tokens: 4,
-            },
-            has_context_plan,
-            row_align,
+            };
+            (BatchingConstraints { limits, classes, rows, row_align }, region)
         },
     )
 }
@@ -117,12 +177,16 @@ fn changes() -> impl Strategy<Value = Vec<(usize, Change)>> {
 }
 
 proptest! {
-    /// For any series of steps, every token is written to its position, every row attends to exactly its sequence, and
-    /// no slot loses entries that the runtime may still read.
+    /// For any series of steps and releases, in memory for all or for a few, every token is written to its position, every
+    /// row attends to exactly its sequence, and no slot loses entries that the runtime may still read.
     #[test]
-    fn steps_do_what_they_say(constraints in constraints(), steps in prop::collection::vec(changes(), 1..=8)) {
-        let mut world = World::new(constraints);
-        for changes in steps {
+    fn steps_do_what_they_say(
+        (constraints, region) in constraints(),
+        steps in prop::collection::vec((changes(), 0..11usize), 1..=8),
+    ) {
+        let mut world = World::new(constraints, region);
+        for (changes, released) in steps {
+            world.placement.release(released % world.constraints.limits.slots);
             let limits = world.constraints.limits.clone();
             let mut named: Vec<(usize, usize, Vec<u32>, Rows)> = Vec::new();
             for (slot, (cut, tokens, rows)) in changes {
@@ -154,6 +218,19 @@ proptest! {
                 Step::prefill(&limits, &chunks)
             };
             let Ok(step) = step else { continue };
+            let Ok(found) = world.run(&step) else {
+                // There is no room: others must be released first, and then there is.
+                for slot in (0..limits.slots).filter(|slot| named.iter().all(|(other, ..)| other != slot)) {
+                    world.placement.release(slot);
+                }
+                let alone: usize = named.iter().map(|(_, past, tokens, _)| {
+                    let fits = |capacity: &&usize| past + tokens.len() < **capacity;
+                    world.capacities().iter().find(fits).copied().unwrap_or(CAPACITY)
+                }).sum();
+                let repeated = world.placement.clone().prepare(step.spans());
+                prop_assert_eq!(repeated.is_ok(), alone <= world.cache.len(), "{:?}", repeated);
+                continue;
+            };
             let mut expected = Vec::new();
             for (slot, past, tokens, rows) in &named {
                 let believed = &mut world.believed[*slot];
@@ -166,34 +243,55 @@ proptest! {
                     }
                 }
             }
-            prop_assert_eq!(world.run(&step), expected);
+            prop_assert_eq!(found, expected);
             world.check();
         }
     }
 }
 
 #[test]
-fn buckets_end_at_the_slots() {
-    assert_eq!(buckets(1), [1]);
-    assert_eq!(buckets(3), [1, 2, 3]);
-    assert_eq!(buckets(8), [1, 2, 4, 8]);
-    assert_eq!(buckets(28), [1, 2, 4, 8, 16, 24, 28]);
+fn buckets_are_few_and_end_at_the_rows() {
+    let all = |most: usize| {
+        let mut sizes: Vec<usize> = (1..=most).map(|rows| bucket(rows, most)).collect();
+        sizes.dedup();
+        sizes
+    };
+    assert_eq!(all(1), [1]);
+    assert_eq!(all(3), [1, 2, 3]);
+    assert_eq!(all(8), [1, 2, 4, 8]);
+    assert_eq!(all(28), [1, 2, 4, 8, 16, 24, 28]);
+    assert_eq!(all(448).len(), 22);
+    for rows in 1..=448 {
+        let size = bucket(rows, 448);
+        assert!((rows..=448).contains(&size) && bucket(size, 448) == size);
+    }
+}
+
+#[test]
+fn batches_cover_the_rows() {
+    assert_eq!(batches(3, 4, 28), [(0, 4)]);
+    assert_eq!(batches(3, 3, 28), [(0, 2), (2, 1)]);
+    assert_eq!(batches(28, 28, 28), [(0, 28)]);
+    assert_eq!(batches(27, 27, 28), [(0, 24), (24, 2), (26, 1)]);
+    for rows in 1..=448 {
+        for needed in 1..=rows {
+            let found = batches(needed, rows, 448);
+            assert!(found.len() <= MOST_BATCHES);
+            let end = found.iter().fold(0, |end, (first, size)| {
+                assert_eq!(*first, end);
+                end + size
+            });
+            assert!((needed..=rows).contains(&end));
+        }
+    }
 }
 
 #[test]
 fn a_step_of_other_limits_is_refused() {
     let limits =
         |slots| Limits { slots, max_sequence_tokens: 8, max_step_tokens: 8, max_logits_rows: 8, vocab_size: 10 };
-    let sizes = Sizes {
-        max_sequence_tokens: 8,
-        decode_sequences: 2,
-        prefill_sequences: 1,
-        prefill_tokens: 8,
-        prefill_logits_rows: 8,
-        top_tokens: 4,
-    };
-    let constraints = BatchingConstraints { limits: limits(2), sizes, has_context_plan: false, row_align: 1 };
     let step = Step::decode(&limits(4), &[NextToken { slot: 3, past_tokens: 0, token: 1 }]).unwrap();
-    let error = schedule(&step, &[0, 0], &constraints).unwrap_err().to_string();
+    assert!(check(&step, &limits(4)).is_ok());
+    let error = check(&step, &limits(2)).unwrap_err().to_string();
     assert!(error.contains("another engine's limits"), "{error}");
 }
