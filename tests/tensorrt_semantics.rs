@@ -422,7 +422,7 @@ fn the_limits_hold_at_any_depth() {
             |sequence: u32| (0..TOKENS as u32).map(|i| (sequence * 31 + i * i * 7 + i * 13) % VOCAB as u32).collect();
         let sequences: Vec<Vec<u32>> = (0..SLOTS as u32).map(ids).collect();
         for precision in [Precision::Bf16, Precision::Fp8] {
-            check_within(checkpoint.to_str().unwrap(), precision, &sequences, 4.0);
+            check_within(checkpoint.to_str().unwrap(), precision, &sequences, 6.0);
         }
     }
 }
