@@ -67,7 +67,7 @@ const SIZES: Sizes = Sizes {
     max_sequence_tokens: 64,
     position_tokens: 64,
     decode_sequences: 6,
-    prefill_sequences: 1,
+    prefill_sequences: 2,
     prefill_tokens: 16,
     prefill_logits_rows: 5,
     top_tokens: 8,
@@ -219,7 +219,7 @@ fn plan_text(bindings: &[Binding], context_plan: bool, fault: &str) -> String {
         }
         text.push('\n');
     }
-    text += &format!("profile 1 {} {}\n", SIZES.prefill_tokens, SIZES.prefill_logits_rows);
+    text += &format!("profile {} {} {}\n", SIZES.prefill_sequences, SIZES.prefill_tokens, SIZES.prefill_logits_rows);
     if !context_plan {
         text += &format!("profile {n} 1 {n}\n", n = SIZES.decode_sequences);
     }

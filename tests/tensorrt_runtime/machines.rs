@@ -83,7 +83,7 @@ fn on_stand_ins_plans_find_their_gpu() {
     wrong.tensorrt.as_mut().unwrap().compute_capability = 89;
     let error = TensorRtExecutor::open(&package, &wrong, &GpuOptions::default()).err().unwrap().to_string();
     assert!(
-        error.contains("TensorRT 11.4.0 cannot read plans/a100.engine, which TensorRT 11.4.0 compiled: "),
+        error.contains("TensorRT 11.4.0 cannot read plans/a100-256.engine, which TensorRT 11.4.0 compiled: "),
         "{error}"
     );
     assert!(error.contains("the current GPU is SM 89") && error.contains("--finish` on this machine"), "{error}");
