@@ -305,18 +305,19 @@ impl Executor for TensorRtExecutor {
     }
 
     /// Attention reads a row's whole capacity, so what lies past the end of a sequence must be finite. A slot without a row
-    /// may get any that is free, so all of those are filled too.
+    /// may get any that is free, so all of those are filled too, except with NaN, which would be read by whoever gets them.
     fn fill_slot(&mut self, slot: usize, byte: u8) -> Result<bool> {
         if slot >= self.constraints.limits.slots {
             let slots = self.constraints.limits.slots;
             return Err(Error::Step(format!("slot {slot}, but the engine has {slots} slots")));
         }
         self.stream.device().bind()?;
-        let holders = match self.free_bytes == Some(byte) {
+        let is_nan = byte == 0xff;
+        let holders = match is_nan || self.free_bytes == Some(byte) {
             true => self.placement.own_tokens(slot).into_iter().collect(),
             false => self.placement.free_tokens(slot),
         };
-        self.free_bytes = Some(byte);
+        self.free_bytes = if is_nan { self.free_bytes } else { Some(byte) };
         for tokens in holders {
             for region in self.layout.caches.values() {
                 let at = |token: usize| region.part.offset + token as u64 * region.token_bytes();
