@@ -2,8 +2,8 @@
 //! past it.
 //!
 //! A decode run's mask has one row of S bytes per sequence. All of them together have as many bytes as the cache has
-//! tokens (28 · 4,096 = 112 KiB), so the host writes them anew for every run, which takes a few microseconds
-//! (see the tests below), and they travel with the other inputs in one copy.
+//! tokens (28 · 4,096 = 112 KiB), so the host writes them anew for every run: two fills of memory for each row,
+//! microseconds in all. They travel with the other inputs in one copy.
 //!
 //! A prefill run's mask has T rows (1,024 · 4,096 = 4 MiB), which would take the host and the bus a fraction of a
 //! millisecond. It is written on the GPU instead: zeros, ones in the columns of the past, and a triangle that was copied
