@@ -332,14 +332,17 @@ impl FactLines {
             if let ("cpu", Some(facts)) = (plan.target.as_str(), CpuPlanFacts::of(package)) {
                 self.fact("  packed for", facts.map_or_else(|error| format!("unknown: {error}"), |it| it.to_string()));
             }
+            let longest = plan.longest_sequences();
+            let longest = match longest < limits.slots {
+                true => format!(" ({longest} of them that long)"),
+                false => String::new(),
+            };
             self.fact(
                 "  limits",
                 format!(
-                    "{} of up to {} tokens ({} of them that long); a step takes up to {} new tokens and returns up to {} \
-                     rows of logits",
+                    "{} of up to {} tokens{longest}; a step takes up to {} new tokens and returns up to {} rows of logits",
                     term::plural(limits.slots, "sequence"),
                     limits.max_sequence_tokens,
-                    plan.longest_sequences().min(limits.slots),
                     limits.max_step_tokens,
                     limits.max_logits_rows
                 ),

@@ -120,8 +120,9 @@ pub fn verify_compiled(package: &Package, targets: &[&str]) -> anyhow::Result<()
 
 fn print_table(report: &Report) -> std::io::Result<()> {
     let style = term::on_stdout();
-    let mut out = std::io::stdout().lock();
-    let header = format!("{:<36} {:>6} {:>11} {:>9}  {}", "case", "rows", "worst error", "limit", "verdict");
+    let mut out = term::stdout();
+    let width = report.cases.iter().map(|case| case.case.chars().count()).max().unwrap_or(0).max(4);
+    let header = format!("{:<width$} {:>6} {:>11} {:>9}  {}", "case", "rows", "worst error", "limit", "verdict");
     writeln!(out, "{}", style.dim(header))?;
     for case in &report.cases {
         let CaseResult { case: name, rows, worst_error, limit, worst, skipped } = case;
@@ -132,7 +133,7 @@ fn print_table(report: &Report) -> std::io::Result<()> {
             (true, Some(_)) => "passed in part".into(),
         };
         let (error, limit) = (number(*worst_error), number(*limit));
-        writeln!(out, "{name:<36} {rows:>6} {error:>11} {limit:>9}  {verdict}")?;
+        writeln!(out, "{name:<width$} {rows:>6} {error:>11} {limit:>9}  {verdict}")?;
         if let (false, Some(worst)) = (case.passes(), worst) {
             writeln!(out, "  {} {worst}", style.dim("worst:"))?;
         }
