@@ -41,7 +41,7 @@ impl RowStats {
 /// Deviations within which the largest of a row's rounding errors stays.
 const LARGEST_OF_ROW: f32 = 6.0;
 
-/// The error of a row, and the index of its largest difference; see the [module's documentation](self). `stats` are the
+/// The error of a row, and the index of its largest difference; docs/verify.md has its definition. `stats` are the
 /// expected row's. NaN gives an infinite error, and bits that differ in any way one above 0.
 pub fn row_error(found: &[f32], expected: &[f32], stats: RowStats) -> (f32, usize) {
     let (mut squares, mut largest, mut at, mut same) = (0f64, 0f32, 0, true);
@@ -91,7 +91,7 @@ pub struct CaseResult {
     pub case: &'static str,
     /// Rows of logits compared.
     pub rows: usize,
-    /// Largest error of a row; see the [module's documentation](self).
+    /// Largest error of a row; docs/verify.md has its definition.
     pub worst_error: f32,
     /// Largest error that passes; 0 asks for the same bits.
     pub limit: f32,
