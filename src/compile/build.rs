@@ -1,14 +1,17 @@
 //! Builds a package from a checkpoint: everything is planned first, then the weights are read once for all plans.
 
+mod calibration_run;
+
 use std::path::Path;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::calibration::{self, Calibration};
+use self::calibration_run::{CalibrationRun, plan_calibration};
+use super::calibration::Calibration;
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
-use super::observation::{CalibrationInputs, RoundingJob, calibrate};
+use super::observation::{CalibrationInputs, calibrate};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
 use super::reference::{Stand, ask_checkpoint, ask_program, lower_for_prompts, quantizes_inputs};
 use super::{
@@ -23,9 +26,9 @@ use crate::backend::tensorrt::lower::{Constants, PlanWeight};
 use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
-use crate::error::{Error, Result, clip};
+use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
-use crate::text::{ChatFormat, ChatTemplate, NemotronMarkers, Tokenizer};
+use crate::text::{ChatFormat, Tokenizer};
 use crate::verify::{Reference, prompts};
 
 /// Baseline: code, tables and thread stacks.
@@ -111,17 +114,6 @@ impl LoweredPlan {
     }
 }
 
-/// Input of a calibration: the model in BF16 on the CPU, and the prompts to run.
-struct CalibrationRun {
-    lowered: cpu::lower::LoweredProgram,
-    prompts: Vec<Vec<u32>>,
-    /// File of its weights: an existing plan's, or a temporary one.
-    weights: String,
-    is_scratch: bool,
-    /// Matrices to round before they are packed.
-    job: RoundingJob,
-}
-
 /// Temporary file of rounded matrices.
 const ROUNDED: &str = "rounded.safetensors";
 
@@ -168,7 +160,7 @@ impl PlannedBuild {
         let mut config = checkpoint.config().clone();
         let limits = recipes.iter().map(|recipe| recipe.limits(&config)).collect::<Result<Vec<_>>>()?;
         let text = CheckpointText::of(&checkpoint, request.chat_format.as_deref())?;
-        check_text(&checkpoint, &text, progress)?;
+        text.report(&checkpoint, progress)?;
         let CheckpointText { tokenizer, format: chat_format, generation, .. } = text;
         if config.eos_token_ids.is_empty() {
             // The tokenizer supplies the BOS and EOS ids that the config omits.
@@ -569,57 +561,6 @@ fn weights_file(plans: &[Planned], recipe: &Recipe, lowered: &LoweredPlan) -> St
     }
 }
 
-/// The calibration that some plan needs, if any.
-fn plan_calibration(
-    request: &BuildRequest,
-    config: &ModelConfig,
-    plans: &[Planned],
-    text: Option<(&Tokenizer, &ChatFormat)>,
-    progress: &dyn Progress,
-) -> Result<Option<CalibrationRun>> {
-    // Arbitrary ids say little of what a layer's inputs are like: not enough to round its weights by.
-    let compensates = |plan: &Planned| plan.recipe.compensates() && (text.is_some() || request.calibration.is_some());
-    let is_calibrated = |plan: &&Planned| plan.recipe.precision.needs_calibration() || compensates(plan);
-    let Some(calibrated) = plans.iter().find(is_calibrated) else {
-        let Some(path) = &request.calibration else { return Ok(None) };
-        let names: Vec<String> = plans.iter().map(|plan| plan.recipe.precision.to_string()).collect();
-        let (name, path) = (recipe_names(&request.recipes), path.display());
-        let detail = format!("precision {} needs no calibration, but {path} was given for one", names.join(", "));
-        return Err(Error::Recipe { name, detail });
-    };
-    // The CPU's own BF16 plan is used if there is one: its weights are in the package anyway.
-    let own = plans.iter().find(|plan| plan.lowered.means().is_none() && plan.recipe.precision == Precision::Bf16);
-    let limits = Limits { slots: 1, ..own.unwrap_or(calibrated).limits.clone() };
-    let built_in_tokens = match plans.iter().any(compensates) {
-        true => calibration::ROUNDING_TOKENS,
-        false => calibration::SCALE_TOKENS,
-    };
-    let prompts = calibration::prompts(request.calibration.as_ref(), text, built_in_tokens, &limits, progress)?;
-    let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
-    let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target()?)?;
-    let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
-    let rounded = plans.iter().filter(|plan| compensates(plan));
-    let mut schemes: Vec<_> = Vec::new();
-    for plan in rounded.clone() {
-        let of_plan = (plan.recipe.precision, plan.recipe.weight_rounding);
-        if plans.iter().any(|other| (other.recipe.precision == of_plan.0) && !compensates(other)) {
-            let detail = format!("all plans in {} of a package are rounded alike: weight_rounding differs", of_plan.0);
-            return Err(Error::Recipe { name: plan.recipe.target.name().into(), detail });
-        }
-        schemes.push(plan.recipe.precision.to_string());
-    }
-    let job = RoundingJob::new(&lowered, rounded.flat_map(|plan| plan.lowered.contents()));
-    if !job.is_empty() {
-        let tokens: usize = prompts.iter().map(Vec::len).sum();
-        progress.note(&format!(
-            "{} weights are rounded by the inputs that their layers have on {tokens} tokens of calibration prompts; \
-             weight_rounding = \"nearest\" in the recipe builds faster",
-            schemes.join(" and ")
-        ));
-    }
-    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none(), job }))
-}
-
 /// Rejects combinations of recipes that cannot share a package.
 fn check_recipes(recipes: &[Recipe]) -> Result<()> {
     for (index, recipe) in recipes.iter().enumerate() {
@@ -645,45 +586,4 @@ fn recipe_names(recipes: &[Recipe]) -> String {
 fn means_for(recipe: &Recipe, prepare: bool) -> Result<Option<PlanCompiler>> {
     let capability = recipe.target.compute_capability();
     capability.map(|capability| PlanCompiler::find(recipe.target.name(), capability, prepare)).transpose()
-}
-
-/// Reports the choices made about tokenizer, template and stops, and rejects a format that would never stop or that the
-/// model cannot understand.
-fn check_text(checkpoint: &Checkpoint, text: &CheckpointText, progress: &dyn Progress) -> Result<()> {
-    text.notes.iter().for_each(|note| progress.note(note));
-    text.warnings.iter().for_each(|warning| progress.warn(warning));
-    if text.tokenizer.is_none() {
-        warn_without_tokenizer(checkpoint, progress);
-    }
-    match &text.refusals[..] {
-        [] => Ok(()),
-        reasons => {
-            let (reasons, others) = (reasons.join("; "), other_formats(&text.format).join(", "));
-            let detail = format!(
-                "{reasons}; name another chat format with --chat-format: {others}, or a file that ends in .jinja"
-            );
-            Err(Error::unsupported(checkpoint.path(), detail))
-        }
-    }
-}
-
-/// Names of the formats other than `refused` that `--chat-format` takes for its checkpoint.
-fn other_formats(refused: &ChatFormat) -> Vec<String> {
-    let refused_name = match &refused.template {
-        ChatTemplate::Nemotron(markers) if *markers == NemotronMarkers::default() => "nemotron",
-        // `--chat-format nemotron` is the one with the model card's markers.
-        ChatTemplate::Nemotron(_) => "",
-        ChatTemplate::Jinja(jinja) => &jinja.name,
-        ChatTemplate::Raw => "raw",
-    };
-    let built_in = ChatTemplate::built_in_names();
-    let named = refused.named_templates.keys().map(String::as_str).filter(|name| !built_in.contains(name));
-    built_in.iter().copied().chain(named).filter(|name| *name != refused_name).map(clip).collect()
-}
-
-fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {
-    progress.warn(&format!(
-        "{} has neither tokenizer.json nor tokenizer.model: the package will take and give token ids only",
-        checkpoint.path().display()
-    ));
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::Progress;
 use crate::checkpoint::{ChatFiles, Checkpoint, GenerationConfig, TokenizerFile};
 use crate::engine::GenerationSettings;
 use crate::error::{Error, Result, clip};
@@ -92,6 +93,26 @@ impl CheckpointText {
         text.set_defaults(config, true);
         text.tokenizer = Some((file.bytes, tokenizer));
         Ok(text)
+    }
+
+    /// Reports the choices made about tokenizer, template and stops, and rejects a format that would never stop or that
+    /// the model cannot understand.
+    pub(super) fn report(&self, checkpoint: &Checkpoint, progress: &dyn Progress) -> Result<()> {
+        self.notes.iter().for_each(|note| progress.note(note));
+        self.warnings.iter().for_each(|warning| progress.warn(warning));
+        if self.tokenizer.is_none() {
+            warn_without_tokenizer(checkpoint, progress);
+        }
+        match &self.refusals[..] {
+            [] => Ok(()),
+            reasons => {
+                let (reasons, others) = (reasons.join("; "), other_formats(&self.format).join(", "));
+                let detail = format!(
+                    "{reasons}; name another chat format with --chat-format: {others}, or a file that ends in .jinja"
+                );
+                Err(Error::unsupported(checkpoint.path(), detail))
+            }
+        }
     }
 
     /// Resolves the format of `choice`, or else the checkpoint's.
@@ -231,4 +252,25 @@ fn distinct(mut ids: Vec<u32>) -> Vec<u32> {
     ids.sort_unstable();
     ids.dedup();
     ids
+}
+
+/// Names of the formats other than `refused` that `--chat-format` takes for its checkpoint.
+fn other_formats(refused: &ChatFormat) -> Vec<String> {
+    let refused_name = match &refused.template {
+        ChatTemplate::Nemotron(markers) if *markers == NemotronMarkers::default() => "nemotron",
+        // `--chat-format nemotron` is the one with the model card's markers.
+        ChatTemplate::Nemotron(_) => "",
+        ChatTemplate::Jinja(jinja) => &jinja.name,
+        ChatTemplate::Raw => "raw",
+    };
+    let built_in = ChatTemplate::built_in_names();
+    let named = refused.named_templates.keys().map(String::as_str).filter(|name| !built_in.contains(name));
+    built_in.iter().copied().chain(named).filter(|name| *name != refused_name).map(clip).collect()
+}
+
+fn warn_without_tokenizer(checkpoint: &Checkpoint, progress: &dyn Progress) {
+    progress.warn(&format!(
+        "{} has neither tokenizer.json nor tokenizer.model: the package will take and give token ids only",
+        checkpoint.path().display()
+    ));
 }

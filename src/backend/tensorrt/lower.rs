@@ -8,11 +8,13 @@
 //! constants, during compilation, which doubles its time. 4-bit codes are constants of the network: as inputs they
 //! would be unpacked to BF16 in every step.
 
+mod profiles;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 pub use super::weights::{Constants, PlanWeight, WeightLayout};
-use super::{AttentionMask, ConstantBytes, Layers, Network, NetworkTensor, OptimizationProfile, ShapeRange};
+use super::{AttentionMask, ConstantBytes, Layers, Network, NetworkTensor, OptimizationProfile};
 use crate::backend::constants::ConstRows;
 pub use crate::engine::tensorrt::{AttentionInput, Sizes};
 use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
@@ -543,45 +545,6 @@ impl<N: Layers> NetworkLowering<'_, N> {
     fn binding_of(&self, value: Value) -> Option<&Binding> {
         let name = &self.graph.node(value).name;
         self.bindings.iter().find(|binding| binding.name == *name)
-    }
-
-    /// One profile per kind of step. Decoding has its own because TensorRT has kernels for T = 1 that read the cache in
-    /// place.
-    fn profiles(&self) -> Result<Vec<OptimizationProfile>> {
-        let s = self.sizes;
-        let prefill = (s.prefill_sequences, s.prefill_tokens, s.prefill_logits_rows);
-        let decode = (s.decode_sequences, 1, s.decode_sequences);
-        let steps = match self.attends {
-            Attends::Cache(_) => vec![prefill, decode],
-            Attends::Chunk => vec![prefill],
-        };
-        steps.into_iter().map(|(sequences, tokens, rows)| self.profile(sequences, tokens, rows)).collect()
-    }
-
-    /// A profile from one sequence, token and row up to these, tuned for one sequence of `tokens` tokens.
-    fn profile(&self, sequences: usize, tokens: usize, rows: usize) -> Result<OptimizationProfile> {
-        let dims = |shape: &[Extent], [b, t, r]: [usize; 3]| -> Result<Vec<i64>> {
-            let dim = |extent: &Extent| {
-                let n = match extent {
-                    Extent::Step(StepSize::B) => b,
-                    Extent::Step(StepSize::T) => t,
-                    Extent::Step(StepSize::R) => r,
-                    Extent::Fixed(n) => *n,
-                };
-                i64::try_from(n).map_err(|_| Error::TensorRt(format!("a size of {n} is too large")))
-            };
-            shape.iter().map(dim).collect()
-        };
-        let inputs = self.bindings.iter().filter(|binding| !binding.role.is_output());
-        let range = |binding: &Binding| -> Result<ShapeRange> {
-            Ok(ShapeRange {
-                input: binding.name.clone(),
-                min: dims(&binding.shape, [1, 1, 1])?,
-                opt: dims(&binding.shape, [1, tokens, 1])?,
-                max: dims(&binding.shape, [sequences, tokens, rows])?,
-            })
-        };
-        Ok(OptimizationProfile { ranges: inputs.map(range).collect::<Result<_>>()? })
     }
 }
 
