@@ -203,6 +203,16 @@ impl Error {
     }
 }
 
+/// The first few of `words`, and how many more there are.
+pub(crate) fn list_some<S: AsRef<str>>(words: &[S]) -> String {
+    const MOST: usize = 8;
+    let listed: Vec<&str> = words.iter().take(MOST).map(AsRef::as_ref).collect();
+    match words.len() - listed.len() {
+        0 => listed.join(", "),
+        more => format!("{} and {more} more", listed.join(", ")),
+    }
+}
+
 /// Text from a file, made fit for one line of a message: control characters escaped, truncated to 200 characters.
 pub(crate) fn clip(text: impl std::fmt::Display) -> String {
     const LONGEST: usize = 200;

@@ -82,12 +82,9 @@ fn build(
     lowered.network.build(&BuildOptions { compute_capability, list_kernels, profiles, ..BuildOptions::default() })
 }
 
-/// For each quantized precision, on tiny-chat and on two layers of the 8B's widths: a maximum number of kernels per
-/// layer, only GEMMs read weights, and neither decoding nor context prefill copies a cache.
-#[test]
-fn quantized_linear_layers_read_their_codes_in_place() {
-    let Some(library) = rtx("quantized_linear_layers_read_their_codes_in_place") else { return };
-    let wide = ModelConfig {
+/// Two layers of the 8B's widths.
+fn two_wide_layers() -> ModelConfig {
+    ModelConfig {
         hidden_size: 4096,
         intermediate_size: 16384,
         num_layers: 2,
@@ -96,7 +93,15 @@ fn quantized_linear_layers_read_their_codes_in_place() {
         head_dim: 128,
         rotary_dim: 64,
         ..tiny_chat()
-    };
+    }
+}
+
+/// For each quantized precision, on tiny-chat and on two layers of the 8B's widths: a maximum number of kernels per
+/// layer, only GEMMs read weights, and neither decoding nor context prefill copies a cache.
+#[test]
+fn quantized_linear_layers_read_their_codes_in_place() {
+    let Some(library) = rtx("quantized_linear_layers_read_their_codes_in_place") else { return };
+    let wide = two_wide_layers();
     for (precision, capability, most) in [(Precision::Int8, 80, 9), (Precision::Int4, 80, 10), (Precision::Fp8, 89, 10)]
     {
         for (config, attends) in [(&wide, CACHE), (&tiny_chat(), CACHE), (&tiny_chat(), Attends::Chunk)] {
@@ -139,16 +144,7 @@ fn quantized_linear_layers_read_their_codes_in_place() {
 #[test]
 fn a_mask_costs_no_kernel_and_no_copy() {
     let Some(library) = rtx("a_mask_costs_no_kernel_and_no_copy") else { return };
-    let wide = ModelConfig {
-        hidden_size: 4096,
-        intermediate_size: 16384,
-        num_layers: 2,
-        num_heads: 32,
-        num_kv_heads: 32,
-        head_dim: 128,
-        rotary_dim: 64,
-        ..tiny_chat()
-    };
+    let wide = two_wide_layers();
     let calibration = Calibration::uniform(0.01);
     let full = Sizes {
         max_sequence_tokens: 4096,

@@ -62,6 +62,22 @@ pub struct Step {
 }
 
 impl Step {
+    /// Checks that the step keeps to the limits of the executor that is to run it, which may not be those it was made for.
+    ///
+    /// # Errors
+    /// [`Error::Step`] if it does not.
+    pub(crate) fn check_fits(&self, limits: &Limits) -> Result<()> {
+        let of_span = |span: &Span| {
+            let end = span.past_tokens.checked_add(span.len);
+            span.slot < limits.slots && end.is_some_and(|end| end <= limits.max_sequence_tokens)
+        };
+        let fits = self.tokens.len() <= limits.max_step_tokens
+            && self.logits_rows.len() <= limits.max_logits_rows
+            && self.tokens.iter().all(|token| (*token as usize) < limits.vocab_size)
+            && self.spans.iter().all(of_span);
+        if fits { Ok(()) } else { Err(Error::Step("the step was made for another engine's limits".into())) }
+    }
+
     /// Creates a step that adds prompt tokens of one or more sequences. Rows of logits are returned in the order of the
     /// chunks.
     ///

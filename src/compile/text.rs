@@ -6,13 +6,11 @@ use std::collections::BTreeMap;
 use super::Progress;
 use crate::checkpoint::{ChatFiles, Checkpoint, GenerationConfig, TokenizerFile};
 use crate::engine::GenerationSettings;
-use crate::error::{Error, Result, clip};
+use crate::error::{Error, Result, clip, list_some};
 use crate::text::{ChatFormat, ChatTemplate, FormatProblems, JinjaTemplate, NemotronMarkers, Tokenizer};
 
 /// Largest tokenizer file that is read; the 8B model's has about 20 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
-/// Tokens that a note lists.
-const MAX_LISTED: usize = 8;
 /// Common names of the end-of-text token, for a tokenizer.json without a config.
 const ENDS_OF_TEXT: [&str; 6] = ["</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>", "<|im_end|>"];
 
@@ -78,10 +76,8 @@ impl CheckpointText {
         format.template = template.clone();
         let (tokenizer, whole) = format.prepare_and_list(tokenizer)?;
         if !whole.is_empty() {
-            let listed: Vec<String> = whole.iter().take(MAX_LISTED).map(|piece| format!("`{}`", clip(piece))).collect();
-            let more = whole.len() - listed.len();
-            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            text.notes.push(format!("{}{more}: encoded whole wherever a text has it", listed.join(", ")));
+            let whole: Vec<String> = whole.iter().map(|piece| format!("`{}`", clip(piece))).collect();
+            text.notes.push(format!("{}: encoded whole wherever a text has it", list_some(&whole)));
         }
         text.format = format.with_template(template, &tokenizer);
         text.format

@@ -12,27 +12,23 @@ const LAYERS: f32 = 4.0;
 /// Largest error of a row of a plan in this precision on a GPU. A precision of another version gets the limit of the
 /// widest known one.
 pub fn limit_on_gpu(precision: &str, layers: usize) -> f32 {
-    let limit = match precision {
-        "f32" => 1e-4,
-        "bf16" | "int8" | "int4" => 0.05,
-        _ => 0.3,
-    };
-    limit * growth(layers)
+    limit(precision, [1e-4, 0.05, 0.3], layers)
 }
 
 /// Largest error of a row of a CPU plan against its reference, where that was computed with another instruction set or
 /// packing: sums are added up in another order, which moves a few values to a neighbour in BF16 or E4M3.
 pub fn limit_on_cpu(precision: &str, layers: usize) -> f32 {
-    let limit = match precision {
-        "f32" => 1e-4,
-        "bf16" | "int8" | "int4" => 0.03,
-        _ => 0.2,
-    };
-    limit * growth(layers)
+    limit(precision, [1e-4, 0.03, 0.2], layers)
 }
 
-fn growth(layers: usize) -> f32 {
-    (layers as f32 / LAYERS).max(1.0).cbrt()
+/// The limit of a precision, given those of FP32, of BF16 products and of everything else at few layers.
+fn limit(precision: &str, [f32, bf16, other]: [f32; 3], layers: usize) -> f32 {
+    let limit = match precision {
+        "f32" => f32,
+        "bf16" | "int8" | "int4" => bf16,
+        _ => other,
+    };
+    limit * (layers as f32 / LAYERS).max(1.0).cbrt()
 }
 
 #[cfg(test)]

@@ -141,8 +141,13 @@ fn plan_text(context_plan: bool) -> String {
 }
 
 fn class_text(context_plan: bool, capacity: usize, decode_sequences: usize) -> String {
+    fake_plan(&bindings(capacity), context_plan, &Sizes { decode_sequences, ..SIZES })
+}
+
+/// A plan with these bindings in the fake library's text format.
+pub(super) fn fake_plan(bindings: &[Binding], context_plan: bool, sizes: &Sizes) -> String {
     let mut text = String::new();
-    for binding in bindings(capacity).iter().filter(|b| !(context_plan && b.role.limits_cached_keys())) {
+    for binding in bindings.iter().filter(|b| !(context_plan && b.role.limits_cached_keys())) {
         let role = match binding.role {
             BindingRole::Weight => "weight",
             BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => "cache",
@@ -160,9 +165,9 @@ fn class_text(context_plan: bool, capacity: usize, decode_sequences: usize) -> S
         }
         text.push('\n');
     }
-    text += &format!("profile {} {} {}\n", SIZES.prefill_sequences, SIZES.prefill_tokens, SIZES.prefill_logits_rows);
+    text += &format!("profile {} {} {}\n", sizes.prefill_sequences, sizes.prefill_tokens, sizes.prefill_logits_rows);
     if !context_plan {
-        text += &format!("profile {decode_sequences} 1 {decode_sequences}\n");
+        text += &format!("profile {n} 1 {n}\n", n = sizes.decode_sequences);
     }
     text
 }

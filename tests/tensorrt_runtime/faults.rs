@@ -20,7 +20,7 @@ use aotron::{Error, GenerationRequest, Model, verify};
 use half::bf16;
 use safetensors::tensor::Dtype;
 
-use super::executor::stand_ins;
+use super::executor::{fake_plan, stand_ins};
 use crate::cli::aotron;
 use crate::packages::build_package;
 use crate::verify::{HEAD_DIM, KV_HEADS, VOCAB, grouped_checkpoint};
@@ -200,29 +200,7 @@ fn bindings(weights: &[FakeWeight]) -> Vec<Binding> {
 
 /// A plan in the fake library's text format.
 fn plan_text(bindings: &[Binding], context_plan: bool, fault: &str) -> String {
-    let mut text = String::new();
-    for binding in bindings.iter().filter(|b| !(context_plan && b.role.limits_cached_keys())) {
-        let role = match binding.role {
-            BindingRole::Weight => "weight",
-            BindingRole::KeyCache(_) | BindingRole::ValueCache(_) => "cache",
-            BindingRole::UpdatedKeys(_) | BindingRole::UpdatedValues(_) => "updated",
-            _ => binding.name.as_str(),
-        };
-        let alias = binding.name.strip_prefix("new_").unwrap_or("-");
-        let kind = if binding.role.is_output() { "output" } else { "input" };
-        text += &format!("{kind} {role} {} {} {alias} {}", binding.name, binding.dtype, binding.shape.len());
-        for extent in &binding.shape {
-            text += &match extent {
-                Extent::Fixed(n) => format!(" {n}"),
-                Extent::Step(_) => " -1".to_owned(),
-            };
-        }
-        text.push('\n');
-    }
-    text += &format!("profile {} {} {}\n", SIZES.prefill_sequences, SIZES.prefill_tokens, SIZES.prefill_logits_rows);
-    if !context_plan {
-        text += &format!("profile {n} 1 {n}\n", n = SIZES.decode_sequences);
-    }
+    let mut text = fake_plan(bindings, context_plan, &SIZES);
     if !fault.is_empty() {
         text += &format!("fault {fault}\n");
     }

@@ -281,20 +281,12 @@ impl CpuExecutor {
         kernels: Range<usize>,
         mut observer: Option<&mut dyn InputObserver>,
     ) -> Result<()> {
-        if step.tokens().len() > self.limits.max_step_tokens || step.logits_rows().len() > self.limits.max_logits_rows {
-            return Err(Error::Step("the step was made for another engine's limits".into()));
-        }
+        step.check_fits(&self.limits)?;
         self.positions.clear();
         self.slots.clear();
         for span in step.spans() {
             self.positions.extend((span.past_tokens..span.past_tokens + span.len).map(|p| p as u32));
             self.slots.extend(std::iter::repeat_n(span.slot as u32, span.len));
-        }
-        let out_of_range = self.slots.iter().any(|s| *s as usize >= self.limits.slots)
-            || self.positions.iter().any(|p| *p as usize >= self.limits.max_sequence_tokens)
-            || step.tokens().iter().any(|t| *t as usize >= self.limits.vocab_size);
-        if out_of_range {
-            return Err(Error::Step("the step was made for another engine's limits".into()));
         }
         if self.poison && kernels.start == 0 {
             self.arena.bytes_mut().fill(0xff); // all-ones is NaN in every float type: reads of unwritten memory show up

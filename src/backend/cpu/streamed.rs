@@ -162,15 +162,9 @@ pub fn run_streamed(
 ) -> Result<EvaluatedLogits> {
     let (program, limits) = (&lowered.program, &lowered.program.limits);
     program.validate().map_err(|detail| Error::internal(detail, "a program that was just lowered"))?;
-    let fits = step.tokens().len() <= limits.max_step_tokens
-        && step.logits_rows().len() <= limits.max_logits_rows
-        && step.tokens().iter().all(|token| (*token as usize) < limits.vocab_size)
-        && step
-            .spans()
-            .iter()
-            .all(|s| s.past_tokens == 0 && s.slot < limits.slots && s.len <= limits.max_sequence_tokens);
-    if !fits {
-        return Err(Error::Step("the step was made for another engine's limits".into()));
+    step.check_fits(limits)?;
+    if step.spans().iter().any(|span| span.past_tokens > 0) {
+        return Err(Error::Step("a sequence has a past, which streamed weights cannot build on".into()));
     }
     let mut arena = Memory::reserve(program.arena_bytes, "activations", limits)?;
     let cache_bytes = program.cache.total_bytes(limits).unwrap_or(usize::MAX);

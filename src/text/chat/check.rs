@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use super::{ChatFormat, ChatTemplate, Message, NemotronMarkers};
 use crate::checkpoint::MAX_TEMPLATE_BYTES;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, list_some};
 use crate::text::Tokenizer;
 
 /// Reasons to doubt that a model would understand a chat format, one per line.
@@ -40,8 +40,6 @@ const MAX_SPECIAL_TOKENS: usize = 256;
 const MAX_STOP_IDS: usize = 1 << 10;
 /// Longer substrings of a prompt do not look like markers.
 const MAX_WORD_BYTES: usize = 64;
-/// Markers that one warning lists.
-const MAX_LISTED: usize = 8;
 
 impl ChatFormat {
     /// Checks a format that was read from a file: sizes, ids below `vocab_size`, and that the template can be parsed.
@@ -106,12 +104,9 @@ impl ChatFormat {
                 let letters: Vec<&str> =
                     angled(&text).filter(|word| !markers.contains(*word) && seen.insert(word)).collect();
                 if !letters.is_empty() {
-                    let more = letters.len().saturating_sub(MAX_LISTED);
-                    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-                    let listed = letters.get(..MAX_LISTED).unwrap_or(&letters).join(", ");
                     problems.warnings.push(format!(
-                        "the chat template writes {listed}{more}, no token of this tokenizer: it becomes letters, as with \
-                         transformers"
+                        "the chat template writes {}, no token of this tokenizer: it becomes letters, as with transformers",
+                        list_some(&letters)
                     ));
                 }
             }

@@ -45,7 +45,7 @@ const MAX_FORMAT_NUMBER: usize = 10_000;
 /// Bytes that all calls of `str.format` in one rendering may make.
 const MAX_FORMATTED_BYTES: usize = 16 << 20;
 /// A longer value is not turned into text outside the template's output, whose length fuel bounds.
-pub(super) const MAX_VALUE_BYTES: usize = 1 << 20;
+const MAX_VALUE_BYTES: usize = 1 << 20;
 /// Limit on nested templates and recursive macros; each level takes a few of these.
 const RECURSION: usize = 200;
 

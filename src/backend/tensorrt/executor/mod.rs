@@ -106,7 +106,7 @@ impl TensorRtExecutor {
     fn run_step(&mut self, step: &Step) -> Result<()> {
         self.results.rows.clear();
         self.stream.device().bind()?;
-        schedule::check(step, &self.constraints.limits)?;
+        step.check_fits(&self.constraints.limits)?;
         self.free_bytes = None;
         let copies = self.placement.prepare(step.spans()).map_err(Error::Step)?;
         let ran = self.run_prepared(step, &copies);

@@ -128,21 +128,6 @@ pub(super) struct Schedule {
     pub rows: Vec<usize>,
 }
 
-/// Checks that a step keeps to the limits.
-///
-/// # Errors
-/// [`Error::Step`] if it was made for other limits.
-pub(super) fn check(step: &Step, limits: &Limits) -> Result<()> {
-    let fits = step.tokens().len() <= limits.max_step_tokens
-        && step.logits_rows().len() <= limits.max_logits_rows
-        && step.tokens().iter().all(|token| (*token as usize) < limits.vocab_size)
-        && step
-            .spans()
-            .iter()
-            .all(|span| span.slot < limits.slots && span.past_tokens + span.len <= limits.max_sequence_tokens);
-    if fits { Ok(()) } else { Err(Error::Step("the step was made for another engine's limits".into())) }
-}
-
 /// Splits a step into runs. `placement` has a row for each of its slots, and is as after the step.
 ///
 /// # Errors

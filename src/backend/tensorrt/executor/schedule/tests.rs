@@ -291,7 +291,7 @@ fn a_step_of_other_limits_is_refused() {
     let limits =
         |slots| Limits { slots, max_sequence_tokens: 8, max_step_tokens: 8, max_logits_rows: 8, vocab_size: 10 };
     let step = Step::decode(&limits(4), &[NextToken { slot: 3, past_tokens: 0, token: 1 }]).unwrap();
-    assert!(check(&step, &limits(4)).is_ok());
-    let error = check(&step, &limits(2)).unwrap_err().to_string();
+    assert!(step.check_fits(&limits(4)).is_ok());
+    let error = step.check_fits(&limits(2)).unwrap_err().to_string();
     assert!(error.contains("another engine's limits"), "{error}");
 }
