@@ -141,6 +141,9 @@ pub enum Error {
         /// Empty if the engine was told to stop, otherwise a colon and the reason.
         reason: String,
     },
+    /// A request's deadline has passed.
+    #[error("the request's deadline has passed before its answer was complete")]
+    DeadlineExceeded,
     /// One failure shared by several requests: all of them were part of the same step.
     #[error("{0}")]
     Shared(Arc<Error>),

@@ -51,6 +51,16 @@ pub trait Executor: Send {
         self.limits().max_sequence_tokens
     }
 
+    /// Copies the keys and values of the first `tokens` tokens of slot `from` to slot `to`, whose sequence they become.
+    /// Returns false, having done nothing, if the executor cannot.
+    ///
+    /// # Errors
+    /// [`Error::Step`](crate::Error::Step) if there is no such slot or it has no room; any error of the backend.
+    fn copy_prefix(&mut self, from: usize, to: usize, tokens: usize) -> Result<bool> {
+        let _ = (from, to, tokens);
+        Ok(false)
+    }
+
     /// Guarantees beyond the above, which verification holds the executor to.
     fn promises(&self) -> ExecutorPromises {
         ExecutorPromises::default()

@@ -3,11 +3,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::generation::{Generation, OutputVocabulary};
+use super::report::TokenReport;
 use super::request::{Completion, GenerationRequest};
 use super::slots::Slots;
-use crate::backend::{Chunk, Executor, Limits, NextToken, Rows, Step};
+use crate::backend::{Chunk, Executor, Limits, Rows, Step};
 use crate::error::{Error, Result};
 use crate::text::Tokenizer;
 
@@ -28,6 +30,10 @@ impl fmt::Display for RequestId {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Event {
+    /// The prompt's tokens, where the request wants them reported: once, before anything else.
+    Prompt(Vec<TokenReport>),
+    /// A token of the answer, where the request wants them reported: before the text that it makes certain.
+    Token(TokenReport),
     /// More text, never empty.
     Text(String),
     /// The request is finished.
@@ -39,9 +45,12 @@ pub enum Event {
 /// Serves requests together, one forward step at a time. The result of a request does not depend on the others.
 ///
 /// Requests take slots in the order they arrived, and wait while none is free or while the executor has no KV memory for
-/// the most tokens that the next one may reach; those that have a slot never wait for memory. Steps alternate between prefill and
-/// decode while there is work of both kinds, so a long prompt, computed `max_step_tokens` at a time, at most halves the
-/// speed of requests that are decoding.
+/// the most tokens that the next one may reach; those that have a slot never wait for memory. A step decodes a token of
+/// every request that has its prompt in the KV cache, and the rest of its `max_step_tokens` goes to prompts, so a long
+/// prompt, computed piece by piece, slows those who decode but stops nobody.
+///
+/// A request begins with what the KV cache holds of its prompt: a slot that was released keeps its contents, and where
+/// the executor can, what another slot holds, though it is in use, is copied.
 ///
 /// A request whose logits are not finite fails alone. If the executor itself reports an error, all requests that hold a
 /// slot fail, the queued ones stay, and the batcher goes on with empty slots.
@@ -54,7 +63,6 @@ pub struct Batcher {
     queue: VecDeque<(RequestId, Generation)>,
     max_queued: usize,
     next_id: u64,
-    last_was_prefill: bool,
 }
 
 /// A request with a slot.
@@ -62,17 +70,48 @@ struct Active {
     id: RequestId,
     slot: usize,
     generation: Generation,
+    /// Number of reports that events have told.
+    reported: usize,
+    prompt_is_reported: bool,
     outcome: Option<Result<(), Arc<Error>>>,
+}
+
+impl Active {
+    /// Adds the events that report tokens.
+    fn report(&mut self, events: &mut Vec<(RequestId, Event)>) {
+        if let (false, Some(reports)) = (self.prompt_is_reported, self.generation.prompt_reports()) {
+            events.push((self.id, Event::Prompt(reports.to_vec())));
+            self.prompt_is_reported = true;
+        }
+        for report in self.generation.reports_from(self.reported) {
+            events.push((self.id, Event::Token(report.clone())));
+            self.reported += 1;
+        }
+    }
 }
 
 /// One request's share of a step.
 struct StepPart {
     /// Index into [`Batcher::active`].
     index: usize,
+    /// Tokens of the request in the KV cache.
+    past_tokens: usize,
     /// The tokens to compute.
     tokens: Vec<u32>,
-    /// True if the step returns a row of logits for it.
-    has_row: bool,
+    /// The rows of logits that the step returns for it.
+    rows: Rows,
+    /// Continues the answer rather than the prompt.
+    decodes: bool,
+}
+
+impl StepPart {
+    fn row_count(&self) -> usize {
+        match self.rows {
+            Rows::None => 0,
+            Rows::Last => 1,
+            Rows::All => self.tokens.len(),
+        }
+    }
 }
 
 impl Batcher {
@@ -89,7 +128,6 @@ impl Batcher {
             queue: VecDeque::new(),
             max_queued,
             next_id: 0,
-            last_was_prefill: false,
         }
     }
 
@@ -111,6 +149,11 @@ impl Batcher {
     /// Number of requests that wait for a slot.
     pub fn queued(&self) -> usize {
         self.queue.len()
+    }
+
+    /// Tokens in the KV cache of the requests that hold a slot.
+    pub(super) fn active_tokens(&self) -> usize {
+        self.active.iter().map(|active| self.slots.len(active.slot)).sum()
     }
 
     /// Returns true if [`Batcher::step`] has nothing to do.
@@ -166,17 +209,28 @@ impl Batcher {
             && let Some((_, generation)) = self.queue.front()
         {
             self.slots.retain(|slot| self.executor.retained_tokens(slot));
-            let Some((slot, reused)) = self.slots.find(generation.prompt()) else { return };
+            let (salt, reusable) = (generation.cache_salt(), |cached: &[u32]| generation.reusable(cached));
+            let Some((slot, reused)) = self.slots.find(salt, reusable) else { return };
+            let source = self.slots.find_source(salt, reusable).filter(|(_, longer)| *longer > reused);
             if !self.executor.reserve(slot, generation.most_tokens()) {
                 return;
             }
             let Some((id, mut generation)) = self.queue.pop_front() else { return };
             // The executor may have dropped what the slot held to make the reservation.
-            let reused = reused.min(self.executor.retained_tokens(slot));
-            self.slots.take(slot, reused);
+            let mut reused = reused.min(self.executor.retained_tokens(slot));
+            let salt = generation.cache_salt();
+            self.slots.take(slot, reused, salt);
+            // What cannot be copied is computed.
+            if let Some((from, tokens)) = source
+                && self.executor.copy_prefix(from, slot, tokens).is_ok_and(|copied| copied)
+            {
+                let ids = self.slots.ids(from).get(reused..tokens).unwrap_or_default().to_vec();
+                self.slots.extend(slot, &ids);
+                reused = tokens;
+            }
             generation.start(reused);
             let outcome = generation.is_finished().then_some(Ok(()));
-            self.active.push(Active { id, slot, generation, outcome });
+            self.active.push(Active { id, slot, generation, reported: 0, prompt_is_reported: false, outcome });
         }
     }
 
@@ -185,6 +239,7 @@ impl Batcher {
     pub fn step(&mut self) -> Vec<(RequestId, Event)> {
         self.admit();
         let mut events = Vec::new();
+        self.expire();
         // Requests for zero tokens are finished before the first step.
         self.retire(&mut events);
         self.admit();
@@ -206,6 +261,15 @@ impl Batcher {
         events
     }
 
+    /// Fails requests whose deadline has passed.
+    fn expire(&mut self) {
+        let now = Instant::now();
+        let is_late = |generation: &Generation| generation.deadline().is_some_and(|deadline| deadline <= now);
+        for active in self.active.iter_mut().filter(|active| is_late(&active.generation)) {
+            active.outcome.get_or_insert_with(|| Err(Arc::new(Error::DeadlineExceeded)));
+        }
+    }
+
     /// Fails the next request if it has no memory although it would be alone: it would wait for ever.
     fn refuse_what_never_fits(&mut self, events: &mut Vec<(RequestId, Event)>) {
         while self.active.is_empty()
@@ -218,58 +282,58 @@ impl Batcher {
         }
     }
 
-    /// Plans the next step, which is either all prefill or all decode.
+    /// Plans the next step: a token of each answer, and as much of the prompts as there is room for.
     fn schedule(&mut self) -> Vec<StepPart> {
         let limits = self.executor.limits();
-        let (max_tokens, max_rows) = (limits.max_step_tokens, limits.max_logits_rows);
-        let (mut prefill, mut decode): (Vec<StepPart>, Vec<StepPart>) = (Vec::new(), Vec::new());
-        let mut tokens_left = max_tokens;
-        for (index, active) in self.active.iter().enumerate() {
-            if active.outcome.is_some() {
-                continue;
-            }
-            if let Some(token) = active.generation.last() {
-                if decode.len() < max_tokens.min(max_rows) {
-                    decode.push(StepPart { index, tokens: vec![token], has_row: true });
-                }
-            } else if tokens_left > 0 && prefill.len() < max_rows {
-                let rest = active.generation.prompt().get(self.slots.len(active.slot)..).unwrap_or_default();
-                let tokens = rest.get(..tokens_left).unwrap_or(rest);
-                tokens_left -= tokens.len();
-                prefill.push(StepPart { index, tokens: tokens.to_vec(), has_row: tokens.len() == rest.len() });
+        let (mut tokens_left, mut rows_left) = (limits.max_step_tokens, limits.max_logits_rows);
+        let mut parts: Vec<StepPart> = Vec::new();
+        let mut add = |part: StepPart, left: (&mut usize, &mut usize)| {
+            *left.0 -= part.tokens.len();
+            *left.1 -= part.row_count();
+            parts.push(part);
+        };
+        let waiting = |active: &&(usize, &Active)| active.1.outcome.is_none();
+        let all: Vec<(usize, &Active)> = self.active.iter().enumerate().collect();
+        // Prompts must go on even where answers alone would fill the step.
+        let has_prompts = all.iter().filter(waiting).any(|(_, active)| active.generation.last().is_none());
+        let for_prompts = usize::from(has_prompts && limits.max_step_tokens.min(limits.max_logits_rows) > 1);
+        for (index, active) in all.iter().filter(waiting) {
+            let Some(token) = active.generation.last() else { continue };
+            if tokens_left > for_prompts && rows_left > for_prompts {
+                let past_tokens = self.slots.len(active.slot);
+                let part =
+                    StepPart { index: *index, past_tokens, tokens: vec![token], rows: Rows::Last, decodes: true };
+                add(part, (&mut tokens_left, &mut rows_left));
             }
         }
-        self.last_was_prefill = decode.is_empty() || (!prefill.is_empty() && !self.last_was_prefill);
-        if self.last_was_prefill { prefill } else { decode }
+        for (index, active) in all.iter().filter(waiting) {
+            if active.generation.last().is_some() || tokens_left == 0 {
+                continue;
+            }
+            let past_tokens = self.slots.len(active.slot);
+            let (tokens, rows) = active.generation.next_chunk(past_tokens, tokens_left, rows_left);
+            if !tokens.is_empty() {
+                let part = StepPart { index: *index, past_tokens, tokens: tokens.to_vec(), rows, decodes: false };
+                add(part, (&mut tokens_left, &mut rows_left));
+            }
+        }
+        // Output rows are in the order of the parts, whatever that is.
+        parts
     }
 
     /// Runs the step. Returns the executor's errors; an error of a single request goes to its outcome.
     fn forward(&mut self, parts: &[StepPart], events: &mut Vec<(RequestId, Event)>) -> Result<()> {
-        let limits = self.executor.limits();
         let slot_of = |part: &StepPart| self.active.get(part.index).map_or(usize::MAX, |active| active.slot);
-        let step = if self.last_was_prefill {
-            let chunks: Vec<Chunk<'_>> = parts
-                .iter()
-                .map(|part| {
-                    let slot = slot_of(part);
-                    let rows = if part.has_row { Rows::Last } else { Rows::None };
-                    Chunk { slot, past_tokens: self.slots.len(slot), tokens: &part.tokens, rows }
-                })
-                .collect();
-            Step::prefill(limits, &chunks)?
-        } else {
-            let next: Vec<NextToken> = parts
-                .iter()
-                .flat_map(|part| {
-                    let slot = slot_of(part);
-                    let past_tokens = self.slots.len(slot);
-                    part.tokens.iter().map(move |token| NextToken { slot, past_tokens, token: *token })
-                })
-                .collect();
-            Step::decode(limits, &next)?
-        };
+        let chunks: Vec<Chunk<'_>> = parts
+            .iter()
+            .map(|part| {
+                let StepPart { past_tokens, tokens, rows, .. } = part;
+                Chunk { slot: slot_of(part), past_tokens: *past_tokens, tokens, rows: *rows }
+            })
+            .collect();
+        let step = Step::prefill(self.executor.limits(), &chunks)?;
         let mut logits = self.executor.forward(&step)?;
-        let wanted = parts.iter().filter(|part| part.has_row).count();
+        let wanted: usize = parts.iter().map(StepPart::row_count).sum();
         if logits.rows() != wanted {
             return Err(Error::Step(format!("{} rows of logits, but the step asked for {wanted}", logits.rows())));
         }
@@ -277,26 +341,29 @@ impl Batcher {
         for part in parts {
             let Some(active) = self.active.get_mut(part.index) else { continue };
             self.slots.extend(active.slot, &part.tokens);
-            if !part.has_row {
-                continue;
-            }
             let mut delta = String::new();
-            match active.generation.accept(&mut logits, row, &mut delta)? {
+            let accepted = match part.decodes {
+                true => active.generation.accept(&mut logits, row, &mut delta)?,
+                false => {
+                    let chunk = (part.past_tokens, part.tokens.len());
+                    active.generation.accept_chunk(&mut logits, row, chunk, &mut delta)?
+                }
+            };
+            row += part.row_count();
+            match accepted {
                 Ok(()) => active.outcome = active.generation.is_finished().then_some(Ok(())),
                 Err(error) => active.outcome = Some(Err(Arc::new(error))),
             }
+            active.report(events);
             if !delta.is_empty() {
                 events.push((active.id, Event::Text(delta)));
             }
-            row += 1;
         }
-        if !self.last_was_prefill {
-            // If one step cannot take all requests, those left out come first in the next.
-            let decoded = |index: &usize| parts.iter().any(|part| part.index == *index);
-            let (last, first): (Vec<_>, Vec<_>) =
-                std::mem::take(&mut self.active).into_iter().enumerate().partition(|(index, _)| decoded(index));
-            self.active = first.into_iter().chain(last).map(|(_, active)| active).collect();
-        }
+        // If one step cannot take all answers, those left out come first in the next.
+        let decoded = |index: &usize| parts.iter().any(|part| part.index == *index && part.decodes);
+        let (last, first): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.active).into_iter().enumerate().partition(|(index, _)| decoded(index));
+        self.active = first.into_iter().chain(last).map(|(_, active)| active).collect();
         Ok(())
     }
 
@@ -308,12 +375,18 @@ impl Batcher {
                     self.active.push(active);
                     continue;
                 }
-                Some(Ok(())) => Event::Done(active.generation.complete()),
+                Some(Ok(())) => {
+                    // A request for nothing has had no step.
+                    active.report(events);
+                    Event::Done(active.generation.complete())
+                }
                 Some(Err(error)) => {
                     // Keys and values that led to NaN must not be reused, nor read past the end of the next sequence. If
                     // mending fails, the executor has, and the next step says so.
-                    self.slots.forget(active.slot);
-                    let _ = self.executor.mend_slot(active.slot);
+                    if !matches!(*error, Error::DeadlineExceeded) {
+                        self.slots.forget(active.slot);
+                        let _ = self.executor.mend_slot(active.slot);
+                    }
                     Event::Failed(error)
                 }
             };

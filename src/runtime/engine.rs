@@ -6,6 +6,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::batcher::{Batcher, Event, RequestId};
 use super::generation::{Generation, OutputVocabulary};
@@ -58,6 +59,8 @@ pub struct EngineStatus {
     pub running: usize,
     /// Requests that wait for a slot.
     pub queued: usize,
+    /// Tokens in the KV cache of the running requests, as of the last step.
+    pub kv_tokens: usize,
     /// True if new requests are accepted, room permitting.
     pub is_open: bool,
 }
@@ -118,7 +121,10 @@ struct EngineShared {
 
 #[derive(Default)]
 struct EngineState {
+    /// In the order of arrival.
     queue: VecDeque<Submission>,
+    /// Tokens in the KV cache of the running requests.
+    kv_tokens: usize,
     /// Numbers of running requests to cancel.
     cancelled: Vec<u64>,
     /// Accepted requests that are not finished, including those in the queue.
@@ -131,6 +137,8 @@ struct EngineState {
 
 struct Submission {
     number: u64,
+    priority: i32,
+    client: u64,
     generation: Generation,
     sink: EventSink,
 }
@@ -251,6 +259,7 @@ impl EngineHandle {
 
     fn accept(&self, request: GenerationRequest, sink: EventSink, waits: bool) -> Result<Ticket> {
         let shared = &self.shared;
+        let (priority, client) = (request.priority, request.client);
         let generation = Generation::new(request, &shared.limits, &shared.vocabulary)?;
         let slots = shared.limits.slots;
         let most = slots.saturating_add(shared.max_queued);
@@ -270,7 +279,7 @@ impl EngineHandle {
         let number = state.next_number;
         state.next_number += 1;
         state.outstanding += 1;
-        state.queue.push_back(Submission { number, generation, sink });
+        state.queue.push_back(Submission { number, priority, client, generation, sink });
         shared.work.notify_one();
         Ok(Ticket { handle: self.clone(), number })
     }
@@ -289,7 +298,8 @@ impl EngineHandle {
         // Queued requests count as running while there are fewer requests than slots, because they are about to get
         // one.
         let running = state.outstanding.min(self.shared.limits.slots);
-        EngineStatus { running, queued: state.outstanding - running, is_open: state.is_open() }
+        let (queued, kv_tokens) = (state.outstanding - running, state.kv_tokens);
+        EngineStatus { running, queued, kv_tokens, is_open: state.is_open() }
     }
 
     /// The limits of the executor; its slots are the number of requests that run at once.
@@ -355,6 +365,7 @@ struct Worker {
 
 struct Running {
     number: u64,
+    client: u64,
     sink: EventSink,
 }
 
@@ -364,6 +375,8 @@ struct Work {
     cancelled: Vec<u64>,
     /// Requests that will not be served any more.
     refused: Vec<Submission>,
+    /// Requests whose deadline has passed.
+    late: Vec<Submission>,
     ends: bool,
 }
 
@@ -387,7 +400,7 @@ impl Worker {
 
     fn serve(&mut self) {
         loop {
-            let Work { admitted, cancelled, refused, ends } = self.wait();
+            let Work { admitted, cancelled, refused, late, ends } = self.wait();
             for number in cancelled {
                 let found = self.running.iter().find(|(_, running)| running.number == number).map(|(id, _)| *id);
                 if let Some(id) = found {
@@ -402,16 +415,21 @@ impl Worker {
                     self.release();
                 }
             }
+            for Submission { mut sink, .. } in late {
+                sink(Event::Failed(Arc::new(Error::DeadlineExceeded)));
+                self.release();
+            }
             if ends {
                 return;
             }
-            for Submission { number, generation, sink } in admitted {
+            for Submission { number, client, generation, sink, .. } in admitted {
                 let id = self.batcher.enqueue(generation);
-                self.running.insert(id, Running { number, sink });
+                self.running.insert(id, Running { number, client, sink });
             }
             for (id, event) in self.batcher.step() {
                 self.deliver(id, event);
             }
+            self.shared.lock().kv_tokens = self.batcher.active_tokens();
         }
     }
 
@@ -423,16 +441,38 @@ impl Worker {
             if state.drain >= Some(DrainMode::Running) {
                 refused.extend(state.queue.drain(..));
             }
-            let free = self.shared.limits.slots.saturating_sub(self.running.len()).min(state.queue.len());
-            let admitted: Vec<Submission> = state.queue.drain(..free).collect();
+            let now = Instant::now();
+            let is_late = |waiting: &mut Submission| waiting.generation.deadline().is_some_and(|end| end <= now);
+            let late: Vec<Submission> = drain_where(&mut state.queue, is_late);
+            let admitted = self.admit(&mut state.queue);
             let cancelled = std::mem::take(&mut state.cancelled);
             let is_done = admitted.is_empty() && self.running.is_empty() && state.queue.is_empty();
             let ends = state.drain == Some(DrainMode::Nothing) || (state.drain.is_some() && is_done);
-            if ends || !is_done || !refused.is_empty() {
-                return Work { admitted, cancelled, refused, ends };
+            if ends || !is_done || !refused.is_empty() || !late.is_empty() {
+                return Work { admitted, cancelled, refused, late, ends };
             }
             state = self.shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Takes requests off the queue for the free slots: those of the lowest priority number first; of equals, those of the
+    /// client with the fewest running requests; of equals, those that came first.
+    fn admit(&self, queue: &mut VecDeque<Submission>) -> Vec<Submission> {
+        let free = self.shared.limits.slots.saturating_sub(self.running.len());
+        let mut admitted: Vec<Submission> = Vec::new();
+        while admitted.len() < free && !queue.is_empty() {
+            let running = self.running.values().map(|running| running.client);
+            let mut of_client: HashMap<u64, usize> = HashMap::new();
+            for client in running.chain(admitted.iter().map(|submission| submission.client)) {
+                *of_client.entry(client).or_default() += 1;
+            }
+            let rank = |waiting: &Submission| {
+                (waiting.priority, of_client.get(&waiting.client).copied().unwrap_or(0), waiting.number)
+            };
+            let next = queue.iter().enumerate().min_by_key(|(_, waiting)| rank(waiting)).map(|(index, _)| index);
+            admitted.extend(next.and_then(|index| queue.remove(index)));
+        }
+        admitted
     }
 
     fn deliver(&mut self, id: RequestId, event: Event) {
@@ -462,6 +502,16 @@ impl Worker {
         state.outstanding = state.outstanding.saturating_sub(1);
         self.shared.room.notify_one();
     }
+}
+
+/// Removes the elements for which `is_wanted` holds, in order.
+fn drain_where<T>(queue: &mut VecDeque<T>, mut is_wanted: impl FnMut(&mut T) -> bool) -> Vec<T> {
+    let (mut taken, mut kept) = (Vec::new(), VecDeque::with_capacity(queue.len()));
+    for mut element in queue.drain(..) {
+        if is_wanted(&mut element) { taken.push(element) } else { kept.push_back(element) }
+    }
+    *queue = kept;
+    taken
 }
 
 /// The message of a panic.

@@ -5,12 +5,18 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::request::{Completion, FinishReason, GenerationRequest, Timings};
+use super::constraint::{ActiveConstraint, Grammar};
+use super::report::{TokenLogprobs, TokenReport, TokenReports};
+use super::request::{Completion, FinishReason, GenerationRequest, StopMatch, Timings};
 use super::sampler::{Sampler, check_row};
+use super::slots::reusable;
 use super::stop::StopFilter;
-use crate::backend::{Limits, Logits};
+use crate::backend::{Limits, Logits, Rows};
 use crate::error::{Error, Result};
 use crate::text::{StreamDecoder, Tokenizer};
+
+/// Most stop ids of a request; they are compared with every token.
+const MAX_STOP_IDS: usize = 256;
 
 /// State shared by all generations of one engine.
 #[derive(Debug, Clone)]
@@ -65,7 +71,18 @@ pub(super) struct Generation {
     ids: Vec<u32>,
     text: String,
     finish: Option<FinishReason>,
+    stop: Option<StopMatch>,
+    /// What to report of each token, and what was.
+    wanted: TokenReports,
+    reports: Vec<TokenReport>,
+    prompt_wanted: TokenReports,
+    prompt_reports: Vec<TokenReport>,
+    grammar: Option<Grammar>,
+    constraint: Option<ActiveConstraint>,
+    cache_salt: Option<String>,
+    deadline: Option<Instant>,
     reused_tokens: usize,
+    created: Instant,
     started: Option<Instant>,
     first_id: Option<Instant>,
     last_id: Option<Instant>,
@@ -81,7 +98,12 @@ impl Generation {
         if limits.slots == 0 || limits.max_step_tokens == 0 || limits.max_logits_rows == 0 {
             return Err(Error::Step(format!("an engine with these limits cannot run anything: {limits:?}")));
         }
-        let GenerationRequest { prompt, sampling, max_tokens, stop_strings, stop_ids, trim } = request;
+        let GenerationRequest { prompt, sampling, max_tokens, stop_strings, stop_ids, trim, .. } = request;
+        let GenerationRequest { reports, prompt_reports, grammar, cache_salt, deadline, .. } = request;
+        reports.validate().and_then(|()| prompt_reports.validate())?;
+        if stop_ids.len() > MAX_STOP_IDS {
+            return Err(Error::Request(format!("{} stop ids; expected at most {MAX_STOP_IDS}", stop_ids.len())));
+        }
         let room = check_prompt(&prompt, limits)?;
         if let Some(id) = stop_ids.iter().find(|id| **id as usize >= limits.vocab_size) {
             return Err(Error::Request(format!("stop id {id}; expected 0 to {}", limits.vocab_size.saturating_sub(1))));
@@ -94,6 +116,13 @@ impl Generation {
             )));
         }
         let budget = max_tokens.min(room);
+        // The prompt's ids are known at once; their log-probabilities come with its steps.
+        let first = match prompt_reports {
+            TokenReports::None => 0,
+            TokenReports::Ids => prompt.len(),
+            TokenReports::Logprobs(_) => 1,
+        };
+        let known = prompt.iter().take(first).map(|id| TokenReport { id: *id, logprobs: None }).collect();
         Ok(Generation {
             sampler: Sampler::new(&sampling, vocabulary.sampled_ids, &stop_ids, &prompt)?,
             choose: None,
@@ -105,8 +134,18 @@ impl Generation {
             budget,
             ids: Vec::new(),
             text: String::new(),
-            finish: (budget == 0).then_some(FinishReason::Length),
+            finish: (budget == 0 && prompt_reports.top().is_none()).then_some(FinishReason::Length),
+            stop: None,
+            wanted: reports,
+            reports: Vec::new(),
+            prompt_wanted: prompt_reports,
+            prompt_reports: known,
+            grammar,
+            constraint: None,
+            cache_salt,
+            deadline,
             reused_tokens: 0,
+            created: Instant::now(),
             started: None,
             first_id: None,
             last_id: None,
@@ -129,6 +168,66 @@ impl Generation {
         self.started = Some(Instant::now());
     }
 
+    /// Tokens of the prompt that need not be computed where a slot holds `cached`.
+    pub(super) fn reusable(&self, cached: &[u32]) -> usize {
+        // Log-probabilities of the prompt come from its steps.
+        if self.prompt_wanted.top().is_some() { 0 } else { reusable(cached, &self.prompt) }
+    }
+
+    /// The salt that whose keys and values it reuses must have.
+    pub(super) fn cache_salt(&self) -> Option<&str> {
+        self.cache_salt.as_deref()
+    }
+
+    /// When to give up.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// The next tokens of the prompt to compute, after `past_tokens` of it, and the rows of logits to return; empty where
+    /// `max_tokens` or `max_rows` leave no room.
+    pub(super) fn next_chunk(&self, past_tokens: usize, max_tokens: usize, max_rows: usize) -> (&[u32], Rows) {
+        let rest = self.prompt.get(past_tokens..).unwrap_or_default();
+        if self.prompt_wanted.top().is_some() {
+            return (rest.get(..max_tokens.min(max_rows)).unwrap_or(rest), Rows::All);
+        }
+        match rest.get(..max_tokens) {
+            Some(tokens) if tokens.len() < rest.len() => (tokens, Rows::None),
+            _ if max_rows > 0 => (rest, Rows::Last),
+            _ => (&[], Rows::None),
+        }
+    }
+
+    /// Takes the rows of logits, from `row` on, of a chunk of the prompt that [`Generation::next_chunk`] gave after
+    /// `past_tokens`. After the last chunk, chooses the first id. Errors as in [`Generation::accept`].
+    pub(super) fn accept_chunk(
+        &mut self,
+        logits: &mut Logits<'_>,
+        row: usize,
+        (past_tokens, tokens): (usize, usize),
+        delta: &mut String,
+    ) -> Result<Result<()>> {
+        let is_last = past_tokens + tokens == self.prompt.len();
+        let Some(top) = self.prompt_wanted.top() else {
+            return if is_last { self.accept(logits, row, delta) } else { Ok(Ok(())) };
+        };
+        for index in 0..tokens {
+            let Some(id) = self.prompt.get(past_tokens + index + 1).copied() else { break };
+            match TokenLogprobs::of_row(logits.row(row + index)?, id, top, self.sampled_ids) {
+                Ok(logprobs) => self.prompt_reports.push(TokenReport { id, logprobs: Some(logprobs) }),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        match is_last {
+            true if self.budget == 0 => {
+                self.finish = Some(FinishReason::Length);
+                Ok(Ok(()))
+            }
+            true => self.accept(logits, row + tokens - 1, delta),
+            false => Ok(Ok(())),
+        }
+    }
+
     /// Chooses an id from row `row` of a step's logits and appends to `delta` the text that it makes certain. The row
     /// is fetched only if its largest logits do not decide the choice.
     ///
@@ -136,16 +235,52 @@ impl Generation {
     /// The outer error is the executor's, for a row that is missing or cannot be fetched; the inner error concerns this
     /// generation only.
     pub(super) fn accept(&mut self, logits: &mut Logits<'_>, row: usize, delta: &mut String) -> Result<Result<()>> {
-        if self.choose.is_some() {
-            let chosen = self.chosen(logits.row(row)?);
-            return Ok(chosen.and_then(|id| self.push(id, delta)));
+        let id = if self.choose.is_some() {
+            self.chosen(logits.row(row)?)
+        } else {
+            match self.sampled(logits, row)? {
+                Ok(id) => Ok(id),
+                Err(error) => return Ok(Err(error)),
+            }
+        };
+        let id = match id {
+            Ok(id) => id,
+            Err(error) => return Ok(Err(error)),
+        };
+        let logprobs = match self.wanted.top() {
+            Some(top) => match TokenLogprobs::of_row(logits.row(row)?, id, top, self.sampled_ids) {
+                Ok(logprobs) => Some(logprobs),
+                Err(error) => return Ok(Err(error)),
+            },
+            None => None,
+        };
+        if self.wanted != TokenReports::None {
+            self.reports.push(TokenReport { id, logprobs });
         }
-        let id = match logits.top(row).map(|top| self.sampler.sample_top(top)) {
-            None | Some(Ok(None)) => self.sampler.sample(logits.row(row)?),
+        Ok(self.push(id, delta))
+    }
+
+    /// Samples an id. Errors as in [`Generation::accept`].
+    fn sampled(&mut self, logits: &mut Logits<'_>, row: usize) -> Result<Result<u32>> {
+        if let (Some(grammar), None) = (&self.grammar, &self.constraint) {
+            match grammar.start() {
+                Ok(constraint) => self.constraint = Some(ActiveConstraint::new(constraint, self.sampled_ids)),
+                Err(error) => return Ok(Err(error)),
+            }
+        }
+        let allowed = match self.constraint.as_mut().map(ActiveConstraint::allowed).transpose() {
+            Ok(allowed) => allowed,
+            Err(error) => return Ok(Err(error)),
+        };
+        let id = match logits.top(row).map(|top| self.sampler.sample_top_allowed(top, allowed)) {
+            None | Some(Ok(None)) => self.sampler.sample_allowed(logits.row(row)?, allowed),
             Some(Ok(Some(id))) => Ok(id),
             Some(Err(error)) => Err(error),
         };
-        Ok(id.and_then(|id| self.push(id, delta)))
+        Ok(id.and_then(|id| {
+            self.constraint.as_mut().map_or(Ok(()), |constraint| constraint.push(id))?;
+            Ok(id)
+        }))
     }
 
     /// Asks the caller for an id.
@@ -170,6 +305,7 @@ impl Generation {
         self.last_id = Some(now);
         self.ids.push(id);
         if self.stop_ids.contains(&id) {
+            self.stop = Some(StopMatch::Id(id));
             self.end(FinishReason::Stop, delta);
             return Ok(());
         }
@@ -179,6 +315,7 @@ impl Generation {
             decoder.push(id, &mut decoded)?;
             if self.filter.push(&decoded, &mut shown) {
                 self.finish = Some(FinishReason::Stop);
+                self.stop = self.filter.matched().map(|text| StopMatch::Text(text.to_owned()));
             }
         }
         self.show(&shown, delta);
@@ -198,6 +335,7 @@ impl Generation {
         }
         if self.filter.push(&decoded, &mut shown) {
             self.finish = Some(FinishReason::Stop);
+            self.stop = self.filter.matched().map(|text| StopMatch::Text(text.to_owned()));
         }
         self.filter.flush(&mut shown);
         self.show(&shown, delta);
@@ -208,13 +346,20 @@ impl Generation {
         delta.push_str(shown);
     }
 
-    pub(super) fn prompt(&self) -> &[u32] {
-        &self.prompt
-    }
-
     /// The ids sampled so far.
     pub(super) fn ids(&self) -> &[u32] {
         &self.ids
+    }
+
+    /// The reports so far of the answer's tokens, from index `first` on.
+    pub(super) fn reports_from(&self, first: usize) -> &[TokenReport] {
+        self.reports.get(first..).unwrap_or_default()
+    }
+
+    /// The reports of the prompt's tokens, once there is one for each.
+    pub(super) fn prompt_reports(&self) -> Option<&[TokenReport]> {
+        let is_complete = self.prompt_wanted != TokenReports::None && self.prompt_reports.len() == self.prompt.len();
+        is_complete.then_some(&self.prompt_reports[..])
     }
 
     /// The id sampled last.
@@ -237,17 +382,21 @@ impl Generation {
         Completion {
             text: self.text,
             finish_reason: self.finish.unwrap_or(FinishReason::Cancelled),
+            stop: self.stop,
             prompt_tokens,
             reused_tokens: self.reused_tokens,
             completion_tokens: self.ids.len(),
             seed: self.sampler.seed(),
             timings: Timings {
+                queue_seconds: seconds(Some(self.created), self.started),
                 prefill_seconds: seconds(self.started, self.first_id),
                 decode_seconds: seconds(self.first_id, self.last_id),
                 prefill_tokens: if has_ids { prompt_tokens - self.reused_tokens.min(prompt_tokens) } else { 0 },
                 decode_tokens: self.ids.len().saturating_sub(1),
             },
             token_ids: self.ids,
+            reports: self.reports,
+            prompt_reports: self.prompt_reports,
         }
     }
 }

@@ -12,10 +12,12 @@
 
 mod batcher;
 mod chat;
+mod constraint;
 mod defaults;
 mod engine;
 mod generation;
 mod model;
+mod report;
 mod request;
 mod response;
 mod sampler;
@@ -30,9 +32,11 @@ mod scripted;
 
 pub use batcher::{Batcher, Event, RequestId};
 pub use chat::{Answer, Chat, Turn};
+pub use constraint::{Grammar, TokenConstraint, TokenMask};
 pub use engine::{DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Ticket};
 pub use model::{Model, ModelOptions};
-pub use request::{Completion, FinishReason, GenerationRequest, Timings};
+pub use report::{MAX_TOP_LOGPROBS, TokenLogprobs, TokenReport, TokenReports};
+pub use request::{Completion, FinishReason, GenerationRequest, StopMatch, Timings};
 pub use response::ResponseStream;
 pub use sampler::{Sampler, log_probability};
 pub use sampling::SamplingParams;

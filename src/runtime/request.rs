@@ -1,7 +1,11 @@
 //! The request for a generation and its result.
 
+use std::time::Instant;
+
 use serde::{Deserialize, Serialize};
 
+use super::constraint::Grammar;
+use super::report::{TokenReport, TokenReports};
 use super::sampling::SamplingParams;
 use crate::error::Result;
 use crate::text::{ChatFormat, Message, Tokenizer};
@@ -33,6 +37,22 @@ pub struct GenerationRequest {
     pub stop_ids: Vec<u32>,
     /// Trims whitespace around the answer, as the model card's code does for chat.
     pub trim: bool,
+    /// What to report of each token of the answer.
+    pub reports: TokenReports,
+    /// What to report of each token of the prompt. With log-probabilities the whole prompt is computed, whatever of it is
+    /// in the KV cache; with `max_tokens` 0 nothing else is.
+    pub prompt_reports: TokenReports,
+    /// Allows only answers of a grammar.
+    pub grammar: Option<Grammar>,
+    /// Keys and values of earlier requests are reused only among requests with the same salt: who does not know it cannot
+    /// find out from timings what others asked.
+    pub cache_salt: Option<String>,
+    /// An engine gives slots to requests with a lower number first.
+    pub priority: i32,
+    /// Who sent it: of equal priorities, an engine gives a slot to the client with the fewest running requests.
+    pub client: u64,
+    /// When to give up, whether it waits or runs.
+    pub deadline: Option<Instant>,
 }
 
 impl GenerationRequest {
@@ -45,6 +65,13 @@ impl GenerationRequest {
             stop_strings: Vec::new(),
             stop_ids: Vec::new(),
             trim: false,
+            reports: TokenReports::None,
+            prompt_reports: TokenReports::None,
+            grammar: None,
+            cache_salt: None,
+            priority: 0,
+            client: 0,
+            deadline: None,
         }
     }
 
@@ -90,6 +117,27 @@ impl GenerationRequest {
         self
     }
 
+    /// Selects what to report of each token of the answer.
+    #[must_use]
+    pub fn reports(mut self, reports: TokenReports) -> GenerationRequest {
+        self.reports = reports;
+        self
+    }
+
+    /// Selects what to report of each token of the prompt.
+    #[must_use]
+    pub fn prompt_reports(mut self, reports: TokenReports) -> GenerationRequest {
+        self.prompt_reports = reports;
+        self
+    }
+
+    /// Allows only answers of a grammar.
+    #[must_use]
+    pub fn grammar(mut self, grammar: Grammar) -> GenerationRequest {
+        self.grammar = Some(grammar);
+        self
+    }
+
     /// The assistant's next turn in a conversation, with the rendering, stops and trimming of `format`.
     ///
     /// # Errors
@@ -117,10 +165,23 @@ pub enum FinishReason {
     Cancelled,
 }
 
+/// The stop that ended a generation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum StopMatch {
+    /// A stop id.
+    Id(u32),
+    /// A stop string.
+    Text(String),
+}
+
 /// Time spent in a generation, by phase.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Serialize)]
 #[non_exhaustive]
 pub struct Timings {
+    /// Wall time from the request to the start of its generation, in seconds.
+    pub queue_seconds: f64,
     /// Wall time from the start of the generation to its first id, in seconds.
     pub prefill_seconds: f64,
     /// Wall time from the first id to the last, in seconds.
@@ -141,6 +202,8 @@ pub struct Completion {
     pub token_ids: Vec<u32>,
     /// The reason why it ended.
     pub finish_reason: FinishReason,
+    /// What ended it, if it was a stop.
+    pub stop: Option<StopMatch>,
     /// Number of tokens in the prompt.
     pub prompt_tokens: usize,
     /// Number of prompt tokens that were already in the KV cache.
@@ -151,4 +214,10 @@ pub struct Completion {
     pub seed: u64,
     /// Time spent, by phase.
     pub timings: Timings,
+    /// The tokens of the answer, as the request wants them reported.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reports: Vec<TokenReport>,
+    /// The tokens of the prompt, likewise.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub prompt_reports: Vec<TokenReport>,
 }

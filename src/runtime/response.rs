@@ -89,7 +89,7 @@ impl ResponseStream {
     /// Records that the request is over if this is its last event.
     fn seen(&mut self, event: Event) -> Event {
         match &event {
-            Event::Text(_) => return event,
+            Event::Prompt(_) | Event::Token(_) | Event::Text(_) => return event,
             Event::Done(completion) => self.completion = Some(completion.clone()),
             Event::Failed(_) => {}
         }
@@ -107,10 +107,13 @@ impl Iterator for ResponseStream {
     type Item = Result<String>;
 
     fn next(&mut self) -> Option<Result<String>> {
-        match self.recv()? {
-            Event::Text(text) => Some(Ok(text)),
-            Event::Done(_) => None,
-            Event::Failed(error) => Some(Err(unshared(error))),
+        loop {
+            match self.recv()? {
+                Event::Prompt(_) | Event::Token(_) => {}
+                Event::Text(text) => return Some(Ok(text)),
+                Event::Done(_) => return None,
+                Event::Failed(error) => return Some(Err(unshared(error))),
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ use std::hash::{BuildHasher, RandomState};
 use rand_chacha::ChaCha20Rng;
 use rand_core::{Rng, SeedableRng};
 
+use super::constraint::TokenMask;
 use super::sampling::SamplingParams;
 use crate::backend::Top;
 use crate::error::{Error, Result};
@@ -18,6 +19,9 @@ mod top_tests;
 
 /// Lower temperatures are greedy, because dividing logits by them would overflow f32.
 pub(super) const MIN_TEMPERATURE: f32 = 1e-3;
+
+/// Most entries of a `logit_bias`; OpenAI's API accepts fewer.
+const MAX_LOGIT_BIASES: usize = 4096;
 
 /// The settings of [`SamplingParams`], resolved to numbers. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,6 +87,10 @@ impl Settings {
             if !(low..=high).contains(&value) {
                 return Err(Error::Request(format!("{field} is {value}; expected {low} to {high}")));
             }
+        }
+        if self.logit_bias.len() > MAX_LOGIT_BIASES {
+            let count = self.logit_bias.len();
+            return Err(Error::Request(format!("logit_bias has {count} entries; expected at most {MAX_LOGIT_BIASES}")));
         }
         for (id, bias) in &self.logit_bias {
             if *id as usize >= vocab_size {
@@ -159,8 +167,13 @@ impl Sampler {
     fn with_settings(params: &Settings, vocab_size: usize, stop_ids: &[u32], prompt: &[u32]) -> Result<Sampler> {
         params.validate(vocab_size)?;
         let mut params = params.clone();
-        // A stable sort, so that the biases of an id listed twice are added in the order given.
+        // The biases of an id listed twice are added once, here: in a stable order, since they are floats.
         params.logit_bias.sort_by_key(|(id, _)| *id);
+        params.logit_bias.dedup_by(|(id, bias), (kept_id, kept_bias)| {
+            let is_same = id == kept_id;
+            *kept_bias += if is_same { *bias } else { 0.0 };
+            is_same
+        });
         let seed = params.seed.unwrap_or_else(random_seed);
         let mut key = [0; 32];
         let (low, _) = key.split_at_mut(8);
@@ -198,11 +211,17 @@ impl Sampler {
     /// [`Error::Numerics`] with the index of a NaN or infinite logit, or if no id can be chosen because every logit is
     /// negative infinity; nothing is counted then.
     pub fn sample(&mut self, row: &[f32]) -> Result<u32> {
+        self.sample_allowed(row, None)
+    }
+
+    /// As [`Sampler::sample`], of the ids in `allowed` only.
+    pub(super) fn sample_allowed(&mut self, row: &[f32], allowed: Option<&TokenMask>) -> Result<u32> {
         check_row(row)?;
+        let mask = allowed;
         let Some(allowed) = row.get(..self.vocab_size) else {
             return Err(Error::Numerics(format!("{} logits for {} ids", row.len(), self.vocab_size)));
         };
-        self.adjust(allowed);
+        self.adjust(allowed, mask);
         let best = self.best(numbered(&self.logits))?;
         if !self.is_greedy {
             let top_k = self.top_k();
@@ -227,7 +246,12 @@ impl Sampler {
     /// [`Error::Numerics`] where [`Sampler::sample`] would report one, [`Error::Step`] if `top` does not pair each
     /// logit with an id of its own; nothing is counted then.
     pub fn sample_top(&mut self, top: Top<'_>) -> Result<Option<u32>> {
-        let rest = self.adjust_top(top)?;
+        self.sample_top_allowed(top, None)
+    }
+
+    /// As [`Sampler::sample_top`], of the ids in `allowed` only.
+    pub(super) fn sample_top_allowed(&mut self, top: Top<'_>, allowed: Option<&TokenMask>) -> Result<Option<u32>> {
+        let rest = self.adjust_top(top, allowed)?;
         // Even if there is a rest, it cannot be chosen if all of it is negative infinity.
         let is_all = rest == f32::NEG_INFINITY;
         if self.top.is_empty() && !is_all {
@@ -284,9 +308,8 @@ impl Sampler {
     /// included.
     fn adjusted(&self, id: u32, logit: f32, times: Option<u32>) -> f32 {
         let p = &self.params;
-        let first = p.logit_bias.partition_point(|(biased, _)| *biased < id);
-        let biases = p.logit_bias.iter().skip(first).take_while(|(biased, _)| *biased == id);
-        let logit = biases.fold(logit, |logit, (_, bias)| logit + bias) / self.temperature;
+        let bias = p.logit_bias.binary_search_by_key(&id, |(biased, _)| *biased).ok().and_then(|at| p.logit_bias.get(at));
+        let logit = bias.map_or(logit, |(_, bias)| logit + bias) / self.temperature;
         let Some(times) = times else { return logit };
         let logit = if logit < 0.0 { logit * p.repetition_penalty } else { logit / p.repetition_penalty };
         if times > 0 { logit - (p.presence_penalty + p.frequency_penalty * times as f32) } else { logit }
@@ -304,8 +327,8 @@ impl Sampler {
         if self.generated < self.params.min_tokens { &self.stop_ids } else { &[] }
     }
 
-    /// Fills `logits` with the adjusted logits of `row`, `[vocab_size]`.
-    fn adjust(&mut self, row: &[f32]) {
+    /// Fills `logits` with the adjusted logits of `row`, `[vocab_size]`: negative infinity for ids that are not allowed.
+    fn adjust(&mut self, row: &[f32], allowed: Option<&TokenMask>) {
         let mut logits = std::mem::take(&mut self.logits);
         logits.clear();
         logits.extend_from_slice(row);
@@ -325,12 +348,18 @@ impl Sampler {
                 *logit = f32::NEG_INFINITY;
             }
         }
+        if let Some(allowed) = allowed {
+            let ids = 0u32..;
+            for (_, logit) in ids.zip(&mut logits).filter(|(id, _)| !allowed.contains(*id)) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
         self.logits = logits;
     }
 
     /// Fills `top` with the ids from a row's largest logits that can be chosen and whose adjusted logits exceed those
     /// of the rest. Returns an upper bound for the adjusted logits of the rest: negative infinity if there is no rest.
-    fn adjust_top(&mut self, top: Top<'_>) -> Result<f32> {
+    fn adjust_top(&mut self, top: Top<'_>, allowed: Option<&TokenMask>) -> Result<f32> {
         let Top { values, ids } = top;
         if values.len() != ids.len() {
             return Err(Error::Step(format!("{} largest logits with {} ids", values.len(), ids.len())));
@@ -365,7 +394,10 @@ impl Sampler {
         for candidate in &mut kept {
             candidate.logit = self.adjusted(candidate.id, candidate.logit, self.seen.get(&candidate.id).copied());
         }
-        kept.retain(|candidate| candidate.logit > rest && !self.banned().contains(&candidate.id));
+        kept.retain(|candidate| {
+            let is_allowed = allowed.is_none_or(|allowed| allowed.contains(candidate.id));
+            candidate.logit > rest && is_allowed && !self.banned().contains(&candidate.id)
+        });
         self.top = kept;
         Ok(rest)
     }
@@ -504,6 +536,29 @@ pub fn log_probability(row: &[f32], id: u32) -> Result<f64> {
     let Some(logit) = row.get(id as usize) else {
         return Err(Error::Request(format!("id {id}; the logits have ids 0 to {}", row.len().saturating_sub(1))));
     };
+    Ok(log_softmax_offset(row)?.of(*logit))
+}
+
+/// What is subtracted from a row's logits to make log-probabilities of them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LogSoftmaxOffset {
+    max: f64,
+    /// Logarithm of the sum of the exponentials of the logits, less `max`.
+    log_sum: f64,
+}
+
+impl LogSoftmaxOffset {
+    /// The log-probability of an id with this logit.
+    pub(super) fn of(self, logit: f32) -> f64 {
+        f64::from(logit) - self.max - self.log_sum
+    }
+}
+
+/// The offset of a row that [`check_row`] accepts.
+///
+/// # Errors
+/// [`Error::Numerics`] for a row of negative infinity.
+pub(super) fn log_softmax_offset(row: &[f32]) -> Result<LogSoftmaxOffset> {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     if max == f32::NEG_INFINITY {
         return Err(Error::Numerics(format!(
@@ -512,7 +567,7 @@ pub fn log_probability(row: &[f32], id: u32) -> Result<f64> {
         )));
     }
     let sum: f64 = row.iter().map(|logit| (f64::from(*logit) - f64::from(max)).exp()).sum();
-    Ok(f64::from(*logit) - f64::from(max) - sum.ln())
+    Ok(LogSoftmaxOffset { max: f64::from(max), log_sum: sum.ln() })
 }
 
 /// A seed from the operating system. It has 53 bits, so that it survives JSON readers that store numbers as f64.

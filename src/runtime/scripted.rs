@@ -40,6 +40,8 @@ pub(super) struct Scripted {
     is_lost: bool,
     fetches: Arc<AtomicUsize>,
     mended: Arc<Mutex<Vec<usize>>>,
+    /// Copies between slots.
+    copies: bool,
 }
 
 impl Scripted {
@@ -60,7 +62,14 @@ impl Scripted {
             is_lost: false,
             fetches: Arc::default(),
             mended: Arc::default(),
+            copies: false,
         }
+    }
+
+    /// Lets prefixes be copied from slot to slot.
+    pub(super) fn copying(mut self) -> Scripted {
+        self.copies = true;
+        self
     }
 
     /// Makes the `top_tokens` largest logits of a row available at once, and the row itself only on request.
@@ -87,6 +96,13 @@ impl Scripted {
 impl Executor for Scripted {
     fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    fn copy_prefix(&mut self, from: usize, to: usize, tokens: usize) -> Result<bool> {
+        if self.copies {
+            self.slots[to] = self.slots[from][..tokens].to_vec();
+        }
+        Ok(self.copies)
     }
 
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use super::generation::{Generation, OutputVocabulary, check_ids};
 use super::request::{Completion, GenerationRequest};
 use super::sampler::log_probability;
-use super::slots::reusable;
 use super::stream::TextStream;
 use crate::backend::{Chunk, Executor, Limits, NextToken, Rows, Step};
 use crate::error::{Error, Result};
@@ -66,7 +65,7 @@ impl Session {
     pub fn stream(&mut self, request: GenerationRequest) -> Result<TextStream<'_>> {
         let mut generation = Generation::new(request, self.executor.limits(), &self.vocabulary)?;
         if !generation.is_finished() {
-            let reused = reusable(&self.cached, generation.prompt());
+            let reused = generation.reusable(&self.cached);
             self.cached.truncate(reused);
             generation.start(reused);
         }
@@ -128,17 +127,12 @@ impl Session {
     fn prefill(&mut self, generation: &mut Generation, delta: &mut String) -> Result<()> {
         let past_tokens = self.cached.len();
         let limits = self.executor.limits();
-        let rest = generation.prompt().get(past_tokens..).unwrap_or_default();
-        let tokens = rest.get(..limits.max_step_tokens).unwrap_or(rest);
-        let is_last = tokens.len() == rest.len();
-        let rows = if is_last { Rows::Last } else { Rows::None };
-        let step = Step::prefill(limits, &[Chunk { slot: SLOT, past_tokens, tokens, rows }])?;
+        let (tokens, rows) = generation.next_chunk(past_tokens, limits.max_step_tokens, limits.max_logits_rows);
+        let tokens = tokens.to_vec();
+        let step = Step::prefill(limits, &[Chunk { slot: SLOT, past_tokens, tokens: &tokens, rows }])?;
         let mut logits = self.executor.forward(&step)?;
-        self.cached.extend_from_slice(tokens);
-        if is_last {
-            generation.accept(&mut logits, 0, delta)??;
-        }
-        Ok(())
+        self.cached.extend_from_slice(&tokens);
+        generation.accept_chunk(&mut logits, 0, (past_tokens, tokens.len()), delta)?
     }
 
     /// Scores a text: the log-probability (natural, softmax over all columns) of each id except the first, given the

@@ -23,8 +23,17 @@ pub(super) struct Slots {
 struct CacheSlot {
     /// Ids whose keys and values the slot holds.
     ids: Vec<u32>,
+    /// Salt of the request that computed them.
+    salt: Option<String>,
     busy: bool,
     released: u64,
+}
+
+impl CacheSlot {
+    /// Tokens that a request with this salt may reuse of it.
+    fn reusable(&self, salt: Option<&str>, reusable: impl Fn(&[u32]) -> usize) -> usize {
+        if self.salt.as_deref() == salt { reusable(&self.ids) } else { 0 }
+    }
 }
 
 impl Slots {
@@ -40,22 +49,36 @@ impl Slots {
         self.slots.iter().any(|slot| !slot.busy)
     }
 
-    /// Finds the free slot that holds the longest prefix of the prompt; of equals, the one that has been free the
-    /// longest. Returns its index and the tokens to reuse, or `None` if all are busy.
-    pub(super) fn find(&self, prompt: &[u32]) -> Option<(usize, usize)> {
+    /// Finds the free slot for a request with this salt: the one that holds most of its prompt, as `reusable` counts;
+    /// of equals, the one that has been free the longest. Returns its index and the tokens to reuse, or `None` if all are
+    /// busy.
+    pub(super) fn find(&self, salt: Option<&str>, reusable: impl Fn(&[u32]) -> usize) -> Option<(usize, usize)> {
         let free = self.slots.iter().enumerate().filter(|(_, slot)| !slot.busy);
-        let ranked = free.map(|(index, slot)| (reusable(&slot.ids, prompt), index, slot.released));
+        let ranked = free.map(|(index, slot)| (slot.reusable(salt, &reusable), index, slot.released));
         let (reused, index, _) =
             ranked.max_by_key(|(reused, index, released)| (*reused, std::cmp::Reverse((*released, *index))))?;
         Some((index, reused))
     }
 
-    /// Takes a slot, of which the first `reused` tokens are kept.
-    pub(super) fn take(&mut self, index: usize, reused: usize) {
+    /// Finds the slot, busy or free, that holds most of the prompt of a request with this salt, and how much.
+    pub(super) fn find_source(&self, salt: Option<&str>, reusable: impl Fn(&[u32]) -> usize) -> Option<(usize, usize)> {
+        let ranked = self.slots.iter().enumerate().map(|(index, slot)| (slot.reusable(salt, &reusable), index));
+        let (reused, index) = ranked.max_by_key(|(reused, index)| (*reused, std::cmp::Reverse(*index)))?;
+        Some((index, reused))
+    }
+
+    /// Takes a slot for a request with this salt; the first `reused` tokens are kept.
+    pub(super) fn take(&mut self, index: usize, reused: usize, salt: Option<&str>) {
         if let Some(slot) = self.slots.get_mut(index) {
             slot.busy = true;
             slot.ids.truncate(reused);
+            slot.salt = salt.map(str::to_owned);
         }
+    }
+
+    /// The ids that a slot holds.
+    pub(super) fn ids(&self, index: usize) -> &[u32] {
+        self.slots.get(index).map_or(&[], |slot| &slot.ids)
     }
 
     /// Drops what the executor no longer holds of free slots: `retained` is the number of tokens it holds of one.
@@ -109,8 +132,8 @@ mod tests {
     fn a_prompt_goes_where_most_of_it_is_and_else_where_nothing_was_for_longest() {
         let mut slots = Slots::new(3);
         fn acquire(slots: &mut Slots, prompt: &[u32]) -> Option<(usize, usize)> {
-            let (index, reused) = slots.find(prompt)?;
-            slots.take(index, reused);
+            let (index, reused) = slots.find(None, |cached| reusable(cached, prompt))?;
+            slots.take(index, reused, None);
             Some((index, reused))
         }
         let taken: Vec<_> = (0..3).map(|n| acquire(&mut slots, &[n, 7]).unwrap()).collect();
@@ -128,5 +151,18 @@ mod tests {
         slots.forget_all();
         assert_eq!(acquire(&mut slots, &[0, 7]), Some((0, 0)));
         assert!(!slots.has_free() && reusable(&[], &[]) == 0);
+    }
+
+    #[test]
+    fn nothing_is_reused_across_salts() {
+        let mut slots = Slots::new(2);
+        let prompt = [1, 2, 3];
+        let find = |slots: &Slots, salt| slots.find(salt, |cached| reusable(cached, &prompt)).unwrap();
+        slots.take(0, 0, Some("a"));
+        slots.extend(0, &prompt);
+        let source = |slots: &Slots, salt| slots.find_source(salt, |cached| reusable(cached, &prompt)).unwrap();
+        assert_eq!((source(&slots, Some("a")), source(&slots, None).1), ((0, 2), 0), "a busy slot is a source");
+        slots.release(0);
+        assert_eq!((find(&slots, Some("a")), find(&slots, None).1, find(&slots, Some("b")).1), ((0, 2), 0, 0));
     }
 }

@@ -23,7 +23,8 @@ pub struct StopFilter {
     /// Whitespace to show once something follows it; only used when trimming.
     spaces: String,
     shown_any: bool,
-    stopped: bool,
+    /// The stop string that ended the text.
+    matched: Option<String>,
 }
 
 /// Knuth-Morris-Pratt matcher of one stop string.
@@ -87,14 +88,14 @@ impl StopFilter {
             held: String::new(),
             spaces: String::new(),
             shown_any: false,
-            stopped: false,
+            matched: None,
         })
     }
 
     /// Takes the next piece of text and appends the text that can be shown to `out`. Returns true once a stop string is
     /// complete; anything after that is ignored.
     pub fn push(&mut self, text: &str, out: &mut String) -> bool {
-        if self.stopped {
+        if self.matched.is_some() {
             return true;
         }
         let held_bytes = self.held.len();
@@ -104,8 +105,10 @@ impl StopFilter {
                 matcher.advance(byte);
             }
             if let Some(longest) = self.matchers.iter().filter(|m| m.is_complete()).map(|m| m.pattern.len()).max() {
-                self.held.truncate((held_bytes + index + 1).saturating_sub(longest));
-                self.stopped = true;
+                let end = held_bytes + index + 1;
+                let stop = self.held.get(end.saturating_sub(longest)..end).unwrap_or_default().to_owned();
+                self.held.truncate(end.saturating_sub(longest));
+                self.matched = Some(stop);
                 self.flush(out);
                 return true;
             }
@@ -116,6 +119,11 @@ impl StopFilter {
         let shown = std::mem::replace(&mut self.held, rest);
         self.show(&shown, out);
         false
+    }
+
+    /// The stop string that ended the text.
+    pub fn matched(&self) -> Option<&str> {
+        self.matched.as_deref()
     }
 
     /// Ends the text: appends what was held back, which is not a stop string after all.

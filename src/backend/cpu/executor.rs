@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::kernels::attention::LANES;
 use super::observe::InputObserver;
 use super::program::{ALIGN, Program, ProgramKernel};
 use super::run::{StepRun, WeightSource};
@@ -250,6 +251,26 @@ impl Executor for CpuExecutor {
         for range in self.slot_ranges(slot)? {
             let part = self.cache.bytes_mut().get_mut(range);
             part.ok_or_else(|| Error::internal("a slot outside of the cache", "a checked plan"))?.fill(byte);
+        }
+        Ok(true)
+    }
+
+    fn copy_prefix(&mut self, from: usize, to: usize, tokens: usize) -> Result<bool> {
+        let capacity = self.limits.max_sequence_tokens;
+        if tokens > capacity {
+            return Err(Error::Step(format!("{tokens} tokens to copy, but a sequence holds at most {capacity}")));
+        }
+        let cache = &self.program.cache;
+        let overflow = || Error::internal("a cache whose size overflows", "a checked plan");
+        let head = cache.head_elements(&self.limits).ok_or_else(overflow)? * cache.dtype.bytes();
+        // Keys are in groups of positions, so whole groups are copied; what lies past the end is never read.
+        let copied = tokens.next_multiple_of(LANES) * cache.padded_dim() * cache.dtype.bytes();
+        let heads = cache.kv_heads;
+        for (from, to) in self.slot_ranges(from)?.zip(self.slot_ranges(to)?) {
+            for index in 0..heads {
+                let source = from.start + index * head..from.start + index * head + copied.min(head);
+                self.cache.bytes_mut().copy_within(source, to.start + index * head);
+            }
         }
         Ok(true)
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::super::scripted::{Scripted, ScriptedRow};
-use super::super::{FinishReason, SamplingParams, Session};
+use super::super::{FinishReason, Grammar, SamplingParams, Session, TokenConstraint, TokenMask, TokenReports};
 use super::*;
 use crate::backend::Logits;
 use crate::text::fixture::{EOS, tokenizer};
@@ -28,6 +28,8 @@ fn alone(request: &GenerationRequest, tokenizer: Option<Arc<Tokenizer>>) -> Comp
 #[derive(Default)]
 struct Outcomes {
     text: HashMap<RequestId, String>,
+    tokens: HashMap<RequestId, Vec<TokenReport>>,
+    prompts: HashMap<RequestId, Vec<TokenReport>>,
     done: HashMap<RequestId, Completion>,
     failed: HashMap<RequestId, String>,
 }
@@ -37,9 +39,13 @@ impl Outcomes {
         for (id, event) in events {
             assert!(!self.done.contains_key(&id) && !self.failed.contains_key(&id), "{id} was over");
             match event {
+                Event::Prompt(reports) => assert!(self.prompts.insert(id, reports).is_none(), "{id} is told once"),
+                Event::Token(report) => self.tokens.entry(id).or_default().push(report),
                 Event::Text(text) => self.text.entry(id).or_default().push_str(&text),
                 Event::Done(completion) => {
                     assert_eq!(self.text.get(&id).map_or("", String::as_str), completion.text);
+                    assert_eq!(self.tokens.get(&id).map_or(&[][..], Vec::as_slice), completion.reports);
+                    assert_eq!(self.prompts.get(&id).map_or(&[][..], Vec::as_slice), completion.prompt_reports);
                     self.done.insert(id, completion);
                 }
                 Event::Failed(error) => {
@@ -89,8 +95,9 @@ fn a_long_prompt_does_not_stall_those_who_decode() {
     for _ in 0..20 {
         batcher.step();
     }
-    let slots: Vec<usize> = log.lock().unwrap().iter().skip(1).take(18).map(|spans| spans[0].slot).collect();
-    assert_eq!(slots, [0, 1].repeat(9), "decode and prefill take turns");
+    let log = log.lock().unwrap();
+    let steps = log.iter().skip(1).take(18).map(|spans| spans.iter().map(|span| (span.slot, span.len)).collect());
+    assert_eq!(steps.collect::<Vec<Vec<_>>>(), vec![[(0, 1), (1, 1)]; 18], "a step has a token of both");
 }
 
 #[test]
@@ -237,15 +244,107 @@ fn any_request() -> impl Strategy<Value = GenerationRequest> {
         params.min_tokens(min_tokens).seed(seed).effective()
     });
     let prompt = prop::collection::vec(0u32..4, 1..30);
-    (prompt, sampling, 0usize..25, any::<bool>(), "[a-zA-Z]{1,2}").prop_map(
-        |(prompt, sampling, max_tokens, trim, stop)| GenerationRequest {
+    let reports = || {
+        prop_oneof![
+            3 => Just(TokenReports::None),
+            1 => Just(TokenReports::Ids),
+            1 => (0usize..4).prop_map(TokenReports::Logprobs),
+        ]
+    };
+    let options = (any::<bool>(), "[a-zA-Z]{1,2}", reports(), reports(), prop::option::of("[ab]"), any::<bool>());
+    (prompt, sampling, 0usize..25, options).prop_map(|(prompt, sampling, max_tokens, options)| {
+        let (trim, stop, reports, prompt_reports, cache_salt, is_constrained) = options;
+        GenerationRequest {
             sampling,
             trim,
             stop_strings: vec![stop],
             stop_ids: (EOS..60).collect(),
+            reports,
+            prompt_reports,
+            cache_salt,
+            grammar: is_constrained.then(alternating),
             ..request(&prompt, max_tokens)
-        },
-    )
+        }
+    })
+}
+
+/// A grammar of ids that are even and odd in turns.
+fn alternating() -> Grammar {
+    struct Alternating(u32);
+    impl TokenConstraint for Alternating {
+        fn allow(&mut self, allowed: &mut TokenMask) -> Result<()> {
+            (0..420).filter(|id| id % 2 == self.0).for_each(|id| allowed.insert(id));
+            Ok(())
+        }
+
+        fn push(&mut self, id: u32) -> Result<()> {
+            assert_eq!(id % 2, self.0, "only what is allowed is chosen");
+            self.0 = 1 - self.0;
+            Ok(())
+        }
+    }
+    Grammar::new(|| Ok(Box::new(Alternating(0))))
+}
+
+#[test]
+fn a_prompt_is_scored_without_an_answer_or_with_one() {
+    let prompt: Vec<u32> = (0..17).map(|n| n % 5).collect();
+    for (max_tokens, top) in [(0, 0), (1, 3)] {
+        let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(1, 8))), None, 1);
+        // The second finds the whole prompt in the slot.
+        for round in 0..2 {
+            let reports = TokenReports::Logprobs(top);
+            let request = request(&prompt, max_tokens).reports(reports).prompt_reports(reports);
+            let id = batcher.submit(request).unwrap();
+            let mut outcomes = Outcomes::default();
+            outcomes.run(&mut batcher);
+            let done = &outcomes.done[&id];
+            assert_eq!((done.completion_tokens, done.reports.len()), (max_tokens, max_tokens), "round {round}");
+            assert_eq!(done.prompt_reports.iter().map(|report| report.id).collect::<Vec<_>>(), prompt);
+            let executor = Box::new(Scripted::hashing(&limits(1, 8)));
+            let scores = Session::new(executor, None).score(&prompt, &mut |_, _| {}).unwrap();
+            let (first, rest) = done.prompt_reports.split_first().unwrap();
+            assert_eq!(first.logprobs, None);
+            for (report, score) in rest.iter().zip(scores) {
+                let logprobs = report.logprobs.as_ref().unwrap();
+                assert_eq!((logprobs.logprob.to_bits(), logprobs.top.len()), (score.to_bits(), top));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_another_slot_holds_is_copied_though_it_is_in_use() {
+    let executor = Scripted::hashing(&limits(2, 8)).copying();
+    let log = executor.log();
+    let mut batcher = Batcher::new(Box::new(executor), None, 0);
+    let shared: Vec<u32> = (0..16).collect();
+    let with = |last: u32| request(&[&shared[..], &[last]].concat(), 5);
+    let first = batcher.submit(with(100)).unwrap();
+    let mut outcomes = Outcomes::default();
+    (0..3).for_each(|_| outcomes.take(batcher.step()));
+    let salted = GenerationRequest { cache_salt: Some("other".into()), ..with(101) };
+    let second = batcher.submit(with(102)).unwrap();
+    outcomes.run(&mut batcher);
+    let third = batcher.submit(salted.clone()).unwrap();
+    outcomes.run(&mut batcher);
+    for (id, request, reused) in [(first, with(100), 0), (second, with(102), 16), (third, salted, 0)] {
+        assert_eq!(outcomes.done[&id].token_ids, alone(&request, None).token_ids);
+        assert_eq!(outcomes.done[&id].reused_tokens, reused);
+    }
+    let of_second: usize = log.lock().unwrap().iter().flatten().filter(|span| span.slot == 1).map(|s| s.len).sum();
+    assert_eq!(of_second, 1 + 4, "its last prompt token, and what it decodes");
+}
+
+#[test]
+fn a_deadline_ends_a_request_and_no_other() {
+    let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(2, 8))), None, 0);
+    let late = batcher.submit(GenerationRequest { deadline: Some(Instant::now()), ..request(&[1], 5) }).unwrap();
+    let other = batcher.submit(request(&[2], 5)).unwrap();
+    let mut outcomes = Outcomes::default();
+    outcomes.run(&mut batcher);
+    assert!(outcomes.failed[&late].contains("deadline"), "{}", outcomes.failed[&late]);
+    assert_eq!(outcomes.done[&other].token_ids, alone(&request(&[2], 5), None).token_ids);
 }
 
 proptest! {
@@ -256,9 +355,11 @@ proptest! {
         slots in 1usize..5,
         step_tokens in 1usize..12,
         top_tokens in prop::option::of(1usize..6),
+        copies in any::<bool>(),
     ) {
         let tokenizer = Some(tokenizer());
         let executor = Scripted::hashing(&limits(slots, step_tokens)).deferred(top_tokens);
+        let executor = if copies { executor.copying() } else { executor };
         let mut batcher = Batcher::new(Box::new(executor), tokenizer.clone(), 99);
         let mut outcomes = Outcomes::default();
         let mut submitted = Vec::new();
@@ -294,6 +395,7 @@ proptest! {
             prop_assert_eq!(&found.token_ids, &expected.token_ids);
             prop_assert_eq!(&found.text, &expected.text);
             prop_assert_eq!(found.finish_reason, expected.finish_reason);
+            prop_assert_eq!((&found.reports, &found.prompt_reports), (&expected.reports, &expected.prompt_reports));
         }
     }
 }

@@ -80,7 +80,7 @@ fn under_load_each_request_gets_what_it_gets_alone() {
             });
         }
     });
-    assert_eq!(engine.handle().status(), EngineStatus { running: 0, queued: 0, is_open: true });
+    assert_eq!(engine.handle().status(), EngineStatus { running: 0, queued: 0, kv_tokens: 0, is_open: true });
     engine.shutdown(DrainMode::Accepted).unwrap();
 }
 
@@ -92,7 +92,8 @@ fn a_full_queue_refuses_and_whoever_waits_gets_in() {
     let second = handle.submit(request(&[2], 2)).unwrap();
     let error = handle.submit(request(&[3], 2)).unwrap_err();
     assert!(matches!(error, Error::QueueFull { slots: 1, queued: 1 }), "{error}");
-    assert_eq!(handle.status(), EngineStatus { running: 1, queued: 1, is_open: true });
+    let EngineStatus { running, queued, is_open, .. } = handle.status();
+    assert_eq!((running, queued, is_open), (1, 1, true));
     let waiting = {
         let handle = handle.clone();
         std::thread::spawn(move || handle.submit_wait(request(&[4], 2)).unwrap().wait().unwrap())
@@ -226,4 +227,24 @@ fn dropping_the_engine_ends_its_requests() {
         Ok(completion) => assert_eq!(completion.completion_tokens, 150, "it was over already"),
         Err(error) => assert_eq!(error.to_string(), "the engine has stopped"),
     }
+}
+
+#[test]
+fn slots_go_to_lower_numbers_first_and_then_to_clients_with_fewer() {
+    let (engine, open, log) = gated(2, 8);
+    let handle = engine.handle();
+    let (done, order) = channel();
+    let ask = |first: u32, priority: i32, client: u64, max_tokens: usize| {
+        let request = GenerationRequest { priority, client, ..request(&[first], max_tokens) };
+        let done = done.clone();
+        let on_event = move |event| !matches!(event, Event::Done(_)) || done.send(first).is_ok();
+        handle.submit_to(request, on_event).unwrap()
+    };
+    // Both slots are taken before the others arrive; client 1 keeps one of them.
+    let _running = [ask(1, 0, 1, 100), ask(2, 0, 2, 1)];
+    wait_for("a step", || !log.lock().unwrap().is_empty());
+    let _queued = [ask(3, 0, 1, 1), ask(4, 0, 1, 1), ask(5, 0, 3, 1), ask(6, -1, 1, 1)];
+    drop(open);
+    let finished: Vec<u32> = order.iter().take(6).collect();
+    assert_eq!(finished, [2, 6, 5, 3, 4, 1]);
 }

@@ -61,7 +61,7 @@ fn the_adjustments_come_in_their_order() {
     // Prompt: 0 and 3; output: 1, 1.
     let mut sampler = Sampler::with_settings(&params, 5, &[], &[0, 3]).unwrap();
     sampler.seen.insert(1, 2);
-    sampler.adjust(&row);
+    sampler.adjust(&row, None);
     // 0: (1 + 1) / 0.5 / 2; 1: -1 / 0.5 · 2 - 0.25 - 2 · 0.5; 2: 3 / 0.5; 3: (1 - 2) / 0.5 · 2; 4: 0.5 / 0.5.
     assert_eq!(sampler.logits, [2.0, -5.25, 6.0, -4.0, 1.0]);
 }
