@@ -141,6 +141,9 @@ pub enum Error {
         /// Empty if the engine was told to stop, otherwise a colon and the reason.
         reason: String,
     },
+    /// The server cannot start or has failed.
+    #[error("{0}")]
+    Serve(String),
     /// A request's deadline has passed.
     #[error("the request's deadline has passed before its answer was complete")]
     DeadlineExceeded,

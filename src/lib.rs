@@ -80,11 +80,12 @@
 //!
 //! # Features
 //!
-//! Both are on by default. Without them the library is pure Rust: no C++, and no command-line dependencies.
+//! All are on by default. Without them the library is pure Rust: no C++, and no command-line dependencies.
 //!
 //! | feature | adds |
 //! | --- | --- |
 //! | `cli` | the program `aotron` |
+//! | `serve` | the HTTP server, `aotron serve` |
 //! | `tensorrt` | plans for NVIDIA GPUs: the shim over TensorRT (C++) and the GPU's driver, both opened at run time |
 //!
 //! # How it works
@@ -117,6 +118,7 @@
 //! | `verify` | the cases that a plan must pass before it answers, and the reference answers in a package |
 //! | `compile` | recipes, passes, and [`build`](build()), which runs the upper half of the diagram |
 //! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread); it depends on neither graphs nor checkpoints |
+//! | `serve` | the HTTP server over an [`Engine`] |
 //!
 //! The program's command line is not part of the library.
 //!
@@ -156,6 +158,9 @@ pub mod runtime;
 #[cfg(test)]
 #[path = "../tests/skips.rs"]
 mod skips;
+#[cfg(feature = "serve")]
+#[doc(hidden)]
+pub mod serve;
 #[doc(hidden)]
 pub mod tensor;
 #[doc(hidden)]
@@ -182,8 +187,9 @@ pub use isa::{CpuFeatures, Isa};
 #[doc(inline)]
 pub use runtime::{
     Answer, Batcher, Chat, Completion, DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Event,
-    FinishReason, GenerationRequest, Model, ModelOptions, RequestId, ResponseStream, Sampler, SamplingParams, Session,
-    TextStream, Ticket, Timings, Turn, log_probability,
+    FinishReason, GenerationRequest, Grammar, Model, ModelOptions, RequestId, ResponseStream, Sampler, SamplingParams,
+    Session, StopMatch, TextStream, Ticket, Timings, TokenConstraint, TokenLogprobs, TokenMask, TokenReport,
+    TokenReports, Turn, log_probability,
 };
 #[doc(inline)]
 pub use text::{ChatFormat, Message, Role, StreamDecoder, Tokenizer};

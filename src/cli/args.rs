@@ -9,6 +9,8 @@ use aotron::text::{ChatFormat, ChatTemplate, Tokenizer};
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand, ValueEnum};
 
+#[cfg(feature = "serve")]
+use super::serve;
 use super::{bench, build, chat, doctor, inspect, run, score, shell, term, tokenize, verify};
 
 /// Compiles Nemotron chat models ahead of time and runs them.
@@ -27,6 +29,9 @@ pub enum Command {
     Chat(chat::Flags),
     /// Answer one prompt
     Run(run::Flags),
+    /// Serve engines over HTTP, to clients of OpenAI's API
+    #[cfg(feature = "serve")]
+    Serve(serve::Flags),
     /// Compute the probabilities of given token ids, and their logits
     Score(score::Flags),
     /// Show the token ids of a text or a conversation

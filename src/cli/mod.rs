@@ -13,6 +13,8 @@ mod inspect;
 mod prompt;
 mod run;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod shell;
 mod term;
 mod tokenize;
@@ -68,6 +70,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Tokenize(flags) => tokenize::run(&flags),
         Command::Inspect(flags) => inspect::run(&flags),
         Command::Verify(flags) => verify::run(&flags),
+        #[cfg(feature = "serve")]
+        Command::Serve(flags) => serve::run(&flags),
         Command::Bench(flags) => bench::run(&flags),
         Command::Doctor(flags) => doctor::run(&flags),
         Command::Completions(flags) => shell::completions(&flags),

@@ -384,7 +384,7 @@ impl Worker {
     /// Runs until the engine is told to stop. Every request gets a last event, whatever happens.
     fn live(mut self) {
         let panicked = catch_unwind(AssertUnwindSafe(|| self.serve())).err();
-        let reason = panicked.map(|payload| format!(": its thread panicked: {}", words_of(&*payload)));
+        let reason = panicked.map(|payload| format!(": its thread panicked: {}", words_of_panic(&*payload)));
         let mut state = self.shared.lock();
         state.stopped = Some(reason.unwrap_or_default());
         let queued: Vec<EventSink> = state.queue.drain(..).map(|waiting| waiting.sink).collect();
@@ -515,7 +515,7 @@ fn drain_where<T>(queue: &mut VecDeque<T>, mut is_wanted: impl FnMut(&mut T) -> 
 }
 
 /// The message of a panic.
-fn words_of(payload: &(dyn Any + Send)) -> &str {
+pub(crate) fn words_of_panic(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("without a message")
 }

@@ -34,6 +34,8 @@ pub use batcher::{Batcher, Event, RequestId};
 pub use chat::{Answer, Chat, Turn};
 pub use constraint::{Grammar, TokenConstraint, TokenMask};
 pub use engine::{DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Ticket};
+#[cfg(feature = "serve")]
+pub(crate) use engine::words_of_panic;
 pub use model::{Model, ModelOptions};
 pub use report::{MAX_TOP_LOGPROBS, TokenLogprobs, TokenReport, TokenReports};
 pub use request::{Completion, FinishReason, GenerationRequest, StopMatch, Timings};

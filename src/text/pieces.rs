@@ -205,6 +205,11 @@ impl PieceTable {
         table
     }
 
+    /// Bytes of the longest piece.
+    pub(super) fn longest(&self) -> usize {
+        self.ends.array_windows().map(|[start, end]| end - start).max().unwrap_or(0)
+    }
+
     /// Builds the table of a SentencePiece model's ids, in order.
     pub(super) fn of_texts<'a>(rules: DecodingRules, texts: impl Iterator<Item = PieceText<'a>>) -> PieceTable {
         let mut table = PieceTable { bytes: Vec::new(), ends: vec![0], own_space: HashSet::new(), rules };
@@ -241,7 +246,7 @@ impl PieceTable {
         self.ends.len().saturating_sub(1)
     }
 
-    fn bytes_of(&self, id: u32) -> Option<&[u8]> {
+    pub(super) fn bytes_of(&self, id: u32) -> Option<&[u8]> {
         let index = id as usize;
         self.bytes.get(*self.ends.get(index)?..*self.ends.get(index + 1)?)
     }

@@ -203,6 +203,17 @@ impl Tokenizer {
         Ok(text)
     }
 
+    /// The bytes that an id contributes to a text, anywhere but at its start. They need not be whole characters.
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.pieces.bytes_of(id)
+    }
+
+    /// Most bytes that a token contributes to a text. A text with more bytes than this times a number of tokens has more
+    /// tokens than that, unless the tokenizer drops some of it, as a normalizer may drop spaces.
+    pub fn longest_token_bytes(&self) -> usize {
+        self.pieces.longest()
+    }
+
     /// The piece of an id as it appears in the vocabulary: `▁the`, `<0x0A>`, `</s>`.
     pub fn piece(&self, id: u32) -> Option<String> {
         match &self.encoder {

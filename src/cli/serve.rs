@@ -1,0 +1,258 @@
+//! `aotron serve`: the HTTP server.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use aotron::runtime::Model;
+use aotron::serve::{LogFormat, ModelSource, ServeEvent, ServeOptions, Server, StopSignal, UnknownFields};
+use clap::ValueEnum;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::args::{EngineFlags, chat_format_help, count, usage};
+use super::engine::shell_word;
+use super::term;
+
+/// Largest file of API keys.
+const MAX_KEY_FILE_BYTES: u64 = 1 << 20;
+
+/// Flags of `aotron serve`.
+#[derive(Debug, clap::Args)]
+pub struct Flags {
+    /// Engine packages, folders written by `aotron build`
+    #[arg(required = true, value_name = "ENGINE")]
+    engines: Vec<PathBuf>,
+    /// Address or host name to listen on; 0.0.0.0 is every IPv4 address of this machine
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Name that clients call the model by; can be repeated for more names of the same model [default: the folder's name]
+    #[arg(long, value_name = "NAME")]
+    served_model_name: Vec<String>,
+    /// Require this API key; can be repeated. Other users of this machine can see it; prefer --api-key-file
+    #[arg(long, value_name = "KEY")]
+    api_key: Vec<String>,
+    /// Require one of the API keys in this file, one per line
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+    /// Requests that may wait for a slot; more are refused
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = count(1_000_000))]
+    max_queue: usize,
+    /// Largest body of a request, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 8, value_parser = count(1024))]
+    max_body: usize,
+    /// Open connections; more wait
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = count(1_000_000))]
+    max_connections: usize,
+    /// Seconds after which a request is given up, whether it waits or runs
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600, value_parser = count(1_000_000))]
+    request_timeout: usize,
+    /// Seconds that running requests have to finish after SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = count(1_000_000))]
+    drain_timeout: usize,
+    /// Seconds that a client has to send a request, and to take each piece of a reply
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = count(1_000_000))]
+    client_timeout: usize,
+    /// Origin whose pages may use the server, such as https://example.org, or *; can be repeated
+    #[arg(long, value_name = "ORIGIN")]
+    cors_origin: Vec<String>,
+    /// What becomes of request fields that are not known
+    #[arg(long, value_enum, default_value_t)]
+    unknown_fields: Unknown,
+    /// Form of the access log on standard error
+    #[arg(long, value_enum, default_value_t)]
+    log_format: Log,
+    /// Do not serve the page to talk to the model
+    #[arg(long)]
+    no_ui: bool,
+    /// Let special tokens spelled in messages act as such, as the model card's code does
+    #[arg(long)]
+    card_compatible: bool,
+    /// Sequences at once [default: the plan's]
+    #[arg(long, value_name = "N", value_parser = count(4096))]
+    slots: Option<usize>,
+    #[arg(long, value_name = "NAME|FILE.jinja", help = chat_format_help("the package's"))]
+    chat_format: Option<String>,
+    /// CPU threads [default: one per core]
+    #[arg(long, value_name = "N", value_parser = count(1024))]
+    threads: Option<usize>,
+    /// Target whose plan to run: cpu, a100, h100 [default: that of a GPU in this machine, otherwise cpu]
+    #[arg(long, value_name = "NAME")]
+    target: Option<String>,
+    /// Index of the GPU to run on [default: the first one that a plan was compiled for]
+    #[arg(long, value_name = "N")]
+    device: Option<usize>,
+    /// Run a GPU plan that has not been verified on this card, driver and library
+    #[arg(long)]
+    accept_unverified: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum Unknown {
+    /// They are ignored, and named in the reply's header x-aotron-ignored
+    #[default]
+    Warn,
+    /// The request is refused
+    Reject,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum Log {
+    #[default]
+    Text,
+    Json,
+    Off,
+}
+
+pub fn run(flags: &Flags) -> anyhow::Result<()> {
+    if flags.engines.len() > 1 && !flags.served_model_name.is_empty() {
+        return Err(usage("--served-model-name is for a single engine; several are called by the names of their folders"));
+    }
+    let mut sources = Vec::new();
+    for path in &flags.engines {
+        // What is wrong with a package should be said before anything listens.
+        flags.engine(path).package()?;
+        sources.push(flags.source(path));
+    }
+    let server = Server::bind(sources, flags.options()?, Arc::new(announce))?;
+    for address in server.addresses() {
+        term::note(format!("listening on http://{address}"));
+        println_hint(&server, &address.to_string(), !flags.api_key.is_empty() || flags.api_key_file.is_some());
+    }
+    let stop = stop_signals()?;
+    match server.run(stop)? {
+        true => Ok(()),
+        false => bail!("some requests were not finished within --drain-timeout {}", flags.drain_timeout),
+    }
+}
+
+impl Flags {
+    fn engine(&self, path: &Path) -> EngineFlags {
+        EngineFlags {
+            threads: self.threads,
+            target: self.target.clone(),
+            device: self.device,
+            accept_unverified: self.accept_unverified,
+            ..EngineFlags::of(path)
+        }
+    }
+
+    fn source(&self, path: &Path) -> ModelSource {
+        let engine = self.engine(path);
+        let (slots, chat_format) = (self.slots, self.chat_format.clone());
+        let open = move || {
+            let mut options = Model::options().executor_options(engine.options(1));
+            if let Some(slots) = slots {
+                options = options.slots(slots);
+            }
+            if let Some(choice) = chat_format {
+                options = options.chat_format(choice);
+            }
+            options.open_package(engine.package()?)
+        };
+        ModelSource { path: path.to_path_buf(), names: self.served_model_name.clone(), open: Box::new(open) }
+    }
+
+    fn options(&self) -> anyhow::Result<ServeOptions> {
+        let seconds = |n: usize| Duration::from_secs(n as u64);
+        Ok(ServeOptions {
+            host: self.host.clone(),
+            port: self.port,
+            api_keys: self.api_keys()?,
+            max_queue: self.max_queue,
+            max_body_bytes: self.max_body << 20,
+            max_connections: self.max_connections,
+            request_timeout: seconds(self.request_timeout),
+            drain_timeout: seconds(self.drain_timeout),
+            client_timeout: seconds(self.client_timeout),
+            cors_origins: self.cors_origin.clone(),
+            unknown_fields: match self.unknown_fields {
+                Unknown::Warn => UnknownFields::Warn,
+                Unknown::Reject => UnknownFields::Reject,
+            },
+            log: match self.log_format {
+                Log::Text => LogFormat::Text,
+                Log::Json => LogFormat::Json,
+                Log::Off => LogFormat::Off,
+            },
+            has_page: !self.no_ui,
+            card_compatible: self.card_compatible,
+            ..ServeOptions::default()
+        })
+    }
+
+    fn api_keys(&self) -> anyhow::Result<Vec<String>> {
+        let mut keys = self.api_key.clone();
+        if let Some(path) = &self.api_key_file {
+            let bytes = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
+            if bytes > MAX_KEY_FILE_BYTES {
+                bail!("{} has {bytes} bytes; a file of API keys has at most {MAX_KEY_FILE_BYTES}", path.display());
+            }
+            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+            let before = keys.len();
+            keys.extend(lines.map(str::to_owned));
+            if keys.len() == before {
+                bail!("{} has no API key: one per line", path.display());
+            }
+        }
+        match keys.iter().find(|key| key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic())) {
+            Some(_) => Err(usage("an API key has at least one character, all of them printable ASCII and no spaces")),
+            None => Ok(keys),
+        }
+    }
+}
+
+/// Says what to paste where.
+fn println_hint(server: &Server, address: &str, has_key: bool) {
+    let names = server.model_names();
+    let name = names.first().map_or("", String::as_str);
+    let key = if has_key { " -H \"Authorization: Bearer $KEY\"" } else { "" };
+    let json = serde_json::json!({ "model": name, "messages": [{ "role": "user", "content": "Hello!" }] });
+    let json = shell_word(Path::new(&json.to_string()));
+    term::note(format!("OpenAI clients: base URL http://{address}/v1, model {name}"));
+    term::note(format!("try: curl http://{address}/v1/chat/completions{key} -d {json}"));
+}
+
+fn announce(event: &ServeEvent) {
+    match event {
+        ServeEvent::Ready { model, seconds } => term::note(format!("{model} is ready ({seconds} s)")),
+        ServeEvent::Failed { model, reason } => term::error(format!("{model} cannot be opened: {reason}")),
+        ServeEvent::Draining { requests } => {
+            let requests = term::plural(*requests, "request");
+            term::note(format!("stopping: {requests} to finish; a second signal ends them"));
+        }
+        _ => {}
+    }
+}
+
+/// Tells the server to stop at the first SIGTERM, SIGINT or SIGHUP; the second ends the process.
+fn stop_signals() -> anyhow::Result<StopSignal> {
+    let stop = StopSignal::default();
+    let sent = stop.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("cannot handle signals")?;
+    let guard = runtime.enter();
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("cannot handle SIGHUP")?;
+    drop(guard);
+    std::thread::spawn(move || {
+        runtime.block_on(async move {
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                    _ = hangup.recv() => {}
+                }
+                if !sent.send() {
+                    std::process::exit(130);
+                }
+            }
+        });
+    });
+    Ok(stop)
+}

@@ -1,0 +1,217 @@
+//! Who may ask, and the record of who did: request ids, API keys, CORS and the access log.
+
+use std::any::Any;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{ConnectInfo, MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http_body::{Frame, SizeHint};
+use serde_json::json;
+use subtle::ConstantTimeEq;
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
+use uuid::Uuid;
+
+use super::app::{App, MAX_REQUEST_ID};
+use super::error::ApiError;
+use super::kserve;
+use super::options::{LogFormat, ServeOptions};
+use crate::runtime::Completion;
+
+/// Header of a request's id, taken from the client or made here.
+static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Routes that need no key: an orchestrator has none, and the page asks for it.
+const OPEN_ROUTES: [&str; 6] = ["/health", "/ping", "/ready", "/v2/health/live", "/v2/health/ready", "/"];
+
+/// What is known of a request, for its handler and for the log.
+#[derive(Debug, Clone)]
+pub(super) struct RequestContext {
+    /// Tells clients apart: by their key, or else by their address.
+    pub client: u64,
+    usage: Arc<Usage>,
+}
+
+/// Tokens of the answers to a request, for the log.
+#[derive(Debug, Default)]
+struct Usage {
+    prompt_tokens: AtomicU64,
+    cached_tokens: AtomicU64,
+    completion_tokens: AtomicU64,
+}
+
+impl RequestContext {
+    /// Adds an answer's tokens to the record.
+    pub fn used(&self, completion: &Completion) {
+        let Completion { prompt_tokens, reused_tokens, completion_tokens, .. } = completion;
+        self.usage.prompt_tokens.fetch_add(*prompt_tokens as u64, Ordering::Relaxed);
+        self.usage.cached_tokens.fetch_add(*reused_tokens as u64, Ordering::Relaxed);
+        self.usage.completion_tokens.fetch_add(*completion_tokens as u64, Ordering::Relaxed);
+    }
+}
+
+/// Gives a request its id, and logs it once its response is over.
+pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let given = request.headers().get(&REQUEST_ID).and_then(|value| value.to_str().ok());
+    let given = given.filter(|id| (1..=MAX_REQUEST_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic()));
+    let id: Arc<str> = given.map_or_else(|| Uuid::new_v4().to_string().into(), Into::into);
+    let address = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0);
+    let mut hasher = DefaultHasher::new();
+    match app.options().api_keys.is_empty() {
+        true => address.map(|address| address.ip()).hash(&mut hasher),
+        false => given_key(request.headers()).hash(&mut hasher),
+    }
+    let context = RequestContext { client: hasher.finish(), usage: Arc::default() };
+    request.extensions_mut().insert(context.clone());
+    let record = Record {
+        id,
+        usage: context.usage,
+        address,
+        method: request.method().clone(),
+        // The path as it is routed: one from a client may hold anything.
+        route: request.extensions().get::<MatchedPath>().map_or("-".into(), |path| path.as_str().to_owned()),
+        format: app.options().log,
+        started: Instant::now(),
+        status: 0,
+        bytes: 0,
+        is_whole: false,
+    };
+    // Dropped with the request if the client leaves before there is a response.
+    let mut record = record;
+    let mut response = next.run(request).await;
+    record.status = response.status().as_u16();
+    if let Ok(value) = HeaderValue::from_str(&record.id) {
+        response.headers_mut().insert(REQUEST_ID.clone(), value);
+    }
+    response.map(|body| Body::new(RecordedBody { body, record }))
+}
+
+/// Checks the key.
+pub(super) async fn control(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let keys = &app.options().api_keys;
+    let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
+    let is_open = OPEN_ROUTES.contains(&route) || route.ends_with("/ready") || route.starts_with("/page/");
+    if keys.is_empty() || is_open {
+        return next.run(request).await;
+    }
+    let given = given_key(request.headers()).unwrap_or_default();
+    // Every key is compared, so that the time does not tell which came close.
+    let found = keys.iter().fold(0, |found, key| found | key.as_bytes().ct_eq(given.as_bytes()).unwrap_u8());
+    match found {
+        0 if route.starts_with("/v2") => kserve::respond(&ApiError::unauthorized()),
+        0 => ApiError::unauthorized().into_response(),
+        _ => next.run(request).await,
+    }
+}
+
+fn given_key(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(|value| {
+        let (scheme, key) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
+    });
+    bearer.or_else(|| headers.get("x-api-key").and_then(|value| value.to_str().ok()))
+}
+
+/// The headers that let pages of other origins use the server.
+pub(super) fn cors(options: &ServeOptions) -> CorsLayer {
+    let layer = CorsLayer::new()
+        .allow_methods([Method::GET, Method::POST, Method::OPTIONS])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([REQUEST_ID.clone(), HeaderName::from_static("x-aotron-ignored")]);
+    match options.cors_origins.iter().any(|origin| origin == "*") {
+        true => layer.allow_origin(AllowOrigin::any()),
+        false => {
+            let origins = options.cors_origins.iter().filter_map(|origin| HeaderValue::from_str(origin).ok());
+            layer.allow_origin(AllowOrigin::list(origins))
+        }
+    }
+}
+
+/// The response where a handler panicked.
+pub(super) fn panicked(payload: Box<dyn Any + Send + 'static>) -> Response {
+    tracing::error!(target: "aotron::serve", "a handler panicked: {}", crate::runtime::words_of_panic(&*payload));
+    ApiError::internal().into_response()
+}
+
+/// The line of a request in the log, written when it is dropped.
+#[derive(Debug)]
+struct Record {
+    id: Arc<str>,
+    usage: Arc<Usage>,
+    address: Option<SocketAddr>,
+    method: Method,
+    route: String,
+    format: LogFormat,
+    started: Instant,
+    /// 0 until there is a response.
+    status: u16,
+    bytes: u64,
+    /// The response was sent to its end.
+    is_whole: bool,
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let milliseconds = self.started.elapsed().as_secs_f64() * 1e3;
+        // nginx's number for a client that left.
+        let status = if self.is_whole { self.status } else { 499 };
+        let [prompt, cached, completion] =
+            [&self.usage.prompt_tokens, &self.usage.cached_tokens, &self.usage.completion_tokens]
+                .map(|count| count.load(Ordering::Relaxed));
+        let address = self.address.map_or_else(|| "-".to_owned(), |address| address.ip().to_string());
+        let Record { id, method, route, bytes, .. } = &*self;
+        let time = chrono::Utc::now().format("%Y-%m-%dT%H:%M:%S%.3fZ");
+        let line = match self.format {
+            LogFormat::Off => return,
+            LogFormat::Text => format!(
+                "{time} {address} {method} {route} {status} {milliseconds:.1} ms, {bytes} bytes, tokens {prompt} prompt \
+                 ({cached} cached) {completion} answer, {id}"
+            ),
+            LogFormat::Json => json!({
+                "time": time.to_string(), "client": address, "method": method.as_str(), "route": route,
+                "status": status, "milliseconds": milliseconds, "bytes": bytes, "prompt_tokens": prompt,
+                "cached_tokens": cached, "completion_tokens": completion, "request_id": &**id,
+            })
+            .to_string(),
+        };
+        // A closed standard error is no reason to fail.
+        let _ = std::io::Write::write_all(&mut std::io::stderr().lock(), format!("{line}\n").as_bytes());
+    }
+}
+
+/// A response's body, with the record that ends with it.
+struct RecordedBody {
+    body: Body,
+    record: Record,
+}
+
+impl http_body::Body for RecordedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        match &polled {
+            Poll::Ready(Some(Ok(frame))) => self.record.bytes += frame.data_ref().map_or(0, |data| data.len() as u64),
+            Poll::Ready(None) => self.record.is_whole = true,
+            _ => {}
+        }
+        self.record.is_whole |= self.body.is_end_stream();
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

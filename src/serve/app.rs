@@ -1,0 +1,326 @@
+//! The served models and their state, and the routes.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use axum::extract::{Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router, middleware};
+use serde_json::json;
+use tokio::sync::Semaphore;
+
+use super::answer::Answer;
+use super::error::ApiError;
+use super::metrics::{Metrics, ModelMetrics};
+use super::options::ServeOptions;
+use super::{HearServer, ModelSource, ServeEvent, access, kserve, openai};
+use crate::error::{Error, Result};
+use crate::runtime::{DrainMode, Engine, EngineHandle, EngineOptions, GenerationRequest, Model};
+use crate::text::{ChatFormat, Tokenizer};
+
+/// Prompts that are rendered and encoded at once.
+const CONCURRENT_ENCODINGS: usize = 4;
+/// Longest request id taken from a client.
+pub(super) const MAX_REQUEST_ID: usize = 128;
+
+/// State of the server.
+pub(super) struct App {
+    options: ServeOptions,
+    models: Vec<ServedModel>,
+    metrics: Metrics,
+    hear: HearServer,
+    encodings: Semaphore,
+    is_draining: AtomicBool,
+}
+
+/// A model by its names, and what was made of it once it is open.
+pub(super) struct ServedModel {
+    /// The first is the one shown.
+    names: Vec<String>,
+    created: u64,
+    metrics: Arc<ModelMetrics>,
+    opened: OnceLock<Result<Arc<OpenedModel>, String>>,
+    /// Kept to be shut down.
+    engine: OnceLock<Engine>,
+}
+
+/// A model that answers.
+pub(super) struct OpenedModel {
+    pub name: String,
+    pub model: Model,
+    pub engine: EngineHandle,
+    pub metrics: Arc<ModelMetrics>,
+    /// The format of conversations, with special tokens in contents escaped unless the server is as the card.
+    pub format: ChatFormat,
+    /// Identifies the weights and the plan: OpenAI's `system_fingerprint`.
+    pub fingerprint: String,
+}
+
+impl App {
+    /// # Errors
+    /// [`Error::Serve`] if there is no model or two have the same name.
+    pub fn new(sources: &[ModelSource], options: ServeOptions, hear: HearServer) -> Result<App> {
+        let metrics = Metrics::new();
+        let mut models: Vec<ServedModel> = Vec::new();
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        for source in sources {
+            let mut names = source.names.clone();
+            names.push(folder_name(&source.path));
+            if let Some(twin) = names.iter().find(|name| models.iter().any(|model| model.answers_to(name))) {
+                let message = format!("two models are named {twin}; name one of them with --served-model-name");
+                return Err(Error::Serve(message));
+            }
+            let name = names.first().cloned().unwrap_or_default();
+            let metrics = Arc::new(metrics.of_model(&name));
+            models.push(ServedModel { names, created, metrics, opened: OnceLock::new(), engine: OnceLock::new() });
+        }
+        match models.is_empty() {
+            true => Err(Error::Serve("there is no model to serve".into())),
+            false => {
+                let encodings = Semaphore::new(CONCURRENT_ENCODINGS);
+                Ok(App { options, models, metrics, hear, encodings, is_draining: AtomicBool::new(false) })
+            }
+        }
+    }
+
+    /// Opens a model; returns whether it answers.
+    pub fn open(&self, index: usize, source: ModelSource) -> bool {
+        let Some(served) = self.models.get(index) else { return false };
+        let started = Instant::now();
+        let opened = self.open_model(served, source);
+        let event = match &opened {
+            Ok(_) => ServeEvent::Ready { model: served.name().into(), seconds: started.elapsed().as_secs() },
+            Err(error) => ServeEvent::Failed { model: served.name().into(), reason: error.to_string() },
+        };
+        let is_open = opened.is_ok();
+        let _ = served.opened.set(opened.map(Arc::new).map_err(|error| error.to_string()));
+        (self.hear)(&event);
+        is_open
+    }
+
+    fn open_model(&self, served: &ServedModel, source: ModelSource) -> Result<OpenedModel> {
+        let model = (source.open)()?;
+        let engine = model.engine_with(EngineOptions::default().max_queued(self.options.max_queue))?;
+        let handle = engine.handle();
+        let _ = served.engine.set(engine);
+        let mut format = (**model.chat_format()).clone();
+        format.escape_markers = !self.options.card_compatible;
+        let digest = &model.package().manifest().sha256;
+        let fingerprint = format!("b{}-{}-{}", digest.get(..12).unwrap_or(digest), model.target(), model.precision());
+        let (name, metrics) = (served.name().to_owned(), served.metrics.clone());
+        Ok(OpenedModel { name, model, engine: handle, metrics, format, fingerprint })
+    }
+
+    pub fn options(&self) -> &ServeOptions {
+        &self.options
+    }
+
+    pub fn models(&self) -> &[ServedModel] {
+        &self.models
+    }
+
+    /// The model that a request names; without a name, the first.
+    ///
+    /// # Errors
+    /// 404 for an unknown name, 503 while it is not open.
+    pub fn model(&self, name: Option<&str>) -> Result<Arc<OpenedModel>, ApiError> {
+        if self.is_draining() {
+            return Err(ApiError::unavailable("the server is stopping", 5));
+        }
+        let served = match name.filter(|name| !name.is_empty()) {
+            None => self.models.first(),
+            Some(name) => self.models.iter().find(|model| model.answers_to(name)),
+        };
+        let known = || self.models.iter().map(|model| model.name().to_owned()).collect::<Vec<_>>();
+        let served = served.ok_or_else(|| ApiError::no_such_model(name.unwrap_or_default(), &known()))?;
+        match served.opened.get() {
+            Some(Ok(opened)) => Ok(opened.clone()),
+            Some(Err(_)) => Err(ApiError::unavailable("the model could not be opened; the server's log says why", 60)),
+            None => Err(ApiError::unavailable("the model is loading", 1)),
+        }
+    }
+
+    /// Runs work on a text, such as rendering and encoding a prompt, on a blocking thread.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub async fn encode<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let permit = self.encodings.acquire().await;
+        let done = tokio::task::spawn_blocking(work).await;
+        drop(permit);
+        done.unwrap_or_else(|_| Err(ApiError::internal()))
+    }
+
+    /// When a request that has just arrived has to be answered.
+    pub fn deadline(&self) -> Option<Instant> {
+        Instant::now().checked_add(self.options.request_timeout)
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::Acquire)
+    }
+
+    /// Accepts no more requests.
+    pub fn drain(&self) {
+        self.is_draining.store(true, Ordering::Release);
+        let requests = self.outstanding();
+        (self.hear)(&ServeEvent::Draining { requests });
+    }
+
+    /// Requests that run or wait.
+    pub fn outstanding(&self) -> usize {
+        let status = self.models.iter().filter_map(|model| model.opened()).map(|opened| opened.engine.status());
+        status.map(|status| status.running + status.queued).sum()
+    }
+
+    /// Ends all requests that still run.
+    pub fn shut_down(&self) {
+        for opened in self.models.iter().filter_map(ServedModel::opened) {
+            opened.engine.close(DrainMode::Nothing);
+        }
+    }
+
+    /// Returns true if every model answers and the server takes requests.
+    pub fn is_ready(&self) -> bool {
+        !self.is_draining() && self.models.iter().all(|model| model.opened().is_some_and(|o| o.engine.status().is_open))
+    }
+
+    fn metrics_text(&self) -> String {
+        for model in &self.models {
+            let opened = model.opened();
+            let limits = opened.map(|opened| opened.engine.limits());
+            let capacity = limits.map(|limits| (limits.slots, limits.max_sequence_tokens));
+            self.metrics.observe(model.name(), opened.map(|opened| opened.engine.status()), capacity);
+        }
+        self.metrics.text()
+    }
+}
+
+impl ServedModel {
+    /// The name that is shown.
+    pub fn name(&self) -> &str {
+        self.names.first().map_or("", String::as_str)
+    }
+
+    /// When it was first offered, in seconds since 1970.
+    pub fn created(&self) -> u64 {
+        self.created
+    }
+
+    pub fn opened(&self) -> Option<&Arc<OpenedModel>> {
+        self.opened.get().and_then(|opened| opened.as_ref().ok())
+    }
+
+    /// Compares names as people write them: regardless of case, of a vendor before a slash, and of an ending `.nemo`.
+    pub fn answers_to(&self, name: &str) -> bool {
+        let plain = plain_name(name);
+        self.names.iter().any(|own| plain_name(own) == plain)
+    }
+}
+
+fn plain_name(name: &str) -> String {
+    let name = name.rsplit('/').next().unwrap_or(name).to_lowercase();
+    name.strip_suffix(".nemo").unwrap_or(&name).to_owned()
+}
+
+fn folder_name(path: &Path) -> String {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    whole.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+}
+
+impl OpenedModel {
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// 400 if the model has none.
+    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>, ApiError> {
+        let none = || ApiError::bad_request("this model has no tokenizer, so it takes token ids only");
+        self.model.tokenizer().ok_or_else(none)
+    }
+
+    /// Refuses a text that has more tokens than a sequence holds, judging by its length alone.
+    ///
+    /// # Errors
+    /// 400 with the lengths.
+    pub fn check_text(&self, bytes: usize) -> Result<(), ApiError> {
+        let tokens = self.engine.limits().max_sequence_tokens;
+        let most = tokens.saturating_mul(self.tokenizer()?.longest_token_bytes().max(1));
+        if bytes <= most {
+            return Ok(());
+        }
+        let message = format!(
+            "the prompt has {bytes} bytes, which cannot fit the {tokens} tokens per sequence of this model, prompt and \
+             answer together"
+        );
+        let code = Some("context_length_exceeded");
+        Err(ApiError { code, ..ApiError::of_field("messages", message) })
+    }
+
+    /// Submits a request.
+    ///
+    /// # Errors
+    /// 400 for one that the engine refuses, 429 if its queue is full.
+    pub fn submit(&self, request: GenerationRequest) -> Result<Answer, ApiError> {
+        Answer::submit(&self.engine, &self.metrics, request)
+    }
+}
+
+/// The routes.
+pub(super) fn router(app: Arc<App>) -> Router {
+    let mut router = Router::new()
+        .route("/health", get(|| async { StatusCode::OK }))
+        .route("/ping", get(|| async { StatusCode::OK }))
+        .route("/ready", get(ready))
+        .route("/version", get(version))
+        .route("/metrics", get(metrics))
+        .route("/v1/models", get(openai::models))
+        .route("/v1/models/{*name}", get(openai::model))
+        .route("/v1/chat/completions", post(openai::chat::create))
+        .route("/v1/completions", post(openai::completions::create))
+        .route("/tokenize", post(openai::tokens::tokenize))
+        .route("/detokenize", post(openai::tokens::detokenize))
+        .merge(kserve::routes());
+    if app.options.has_page {
+        router = router.route("/", get(|| async { "aotron" }));
+    }
+    router = router.fallback(|| async { ApiError::not_found() });
+    router = router.method_not_allowed_fallback(|| async { ApiError::method_not_allowed() });
+    router
+        .layer(middleware::from_fn_with_state(app.clone(), access::control))
+        .layer(access::cors(&app.options))
+        .layer(middleware::from_fn_with_state(app.clone(), access::log))
+        .layer(tower_http::catch_panic::CatchPanicLayer::custom(access::panicked))
+        .with_state(app)
+}
+
+async fn ready(State(app): State<Arc<App>>) -> Response {
+    let model = |model: &ServedModel| {
+        let state = match model.opened.get() {
+            Some(Ok(_)) => "ready",
+            Some(Err(_)) => "failed",
+            None => "loading",
+        };
+        json!({ "name": model.name(), "state": state })
+    };
+    let is_ready = app.is_ready();
+    let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let models: Vec<_> = app.models.iter().map(model).collect();
+    let body = json!({ "ready": is_ready, "draining": app.is_draining(), "models": models });
+    (status, Json(body)).into_response()
+}
+
+async fn version() -> Response {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION"), "name": "aotron" })).into_response()
+}
+
+async fn metrics(State(app): State<Arc<App>>, _: Request) -> Response {
+    let form = "text/plain; version=0.0.4; charset=utf-8";
+    ([(header::CONTENT_TYPE, form)], app.metrics_text()).into_response()
+}

@@ -1,0 +1,115 @@
+//! JSON bodies: their size, the time they take to arrive, wrong values and unknown fields.
+
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::HeaderValue;
+use axum::response::Response;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+
+use super::app::App;
+use super::error::ApiError;
+use super::options::UnknownFields;
+
+/// Most unknown fields that are named in a reply.
+const NAMED_FIELDS: usize = 16;
+
+/// Reads a body whole.
+///
+/// # Errors
+/// 413 if it is too large, 408 if it does not arrive in time, 400 if the connection breaks.
+pub(super) async fn read_bytes(app: &App, body: Body) -> Result<axum::body::Bytes, ApiError> {
+    let limit = app.options().max_body_bytes;
+    let whole = tokio::time::timeout(app.options().client_timeout, Limited::new(body, limit).collect()).await;
+    match whole {
+        Ok(Ok(whole)) => Ok(whole.to_bytes()),
+        Ok(Err(error)) if error.downcast_ref::<LengthLimitError>().is_some() => Err(ApiError::too_large(limit)),
+        Ok(Err(error)) => Err(ApiError::bad_request(format!("the body cannot be read: {error}"))),
+        Err(_) => Err(ApiError::too_slow()),
+    }
+}
+
+/// A parsed body, and the fields of it that mean nothing.
+#[derive(Debug)]
+pub(super) struct ParsedBody<T> {
+    pub value: T,
+    pub ignored: Vec<String>,
+}
+
+/// Reads and parses a body.
+///
+/// # Errors
+/// As [`read_bytes`], and 400 naming the field that is wrong or, if the server is to reject them, unknown.
+pub(super) async fn read_json<T: DeserializeOwned>(app: &App, request: Request) -> Result<ParsedBody<T>, ApiError> {
+    let bytes = read_bytes(app, request.into_body()).await?;
+    parse(&bytes, app.options().unknown_fields)
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8], unknown: UnknownFields) -> Result<ParsedBody<T>, ApiError> {
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Err(ApiError::bad_request("the body is empty; expected a JSON object"));
+    }
+    let mut ignored = Vec::new();
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    let mut note = |path: serde_ignored::Path<'_>| {
+        if ignored.len() <= NAMED_FIELDS {
+            ignored.push(crate::error::clip(&path).replace(|c: char| !c.is_ascii_graphic(), "?"));
+        }
+    };
+    let value: T = serde_path_to_error::deserialize(serde_ignored::Deserializer::new(&mut reader, &mut note))
+        .map_err(|error| {
+            let path = error.path().to_string();
+            match path.as_str() {
+                "." | "?" => ApiError::bad_request(format!("the body is not as expected: {}", error.inner())),
+                path => ApiError::of_field(path, format!("{}: {}", crate::error::clip(path), error.inner())),
+            }
+        })?;
+    reader.end().map_err(|error| ApiError::bad_request(format!("the body is not one JSON value: {error}")))?;
+    match (unknown, ignored.first()) {
+        (UnknownFields::Reject, Some(first)) => {
+            let message = format!("unknown field {}; --unknown-fields warn accepts it", ignored.join(", "));
+            Err(ApiError::of_field(first.clone(), message))
+        }
+        _ => Ok(ParsedBody { value, ignored }),
+    }
+}
+
+/// Names the ignored fields in a reply.
+pub(super) fn name_ignored(response: &mut Response, ignored: &[String]) {
+    if let (false, Ok(value)) = (ignored.is_empty(), HeaderValue::try_from(ignored.join(", "))) {
+        response.headers_mut().insert("x-aotron-ignored", value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    struct Inner {
+        x: u32,
+    }
+
+    #[derive(Debug, Deserialize)]
+    struct Outer {
+        inner: Vec<Inner>,
+    }
+
+    #[test]
+    fn wrong_values_and_unknown_fields_are_named_with_their_path() {
+        let read = |text: &str, unknown| parse::<Outer>(text.as_bytes(), unknown);
+        let found = read(r#"{"inner": [{"x": 1, "y": 2}], "z": 3}"#, UnknownFields::Warn).unwrap();
+        assert_eq!((found.value.inner[0].x, found.ignored), (1, vec!["inner.0.y".to_owned(), "z".to_owned()]));
+        let error = read(r#"{"inner": [{"x": 1, "y": 2}]}"#, UnknownFields::Reject).unwrap_err();
+        assert_eq!((error.param.as_deref(), error.status.as_u16()), (Some("inner.0.y"), 400));
+        let error = read(r#"{"inner": [{"x": "one"}]}"#, UnknownFields::Warn).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("inner[0].x"));
+        for broken in ["", " ", "{", "[1", "{\"inner\": []} x", "\u{feff}{}", "nul"] {
+            assert_eq!(read(broken, UnknownFields::Warn).unwrap_err().status.as_u16(), 400, "{broken:?}");
+        }
+        let deep = format!("{{\"inner\": {}", "[".repeat(100_000));
+        assert_eq!(read(&deep, UnknownFields::Warn).unwrap_err().status.as_u16(), 400);
+    }
+}

@@ -1,0 +1,102 @@
+//! Sockets: limits on their number and on the time that a client may take, and draining.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::ConnectInfo;
+use axum::http::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
+use tower::ServiceExt;
+
+use super::app::{App, router};
+
+/// Headers of a request.
+const MAX_HEADERS: usize = 100;
+/// Bytes of a request's headers, and of what is read ahead of it.
+const MAX_HEADER_BYTES: usize = 64 << 10;
+/// Pause after the operating system has refused a connection, as where there are no more descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves until `stop` is done, then drains; returns true if every request was finished.
+pub(super) async fn serve(
+    listeners: Vec<TcpListener>,
+    app: Arc<App>,
+    stop: impl Future<Output = ()>,
+) -> bool {
+    let router = router(app.clone());
+    let room = Arc::new(Semaphore::new(app.options().max_connections));
+    let graceful = Arc::new(GracefulShutdown::new());
+    let accept = listeners.into_iter().map(|listener| {
+        let (app, router, room, watcher) = (app.clone(), router.clone(), room.clone(), graceful.clone());
+        tokio::spawn(async move {
+            loop {
+                // Beyond the limit, connections wait in the operating system's queue.
+                let Ok(permit) = room.clone().acquire_owned().await else { return };
+                let (stream, address) = match listener.accept().await {
+                    Ok(accepted) => accepted,
+                    Err(_) => {
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                };
+                let (timeout, router, watcher) = (app.options().client_timeout, router.clone(), watcher.watcher());
+                tokio::spawn(async move {
+                    let _permit = permit;
+                    converse(stream, address, timeout, router, watcher).await;
+                });
+            }
+        })
+    });
+    let accept: Vec<_> = accept.collect();
+    stop.await;
+    app.drain();
+    // While running requests are finished, new connections are still answered: with 503.
+    let done = async {
+        while app.outstanding() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        for task in accept {
+            task.abort();
+            // What it holds is gone once it has ended.
+            let _ = task.await;
+        }
+        if let Some(graceful) = Arc::into_inner(graceful) {
+            graceful.shutdown().await;
+        }
+    };
+    tokio::time::timeout(app.options().drain_timeout, done).await.is_ok()
+}
+
+/// Serves one connection.
+async fn converse(
+    stream: TcpStream,
+    address: SocketAddr,
+    timeout: Duration,
+    router: axum::Router,
+    watcher: hyper_util::server::graceful::Watcher,
+) {
+    // Small pieces of a stream are not held back.
+    let _ = stream.set_nodelay(true);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(timeout));
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(ConnectInfo(address));
+        router.clone().oneshot(request.map(Body::new))
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(timeout)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEADER_BYTES)
+        .serve_connection(TokioIo::new(Box::pin(stream)), service);
+    // A client that breaks the protocol or leaves is its own business.
+    let _ = watcher.watch(connection).await;
+}

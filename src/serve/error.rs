@@ -1,0 +1,145 @@
+//! Errors as clients read them.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::error::Error;
+
+/// An error of a request. As a response it has the nested form of OpenAI's API, which every SDK reads.
+#[derive(Debug, Clone)]
+pub(super) struct ApiError {
+    pub status: StatusCode,
+    /// OpenAI's `type`.
+    pub kind: &'static str,
+    pub message: String,
+    /// The field concerned.
+    pub param: Option<String>,
+    /// OpenAI's `code`.
+    pub code: Option<&'static str>,
+    /// Seconds after which to try again.
+    pub retry_after: Option<u64>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> ApiError {
+        ApiError { status, kind, message: message.into(), param: None, code: None, retry_after: None }
+    }
+
+    /// A request that cannot be served as it is.
+    pub fn bad_request(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// A field with a wrong value.
+    pub fn of_field(param: impl Into<String>, message: impl Into<String>) -> ApiError {
+        ApiError { param: Some(param.into()), ..ApiError::bad_request(message) }
+    }
+
+    /// A feature that the server or the model lacks.
+    pub fn unsupported(param: &str, message: impl Into<String>) -> ApiError {
+        ApiError { code: Some("unsupported_parameter"), ..ApiError::of_field(param, message) }
+    }
+
+    pub fn no_such_model(name: &str, known: &[String]) -> ApiError {
+        let known = known.join(", ");
+        let message = format!("the model `{}` does not exist; this server has: {known}", crate::error::clip(name));
+        let error = ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message);
+        ApiError { param: Some("model".into()), code: Some("model_not_found"), ..error }
+    }
+
+    pub fn unauthorized() -> ApiError {
+        let message = "a valid API key is needed, as `Authorization: Bearer KEY` or `x-api-key: KEY`";
+        let error = ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", message);
+        ApiError { code: Some("invalid_api_key"), ..error }
+    }
+
+    /// A request that may succeed later.
+    pub fn unavailable(message: impl Into<String>, retry_after: u64) -> ApiError {
+        let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", message);
+        ApiError { retry_after: Some(retry_after), ..error }
+    }
+
+    pub fn not_found() -> ApiError {
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", "there is nothing here; /docs lists the routes")
+    }
+
+    pub fn method_not_allowed() -> ApiError {
+        let message = "this route does not take that method; /docs lists the routes";
+        ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
+    }
+
+    pub fn too_large(limit: usize) -> ApiError {
+        let message = format!("the body is larger than {limit} bytes, which is this server's limit");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+    }
+
+    pub fn too_slow() -> ApiError {
+        let message = "the body did not arrive in time";
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
+    }
+
+    /// A failure of the server. Its details belong into the log, not to the client.
+    pub fn internal() -> ApiError {
+        let message = "the server failed to answer; its log has the reason under this request id";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
+    /// The body in OpenAI's form, also for an error in the middle of a stream.
+    pub fn body(&self) -> Value {
+        let ApiError { kind, message, param, code, .. } = self;
+        json!({ "error": { "message": message, "type": kind, "param": param, "code": code } })
+    }
+
+    /// A response of this error with another body.
+    pub fn respond(&self, body: Value) -> Response {
+        let mut response = (self.status, Json(body)).into_response();
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        self.respond(self.body())
+    }
+}
+
+impl From<&Error> for ApiError {
+    fn from(error: &Error) -> ApiError {
+        match error.root() {
+            Error::Request(words) => ApiError::bad_request(words.clone()),
+            Error::Tokenizer(words) => ApiError::bad_request(format!("the text cannot be encoded: {words}")),
+            error @ Error::PromptTooLong { .. } => {
+                let code = Some("context_length_exceeded");
+                ApiError { code, ..ApiError::of_field("messages", error.to_string()) }
+            }
+            error @ Error::QueueFull { .. } => ApiError {
+                code: Some("queue_full"),
+                retry_after: Some(1),
+                ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", error.to_string())
+            },
+            Error::EngineStopped { .. } => ApiError::unavailable("the server is stopping", 5),
+            error @ Error::DeadlineExceeded => {
+                ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", error.to_string())
+            }
+            Error::Numerics(_) => {
+                let message = "the model computed numbers that are not finite for this request";
+                ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+            }
+            _ => ApiError::internal(),
+        }
+    }
+}
+
+impl From<Error> for ApiError {
+    fn from(error: Error) -> ApiError {
+        ApiError::from(&error)
+    }
+}

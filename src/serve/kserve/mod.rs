@@ -1,0 +1,169 @@
+//! KServe's inference protocol v2 over HTTP with Triton's extension for binary tensors: what NeMo's `NemoQuery` and its
+//! successors speak through pytriton's client, and Triton's `generate`.
+//!
+//! A client that finds no model of its name polls for minutes, so one model answers to any name.
+
+mod generate;
+mod infer;
+mod tensors;
+
+use std::sync::Arc;
+
+use axum::extract::{FromRequestParts, Path, State};
+use axum::http::StatusCode;
+use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+
+use super::app::{App, OpenedModel, ServedModel};
+use super::error::ApiError;
+
+/// Prompts of one request.
+const MAX_BATCH: usize = 128;
+
+/// An error in this protocol's form.
+#[derive(Debug)]
+struct KserveError(ApiError);
+
+impl From<ApiError> for KserveError {
+    fn from(error: ApiError) -> KserveError {
+        KserveError(error)
+    }
+}
+
+impl IntoResponse for KserveError {
+    fn into_response(self) -> Response {
+        respond(&self.0)
+    }
+}
+
+/// An error in this protocol's form: its text alone.
+pub(super) fn respond(error: &ApiError) -> Response {
+    error.respond(json!({ "error": error.message }))
+}
+
+/// The model of a path.
+struct Named(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = KserveError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Named, KserveError> {
+        let Path(params) = Path::<Vec<(String, String)>>::from_request_parts(parts, state)
+            .await
+            .map_err(|error| ApiError::bad_request(error.to_string()))?;
+        let name = params.into_iter().find(|(key, _)| key == "model").map(|(_, name)| name);
+        Ok(Named(name.unwrap_or_default()))
+    }
+}
+
+impl Named {
+    /// The model as it is served.
+    fn served<'a>(&self, app: &'a App) -> Result<&'a ServedModel, ApiError> {
+        let known = || app.models().iter().map(|model| model.name().to_owned()).collect::<Vec<_>>();
+        match app.models() {
+            [only] => Ok(only),
+            models => models
+                .iter()
+                .find(|model| model.answers_to(&self.0))
+                .ok_or_else(|| ApiError::no_such_model(&self.0, &known())),
+        }
+    }
+
+    /// The model, once it answers.
+    fn opened(&self, app: &App) -> Result<Arc<OpenedModel>, ApiError> {
+        let name = self.served(app)?.name().to_owned();
+        app.model(Some(&name))
+    }
+}
+
+/// The routes of the protocol.
+pub(super) fn routes() -> Router<Arc<App>> {
+    let mut router = Router::new()
+        .route("/v2", get(server))
+        .route("/v2/health/live", get(|| async { StatusCode::OK }))
+        .route("/v2/health/ready", get(ready))
+        .route("/v2/repository/index", post(index));
+    for model in ["/v2/models/{model}", "/v2/models/{model}/versions/{version}"] {
+        router = router
+            .route(model, get(metadata))
+            .route(&format!("{model}/ready"), get(model_ready))
+            .route(&format!("{model}/config"), get(config))
+            .route(&format!("{model}/infer"), post(infer::infer))
+            .route(&format!("{model}/generate"), post(generate::generate))
+            .route(&format!("{model}/generate_stream"), post(generate::generate_stream));
+    }
+    router
+}
+
+async fn server() -> Response {
+    let extensions = ["binary_tensor_data", "model_configuration", "model_repository", "generate"];
+    let version = env!("CARGO_PKG_VERSION");
+    Json(json!({ "name": "aotron", "version": version, "extensions": extensions })).into_response()
+}
+
+async fn ready(State(app): State<Arc<App>>) -> StatusCode {
+    if app.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+async fn model_ready(State(app): State<Arc<App>>, named: Named) -> Result<Response, KserveError> {
+    named.opened(&app)?;
+    Ok(StatusCode::OK.into_response())
+}
+
+/// `POST /v2/repository/index`, which clients before pytriton 0.4 send before they ask whether a model is ready.
+async fn index(State(app): State<Arc<App>>) -> Response {
+    let state = |model: &ServedModel| if model.opened().is_some() { "READY" } else { "LOADING" };
+    let models: Vec<Value> = app
+        .models()
+        .iter()
+        .map(|model| json!({ "name": model.name(), "version": "1", "state": state(model), "reason": "" }))
+        .collect();
+    Json(models).into_response()
+}
+
+/// The inputs that are read: names, Triton's types and what they are.
+const INPUTS: [(&str, &str); 10] = [
+    ("prompts", "BYTES"),
+    ("max_output_len", "INT64"),
+    ("max_output_token", "INT64"),
+    ("top_k", "INT64"),
+    ("top_p", "FP32"),
+    ("temperature", "FP32"),
+    ("random_seed", "INT64"),
+    ("stop_words_list", "BYTES"),
+    ("repetition_penalty", "FP32"),
+    ("apply_chat_template", "BOOL"),
+];
+/// The outputs: classes differ in which they read.
+const OUTPUTS: [&str; 2] = ["outputs", "sentences"];
+
+async fn metadata(State(app): State<Arc<App>>, named: Named) -> Result<Response, KserveError> {
+    named.served(&app)?;
+    let tensor = |name: &str, datatype: &str| json!({ "name": name, "datatype": datatype, "shape": [-1, -1] });
+    let inputs: Vec<Value> = INPUTS.iter().map(|(name, datatype)| tensor(name, datatype)).collect();
+    let outputs = OUTPUTS.map(|name| tensor(name, "BYTES"));
+    // The name that was asked for, which the client compares.
+    let body =
+        json!({ "name": named.0, "versions": ["1"], "platform": "aotron", "inputs": inputs, "outputs": outputs });
+    Ok(Json(body).into_response())
+}
+
+async fn config(State(app): State<Arc<App>>, named: Named) -> Result<Response, KserveError> {
+    named.served(&app)?;
+    let input = |(name, datatype): &(&str, &str)| {
+        let datatype = if *datatype == "BYTES" { "STRING" } else { datatype };
+        let optional = *name != "prompts";
+        json!({ "name": name, "data_type": format!("TYPE_{datatype}"), "dims": [-1], "optional": optional })
+    };
+    let output = |name: &str| json!({ "name": name, "data_type": "TYPE_STRING", "dims": [-1] });
+    let inputs: Vec<Value> = INPUTS.iter().map(input).collect();
+    let outputs = OUTPUTS.map(output);
+    let body = json!({
+        "name": named.0, "platform": "", "backend": "aotron", "max_batch_size": MAX_BATCH, "input": inputs,
+        "output": outputs, "model_transaction_policy": { "decoupled": false }, "parameters": {},
+    });
+    Ok(Json(body).into_response())
+}

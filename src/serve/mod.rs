@@ -1,0 +1,202 @@
+//! The HTTP server over [`Engine`](crate::runtime::Engine): the APIs that existing clients speak.
+//!
+//! ```text
+//!  connection ──► access ──► body ──► openai, … ──► answer ──► engine handle
+//!  (sockets,      (request    (JSON,   (one file     (events of  (its own thread,
+//!   time limits)   id, key,    limits)  per API)      a request)  one per model)
+//!                  log)
+//! ```
+//!
+//! | module | contents |
+//! | --- | --- |
+//! | `connection` | sockets: limits on their number, time limits on headers and writes, draining |
+//! | `access` | request ids, API keys, CORS, the access log |
+//! | `app` | the served models and their state; routes |
+//! | `body` | JSON bodies with their limits, unknown fields |
+//! | `answer` | a request to an engine and its events |
+//! | `error` | errors in the forms that clients read |
+//! | `openai` | OpenAI's API |
+//! | `kserve` | KServe's protocol, which NeMo's clients speak |
+//! | `metrics` | Prometheus metrics |
+//!
+//! A request is rendered and encoded on a blocking thread, of which there is a bounded number, and validated before it is
+//! queued; the engine's thread only runs steps. Dropping a response cancels its request, which frees its slot within one
+//! step, so hyper's dropping of a handler whose client has left is all there is to do about that.
+
+mod access;
+mod answer;
+mod app;
+mod body;
+mod connection;
+mod error;
+mod kserve;
+mod metrics;
+mod openai;
+mod options;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+
+pub use self::options::{LogFormat, ServeOptions, UnknownFields};
+use crate::error::{Error, Result};
+use crate::runtime::Model;
+
+/// A model to serve.
+pub struct ModelSource {
+    /// The engine package.
+    pub path: PathBuf,
+    /// Names that clients may call it by, besides those that derive from the path; the first is the one shown.
+    pub names: Vec<String>,
+    /// Opens it. Called once, on a thread of its own, after the server has begun to listen.
+    pub open: Box<dyn FnOnce() -> Result<Model> + Send>,
+}
+
+/// Progress of a server, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ServeEvent {
+    /// A model answers from now on.
+    Ready {
+        /// Its name.
+        model: String,
+        /// Seconds that it took to open.
+        seconds: u64,
+    },
+    /// A model cannot be opened.
+    Failed {
+        /// Its name.
+        model: String,
+        /// The reason.
+        reason: String,
+    },
+    /// The server accepts no more requests and waits for those that run.
+    Draining {
+        /// Requests that run or wait.
+        requests: usize,
+    },
+}
+
+/// Receives the events.
+pub type HearServer = Arc<dyn Fn(&ServeEvent) + Send + Sync>;
+
+/// Tells a server to stop, from any thread.
+#[derive(Debug, Clone, Default)]
+pub struct StopSignal {
+    is_sent: Arc<AtomicBool>,
+    notify: Arc<Notify>,
+}
+
+impl StopSignal {
+    /// Sends the signal; returns false if it was sent before.
+    pub fn send(&self) -> bool {
+        let is_first = !self.is_sent.swap(true, Ordering::AcqRel);
+        self.notify.notify_one();
+        is_first
+    }
+
+    async fn wait(&self) {
+        self.notify.notified().await;
+    }
+}
+
+/// A server that listens.
+pub struct Server {
+    runtime: tokio::runtime::Runtime,
+    listeners: Vec<TcpListener>,
+    app: Arc<app::App>,
+    sources: Vec<ModelSource>,
+}
+
+impl Server {
+    /// Binds the addresses; nothing is answered before [`Server::run`].
+    ///
+    /// # Errors
+    /// [`Error::Serve`] if an address cannot be bound or an option is out of range.
+    pub fn bind(sources: Vec<ModelSource>, options: ServeOptions, hear: HearServer) -> Result<Server> {
+        let serve_error = |what: &str| {
+            let what = what.to_owned();
+            move |error: std::io::Error| Error::Serve(format!("{what}: {error}"))
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(options.io_threads)
+            .max_blocking_threads(options.io_threads + 8)
+            .thread_name("aotron-serve")
+            .enable_all()
+            .build()
+            .map_err(serve_error("cannot start the server's threads"))?;
+        let listeners = runtime.block_on(async {
+            let target = (options.host.as_str(), options.port);
+            let found = tokio::net::lookup_host(target).await;
+            let found: Vec<SocketAddr> =
+                found.map_err(serve_error(&format!("cannot find the host {}", options.host)))?.collect();
+            let mut listeners = Vec::new();
+            for address in found {
+                let bound = TcpListener::bind(address).await;
+                listeners.push(bound.map_err(serve_error(&format!("cannot listen on {address}")))?);
+            }
+            match listeners.is_empty() {
+                true => Err(Error::Serve(format!("the host {} has no address", options.host))),
+                false => Ok(listeners),
+            }
+        })?;
+        let app = Arc::new(app::App::new(&sources, options, hear)?);
+        Ok(Server { runtime, listeners, app, sources })
+    }
+
+    /// The addresses it listens on.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.listeners.iter().filter_map(|listener| listener.local_addr().ok()).collect()
+    }
+
+    /// The name under which each model is listed.
+    pub fn model_names(&self) -> Vec<String> {
+        self.app.models().iter().map(|model| model.name().to_owned()).collect()
+    }
+
+    /// Opens the models and serves until `stop` is done; then running requests are finished, within the drain timeout.
+    /// Returns whether all of them were.
+    ///
+    /// # Errors
+    /// [`Error::Serve`] if no model could be opened.
+    pub fn run(self, stop: StopSignal) -> Result<bool> {
+        let Server { runtime, listeners, app, sources } = self;
+        let loaders: Vec<_> = sources
+            .into_iter()
+            .enumerate()
+            .map(|(index, source)| {
+                let app = app.clone();
+                runtime.spawn_blocking(move || app.open(index, source))
+            })
+            .collect();
+        let outcome = runtime.block_on(async {
+            let failed = async {
+                let mut opened = 0;
+                for loader in loaders {
+                    opened += usize::from(loader.await.unwrap_or(false));
+                }
+                if opened > 0 {
+                    std::future::pending::<()>().await;
+                }
+            };
+            let serving = connection::serve(listeners, app.clone(), stop.wait());
+            tokio::select! {
+                drained = serving => Ok(drained),
+                () = failed => Err(Error::Serve("no model could be opened".into())),
+            }
+        });
+        app.shut_down();
+        runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+        outcome
+    }
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("addresses", &self.addresses()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,159 @@
+//! Messages as clients send them, and the messages that chat formats take.
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::serve::app::OpenedModel;
+use crate::serve::error::ApiError;
+use crate::text::{ChatFormat, ChatTemplate, Tokenizer};
+
+/// Most messages of a conversation: each takes at least a token.
+const MAX_MESSAGES: usize = 1 << 16;
+
+/// Brings messages into the form of chat formats: text parts joined, `developer` as `system`, and for built-in formats
+/// nothing but role and content.
+///
+/// # Errors
+/// 400 naming the message that cannot be taken, or the total length if it cannot fit.
+pub(in crate::serve) fn normalized(model: &OpenedModel, messages: Vec<Value>) -> Result<Vec<Value>, ApiError> {
+    if messages.len() > MAX_MESSAGES {
+        return Err(ApiError::of_field("messages", format!("{} messages; expected at most {MAX_MESSAGES}", messages.len())));
+    }
+    let is_jinja = matches!(model.format.template, ChatTemplate::Jinja(_));
+    let mut bytes = 0;
+    let mut normalized = Vec::with_capacity(messages.len());
+    for (index, message) in messages.into_iter().enumerate() {
+        let message = one(message, is_jinja).map_err(|words| ApiError::of_field(format!("messages[{index}]"), words))?;
+        bytes += message.get("content").and_then(Value::as_str).map_or(0, str::len);
+        normalized.push(Value::Object(message));
+    }
+    model.check_text(bytes)?;
+    Ok(normalized)
+}
+
+fn one(message: Value, is_jinja: bool) -> Result<Map<String, Value>, String> {
+    let Value::Object(mut message) = message else { return Err("a message is an object with role and content".into()) };
+    let role = match message.get("role") {
+        Some(Value::String(role)) => role.clone(),
+        Some(_) => return Err("role is a string".into()),
+        None => return Err("it has no role".into()),
+    };
+    let role = if role == "developer" { "system".to_owned() } else { role };
+    let content = match message.remove("content") {
+        Some(content) => text_of(content)?,
+        None => Value::Null,
+    };
+    if !is_jinja {
+        let calls = message.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty());
+        if calls || !["system", "user", "assistant"].contains(&role.as_str()) {
+            return Err(format!("this model's chat format has no tools, so it takes no message of role {role} like this"));
+        }
+        if content.is_null() {
+            return Err("its content is missing".into());
+        }
+        message.clear();
+    }
+    message.insert("role".into(), role.into());
+    if !content.is_null() {
+        message.insert("content".into(), content);
+    }
+    Ok(message)
+}
+
+/// The text of a content: a string, or parts of text joined. Null stays.
+fn text_of(content: Value) -> Result<Value, String> {
+    let parts = match content {
+        Value::String(_) | Value::Null => return Ok(content),
+        Value::Array(parts) => parts,
+        _ => return Err("content is a string or a list of parts".into()),
+    };
+    let mut text = String::new();
+    for (index, part) in parts.iter().enumerate() {
+        let kind = part.get("type").and_then(Value::as_str).unwrap_or("text");
+        let piece = match (part, kind) {
+            (Value::String(piece), _) => Some(piece.as_str()),
+            (_, "text" | "input_text" | "output_text") => part.get("text").and_then(Value::as_str),
+            (_, "refusal") => part.get("refusal").and_then(Value::as_str),
+            (_, kind) => return Err(format!("part {index} is of type {}; the model reads text only", clip(kind))),
+        };
+        text.push_str(piece.ok_or_else(|| format!("part {index} has no text"))?);
+    }
+    Ok(Value::String(text))
+}
+
+fn clip(text: &str) -> String {
+    crate::error::clip(text)
+}
+
+/// The ids of a conversation. Where the format refuses messages of one role in a row, they are joined.
+///
+/// # Errors
+/// As [`ChatFormat::prompt`].
+pub(in crate::serve) fn prompt(format: &ChatFormat, tokenizer: &Tokenizer, messages: &[Value]) -> Result<Vec<u32>> {
+    let refused = match format.prompt_of_json(tokenizer, messages) {
+        Err(Error::Request(words)) => words,
+        other => return other,
+    };
+    let joined = joined(messages);
+    match joined.len() == messages.len() {
+        true => Err(Error::Request(refused)),
+        false => format.prompt_of_json(tokenizer, &joined),
+    }
+}
+
+/// Joins messages of the same role that follow each other, with an empty line between them.
+fn joined(messages: &[Value]) -> Vec<Value> {
+    let mut joined: Vec<Value> = Vec::with_capacity(messages.len());
+    for message in messages {
+        let content = message.get("content").and_then(Value::as_str);
+        let plain = message.as_object().is_some_and(|message| message.len() == 2);
+        match (joined.last_mut(), content) {
+            (Some(last), Some(content)) if plain && last.get("role") == message.get("role") => {
+                if let Some(Value::String(before)) = last.get_mut("content") {
+                    before.push_str("\n\n");
+                    before.push_str(content);
+                    continue;
+                }
+                joined.push(message.clone());
+            }
+            _ => joined.push(message.clone()),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn contents_of_all_kinds_become_text_and_the_rest_is_named() {
+        let parts = json!([{"type": "text", "text": "a"}, "b", {"type": "input_text", "text": "c"}]);
+        let read = |message: Value| one(message, false);
+        let found = read(json!({"role": "developer", "content": parts, "name": "x"})).unwrap();
+        assert_eq!(Value::Object(found), json!({"role": "system", "content": "abc"}));
+        let image = json!({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]});
+        assert!(read(image).unwrap_err().contains("image_url"));
+        for (wrong, words) in [
+            (json!("hi"), "an object"),
+            (json!({"content": "x"}), "no role"),
+            (json!({"role": "user"}), "content is missing"),
+            (json!({"role": "user", "content": 123}), "a string or a list"),
+            (json!({"role": "tool", "content": "x"}), "role tool"),
+        ] {
+            let found = read(wrong).unwrap_err();
+            assert!(found.contains(words), "{found}");
+        }
+        let tool = json!({"role": "tool", "content": "x", "tool_call_id": "1"});
+        assert_eq!(Value::Object(one(tool.clone(), true).unwrap()), tool);
+    }
+
+    #[test]
+    fn messages_of_one_role_in_a_row_are_joined() {
+        let user = |text: &str| json!({"role": "user", "content": text});
+        let answer = json!({"role": "assistant", "content": "c"});
+        assert_eq!(joined(&[user("a"), user("b"), answer.clone()]), [user("a\n\nb"), answer]);
+    }
+}

@@ -1,0 +1,94 @@
+//! `POST /tokenize` and `POST /detokenize`, in the forms of vLLM (`prompt`, `messages`) and llama.cpp (`content`).
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::messages::{normalized, prompt};
+use crate::serve::app::App;
+use crate::serve::body::{ParsedBody, name_ignored, read_json};
+use crate::serve::error::ApiError;
+
+/// Most ids to decode at once.
+const MAX_IDS: usize = 1 << 20;
+
+/// A text or a conversation to encode.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+pub(in crate::serve) struct TokenizeRequest {
+    #[serde(default)]
+    model: Option<String>,
+    #[serde(default)]
+    prompt: Option<String>,
+    #[serde(default)]
+    content: Option<String>,
+    #[serde(default)]
+    #[schema(value_type = Option<Vec<Object>>)]
+    messages: Option<Vec<Value>>,
+    /// Add the tokens that the tokenizer puts in front of a text. Default: no.
+    #[serde(default)]
+    add_special_tokens: Option<bool>,
+    /// llama.cpp's name of the same.
+    #[serde(default)]
+    add_special: Option<bool>,
+    /// Return the tokens' texts too.
+    #[serde(default)]
+    return_token_strs: Option<bool>,
+}
+
+/// Ids to decode.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+pub(in crate::serve) struct DetokenizeRequest {
+    #[serde(default)]
+    model: Option<String>,
+    tokens: Vec<u32>,
+}
+
+pub(in crate::serve) async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    let ParsedBody { value: body, ignored } = read_json::<TokenizeRequest>(&app, request).await?;
+    let model = app.model(body.model.as_deref())?;
+    let opened = model.clone();
+    let adds = body.add_special_tokens.or(body.add_special).unwrap_or(false);
+    let strings = body.return_token_strs.unwrap_or(false);
+    let encoded = app.encode(move || {
+        let tokenizer = opened.tokenizer()?;
+        let ids = match (body.prompt.or(body.content), body.messages) {
+            (Some(text), None) => {
+                opened.check_text(text.len())?;
+                let mut ids = if adds { tokenizer.prefix()? } else { Vec::new() };
+                ids.extend(tokenizer.encode(&text)?);
+                ids
+            }
+            (None, Some(messages)) => prompt(&opened.format, tokenizer, &normalized(&opened, messages)?)?,
+            _ => return Err(ApiError::bad_request("expected one of prompt, content and messages")),
+        };
+        let texts: Option<Vec<String>> =
+            strings.then(|| ids.iter().map(|id| tokenizer.piece(*id).unwrap_or_default()).collect());
+        Ok((ids, texts))
+    });
+    let (ids, texts) = encoded.await?;
+    let most = model.engine.limits().max_sequence_tokens;
+    let mut body = json!({ "count": ids.len(), "max_model_len": most, "tokens": ids });
+    if let Some(texts) = texts {
+        body["token_strs"] = texts.into();
+    }
+    let mut response = Json(body).into_response();
+    name_ignored(&mut response, &ignored);
+    Ok(response)
+}
+
+pub(in crate::serve) async fn detokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    let ParsedBody { value: body, ignored } = read_json::<DetokenizeRequest>(&app, request).await?;
+    let model = app.model(body.model.as_deref())?;
+    if body.tokens.len() > MAX_IDS {
+        return Err(ApiError::of_field("tokens", format!("{} tokens; expected at most {MAX_IDS}", body.tokens.len())));
+    }
+    let text = app.encode(move || Ok(model.tokenizer()?.decode(&body.tokens)?)).await?;
+    // vLLM's name and llama.cpp's.
+    let mut response = Json(json!({ "prompt": text, "content": text })).into_response();
+    name_ignored(&mut response, &ignored);
+    Ok(response)
+}
