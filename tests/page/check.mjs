@@ -10,7 +10,12 @@ import { mkdir, readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { chromium } from "playwright-core";
 import { startProxy } from "./scripted.mjs";
-import { checks } from "./checks.mjs";
+import { checks } from "./checks/check.mjs";
+import "./checks/server.mjs";
+import "./checks/answers.mjs";
+import "./checks/conversations.mjs";
+import "./checks/failures.mjs";
+import "./checks/use.mjs";
 
 const [base, folder = "screenshots", only = ""] = process.argv.slice(2);
 if (!base) {
@@ -51,7 +56,7 @@ function watch(page, problems) {
 /** What a check works with: a fresh browser profile with the page open. */
 async function open(options = {}) {
   const problems = [];
-  const { path = "", ...contextOptions } = options;
+  const { path = "", script, ...contextOptions } = options;
   const context = await browser.newContext({
     viewport: { width: 1200, height: 800 },
     permissions: ["clipboard-read", "clipboard-write"],
@@ -60,6 +65,7 @@ async function open(options = {}) {
   });
   context.setDefaultTimeout(8000);
   context.on("page", (page) => watch(page, problems));
+  if (script) await context.addInitScript(script);
   const page = await context.newPage();
   await page.goto(proxy.url + path);
   const answers = page.locator(".message.assistant");

@@ -60,19 +60,78 @@ export const HOSTILE = `<img src=x onerror="window.hacked = 1"><script>window.ha
 
 /** The tokens of the script `tokens`: the last two are one character in two pieces. */
 export const TOKENS = [
-  ["The", [["The", -0.01], ["A", -4.7], ["It", -6.1], ["\n", -7.2], ["", -8]]],
-  [" capital", [[" capital", -0.1], [" city", -2.5], [" largest", -4.1]]],
-  [" of", [[" of", -0.4], [" in", -1.3]]],
-  [" France", [[" France", -0.7], [" the", -0.9]]],
-  [" is", [[" is", -1.2], [" was", -0.8], [" has", -1.6]]],
-  [" surely", [[" Paris", -0.2], [" the", -2.2], [" surely", -3.4]]],
-  [" Paris", [[" Paris", -0.02], [" Lyon", -4.3]]],
-  [".\n", [[".\n", -0.03], [".", -3.6]]],
+  [
+    "The",
+    [
+      ["The", -0.01],
+      ["A", -4.7],
+      ["It", -6.1],
+      ["\n", -7.2],
+      ["", -8],
+    ],
+  ],
+  [
+    " capital",
+    [
+      [" capital", -0.1],
+      [" city", -2.5],
+      [" largest", -4.1],
+    ],
+  ],
+  [
+    " of",
+    [
+      [" of", -0.4],
+      [" in", -1.3],
+    ],
+  ],
+  [
+    " France",
+    [
+      [" France", -0.7],
+      [" the", -0.9],
+    ],
+  ],
+  [
+    " is",
+    [
+      [" is", -1.2],
+      [" was", -0.8],
+      [" has", -1.6],
+    ],
+  ],
+  [
+    " surely",
+    [
+      [" Paris", -0.2],
+      [" the", -2.2],
+      [" surely", -3.4],
+    ],
+  ],
+  [
+    " Paris",
+    [
+      [" Paris", -0.02],
+      [" Lyon", -4.3],
+    ],
+  ],
+  [
+    ".\n",
+    [
+      [".\n", -0.03],
+      [".", -3.6],
+    ],
+  ],
 ];
 const HALVES = [[0xc3], [0xa9]];
 
 function chunk(response, choice, rest = {}) {
-  const body = { id: "scripted", object: "chat.completion.chunk", choices: choice ? [{ index: 0, ...choice }] : [], ...rest };
+  const body = {
+    id: "scripted",
+    object: "chat.completion.chunk",
+    choices: choice ? [{ index: 0, ...choice }] : [],
+    ...rest,
+  };
   response.write(`data: ${JSON.stringify(body)}\n\n`);
 }
 
@@ -90,7 +149,12 @@ function end(response, finish_reason, usage) {
   response.end("data: [DONE]\n\n");
 }
 
-const USAGE = { prompt_tokens: 123, completion_tokens: 21, total_tokens: 144, prompt_tokens_details: { cached_tokens: 100 } };
+const USAGE = {
+  prompt_tokens: 123,
+  completion_tokens: 21,
+  total_tokens: 144,
+  prompt_tokens_details: { cached_tokens: 100 },
+};
 
 function refuse(response, status, message, headers = {}) {
   response.writeHead(status, { "Content-Type": "application/json", ...headers });
@@ -169,10 +233,19 @@ const SCRIPTS = {
         bytes: [...Buffer.from(token)],
         top_logprobs: top.map(([other, value]) => ({ token: other, logprob: value, bytes: [...Buffer.from(other)] })),
       };
-      chunk(response, { delta: { content: token }, logprobs: wanted ? { content: [item] } : null, finish_reason: null });
+      chunk(response, {
+        delta: { content: token },
+        logprobs: wanted ? { content: [item] } : null,
+        finish_reason: null,
+      });
       await sleep(2);
     }
-    const halves = HALVES.map((bytes) => ({ token: "\uFFFD", logprob: -0.5, bytes, top_logprobs: [{ token: "\uFFFD", logprob: -0.5, bytes }] }));
+    const halves = HALVES.map((bytes) => ({
+      token: "\uFFFD",
+      logprob: -0.5,
+      bytes,
+      top_logprobs: [{ token: "\uFFFD", logprob: -0.5, bytes }],
+    }));
     chunk(response, { delta: { content: "é" }, logprobs: wanted ? { content: halves } : null, finish_reason: null });
     end(response, "stop", USAGE);
   },
@@ -224,7 +297,8 @@ const SCRIPTS = {
     refuse(response, 503, "The server is shutting down.", { "Retry-After": "30" });
   },
   key(response, _, request) {
-    if (request.headers.authorization !== "Bearer right-key") return refuse(response, 401, "The API key is missing or wrong.");
+    if (request.headers.authorization !== "Bearer right-key")
+      return refuse(response, 401, "The API key is missing or wrong.");
     begin(response);
     text(response, "The key fits.");
     end(response, "stop", USAGE);
@@ -235,7 +309,7 @@ const SCRIPTS = {
  * Starts the proxy before the server at `base`.
  *
  * `requests` collects the chat completions that were asked for. `override` maps a path to a function that answers it in
- * the server's place; where it returns false, the server answers.
+ * the server's place; where it returns false, the server answers. The server is also found below `/below/`.
  */
 export async function startProxy(base) {
   const target = new URL(base);
@@ -250,7 +324,8 @@ export async function startProxy(base) {
       return response.destroy();
     }
     const raw = Buffer.concat(pieces);
-    const { pathname } = new URL(request.url, base);
+    const url = request.url.replace(/^\/below\//, "/");
+    const { pathname } = new URL(url, base);
     const answer = override.get(pathname);
     if (answer && answer(request, response) !== false) return;
     if (request.method === "POST" && pathname === "/v1/chat/completions") {
@@ -260,7 +335,13 @@ export async function startProxy(base) {
       if (name) return SCRIPTS[name](response, body, request);
     }
     const passed = http.request(
-      { host: target.hostname, port: target.port, path: request.url, method: request.method, headers: { ...request.headers, host: target.host } },
+      {
+        host: target.hostname,
+        port: target.port,
+        path: url,
+        method: request.method,
+        headers: { ...request.headers, host: target.host },
+      },
       (reply) => {
         response.writeHead(reply.statusCode, reply.headers);
         reply.pipe(response);

@@ -121,7 +121,9 @@ export async function checkReady() {
 export async function models() {
   const response = await request("v1/models");
   const body = await response.json().catch(() => null);
-  const list = Array.isArray(body?.data) ? body.data.filter((/** @type {any} */ model) => typeof model?.id === "string") : [];
+  const list = Array.isArray(body?.data)
+    ? body.data.filter((/** @type {any} */ model) => typeof model?.id === "string")
+    : [];
   if (!list.length) throw new ApiError("server", "The server names no model.");
   return list.map((/** @type {any} */ model) => ({
     id: model.id,

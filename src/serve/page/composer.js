@@ -27,7 +27,8 @@ export class Composer {
     this.#input.addEventListener("input", () => this.#update());
     this.#input.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       // Enter also accepts what an input method suggests; Safari tells that by the key code alone.
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229 || this.#touch.matches) return;
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229 || this.#touch.matches)
+        return;
       event.preventDefault();
       this.#submit();
     });
@@ -55,6 +56,13 @@ export class Composer {
     this.#stop.hidden = !live;
     if (hadFocus && document.activeElement === document.body) this.focus();
     this.#update();
+  }
+
+  /** Puts `text` in the box. @param {string} text */
+  fill(text) {
+    this.#input.value = text;
+    this.#update();
+    this.focus();
   }
 
   focus() {

@@ -64,7 +64,16 @@ export function newId() {
 /** @returns {Conversation} */
 export function newConversation() {
   const now = Date.now();
-  return { id: newId(), title: UNTITLED, renamed: false, created: now, updated: now, system: "", messages: [], chosen: {} };
+  return {
+    id: newId(),
+    title: UNTITLED,
+    renamed: false,
+    created: now,
+    updated: now,
+    system: "",
+    messages: [],
+    chosen: {},
+  };
 }
 
 /**
@@ -88,7 +97,7 @@ export function path(conversation) {
   // The newest child of each message, for where nothing was chosen.
   const newest = new Map(conversation.messages.map((message) => [message.parent, message]));
   const shown = [];
-  for (let parent = ""; ; ) {
+  for (let parent = ""; ;) {
     const chosen = byId.get(conversation.chosen[parent] ?? "");
     const next = chosen?.parent === parent ? chosen : newest.get(parent);
     if (!next) return shown;
@@ -129,7 +138,10 @@ export function titleFrom(content) {
   const line = content.trim().split(/\n/, 1)[0].replace(/\s+/g, " ");
   const characters = Array.from(line);
   if (characters.length <= TITLE_LENGTH) return line || UNTITLED;
-  return `${characters.slice(0, TITLE_LENGTH - 1).join("").trimEnd()}…`;
+  return `${characters
+    .slice(0, TITLE_LENGTH - 1)
+    .join("")
+    .trimEnd()}…`;
 }
 
 /**

@@ -14,7 +14,10 @@ const WORDS = String.raw`(?<word>[A-Za-z_$][\w$]*)`;
 
 /** @param {string[]} parts @param {string} keywords @param {string} [flags] */
 function language(parts, keywords, flags = "") {
-  return { pattern: new RegExp([...parts, NUMBERS, WORDS].join("|"), `g${flags}`), keywords: new Set(keywords.split(" ")) };
+  return {
+    pattern: new RegExp([...parts, NUMBERS, WORDS].join("|"), `g${flags}`),
+    keywords: new Set(keywords.split(" ")),
+  };
 }
 
 const RUST = language(
@@ -50,14 +53,46 @@ const MARKUP = {
 
 /** @type {Record<string, {pattern: RegExp, keywords: Set<string>}>} */
 const LANGUAGES = Object.assign(Object.create(null), {
-  rust: RUST, rs: RUST,
-  python: PYTHON, py: PYTHON, python3: PYTHON,
-  javascript: JAVASCRIPT, js: JAVASCRIPT, jsx: JAVASCRIPT, mjs: JAVASCRIPT, typescript: JAVASCRIPT, ts: JAVASCRIPT, tsx: JAVASCRIPT,
-  c: C, h: C, cpp: C, "c++": C, cc: C, cuda: C, cu: C, csharp: C, "c#": C, cs: C, java: C, kotlin: C, go: C, swift: C,
-  bash: SHELL, sh: SHELL, shell: SHELL, zsh: SHELL, console: SHELL,
-  json: CONFIG, yaml: CONFIG, yml: CONFIG, toml: CONFIG, ini: CONFIG,
+  rust: RUST,
+  rs: RUST,
+  python: PYTHON,
+  py: PYTHON,
+  python3: PYTHON,
+  javascript: JAVASCRIPT,
+  js: JAVASCRIPT,
+  jsx: JAVASCRIPT,
+  mjs: JAVASCRIPT,
+  typescript: JAVASCRIPT,
+  ts: JAVASCRIPT,
+  tsx: JAVASCRIPT,
+  c: C,
+  h: C,
+  cpp: C,
+  "c++": C,
+  cc: C,
+  cuda: C,
+  cu: C,
+  csharp: C,
+  "c#": C,
+  cs: C,
+  java: C,
+  kotlin: C,
+  go: C,
+  swift: C,
+  bash: SHELL,
+  sh: SHELL,
+  shell: SHELL,
+  zsh: SHELL,
+  console: SHELL,
+  json: CONFIG,
+  yaml: CONFIG,
+  yml: CONFIG,
+  toml: CONFIG,
+  ini: CONFIG,
   sql: SQL,
-  html: MARKUP, xml: MARKUP, svg: MARKUP,
+  html: MARKUP,
+  xml: MARKUP,
+  svg: MARKUP,
 });
 
 /**

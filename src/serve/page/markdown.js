@@ -8,6 +8,9 @@ import { parseInline } from "./inline.js";
 /** @typedef {import("./blocks.js").Block} Block */
 /** @typedef {import("./inline.js").Inline} Inline */
 
+/** Text runs from right to left where it begins with such a script. */
+const AUTO = { dir: "auto" };
+
 /** The sources of the blocks that an element shows. @type {WeakMap<Element, string[]>} */
 const shown = new WeakMap();
 
@@ -25,17 +28,20 @@ export function showMarkdown(container, text) {
   while (same < blocks.length && same < before.length && blocks[same].source === before[same]) same += 1;
   while (container.childNodes.length > same) container.lastChild?.remove();
   container.append(...blocks.slice(same).map(({ block }) => blockNode(block)));
-  shown.set(container, blocks.map(({ source }) => source));
+  shown.set(
+    container,
+    blocks.map(({ source }) => source),
+  );
 }
 
 /** @param {Block} block @returns {Node} */
 function blockNode(block) {
   switch (block.type) {
     case "paragraph":
-      return element("p", {}, ...inlineNodes(block.text));
+      return element("p", AUTO, ...inlineNodes(block.text));
     case "heading":
       // The page has a heading of level 1, and each message one of level 2.
-      return element(`h${Math.min(block.level + 2, 6)}`, {}, ...inlineNodes(block.text));
+      return element(`h${Math.min(block.level + 2, 6)}`, AUTO, ...inlineNodes(block.text));
     case "rule":
       return element("hr");
     case "quote":
@@ -56,12 +62,14 @@ function listNode({ start, loose, items }) {
     start === null ? "ul" : "ol",
     attributes,
     ...items.map(({ checked, blocks }) => {
-      const box = checked !== null && element("input", { type: "checkbox", disabled: true, checked, "aria-label": checked ? "done" : "to do" });
+      const box =
+        checked !== null &&
+        element("input", { type: "checkbox", disabled: true, checked, "aria-label": checked ? "done" : "to do" });
       const content = blocks.flatMap((block) =>
         // The lines of a tight list stand without paragraphs.
         block.type === "paragraph" && !loose ? inlineNodes(block.text) : [blockNode(block)],
       );
-      return element("li", { class: checked !== null && "task" }, box, ...content);
+      return element("li", { ...AUTO, class: checked !== null && "task" }, box, ...content);
     }),
   );
 }
@@ -73,7 +81,13 @@ function tableNode({ alignments, head, rows }) {
     element(
       "tr",
       {},
-      ...cells.map((cell, i) => element(name, { class: alignments[i] && `align-${alignments[i]}`, ...attributes }, ...inlineNodes(cell))),
+      ...cells.map((cell, i) =>
+        element(
+          name,
+          { ...AUTO, class: alignments[i] && `align-${alignments[i]}`, ...attributes },
+          ...inlineNodes(cell),
+        ),
+      ),
     );
   return element(
     "div",
@@ -91,10 +105,18 @@ function tableNode({ alignments, head, rows }) {
 function codeNode(code, language) {
   const copy = element(
     "button",
-    { type: "button", class: "icon-button", "aria-label": "Copy code", title: "Copy code", onclick: () => copyText(code, copy) },
+    {
+      type: "button",
+      class: "icon-button",
+      "aria-label": "Copy code",
+      title: "Copy code",
+      onclick: () => copyText(code, copy),
+    },
     icon("copy"),
   );
-  const pieces = highlight(code, language).map(([kind, text]) => (kind ? element("span", { class: `code-${kind}` }, text) : text));
+  const pieces = highlight(code, language).map(([kind, text]) =>
+    kind ? element("span", { class: `code-${kind}` }, text) : text,
+  );
   return element(
     "div",
     { class: "code" },

@@ -41,7 +41,7 @@ export class MessageView {
   constructor(message, actions) {
     this.message = message;
     this.actions = actions;
-    this.body = element("div", { class: "body" });
+    this.body = element("div", { class: "body", dir: message.role === "user" && "auto" });
     this.notice = element("div", { class: "notices" });
     this.foot = element("div", { class: "foot" });
     /** @type {HTMLLIElement} */
@@ -110,10 +110,15 @@ export class MessageView {
       return element("p", { class: "notice" }, this.message.content ? "Stopped." : "Stopped before the first token.");
     }
     if (answer.state === "waiting" || answer.state === "streaming") {
-      return element("p", { class: "notice" }, "Interrupted, as the page was closed.");
+      return element(
+        "p",
+        { class: "notice" },
+        "Incomplete: the page was closed, or the answer is still arriving in another tab.",
+      );
     }
     if (answer.finish === "length") return this.#lengthNode(answer, maxTokens);
-    if (answer.state === "done" && this.message.content === "") return element("p", { class: "notice" }, "The answer is empty.");
+    if (answer.state === "done" && this.message.content === "")
+      return element("p", { class: "notice" }, "The answer is empty.");
     return null;
   }
 
@@ -129,7 +134,11 @@ export class MessageView {
       "p",
       { class: "notice" },
       `The answer reached its limit${length}. `,
-      element("button", { type: "button", class: "link", onclick: () => this.actions.openSettings("max_tokens") }, "Change max tokens"),
+      element(
+        "button",
+        { type: "button", class: "link", onclick: () => this.actions.openSettings("max_tokens") },
+        "Change max tokens",
+      ),
     );
   }
 
@@ -170,7 +179,9 @@ export class MessageView {
     if (!live) foot.push(this.#actionButtons());
     if (role === "assistant" && answer && (live || content !== "")) foot.push(element("span", { class: "counters" }));
     // The focus stays where it was if the button is still there.
-    const focused = this.foot.contains(document.activeElement) ? document.activeElement?.getAttribute("data-action") : null;
+    const focused = this.foot.contains(document.activeElement)
+      ? document.activeElement?.getAttribute("data-action")
+      : null;
     this.foot.replaceChildren(...foot);
     if (focused) this.foot.querySelector(`[data-action="${focused}"]`)?.focus();
   }
@@ -195,11 +206,21 @@ export class MessageView {
 
   #actionButtons() {
     const user = this.message.role === "user";
-    const copy = iconButton("copy", user ? "Copy message" : "Copy answer", () => this.copy(), { "data-action": "copy" });
-    const again = iconButton("again", "Another answer", () => this.actions.regenerate(this.message), { "data-action": "again" });
-    const edit = iconButton("pencil", user ? "Edit message" : "Edit answer", () => this.edit(), { "data-action": "edit" });
+    const copy = iconButton("copy", user ? "Copy message" : "Copy answer", () => this.copy(), {
+      "data-action": "copy",
+    });
+    const again = iconButton("again", "Another answer", () => this.actions.regenerate(this.message), {
+      "data-action": "again",
+    });
+    const edit = iconButton("pencil", user ? "Edit message" : "Edit answer", () => this.edit(), {
+      "data-action": "edit",
+    });
     const buttons = user ? [copy, edit] : [copy, again, edit];
-    return element("div", { class: "actions", role: "group", "aria-label": user ? "Message actions" : "Answer actions" }, ...buttons);
+    return element(
+      "div",
+      { class: "actions", role: "group", "aria-label": user ? "Message actions" : "Answer actions" },
+      ...buttons,
+    );
   }
 
   /** Copies the text as the model wrote it. */
@@ -214,12 +235,17 @@ export class MessageView {
     const user = this.message.role === "user";
     const area = element("textarea", {
       rows: Math.min(12, this.message.content.split("\n").length + 1),
+      dir: "auto",
       "aria-label": user ? "Edit message" : "Edit answer",
       onkeydown: (/** @type {KeyboardEvent} */ event) => {
         if (event.key === "Escape") {
           event.stopPropagation();
           this.#endEdit();
-        } else if (event.key === "Enter" && !event.isComposing && (event.ctrlKey || event.metaKey || (user && !event.shiftKey))) {
+        } else if (
+          event.key === "Enter" &&
+          !event.isComposing &&
+          (event.ctrlKey || event.metaKey || (user && !event.shiftKey))
+        ) {
           event.preventDefault();
           save();
         }
@@ -259,16 +285,16 @@ export class MessageView {
   }
 }
 
-/** The counters of an answer, such as "42 prompt tokens, 32 cached · first token after 85 ms". @param {Answer} answer */
+/** The counters of an answer, such as "42 prompt tokens (32 cached) · first after 85 ms · 20 tokens at 41.2/s". @param {Answer} answer */
 function countersText({ state, usage, firstMs, tokensPerSecond, pieces, tokens }) {
   if (state === "waiting") return "";
   if (state === "edited") return "edited";
   const parts = [];
   if (usage) {
-    const cached = usage.cached ? `, ${usage.cached.toLocaleString("en")} cached` : "";
+    const cached = usage.cached ? ` (${usage.cached.toLocaleString("en")} cached)` : "";
     parts.push(`${counted(usage.prompt, "prompt token")}${cached}`);
   }
-  if (firstMs !== null) parts.push(`first token after ${duration(firstMs)}`);
+  if (firstMs !== null) parts.push(`first after ${duration(firstMs)}`);
   const speed = tokensPerSecond === null ? "" : ` at ${speedText(tokensPerSecond)}`;
   const about = usage || tokens ? "" : "about ";
   parts.push(`${about}${counted(usage?.completion ?? tokens?.length ?? pieces, "token")}${speed}`);
@@ -282,5 +308,5 @@ function duration(ms) {
 
 /** @param {number} tokens */
 function speedText(tokens) {
-  return `${tokens < 100 ? tokens.toFixed(1) : Math.round(tokens).toLocaleString("en")} tokens/s`;
+  return `${tokens < 100 ? tokens.toFixed(1) : Math.round(tokens).toLocaleString("en")}/s`;
 }

@@ -3,7 +3,16 @@
 import { apiKey, setApiKey } from "./api.js";
 import { Composer } from "./composer.js";
 import { Connection } from "./connection.js";
-import { addMessage, children, newConversation, newId, path, requestMessages, titleFrom, touch } from "./conversation.js";
+import {
+  addMessage,
+  children,
+  newConversation,
+  newId,
+  path,
+  requestMessages,
+  titleFrom,
+  touch,
+} from "./conversation.js";
 import { confirmDeletion, makeClosable } from "./dialogs.js";
 import { announce, byId, counted, element } from "./dom.js";
 import { Generation, newAnswer } from "./generation.js";
@@ -69,7 +78,11 @@ class Page {
     await this.#list();
     await this.#openFromAddress();
     this.composer.focus();
-    if (!this.storage.isLasting) announce("This browser does not keep conversations: they are gone when the page is closed.");
+    if (!this.storage.isLasting) {
+      byId("no-conversations").textContent =
+        "This browser keeps no conversations: they are gone when the page is closed.";
+      announce(byId("no-conversations").textContent);
+    }
     await this.connection.connect();
   }
 
@@ -77,7 +90,11 @@ class Page {
     byId("new").addEventListener("click", () => this.#new());
     byId("examples").append(
       ...EXAMPLES.map((text) =>
-        element("li", {}, element("button", { type: "button", class: "example", onclick: () => this.#send(text) }, text)),
+        element(
+          "li",
+          {},
+          element("button", { type: "button", class: "example", onclick: () => this.#send(text) }, text),
+        ),
       ),
     );
     byId("probabilities").addEventListener("click", () => this.#toggleProbabilities());
@@ -105,6 +122,9 @@ class Page {
     });
     window.addEventListener("popstate", () => this.#openFromAddress());
     window.addEventListener("resize", hideTip);
+    window.addEventListener("pagehide", () => {
+      for (const { conversation } of this.#live.values()) this.storage.put(conversation).catch(() => {});
+    });
     document.addEventListener("keydown", (event) => this.#onKey(event));
   }
 
@@ -129,8 +149,12 @@ class Page {
     byId("title").textContent = conversation.title;
     byId("empty-title").textContent = model ? model.id : "aotron";
     byId("empty").hidden = messages.length > 0;
-    document.title = [messages.length && conversation.title, model?.id, !messages.length && "aotron"].filter(Boolean).join(" · ");
-    byId("in-use").textContent = [conversation.system.trim() && "system message", this.settings.summary].filter(Boolean).join(" · ");
+    document.title = [messages.length && conversation.title, model?.id, !messages.length && "aotron"]
+      .filter(Boolean)
+      .join(" · ");
+    byId("in-use").textContent = [conversation.system.trim() && "system message", this.settings.summary]
+      .filter(Boolean)
+      .join(" · ");
     this.#renderContext(messages);
     this.#renderLegend(messages);
   }
@@ -230,7 +254,9 @@ class Page {
 
   /** @param {string} text */
   #send(text) {
-    if (!this.connection.model || this.#live.has(this.#conversation.id)) return;
+    if (this.#live.has(this.#conversation.id)) return;
+    // An example waits in the box until there is a model.
+    if (!this.connection.model) return this.composer.fill(text);
     const isNew = this.#conversation.messages.length === 0;
     const parent = path(this.#conversation).at(-1)?.id ?? "";
     const message = addMessage(this.#conversation, parent, "user", text);
@@ -270,7 +296,9 @@ class Page {
     this.#render();
     const view = this.thread.last("assistant");
     const text = view?.message === message ? (view.body.textContent ?? "") : message.content;
-    announce(text.length > MAX_ANNOUNCED ? `${text.slice(0, MAX_ANNOUNCED)}… The rest is in the list of messages.` : text);
+    announce(
+      text.length > MAX_ANNOUNCED ? `${text.slice(0, MAX_ANNOUNCED)}… The rest is in the list of messages.` : text,
+    );
   }
 
   #stop() {
@@ -399,7 +427,13 @@ class Page {
 
   async #removeAll() {
     const count = counted(this.#summaries.length, "conversation");
-    if (!(await confirmDeletion(`Delete ${count}?`, "All messages and branches are gone for good. Export them to keep a copy."))) return;
+    if (
+      !(await confirmDeletion(
+        `Delete ${count}?`,
+        "All messages and branches are gone for good. Export them to keep a copy.",
+      ))
+    )
+      return;
     await this.#forget([this.#conversation.id, ...this.#live.keys()]);
     try {
       await this.storage.clear();
@@ -440,7 +474,10 @@ class Page {
   /** Writes a conversation within a second, however often it changes. @param {Conversation} conversation */
   #saveSoon(conversation) {
     if (this.#saves.has(conversation.id)) return;
-    this.#saves.set(conversation.id, setTimeout(() => this.#save(conversation), SAVE_MS));
+    this.#saves.set(
+      conversation.id,
+      setTimeout(() => this.#save(conversation), SAVE_MS),
+    );
   }
 
   /** @param {unknown} error */
@@ -448,6 +485,8 @@ class Page {
     const banner = byId("banner");
     const reason = error instanceof Error ? error.message : String(error);
     const text = `The browser cannot keep this conversation (${reason}). Export it, or delete others.`;
+    banner.dataset.text = text;
+    banner.classList.remove("loading");
     banner.replaceChildren(element("span", {}, text));
     banner.hidden = false;
   }
@@ -505,7 +544,10 @@ class Page {
 
 /** A file name made of a title. @param {string} title */
 function fileName(title) {
-  const words = title.normalize("NFKD").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-+|-+$/g, "");
+  const words = title
+    .normalize("NFKD")
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-+|-+$/g, "");
   return `${words.slice(0, 60) || "conversation"}.json`;
 }
 

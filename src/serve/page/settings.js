@@ -20,25 +20,82 @@ const GROUPS = [
   {
     title: "Sampling",
     fields: [
-      { name: "temperature", label: "Temperature", min: 0, max: 100, help: "Above 0 answers vary; higher is more varied." },
-      { name: "top_p", label: "Top-p", min: 0, max: 1, help: "Choose among the likeliest tokens that together reach this probability." },
-      { name: "top_k", label: "Top-k", min: 0, max: 2 ** 31 - 1, integer: true, help: "Choose among this many tokens. 1 is greedy, 0 is off." },
-      { name: "min_p", label: "Min-p", min: 0, max: 1, help: "Leave out tokens less likely than this part of the likeliest." },
-      { name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, integer: true, help: "The same seed gives the same answer.", unset: "random" },
+      {
+        name: "temperature",
+        label: "Temperature",
+        min: 0,
+        max: 100,
+        help: "Above 0 answers vary; higher is more varied.",
+      },
+      {
+        name: "top_p",
+        label: "Top-p",
+        min: 0,
+        max: 1,
+        help: "Choose among the likeliest tokens that together reach this probability.",
+      },
+      {
+        name: "top_k",
+        label: "Top-k",
+        min: 0,
+        max: 2 ** 31 - 1,
+        integer: true,
+        help: "Choose among this many tokens. 1 is greedy, 0 is off.",
+      },
+      {
+        name: "min_p",
+        label: "Min-p",
+        min: 0,
+        max: 1,
+        help: "Leave out tokens below this fraction of the likeliest one’s probability.",
+      },
+      {
+        name: "seed",
+        label: "Seed",
+        min: 0,
+        max: Number.MAX_SAFE_INTEGER,
+        integer: true,
+        help: "The same seed gives the same answer.",
+        unset: "random",
+      },
     ],
   },
   {
     title: "Length and stops",
     fields: [
-      { name: "max_tokens", label: "Max tokens", min: 1, max: 2 ** 31 - 1, integer: true, help: "Length of an answer at most." },
-      { name: "stop", label: "Stop strings", help: "One per line, \\n for a line break. An answer ends before the first.", unset: "none" },
+      {
+        name: "max_tokens",
+        label: "Max tokens",
+        min: 1,
+        max: 2 ** 31 - 1,
+        integer: true,
+        help: "Limit of an answer’s length.",
+      },
+      {
+        name: "stop",
+        label: "Stop strings",
+        help: "One per line, \\n for a line break. An answer ends before the first.",
+        unset: "none",
+      },
     ],
   },
   {
     title: "Penalties",
     fields: [
-      { name: "repetition_penalty", label: "Repetition", min: 0.01, max: 100, help: "Above 1, fewer tokens of the prompt and the answer are repeated." },
-      { name: "presence_penalty", label: "Presence", min: -100, max: 100, help: "Taken from the logits of tokens that the answer has." },
+      {
+        name: "repetition_penalty",
+        label: "Repetition",
+        min: 0.01,
+        max: 100,
+        help: "Above 1, fewer tokens of the prompt and the answer are repeated.",
+      },
+      {
+        name: "presence_penalty",
+        label: "Presence",
+        min: -100,
+        max: 100,
+        help: "Subtracted from the logits of tokens already in the answer.",
+      },
       { name: "frequency_penalty", label: "Frequency", min: -100, max: 100, help: "The same, once per occurrence." },
     ],
   },
@@ -57,7 +114,9 @@ function stopStrings(text) {
 /** @param {unknown} strings */
 function stopText(strings) {
   if (!Array.isArray(strings)) return "";
-  return strings.map((text) => String(text).replace(/\\/g, "\\\\").replace(/\n/g, "\\n").replace(/\t/g, "\\t")).join("\n");
+  return strings
+    .map((text) => String(text).replace(/\\/g, "\\\\").replace(/\n/g, "\\n").replace(/\t/g, "\\t"))
+    .join("\n");
 }
 
 /**
@@ -103,7 +162,11 @@ export class Settings {
       );
     }
     container.append(
-      element("button", { type: "button", class: "button", id: "reset", onclick: () => this.#reset() }, "Use the server’s defaults"),
+      element(
+        "button",
+        { type: "button", class: "button", id: "reset", onclick: () => this.#reset() },
+        "Use the server’s defaults",
+      ),
     );
     this.#fill();
   }
@@ -118,7 +181,8 @@ export class Settings {
     return FIELDS.filter(({ name }) => name in this.#values)
       .map(({ name, label }) => {
         const value = this.#values[name];
-        const number = typeof value === "number" ? value.toLocaleString("en", { useGrouping: false, maximumFractionDigits: 6 }) : "";
+        const number =
+          typeof value === "number" ? value.toLocaleString("en", { useGrouping: false, maximumFractionDigits: 6 }) : "";
         return `${label.toLowerCase()} ${number}`.trim();
       })
       .join(" · ");

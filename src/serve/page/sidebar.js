@@ -20,8 +20,9 @@ export class Sidebar {
   #main = byId("main");
   #opener = byId("sidebar-open");
   #narrow = matchMedia("(max-width: 760px)");
-  /** @type {string | null} */
-  #renaming = null;
+  #renaming = false;
+  /** What the list was made from; it is made again only when that changes, so that a click in it is not lost. */
+  #shown = "";
 
   /** @param {Actions} actions */
   constructor(actions) {
@@ -57,7 +58,9 @@ export class Sidebar {
    */
   show(summaries, current, live) {
     byId("no-conversations").hidden = summaries.length > 0;
-    if (this.#renaming) return;
+    const key = JSON.stringify([summaries.map(({ id, title }) => [id, title, live.has(id)]), current]);
+    if (this.#renaming || key === this.#shown) return;
+    this.#shown = key;
     const focused = /** @type {HTMLElement | null} */ (document.activeElement)?.dataset;
     const focusKey = this.#list.contains(document.activeElement) ? [focused?.id, focused?.part] : null;
     this.#list.replaceChildren(...summaries.map((summary) => this.#item(summary, current, live.has(summary.id))));
@@ -160,14 +163,14 @@ export class Sidebar {
 
   /** Puts a field in the place of a title. @param {HTMLElement} item @param {string} id @param {string} title */
   #rename(item, id, title) {
-    this.#renaming = id;
+    this.#renaming = true;
     const before = [...item.childNodes];
     let ended = false;
     /** @param {boolean} save */
     const end = (save) => {
       if (ended) return;
       ended = true;
-      this.#renaming = null;
+      this.#renaming = false;
       const text = input.value.trim();
       item.replaceChildren(...before);
       /** @type {HTMLElement} */ (before[0]).focus();

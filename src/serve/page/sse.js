@@ -18,7 +18,7 @@ export async function* eventData(body) {
   let length = 0;
   let rest = "";
   try {
-    for (let done = false; !done; ) {
+    for (let done = false; !done;) {
       const chunk = await reader.read();
       done = chunk.done;
       const text = rest + (chunk.value ?? "");

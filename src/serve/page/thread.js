@@ -23,11 +23,15 @@ export class Thread {
   /** @param {import("./message.js").Actions} actions */
   constructor(actions) {
     this.actions = actions;
-    this.#scroller.addEventListener("scroll", () => {
-      this.#follows = this.#isAtEnd();
-      this.#toEnd.hidden = this.#follows;
-      hideTip();
-    }, { passive: true });
+    this.#scroller.addEventListener(
+      "scroll",
+      () => {
+        this.#follows = this.#isAtEnd();
+        this.#toEnd.hidden = this.#follows;
+        hideTip();
+      },
+      { passive: true },
+    );
     this.#toEnd.addEventListener("click", () => this.scrollToEnd());
     // The dock grows with the text in it, and the window with the keyboard of a phone.
     new ResizeObserver(() => this.#follow()).observe(this.#scroller);

@@ -26,7 +26,10 @@ function percent(p) {
 /** A token's text with what cannot be seen made visible. @param {string} text */
 function visible(text) {
   if (text === "") return "(no text)";
-  return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
+  return text
+    .replace(/\n/g, "↵")
+    .replace(/\t/g, "⇥")
+    .replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
 }
 
 /** Shows tokens, and adds those that arrive. */
@@ -41,6 +44,7 @@ export class TokenList {
     /** @type {HTMLElement} */
     this.element = element("div", {
       class: "tokens",
+      dir: "auto",
       role: "listbox",
       "aria-orientation": "horizontal",
       "aria-label": "Tokens and their probabilities",
@@ -119,7 +123,9 @@ export class TokenList {
 function showTip(node, token) {
   const tip = byId("token-tip");
   // The chosen token may be none of the most probable ones.
-  const rows = token.top.some(([text]) => text === token.text) ? token.top : [[token.text, token.logprob], ...token.top];
+  const rows = token.top.some(([text]) => text === token.text)
+    ? token.top
+    : [[token.text, token.logprob], ...token.top];
   tip.replaceChildren(
     element(
       "table",

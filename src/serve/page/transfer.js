@@ -13,7 +13,11 @@ const STATES = ["done", "stopped", "failed", "edited"];
 
 /** @param {Conversation[]} conversations */
 export function exportText(conversations) {
-  return JSON.stringify({ format: FORMAT, version: VERSION, exported: new Date().toISOString(), conversations }, null, 1);
+  return JSON.stringify(
+    { format: FORMAT, version: VERSION, exported: new Date().toISOString(), conversations },
+    null,
+    1,
+  );
 }
 
 /**
@@ -32,7 +36,9 @@ export function importText(text) {
   }
   if (file?.format !== FORMAT) throw new Error("The file is not an export of this page: its “format” is another.");
   if (file.version !== VERSION) throw new Error(`The file has version ${file.version}; this page reads ${VERSION}.`);
-  return list(file.conversations, "conversations").map((value, index) => conversation(value, `conversations[${index}]`));
+  return list(file.conversations, "conversations").map((value, index) =>
+    conversation(value, `conversations[${index}]`),
+  );
 }
 
 /** @param {any} value @param {string} where @returns {Conversation} */
@@ -65,7 +71,8 @@ function conversation(value, where) {
 /** @param {any} value @param {string} where @returns {Message} */
 function message(value, where) {
   object(value, where);
-  if (value.role !== "user" && value.role !== "assistant") throw new Error(`${where}.role is neither user nor assistant.`);
+  if (value.role !== "user" && value.role !== "assistant")
+    throw new Error(`${where}.role is neither user nor assistant.`);
   /** @type {Message} */
   const read = {
     id: id(value.id, `${where}.id`),
@@ -73,7 +80,8 @@ function message(value, where) {
     role: value.role,
     content: string(value.content, `${where}.content`),
   };
-  if (value.role === "assistant") read.answer = answer(object(value.answer ?? {}, `${where}.answer`), `${where}.answer`);
+  if (value.role === "assistant")
+    read.answer = answer(object(value.answer ?? {}, `${where}.answer`), `${where}.answer`);
   return read;
 }
 
@@ -100,7 +108,9 @@ function answer(value, where) {
     firstMs: optional(value.firstMs, number, `${where}.firstMs`),
     tokensPerSecond: optional(value.tokensPerSecond, number, `${where}.tokensPerSecond`),
     pieces: number(value.pieces ?? 0, `${where}.pieces`),
-    tokens: value.tokens ? list(value.tokens, `${where}.tokens`).map((item, i) => token(item, `${where}.tokens[${i}]`)) : null,
+    tokens: value.tokens
+      ? list(value.tokens, `${where}.tokens`).map((item, i) => token(item, `${where}.tokens[${i}]`))
+      : null,
   };
 }
 
@@ -120,7 +130,8 @@ function token(value, where) {
 
 /** @param {any} value @param {string} where @returns {any} */
 function object(value, where) {
-  if (typeof value !== "object" || value === null || Array.isArray(value)) throw new Error(`${where} is not an object.`);
+  if (typeof value !== "object" || value === null || Array.isArray(value))
+    throw new Error(`${where} is not an object.`);
   return value;
 }
 

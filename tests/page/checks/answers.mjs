@@ -1,0 +1,272 @@
+// Answers: as they arrive, token by token, and as text.
+
+import assert from "node:assert/strict";
+import { HOSTILE, MARKDOWN, TOKENS } from "../scripted.mjs";
+import { check, focused, text } from "./check.mjs";
+
+check("text is shown while it arrives, and Esc stops it", async ({ page, answers, send, shot }) => {
+  await send("script:slow", { wait: false });
+  await page.waitForFunction(() => document.querySelector(".message.assistant .body")?.textContent.includes("word10"));
+  assert.equal(await answers.first().getAttribute("aria-busy"), "true");
+  assert.equal(await page.locator("#announcements").innerText(), "", "tokens are not read out");
+  await shot("streaming");
+  await page.keyboard.press("Escape");
+  await answers.first().getByText("Stopped.").waitFor();
+  const before = await text(answers.first());
+  await page.waitForTimeout(200);
+  assert.equal(await text(answers.first()), before);
+  assert.match(await answers.first().locator(".counters").innerText(), /about \d+ tokens at [\d.]+\/s/);
+});
+
+check("the stop button stops before the first token", async ({ page, answers, send }) => {
+  await send("script:silent", { wait: false });
+  await page.getByRole("button", { name: "Stop", exact: true }).click();
+  await answers.first().getByText("Stopped before the first token.").waitFor();
+  assert.equal(await focused(page), "input");
+});
+
+check("counters come from usage and the page's clock", async ({ answers, send }) => {
+  await send("script:paced");
+  const counters = await answers.first().locator(".counters").innerText();
+  const [, first, speed] =
+    /^123 prompt tokens \(100 cached\) · first after (\d+) ms · 21 tokens at ([\d.]+)\/s$/.exec(counters) ?? [];
+  assert.ok(first >= 190 && first < 2000, counters);
+  assert.ok(speed > 5 && speed < 41, counters);
+});
+
+check("the stream may be cut anywhere", async ({ answers, send }) => {
+  await send("script:bytes");
+  assert.equal(await text(answers.first()), "Grüße 你好 👋");
+});
+
+check("finished answers are read out once", async ({ page, send }) => {
+  await page.evaluate(() => {
+    globalThis.said = [];
+    const status = document.querySelector("#announcements");
+    new MutationObserver(() => status.textContent && globalThis.said.push(status.textContent)).observe(status, {
+      childList: true,
+    });
+  });
+  await send("script:paced");
+  await page.waitForTimeout(200);
+  assert.deepEqual(await page.evaluate(() => globalThis.said), ["tick ".repeat(21).trim()]);
+});
+
+check("the page follows a long answer until the reader scrolls", async ({ page, send }) => {
+  const distance = () =>
+    page.evaluate(() => {
+      const { scrollTop, clientHeight, scrollHeight } = document.querySelector("#scroller");
+      return scrollHeight - clientHeight - scrollTop;
+    });
+  await send("script:long");
+  assert.ok((await distance()) < 2);
+  await page.locator("#scroller").hover();
+  await page.mouse.wheel(0, -600);
+  await page.getByRole("button", { name: "Jump to the end" }).click();
+  assert.ok((await distance()) < 2);
+});
+
+check("an answer goes on while another conversation is open", async ({ page, answers, send }) => {
+  await send("script:slow", { wait: false });
+  await page.keyboard.press("Alt+n");
+  await send("script:paced");
+  assert.equal(await page.locator(".live-dot").count(), 1);
+  // Tokens that arrive meanwhile must not eat the click.
+  await page.locator(".conversation", { hasText: "script:slow" }).click({ delay: 150 });
+  await page.waitForFunction(() => document.querySelector(".message.assistant .body")?.textContent.includes("word30"));
+  await page.getByRole("button", { name: "Stop", exact: true }).click();
+  await answers.first().getByText("Stopped.").waitFor();
+});
+
+check(
+  "tokens show their alternatives to the mouse and the keyboard",
+  async ({ page, proxy, answers, send, shot, accessible }) => {
+    await page.keyboard.press("Alt+p");
+    await send("script:tokens");
+    assert.equal(proxy.requests[0].body.logprobs, true);
+    assert.equal(proxy.requests[0].body.top_logprobs, 5);
+    const tokens = answers.first().locator(".token");
+    assert.equal(await tokens.count(), TOKENS.length + 2);
+    assert.deepEqual(
+      await tokens.evaluateAll((all) => all.map((token) => Number(token.dataset.p))),
+      [0, 1, 2, 3, 4, 5, 0, 0, 2, 2],
+    );
+    // A character in two pieces stands in the second.
+    assert.deepEqual((await tokens.allTextContents()).slice(-2), ["·", "é"]);
+    const tip = page.locator("#token-tip");
+    await tokens.nth(5).hover();
+    assert.deepEqual(
+      await tip
+        .locator("tr")
+        .allInnerTexts()
+        .then((rows) => rows.map((row) => row.trim().split(/\s+/).slice(0, 2).join(" "))),
+      ["␣Paris 81.9", "␣the 11.1", "␣surely 3.3"],
+    );
+    assert.equal(await tip.locator(".chosen .alternative").innerText(), "␣surely");
+    await accessible();
+    await shot("hover-light");
+    await page.mouse.move(0, 0);
+    await tip.waitFor({ state: "hidden" });
+    await tokens.first().focus();
+    await page.keyboard.press("ArrowRight");
+    await page.keyboard.press("ArrowRight");
+    assert.equal(await page.evaluate(() => document.activeElement.textContent), " of");
+    await tip.waitFor();
+    assert.match(await focused(page), /^␣of, 67.0 %; instead of ␣in 27.3 %$/);
+    await page.keyboard.press("End");
+    assert.match(await tip.innerText(), /Part of a character: bytes A9/);
+    await page.keyboard.press("Escape");
+    await tip.waitFor({ state: "hidden" });
+    // One stop of the Tab key for all of them.
+    assert.equal(await answers.first().locator('.token[tabindex="0"]').count(), 1);
+    await page.keyboard.press("Alt+p");
+    assert.equal((await text(answers.first())).trim(), "The capital of France is surely Paris.\né");
+  },
+);
+
+check("Markdown is shown as what it means", async ({ page, answers, send, shot }) => {
+  await send("script:markdown");
+  const body = answers.first().locator(".body");
+  const count = (selector) => body.locator(selector).count();
+  assert.equal(await body.locator("h3").innerText(), "A heading");
+  assert.deepEqual(await body.locator("em").allInnerTexts(), ["emphasis", "both", "item"]);
+  assert.deepEqual(await body.locator("strong").allInnerTexts(), ["strong text", "both", "b"]);
+  assert.equal(await body.locator("del").innerText(), "struck");
+  assert.equal(await body.locator("p code").innerText(), "inline code");
+  assert.ok((await body.innerText()).includes("snake_case_words"));
+  assert.equal(await count("ol > li"), 3);
+  assert.deepEqual(await body.locator("ol > li > ul > li").allInnerTexts(), ["nested item", "another"]);
+  assert.equal(await count(".task input:checked"), 1);
+  assert.deepEqual(await body.locator("tbody tr").first().locator("td").allInnerTexts(), ["one | bar", "1", "a"]);
+  assert.equal(await count("td.align-right"), 2);
+  assert.equal(await body.locator("blockquote").innerText(), "A quote\nof two lines");
+  assert.equal(await count("hr"), 1);
+  const links = await body
+    .locator("a")
+    .evaluateAll((all) => all.map(({ href, rel, target }) => ({ href, rel, target })));
+  assert.deepEqual(
+    links.map(({ href }) => href),
+    [
+      "https://example.com/a_(b)",
+      "https://example.com/auto",
+      "https://example.com/bare",
+      "https://example.com/picture.png",
+    ],
+  );
+  for (const { rel, target } of links) assert.ok(rel.includes("noopener") && target === "_blank");
+  assert.equal(await body.locator("pre code").innerText(), MARKDOWN.split("```rust\n")[1].split("\n```")[0]);
+  assert.ok(
+    (await count(".code-keyword")) >= 2 && (await count(".code-comment")) === 1 && (await count(".code-string")) === 1,
+  );
+  await page.evaluate(() => document.querySelector("#scroller").scrollTo(0, 0));
+  await shot("markdown-light");
+  await page.locator("#theme").click();
+  await shot("markdown-dark");
+});
+
+check("code and answers are copied as they were written", async ({ page, answers, send }) => {
+  await send("script:markdown");
+  const clipboard = () => page.evaluate(() => navigator.clipboard.readText());
+  await answers.first().getByLabel("Copy code").click();
+  await page.waitForTimeout(100);
+  assert.equal(await clipboard(), MARKDOWN.split("```rust\n")[1].split("\n```")[0]);
+  await answers.first().getByLabel("Copy answer").click();
+  await page.waitForTimeout(100);
+  assert.equal(await clipboard(), MARKDOWN);
+  await page.evaluate(() => navigator.clipboard.writeText(""));
+  await page.keyboard.press("Alt+c");
+  await page.waitForTimeout(100);
+  assert.equal(await clipboard(), MARKDOWN);
+});
+
+check("nothing in an answer becomes active", async ({ page, answers, send }) => {
+  await send("script:hostile");
+  await page.waitForTimeout(200);
+  assert.equal(await page.evaluate(() => globalThis.hacked), undefined);
+  const body = answers.first().locator(".body");
+  assert.equal(await body.locator("img, script, iframe, style, svg[onload], [onerror], [onmouseover]").count(), 0);
+  const links = await body.locator("a").evaluateAll((all) => all.map(({ protocol }) => protocol));
+  assert.ok(
+    links.every((protocol) => protocol === "https:"),
+    String(links),
+  );
+  assert.ok((await body.innerText()).includes('<img src=x onerror="window.hacked = 1">'));
+  assert.ok((await body.innerText()).includes("[click](javascript:window.hacked=1)"));
+  assert.ok(HOSTILE.length > 0);
+});
+
+check("random text makes only known elements, in little time", async ({ page }) => {
+  const slowest = await page.evaluate(async () => {
+    const { showMarkdown } = await import(new URL("page/markdown.js", document.baseURI).href);
+    const known = new Set(
+      "P H3 H4 H5 H6 HR BLOCKQUOTE DIV SPAN BUTTON PRE CODE UL OL LI INPUT TABLE THEAD TBODY TR TH TD A BR EM STRONG DEL svg use".split(
+        " ",
+      ),
+    );
+    const parts = [
+      "*",
+      "**",
+      "_",
+      "~~",
+      "`",
+      "```",
+      "\n",
+      "\n\n",
+      " ",
+      "    ",
+      "[",
+      "](",
+      ")",
+      "https://a.b/",
+      "<br>",
+      "<",
+      ">",
+      "> ",
+      "- ",
+      "1. ",
+      "# ",
+      "|",
+      "|---|",
+      "---",
+      "\\",
+      "a",
+      "word ",
+      "é",
+      "👋",
+      "[ ] ",
+      "===",
+      "!",
+      "\t",
+      "\r",
+    ];
+    let seed = 1;
+    const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+    let worst = 0;
+    const measure = (text) => {
+      const box = document.createElement("div");
+      const start = performance.now();
+      showMarkdown(box, text);
+      worst = Math.max(worst, performance.now() - start);
+      for (const node of box.querySelectorAll("*")) {
+        if (!known.has(node.tagName)) throw new Error(`<${node.tagName}> from ${JSON.stringify(text)}`);
+        if (node.tagName === "A" && !/^(https?|mailto):/.test(node.href)) throw new Error(node.href);
+      }
+      return box;
+    };
+    for (let i = 0; i < 1500; i += 1) {
+      const text = Array.from({ length: 1 + random(60) }, () => parts[random(parts.length)]).join("");
+      const whole = measure(text).innerHTML;
+      // Growing piece by piece ends at the same.
+      const grown = document.createElement("div");
+      for (let end = 0; end <= text.length; end += 9) showMarkdown(grown, text.slice(0, end));
+      showMarkdown(grown, text);
+      if (grown.innerHTML !== whole) throw new Error(`growing differs for ${JSON.stringify(text)}`);
+    }
+    worst = 0;
+    for (const part of parts) measure(part.repeat(20000 / part.length));
+    for (const pair of ["*a_", "[a](", '![a](b "', "`a``b", "a**b_c ", "- \n", "> - ", "|a", "<a", "[[a]("])
+      measure(pair.repeat(20000 / pair.length));
+    return worst;
+  });
+  assert.ok(slowest < 1500, `20,000 characters took ${slowest} ms`);
+});
