@@ -58,7 +58,7 @@ export const HOSTILE = `<img src=x onerror="window.hacked = 1"><script>window.ha
 \`\`\`
 `;
 
-/** The tokens of the script `tokens`: the last two are one character in two pieces. */
+/** The tokens of the script `tokens`; behind them come a character in two pieces and a special token. */
 export const TOKENS = [
   [
     "The",
@@ -246,7 +246,9 @@ const SCRIPTS = {
       bytes,
       top_logprobs: [{ token: "\uFFFD", logprob: -0.5, bytes }],
     }));
-    chunk(response, { delta: { content: "é" }, logprobs: wanted ? { content: halves } : null, finish_reason: null });
+    const special = { token: "<extra_id_9>", logprob: -0.01, bytes: [], top_logprobs: [] };
+    const content = [...halves, special];
+    chunk(response, { delta: { content: "é" }, logprobs: wanted ? { content } : null, finish_reason: null });
     end(response, "stop", USAGE);
   },
   length(response, body) {
@@ -261,7 +263,7 @@ const SCRIPTS = {
   failing(response) {
     begin(response);
     text(response, "This answer begins");
-    response.write(`data: ${JSON.stringify({ error: { message: "The GPU ran out of memory." } })}\n\n`);
+    response.write(`data: ${JSON.stringify({ error: { message: "the GPU ran out of memory" } })}\n\n`);
     response.end("data: [DONE]\n\n");
   },
   async broken(response) {

@@ -38,19 +38,28 @@ export function setApiKey(key) {
 /**
  * @param {string} path
  * @param {RequestInit} [init]
- * @returns {Promise<Response>} of a 2xx status
+ * @returns {Promise<Response>} of any status
  * @throws {ApiError | DOMException} the latter if it was aborted
  */
-async function request(path, init = {}) {
+async function exchange(path, init = {}) {
   const headers = new Headers(init.headers);
   if (apiKey()) headers.set("Authorization", `Bearer ${apiKey()}`);
-  let response;
   try {
-    response = await fetch(new URL(path, document.baseURI), { ...init, headers, cache: "no-store" });
+    return await fetch(new URL(path, document.baseURI), { ...init, headers, cache: "no-store" });
   } catch (error) {
     if (init.signal?.aborted) throw error;
     throw new ApiError("network", "The server does not answer. Is it still running?");
   }
+}
+
+/**
+ * @param {string} path
+ * @param {RequestInit} [init]
+ * @returns {Promise<Response>} of a 2xx status
+ * @throws {ApiError | DOMException} the latter if it was aborted
+ */
+async function request(path, init = {}) {
+  const response = await exchange(path, init);
   if (!response.ok) throw await refusal(response);
   return response;
 }
@@ -62,14 +71,17 @@ async function refusal(response) {
   try {
     const body = JSON.parse(text);
     const message = body?.error?.message ?? body?.error ?? body?.message;
-    if (typeof message === "string") said = message.trim();
+    if (typeof message === "string") said = sentence(message.trim());
   } catch {
     // A proxy's HTML page says less than the status does.
   }
   const retryAt = retryTime(response.headers.get("Retry-After"));
   switch (response.status) {
     case 401:
-      return new ApiError("key", said || "The server asks for an API key.");
+      return new ApiError(
+        "key",
+        apiKey() ? "The server does not accept this API key." : "The server asks for an API key.",
+      );
     case 429:
       return new ApiError("busy", said || "The server has too many requests.", retryAt);
     case 503:
@@ -79,6 +91,12 @@ async function refusal(response) {
       return new ApiError(response.status < 500 ? "request" : "server", said || `The server answered ${status}.`);
     }
   }
+}
+
+/** A message as a sentence: with a capital, unless it begins with a name, and with a full stop. @param {string} text */
+function sentence(text) {
+  const capital = text.replace(/^[a-z]+(?=[ ,])/, (word) => word[0].toUpperCase() + word.slice(1));
+  return /[\p{L}\p{N}`)]$/u.test(capital) ? `${capital}.` : capital;
 }
 
 /** @param {string | null} header seconds or a date */
@@ -101,17 +119,19 @@ export async function serverVersion() {
 /**
  * Resolves once the server can answer.
  *
- * @throws {ApiError} `loading` while it loads the model
+ * @throws {ApiError} `loading` while it loads the model, `server` if it cannot
  */
 export async function checkReady() {
-  try {
-    await request("ready");
-  } catch (error) {
-    if (!(error instanceof ApiError)) throw error;
-    if (error.kind === "busy") throw new ApiError("loading", "The model is loading.", error.retryAt);
-    // A server that has no such address says no more about being ready than /v1/models does.
-    if (error.kind !== "request") throw error;
-  }
+  const response = await exchange("ready");
+  // A server that has no such address says no more about being ready than /v1/models does.
+  if (response.status !== 503) return;
+  const body = await response.json().catch(() => null);
+  const models = Array.isArray(body?.models) ? body.models : [];
+  const failed = models.find((/** @type {any} */ model) => model?.state === "failed");
+  if (failed)
+    throw new ApiError("server", `The model ${failed.name} cannot be loaded. The server’s log has the reason.`);
+  if (body?.draining) throw new ApiError("busy", "The server is shutting down.");
+  throw new ApiError("loading", "The model is loading.", retryTime(response.headers.get("Retry-After")));
 }
 
 /**
@@ -154,7 +174,10 @@ export async function* complete(body, signal) {
       const chunk = parse(data);
       if (chunk.error) {
         const said = chunk.error.message ?? chunk.error;
-        throw new ApiError("stream", typeof said === "string" ? said : "The server ended the answer with an error.");
+        throw new ApiError(
+          "stream",
+          typeof said === "string" ? sentence(said) : "The server ended the answer with an error.",
+        );
       }
       yield chunk;
     }

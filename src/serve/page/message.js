@@ -26,6 +26,8 @@ import { TokenList } from "./tokens.js";
  * @property {number | null} maxTokens of the model's context
  */
 
+const NAMES = { user: "Message", assistant: "Answer" };
+
 export class MessageView {
   /** @type {TokenList | null} */
   #tokens = null;
@@ -176,7 +178,11 @@ export class MessageView {
     const { role, answer, content } = this.message;
     const foot = [];
     if (siblings.length > 1) foot.push(this.#branches(siblings));
-    if (!live) foot.push(this.#actionButtons());
+    const actions = live ? [] : this.#actionButtons();
+    if (actions.length)
+      foot.push(
+        element("div", { class: "actions", role: "group", "aria-label": `${NAMES[role]} actions` }, ...actions),
+      );
     if (role === "assistant" && answer && (live || content !== "")) foot.push(element("span", { class: "counters" }));
     // The focus stays where it was if the button is still there.
     const focused = this.foot.contains(document.activeElement)
@@ -215,12 +221,10 @@ export class MessageView {
     const edit = iconButton("pencil", user ? "Edit message" : "Edit answer", () => this.edit(), {
       "data-action": "edit",
     });
-    const buttons = user ? [copy, edit] : [copy, again, edit];
-    return element(
-      "div",
-      { class: "actions", role: "group", "aria-label": user ? "Message actions" : "Answer actions" },
-      ...buttons,
-    );
+    if (user) return [copy, edit];
+    if (this.message.content !== "") return [copy, again, edit];
+    // The notice of a failure has a button for another try.
+    return this.message.answer?.failure ? [] : [again];
   }
 
   /** Copies the text as the model wrote it. */
@@ -298,7 +302,8 @@ function countersText({ state, usage, firstMs, tokensPerSecond, pieces, tokens }
   const speed = tokensPerSecond === null ? "" : ` at ${speedText(tokensPerSecond)}`;
   const about = usage || tokens ? "" : "about ";
   parts.push(`${about}${counted(usage?.completion ?? tokens?.length ?? pieces, "token")}${speed}`);
-  return parts.join(" · ");
+  // A part is not broken across lines.
+  return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 /** @param {number} ms */

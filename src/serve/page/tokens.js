@@ -68,7 +68,10 @@ export class TokenList {
   #node(token, index) {
     const p = probability(token.logprob);
     // A character whose bytes are in several tokens stands in the last of them.
-    const text = token.bytes ? this.#decoder.decode(Uint8Array.from(token.bytes), { stream: true }) : token.text;
+    // Special tokens have a name and no bytes.
+    const special = token.bytes?.length === 0;
+    const text =
+      token.bytes && !special ? this.#decoder.decode(Uint8Array.from(token.bytes), { stream: true }) : token.text;
     const others = token.top
       .filter(([other]) => other !== token.text)
       .map(([other, logprob]) => `${visible(other)} ${percent(probability(logprob))}`);
@@ -76,7 +79,7 @@ export class TokenList {
     return element(
       "span",
       {
-        class: text === "" ? "token partial" : "token",
+        class: text === "" || special ? "token muted" : "token",
         role: "option",
         "aria-selected": "false",
         "aria-label": label,

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { HOSTILE, MARKDOWN, TOKENS } from "../scripted.mjs";
-import { check, focused, text } from "./check.mjs";
+import { check, counters, focused, text } from "./check.mjs";
 
 check("text is shown while it arrives, and Esc stops it", async ({ page, answers, send, shot }) => {
   await send("script:slow", { wait: false });
@@ -15,7 +15,7 @@ check("text is shown while it arrives, and Esc stops it", async ({ page, answers
   const before = await text(answers.first());
   await page.waitForTimeout(200);
   assert.equal(await text(answers.first()), before);
-  assert.match(await answers.first().locator(".counters").innerText(), /about \d+ tokens at [\d.]+\/s/);
+  assert.match(await counters(answers.first()), /about \d+ tokens at [\d.]+\/s/);
 });
 
 check("the stop button stops before the first token", async ({ page, answers, send }) => {
@@ -27,11 +27,11 @@ check("the stop button stops before the first token", async ({ page, answers, se
 
 check("counters come from usage and the page's clock", async ({ answers, send }) => {
   await send("script:paced");
-  const counters = await answers.first().locator(".counters").innerText();
+  const line = await counters(answers.first());
   const [, first, speed] =
-    /^123 prompt tokens \(100 cached\) · first after (\d+) ms · 21 tokens at ([\d.]+)\/s$/.exec(counters) ?? [];
-  assert.ok(first >= 190 && first < 2000, counters);
-  assert.ok(speed > 5 && speed < 41, counters);
+    /^123 prompt tokens \(100 cached\) · first after (\d+) ms · 21 tokens at ([\d.]+)\/s$/.exec(line) ?? [];
+  assert.ok(first >= 190 && first < 2000, line);
+  assert.ok(speed > 5 && speed < 41, line);
 });
 
 check("the stream may be cut anywhere", async ({ answers, send }) => {
@@ -86,13 +86,13 @@ check(
     assert.equal(proxy.requests[0].body.logprobs, true);
     assert.equal(proxy.requests[0].body.top_logprobs, 5);
     const tokens = answers.first().locator(".token");
-    assert.equal(await tokens.count(), TOKENS.length + 2);
+    assert.equal(await tokens.count(), TOKENS.length + 3);
     assert.deepEqual(
       await tokens.evaluateAll((all) => all.map((token) => Number(token.dataset.p))),
-      [0, 1, 2, 3, 4, 5, 0, 0, 2, 2],
+      [0, 1, 2, 3, 4, 5, 0, 0, 2, 2, 0],
     );
     // A character in two pieces stands in the second.
-    assert.deepEqual((await tokens.allTextContents()).slice(-2), ["·", "é"]);
+    assert.deepEqual((await tokens.allTextContents()).slice(-3), ["·", "é", "<extra_id_9>"]);
     const tip = page.locator("#token-tip");
     await tokens.nth(5).hover();
     assert.deepEqual(
@@ -114,6 +114,7 @@ check(
     await tip.waitFor();
     assert.match(await focused(page), /^␣of, 67.0 %; instead of ␣in 27.3 %$/);
     await page.keyboard.press("End");
+    await page.keyboard.press("ArrowLeft");
     assert.match(await tip.innerText(), /Part of a character: bytes A9/);
     await page.keyboard.press("Escape");
     await tip.waitFor({ state: "hidden" });
@@ -177,6 +178,16 @@ check("code and answers are copied as they were written", async ({ page, answers
   await page.keyboard.press("Alt+c");
   await page.waitForTimeout(100);
   assert.equal(await clipboard(), MARKDOWN);
+});
+
+const withoutClipboard = () => Object.defineProperty(Navigator.prototype, "clipboard", { get: () => undefined });
+check("text is copied where the clipboard is closed to the page", { script: withoutClipboard }, async (tools) => {
+  const { page, answers, send } = tools;
+  await send("script:bytes");
+  await answers.first().getByLabel("Copy answer").click();
+  await page.locator("#input").focus();
+  await page.keyboard.press("Control+V");
+  assert.equal(await page.locator("#input").inputValue(), "Grüße 你好 👋");
 });
 
 check("nothing in an answer becomes active", async ({ page, answers, send }) => {

@@ -15,6 +15,9 @@ export function check(name, options, run) {
 /** The text of a message. */
 export const text = (message) => message.locator(".body").innerText();
 
+/** The counters of an answer. */
+export const counters = async (answer) => (await answer.locator(".counters").innerText()).replaceAll("\u00a0", " ");
+
 /** The label or the id of the element that has the focus. */
 export const focused = (page) =>
   page.evaluate(() => document.activeElement?.getAttribute("aria-label") || document.activeElement?.id);

@@ -198,7 +198,7 @@ check("an export can be imported elsewhere, once", async ({ page, context, answe
   await page.keyboard.press("Escape");
   await page.locator(".conversation", { hasText: "script:tokens" }).click();
   await answers.getByText("2 / 2").waitFor();
-  assert.equal(await answers.locator(".token").count(), TOKENS.length + 2);
+  assert.equal(await answers.locator(".token").count(), TOKENS.length + 3);
 
   const asFile = (value) => ({
     name: "x.json",

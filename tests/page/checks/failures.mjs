@@ -63,7 +63,7 @@ check(
   "an API key is asked for and kept for the tab",
   async ({ page, proxy, answers, send, settled, accessible, shot }) => {
     await send("script:key");
-    await answers.first().getByText("The API key is missing or wrong.").waitFor();
+    await answers.first().getByText("The server asks for an API key.").waitFor();
     await answers.first().getByRole("button", { name: "Enter an API key" }).click();
     await accessible();
     await shot("key-light");
@@ -96,7 +96,7 @@ check(
       }),
   },
   async ({ page, ready }) => {
-    await page.locator("#key").getByText("An API key is needed.").waitFor();
+    await page.locator("#key").getByText("The server asks for an API key.").waitFor();
     await page.locator("#key-input").fill("right-key");
     await page.keyboard.press("Enter");
     await ready();
@@ -126,6 +126,20 @@ check(
     await page.locator("#banner").getByRole("button", { name: "Try again" }).click();
     await ready();
     await page.locator("#banner").waitFor({ state: "hidden" });
+  },
+);
+
+check(
+  "a model that cannot be loaded is named",
+  {
+    before: (proxy) =>
+      proxy.override.set("/ready", (_, response) => {
+        response.writeHead(503, { "Content-Type": "application/json" });
+        response.end(JSON.stringify({ ready: false, models: [{ name: "big", state: "failed" }] }));
+      }),
+  },
+  async ({ page }) => {
+    await page.getByText("The model big cannot be loaded. The server’s log has the reason.").waitFor();
   },
 );
 

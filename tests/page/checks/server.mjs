@@ -1,7 +1,7 @@
 // What the server itself must do: nothing here is scripted.
 
 import assert from "node:assert/strict";
-import { check, focused, text } from "./check.mjs";
+import { check, counters, focused, text } from "./check.mjs";
 
 check("headers keep scripts of others out", async ({ page, proxy }) => {
   const response = await page.request.get(proxy.url);
@@ -50,10 +50,7 @@ check("an example is answered by the model, with counters", async ({ page, proxy
   assert.deepEqual(body.stream_options, { include_usage: true });
   // Nothing is sent that nobody set.
   assert.deepEqual(Object.keys(body).sort(), ["messages", "model", "stream", "stream_options"]);
-  assert.match(
-    await answers.first().locator(".counters").innerText(),
-    /\d prompt tokens?.* · first after .* · \d+ tokens?/,
-  );
+  assert.match(await counters(answers.first()), /\d prompt tokens?.* · first after .* · \d+ tokens?/);
   if (data[0].max_model_len) assert.match(await page.locator("#context").innerText(), /^\d+ of [\d,]+ tokens$/);
   await page.waitForFunction(() => document.title.startsWith("What is the capital of France? · "));
   await shot("answer-light");
