@@ -35,12 +35,13 @@ const browser = await chromium.launch({
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP aotron.test 127.0.0.1",
   ],
 });
 const axe = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 
 /** Errors of the page that no check expects: scripts that fail, and what the Content-Security-Policy stopped. */
-function watch(page, problems) {
+function watch(page, url, problems) {
   page.on("pageerror", (error) => problems.push(String(error)));
   page.on("console", (message) => {
     if (message.type() !== "error" && message.type() !== "warning") return;
@@ -49,14 +50,15 @@ function watch(page, problems) {
   });
   page.on("request", (request) => {
     const { origin, protocol } = new URL(request.url());
-    if (protocol.startsWith("http") && `${origin}/` !== proxy.url) problems.push(`the page asked ${request.url()}`);
+    if (protocol.startsWith("http") && `${origin}/` !== url) problems.push(`the page asked ${request.url()}`);
   });
 }
 
 /** What a check works with: a fresh browser profile with the page open. */
 async function open(options = {}) {
   const problems = [];
-  const { path = "", script, ...contextOptions } = options;
+  const { path = "", host, script, ...contextOptions } = options;
+  const url = host ? proxy.url.replace("127.0.0.1", host) : proxy.url;
   const context = await browser.newContext({
     viewport: { width: 1200, height: 800 },
     permissions: ["clipboard-read", "clipboard-write"],
@@ -64,10 +66,10 @@ async function open(options = {}) {
     ...contextOptions,
   });
   context.setDefaultTimeout(8000);
-  context.on("page", (page) => watch(page, problems));
+  context.on("page", (page) => watch(page, url, problems));
   if (script) await context.addInitScript(script);
   const page = await context.newPage();
-  await page.goto(proxy.url + path);
+  await page.goto(url + path);
   const answers = page.locator(".message.assistant");
   const tools = {
     page,

@@ -44,7 +44,7 @@ fn add(a: u32, b: u32) -> u32 {
 `;
 
 // Each line is something that must stay text.
-export const HOSTILE = `<img src=x onerror="window.hacked = 1"><script>window.hacked = 1</script>
+const HOSTILE = `<img src=x onerror="window.hacked = 1"><script>window.hacked = 1</script>
 [click](javascript:window.hacked=1) [data](data:text/html,<script>window.hacked=1</script>)
 <a href="javascript:window.hacked=1">x</a> <iframe src="https://example.com"></iframe>
 [ok](https://example.com/"onmouseover="window.hacked=1) <javascript:window.hacked=1>

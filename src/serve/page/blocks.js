@@ -107,15 +107,15 @@ function interrupts(line, depth) {
 function readCode(lines, at) {
   const [, indent, fence, info] = /** @type {RegExpExecArray} */ (FENCE.exec(lines[at]));
   const text = [];
+  let closed = false;
   let to = at + 1;
-  for (; to < lines.length; to += 1) {
+  for (; to < lines.length && !closed; to += 1) {
     const line = lines[to].trim();
-    if (line.length >= fence.length && line === fence[0].repeat(line.length) && indentOf(lines[to]) <= 3) {
-      to += 1;
-      break;
-    }
-    text.push(lines[to].slice(Math.min(indent.length, indentOf(lines[to]))));
+    closed = line.length >= fence.length && line === fence[0].repeat(line.length) && indentOf(lines[to]) <= 3;
+    if (!closed) text.push(lines[to].slice(Math.min(indent.length, indentOf(lines[to]))));
   }
+  // The line that is about to be written is not there yet.
+  if (!closed && text.at(-1) === "") text.pop();
   return { block: { type: "code", language: info.trim().split(/\s/, 1)[0], text: text.join("\n") }, to };
 }
 

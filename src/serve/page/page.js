@@ -222,7 +222,7 @@ class Page {
 
   /** @param {KeyboardEvent} event */
   #onKey(event) {
-    if (document.querySelector("dialog[open]") || event.defaultPrevented) return;
+    if (document.querySelector("dialog[open]") || event.defaultPrevented || event.isComposing) return;
     if (event.key === "Escape") {
       if (this.sidebar.isOpen) this.sidebar.setOpen(false);
       else if (this.#live.has(this.#conversation.id)) this.#stop();

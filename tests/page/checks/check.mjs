@@ -5,7 +5,7 @@ export const checks = [];
 /**
  * Adds a check. Each runs with a fresh profile of the browser.
  *
- * `options` are those of Playwright's browser context, and `path` of the page, `script` to run before the page's own,
+ * `options` are those of Playwright's browser context, and `path` of the page, `host` under which it is asked for, `script` to run before the page's own,
  * and `before` to prepare the proxy, after which the page need not become ready by itself.
  */
 export function check(name, options, run) {

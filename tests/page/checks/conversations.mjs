@@ -170,7 +170,7 @@ check("conversations are kept, renamed and deleted", async ({ page, answers, sen
   assert.deepEqual(await items.allInnerTexts(), ["script:paced"]);
 });
 
-check("an export can be imported elsewhere, once", async ({ page, context, answers, send }) => {
+check("an export can be imported elsewhere, once", async ({ page, answers, send }) => {
   await page.keyboard.press("Alt+p");
   await send("script:tokens");
   await page.keyboard.press("Alt+r");
@@ -223,7 +223,6 @@ check("an export can be imported elsewhere, once", async ({ page, context, answe
     await import_(change((file) => (file.conversations[0].messages[1].answer.tokens = [1]))),
     /tokens\[0\] is not an object/,
   );
-  assert.equal((await context.pages()).length, 1);
 });
 
 check("one conversation is exported by itself", async ({ page, send }) => {
