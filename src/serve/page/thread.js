@@ -8,7 +8,7 @@ import { hideTip } from "./tokens.js";
 /** @typedef {import("./conversation.js").Conversation} Conversation */
 /** @typedef {import("./conversation.js").Message} Message */
 
-/** Distance in CSS pixels from the end within which the thread follows an answer that grows. */
+/** Distance in CSS pixels from the end within which a reader who scrolls down is taken along by an answer that grows. */
 const NEAR_END = 48;
 
 export class Thread {
@@ -18,6 +18,8 @@ export class Thread {
   #scroller = byId("scroller");
   #toEnd = byId("to-end");
   #follows = true;
+  /** Where the thread was scrolled to. */
+  #top = 0;
   #conversation = "";
 
   /** @param {import("./message.js").Actions} actions */
@@ -26,8 +28,11 @@ export class Thread {
     this.#scroller.addEventListener(
       "scroll",
       () => {
-        this.#follows = this.#isAtEnd();
-        this.#toEnd.hidden = this.#follows;
+        const { scrollTop } = this.#scroller;
+        // The smallest step up is the reader's wish, however near the end is; only the way down leads back to following.
+        this.#follows = this.#isAtEnd(scrollTop < this.#top ? 1 : NEAR_END);
+        this.#top = scrollTop;
+        this.#toEnd.hidden = this.#isAtEnd(NEAR_END);
         hideTip();
       },
       { passive: true },
@@ -100,13 +105,17 @@ export class Thread {
     this.#follow();
   }
 
-  #isAtEnd() {
+  /** @param {number} distance in CSS pixels */
+  #isAtEnd(distance) {
     const { scrollTop, clientHeight, scrollHeight } = this.#scroller;
-    return scrollTop + clientHeight >= scrollHeight - NEAR_END;
+    return scrollTop + clientHeight >= scrollHeight - distance;
   }
 
   #follow() {
-    if (this.#follows) this.#scroller.scrollTop = this.#scroller.scrollHeight;
-    this.#toEnd.hidden = this.#isAtEnd();
+    if (this.#follows) {
+      this.#scroller.scrollTop = this.#scroller.scrollHeight;
+      this.#top = this.#scroller.scrollTop;
+    }
+    this.#toEnd.hidden = this.#isAtEnd(NEAR_END);
   }
 }

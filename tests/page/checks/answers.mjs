@@ -52,7 +52,7 @@ check("finished answers are read out once", async ({ page, send }) => {
   assert.deepEqual(await page.evaluate(() => globalThis.said), ["tick ".repeat(21).trim()]);
 });
 
-check("the page follows a long answer until the reader scrolls", async ({ page, send }) => {
+check("the page follows a long answer until the reader scrolls", async ({ page, send, settled }) => {
   const distance = () =>
     page.evaluate(() => {
       const { scrollTop, clientHeight, scrollHeight } = document.querySelector("#scroller");
@@ -60,20 +60,27 @@ check("the page follows a long answer until the reader scrolls", async ({ page, 
     });
   await send("script:long");
   assert.ok((await distance()) < 2);
+  await send("script:long", { wait: false });
+  const last = page.locator(".message.assistant").last();
+  await last.getByText("Paragraph 40.").waitFor();
   await page.locator("#scroller").hover();
   await page.mouse.wheel(0, -600);
+  await settled();
+  assert.ok((await distance()) > 600);
   await page.getByRole("button", { name: "Jump to the end" }).click();
   assert.ok((await distance()) < 2);
 });
 
 check("an answer goes on while another conversation is open", async ({ page, answers, send }) => {
-  await send("script:slow", { wait: false });
-  await page.keyboard.press("Alt+n");
   await send("script:paced");
-  assert.equal(await page.locator(".live-dot").count(), 1);
+  await page.keyboard.press("Alt+n");
+  await send("script:slow", { wait: false });
   // Tokens that arrive meanwhile must not eat the click.
-  await page.locator(".conversation", { hasText: "script:slow" }).click({ delay: 150 });
-  await page.waitForFunction(() => document.querySelector(".message.assistant .body")?.textContent.includes("word30"));
+  await page.locator(".conversation", { hasText: "script:paced" }).click({ delay: 150 });
+  await page.waitForFunction(() => document.querySelector(".message.assistant .body")?.textContent.includes("tick"));
+  assert.equal(await page.locator(".live-dot").count(), 1);
+  await page.locator(".conversation", { hasText: "script:slow" }).click();
+  await page.waitForFunction(() => document.querySelector(".message.assistant .body")?.textContent.includes("word40"));
   await page.getByRole("button", { name: "Stop", exact: true }).click();
   await answers.first().getByText("Stopped.").waitFor();
 });
