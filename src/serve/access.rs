@@ -29,7 +29,8 @@ use crate::runtime::Completion;
 /// Header of a request's id, taken from the client or made here.
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Routes that need no key: an orchestrator has none, and the page asks for it.
-const OPEN_ROUTES: [&str; 6] = ["/health", "/ping", "/ready", "/v2/health/live", "/v2/health/ready", "/"];
+const OPEN_ROUTES: [&str; 8] =
+    ["/", "/page/{name}", "/health", "/ping", "/ready", "/version", "/v2/health/live", "/v2/health/ready"];
 
 /// What is known of a request, for its handler and for the log.
 #[derive(Debug, Clone)]
@@ -97,7 +98,7 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
 pub(super) async fn control(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let keys = &app.options().api_keys;
     let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
-    let is_open = OPEN_ROUTES.contains(&route) || route.ends_with("/ready") || route.starts_with("/page/");
+    let is_open = OPEN_ROUTES.contains(&route) || route.ends_with("/ready");
     if keys.is_empty() || is_open {
         return next.run(request).await;
     }

@@ -17,7 +17,7 @@ use super::answer::Answer;
 use super::error::ApiError;
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
-use super::{HearServer, ModelSource, ServeEvent, access, kserve, openai};
+use super::{HearServer, ModelSource, ServeEvent, access, kserve, openai, page};
 use crate::error::{Error, Result};
 use crate::runtime::{DrainMode, Engine, EngineHandle, EngineOptions, GenerationRequest, Model};
 use crate::text::{ChatFormat, Tokenizer};
@@ -288,7 +288,7 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .route("/detokenize", post(openai::tokens::detokenize))
         .merge(kserve::routes());
     if app.options.has_page {
-        router = router.route("/", get(|| async { "aotron" }));
+        router = router.merge(page::routes());
     }
     router = router.fallback(|| async { ApiError::not_found() });
     router = router.method_not_allowed_fallback(|| async { ApiError::method_not_allowed() });

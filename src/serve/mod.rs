@@ -17,6 +17,7 @@
 //! | `error` | errors in the forms that clients read |
 //! | `openai` | OpenAI's API |
 //! | `kserve` | KServe's protocol, which NeMo's clients speak |
+//! | `page` | the page to talk to the model |
 //! | `metrics` | Prometheus metrics |
 //!
 //! A request is rendered and encoded on a blocking thread, of which there is a bounded number, and validated before it is
@@ -33,6 +34,7 @@ mod kserve;
 mod metrics;
 mod openai;
 mod options;
+mod page;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
