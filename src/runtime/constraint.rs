@@ -33,7 +33,7 @@ impl Grammar {
         Grammar(Arc::new(start))
     }
 
-    pub(super) fn start(&self) -> Result<Box<dyn TokenConstraint>> {
+    pub(crate) fn start(&self) -> Result<Box<dyn TokenConstraint>> {
         (self.0)()
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::Semaphore;
 
 use super::answer::Answer;
 use super::error::ApiError;
+use super::grammar::Grammars;
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
 use super::{HearServer, ModelSource, ServeEvent, access, kserve, openai, page};
@@ -56,6 +57,8 @@ pub(super) struct OpenedModel {
     pub metrics: Arc<ModelMetrics>,
     /// The format of conversations, with special tokens in contents escaped unless the server is as the card.
     pub format: ChatFormat,
+    /// Compiles the forms of answers; none without a tokenizer.
+    pub grammars: Option<Arc<Grammars>>,
     /// Identifies the weights and the plan: OpenAI's `system_fingerprint`.
     pub fingerprint: String,
 }
@@ -109,10 +112,12 @@ impl App {
         let _ = served.engine.set(engine);
         let mut format = (**model.chat_format()).clone();
         format.escape_markers = !self.options.card_compatible;
+        let grammars = model.tokenizer().map(|tokenizer| Grammars::new(tokenizer.clone(), format.stop_ids()));
+        let grammars = grammars.map(Arc::new);
         let digest = &model.package().manifest().sha256;
         let fingerprint = format!("b{}-{}-{}", digest.get(..12).unwrap_or(digest), model.target(), model.precision());
         let (name, metrics) = (served.name().to_owned(), served.metrics.clone());
-        Ok(OpenedModel { name, model, engine: handle, metrics, format, fingerprint })
+        Ok(OpenedModel { name, model, engine: handle, metrics, format, grammars, fingerprint })
     }
 
     pub fn options(&self) -> &ServeOptions {

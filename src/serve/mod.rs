@@ -17,6 +17,7 @@
 //! | `error` | errors in the forms that clients read |
 //! | `openai` | OpenAI's API |
 //! | `kserve` | KServe's protocol, which NeMo's clients speak |
+//! | `grammar` | the form of an answer, as masks over tokens |
 //! | `page` | the page to talk to the model |
 //! | `metrics` | Prometheus metrics |
 //!
@@ -30,6 +31,7 @@ mod app;
 mod body;
 mod connection;
 mod error;
+mod grammar;
 mod kserve;
 mod metrics;
 mod openai;

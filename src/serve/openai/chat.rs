@@ -247,7 +247,7 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
             (false, true) => TokenReports::Ids,
             (false, false) => TokenReports::None,
         });
-    let request = settings.apply(app, &model, &context, request)?;
+    let request = settings.apply(app, &model, &context, request).await?;
     let id = format!("chatcmpl-{}", Uuid::new_v4().simple());
     Ok(Prepared { model, request, choices, wanted, context, id, created: now() })
 }

@@ -172,16 +172,14 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
         (None, false) => TokenReports::None,
     };
     let format = &model.format;
-    let requests = prompts.into_iter().map(|ids| {
-        let request = GenerationRequest::new(ids)
-            .stop_ids(format.stop_ids())
-            .stop_strings(&format.stop_strings)
-            .max_tokens(body.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS))
-            .reports(reports)
-            .prompt_reports(if echo { reports } else { TokenReports::None });
-        settings.clone().apply(app, &model, &context, request)
-    });
-    let requests = requests.collect::<Result<_, _>>()?;
+    let request = GenerationRequest::new(Vec::new())
+        .stop_ids(format.stop_ids())
+        .stop_strings(&format.stop_strings)
+        .max_tokens(body.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS))
+        .reports(reports)
+        .prompt_reports(if echo { reports } else { TokenReports::None });
+    let request = settings.apply(app, &model, &context, request).await?;
+    let requests = prompts.into_iter().map(|ids| GenerationRequest { prompt: ids, ..request.clone() }).collect();
     Ok(Prepared {
         requests,
         choices,

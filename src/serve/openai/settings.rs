@@ -1,15 +1,16 @@
 //! The fields that requests for text share.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde_json::Value;
 
 use crate::runtime::{GenerationRequest, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::app::{App, OpenedModel};
 use crate::serve::error::ApiError;
+use crate::serve::grammar::AnswerForm;
 
 /// Most answers of one request, all prompts together.
 pub(super) const MAX_CHOICES: usize = 128;
@@ -112,12 +113,10 @@ macro_rules! text_request {
             pub return_token_ids: Option<bool>,
             /// The form of the answer.
             #[serde(default)]
-            #[schema(value_type = Option<Object>)]
-            pub response_format: Option<serde_json::Value>,
+            pub response_format: Option<$crate::serve::grammar::ResponseFormat>,
             /// The form of the answer, as vLLM has it.
             #[serde(default)]
-            #[schema(value_type = Option<Object>)]
-            pub structured_outputs: Option<serde_json::Value>,
+            pub structured_outputs: Option<$crate::serve::grammar::StructuredOutputs>,
             /// Accepted; it has no effect.
             #[allow(dead_code, reason = "accepted and ignored")]
             #[serde(default)]
@@ -128,7 +127,8 @@ macro_rules! text_request {
         impl $name {
             /// The fields that requests for text share.
             fn settings(&mut self) -> Result<$crate::serve::openai::settings::Settings, $crate::serve::error::ApiError> {
-                use $crate::serve::openai::settings::{Settings, grammar_of, sampling_number};
+                use $crate::serve::grammar::AnswerForm;
+                use $crate::serve::openai::settings::{Settings, sampling_number};
                 let (response_format, structured_outputs) =
                     (self.response_format.take(), self.structured_outputs.take());
                 Ok(Settings {
@@ -148,7 +148,7 @@ macro_rules! text_request {
                     choices: self.n.unwrap_or(1),
                     priority: self.priority.unwrap_or(0),
                     cache_salt: self.cache_salt.take(),
-                    grammar: grammar_of(response_format, structured_outputs)?,
+                    form: AnswerForm::of_request(response_format, structured_outputs)?,
                 })
             }
         }
@@ -159,21 +159,6 @@ pub(super) use text_request;
 /// A number of a request as the sampler takes it.
 pub(super) fn sampling_number(field: &str, number: i64) -> Result<u32, ApiError> {
     u32::try_from(number).map_err(|_| ApiError::of_field(field, format!("{field} is {number}; expected up to {}", u32::MAX)))
-}
-
-/// The form of an answer, if it has one.
-pub(super) fn grammar_of(format: Option<Value>, outputs: Option<Value>) -> Result<Option<Value>, ApiError> {
-    if let Some(format) = format {
-        return match format.get("type").and_then(Value::as_str) {
-            Some("text") => Ok(None),
-            Some(kind) => Err(ApiError::unsupported("response_format", format!("response_format {kind} is not supported"))),
-            None => Err(ApiError::of_field("response_format", "response_format has no type")),
-        };
-    }
-    match outputs {
-        Some(_) => Err(ApiError::unsupported("structured_outputs", "structured_outputs is not supported")),
-        None => Ok(None),
-    }
 }
 
 /// The fields that requests for text share.
@@ -195,8 +180,7 @@ pub(in crate::serve) struct Settings {
     pub choices: usize,
     pub priority: i32,
     pub cache_salt: Option<String>,
-    #[expect(dead_code, reason = "no grammar is accepted yet")]
-    pub grammar: Option<Value>,
+    pub form: Option<AnswerForm>,
 }
 
 impl Settings {
@@ -204,10 +188,10 @@ impl Settings {
     ///
     /// # Errors
     /// 400 naming the field.
-    pub fn apply(
+    pub async fn apply(
         self,
         app: &App,
-        model: &OpenedModel,
+        model: &Arc<OpenedModel>,
         context: &RequestContext,
         mut request: GenerationRequest,
     ) -> Result<GenerationRequest, ApiError> {
@@ -235,7 +219,11 @@ impl Settings {
             seed: self.seed,
         }
         .effective();
-        if self.ignore_eos {
+        if let Some(form) = self.form {
+            let no_tokenizer = || ApiError::bad_request("this model has no tokenizer, so its answers have no form");
+            let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
+            request.grammar = Some(app.encode(move || grammars.compile(form)).await?);
+        } else if self.ignore_eos {
             request.stop_ids.clear();
             request.stop_strings.clear();
         }

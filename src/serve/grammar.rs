@@ -1,0 +1,307 @@
+//! The form of an answer: JSON of a schema, a regular expression, one of several texts, or a grammar.
+
+use std::sync::{Arc, OnceLock};
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::{Matcher, ParserFactory};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+
+use super::error::ApiError;
+use crate::error::{Error, Result, clip};
+use crate::runtime::{Grammar, TokenConstraint, TokenMask};
+use crate::text::Tokenizer;
+
+/// Largest source of a grammar.
+const MAX_SOURCE_BYTES: usize = 256 << 10;
+/// Most texts to choose from.
+const MAX_CHOICES: usize = 1024;
+/// Work for the mask of one token, in steps of the lexer (some 14,000 take a millisecond) and items of the parser: other
+/// requests wait for it.
+const STEP_LEXER_FUEL: u64 = 100_000;
+const STEP_MAX_ITEMS: usize = 25_000;
+/// Memory of one answer's lexer, 1 to 2 kB each.
+const MAX_LEXER_STATES: usize = 20_000;
+
+/// `response_format`
+#[derive(Debug, Clone, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(super) enum ResponseFormat {
+    /// Any text.
+    Text,
+    /// Any JSON object.
+    JsonObject,
+    /// JSON of a schema.
+    JsonSchema {
+        json_schema: NamedSchema,
+    },
+}
+
+/// A schema with OpenAI's name for it.
+#[derive(Debug, Clone, Deserialize, utoipa::ToSchema)]
+pub(super) struct NamedSchema {
+    #[serde(default)]
+    #[allow(dead_code, reason = "accepted and ignored")]
+    name: Option<String>,
+    #[serde(default)]
+    #[allow(dead_code, reason = "accepted and ignored")]
+    description: Option<String>,
+    #[serde(default)]
+    #[allow(dead_code, reason = "an answer always keeps to the schema")]
+    strict: Option<bool>,
+    #[schema(value_type = Object)]
+    schema: Value,
+}
+
+/// `structured_outputs`, as vLLM has it: one of these.
+#[derive(Debug, Clone, Default, Deserialize, utoipa::ToSchema)]
+pub(super) struct StructuredOutputs {
+    /// A JSON schema, as JSON or as a string.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    json: Option<Value>,
+    #[serde(default)]
+    json_object: Option<bool>,
+    #[serde(default)]
+    regex: Option<String>,
+    #[serde(default)]
+    choice: Option<Vec<String>>,
+    /// A grammar in Lark's form.
+    #[serde(default)]
+    grammar: Option<String>,
+}
+
+/// The form of an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum AnswerForm {
+    Schema(Value),
+    Regex(String),
+    Grammar(String),
+}
+
+impl AnswerForm {
+    /// The form that a request asks for, if any.
+    ///
+    /// # Errors
+    /// 400 if it asks for two, or for one that is too large.
+    pub fn of_request(
+        format: Option<ResponseFormat>,
+        outputs: Option<StructuredOutputs>,
+    ) -> Result<Option<AnswerForm>, ApiError> {
+        let mut forms = Vec::new();
+        match format {
+            None | Some(ResponseFormat::Text) => {}
+            Some(ResponseFormat::JsonObject) => forms.push(AnswerForm::Schema(json!({ "type": "object" }))),
+            Some(ResponseFormat::JsonSchema { json_schema }) => forms.push(AnswerForm::Schema(json_schema.schema)),
+        }
+        if let Some(outputs) = outputs {
+            if outputs.json_object == Some(true) {
+                forms.push(AnswerForm::Schema(json!({ "type": "object" })));
+            }
+            match outputs.json {
+                Some(Value::String(text)) => {
+                    let schema = serde_json::from_str(&text).map_err(|error| {
+                        ApiError::of_field("structured_outputs.json", format!("the schema is not JSON: {error}"))
+                    })?;
+                    forms.push(AnswerForm::Schema(schema));
+                }
+                Some(schema) => forms.push(AnswerForm::Schema(schema)),
+                None => {}
+            }
+            forms.extend(outputs.regex.map(AnswerForm::Regex));
+            if let Some(choice) = outputs.choice {
+                if !(1..=MAX_CHOICES).contains(&choice.len()) {
+                    let message = format!("choice has {} texts; expected 1 to {MAX_CHOICES}", choice.len());
+                    return Err(ApiError::of_field("structured_outputs.choice", message));
+                }
+                let choices: Vec<String> = choice.iter().map(|text| escaped(text)).collect();
+                forms.push(AnswerForm::Regex(choices.join("|")));
+            }
+            forms.extend(outputs.grammar.map(AnswerForm::Grammar));
+        }
+        if forms.len() > 1 {
+            return Err(ApiError::bad_request("an answer has one form; the request names several"));
+        }
+        let form = forms.pop();
+        let bytes = match &form {
+            Some(AnswerForm::Schema(schema)) => schema.to_string().len(),
+            Some(AnswerForm::Regex(text) | AnswerForm::Grammar(text)) => text.len(),
+            None => 0,
+        };
+        if bytes > MAX_SOURCE_BYTES {
+            let message = format!("the form of the answer has {bytes} bytes; expected at most {MAX_SOURCE_BYTES}");
+            return Err(ApiError::bad_request(message));
+        }
+        Ok(form)
+    }
+}
+
+/// A text as a regular expression that matches it alone.
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if "\\.+*?()|[]{}^$#&-~/".contains(c) {
+            escaped.push('\\');
+        }
+        escaped.push(c);
+    }
+    escaped
+}
+
+/// Compiles grammars for one tokenizer.
+pub(super) struct Grammars {
+    tokenizer: Arc<Tokenizer>,
+    /// Ids that end an answer.
+    stop_ids: Vec<u32>,
+    factory: OnceLock<Result<Arc<ParserFactory>, String>>,
+}
+
+impl Grammars {
+    pub fn new(tokenizer: Arc<Tokenizer>, stop_ids: Vec<u32>) -> Grammars {
+        Grammars { tokenizer, stop_ids, factory: OnceLock::new() }
+    }
+
+    /// Compiles a form. Takes milliseconds, and once per model, at the first, as long as its vocabulary needs.
+    ///
+    /// # Errors
+    /// 400 with the reason for a form that does not compile or is too much work.
+    pub fn compile(&self, form: AnswerForm) -> Result<Grammar, ApiError> {
+        let factory = self.factory.get_or_init(|| self.factory().map(Arc::new)).clone();
+        let factory = factory.map_err(|words| {
+            ApiError::bad_request(format!("this model's tokenizer cannot be used with grammars: {words}"))
+        })?;
+        let grammar = match form {
+            AnswerForm::Schema(schema) => TopLevelGrammar::from_json_schema(schema),
+            AnswerForm::Regex(regex) => TopLevelGrammar::from_regex(&regex),
+            AnswerForm::Grammar(lark) => TopLevelGrammar::from_lark(lark),
+        };
+        let refuse = |words: String| ApiError::bad_request(format!("the form of the answer: {}", clip(words)));
+        let parser = factory.create_parser(grammar).map_err(|error| refuse(error.to_string()))?;
+        let matcher = Matcher::new(Ok(parser));
+        if let Some(words) = matcher.get_error() {
+            return Err(refuse(words));
+        }
+        let stop_ids: Arc<[u32]> = self.stop_ids.as_slice().into();
+        Ok(Grammar::new(move || {
+            Ok(Box::new(Following { matcher: matcher.deep_clone(), stop_ids: stop_ids.clone() }))
+        }))
+    }
+
+    fn factory(&self) -> Result<ParserFactory, String> {
+        let eos = *self.stop_ids.first().ok_or("nothing ends its answers")?;
+        let ids = self.tokenizer.vocab_size();
+        let special: std::collections::HashSet<u32> = self.tokenizer.markers().into_iter().map(|(_, id)| id).collect();
+        let word = |id: u32| {
+            let bytes = self.tokenizer.token_bytes(id).unwrap_or_default();
+            let is_text = !bytes.is_empty() && !special.contains(&id) && !self.tokenizer.is_control(id);
+            match is_text {
+                true => bytes.to_vec(),
+                false => [&[TokTrie::SPECIAL_TOKEN_MARKER], format!("<{id}>").as_bytes()].concat(),
+            }
+        };
+        let words: Vec<Vec<u8>> = (0..ids as u32).map(word).collect();
+        let trie = TokTrie::from(&TokRxInfo::new(ids as u32, eos), &words);
+        let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let mut factory = ParserFactory::new_simple(&env).map_err(|error| error.to_string())?;
+        factory.quiet();
+        let limits = factory.limits_mut();
+        limits.step_lexer_fuel = STEP_LEXER_FUEL;
+        limits.step_max_items = STEP_MAX_ITEMS;
+        limits.max_lexer_states = MAX_LEXER_STATES;
+        limits.verbose_errors = false;
+        Ok(factory)
+    }
+}
+
+/// A grammar that follows one answer.
+struct Following {
+    matcher: Matcher,
+    /// The first is the end that the matcher knows.
+    stop_ids: Arc<[u32]>,
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error::Request(format!("the form of the answer: {}", clip(error.to_string())))
+}
+
+impl TokenConstraint for Following {
+    fn allow(&mut self, allowed: &mut TokenMask) -> Result<()> {
+        let mask = self.matcher.compute_mask_or_eos().map_err(failed)?;
+        allowed.insert_words(mask.as_slice());
+        if self.stop_ids.first().is_some_and(|eos| allowed.contains(*eos)) {
+            self.stop_ids.iter().for_each(|id| allowed.insert(*id));
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, id: u32) -> Result<()> {
+        // The end of the answer is the end of the grammar, and nothing follows.
+        if self.stop_ids.contains(&id) {
+            return Ok(());
+        }
+        self.matcher.consume_token(id).map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::fixture::{EOS, tokenizer};
+
+    fn grammars() -> Grammars {
+        Grammars::new(tokenizer(), vec![EOS])
+    }
+
+    /// The longest text that the grammar allows, choosing the first allowed id each time.
+    fn walk(form: AnswerForm, most: usize) -> (String, bool) {
+        let grammars = grammars();
+        let mut constraint = grammars.compile(form).unwrap().start().unwrap();
+        let (mut text, mut mask) = (Vec::new(), TokenMask::new(tokenizer().vocab_size()));
+        for _ in 0..most {
+            mask.clear();
+            constraint.allow(&mut mask).unwrap();
+            if mask.contains(EOS) {
+                return (String::from_utf8(text).unwrap(), true);
+            }
+            let id = (0..tokenizer().vocab_size() as u32).find(|id| mask.contains(*id)).unwrap();
+            constraint.push(id).unwrap();
+            text.extend(tokenizer().token_bytes(id).unwrap());
+        }
+        (String::from_utf8_lossy(&text).into_owned(), false)
+    }
+
+    #[test]
+    fn a_choice_is_one_of_its_texts_and_metacharacters_are_plain() {
+        let choice = vec!["a.b|c".to_owned()];
+        let outputs = StructuredOutputs { choice: Some(choice), ..StructuredOutputs::default() };
+        let form = AnswerForm::of_request(None, Some(outputs)).unwrap().unwrap();
+        assert_eq!(walk(form, 20), ("a.b|c".to_owned(), true));
+    }
+
+    #[test]
+    fn a_schema_gives_json_of_its_shape() {
+        let schema = json!({ "type": "object", "properties": { "x": { "const": 7 } }, "required": ["x"],
+            "additionalProperties": false });
+        let (text, ended) = walk(AnswerForm::Schema(schema), 60);
+        assert!(ended, "{text}");
+        assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), json!({ "x": 7 }));
+    }
+
+    #[test]
+    fn forms_that_are_wrong_or_too_much_are_refused() {
+        let grammars = grammars();
+        for form in [
+            AnswerForm::Regex("(".into()),
+            AnswerForm::Regex("((a{1,1000}){1,1000}){1,1000}".into()),
+            AnswerForm::Grammar("start: nothing".into()),
+            AnswerForm::Schema(json!({ "type": "nonsense" })),
+            AnswerForm::Schema(json!({ "$ref": "https://example.org/x" })),
+        ] {
+            let error = grammars.compile(form.clone()).err().unwrap_or_else(|| panic!("{form:?} compiles"));
+            assert_eq!(error.status.as_u16(), 400, "{form:?}");
+        }
+        let both = StructuredOutputs { regex: Some("a".into()), grammar: Some("b".into()), ..Default::default() };
+        assert!(AnswerForm::of_request(None, Some(both)).is_err());
+    }
+}
