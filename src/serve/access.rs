@@ -14,12 +14,13 @@ use axum::extract::{ConnectInfo, MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http_body::{Frame, SizeHint};
+use http_body::{Body as _, Frame, SizeHint};
 use serde_json::json;
 use subtle::ConstantTimeEq;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use uuid::Uuid;
 
+use super::anthropic;
 use super::app::{App, MAX_REQUEST_ID};
 use super::error::ApiError;
 use super::kserve;
@@ -91,7 +92,11 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
     if let Ok(value) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert(REQUEST_ID.clone(), value);
     }
-    response.map(|body| Body::new(RecordedBody { body, record }))
+    response.map(|body| {
+        // A body that is empty is never asked for.
+        record.is_whole = body.is_end_stream();
+        Body::new(RecordedBody { body, record })
+    })
 }
 
 /// Checks the key.
@@ -106,6 +111,7 @@ pub(super) async fn control(State(app): State<Arc<App>>, request: Request, next:
     // Every key is compared, so that the time does not tell which came close.
     let found = keys.iter().fold(0, |found, key| found | key.as_bytes().ct_eq(given.as_bytes()).unwrap_u8());
     match found {
+        0 if route.starts_with("/v1/messages") => anthropic::respond(&ApiError::unauthorized()),
         0 if route.starts_with("/v2") => kserve::respond(&ApiError::unauthorized()),
         0 => ApiError::unauthorized().into_response(),
         _ => next.run(request).await,

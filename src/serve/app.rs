@@ -18,7 +18,7 @@ use super::error::ApiError;
 use super::grammar::Grammars;
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
-use super::{HearServer, ModelSource, ServeEvent, access, kserve, openai, page};
+use super::{HearServer, ModelSource, ServeEvent, access, anthropic, kserve, openai, page};
 use crate::error::{Error, Result};
 use crate::runtime::{DrainMode, Engine, EngineHandle, EngineOptions, GenerationRequest, Model};
 use crate::text::{ChatFormat, Tokenizer};
@@ -214,6 +214,11 @@ impl ServedModel {
         self.names.first().map_or("", String::as_str)
     }
 
+    /// All its names.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
     /// When it was first offered, in seconds since 1970.
     pub fn created(&self) -> u64 {
         self.created
@@ -289,6 +294,9 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*name}", get(openai::model))
         .route("/v1/chat/completions", post(openai::chat::create))
         .route("/v1/completions", post(openai::completions::create))
+        .route("/v1/responses", post(openai::responses::create))
+        .route("/v1/messages", post(anthropic::create))
+        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
         .route("/tokenize", post(openai::tokens::tokenize))
         .route("/detokenize", post(openai::tokens::detokenize))
         .merge(kserve::routes());

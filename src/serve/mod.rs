@@ -16,6 +16,7 @@
 //! | `answer` | a request to an engine and its events |
 //! | `error` | errors in the forms that clients read |
 //! | `openai` | OpenAI's API |
+//! | `anthropic` | Anthropic's API |
 //! | `kserve` | KServe's protocol, which NeMo's clients speak |
 //! | `grammar` | the form of an answer, as masks over tokens |
 //! | `page` | the page to talk to the model |
@@ -27,6 +28,7 @@
 
 mod access;
 mod answer;
+mod anthropic;
 mod app;
 mod body;
 mod connection;

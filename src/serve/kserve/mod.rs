@@ -113,15 +113,25 @@ async fn model_ready(State(app): State<Arc<App>>, named: Named) -> Result<Respon
     Ok(StatusCode::OK.into_response())
 }
 
-/// `POST /v2/repository/index`, which clients before pytriton 0.4 send before they ask whether a model is ready.
+/// Names by which a single model is listed beside its own: the card's and its page's. Clients before pytriton 0.4 look
+/// for theirs in the list, letter for letter, before they ask for the model.
+const CARD_NAMES: [&str; 3] =
+    ["Nemotron-3-8B-Chat-4K-RLHF", "Nemotron-3-8B-Chat-4k-RLHF", "nemotron-3-8b-chat-4k-rlhf"];
+
+/// `POST /v2/repository/index`
 async fn index(State(app): State<Arc<App>>) -> Response {
-    let state = |model: &ServedModel| if model.opened().is_some() { "READY" } else { "LOADING" };
-    let models: Vec<Value> = app
-        .models()
-        .iter()
-        .map(|model| json!({ "name": model.name(), "version": "1", "state": state(model), "reason": "" }))
-        .collect();
-    Json(models).into_response()
+    let mut listed: Vec<Value> = Vec::new();
+    let is_alone = app.models().len() == 1;
+    for model in app.models() {
+        let state = if model.opened().is_some() { "READY" } else { "LOADING" };
+        let mut names: Vec<&str> = model.names().iter().map(String::as_str).collect();
+        names.extend(CARD_NAMES.iter().filter(|_| is_alone));
+        names.sort_unstable();
+        names.dedup();
+        let entry = |name: &str| json!({ "name": name, "version": "1", "state": state, "reason": "" });
+        listed.extend(names.into_iter().map(entry));
+    }
+    Json(listed).into_response()
 }
 
 /// The inputs that are read: names, Triton's types and what they are.

@@ -12,7 +12,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::logprobs::{ChatLogprob, of_chat};
-use super::messages::{normalized, prompt};
+use super::messages::conversation;
 use super::settings::{MAX_CHOICES, for_choice, text_request};
 use super::{Chunks, Gone, Usage, finish_reason, now, stream};
 use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, StopMatch, TokenReport, TokenReports};
@@ -229,18 +229,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
     if max_tokens == Some(0) {
         return Err(ApiError::of_field("max_completion_tokens", "max_completion_tokens is 0; expected at least 1"));
     }
-    let ids = {
-        let (model, messages) = (model.clone(), body.messages);
-        app.encode(move || {
-            let messages = normalized(&model, messages)?;
-            Ok(prompt(&model.format, model.tokenizer()?, &messages)?)
-        })
+    let request = conversation(app, &model, body.messages)
         .await?
-    };
-    let request = GenerationRequest::new(ids)
-        .stop_ids(model.format.stop_ids())
-        .stop_strings(model.format.chat_stop_strings())
-        .trim(model.format.trims())
         .max_tokens(max_tokens.unwrap_or(usize::MAX))
         .reports(match (wanted.logprobs, wanted.token_ids) {
             (true, _) => TokenReports::Logprobs(top),

@@ -1,9 +1,12 @@
 //! Messages as clients send them, and the messages that chat formats take.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::serve::app::OpenedModel;
+use crate::runtime::GenerationRequest;
+use crate::serve::app::{App, OpenedModel};
 use crate::serve::error::ApiError;
 use crate::text::{ChatFormat, ChatTemplate, Tokenizer};
 
@@ -99,6 +102,25 @@ pub(in crate::serve) fn prompt(format: &ChatFormat, tokenizer: &Tokenizer, messa
         true => Err(Error::Request(refused)),
         false => format.prompt_of_json(tokenizer, &joined),
     }
+}
+
+/// A request for the next answer of a conversation, without settings.
+///
+/// # Errors
+/// 400 naming the message that cannot be taken.
+pub(in crate::serve) async fn conversation(
+    app: &App,
+    model: &Arc<OpenedModel>,
+    messages: Vec<Value>,
+) -> Result<GenerationRequest, ApiError> {
+    let format = &model.format;
+    let opened = model.clone();
+    let encode = move || {
+        let messages = normalized(&opened, messages)?;
+        Ok(prompt(&opened.format, opened.tokenizer()?, &messages)?)
+    };
+    let request = GenerationRequest::new(app.encode(encode).await?).stop_ids(format.stop_ids());
+    Ok(request.stop_strings(format.chat_stop_strings()).trim(format.trims()))
 }
 
 /// Joins messages of the same role that follow each other, with an empty line between them.

@@ -4,10 +4,11 @@ pub(super) mod chat;
 pub(super) mod completions;
 mod logprobs;
 mod messages;
+pub(super) mod responses;
 mod settings;
 pub(super) mod tokens;
 
-pub(super) use messages::{normalized, prompt};
+pub(super) use messages::{conversation, normalized, prompt};
 pub(super) use settings::OneOrMany;
 
 use std::convert::Infallible;
@@ -102,10 +103,13 @@ pub(super) struct Gone;
 
 impl Chunks {
     pub async fn send(&self, value: &impl Serialize) -> Result<(), Gone> {
-        let event = match Event::default().json_data(value) {
-            Ok(event) => event,
-            Err(_) => return Err(Gone),
-        };
+        let event = Event::default().json_data(value).map_err(|_| Gone)?;
+        self.0.send(Ok(event)).await.map_err(|_| Gone)
+    }
+
+    /// Sends an event with a name.
+    pub async fn send_named(&self, name: &str, value: &impl Serialize) -> Result<(), Gone> {
+        let event = Event::default().event(name).json_data(value).map_err(|_| Gone)?;
         self.0.send(Ok(event)).await.map_err(|_| Gone)
     }
 

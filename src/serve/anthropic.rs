@@ -1,0 +1,252 @@
+//! Anthropic's API: `POST /v1/messages`, text only.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Extension, Request, State};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::access::RequestContext;
+use super::answer::{Answer, log_failure};
+use super::app::{App, OpenedModel};
+use super::body::{ParsedBody, name_ignored, read_json};
+use super::error::ApiError;
+use super::openai::{Chunks, Gone, conversation, stream};
+use crate::runtime::{Completion, Event, FinishReason, GenerationRequest, SamplingParams, StopMatch};
+
+/// An error in this API's form.
+#[derive(Debug)]
+pub(super) struct AnthropicError(ApiError);
+
+impl From<ApiError> for AnthropicError {
+    fn from(error: ApiError) -> AnthropicError {
+        AnthropicError(error)
+    }
+}
+
+impl IntoResponse for AnthropicError {
+    fn into_response(self) -> Response {
+        respond(&self.0)
+    }
+}
+
+/// An error in this API's form.
+pub(super) fn respond(error: &ApiError) -> Response {
+    error.respond(body_of(error))
+}
+
+fn body_of(error: &ApiError) -> Value {
+    let kind = match error.status.as_u16() {
+        401 => "authentication_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 => "overloaded_error",
+        504 => "timeout_error",
+        400..=499 => "invalid_request_error",
+        _ => "api_error",
+    };
+    json!({ "type": "error", "error": { "type": kind, "message": error.message } })
+}
+
+/// A conversation to answer.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+pub(super) struct MessagesRequest {
+    #[serde(default)]
+    model: Option<String>,
+    /// The conversation: objects with `role` and `content`, a string or blocks of text.
+    #[schema(value_type = Vec<Object>)]
+    messages: Vec<Value>,
+    /// Limit on the answer's tokens. Bound: the room that the prompt leaves.
+    #[serde(default)]
+    max_tokens: Option<usize>,
+    /// The system message, a string or blocks of text.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    system: Option<Value>,
+    /// Strings that end the answer.
+    #[serde(default)]
+    stop_sequences: Option<Vec<String>>,
+    #[serde(default)]
+    stream: Option<bool>,
+    #[serde(default)]
+    temperature: Option<f32>,
+    #[serde(default)]
+    top_p: Option<f32>,
+    #[serde(default)]
+    top_k: Option<u32>,
+    #[serde(default)]
+    #[schema(value_type = Option<Vec<Object>>)]
+    tools: Option<Vec<Value>>,
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    tool_choice: Option<Value>,
+    /// Accepted; it has no effect.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    #[allow(dead_code, reason = "accepted and ignored")]
+    metadata: Option<IgnoredAny>,
+    /// Accepted; it has no effect.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    #[allow(dead_code, reason = "accepted and ignored")]
+    service_tier: Option<IgnoredAny>,
+    /// Accepted where it is disabled.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    thinking: Option<Value>,
+}
+
+impl MessagesRequest {
+    /// The conversation with its system message, and the request for an answer without its settings.
+    async fn conversation(&mut self, app: &App, model: &Arc<OpenedModel>) -> Result<GenerationRequest, ApiError> {
+        let refused = |field: &str, what: &str| Err(ApiError::unsupported(field, format!("this model has no {what}")));
+        let no_tools = self.tool_choice.as_ref().and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "none");
+        if self.tools.as_ref().is_some_and(|tools| !tools.is_empty()) && !no_tools {
+            return refused("tools", "tools");
+        }
+        if self.thinking.as_ref().and_then(|thinking| thinking.get("type")).is_some_and(|kind| kind == "enabled") {
+            return refused("thinking", "thinking");
+        }
+        let system = self.system.take().filter(|system| !system.is_null() && system != "");
+        let system = system.into_iter().map(|system| json!({ "role": "system", "content": system }));
+        conversation(app, model, system.chain(std::mem::take(&mut self.messages)).collect()).await
+    }
+}
+
+/// `POST /v1/messages`
+pub(super) async fn create(
+    State(app): State<Arc<App>>,
+    Extension(context): Extension<RequestContext>,
+    request: Request,
+) -> Result<Response, AnthropicError> {
+    let ParsedBody { value: mut body, ignored } = read_json::<MessagesRequest>(&app, request).await?;
+    let model = app.model(body.model.as_deref())?;
+    let Some(max_tokens) = body.max_tokens.filter(|tokens| *tokens > 0) else {
+        return Err(ApiError::of_field("max_tokens", "max_tokens is missing or 0; expected at least 1").into());
+    };
+    let mut request = body.conversation(&app, &model).await?.max_tokens(max_tokens);
+    let default = SamplingParams::from(&model.model.package().manifest().generation);
+    request.sampling = SamplingParams {
+        temperature: body.temperature.or(default.temperature),
+        top_p: body.top_p.or(default.top_p),
+        top_k: body.top_k.or(default.top_k),
+        ..default
+    }
+    .effective();
+    let stops = body.stop_sequences.take().unwrap_or_default();
+    request.stop_strings.extend(stops.iter().filter(|stop| !stop.is_empty()).cloned());
+    request.client = context.client;
+    request.deadline = app.deadline();
+    let prompt_tokens = request.prompt.len();
+    let answer = model.submit(request)?;
+    let message = Message { id: format!("msg_{}", Uuid::new_v4().simple()), model: model.name.clone(), stops };
+    let mut response = match body.stream.unwrap_or(false) {
+        true => stream(move |chunks| async move { send(&chunks, &message, answer, &context, prompt_tokens).await }),
+        false => {
+            let completion = answer.completion().await?;
+            context.used(&completion);
+            Json(message.whole(&completion)).into_response()
+        }
+    };
+    name_ignored(&mut response, &ignored);
+    Ok(response)
+}
+
+/// `POST /v1/messages/count_tokens`
+pub(super) async fn count_tokens(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, AnthropicError> {
+    let ParsedBody { value: mut body, ignored } = read_json::<MessagesRequest>(&app, request).await?;
+    let model = app.model(body.model.as_deref())?;
+    let request = body.conversation(&app, &model).await?;
+    let mut response = Json(json!({ "input_tokens": request.prompt.len() })).into_response();
+    name_ignored(&mut response, &ignored);
+    Ok(response)
+}
+
+/// What the pieces of an answer have in common.
+struct Message {
+    id: String,
+    model: String,
+    /// The request's own stop strings.
+    stops: Vec<String>,
+}
+
+fn usage(completion: &Completion) -> Value {
+    json!({
+        "input_tokens": completion.prompt_tokens - completion.reused_tokens,
+        "cache_read_input_tokens": completion.reused_tokens,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": completion.completion_tokens,
+    })
+}
+
+impl Message {
+    fn stop(&self, completion: &Completion) -> (&'static str, Value) {
+        match (&completion.stop, completion.finish_reason) {
+            (Some(StopMatch::Text(text)), _) if self.stops.contains(text) => ("stop_sequence", text.clone().into()),
+            (_, FinishReason::Length) => ("max_tokens", Value::Null),
+            _ => ("end_turn", Value::Null),
+        }
+    }
+
+    fn whole(&self, completion: &Completion) -> Value {
+        let (stop_reason, stop_sequence) = self.stop(completion);
+        json!({
+            "id": self.id, "type": "message", "role": "assistant", "model": self.model,
+            "content": [{ "type": "text", "text": completion.text }],
+            "stop_reason": stop_reason, "stop_sequence": stop_sequence, "usage": usage(completion),
+        })
+    }
+}
+
+async fn send(
+    chunks: &Chunks,
+    message: &Message,
+    mut answer: Answer,
+    context: &RequestContext,
+    prompt_tokens: usize,
+) -> Result<(), Gone> {
+    let start = json!({
+        "type": "message_start",
+        "message": {
+            "id": message.id, "type": "message", "role": "assistant", "model": message.model, "content": [],
+            "stop_reason": null, "stop_sequence": null,
+            "usage": { "input_tokens": prompt_tokens, "output_tokens": 0 },
+        },
+    });
+    chunks.send_named("message_start", &start).await?;
+    let block = json!({ "type": "content_block_start", "index": 0, "content_block": { "type": "text", "text": "" } });
+    chunks.send_named("content_block_start", &block).await?;
+    chunks.send_named("ping", &json!({ "type": "ping" })).await?;
+    while let Some(event) = answer.next().await {
+        match event {
+            Event::Text(text) => {
+                let delta = json!({ "type": "text_delta", "text": text });
+                let delta = json!({ "type": "content_block_delta", "index": 0, "delta": delta });
+                chunks.send_named("content_block_delta", &delta).await?;
+            }
+            Event::Done(completion) => {
+                context.used(&completion);
+                let (stop_reason, stop_sequence) = message.stop(&completion);
+                chunks.send_named("content_block_stop", &json!({ "type": "content_block_stop", "index": 0 })).await?;
+                let delta = json!({ "stop_reason": stop_reason, "stop_sequence": stop_sequence });
+                let delta = json!({ "type": "message_delta", "delta": delta, "usage": usage(&completion) });
+                chunks.send_named("message_delta", &delta).await?;
+                chunks.send_named("message_stop", &json!({ "type": "message_stop" })).await?;
+            }
+            Event::Failed(error) => {
+                log_failure(&error);
+                chunks.send_named("error", &body_of(&ApiError::from(&*error))).await?;
+            }
+            Event::Prompt(_) | Event::Token(_) => {}
+        }
+    }
+    Ok(())
+}
