@@ -155,12 +155,12 @@ mod model;
 pub mod quantize;
 #[doc(hidden)]
 pub mod runtime;
-#[cfg(test)]
-#[path = "../tests/skips.rs"]
-mod skips;
 #[cfg(feature = "serve")]
 #[doc(hidden)]
 pub mod serve;
+#[cfg(test)]
+#[path = "../tests/skips.rs"]
+mod skips;
 #[doc(hidden)]
 pub mod tensor;
 #[doc(hidden)]

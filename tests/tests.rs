@@ -29,6 +29,8 @@ mod packages;
 mod reference;
 /// Weights rounded by their layers' inputs.
 mod rounding;
+/// The HTTP server.
+mod serve;
 /// Tests that cannot run on every machine.
 mod skips;
 /// TensorRT, if its library is available.

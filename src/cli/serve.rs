@@ -109,7 +109,9 @@ enum Log {
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
     if flags.engines.len() > 1 && !flags.served_model_name.is_empty() {
-        return Err(usage("--served-model-name is for a single engine; several are called by the names of their folders"));
+        return Err(usage(
+            "--served-model-name is for a single engine; several are called by the names of their folders",
+        ));
     }
     let mut sources = Vec::new();
     for path in &flags.engines {

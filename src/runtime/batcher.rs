@@ -120,15 +120,7 @@ impl Batcher {
     pub fn new(executor: Box<dyn Executor>, tokenizer: Option<Arc<Tokenizer>>, max_queued: usize) -> Batcher {
         let vocabulary = OutputVocabulary::new(executor.limits(), tokenizer);
         let slots = Slots::new(executor.limits().slots);
-        Batcher {
-            executor,
-            vocabulary,
-            slots,
-            active: Vec::new(),
-            queue: VecDeque::new(),
-            max_queued,
-            next_id: 0,
-        }
+        Batcher { executor, vocabulary, slots, active: Vec::new(), queue: VecDeque::new(), max_queued, next_id: 0 }
     }
 
     /// The limits that the engine was built with.

@@ -33,9 +33,9 @@ mod scripted;
 pub use batcher::{Batcher, Event, RequestId};
 pub use chat::{Answer, Chat, Turn};
 pub use constraint::{Grammar, TokenConstraint, TokenMask};
-pub use engine::{DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Ticket};
 #[cfg(feature = "serve")]
 pub(crate) use engine::words_of_panic;
+pub use engine::{DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Ticket};
 pub use model::{Model, ModelOptions};
 pub use report::{MAX_TOP_LOGPROBS, TokenLogprobs, TokenReport, TokenReports};
 pub use request::{Completion, FinishReason, GenerationRequest, StopMatch, Timings};

@@ -308,7 +308,8 @@ impl Sampler {
     /// included.
     fn adjusted(&self, id: u32, logit: f32, times: Option<u32>) -> f32 {
         let p = &self.params;
-        let bias = p.logit_bias.binary_search_by_key(&id, |(biased, _)| *biased).ok().and_then(|at| p.logit_bias.get(at));
+        let bias =
+            p.logit_bias.binary_search_by_key(&id, |(biased, _)| *biased).ok().and_then(|at| p.logit_bias.get(at));
         let logit = bias.map_or(logit, |(_, bias)| logit + bias) / self.temperature;
         let Some(times) = times else { return logit };
         let logit = if logit < 0.0 { logit * p.repetition_penalty } else { logit / p.repetition_penalty };

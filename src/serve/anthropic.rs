@@ -105,7 +105,8 @@ impl MessagesRequest {
     /// The conversation with its system message, and the request for an answer without its settings.
     async fn conversation(&mut self, app: &App, model: &Arc<OpenedModel>) -> Result<GenerationRequest, ApiError> {
         let refused = |field: &str, what: &str| Err(ApiError::unsupported(field, format!("this model has no {what}")));
-        let no_tools = self.tool_choice.as_ref().and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "none");
+        let no_tools =
+            self.tool_choice.as_ref().and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "none");
         if self.tools.as_ref().is_some_and(|tools| !tools.is_empty()) && !no_tools {
             return refused("tools", "tools");
         }
@@ -158,10 +159,7 @@ pub(super) async fn create(
 }
 
 /// `POST /v1/messages/count_tokens`
-pub(super) async fn count_tokens(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Response, AnthropicError> {
+pub(super) async fn count_tokens(State(app): State<Arc<App>>, request: Request) -> Result<Response, AnthropicError> {
     let ParsedBody { value: mut body, ignored } = read_json::<MessagesRequest>(&app, request).await?;
     let model = app.model(body.model.as_deref())?;
     let request = body.conversation(&app, &model).await?;

@@ -56,14 +56,15 @@ fn parse<T: DeserializeOwned>(bytes: &[u8], unknown: UnknownFields) -> Result<Pa
             ignored.push(crate::error::clip(&path).replace(|c: char| !c.is_ascii_graphic(), "?"));
         }
     };
-    let value: T = serde_path_to_error::deserialize(serde_ignored::Deserializer::new(&mut reader, &mut note))
-        .map_err(|error| {
+    let value: T = serde_path_to_error::deserialize(serde_ignored::Deserializer::new(&mut reader, &mut note)).map_err(
+        |error| {
             let path = error.path().to_string();
             match path.as_str() {
                 "." | "?" => ApiError::bad_request(format!("the body is not as expected: {}", error.inner())),
                 path => ApiError::of_field(path, format!("{}: {}", crate::error::clip(path), error.inner())),
             }
-        })?;
+        },
+    )?;
     reader.end().map_err(|error| ApiError::bad_request(format!("the body is not one JSON value: {error}")))?;
     match (unknown, ignored.first()) {
         (UnknownFields::Reject, Some(first)) => {

@@ -26,11 +26,7 @@ const MAX_HEADER_BYTES: usize = 64 << 10;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `stop` is done, then drains; returns true if every request was finished.
-pub(super) async fn serve(
-    listeners: Vec<TcpListener>,
-    app: Arc<App>,
-    stop: impl Future<Output = ()>,
-) -> bool {
+pub(super) async fn serve(listeners: Vec<TcpListener>, app: Arc<App>, stop: impl Future<Output = ()>) -> bool {
     let router = router(app.clone());
     let room = Arc::new(Semaphore::new(app.options().max_connections));
     let graceful = Arc::new(GracefulShutdown::new());

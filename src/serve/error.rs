@@ -7,6 +7,19 @@ use serde_json::{Value, json};
 
 use crate::error::Error;
 
+/// Names of sampling settings.
+const SETTINGS: [&str; 9] = [
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "logit_bias",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+];
+
 /// An error of a request. As a response it has the nested form of OpenAI's API, which every SDK reads.
 #[derive(Debug, Clone)]
 pub(super) struct ApiError {
@@ -114,7 +127,11 @@ impl IntoResponse for ApiError {
 impl From<&Error> for ApiError {
     fn from(error: &Error) -> ApiError {
         match error.root() {
-            Error::Request(words) => ApiError::bad_request(words.clone()),
+            Error::Request(words) => {
+                // The engine's refusals of a setting begin with its name.
+                let field = words.split_whitespace().next().filter(|word| SETTINGS.contains(word));
+                ApiError { param: field.map(str::to_owned), ..ApiError::bad_request(words.clone()) }
+            }
             Error::Tokenizer(words) => ApiError::bad_request(format!("the text cannot be encoded: {words}")),
             error @ Error::PromptTooLong { .. } => {
                 let code = Some("context_length_exceeded");

@@ -33,9 +33,7 @@ pub(super) enum ResponseFormat {
     /// Any JSON object.
     JsonObject,
     /// JSON of a schema.
-    JsonSchema {
-        json_schema: NamedSchema,
-    },
+    JsonSchema { json_schema: NamedSchema },
 }
 
 /// A schema with OpenAI's name for it.
@@ -183,9 +181,7 @@ impl Grammars {
             return Err(refuse(words));
         }
         let stop_ids: Arc<[u32]> = self.stop_ids.as_slice().into();
-        Ok(Grammar::new(move || {
-            Ok(Box::new(Following { matcher: matcher.deep_clone(), stop_ids: stop_ids.clone() }))
-        }))
+        Ok(Grammar::new(move || Ok(Box::new(Following { matcher: matcher.deep_clone(), stop_ids: stop_ids.clone() }))))
     }
 
     fn factory(&self) -> Result<ParserFactory, String> {

@@ -3,8 +3,8 @@
 use std::fmt::Write;
 use std::sync::atomic::AtomicU64;
 
-use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -17,8 +17,7 @@ use crate::runtime::{Completion, EngineStatus, FinishReason};
 const SECONDS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0, 600.0];
 /// Bounds of numbers of tokens.
-const TOKENS: [f64; 13] =
-    [1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+const TOKENS: [f64; 13] = [1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ModelLabels {
@@ -130,7 +129,12 @@ impl Metrics {
         let unit = || Unit::Seconds;
         r.register_with_unit("aotron_queue", "Time in the queue", unit(), self.queue_seconds.clone());
         let first = self.first_token_seconds.clone();
-        r.register_with_unit("aotron_time_to_first_token", "Time to the first token, the queue's included", unit(), first);
+        r.register_with_unit(
+            "aotron_time_to_first_token",
+            "Time to the first token, the queue's included",
+            unit(),
+            first,
+        );
         r.register_with_unit("aotron_inter_token", "Mean time per further token", unit(), self.token_seconds.clone());
         r.register_with_unit("aotron_request", "Time of a whole request", unit(), self.request_seconds.clone());
         let prompt = self.request_prompt_tokens.clone();

@@ -59,14 +59,14 @@ pub(super) async fn infer(
     let body = read_bytes(&app, request.into_body()).await?;
     let request = InferRequest::parse(&body, header_bytes)?;
     let prompts = prompts(&request)?;
-    let settings: Vec<Settings> = (0..prompts.len())
-        .map(|row| settings_of_row(&request, row, prompts.len()))
-        .collect::<Result<_, _>>()?;
+    let settings: Vec<Settings> =
+        (0..prompts.len()).map(|row| settings_of_row(&request, row, prompts.len())).collect::<Result<_, _>>()?;
     let requests = {
         let (model, own, context) = (model.clone(), app.clone(), context.clone());
         let encode = move || {
             let rows = prompts.into_iter().zip(settings);
-            rows.map(|(prompt, settings)| settings.request(&own, &model, &context, &prompt)).collect::<Result<Vec<_>, _>>()
+            rows.map(|(prompt, settings)| settings.request(&own, &model, &context, &prompt))
+                .collect::<Result<Vec<_>, _>>()
         };
         app.encode(encode).await?
     };
@@ -152,9 +152,8 @@ fn announced(request: InferRequest, model: String, mut computing: Computing) -> 
     let body = Body::from_stream(ReceiverStream::new(receiver));
     let length = ANNOUNCED.to_string();
     match is_binary {
-        true => {
-            ([(header::CONTENT_TYPE.as_str(), "application/octet-stream"), (JSON_LENGTH, &length)], body).into_response()
-        }
+        true => ([(header::CONTENT_TYPE.as_str(), "application/octet-stream"), (JSON_LENGTH, &length)], body)
+            .into_response(),
         false => ([(header::CONTENT_TYPE, "application/json")], body).into_response(),
     }
 }
@@ -182,6 +181,7 @@ fn text(name: &str, bytes: &[u8]) -> Result<String, ApiError> {
 /// The settings of a row: its own where there is one for each, otherwise the first.
 fn settings_of_row(request: &InferRequest, row: usize, rows: usize) -> Result<Settings, ApiError> {
     let mut settings = Settings::default();
+    let mut copied_minimum = None;
     for input in &request.inputs {
         let name = input.name.as_str();
         let wrong = |wanted: &str| ApiError::bad_request(format!("input {name}: expected {wanted}"));
@@ -207,8 +207,11 @@ fn settings_of_row(request: &InferRequest, row: usize, rows: usize) -> Result<Se
         };
         match name {
             "prompts" => {}
-            "max_output_token" | "max_output_len" | "max_length" | "max_tokens" => settings.max_tokens = Some(integer()?),
-            "min_output_len" | "min_length" | "min_tokens" => settings.min_tokens = Some(integer()?),
+            "max_output_token" | "max_output_len" | "max_length" | "max_tokens" => {
+                settings.max_tokens = Some(integer()?)
+            }
+            "min_output_len" => copied_minimum = Some(integer()?),
+            "min_length" | "min_tokens" => settings.min_tokens = Some(integer()?),
             "top_k" => {
                 let k = integer()?.max(0);
                 settings.sampling.top_k = Some(u32::try_from(k).map_err(|_| wrong("a smaller integer"))?);
@@ -232,8 +235,9 @@ fn settings_of_row(request: &InferRequest, row: usize, rows: usize) -> Result<Se
             },
         }
     }
-    // A known fault of some clients: they send the longest length as the shortest too.
-    settings.min_tokens = settings.min_tokens.filter(|least| settings.max_tokens != Some(*least));
+    // A known fault of the clients with this input: they send the longest length in it.
+    let minimum = settings.min_tokens.or(copied_minimum.filter(|least| settings.max_tokens != Some(*least)));
+    settings.min_tokens = minimum.map(|least| settings.max_tokens.map_or(least, |most| least.min(most)));
     Ok(settings)
 }
 

@@ -96,7 +96,8 @@ impl InferRequest {
         let mut inputs = Vec::with_capacity(header.inputs.len());
         for input in header.inputs {
             let name = crate::error::clip(&input.name);
-            let elements = input.elements(&mut rest).map_err(|words| ApiError::bad_request(format!("input {name}: {words}")))?;
+            let elements =
+                input.elements(&mut rest).map_err(|words| ApiError::bad_request(format!("input {name}: {words}")))?;
             if inputs.iter().any(|other: &InputTensor| other.name == input.name) {
                 return Err(ApiError::bad_request(format!("input {name} is given twice")));
             }
@@ -125,7 +126,8 @@ impl InputHeader {
         let found = match (self.parameters.binary_data_size, &self.data) {
             (Some(bytes), None) => {
                 let data = rest.split_off(..bytes);
-                let data = data.ok_or_else(|| format!("{bytes} bytes of data, but the body has {} left", rest.len()))?;
+                let data =
+                    data.ok_or_else(|| format!("{bytes} bytes of data, but the body has {} left", rest.len()))?;
                 self.of_bytes(data)?
             }
             (None, Some(data)) => self.of_json(data)?,
@@ -184,13 +186,15 @@ impl InputHeader {
                 let strings = flat.iter().map(|value| value.as_str().map(|text| text.as_bytes().to_vec()));
                 Elements::Bytes(strings.collect::<Option<_>>().ok_or_else(|| all("strings"))?)
             }
-            "BOOL" => Elements::Bools(flat.iter().map(|v| v.as_bool()).collect::<Option<_>>().ok_or_else(|| all("bools"))?),
+            "BOOL" => {
+                Elements::Bools(flat.iter().map(|v| v.as_bool()).collect::<Option<_>>().ok_or_else(|| all("bools"))?)
+            }
             "FP16" | "FP32" | "FP64" => {
                 Elements::Floats(flat.iter().map(|v| v.as_f64()).collect::<Option<_>>().ok_or_else(|| all("numbers"))?)
             }
-            name if name.starts_with("INT") || name.starts_with("UINT") => {
-                Elements::Integers(flat.iter().map(|v| v.as_i64()).collect::<Option<_>>().ok_or_else(|| all("integers"))?)
-            }
+            name if name.starts_with("INT") || name.starts_with("UINT") => Elements::Integers(
+                flat.iter().map(|v| v.as_i64()).collect::<Option<_>>().ok_or_else(|| all("integers"))?,
+            ),
             other => return Err(format!("datatype {} is not supported", crate::error::clip(other))),
         })
     }
@@ -227,11 +231,7 @@ pub(super) struct OutputTensor<'a> {
 }
 
 /// The JSON of a reply and the bytes that follow it.
-pub(super) fn reply(
-    request: &InferRequest,
-    model: &str,
-    outputs: &[OutputTensor<'_>],
-) -> (Value, Vec<u8>) {
+pub(super) fn reply(request: &InferRequest, model: &str, outputs: &[OutputTensor<'_>]) -> (Value, Vec<u8>) {
     let mut bytes = Vec::new();
     let mut described = Vec::new();
     for OutputTensor { name, rows } in outputs {
@@ -273,11 +273,13 @@ mod tests {
 
     #[test]
     fn the_card_clients_tensors_are_read() {
-        let binary = |name: &str, datatype: &str, size: usize| {
-            json!({ "name": name, "shape": [1, 1], "datatype": datatype, "parameters": { "binary_data_size": size } })
-        };
-        let inputs = json!([binary("prompts", "BYTES", 7), binary("top_k", "INT64", 8), binary("top_p", "FP32", 4),
-            binary("flag", "BOOL", 1)]);
+        let binary = |name: &str, datatype: &str, size: usize| json!({ "name": name, "shape": [1, 1], "datatype": datatype, "parameters": { "binary_data_size": size } });
+        let inputs = json!([
+            binary("prompts", "BYTES", 7),
+            binary("top_k", "INT64", 8),
+            binary("top_p", "FP32", 4),
+            binary("flag", "BOOL", 1)
+        ]);
         let data = [&[3, 0, 0, 0][..], b"a\0b", &1i64.to_le_bytes(), &0f32.to_le_bytes(), &[1]].concat();
         let request = of(inputs, &data).unwrap();
         let elements: Vec<&Elements> = request.inputs.iter().map(|input| &input.elements).collect();

@@ -229,14 +229,13 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
     if max_tokens == Some(0) {
         return Err(ApiError::of_field("max_completion_tokens", "max_completion_tokens is 0; expected at least 1"));
     }
-    let request = conversation(app, &model, body.messages)
-        .await?
-        .max_tokens(max_tokens.unwrap_or(usize::MAX))
-        .reports(match (wanted.logprobs, wanted.token_ids) {
+    let request = conversation(app, &model, body.messages).await?.max_tokens(max_tokens.unwrap_or(usize::MAX)).reports(
+        match (wanted.logprobs, wanted.token_ids) {
             (true, _) => TokenReports::Logprobs(top),
             (false, true) => TokenReports::Ids,
             (false, false) => TokenReports::None,
-        });
+        },
+    );
     let request = settings.apply(app, &model, &context, request).await?;
     let id = format!("chatcmpl-{}", Uuid::new_v4().simple());
     Ok(Prepared { model, request, choices, wanted, context, id, created: now() })

@@ -20,13 +20,20 @@ const MAX_MESSAGES: usize = 1 << 16;
 /// 400 naming the message that cannot be taken, or the total length if it cannot fit.
 pub(in crate::serve) fn normalized(model: &OpenedModel, messages: Vec<Value>) -> Result<Vec<Value>, ApiError> {
     if messages.len() > MAX_MESSAGES {
-        return Err(ApiError::of_field("messages", format!("{} messages; expected at most {MAX_MESSAGES}", messages.len())));
+        return Err(ApiError::of_field(
+            "messages",
+            format!("{} messages; expected at most {MAX_MESSAGES}", messages.len()),
+        ));
+    }
+    if messages.is_empty() {
+        return Err(ApiError::of_field("messages", "messages is empty; a conversation ends with a user message"));
     }
     let is_jinja = matches!(model.format.template, ChatTemplate::Jinja(_));
     let mut bytes = 0;
     let mut normalized = Vec::with_capacity(messages.len());
     for (index, message) in messages.into_iter().enumerate() {
-        let message = one(message, is_jinja).map_err(|words| ApiError::of_field(format!("messages[{index}]"), words))?;
+        let message =
+            one(message, is_jinja).map_err(|words| ApiError::of_field(format!("messages[{index}]"), words))?;
         bytes += message.get("content").and_then(Value::as_str).map_or(0, str::len);
         normalized.push(Value::Object(message));
     }
@@ -49,7 +56,9 @@ fn one(message: Value, is_jinja: bool) -> Result<Map<String, Value>, String> {
     if !is_jinja {
         let calls = message.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty());
         if calls || !["system", "user", "assistant"].contains(&role.as_str()) {
-            return Err(format!("this model's chat format has no tools, so it takes no message of role {role} like this"));
+            return Err(format!(
+                "this model's chat format has no tools, so it takes no message of role {role} like this"
+            ));
         }
         if content.is_null() {
             return Err("its content is missing".into());

@@ -158,7 +158,8 @@ pub(super) use text_request;
 
 /// A number of a request as the sampler takes it.
 pub(super) fn sampling_number(field: &str, number: i64) -> Result<u32, ApiError> {
-    u32::try_from(number).map_err(|_| ApiError::of_field(field, format!("{field} is {number}; expected up to {}", u32::MAX)))
+    u32::try_from(number)
+        .map_err(|_| ApiError::of_field(field, format!("{field} is {number}; expected up to {}", u32::MAX)))
 }
 
 /// The fields that requests for text share.
