@@ -93,8 +93,8 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
         response.headers_mut().insert(REQUEST_ID.clone(), value);
     }
     response.map(|body| {
-        // A body that is empty is never asked for.
-        record.is_whole = body.is_end_stream();
+        // A body that is empty, or not to be sent, is never asked for.
+        record.is_whole = body.is_end_stream() || record.method == Method::HEAD;
         Body::new(RecordedBody { body, record })
     })
 }
