@@ -11,7 +11,7 @@
 //! | --- | --- |
 //! | `connection` | sockets: limits on their number, time limits on headers and writes, draining |
 //! | `access` | request ids, API keys, CORS, the access log |
-//! | `app` | the served models and their state; routes |
+//! | `app`, `routes` | the served models and their state; routes |
 //! | `body` | JSON bodies with their limits, unknown fields |
 //! | `answer` | a request to an engine and its events |
 //! | `error` | errors in the forms that clients read |
@@ -19,7 +19,8 @@
 //! | `anthropic` | Anthropic's API |
 //! | `kserve` | KServe's protocol, which NeMo's clients speak |
 //! | `grammar` | the form of an answer, as masks over tokens |
-//! | `page` | the page to talk to the model |
+//! | `openapi` | the OpenAPI document |
+//! | `page` | the page to talk to the model, and the one that shows the document |
 //! | `metrics` | Prometheus metrics |
 //!
 //! A request is rendered and encoded on a blocking thread, of which there is a bounded number, and validated before it is
@@ -37,8 +38,10 @@ mod grammar;
 mod kserve;
 mod metrics;
 mod openai;
+mod openapi;
 mod options;
 mod page;
+mod routes;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
