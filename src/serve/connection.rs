@@ -14,7 +14,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
@@ -25,6 +25,10 @@ use super::tls::Tls;
 const MAX_HEADERS: usize = 100;
 /// Bytes of a request's headers, and of what is read ahead of it.
 const MAX_HEADER_BYTES: usize = 64 << 10;
+/// Interval at which a server that stops looks whether all is done.
+const POLL: Duration = Duration::from_millis(5);
+/// Time for connections without a request to be closed.
+const FAREWELL: Duration = Duration::from_millis(500);
 /// Pause after the operating system has refused a connection, as where there are no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -38,11 +42,9 @@ pub(super) async fn serve(
     let router = router(app.clone());
     let room = Arc::new(Semaphore::new(app.options().max_connections));
     let graceful = Arc::new(GracefulShutdown::new());
-    // Dropped at the end, which breaks off handshakes.
-    let (open, closed) = watch::channel(());
     let accept = listeners.into_iter().map(|listener| {
         let (app, router, room, watcher) = (app.clone(), router.clone(), room.clone(), graceful.clone());
-        let (tls, closed) = (tls.clone(), closed.clone());
+        let tls = tls.clone();
         tokio::spawn(async move {
             loop {
                 // Beyond the limit, connections wait in the operating system's queue.
@@ -55,18 +57,13 @@ pub(super) async fn serve(
                     }
                 };
                 let (timeout, router, watcher) = (app.options().client_timeout, router.clone(), watcher.watcher());
-                let (tls, mut closed) = (tls.clone(), closed.clone());
+                let tls = tls.clone();
                 tokio::spawn(async move {
                     let _permit = permit;
                     let stream = prepared(stream, timeout);
                     let Some(tls) = tls else { return converse(stream, address, timeout, router, watcher).await };
-                    let handshake = tokio::time::timeout(timeout, tls.accept(stream));
-                    let shaken = tokio::select! {
-                        shaken = handshake => shaken,
-                        _ = closed.changed() => return,
-                    };
                     // A client that is too slow, or speaks something else, is its own business.
-                    if let Ok(Ok(stream)) = shaken {
+                    if let Ok(Ok(stream)) = tokio::time::timeout(timeout, tls.accept(stream)).await {
                         converse(stream, address, timeout, router, watcher).await;
                     }
                 });
@@ -78,20 +75,21 @@ pub(super) async fn serve(
     app.drain();
     // While running requests are finished, new connections are still answered: with 503.
     let done = async {
-        while app.outstanding() > 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        for task in accept {
-            task.abort();
-            // What it holds is gone once it has ended.
-            let _ = task.await;
-        }
-        drop(open);
-        if let Some(graceful) = Arc::into_inner(graceful) {
-            graceful.shutdown().await;
+        while app.in_flight() > 0 {
+            tokio::time::sleep(POLL).await;
         }
     };
-    tokio::time::timeout(app.options().drain_timeout, done).await.is_ok()
+    let is_done = tokio::time::timeout(app.options().drain_timeout, done).await.is_ok();
+    for task in accept {
+        task.abort();
+        // What it holds is gone once it has ended.
+        let _ = task.await;
+    }
+    if let Some(graceful) = Arc::into_inner(graceful) {
+        // Connections without a request are closed in order, but not waited for.
+        let _ = tokio::time::timeout(FAREWELL, graceful.shutdown()).await;
+    }
+    is_done
 }
 
 /// A socket whose writes have a time limit.
