@@ -93,6 +93,8 @@ public:
     virtual std::unique_ptr<Plan> build(BuildOptions const& options) = 0;
     // True if the observer cancelled the last build.
     virtual bool cancelled() const = 0;
+    // Timing cache of the last build; empty if there is none.
+    virtual rust::Slice<const std::uint8_t> timings() const = 0;
 };
 
 // An engine set up to run one profile. It keeps its engine alive; addresses are device addresses.

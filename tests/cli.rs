@@ -657,6 +657,28 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
     for step in kernels["steps"].as_array().unwrap() {
         assert_eq!(step["analysis"]["weight_copies"], Value::Array(vec![]), "{}", step["name"]);
     }
+    // Three layers of each block are in FP8. As inputs they are widened in their GEMM's kernel, as constants they are not.
+    let products = |recipe: &str| {
+        let json = aotron(&["inspect", CHAT, "--kernels", "--recipe", recipe, "--format", "json"]).ok().json();
+        let found = &json["kernels"]["fp8_products"];
+        let widened = found["widened"].as_array().unwrap().len();
+        (found["layers"].as_u64().unwrap(), found["in_fp8"].as_u64().unwrap(), widened)
+    };
+    assert_eq!(products("h100"), (15, 0, 15));
+    let folder = tempfile::tempdir().unwrap();
+    let constants = folder.path().join("constants.toml");
+    let recipe =
+        include_str!("../engines/h100.toml").replace("fp8_weights = \"fastest\"", "fp8_weights = \"constants\"");
+    std::fs::write(&constants, recipe).unwrap();
+    assert_eq!(products(text(&constants)), (15, 15, 0));
+    let listed = aotron(&["inspect", CHAT, "--kernels", "--recipe", text(&constants)]).ok().out;
+    for words in ["fp8 products: 15 of 15, with weights as constants", "as compiled for SM 8.9; what the target's own"]
+    {
+        assert!(listed.contains(words), "no {words} in {listed}");
+    }
+    assert!(
+        aotron(&["inspect", CHAT, "--kernels", "--recipe", "h100"]).ok().out.contains("  dequantized first: model.")
+    );
     let int4 = aotron(&["inspect", CHAT, "--kernels=all", "--precision", "int4"]).ok().out;
     for words in [" before the layers\n", " layer 4\n", "in the plan", "of them embedded in the plan"] {
         assert!(int4.contains(words), "no {words} in {int4}");

@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use aotron::Error;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelLog, KernelTensor, Kernels};
-use aotron::backend::tensorrt::lower::{Attends, AttentionInput, Constants, LoweredNetwork, Sizes, lower};
+use aotron::backend::tensorrt::lower::{
+    Attends, AttentionInput, Constants, Fp8Weights, LoweredNetwork, LoweringOptions, Sizes, lower, lower_with,
+};
 use aotron::backend::tensorrt::{
-    BuildOptions, ConstantBytes, Layers, LibraryKind, Monitor, SerializedPlan, TensorRtLibrary, Version,
+    BuildOptions, ConstantBytes, Layers, LibraryKind, Monitor, SerializedPlan, ShapeRange, TensorRtLibrary, Version,
 };
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Calibration, Precision, optimized_graph};
@@ -102,21 +104,32 @@ fn two_wide_layers() -> ModelConfig {
 fn quantized_linear_layers_read_their_codes_in_place() {
     let Some(library) = rtx("quantized_linear_layers_read_their_codes_in_place") else { return };
     let wide = two_wide_layers();
-    for (precision, capability, most) in [(Precision::Int8, 80, 9), (Precision::Int4, 80, 10), (Precision::Fp8, 89, 10)]
-    {
+    let (inputs, constants) = (Fp8Weights::Inputs, Fp8Weights::Constants);
+    let mut decoded = Vec::new();
+    for (precision, fp8_weights, capability, most) in [
+        (Precision::Int8, inputs, 80, 9),
+        (Precision::Int4, inputs, 80, 10),
+        (Precision::Fp8, inputs, 89, 10),
+        (Precision::Fp8, constants, 89, 10),
+    ] {
         for (config, attends) in [(&wide, CACHE), (&tiny_chat(), CACHE), (&tiny_chat(), Attends::Chunk)] {
-            let name = format!("{precision}, {attends:?}, {} wide", config.hidden_size);
+            let name = format!("{precision}, {fp8_weights}, {attends:?}, {} wide", config.hidden_size);
+            let options = LoweringOptions { fp8_weights, ..LoweringOptions::default() };
             // Not 1, which TensorRT would optimize away.
             let calibration = Calibration::uniform(0.01);
             let (graph, _) = optimized_graph(config, precision, SIZES.max_sequence_tokens, Some(&calibration)).unwrap();
             let log = Arc::new(KernelLog::new(Arc::new(())));
             let network = library.network(log.clone()).unwrap();
-            let mut lowered = lower(&graph, network, attends, &SIZES, &Constants::Arbitrary).unwrap();
+            let mut lowered = lower_with(&graph, network, attends, &SIZES, &Constants::Arbitrary, &options).unwrap();
             build(&mut lowered, Some(capability), true).unwrap();
             let kernels = log.kernels();
             assert_eq!(kernels.unread, [""; 0]);
             let step = kernels.profile(if attends == CACHE { 1 } else { 0 });
             let found = StepKernels::of(step, &lowered.bindings);
+            println!("{name}: {} kernels, {:?} in each layer", found.launches, found.by_layer);
+            if precision == Precision::Fp8 {
+                decoded.push((fp8_weights, found.launches));
+            }
             // Context prefill needs one more kernel, to transpose keys and values from the GEMM's to attention's
             // layout.
             let most = most + usize::from(attends == Attends::Chunk);
@@ -136,6 +149,45 @@ fn quantized_linear_layers_read_their_codes_in_place() {
             assert_eq!(step.iter().filter(reading).count(), 4 * config.num_layers, "{name}: kernels that read codes");
         }
     }
+    // Codes as constants `[out, in]` take as many kernels as inputs `[in, out]`.
+    let of =
+        |kind| decoded.iter().filter(move |(of, _)| *of == kind).map(|(_, launches)| *launches).collect::<Vec<_>>();
+    assert_eq!(of(inputs), of(constants));
+}
+
+/// A decode profile for each of several batches, as for TensorRT 11: each has the kernels of the one that serves all.
+#[test]
+fn decode_profiles_have_the_kernels_of_one() {
+    let Some(library) = rtx("decode_profiles_have_the_kernels_of_one") else { return };
+    let config = tiny_chat();
+    let (graph, _) = optimized_graph(&config, Precision::Bf16, SIZES.max_sequence_tokens, None).unwrap();
+    let listed = |decode_batches: &[usize]| {
+        let options = LoweringOptions { decode_batches: decode_batches.to_vec(), ..LoweringOptions::default() };
+        let log = Arc::new(KernelLog::new(Arc::new(())));
+        let network = library.network(log.clone()).unwrap();
+        let mut lowered = lower_with(&graph, network, CACHE, &SIZES, &Constants::Arbitrary, &options).unwrap();
+        build(&mut lowered, SM_80, true).unwrap();
+        let kernels = log.kernels();
+        let of = |profile: &Vec<GpuKernel>| StepKernels::of(profile, &lowered.bindings).by_layer;
+        (lowered.profiles.clone(), kernels.profiles.iter().map(of).collect::<Vec<_>>())
+    };
+    let (profiles, kernels) = listed(&[]);
+    assert_eq!((profiles.len(), kernels.len()), (2, 2));
+    let one = kernels[1].clone();
+    // The plan's largest batch is 8, so 32 is none of its profiles'.
+    let (profiles, kernels) = listed(&[2, 5, 8, 32]);
+    let batches: Vec<[i64; 3]> = profiles[1..]
+        .iter()
+        .map(|profile| {
+            let range = |name: &str| profile.ranges.iter().find(|range| range.input == name).unwrap();
+            let (ids, rows) = (range("token_ids"), range("logits_rows"));
+            let of = |range: &ShapeRange| [range.min[0], range.opt[0], range.max[0]];
+            assert_eq!((of(ids), [ids.min[1], ids.opt[1], ids.max[1]]), (of(rows), [1, 1, 1]));
+            of(ids)
+        })
+        .collect();
+    assert_eq!(batches, [[1, 1, 2], [3, 5, 5], [6, 8, 8]]);
+    assert_eq!(kernels[1..], vec![one; 3]);
 }
 
 /// In every precision, at two layers of the 8B's widths, a mask compiles to as many kernels and copies as lengths (in

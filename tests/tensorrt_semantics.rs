@@ -9,9 +9,11 @@ use std::sync::Arc;
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::packing;
 use aotron::backend::tensorrt::lower::{
-    ATTENTION_MASK, Attends, AttentionInput, Constants, LoweredNetwork, PlanWeight, Sizes, TOTAL_TOKENS, lower,
+    ATTENTION_MASK, Attends, AttentionInput, Constants, Fp8Weights, LoweredNetwork, LoweringOptions, PlanWeight, Sizes,
+    TOTAL_TOKENS, lower_with,
 };
 use aotron::backend::tensorrt::pack::{items, stored};
+use aotron::backend::tensorrt::stage;
 use aotron::backend::{cpu_program, open_cpu};
 use aotron::checkpoint::Checkpoint;
 use aotron::compile::{Calibration, Precision, optimized_graph};
@@ -47,6 +49,7 @@ const TOKENS: usize = 24;
 /// Graph, weights and bindings of a model's GPU plans.
 struct Plans {
     graph: Graph,
+    options: LoweringOptions,
     constants: Constants,
     /// Weights that are inputs, by name.
     weights: HashMap<String, Array>,
@@ -65,7 +68,8 @@ fn which(attends: Attends) -> usize {
 }
 
 impl Plans {
-    fn new(checkpoint: &Checkpoint, precision: Precision, calibration: &Calibration) -> Plans {
+    fn new(checkpoint: &Checkpoint, precision: Precision, calibration: &Calibration, fp8_weights: Fp8Weights) -> Plans {
+        let options = LoweringOptions { fp8_weights, ..LoweringOptions::default() };
         let config = checkpoint.config();
         let (graph, _) = optimized_graph(config, precision, SIZES.max_sequence_tokens, Some(calibration)).unwrap();
         let blank = |attends| {
@@ -78,7 +82,8 @@ impl Plans {
                 }
                 Attends::Chunk => HashMap::new(),
             };
-            let lowered = lower(&graph, Evaluator::blank(inputs), attends, &SIZES, &Constants::Arbitrary).unwrap();
+            let evaluator = Evaluator::blank(inputs);
+            let lowered = lower_with(&graph, evaluator, attends, &SIZES, &Constants::Arbitrary, &options).unwrap();
             (lowered.weights, lowered.bindings)
         };
         let (weights, mask_bindings) = blank(MASK);
@@ -99,7 +104,28 @@ impl Plans {
         let file = TensorFile::open(&path).unwrap();
         let bindings = [mask_bindings, length_bindings, chunk_bindings];
         let arrays = bound_weights(&file, &weights, &bindings);
-        Plans { graph, constants: Constants::File(Arc::new(file)), weights: arrays, bindings, _folder: folder }
+        let constants = match weights.iter().any(PlanWeight::is_staged) {
+            true => {
+                let path = folder.path().join("constants.safetensors");
+                let mut bytes = Vec::new();
+                let mut write = |piece: &[u8]| {
+                    bytes.extend_from_slice(piece);
+                    Ok(())
+                };
+                stage::write(&weights, &file, &mut write).unwrap();
+                std::fs::write(&path, bytes).unwrap();
+                // What is not transposed is refused, though it has as many bytes.
+                let constants = Constants::File(Arc::new(file));
+                let evaluator = Evaluator::blank(HashMap::new());
+                let refused = lower_with(&graph, evaluator, Attends::Chunk, &SIZES, &constants, &options);
+                let error = refused.map(|_| ()).unwrap_err().to_string();
+                assert!(error.contains("as a constant of a plan"), "{error}");
+                TensorFile::open(&path).unwrap()
+            }
+            false => file,
+        };
+        let constants = Constants::File(Arc::new(constants));
+        Plans { graph, options, constants, weights: arrays, bindings, _folder: folder }
     }
 }
 
@@ -213,7 +239,8 @@ impl Device<'_> {
             inputs.map(|b| (b.name.clone(), self.input(b, &dims(b), rows, tokens, wanted))).collect();
         let evaluator = Evaluator::new(inputs, &self.plans.weights, self.rounding);
         let LoweredNetwork { network, .. } =
-            lower(&self.plans.graph, evaluator, attends, &SIZES, &self.plans.constants).unwrap();
+            lower_with(&self.plans.graph, evaluator, attends, &SIZES, &self.plans.constants, &self.plans.options)
+                .unwrap();
         let outputs = network.finish();
         let mut by_role = HashMap::new();
         for binding in bindings.iter().filter(|binding| binding.role.is_output()) {
@@ -343,13 +370,19 @@ fn check_within(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>], 
     let calibration = Calibration::of_program(&cpu_program(&package).unwrap().1);
     let mut executor = open_cpu(&package, &CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
     let expected: Vec<Vec<f32>> = sequences.iter().map(|ids| score(&mut executor, 0, ids, 8)).collect();
-    let plans = Plans::new(&Checkpoint::open(Path::new(checkpoint)).unwrap(), precision, &calibration);
+    let opened = Checkpoint::open(Path::new(checkpoint)).unwrap();
+    let kinds = match precision {
+        Precision::Fp8 => &[Fp8Weights::Inputs, Fp8Weights::Constants][..],
+        _ => &[Fp8Weights::Inputs],
+    };
+    let plans: Vec<Plans> = kinds.iter().map(|kind| Plans::new(&opened, precision, &calibration, *kind)).collect();
     let mut clear = 0;
     let inputs = [AttentionInput::Mask, AttentionInput::Lengths];
     let all = [Rounding::AsCpu, Rounding::Results, Rounding::Scores];
-    for (attention, rounding) in inputs.into_iter().flat_map(|input| all.map(|rounding| (input, rounding))) {
+    let cases = inputs.into_iter().flat_map(|input| all.map(|rounding| (input, rounding)));
+    for (plans, (attention, rounding)) in plans.iter().flat_map(|plans| cases.clone().map(move |case| (plans, case))) {
         let mut device = Device {
-            plans: &plans,
+            plans,
             rounding,
             caches: HashMap::new(),
             sequences,
@@ -363,7 +396,8 @@ fn check_within(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>], 
         device.run();
         let Device { error, verify_error, clear: rows, .. } = device;
         println!(
-            "{checkpoint} {precision} {attention} {rounding:?}: {error:.1e}, {rows} clear, verify {verify_error:.1e}"
+            "{checkpoint} {precision} {} {attention} {rounding:?}: {error:.1e}, {rows} clear, verify {verify_error:.1e}",
+            plans.options.fp8_weights
         );
         let layers = package.manifest().model.num_layers;
         let limit = limit_on_gpu(&precision.to_string(), layers);

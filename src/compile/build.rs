@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use self::calibration_run::{CalibrationRun, plan_calibration};
 use super::calibration::Calibration;
+use super::finish::compile_with_weights;
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 use super::observation::{CalibrationInputs, calibrate};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
@@ -103,6 +104,11 @@ impl LoweredPlan {
             LoweredPlan::Cpu { .. } => None,
             LoweredPlan::Gpu(plan) => Some(plan.means()),
         }
+    }
+
+    /// Returns true if the weights that become part of a compiled plan are transposed to a temporary file.
+    fn stages_weights(&self) -> bool {
+        matches!(self, LoweredPlan::Gpu(plan) if plan.stages_weights())
     }
 
     /// Bytes of the weights that become part of a compiled plan.
@@ -274,6 +280,9 @@ impl PlannedBuild {
             calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token() + carried) as u64;
             calibrating += run.job.memory_bytes(&run.lowered);
         }
+        // Removed before the plan is compiled, but not free until then.
+        let staged = self.plans.iter().filter(|plan| plan.lowered.stages_weights());
+        scratch_bytes += staged.map(|plan| plan.lowered.bytes_in_plan()).sum::<u64>();
         scratch_bytes +=
             self.stands.iter().map(|stand| cpu::pack::packed_bytes(&stand.lowered.program.weights)).sum::<u64>();
         let mut asking = 0;
@@ -352,12 +361,19 @@ impl PlannedBuild {
                 LoweredPlan::Gpu(mut plan) => {
                     let engines = if plan.holds_weights() {
                         let file = TensorFile::open(&writer.scratch(&weights))?;
-                        plan.compile(target, &Constants::File(Arc::new(file)), progress)?
+                        compile_with_weights(&plan, Arc::new(file), target, &writer, progress)?
                     } else if recipe.precision.needs_calibration() {
                         plan.compile(target, &Constants::Arbitrary, progress)?
                     } else {
                         engines
                     };
+                    if engines.is_some() && recipe.fp8_kinds().len() > 1 {
+                        progress.note(&format!(
+                            "plan {target} takes its FP8 weights as inputs; `aotron build {} --finish` compiles it with \
+                             constants too, times both and keeps the faster",
+                            self.request.output.display()
+                        ));
+                    }
                     let (means, reports) = (plan.means(), std::mem::take(&mut plan.reports));
                     let (file, tensorrt) = add_engines(&mut writer, &recipe, *plan, engines)?;
                     let kv_bytes_per_token = tensorrt.kv_bytes_per_token();

@@ -2,6 +2,7 @@
 
 mod build;
 mod calibration;
+mod fastest;
 mod finish;
 pub mod gpu;
 mod observation;
@@ -13,16 +14,18 @@ mod reference;
 mod repack;
 pub mod rounding;
 mod text;
+mod timings;
 
 use std::path::{Path, PathBuf};
 
 pub use build::{PlannedBuild, build, open_checkpoint};
 pub use calibration::Calibration;
+pub use fastest::{Fp8Trial, Fp8Trials, StepTimes};
 pub use finish::{FinishRequest, finish};
 use gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 pub use passes::{PassReport, Precision};
 pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
-pub use recipe::{LinearKind, Recipe, Target, TensorRtOptions, WeightRounding};
+pub use recipe::{Fp8Choice, LinearKind, Recipe, Target, TensorRtOptions, WeightRounding};
 pub use text::CheckpointText;
 
 use crate::backend::Limits;
@@ -114,6 +117,8 @@ pub struct PlanSummary {
     pub only_prepared: bool,
     /// Reports of the passes.
     pub reports: Vec<PassReport>,
+    /// For an FP8 plan whose recipe leaves open how weights are held: both ways, as they were timed here.
+    pub fp8_trials: Option<Fp8Trials>,
 }
 
 /// The optimized graph of a checkpoint's model, and the passes' reports. `calibration` is used by precisions that need
@@ -141,6 +146,7 @@ impl PlanSummary {
             compiler: means.map(|means| means.describe()),
             only_prepared: info.plan.is_none(),
             reports,
+            fp8_trials: None,
         }
     }
 }

@@ -225,6 +225,7 @@ fn package(name: &str, plan: &str) -> Package {
                 version: "1.7.1".into(),
                 gpu: None,
                 context_plan: Some("plans/a100-context.plan".into()),
+                decode_batches: Vec::new(),
             }),
             sizes: SIZES,
             smaller_classes: smaller()

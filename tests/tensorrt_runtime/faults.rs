@@ -249,6 +249,7 @@ fn package(of_cpu: &Package, weights: &[FakeWeight], fault: &str, reference: boo
             version: "1.7.1".into(),
             gpu: None,
             context_plan: Some("plans/a100-context.plan".into()),
+            decode_batches: Vec::new(),
         }),
         sizes: SIZES,
         smaller_classes: smaller_class()

@@ -146,6 +146,11 @@ impl Network {
         match *self {}
     }
 
+    /// Timings of kernels from the last build.
+    pub fn timings(&self) -> &[u8] {
+        match *self {}
+    }
+
     /// Allows attention to be compiled to several kernels.
     ///
     /// # Errors

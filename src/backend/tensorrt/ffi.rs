@@ -56,6 +56,10 @@ pub(super) mod bridge {
         compute_capability: i32,
         /// TensorRT 11's builder optimization level; -1 for its default.
         optimization_level: i32,
+        /// TensorRT 11's tiling optimization level; -1 for its default.
+        tiling_optimization_level: i32,
+        /// TensorRT 11's timing cache from earlier builds; empty for none.
+        timings: Vec<u8>,
         /// Log the plan's kernels in detail.
         list_kernels: bool,
         profiles: Vec<Profile>,
@@ -161,6 +165,7 @@ pub(super) mod bridge {
         fn layer(self: &Network, index: u32) -> Result<LayerInfo>;
         fn build(self: Pin<&mut Network>, options: &BuildOptions) -> Result<UniquePtr<Plan>>;
         fn cancelled(self: &Network) -> bool;
+        fn timings(self: &Network) -> &[u8];
 
         type Plan;
         fn bytes(self: &Plan) -> &[u8];

@@ -242,6 +242,12 @@ pub struct BuildOptions {
     /// TensorRT 11's effort in kernel selection, 0 to 5; `None` is its default. TensorRT for RTX ignores it, because it
     /// selects kernels when a plan first runs.
     pub optimization_level: Option<u8>,
+    /// TensorRT 11's tiling optimization level, 0 to 3; `None` is its default. TensorRT for RTX ignores it.
+    pub tiling_optimization_level: Option<u8>,
+    /// TensorRT 11's timings of kernels from earlier builds on the same GPU model, empty if there are none
+    /// ([`Network::timings`](super::Network::timings)). TensorRT ignores those of another version or GPU, and TensorRT
+    /// for RTX all.
+    pub timings: Vec<u8>,
     /// Logs the plan's kernels at [`super::Severity::Verbose`].
     pub list_kernels: bool,
     /// Profiles; required if any input is dynamic. A run selects one of them.

@@ -36,6 +36,7 @@ mod options;
 pub mod pack;
 #[cfg(feature = "tensorrt")]
 mod runtime;
+pub mod stage;
 mod weights;
 
 use std::ops::ControlFlow;

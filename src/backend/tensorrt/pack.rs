@@ -112,7 +112,7 @@ fn narrowed<T: bytemuck::Pod>(rows: &[f32], narrow: fn(f32) -> T) -> Vec<u8> {
 }
 
 /// Writes the transpose, `[columns, rows]`, of `[rows, columns]` codes.
-fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+pub(super) fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let rows = codes.len() / columns;
     let mut tile = vec![0u8; TILE * rows];
     for first in (0..columns).step_by(TILE) {

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -23,6 +24,7 @@
 #include <numeric>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 using namespace nvinfer1;
@@ -66,7 +68,9 @@ struct Tensor {
 struct Spec {
     std::vector<Tensor> tensors;
     std::vector<std::array<std::int64_t, 3>> profiles; // largest B, T, R
+    std::vector<std::int64_t> least;                   // smallest B of each profile
     std::string fault;                                 // see model.inl
+    int network = -1;                                  // see evaluate.inl
 
     Tensor const* find(std::string const& name) const
     {
@@ -95,6 +99,7 @@ struct Bound {
 
 struct Run;
 void compute_model(Run const& run);
+void compute_network(Run const& run);
 
 struct Run {
     std::shared_ptr<Spec const> spec;
@@ -121,6 +126,9 @@ struct Run {
 
     void run() const
     {
+        if (spec->network >= 0) {
+            return compute_network(*this);
+        }
         if (spec->find("embedding") != nullptr) {
             return compute_model(*this);
         }
@@ -296,7 +304,8 @@ public:
         auto const limit = tensor->role == "logits_rows" ? most[2] : most[0];
         for (std::int32_t i = 0; i < dims.nbDims; ++i) {
             auto const largest = tensor->dims.d[i] != -1 ? tensor->dims.d[i] : i == 0 ? limit : most[1];
-            if (dims.d[i] < 1 || dims.d[i] > largest || (tensor->dims.d[i] != -1 && dims.d[i] != largest)) {
+            auto const smallest = tensor->dims.d[i] == -1 && i == 0 ? mRun.spec->least[mProfile] : 1;
+            if (dims.d[i] < smallest || dims.d[i] > largest || (tensor->dims.d[i] != -1 && dims.d[i] != largest)) {
                 return fail(std::string(name) + " does not satisfy any optimization profile");
             }
         }
@@ -321,6 +330,9 @@ public:
             return fail("no device memory, or no GPU is current");
         }
         auto* run = new Run(mRun);
+        if (std::getenv("FAKE_TELLS") != nullptr && mRun.dims("token_ids")[1] == 1) {
+            std::fprintf(stderr, "decoded %d in profile %zu\n", static_cast<int>(mRun.dims("token_ids")[0]), mProfile);
+        }
         std::int64_t rows = 0;
         for (auto const& tensor : run->spec->tensors) {
             if (tensor.role == "logits_rows") {
@@ -513,6 +525,11 @@ public:
             } else if (kind == "profile") {
                 auto& most = spec->profiles.emplace_back();
                 text >> most[0] >> most[1] >> most[2];
+                spec->least.push_back(1);
+            } else if (kind == "least") {
+                text >> spec->least.back();
+            } else if (kind == "network") {
+                text >> spec->network;
             } else {
                 Tensor tensor;
                 std::string dtype;

@@ -3,16 +3,11 @@
 //! The file is in the user's cache folder and nowhere else: kernels are code, and a package may be anyone's. The library
 //! itself rejects kernels of another version, GPU or driver; a digest detects damaged files.
 
-use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use sha2::{Digest, Sha256};
-
-use crate::engine::{Package, user_cache};
+use crate::engine::{Package, plain_name, read_digested, user_cache, write_digested};
 
 const MAGIC: &[u8; 8] = b"aotronk1";
-const DIGEST_BYTES: usize = 32;
 /// Larger files are ignored. Kernels of the 8B model take tens of MB.
 const MAX_BYTES: u64 = 1 << 30;
 
@@ -27,14 +22,12 @@ impl KernelCache {
     /// The cache for a plan file on a GPU model with a library version.
     pub(super) fn new(package: &Package, plan: &str, gpu: &str, version: &str) -> KernelCache {
         let name = format!("{}-{plan}-{gpu}-{version}.kernels", package.manifest().sha256);
-        let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
-        let name: String = name.chars().map(plain).collect();
-        KernelCache { file: user_cache().map(|cache| cache.join("kernels").join(name)) }
+        KernelCache { file: user_cache().map(|cache| cache.join("kernels").join(plain_name(&name))) }
     }
 
     /// Reads the kernels if the file is intact.
     pub(super) fn read(&self) -> Option<Vec<u8>> {
-        read(self.file.as_deref()?)
+        read_digested(self.file.as_deref()?, MAGIC, MAX_BYTES)
     }
 
     /// Writes the file atomically.
@@ -45,36 +38,14 @@ impl KernelCache {
         let Some(file) = &self.file else {
             return Err("neither XDG_CACHE_HOME nor HOME names a folder".into());
         };
-        write(file, kernels).map_err(|error| format!("{}: {error}", file.display()))
+        write_digested(file, MAGIC, kernels).map_err(|error| format!("{}: {error}", file.display()))
     }
-}
-
-fn read(file: &Path) -> Option<Vec<u8>> {
-    let meta = fs::metadata(file).ok()?;
-    if !meta.is_file() || meta.len() > MAX_BYTES {
-        return None;
-    }
-    let bytes = fs::read(file).ok()?;
-    let (digest, kernels) = bytes.strip_prefix(MAGIC)?.split_at_checked(DIGEST_BYTES)?;
-    (Sha256::digest(kernels)[..] == *digest).then(|| kernels.to_vec())
-}
-
-fn write(file: &Path, kernels: &[u8]) -> std::io::Result<()> {
-    let folder = file.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    // A new file of a random name, private to the user, that then takes the place of whatever was there, a symbolic link
-    // included.
-    let mut out = tempfile::Builder::new().prefix(".unfinished-").tempfile_in(folder)?;
-    out.write_all(MAGIC)?;
-    out.write_all(&Sha256::digest(kernels))?;
-    out.write_all(kernels)?;
-    out.as_file().sync_all()?;
-    out.persist(file)?;
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

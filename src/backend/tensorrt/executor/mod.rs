@@ -81,6 +81,16 @@ struct ClassEngines {
     /// Prefills sequences without a past.
     context: Option<LoadedEngine>,
     bindings: Vec<Binding>,
+    /// Largest batch of each decode profile of `cached`, ascending; they follow profile 0, which prefills.
+    decode_profiles: Vec<usize>,
+}
+
+impl ClassEngines {
+    /// The profile for decoding a batch. Batches are at most the class's largest, which the last profile ends at.
+    fn decode_profile(&self, batch: usize) -> u32 {
+        let below = self.decode_profiles.iter().filter(|most| **most < batch).count();
+        1 + below.min(self.decode_profiles.len().saturating_sub(1)) as u32
+    }
 }
 
 /// A deserialized engine and its kernel cache.
@@ -229,7 +239,8 @@ impl TensorRtExecutor {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
                 is_new = true;
-                let mut context = class.cached.engine.context(1, true, &self.stream)?;
+                let mut context =
+                    class.cached.engine.context(class.decode_profile(run.sequences), true, &self.stream)?;
                 binder.fixed(&mut context, false)?;
                 entry.insert(Decoder { context, graph: None, bound: None })
             }

@@ -25,6 +25,9 @@ const MOST_SEQUENCES: usize = 4096;
 /// Upper bound on the number of capacity classes: each has plans of its own.
 const MOST_CLASSES: usize = 16;
 
+/// Upper bound on the decode profiles of a plan.
+const MOST_PROFILES: usize = 16;
+
 /// Reads and checks one plan file of a package.
 struct Opening<'a> {
     package: &'a Package,
@@ -39,6 +42,10 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn refuse(&self, detail: &str) -> Error {
         refuse(self.package, self.plan, detail, Remedy::Compile)
+    }
+
+    fn decode_batches(&self) -> &[usize] {
+        self.info.compiled.as_ref().map_or(&[], |compiled| &compiled.decode_batches)
     }
 
     fn engine(&self, file: &str, class: &ClassConstraints, is_context_plan: bool) -> Result<LoadedEngine> {
@@ -69,8 +76,9 @@ impl Opening<'_> {
         })?;
         let largest = |input: &str, profile: u32| engine.largest(input, profile);
         let bindings = self.info.bindings_at(class.sizes.max_sequence_tokens);
+        let (count, batches) = (engine.profiles(), self.decode_batches());
         check::bindings(&bindings, &engine.tensors(), is_context_plan)
-            .and_then(|()| check::profiles(&bindings, &class.sizes, engine.profiles(), is_context_plan, &largest))
+            .and_then(|()| check::profiles(&bindings, &class.sizes, batches, count, is_context_plan, &largest))
             .map_err(|detail| self.refuse(&format!("{file} is not the plan that the manifest describes: {detail}")))?;
         if self.library.kind() != LibraryKind::Rtx {
             return Ok(LoadedEngine { engine, kernel_cache: None, cached_bytes: 0 });
@@ -99,6 +107,7 @@ impl Opening<'_> {
                     cached: self.engine(plan, class, false)?,
                     context: context_plan.map(|file| self.engine(file, class, true)).transpose()?,
                     bindings: self.info.bindings_at(capacity),
+                    decode_profiles: class.sizes.decode_profiles(self.decode_batches()),
                 })
             })
             .collect()
@@ -270,6 +279,10 @@ fn constraints(plan: &PlanInfo, info: &TensorRtInfo) -> Result<BatchingConstrain
         if !sound || sizes.decode_sequences > MOST_SEQUENCES || limits.slots > MOST_SEQUENCES {
             return Err(format!("its sizes do not make sense: {sizes:?} and {limits:?}"));
         }
+    }
+    let batches = info.compiled.as_ref().map_or(&[][..], |compiled| &compiled.decode_batches);
+    if batches.first() == Some(&0) || !batches.is_sorted_by(|a, b| a < b) || batches.len() > MOST_PROFILES {
+        return Err(format!("its decode profiles are not in ascending order, or are too many: {batches:?}"));
     }
     let ascending = all.windows(2).all(|pair| pair[0].max_sequence_tokens < pair[1].max_sequence_tokens);
     if !ascending || all.len() > MOST_CLASSES {

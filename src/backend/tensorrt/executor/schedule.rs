@@ -92,7 +92,7 @@ pub(super) enum RunKind {
     ContextPrefill,
     /// Profile 0 of the plan that reads the cache: prefill of later chunks.
     CachedPrefill,
-    /// Profile 1 of the same plan.
+    /// A later profile of the same plan: the one for the batch.
     Decode,
 }
 
