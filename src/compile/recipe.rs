@@ -305,12 +305,9 @@ impl Recipe {
                     refuse(format!("tiling_optimization_level is {level}, accepted are 0 to 3"))
                 })?;
                 let batches = &options.decode_batches;
-                if batches.first() < Some(&2) && !batches.is_empty()
-                    || !batches.is_sorted_by(|a, b| a < b)
-                    || batches.len() > 8
-                {
+                if batches.first() == Some(&0) || !batches.is_sorted_by(|a, b| a < b) || batches.len() > 8 {
                     return Err(refuse(format!(
-                        "decode_batches is {batches:?}, accepted are at most 8 numbers from 2 on, ascending"
+                        "decode_batches is {batches:?}, accepted are at most 8 numbers from 1 on, ascending"
                     )));
                 }
                 for capacity in &options.capacity_classes {
@@ -558,7 +555,7 @@ mod tests {
         assert!(refused_gpu("[tensorrt]", "[tensorrt]\nfp8_weights = 'some'").contains("expected one of `inputs`"));
         let error = refused_gpu("tiling_optimization_level = 0", "tiling_optimization_level = 4");
         assert!(error.contains("tiling_optimization_level is 4, accepted are 0 to 3"), "{error}");
-        for wrong in ["[1, 8]", "[8, 8]", "[2, 3, 4, 5, 6, 7, 8, 9, 10]"] {
+        for wrong in ["[0, 8]", "[8, 8]", "[2, 3, 4, 5, 6, 7, 8, 9, 10]"] {
             let error = refused_gpu("decode_batches = [2, 8, 32, 128]", &format!("decode_batches = {wrong}"));
             assert!(error.contains(&format!("decode_batches is {wrong}, accepted are")), "{error}");
         }

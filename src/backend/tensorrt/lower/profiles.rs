@@ -20,9 +20,8 @@ struct Steps {
 
 impl<N> NetworkLowering<'_, N> {
     /// A profile for prefill, and one or more for decoding. Decoding has its own because TensorRT has kernels for T = 1
-    /// that read the cache in place. Several, the later ones tuned for their largest batch, serve a library that selects kernels when
-    /// it compiles; one serves a library that specializes them when the plan runs. The first is tuned for one sequence. None
-    /// is for exactly one: see [`least_prefill_sequences`](super::Sizes::least_prefill_sequences).
+    /// that read the cache in place. Several serve a library that selects kernels when it compiles: the first is tuned for
+    /// one sequence, the others for their largest batch. One serves a library that specializes kernels when the plan runs.
     pub(super) fn profiles(&self) -> Result<Vec<OptimizationProfile>> {
         let s = self.sizes;
         let (sequences, tokens, rows) = (s.prefill_sequences, s.prefill_tokens, s.prefill_logits_rows);
