@@ -20,6 +20,7 @@ use safetensors::tensor::Dtype;
 
 const VOCAB: usize = 200;
 const TOP: usize = 8;
+const SUMS: usize = 4;
 const LAYERS: usize = 2;
 const WEIGHTS: [usize; 5] = [300, 1, 77, 4096, 5];
 const SIZES: Sizes = Sizes {
@@ -120,6 +121,7 @@ fn bindings(capacity: usize) -> Vec<Binding> {
         binding("logits".into(), BindingRole::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
         binding("top_logits".into(), BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
         binding("top_ids".into(), BindingRole::TopIds, DType::I32, &[Step(R), Fixed(TOP)]),
+        binding("logit_sums".into(), BindingRole::LogitSums, DType::F32, &[Step(R), Fixed(SUMS)]),
     ]);
     let cache = [Step(B), Fixed(3), Fixed(capacity), Fixed(4)];
     for layer in 0..LAYERS {
@@ -477,6 +479,10 @@ fn on_stand_ins_plans_are_refused() {
     let error = refused(&whole, plan, &GpuOptions { slots: Some(7), ..GpuOptions::default() });
     assert!(error.contains("7 slots, but this plan was built for 1 to 6"), "{error}");
 
+    let mut old = plan.clone();
+    old.tensorrt.as_mut().unwrap().bindings.retain(|binding| binding.role != BindingRole::LogitSums);
+    let error = refused(&whole, &old, &GpuOptions::default());
+    assert!(error.contains("compiled before plans returned sums of logits") && error.contains("--finish"), "{error}");
     let mut prepared = plan.clone();
     prepared.tensorrt.as_mut().unwrap().compiled = None;
     let error = refused(&whole, &prepared, &GpuOptions::default());

@@ -165,6 +165,7 @@ struct Run {
         auto* logits = data<float>("logits");
         auto* top_logits = data<float>("top_logits");
         auto* top_ids = data<std::int32_t>("top_ids");
+        auto* logit_sums = data<float>("logit_sums");
         for (std::int64_t r = 0; r < rows; ++r) {
             auto const b = wanted[r] / t_count;
             auto const t = wanted[r] % t_count;
@@ -202,8 +203,11 @@ struct Run {
                 auto const mixed = (hash ^ (static_cast<std::uint32_t>(v) * 2654435761U)) >> 8;
                 return sound ? static_cast<float>(mixed) : -1.0F;
             };
+            auto const sums = dims("logit_sums")[1];
+            std::fill_n(logit_sums + r * sums, sums, 0.0F);
             for (std::int32_t v = 0; v < vocab; ++v) {
                 logits[r * vocab + v] = value(v);
+                logit_sums[r * sums + v / (vocab / sums)] += value(v);
             }
             std::stable_sort(order.begin(), order.end(), [&](auto x, auto y) { return value(x) > value(y); });
             for (std::int64_t i = 0; i < k; ++i) {

@@ -201,11 +201,12 @@ impl TensorRtExecutor {
             host.upload(0..triangle.bytes as usize, &buffers.inputs, triangle.offset, &stream)?;
         }
 
-        let last_top = layout.outputs.tops[3];
+        let last_top = layout.outputs.tops[5];
         let results = StepResults {
             rows: Vec::new(),
             values: Vec::new(),
             ids: Vec::new(),
+            sums: Vec::new(),
             tops_host: device.pinned((last_top.offset + last_top.bytes) as usize, "the largest logits")?,
             row_host: device.pinned(4 * layout.outputs.vocab_size, "a row of logits")?,
             outputs: buffers.outputs.clone(),
@@ -246,9 +247,15 @@ fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -
 
 /// Batching constraints of a plan, with the plan's number of slots.
 fn constraints(plan: &PlanInfo, info: &TensorRtInfo) -> Result<BatchingConstraints, String> {
-    let k = info.bindings.iter().find(|binding| binding.role == BindingRole::TopLogits).and_then(|b| b.shape.last());
-    let Some(Extent::Fixed(k)) = k.copied() else {
+    let columns = |role: BindingRole| {
+        let binding = info.bindings.iter().find(|binding| binding.role == role)?;
+        binding.shape.last().and_then(|extent| if let Extent::Fixed(n) = extent { Some(*n) } else { None })
+    };
+    let Some(k) = columns(BindingRole::TopLogits) else {
         return Err("it has no output of the largest logits".into());
+    };
+    let Some(sums) = columns(BindingRole::LogitSums) else {
+        return Err("it was compiled before plans returned sums of logits, by which a NaN is seen".into());
     };
     let limits = &plan.limits;
     let all = info.class_sizes();
@@ -264,6 +271,7 @@ fn constraints(plan: &PlanInfo, info: &TensorRtInfo) -> Result<BatchingConstrain
             limits.max_logits_rows,
             limits.vocab_size,
             k,
+            sums,
         ];
         // Then the product of two sizes fits a usize, and inputs, which are i32, hold any of them.
         let sound = positive.iter().all(|n| (1..=i32::MAX as usize).contains(n));
@@ -284,7 +292,7 @@ fn constraints(plan: &PlanInfo, info: &TensorRtInfo) -> Result<BatchingConstrain
     let context_plan = info.compiled.as_ref().is_some_and(|compiled| compiled.context_plan.is_some());
     let classes = all.into_iter().zip(context_plans.chain([context_plan]));
     let classes = classes.map(|(sizes, has_context_plan)| ClassConstraints { sizes, has_context_plan }).collect();
-    let row_align = memory::row_align(limits.vocab_size, k);
+    let row_align = memory::row_align([limits.vocab_size, k, sums]);
     Ok(BatchingConstraints { limits: limits.clone(), classes, rows: limits.slots, row_align })
 }
 

@@ -41,6 +41,7 @@ pub(in crate::backend::tensorrt::executor) fn info(
         binding("logits", BindingRole::Logits, DType::F32, &[Step(R), Fixed(vocab_size)]),
         binding("top_logits", BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(k)]),
         binding("top_ids", BindingRole::TopIds, DType::I32, &[Step(R), Fixed(k)]),
+        binding("logit_sums", BindingRole::LogitSums, DType::F32, &[Step(R), Fixed(2)]),
     ]);
     for layer in 0..layers {
         bindings.extend([
