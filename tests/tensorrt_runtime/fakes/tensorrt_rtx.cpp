@@ -21,8 +21,10 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 using namespace nvinfer1;
@@ -265,7 +267,11 @@ public:
 #if FAKE_RTX
     IRuntimeCache* createRuntimeCache() const noexcept override { return new FakeCache; }
     bool setRuntimeCache(IRuntimeCache const&) noexcept override { return true; }
-    void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy) noexcept override {}
+    void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy strategy) noexcept override
+    {
+        waits = strategy == DynamicShapesKernelSpecializationStrategy::kEAGER;
+    }
+    bool waits = false;
     IRuntimeCache* getRuntimeCache() const noexcept override { unused("getRuntimeCache"); }
     DynamicShapesKernelSpecializationStrategy getDynamicShapesKernelSpecializationStrategy() const noexcept override { unused("getDynamicShapesKernelSpecializationStrategy"); }
     bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept override { unused("setCudaGraphStrategy"); }
@@ -279,7 +285,7 @@ struct FakeConfig final : IRuntimeConfig {
 
 class ContextImpl final : public apiv::VExecutionContext {
 public:
-    explicit ContextImpl(std::shared_ptr<Spec const> spec) { mRun.spec = std::move(spec); }
+    ContextImpl(std::shared_ptr<Spec const> spec, bool waits) : mWaits(waits) { mRun.spec = std::move(spec); }
 
     bool setOptimizationProfileAsync(std::int32_t profile, cudaStream_t) noexcept override
     {
@@ -323,6 +329,13 @@ public:
     {
         if (!mMemory || !driver<bool (*)()>("fake_current")()) {
             return fail("no device memory, or no GPU is current");
+        }
+        // What TensorRT for RTX would compile: kernels of a shape that has not run before.
+        auto const& ids = mRun.dims("token_ids");
+        static std::set<std::tuple<Spec const*, std::size_t, std::int64_t, std::int64_t>> seen;
+        if (FAKE_RTX && seen.emplace(mRun.spec.get(), mProfile, ids[0], ids[1]).second) {
+            std::fprintf(stderr, "%s for %d x %d\n", mWaits ? "a run waits for kernels" : "kernels are compiled aside",
+                static_cast<int>(ids[0]), static_cast<int>(ids[1]));
         }
         auto* run = new Run(mRun);
         std::int64_t rows = 0;
@@ -402,9 +415,10 @@ private:
     Run mRun;
     std::size_t mProfile = 0;
     bool mMemory = false;
+    bool mWaits;
 };
 struct FakeContext final : IExecutionContext {
-    explicit FakeContext(std::shared_ptr<Spec const> spec) : impl(std::move(spec)) { mImpl = &impl; }
+    FakeContext(std::shared_ptr<Spec const> spec, bool waits) : impl(std::move(spec), waits) { mImpl = &impl; }
     ContextImpl impl;
 };
 
@@ -440,9 +454,14 @@ public:
     }
     std::int64_t getDeviceMemorySizeV2() const noexcept override { return 4096; }
     IRuntimeConfig* createRuntimeConfig() noexcept override { return new FakeConfig; }
-    IExecutionContext* createExecutionContextWithRuntimeConfig(IRuntimeConfig*) noexcept override
+    IExecutionContext* createExecutionContextWithRuntimeConfig(IRuntimeConfig* config) noexcept override
     {
-        return new FakeContext(mSpec);
+#if FAKE_RTX
+        return new FakeContext(mSpec, static_cast<FakeConfig*>(config)->impl.waits);
+#else
+        static_cast<void>(config);
+        return new FakeContext(mSpec, true);
+#endif
     }
     ICudaEngine* getPImpl() noexcept override { unused("getPImpl"); }
     int32_t getNbLayers() const noexcept override { unused("getNbLayers"); }

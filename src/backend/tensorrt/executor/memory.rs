@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 
-use super::placement::Region;
+use super::placement::{DecodeBytes, Region};
 use super::schedule::BatchingConstraints;
 use crate::backend::tensorrt::device::ALIGN;
 use crate::engine::tensorrt::{Binding, BindingRole, Extent, Sizes, StepSize, TensorRtInfo};
@@ -321,6 +321,11 @@ impl MemoryLayout {
             tokens: cache_tokens,
             most_rows_in_all: constraints.rows,
             slots: constraints.limits.slots,
+            decode_bytes: DecodeBytes {
+                // The embedding, of which a step reads rows alone, is part of the sum.
+                weights: of_weights.0,
+                token: caches.values().map(CacheRegion::token_bytes).sum(),
+            },
         };
         Ok(MemoryLayout {
             region,

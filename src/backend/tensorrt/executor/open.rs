@@ -1,19 +1,19 @@
 //! Opening of a plan: everything is checked first and allocated last.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::bind::Buffers;
-use super::kernels::KernelCache;
+use super::kernels::{KernelCache, KernelWriter};
 use super::memory::MemoryBudget;
 use super::placement::Placement;
 use super::results::StepResults;
-use super::schedule::{BatchingConstraints, ClassConstraints};
+use super::schedule::{BatchingConstraints, ClassConstraints, RunKind, RunShape};
 use super::{ClassEngines, LoadedEngine, TensorRtExecutor, check, mask, memory, weights};
 use crate::backend::tensorrt::device::{Device, devices};
 use crate::backend::tensorrt::{
-    DeviceInfo, GpuEvent, GpuOptions, GpuReport, LibraryKind, TensorRtLibrary, TensorRtRuntime, Traced, Validity,
-    gpu_words,
+    DeviceInfo, GpuEvent, GpuOptions, GpuReport, KernelCompilation, LibraryKind, TensorRtLibrary, TensorRtRuntime,
+    Traced, Validity, gpu_words,
 };
 use crate::engine::tensorrt::{BindingRole, Compiled, Extent, TensorRtInfo};
 use crate::engine::{Package, PlanInfo};
@@ -73,12 +73,14 @@ impl Opening<'_> {
             .and_then(|()| check::profiles(&bindings, &class.sizes, engine.profiles(), is_context_plan, &largest))
             .map_err(|detail| self.refuse(&format!("{file} is not the plan that the manifest describes: {detail}")))?;
         if self.library.kind() != LibraryKind::Rtx {
-            return Ok(LoadedEngine { engine, kernel_cache: None, cached_bytes: 0 });
+            return Ok(LoadedEngine { engine, kernel_cache: None, cached_bytes: 0, cached_shapes: BTreeSet::new() });
         }
         let kernel_cache = KernelCache::new(self.package, file, &self.gpu.name, &self.library.version().to_string());
         let earlier = kernel_cache.read().unwrap_or_default();
-        let cached_bytes = if engine.keep_kernels(&earlier)? { earlier.len() } else { 0 };
-        Ok(LoadedEngine { engine, kernel_cache: Some(kernel_cache), cached_bytes })
+        let is_taken = engine.keep_kernels(&earlier.kernels)?;
+        let (cached_bytes, cached_shapes) =
+            if is_taken { (earlier.kernels.len(), earlier.shapes) } else { (0, BTreeSet::new()) };
+        Ok(LoadedEngine { engine, kernel_cache: Some(kernel_cache), cached_bytes, cached_shapes })
     }
 }
 
@@ -174,7 +176,9 @@ impl TensorRtExecutor {
         let (layout, words) = memory::fit(info, &mut constraints, scratch_bytes, &machine)
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Nothing))?;
         options.report.fact(&format!("GPU {} ({}): {words}", gpu.index, gpu.name));
-        if engines().any(|kept| kept.kernel_cache.is_some() && kept.cached_bytes == 0) {
+        let has_kernel_cache = engines().any(|kept| kept.kernel_cache.is_some());
+        let is_lazy = options.kernels != KernelCompilation::AtOpening;
+        if is_lazy && engines().any(|kept| kept.kernel_cache.is_some() && kept.cached_bytes == 0) {
             options.report.fact("kernels are compiled on first use and cached for the next start");
         }
 
@@ -213,7 +217,12 @@ impl TensorRtExecutor {
             places: layout.outputs,
             stream: stream.clone(),
         };
-        Ok(TensorRtExecutor {
+        let mut executor = TensorRtExecutor {
+            ready: cached_shapes(&classes),
+            compilation: options.kernels,
+            has_kernel_cache,
+            has_new_kernels: false,
+            writer: KernelWriter::new(&options.report),
             decoders: BTreeMap::new(),
             prefills: BTreeMap::new(),
             classes,
@@ -227,8 +236,26 @@ impl TensorRtExecutor {
             layout,
             constraints,
             stream: stream.clone(),
-        })
+        };
+        executor.warm_up()?;
+        Ok(executor)
     }
+}
+
+/// The runs whose kernels an earlier process left in the caches.
+fn cached_shapes(classes: &[ClassEngines]) -> BTreeSet<RunShape> {
+    let of_class = |(class, engines): (usize, &ClassEngines)| {
+        let of_engine = move |kept: &LoadedEngine, prefill: RunKind| -> Vec<RunShape> {
+            let shape = |(profile, size): &(u32, u32)| {
+                let kind = if *profile == 0 { prefill } else { RunKind::Decode };
+                RunShape { class, kind, size: *size as usize }
+            };
+            kept.cached_shapes.iter().map(shape).collect()
+        };
+        let context = engines.context.as_ref().map(|kept| of_engine(kept, RunKind::ContextPrefill));
+        [of_engine(&engines.cached, RunKind::CachedPrefill), context.unwrap_or_default()].concat()
+    };
+    classes.iter().enumerate().flat_map(of_class).collect()
 }
 
 /// Picks the GPU for a plan: the requested one, else the first of the plan's compute capability, else the first.

@@ -41,7 +41,8 @@ impl StepResults {
             let [Some(values), Some(ids), Some(sums)] = self.places.top(*row).map(of_range) else {
                 return Err(Error::Step(format!("output row {row} is out of range")));
             };
-            let floats = |bytes: &'_ [u8]| bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            let floats =
+                |bytes: &'_ [u8]| bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
             let (values, sums): (Vec<f32>, Vec<f32>) = (floats(values), floats(sums));
             self.values.extend(values);
             self.sums.push(sums.iter().sum());
