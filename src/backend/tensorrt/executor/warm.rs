@@ -105,6 +105,7 @@ impl TensorRtExecutor {
         }
         self.stream.wait()?;
         self.keep_kernels();
+        self.has_new_kernels = false;
         Ok(())
     }
 
