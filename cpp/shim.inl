@@ -295,6 +295,7 @@ char const* name_of(LayerType type)
     case LayerType::kATTENTION_INPUT: return "attention_input";
     case LayerType::kATTENTION_OUTPUT: return "attention_output";
     case LayerType::kTOPK: return "top_k";
+    case LayerType::kREDUCE: return "reduce";
     case LayerType::kQUANTIZE: return "quantize";
     case LayerType::kDEQUANTIZE: return "dequantize";
     default: return "other";
@@ -592,6 +593,12 @@ public:
             at(x), TopKOperation::kMAX, static_cast<std::int32_t>(k), 1U << 1, DataType::kINT32);
         auto const values = keep(layer, "top_k");
         return {values, keep(layer->getOutput(1), "read the indices of top_k")};
+    }
+
+    std::uint32_t last_sums(std::uint32_t x) override
+    {
+        auto const last = std::max(at(x).getDimensions().nbDims - 1, 0);
+        return keep(mNetwork->addReduce(at(x), ReduceOperation::kSUM, 1U << last, false), "last_sums");
     }
 
     std::uint32_t layers() const override

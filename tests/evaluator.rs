@@ -661,4 +661,12 @@ impl Layers for Evaluator<'_> {
         let dims = [x.dims[0], k];
         Ok((self.keep(Array::of(x.element, &dims, largest))?, self.keep(Array::new(DType::I32, &dims, columns))?))
     }
+
+    fn last_sums(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
+        let x = self.at(x);
+        self.check(x.element == Element::Stored(DType::F32) && x.rank() > 0, "nothing to sum", &[&x])?;
+        let (width, dims) = x.dims.split_last().expect("a last dimension");
+        let sums: Vec<f32> = x.values.chunks_exact(*width).map(|row| row.iter().sum()).collect();
+        self.keep(Array::new(DType::F32, dims, sums))
+    }
 }

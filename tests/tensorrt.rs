@@ -276,10 +276,10 @@ fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
     let (lowered, plan, kernels) = kernels(&library, &config, CACHE, &SIZES);
     assert!(plan.bytes().len() > 100_000, "{plan:?}");
     assert_eq!(kernels.profiles.len(), 2);
-    // Per layer, from the first norm to relu² and residual; then the requested rows' norm, the head and TopK.
+    // Per layer, from the first norm to relu² and residual; then the requested rows' norm, the head, TopK and the sums.
     let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);
     assert_eq!(decode.by_layer, vec![8; config.num_layers], "{:#?}", kernels.profile(1));
-    assert_eq!(decode.launches, 8 * config.num_layers + 3);
+    assert_eq!(decode.launches, 8 * config.num_layers + 4);
     assert_eq!((decode.weight_copies, decode.cache_copies), (vec![], vec![]));
     let prefill = StepKernels::of(kernels.profile(0), &lowered.bindings);
     assert_eq!(prefill.cache_copies.len(), 2 * config.num_layers, "one of the keys and one of the values");
@@ -385,7 +385,7 @@ fn the_8b_model_compiles() {
     assert!(plan.bytes().len() < 100 << 20, "{plan:?} holds weights");
     let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);
     assert_eq!(decode.by_layer, [8; 32], "{:#?}", kernels.profile(1));
-    assert_eq!((decode.launches, decode.weight_copies, decode.cache_copies), (8 * 32 + 3, vec![], vec![]));
+    assert_eq!((decode.launches, decode.weight_copies, decode.cache_copies), (8 * 32 + 4, vec![], vec![]));
     let traffic = Traffic::of(kernels.profile(1), &lowered.bindings, &lowered.weights);
     assert_eq!(traffic.kv_bytes_per_token, 512 << 10);
     // Everything but the embedding: matrices in BF16, norms in FP32.
@@ -401,7 +401,7 @@ fn context_prefill_copies_no_cache() {
     assert_eq!((lowered.profiles.len(), kernels.profiles.len()), (1, 1));
     let chunk = StepKernels::of(kernels.profile(0), &lowered.bindings);
     assert_eq!(chunk.by_layer, vec![9; config.num_layers], "{:#?}", kernels.profile(0));
-    assert_eq!(chunk.launches, 9 * config.num_layers + 3);
+    assert_eq!(chunk.launches, 9 * config.num_layers + 4);
     assert_eq!((chunk.weight_copies, chunk.cache_copies), (vec![], vec![]));
 }
 
@@ -468,7 +468,8 @@ fn the_network_is_what_the_graph_says() {
     let update = layers.iter().find(|layer| layer.name.starts_with("layers.0.attention.keys/")).unwrap();
     let cache = format!("layers.0.attention.keys: bf16[-1, {}, 256, {}]", config.num_kv_heads, config.head_dim);
     assert_eq!(update.outputs, [cache]);
-    let top = layers.last().unwrap();
+    let [.., top, _, sums] = &layers[..] else { panic!("{layers:?}") };
+    assert_eq!((sums.kind.as_str(), &sums.outputs[..]), ("reduce", &["logit_sums: f32[-1, 64]".to_owned()][..]));
     assert_eq!(top.inputs, [format!("logits: f32[-1, {}]", config.vocab_size)]);
     assert_eq!(top.outputs, ["top_logits: f32[-1, 64]", "top_ids: i32[-1, 64]"]);
     // Every weight exactly once: the embedding, the head, the final norm and two tables; per layer, four matrices and

@@ -262,14 +262,16 @@ impl Device<'_> {
             cache.values = values.into();
         }
         assert_eq!(by_role.len(), outputs.len());
-        let [logits, top, ids] =
-            [BindingRole::Logits, BindingRole::TopLogits, BindingRole::TopIds].map(|role| by_role[&role]);
+        let [logits, top, ids, sums] =
+            [BindingRole::Logits, BindingRole::TopLogits, BindingRole::TopIds, BindingRole::LogitSums]
+                .map(|role| by_role[&role]);
         for (index, wanted) in wanted.iter().enumerate() {
             let of = |output: &Array| {
                 let width = output.dims[1];
                 output.values[index * width..][..width].to_vec()
             };
-            let (logits, top, ids) = (of(logits), of(top), of(ids));
+            let (logits, top, ids, sums) = (of(logits), of(top), of(ids), of(sums));
+            assert_eq!(sums.iter().sum::<f32>().is_finite(), logits.iter().all(|logit| logit.is_finite()));
             assert!(logits.iter().all(|logit| logit.is_finite()), "{attends:?}: row {wanted} read what is not there");
             check_top(&logits, &top, &ids);
             let row = rows[wanted / tokens];

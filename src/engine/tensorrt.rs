@@ -296,6 +296,8 @@ pub enum BindingRole {
     TopLogits,
     /// Output `i32[R, k]`: their token ids.
     TopIds,
+    /// Output `f32[R, p]`: sums of each row's logits, `vocab / p` each, which are finite only if the logits are.
+    LogitSums,
 }
 
 impl BindingRole {
@@ -325,6 +327,7 @@ impl BindingRole {
                 | BindingRole::Logits
                 | BindingRole::TopLogits
                 | BindingRole::TopIds
+                | BindingRole::LogitSums
         )
     }
 }

@@ -145,7 +145,9 @@ impl DeferredLogits for Scripted {
 
     fn top(&self, row: usize) -> Top<'_> {
         let k = self.top_tokens.unwrap();
-        Top { values: &self.top.0[row * k..][..k], ids: &self.top.1[row * k..][..k] }
+        let width = self.limits.vocab_size;
+        let sum = self.logits[row * width..][..width].iter().sum();
+        Top { values: &self.top.0[row * k..][..k], ids: &self.top.1[row * k..][..k], sum }
     }
 
     fn fetch(&mut self, row: usize) -> Result<&[f32]> {

@@ -279,7 +279,11 @@ fn placed(kernel: &GpuKernel, bindings: &[Binding], before: KernelLocation) -> K
     }
     let is_of_no_layer = |bound: &Binding| match bound.role {
         BindingRole::Weight => !is_matrix(bound) || !looks_up(kernel, bound),
-        BindingRole::LogitsRows | BindingRole::Logits | BindingRole::TopLogits | BindingRole::TopIds => true,
+        BindingRole::LogitsRows
+        | BindingRole::Logits
+        | BindingRole::TopLogits
+        | BindingRole::TopIds
+        | BindingRole::LogitSums => true,
         _ => false,
     };
     match before {

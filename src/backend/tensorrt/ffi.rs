@@ -161,6 +161,7 @@ pub(super) mod bridge {
         fn attention_with_mask(self: Pin<&mut Network>, q: u32, keys: u32, values: u32, mask: u32) -> Result<u32>;
         fn decompose_attention(self: Pin<&mut Network>) -> Result<u32>;
         fn top_k(self: Pin<&mut Network>, x: u32, k: u32) -> Result<TopK>;
+        fn last_sums(self: Pin<&mut Network>, x: u32) -> Result<u32>;
         fn layers(self: &Network) -> u32;
         fn layer(self: &Network, index: u32) -> Result<LayerInfo>;
         fn build(self: Pin<&mut Network>, options: &BuildOptions) -> Result<UniquePtr<Plan>>;

@@ -192,6 +192,9 @@ pub trait Layers {
     /// The `k` largest elements of each row of `x [n, width]` in descending order, `[n, k]`, and their columns,
     /// `i32[n, k]`.
     fn top_k(&mut self, x: NetworkTensor, k: u32) -> Result<(NetworkTensor, NetworkTensor)>;
+
+    /// The sum along the last dimension, which the result does not have.
+    fn last_sums(&mut self, x: NetworkTensor) -> Result<NetworkTensor>;
 }
 
 /// A layer as TensorRT reports it.

@@ -14,6 +14,7 @@ mod quantized;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use self::quantized::common_divisor;
 pub use super::weights::{Constants, PlanWeight, WeightLayout};
 use super::{AttentionMask, Layers, Network, NetworkTensor, OptimizationProfile};
 use crate::backend::constants::ConstRows;
@@ -33,6 +34,12 @@ pub const LOGITS: &str = "logits";
 pub const TOP_LOGITS: &str = "top_logits";
 /// Name of the output with their token ids, `i32[R, k]`.
 pub const TOP_IDS: &str = "top_ids";
+/// Name of the output with sums of each requested row of logits, `f32[R, p]`, each of `vocab / p` logits. A NaN or an
+/// infinity among the logits shows in them, whatever TopK makes of one.
+pub const LOGIT_SUMS: &str = "logit_sums";
+/// Most sums of a row. With one sum of a wide row, TensorRT for RTX shares the row out among blocks and needs a second
+/// kernel to clear their counter.
+const MOST_SUMS: usize = 64;
 /// TensorRT's limit for k in TopK.
 pub const MOST_TOP_TOKENS: usize = 3840;
 
@@ -498,10 +505,17 @@ impl<N: Layers> NetworkLowering<'_, N> {
         self.network.scope("top");
         let top_tokens = self.sizes.top_tokens.min(most);
         let (values, ids) = self.network.top_k(logits, top_tokens as u32)?;
+        // A sum rather than a test for NaN, which a compiler that assumes finite numbers may fold away, or a maximum, which
+        // drops NaN on a GPU. A power of two, so that rows of sums are aligned wherever rows of logits are.
+        let parts = common_divisor(vocab_size, MOST_SUMS);
+        let [split, rest] = [parts, vocab_size / parts].map(|n| size(Some(n), node));
+        let split = self.network.reshape(logits, &[-1, split?, rest?])?;
+        let sums = self.network.last_sums(split)?;
         for (tensor, name, role, dtype, width) in [
             (logits, LOGITS, BindingRole::Logits, DType::F32, vocab_size),
             (values, TOP_LOGITS, BindingRole::TopLogits, DType::F32, top_tokens),
             (ids, TOP_IDS, BindingRole::TopIds, DType::I32, top_tokens),
+            (sums, LOGIT_SUMS, BindingRole::LogitSums, DType::F32, parts),
         ] {
             self.network.output(tensor, name)?;
             self.bind(name, role, dtype, &[Extent::Step(StepSize::R), Extent::Fixed(width)]);

@@ -57,7 +57,7 @@ pub use layers::{
 pub use library::TensorRtLibrary;
 #[cfg(feature = "tensorrt")]
 pub use network::{Network, SerializedPlan};
-pub use options::{GpuEvent, GpuOptions, GpuReport};
+pub use options::{GpuEvent, GpuOptions, GpuReport, KernelCompilation};
 #[cfg(feature = "tensorrt")]
 pub use runtime::{CudaEngine, EngineTensor, ExecutionContext, TensorRtRuntime, Validity};
 

@@ -273,6 +273,10 @@ impl Layers for Network {
         let top = self.pin().top_k(x.0, k).map_err(refused)?;
         Ok((NetworkTensor(top.values), NetworkTensor(top.indices)))
     }
+
+    fn last_sums(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
+        Network::value(self.pin().last_sums(x.0))
+    }
 }
 
 /// A compiled, serialized network (TensorRT's "plan").

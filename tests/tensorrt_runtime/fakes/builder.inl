@@ -138,6 +138,14 @@ struct CastSettings final : apiv::VCastLayer {
     void setToType(DataType toType) noexcept override { unused("setToType"); }
     DataType getToType() const noexcept override { unused("getToType"); }
 };
+struct ReduceSettings final : apiv::VReduceLayer {
+    void setOperation(ReduceOperation) noexcept override { unused("setOperation"); }
+    ReduceOperation getOperation() const noexcept override { unused("getOperation"); }
+    void setReduceAxes(uint32_t) noexcept override { unused("setReduceAxes"); }
+    uint32_t getReduceAxes() const noexcept override { unused("getReduceAxes"); }
+    void setKeepDimensions(bool) noexcept override { unused("setKeepDimensions"); }
+    bool getKeepDimensions() const noexcept override { unused("getKeepDimensions"); }
+};
 struct TopKSettings final : apiv::VTopKLayer {
     void setOperation(TopKOperation op) noexcept override { unused("setOperation"); }
     TopKOperation getOperation() const noexcept override { unused("getOperation"); }
@@ -496,6 +504,17 @@ public:
     {
         return top(x, k);
     }
+    IReduceLayer* addReduce(ITensor& x, ReduceOperation, std::uint32_t, bool) noexcept override
+    {
+        auto* made = made_of<FakeLayer<IReduceLayer, ReduceSettings>>(LayerType::kREDUCE, {&x});
+        output(made->layer, x.getType(), [layer = &made->layer] {
+            Dims dims = layer->in(0);
+            --dims.nbDims;
+            return dims;
+        });
+        computes(made->layer, [&x](evaluate::Values& of) { return evaluate::summed(of.at(&x)); });
+        return made;
+    }
     IKVCacheUpdateLayer* addKVCacheUpdate(
         ITensor& cache, ITensor& update, ITensor& indices, KVCacheMode) noexcept override
     {
@@ -527,7 +546,6 @@ public:
     ITensor* getInput(int32_t index) const noexcept override { unused("getInput"); }
     int32_t getNbOutputs() const noexcept override { unused("getNbOutputs"); }
     ITensor* getOutput(int32_t index) const noexcept override { unused("getOutput"); }
-    IReduceLayer* addReduce( ITensor& input, ReduceOperation operation, uint32_t reduceAxes, bool keepDimensions) noexcept override { unused("addReduce"); }
     IRaggedSoftMaxLayer* addRaggedSoftMax(ITensor& input, ITensor& bounds) noexcept override { unused("addRaggedSoftMax"); }
     IIdentityLayer* addIdentity(ITensor& input) noexcept override { unused("addIdentity"); }
     void removeTensor(ITensor& tensor) noexcept override { unused("removeTensor"); }

@@ -294,6 +294,17 @@ Value attended(Value const& q, Value const& keys, Value const& values, Value con
     return out;
 }
 
+// Sums along the last dimension, which is gone.
+Value summed(Value const& x)
+{
+    auto const width = static_cast<std::size_t>(x.dims.back());
+    Value out{{x.dims.begin(), x.dims.end() - 1}, {}};
+    for (std::size_t first = 0; first < x.of.size(); first += width) {
+        out.of.push_back(std::accumulate(x.of.begin() + first, x.of.begin() + first + width, 0.0F));
+    }
+    return out;
+}
+
 std::pair<Value, Value> largest(Value const& x, std::int64_t k)
 {
     auto const width = x.dims[1];

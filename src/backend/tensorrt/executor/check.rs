@@ -201,7 +201,7 @@ mod tests {
         assert!(error.contains("its output new_values.0"), "{error}");
         let error = refused(&|tensors| tensors[0].name = "other".into());
         assert!(error.contains("it has no weight.0") && error.contains("its input other"), "{error}");
-        assert!(refused(&|tensors| tensors.clear()).ends_with("and 10 more"));
+        assert!(refused(&|tensors| tensors.clear()).ends_with("and 11 more"));
 
         // The context plan has no attention_mask.
         let first: Vec<EngineTensor> = tensors.iter().filter(|t| t.name != "attention_mask").cloned().collect();

@@ -132,6 +132,6 @@ impl<N: Layers> NetworkLowering<'_, N> {
     }
 }
 
-fn common_divisor(a: usize, b: usize) -> usize {
+pub(super) fn common_divisor(a: usize, b: usize) -> usize {
     if b == 0 { a } else { common_divisor(b, a % b) }
 }
