@@ -12,6 +12,7 @@ mod recipe;
 mod reference;
 mod repack;
 pub mod rounding;
+pub mod smoothing;
 mod text;
 
 use std::path::{Path, PathBuf};
@@ -114,6 +115,8 @@ pub struct PlanSummary {
     pub only_prepared: bool,
     /// Reports of the passes.
     pub reports: Vec<PassReport>,
+    /// The calibration that it was built with, if its precision needs one.
+    pub calibration: Option<Calibration>,
 }
 
 /// The optimized graph of a checkpoint's model, and the passes' reports. `calibration` is used by precisions that need
@@ -141,6 +144,7 @@ impl PlanSummary {
             compiler: means.map(|means| means.describe()),
             only_prepared: info.plan.is_none(),
             reports,
+            calibration: None,
         }
     }
 }

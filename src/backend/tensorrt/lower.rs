@@ -105,7 +105,7 @@ enum LoweredValue {
     Heads { tensor: NetworkTensor, heads: usize, head_dim: usize },
     /// A layer's cache after the step, `[B, heads, S, head_dim]`, and the new entries, `[B, heads, T, head_dim]`.
     Cache { cache: NetworkTensor, new: NetworkTensor },
-    /// E4M3 codes and their scale.
+    /// E4M3 floats or 8-bit integers, and their scale.
     Codes { codes: NetworkTensor, scale: NetworkTensor },
     /// Codes or scales of a quantized weight, added by the linear layer that reads them.
     WeightPart,
@@ -244,16 +244,24 @@ impl<N: Layers> NetworkLowering<'_, N> {
                 let (x, y) = (self.plain(x)?, self.plain(y)?);
                 Ok(LoweredValue::Plain(self.network.sum(x, y)?))
             }
-            Op::FakeQuantizeF8 { scale } => {
+            Op::FakeQuantize { code, scale } => {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scale = self.network.scalar(*scale, 0)?;
-                Ok(LoweredValue::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
+                Ok(LoweredValue::Codes { codes: self.network.quantize(x, scale, *code)?, scale })
             }
             Op::QuantizedLinear { block } => {
                 let [x, codes, scales] = operands(node)?;
-                let product = self.quantized_linear(node, *block, [x, codes, scales])?;
-                Ok(LoweredValue::Plain(self.typed(product, QUANTIZED_PRODUCTS, dtype)?))
+                let product = match (self.place(x), self.graph.node(codes).ty.dtype, block) {
+                    (LoweredValue::Codes { codes: x, scale }, DType::I8, None) => {
+                        self.integer_linear(node, (x, scale), [codes, scales])?
+                    }
+                    _ => {
+                        let product = self.quantized_linear(node, *block, [x, codes, scales])?;
+                        self.typed(product, QUANTIZED_PRODUCTS, dtype)?
+                    }
+                };
+                Ok(LoweredValue::Plain(product))
             }
         }
     }
@@ -401,6 +409,37 @@ impl<N: Layers> NetworkLowering<'_, N> {
             self.network.dequantize(codes, scales, Some(1), QUANTIZED_PRODUCTS)?
         };
         self.network.matmul(x, weight)
+    }
+
+    /// Multiplies 8-bit integers. Given a scale for each output, as an input, TensorRT would dequantize both sides to BF16
+    /// before the GEMM; given a scale of one, which is a constant of the network, it multiplies the codes themselves, and the
+    /// outputs' scales join what follows. Codes are stored `[out, in]`: integer tensor cores read both operands along the
+    /// inputs.
+    fn integer_linear(
+        &mut self,
+        node: &Node,
+        (x, x_scale): (NetworkTensor, NetworkTensor),
+        [codes, scales]: [Value; 2],
+    ) -> Result<NetworkTensor> {
+        let graph = self.graph;
+        let [codes, scales] = [codes, scales].map(|value| graph.node(value));
+        let mut part = |part: &Node, shape: Vec<usize>| {
+            let Op::Const(expr) = &part.op else { return Err(fail(node, "its codes and scales are not constants")) };
+            let content = plain_form(part, expr, &part.ty)?;
+            self.weight(PlanWeight::rows(&part.name, part.ty.dtype, shape, content))
+        };
+        let dims: Option<Vec<usize>> = codes.ty.shape.iter().map(|dim| dim.as_fixed()).collect();
+        let Some([rows, columns]) = dims.as_deref() else {
+            return Err(fail(node, "its codes are not a matrix of known sizes"));
+        };
+        let (of_codes, of_scales) = (part(codes, vec![*rows, *columns])?, part(scales, vec![*rows])?);
+        let one = self.network.scalar(1.0, 0)?;
+        let x = self.network.dequantize(x, x_scale, None, QUANTIZED_PRODUCTS)?;
+        let weight = self.network.dequantize(of_codes, one, None, QUANTIZED_PRODUCTS)?;
+        let sums = self.network.linear(x, weight)?;
+        let sums = self.typed(sums, QUANTIZED_PRODUCTS, scales.ty.dtype)?;
+        let of_scales = self.network.reshape(of_scales, &[1, size(Some(*rows), node)?])?;
+        self.network.product(sums, of_scales)
     }
 
     /// TensorRT's attention does not scale the scores, so the queries are scaled, before rounding to the cache's type.

@@ -127,7 +127,7 @@ impl Plans<'_> {
         check_size(config)?;
         // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
         // rounding.
-        let any_scale = Calibration::uniform(0.01).without(&recipe.keep_bf16);
+        let any_scale = Calibration::uniform(0.01).without(recipe.kept_in_bf16());
         let (classes, calibration, has_context_plan, attention) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
