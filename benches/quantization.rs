@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo bench --bench quantization             # all of it, some minutes
 //! cargo bench --bench quantization -- layers   # prints the table of random layers alone
+//! cargo bench --bench quantization -- w8a8     # prints the rows of precisions that begin so
 //! ```
 
 use std::collections::HashMap;
@@ -46,12 +47,18 @@ The number formats of `aotron build --precision` and their effect on quality, me
 | `int8` with `activations = \"int8\"` in the recipe (CPU) | as `int8` | 8-bit integers, one scale per token | BF16 |
 | `int4` | 4-bit integers, -8 to 7, FP32 scales with group size 128 | BF16 | BF16 |
 | `fp8` | E4M3 floats, per-channel FP32 scales; `qkv_proj` BF16 | E4M3 floats, one calibrated scale per layer | BF16 |
+| `w8a8` | as `int8`, after SmoothQuant; `down_proj` BF16 | 8-bit integers, -128 to 127, one calibrated scale per layer, after SmoothQuant | BF16 |
 
 Accumulators, norms, softmax and the residual stream are FP32 in all of them. Each scale of weights is chosen from several
 candidates to minimize the sum of squared errors (`src/quantize.rs`); the LM head stays in BF16. In `int4` and `fp8` weights
 are then rounded by GPTQ (`src/compile/rounding.rs`): each code makes up for the errors of those before it, as far as the
 products of the layer's inputs on calibration prompts tell. The scale of E4M3 inputs is the largest of 21 candidates whose
 squared error over the prompts is within 1 % of the smallest; what exceeds it saturates.
+
+SmoothQuant (`src/compile/smoothing.rs`) divides each channel of a layer's inputs by a factor and multiplies the weight's column
+by it; the division is folded into the norm, the values or the MLP's first layer, so it costs nothing. Factors and the scale
+of inputs are chosen for each layer among four strengths and none, by an estimate of the outputs' error on tokens other than
+those whose largest inputs the factors come from: otherwise factors fit squared ReLUs so closely that other tokens saturate.
 
 ";
 
@@ -74,8 +81,8 @@ Relative error in percent, ‖y' − y‖ / ‖y‖, of the outputs of random la
 that weights were rounded by. The inputs share 64 directions; after LayerNorm, one channel of 512 is 20 times as large.
 
 | inputs | int8 | int4, nearest | int4, gptq | E4M3 weights, nearest | E4M3 weights, gptq | E4M3 inputs | both, gptq | \
-W8A8 | W8A8, SmoothQuant |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+W8A8 | W8A8, SmoothQuant | and gptq |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 ";
 
 /// The page's end.
@@ -93,9 +100,9 @@ const FINDINGS: &str = "
 - **Wide layers.** The products of 16,384 inputs would take 2 GiB in FP64, so `down_proj` is rounded in four runs of 4,096
   columns that do not make up for each other. A run needs more tokens than it has columns: with as many, as in the table
   above, nearly uncorrelated inputs leave GPTQ nothing to gain with E4M3, and a quarter of the error with 4 bits.
-- **W8A8 for an A100's prefill** would need SmoothQuant where LayerNorm leaves large channels: 2.2 % of error rather than
-  6.5, and then it is better than E4M3 on both sides. tiny-chat has no such channels: one scale for a token
-  (`activations = \"int8\"`) is enough there. No kernel for GPUs uses it yet.
+- **W8A8 needs SmoothQuant where LayerNorm leaves large channels**: with one scale for all inputs the error falls to about a
+  third, and is then that of E4M3 on both sides. A squared ReLU without such channels is left as it is. On tiny-chat
+  `down_proj` comes first: its inputs are squares, mostly small, and one step fits them badly, so it stays in BF16. Weights of `w8a8` are rounded to the nearest codes; the last column is what GPTQ would add.
 ";
 
 struct Quiet;
@@ -206,6 +213,8 @@ fn variants() -> Outcome<Vec<Variant>> {
         row("fp8, keep_bf16 = [down_proj]", keeping(&[down])),
         row("fp8, keep_bf16 = [up_proj]", keeping(&[up])),
         row("w8a8", of(Precision::W8a8)),
+        row("w8a8, keep_bf16 = []", Recipe { keep_bf16: Some(Vec::new()), ..of(Precision::W8a8) }),
+        row("w8a8, smooth_inputs = false", Recipe { smooth_inputs: false, ..of(Precision::W8a8) }),
         similar("w8a8, similar prompts", of(Precision::W8a8)),
     ])
 }
@@ -301,7 +310,6 @@ fn layers() -> String {
             integers(&layer, &STRENGTHS, false, &error).unwrap_or(f64::NAN),
             integers(&layer, &STRENGTHS, true, &error).unwrap_or(f64::NAN),
         ];
-        for strength in [0.35, 0.5, 0.65, 0.8] { eprintln!("{strength} {:?} {:?}", integers(&layer, &[strength], false, &error), integers(&layer, &[strength], true, &error)); }
         let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:.2}")).collect();
         let _ = writeln!(table, "| {name} | {} |", cells.join(" | "));
     }
@@ -320,7 +328,6 @@ fn integers(layer: &Layer<'_>, strengths: &[f32], is_gptq: bool, error: &dyn Fn(
         Ok(())
     };
     let chosen = inputs.choose(&channels, strengths, &mut rows).ok().flatten()?;
-    eprintln!("chosen {:?} {:?}", chosen.strength, chosen.scale);
     let scaled = |rows: &[f32], power: i32| -> Vec<f32> {
         rows.iter().enumerate().map(|(i, v)| v * chosen.factors[i % columns].powi(power)).collect()
     };

@@ -235,7 +235,7 @@ fn build_refuses_what_does_not_fit() {
     build(&["--max-sequence-tokens", "65"]).fails(1, &["max_sequence_tokens is 65", "64"]);
     build(&["--recipe", "tpu"]).fails(2, &["no such recipe", "cpu"]);
     build(&["--slots", "-1"]).fails(2, &["invalid value '-1' for '--slots"]);
-    build(&["--precision", "int2"]).fails(2, &["f32, bf16, int8, int4, fp8"]);
+    build(&["--precision", "int2"]).fails(2, &["f32, bf16, int8, int4, fp8, w8a8"]);
     build(&["--slots", "0"]).fails(2, &["0"]);
     aotron(&["build", text(folder.path()), "-o", text(&output)]).fails(1, &["config.json"]);
     assert!(!output.exists());

@@ -422,7 +422,11 @@ impl Layers for Evaluator<'_> {
     fn quantize(&mut self, x: NetworkTensor, scale: NetworkTensor, dtype: DType) -> Result<NetworkTensor> {
         let (x, scale) = (self.at(x), self.at(scale));
         let typed = x.element.is_float() && [Element::Stored(DType::F32), x.element].contains(&scale.element);
-        self.check(typed && [DType::F8, DType::I8].contains(&dtype), &format!("not quantized to {dtype}"), &[&x, &scale])?;
+        self.check(
+            typed && [DType::F8, DType::I8].contains(&dtype),
+            &format!("not quantized to {dtype}"),
+            &[&x, &scale],
+        )?;
         let fits = x.rank() > 0 && scale.rank() == 0 && scale.values[0] > 0.0;
         self.check(fits, "the scale of an activation is one positive number", &[&x, &scale])?;
         let values = x.values.iter().map(|value| value / scale.values[0]);

@@ -221,7 +221,7 @@ fn the_program_builds_finishes_and_says_where_plans_run() {
     assert!(text.contains(&format!("on a GPU of SM 9.0: aotron build {output} --finish")), "{text}");
     let (code, _, errors) = run(&["build", TINY_CHAT, "--recipe", "a100:fp8", "-o", output, "--force"]);
     assert_eq!(code, Some(1));
-    assert!(errors.contains("fp8 is not for a100, which takes bf16, int8, int4"), "{errors}");
+    assert!(errors.contains("fp8 is not for a100, which takes bf16, int8, int4, w8a8"), "{errors}");
 }
 
 #[test]

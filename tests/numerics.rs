@@ -171,13 +171,9 @@ fn a_wrong_kernel_would_be_seen() {
             let (ids, _) = golden(&shape).into_iter().max_by_key(|(ids, _)| ids.len()).unwrap();
             let got = score(&mut executor, 0, &ids, 7);
             let mut reference = Reference::new(&shape, (&package, &calibration), precision);
-            let codes = match precision {
-                Precision::Int8 => "i8",
-                Precision::Int4 => "i4",
-                _ => "f8",
-            };
+            let codes = precision.scheme().unwrap().dtype().to_string();
             for (words, what, mistake) in &mistakes {
-                let name = format!("{weight}.{}", if *what == "codes" { codes } else { *what });
+                let name = format!("{weight}.{}", if *what == "codes" { &codes } else { *what });
                 let right = reference.constant(&name).clone();
                 mistake(reference.constant(&name));
                 if right == *reference.constant(&name) {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use aotron::compile::{Calibration, BuildRequest, BuildSummary, Precision, Progress, Recipe, WeightRounding, build};
+use aotron::compile::{BuildRequest, BuildSummary, Calibration, Precision, Progress, Recipe, WeightRounding, build};
 use aotron::engine::Package;
 
 struct Quiet;

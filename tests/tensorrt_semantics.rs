@@ -7,12 +7,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use aotron::backend::cpu::CpuOptions;
+use aotron::backend::open_cpu;
 use aotron::backend::packing;
 use aotron::backend::tensorrt::lower::{
     ATTENTION_MASK, Attends, AttentionInput, Constants, LoweredNetwork, PlanWeight, Sizes, TOTAL_TOKENS, lower,
 };
 use aotron::backend::tensorrt::pack::{items, stored};
-use aotron::backend::open_cpu;
 use aotron::checkpoint::Checkpoint;
 use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
 use aotron::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};

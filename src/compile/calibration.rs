@@ -124,7 +124,9 @@ impl Calibrations {
 
 /// A weight's name without the suffix of its stored form.
 pub(super) fn base_name(weight: &str) -> &str {
-    [".panels", ".bf16", ".f8", ".i8"].into_iter().fold(weight, |name, suffix| name.strip_suffix(suffix).unwrap_or(name))
+    [".panels", ".bf16", ".f8", ".i8"]
+        .into_iter()
+        .fold(weight, |name, suffix| name.strip_suffix(suffix).unwrap_or(name))
 }
 
 /// Prompts as token ids: those of `file`, else the first `built_in_tokens` of the built-in conversations, else (without a

@@ -66,14 +66,8 @@ pub enum Precision {
 
 impl Precision {
     /// All precisions: floats, weight-only ones, then those that quantize the inputs of linear layers too.
-    pub const ALL: [Precision; 6] = [
-        Precision::F32,
-        Precision::Bf16,
-        Precision::Int8,
-        Precision::Int4,
-        Precision::Fp8,
-        Precision::W8a8,
-    ];
+    pub const ALL: [Precision; 6] =
+        [Precision::F32, Precision::Bf16, Precision::Int8, Precision::Int4, Precision::Fp8, Precision::W8a8];
 
     /// Quantization scheme of the linear layers' weights, if any.
     pub fn scheme(self) -> Option<Scheme> {

@@ -333,6 +333,7 @@ impl Recipe {
             (precision, _) if !precision.needs_calibration() => &[],
             (_, Some(kept)) => kept,
             (Precision::Fp8, None) => &[LinearKind::QkvProj],
+            (Precision::W8a8, None) => &[LinearKind::DownProj],
             (_, None) => &[],
         }
     }

@@ -111,7 +111,9 @@ pub(super) fn fold_factors(graph: &Graph, calibration: Option<&Calibration>) -> 
     let mut folded: HashMap<Value, Vec<Factors>> = HashMap::new();
     for site in sites(graph) {
         let Some(factors) = calibration.and_then(|c| c.factors(&site.name, site.channel_count())) else {
-            report.left.push((site.name, "the calibration has no factors for it, or its weights have them already".into()));
+            report
+                .left
+                .push((site.name, "the calibration has no factors for it, or its weights have them already".into()));
             continue;
         };
         let of_inputs = site.channels.iter().filter_map(|channel| factors.get(*channel).copied()).collect();
@@ -150,4 +152,67 @@ pub(super) fn fold_factors(graph: &Graph, calibration: Option<&Calibration>) -> 
         }
     }
     Ok((r.finish()?, report))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::backend::cpu::lower::{CpuTarget, lower};
+    use crate::backend::cpu::streamed::run_streamed;
+    use crate::backend::{Chunk, Limits, Rows, Step};
+    use crate::checkpoint::Checkpoint;
+    use crate::compile::passes::fused;
+    use crate::model::build_graph;
+
+    const IDS: [u32; 5] = [3, 17, 5, 40, 9];
+
+    /// Logits of some tokens in FP32.
+    fn logits(graph: &Graph, checkpoint: &Checkpoint) -> Vec<f32> {
+        let limits = Limits {
+            slots: 1,
+            max_sequence_tokens: IDS.len(),
+            max_step_tokens: IDS.len(),
+            max_logits_rows: IDS.len(),
+            vocab_size: checkpoint.config().vocab_size,
+        };
+        let lowered = lower(graph, &limits, CpuTarget::native().unwrap()).unwrap();
+        let chunk = Chunk { slot: 0, past_tokens: 0, tokens: &IDS, rows: Rows::All };
+        let step = Step::prefill(&limits, &[chunk]).unwrap();
+        let logits = run_streamed(&lowered, checkpoint, &step, &|_| Ok(())).unwrap();
+        (0..IDS.len()).flat_map(|row| logits.row(row).unwrap().to_vec()).collect()
+    }
+
+    #[test]
+    fn factors_change_constants_but_no_logits() {
+        for folder in ["tests/data/tiny-chat", "tests/data/shapes/gqa", "tests/data/shapes/theta"] {
+            let checkpoint = Checkpoint::open(Path::new(folder)).unwrap();
+            let graph = fused(&build_graph(checkpoint.config()).unwrap()).unwrap();
+            let sites = sites(&graph);
+            assert_eq!(sites.len(), 4 * checkpoint.config().num_layers, "{folder}");
+            let mut calibration = Calibration::default();
+            for (index, site) in sites.iter().enumerate() {
+                let factor = |channel: usize| 1.5f32.powi(((channel * 7 + index) % 9) as i32 - 4);
+                calibration.insert_factors(&site.name, (0..site.channel_count()).map(factor).collect());
+            }
+            let (folded, report) = fold_factors(&graph, Some(&calibration)).unwrap();
+            assert_eq!((report.applied.len(), report.left.len()), (sites.len(), 0), "{folder}");
+            let scaled = folded.nodes().iter().filter(|node| matches!(node.op, Op::Const(Const::Scaled(..))));
+            assert_eq!(scaled.count(), 8 * checkpoint.config().num_layers, "four matrices and two norms, {folder}");
+            let (expected, found) = (logits(&graph, &checkpoint), logits(&folded, &checkpoint));
+            let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+            let off = expected.iter().zip(&found).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+            assert!(off < 1e-4 * largest, "{folder}: {off:e} of {largest:e}");
+        }
+    }
+
+    #[test]
+    fn layers_without_factors_are_left() {
+        let checkpoint = Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap();
+        let graph = fused(&build_graph(checkpoint.config()).unwrap()).unwrap();
+        let (same, report) = fold_factors(&graph, Some(&Calibration::default())).unwrap();
+        assert_eq!((report.applied.len(), report.left.len()), (0, 4 * checkpoint.config().num_layers));
+        assert_eq!(same.nodes().len(), graph.nodes().len());
+    }
 }

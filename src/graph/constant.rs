@@ -48,10 +48,9 @@ impl Const {
     pub fn tensors<'a>(&'a self, names: &mut Vec<&'a str>) {
         match self {
             Const::Tensor(name) => names.push(name),
-            Const::AddScalar(inner, _)
-            | Const::Scaled(inner, _)
-            | Const::Cast(inner, _)
-            | Const::Codes(inner, _) => inner.tensors(names),
+            Const::AddScalar(inner, _) | Const::Scaled(inner, _) | Const::Cast(inner, _) | Const::Codes(inner, _) => {
+                inner.tensors(names)
+            }
             Const::Scales { matrix, .. } => matrix.tensors(names),
             Const::ConcatRows(parts) => parts.iter().for_each(|p| p.tensors(names)),
             Const::RotaryTable { .. } => {}

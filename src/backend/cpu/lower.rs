@@ -76,9 +76,15 @@ enum ValueLocation {
     Input(Input),
     Const,
     View(View),
-    Cache { layer: usize, kind: KeysOrValues },
+    Cache {
+        layer: usize,
+        kind: KeysOrValues,
+    },
     /// 8-bit codes and their per-row scales.
-    Codes { codes: View, scales: View },
+    Codes {
+        codes: View,
+        scales: View,
+    },
 }
 
 struct CpuLowering<'g> {

@@ -39,7 +39,7 @@ pub struct PlanFlags {
     #[arg(long, value_name = "NAME|FILE", value_parser = recipe_name)]
     recipe: Option<String>,
     /// Number format of weights [default: the plan's]
-    #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8")]
+    #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8|w8a8")]
     precision: Option<Precision>,
     /// Capacity class to list, in tokens per sequence [default: the largest]
     #[arg(long, value_name = "TOKENS")]

@@ -122,7 +122,8 @@ impl LayerInputs {
             most.iter().map(|x| x.max(floor.max(f32::MIN_POSITIVE))).collect::<Vec<f32>>()
         };
         let (of_inputs, of_weights) = (of_channels(&largest), of_channels(&of_columns));
-        let mut tried: Vec<Smoothing> = vec![Smoothing { factors: vec![1.0; channel_count], strength: None, scale: 1.0 }];
+        let mut tried: Vec<Smoothing> =
+            vec![Smoothing { factors: vec![1.0; channel_count], strength: None, scale: 1.0 }];
         tried.extend(strengths.iter().map(|strength| {
             let factors = factors(&of_inputs, &of_weights, *strength);
             Smoothing { factors, strength: Some(*strength), scale: 1.0 }
