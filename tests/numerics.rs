@@ -148,7 +148,7 @@ fn kernels_compute_the_graph() {
 /// [`kernels_compute_the_graph`].
 #[test]
 fn a_wrong_kernel_would_be_seen() {
-    let weight = "model.layers.1.mlp.down_proj.weight";
+    let weight = "model.layers.1.mlp.up_proj.weight";
     type Mistake = fn(&mut Matrix);
     let mistakes: [(&str, &str, Mistake); 5] = [
         ("a scale is half as large again", "scales", |scales| scales.values[3] *= 1.5),

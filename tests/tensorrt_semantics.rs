@@ -326,7 +326,7 @@ fn tolerance(precision: Precision, rounding: Rounding) -> f32 {
         (_, Rounding::AsCpu) => 1e-2,
         // The network also rounds to BF16 what the CPU keeps in FP32: GEMM results (the head's included), dequantized
         // weights, queries and probabilities. Each causes relative errors of up to 2⁻⁹.
-        (Precision::Fp8, _) => 2.5e-1,
+        (Precision::Fp8 | Precision::W8a8, _) => 2.5e-1,
         (_, _) => 3e-2,
     }
 }
