@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use aotron::backend::cpu::CpuOptions;
+use aotron::backend::open_cpu;
 use aotron::backend::packing;
 use aotron::backend::tensorrt::lower::{
     ATTENTION_MASK, Attends, AttentionInput, Constants, Fp8Weights, LoweredNetwork, LoweringOptions, PlanWeight, Sizes,
@@ -14,9 +15,8 @@ use aotron::backend::tensorrt::lower::{
 };
 use aotron::backend::tensorrt::pack::{items, stored};
 use aotron::backend::tensorrt::stage;
-use aotron::backend::{cpu_program, open_cpu};
 use aotron::checkpoint::Checkpoint;
-use aotron::compile::{Calibration, Precision, optimized_graph};
+use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
 use aotron::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use aotron::graph::Graph;
 use aotron::tensor::DType;
@@ -25,7 +25,7 @@ use aotron::verify::{RowStats, limit_on_gpu, row_error};
 
 use crate::evaluator::{Array, Element, Evaluator, Rounding};
 use crate::numerics::score;
-use crate::packages::build_package;
+use crate::packages::build_calibrated;
 use crate::verify::{VOCAB, grouped_checkpoint};
 
 const TINY_CHAT: &str = "tests/data/tiny-chat";
@@ -355,7 +355,7 @@ fn tolerance(precision: Precision, rounding: Rounding) -> f32 {
         (_, Rounding::AsCpu) => 1e-2,
         // The network also rounds to BF16 what the CPU keeps in FP32: GEMM results (the head's included), dequantized
         // weights, queries and probabilities. Each causes relative errors of up to 2⁻⁹.
-        (Precision::Fp8, _) => 2.5e-1,
+        (Precision::Fp8 | Precision::W8a8, _) => 2.5e-1,
         (_, _) => 3e-2,
     }
 }
@@ -368,8 +368,9 @@ fn check(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>]) -> usiz
 /// As [`check`], with this many times the tolerance.
 fn check_within(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>], times: f32) -> usize {
     let folder = tempfile::tempdir().unwrap();
-    let package = build_package(Path::new(checkpoint), precision, &folder.path().join("engine"));
-    let calibration = Calibration::of_program(&cpu_program(&package).unwrap().1);
+    let (package, calibration) = build_calibrated(Path::new(checkpoint), precision, &folder.path().join("engine"));
+    let recipe = Recipe { precision, ..Recipe::load("cpu").unwrap() };
+    let calibration = calibration.without(recipe.kept_in_bf16());
     let mut executor = open_cpu(&package, &CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
     let expected: Vec<Vec<f32>> = sequences.iter().map(|ids| score(&mut executor, 0, ids, 8)).collect();
     let opened = Checkpoint::open(Path::new(checkpoint)).unwrap();

@@ -34,7 +34,7 @@ pub struct Flags {
     recipe: Vec<(String, Option<Precision>)>,
     /// Number format of the weights, and of the KV cache except with 8- and 4-bit weights, where it stays bf16
     /// [default: the recipe's]
-    #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8")]
+    #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8|w8a8")]
     precision: Option<Precision>,
     /// CPU to pack the CPU plan's weights for: native (this machine's, or what AOTRON_CPU names), avx512-bf16, avx512-vnni, avx512, avx2,
     /// portable. The plan runs on other CPUs too, though another packing may be faster there [default: native]
@@ -46,7 +46,7 @@ pub struct Flags {
     /// Maximum number of concurrent sequences [default: the recipe's]
     #[arg(long, value_name = "N", value_parser = count(1024), allow_negative_numbers = true)]
     slots: Option<usize>,
-    /// Prompts to calibrate int4 and fp8 with, as lines of JSON: {"messages": [{"role", "content"}, …]} or
+    /// Prompts to calibrate int4, fp8 and w8a8 with, as lines of JSON: {"messages": [{"role", "content"}, …]} or
     /// {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler, precision_of};
-use super::reference::{ask_program, quantizes_inputs};
+use super::reference::ask_program;
 use super::repack::repack;
 use super::{
     BuildSummary, Calibration, PlanSummary, Precision, Progress, Recipe, Target, add_engines, fastest, plan_info,
@@ -192,7 +192,7 @@ fn after_repacking(
     let program: Program = serde_json::from_slice(&text)
         .map_err(|error| Error::internal(format!("a plan that cannot be read: {error}"), "the plan just written"))?;
     let (_, old) = cpu_program(package)?;
-    if quantizes_inputs(&old) != quantizes_inputs(&program) {
+    if old.quantizes_activations() != program.quantizes_activations() {
         ask_program(&mut reference, ("cpu", &info.precision), &program, &writer.scratch(&info.weights), progress)?;
     }
     Ok(reference)

@@ -13,6 +13,7 @@ mod recipe;
 mod reference;
 mod repack;
 pub mod rounding;
+pub mod smoothing;
 mod text;
 mod timings;
 
@@ -119,6 +120,8 @@ pub struct PlanSummary {
     pub reports: Vec<PassReport>,
     /// For an FP8 plan whose recipe leaves open how weights are held: both ways, as they were timed here.
     pub fp8_trials: Option<Fp8Trials>,
+    /// The calibration that it was built with, if its precision needs one.
+    pub calibration: Option<Calibration>,
 }
 
 /// The optimized graph of a checkpoint's model, and the passes' reports. `calibration` is used by precisions that need
@@ -147,6 +150,7 @@ impl PlanSummary {
             only_prepared: info.plan.is_none(),
             reports,
             fp8_trials: None,
+            calibration: None,
         }
     }
 }

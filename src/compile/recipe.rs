@@ -50,8 +50,10 @@ pub struct Recipe {
     pub quantize_activations: Option<bool>,
     /// For a plan in [`Precision::Int4`] or [`Precision::Fp8`]: rounding of weights.
     pub weight_rounding: WeightRounding,
-    /// For a plan in [`Precision::Fp8`]: linear layers that stay in BF16.
-    pub keep_bf16: Vec<LinearKind>,
+    /// For a plan that quantizes inputs: linear layers that stay in BF16. `None`: those of [`Recipe::kept_in_bf16`].
+    pub keep_bf16: Option<Vec<LinearKind>>,
+    /// For a plan in [`Precision::W8a8`]: evens out the channels of inputs first, by SmoothQuant.
+    pub smooth_inputs: bool,
     /// Options of a GPU plan.
     pub tensorrt: Option<TensorRtOptions>,
     /// The recipe's source text.
@@ -213,7 +215,7 @@ impl Target {
     pub fn precisions(self) -> &'static [Precision] {
         match self {
             Target::Cpu => &Precision::ALL,
-            Target::A100 => &[Precision::Bf16, Precision::Int8, Precision::Int4],
+            Target::A100 => &[Precision::Bf16, Precision::Int8, Precision::Int4, Precision::W8a8],
             Target::H100 => &[Precision::Bf16, Precision::Fp8, Precision::Int8, Precision::Int4],
         }
     }
@@ -274,8 +276,8 @@ impl Recipe {
             activations: Option<RawActivations>,
             #[serde(default)]
             weight_rounding: WeightRounding,
-            #[serde(default)]
-            keep_bf16: Vec<LinearKind>,
+            keep_bf16: Option<Vec<LinearKind>>,
+            smooth_inputs: Option<bool>,
             tensorrt: Option<TensorRtOptions>,
         }
         #[derive(Deserialize)]
@@ -341,6 +343,7 @@ impl Recipe {
             quantize_activations: raw.activations.map(|activations| matches!(activations, RawActivations::Int8)),
             weight_rounding: raw.weight_rounding,
             keep_bf16: raw.keep_bf16,
+            smooth_inputs: raw.smooth_inputs.unwrap_or(true),
             tensorrt: raw.tensorrt,
             text: text.into(),
         };
@@ -375,6 +378,18 @@ impl Recipe {
     /// Returns true if its weights are rounded by the inputs that their layers have on calibration prompts.
     pub fn compensates(&self) -> bool {
         self.weight_rounding == WeightRounding::Gptq && matches!(self.precision, Precision::Int4 | Precision::Fp8)
+    }
+
+    /// The linear layers that stay in BF16, in a precision that quantizes inputs: those that the recipe names, or else the
+    /// ones that lose most (docs/quantization.md).
+    pub fn kept_in_bf16(&self) -> &[LinearKind] {
+        match (self.precision, &self.keep_bf16) {
+            (precision, _) if !precision.needs_calibration() => &[],
+            (_, Some(kept)) => kept,
+            (Precision::Fp8, None) => &[LinearKind::QkvProj],
+            (Precision::W8a8, None) => &[LinearKind::DownProj],
+            (_, None) => &[],
+        }
     }
 
     /// The CPU that a CPU plan is lowered for.
@@ -415,7 +430,7 @@ impl Recipe {
         let are_constants = match self.precision {
             Precision::Int4 => true,
             Precision::Fp8 => options.fp8_weights == Fp8Choice::Constants,
-            Precision::F32 | Precision::Bf16 | Precision::Int8 => false,
+            Precision::F32 | Precision::Bf16 | Precision::Int8 | Precision::W8a8 => false,
         };
         let is_below = |capacity: &usize| *capacity < max_sequence_tokens && !are_constants;
         let mut capacities: Vec<usize> = options.capacity_classes.iter().copied().filter(is_below).collect();

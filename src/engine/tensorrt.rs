@@ -25,7 +25,7 @@ pub struct TensorRtInfo {
     pub bindings: Vec<Binding>,
     /// GiB of KV cache to use on a GPU, by the GPU's memory in GB.
     pub kv_cache_gib: BTreeMap<u32, u32>,
-    /// Activation scales of the linear layers' inputs, by weight name; empty except for FP8.
+    /// Activation scales of the linear layers' inputs, by weight name; empty except for FP8 and W8A8.
     pub activation_scales: BTreeMap<String, f32>,
 }
 

@@ -6,8 +6,10 @@
 //! are inputs of the network, so that plans share one copy and need not embed them. Quantized codes are stored `[in,
 //! out]`, which TensorRT's GEMMs read directly; as inputs stored `[out, in]`, they would be transposed in every step.
 //! 4-bit codes are constants of the network: as inputs they would be unpacked to BF16 in every step. E4M3 codes are
-//! either ([`Fp8Weights`]).
+//! either ([`Fp8Weights`]). Where inputs are 8-bit
+//! integers too, codes are stored `[out, in]`.
 
+mod integers;
 mod profiles;
 mod quantized;
 
@@ -139,7 +141,7 @@ enum LoweredValue {
     Cache { cache: NetworkTensor, new: NetworkTensor },
     /// Columns `[start, start + width)` of `[B·T, all]`, which attention reads as heads.
     Columns { of: NetworkTensor, all: usize, start: usize, width: usize },
-    /// E4M3 codes and their scale.
+    /// E4M3 floats or 8-bit integers, and their scale.
     Codes { codes: NetworkTensor, scale: NetworkTensor },
     /// Codes or scales of a quantized weight, added by the linear layer that reads them.
     WeightPart,
@@ -280,15 +282,21 @@ impl<N: Layers> NetworkLowering<'_, N> {
                 let (x, y) = (self.plain(x)?, self.plain(y)?);
                 Ok(LoweredValue::Plain(self.network.sum(x, y)?))
             }
-            Op::FakeQuantizeF8 { scale } => {
+            Op::FakeQuantize { code, scale } => {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scale = self.network.scalar(*scale, 0)?;
-                Ok(LoweredValue::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
+                Ok(LoweredValue::Codes { codes: self.network.quantize(x, scale, *code)?, scale })
             }
             Op::QuantizedLinear { block } => {
                 let [x, codes, scales] = operands(node)?;
-                Ok(LoweredValue::Plain(self.quantized_linear(node, *block, [x, codes, scales])?))
+                let product = match (self.place(x), self.graph.node(codes).ty.dtype, block) {
+                    (LoweredValue::Codes { codes: x, scale }, DType::I8, None) => {
+                        self.integer_linear(node, (x, scale), [codes, scales])?
+                    }
+                    _ => self.quantized_linear(node, *block, [x, codes, scales])?,
+                };
+                Ok(LoweredValue::Plain(product))
             }
         }
     }

@@ -57,8 +57,11 @@ fn item(weight: &PlanWeight) -> Result<PackItem<'_>> {
             }));
             Box::new(move |codes| Ok(codes.iter().map(|code| scheme.bits(*code)).collect()))
         }
+        (RowForm::Codes(scheme), WeightLayout::Rows) if weight.dtype != DType::I4 => {
+            Box::new(move |codes| Ok(codes.iter().map(|code| scheme.bits(*code)).collect()))
+        }
         (RowForm::Codes(_), WeightLayout::Rows | WeightLayout::Spread { .. }) => {
-            return Err(unexpected(weight, "codes are stored as the transpose of a matrix"));
+            return Err(unexpected(weight, "codes are stored as a matrix, those of 4 bits as its transpose"));
         }
         (RowForm::Scales(_), WeightLayout::Rows | WeightLayout::Spread { .. }) => {
             Box::new(move |scales| stored_scales(weight, scales, content.width()))

@@ -39,7 +39,7 @@ pub struct PlanFlags {
     #[arg(long, value_name = "NAME|FILE", value_parser = recipe_name)]
     recipe: Option<String>,
     /// Number format of weights [default: the plan's]
-    #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8")]
+    #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8|w8a8")]
     precision: Option<Precision>,
     /// Capacity class to list, in tokens per sequence [default: the largest]
     #[arg(long, value_name = "TOKENS")]
@@ -129,7 +129,7 @@ impl Plans<'_> {
         check_size(config)?;
         // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
         // rounding.
-        let any_scale = Calibration::uniform(0.01).without(&recipe.keep_bf16);
+        let any_scale = Calibration::uniform(0.01).without(recipe.kept_in_bf16());
         let (classes, calibration, has_context_plan, attention) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();

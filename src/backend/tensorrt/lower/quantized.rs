@@ -8,7 +8,7 @@ use crate::graph::{Node, Op, Value};
 use crate::tensor::DType;
 
 /// Element type that codes are dequantized to, and that their GEMM computes in.
-const QUANTIZED_PRODUCTS: DType = DType::BF16;
+pub(super) const QUANTIZED_PRODUCTS: DType = DType::BF16;
 
 impl<N: Layers> NetworkLowering<'_, N> {
     /// Dequantizes the weight right before the GEMM, which TensorRT fuses into one kernel.
