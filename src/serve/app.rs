@@ -216,6 +216,13 @@ impl App {
         !self.is_draining() && self.models.iter().all(|model| model.opened().is_some_and(|o| o.engine.status().is_open))
     }
 
+    /// The reason of an engine that has stopped without being told to.
+    pub fn stopped_engine(&self) -> Option<String> {
+        let opened = self.models.iter().filter_map(ServedModel::opened);
+        let stopped = opened.filter(|opened| !self.is_draining() && !opened.engine.status().is_open);
+        stopped.map(|opened| format!("{}: {}", opened.name, opened.engine.stop_error())).next()
+    }
+
     fn metrics_text(&self) -> String {
         for model in &self.models {
             let opened = model.opened();
