@@ -16,7 +16,7 @@ kept=${CLIENTS_DIR:-$root/target/clients}
 [ -x "$program" ] || { echo "$program is not there: run cargo build --release first" >&2; exit 2; }
 mkdir -p "$kept"
 engine=$kept/tiny-chat
-[ -e "$engine/engine.json" ] || "$program" build "$root/tests/data/tiny-chat" --recipe cpu -o "$engine"
+"$program" build "$root/tests/data/tiny-chat" --recipe cpu --force -o "$engine"
 environment=$kept/schemathesis
 if ! cmp -s "$here/requirements-schemathesis.txt" "$environment/installed.txt"; then
     python3 -m venv --clear "$environment"
