@@ -73,13 +73,13 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
     let context = RequestContext { client: hasher.finish(), usage: Arc::default() };
     request.extensions_mut().insert(context.clone());
     let record = Record {
+        app: app.clone(),
         id,
         usage: context.usage,
         address,
         method: request.method().clone(),
         // The path as it is routed: one from a client may hold anything.
         route: request.extensions().get::<MatchedPath>().map_or("-".into(), |path| path.as_str().to_owned()),
-        format: app.options().log,
         started: Instant::now(),
         status: 0,
         bytes: 0,
@@ -147,15 +147,14 @@ pub(super) fn panicked(payload: Box<dyn Any + Send + 'static>) -> Response {
     ApiError::internal().into_response()
 }
 
-/// The line of a request in the log, written when it is dropped.
-#[derive(Debug)]
+/// The line of a request in the log, written when it is dropped, and counted in the metrics.
 struct Record {
+    app: Arc<App>,
     id: Arc<str>,
     usage: Arc<Usage>,
     address: Option<SocketAddr>,
     method: Method,
     route: String,
-    format: LogFormat,
     started: Instant,
     /// 0 until there is a response.
     status: u16,
@@ -169,13 +168,14 @@ impl Drop for Record {
         let milliseconds = self.started.elapsed().as_secs_f64() * 1e3;
         // nginx's number for a client that left.
         let status = if self.is_whole { self.status } else { 499 };
+        self.app.responded(&self.route, status);
         let [prompt, cached, completion] =
             [&self.usage.prompt_tokens, &self.usage.cached_tokens, &self.usage.completion_tokens]
                 .map(|count| count.load(Ordering::Relaxed));
         let address = self.address.map_or_else(|| "-".to_owned(), |address| address.ip().to_string());
         let Record { id, method, route, bytes, .. } = &*self;
         let time = chrono::Utc::now().format("%Y-%m-%dT%H:%M:%S%.3fZ");
-        let line = match self.format {
+        let line = match self.app.options().log {
             LogFormat::Off => return,
             LogFormat::Text => format!(
                 "{time} {address} {method} {route} {status} {milliseconds:.1} ms, {bytes} bytes, tokens {prompt} prompt \
