@@ -21,7 +21,7 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use uuid::Uuid;
 
 use super::anthropic;
-use super::app::{App, MAX_REQUEST_ID};
+use super::app::{App, InFlight, MAX_REQUEST_ID};
 use super::error::ApiError;
 use super::kserve;
 use super::options::{LogFormat, ServeOptions};
@@ -72,7 +72,8 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
     }
     let context = RequestContext { client: hasher.finish(), usage: Arc::default() };
     request.extensions_mut().insert(context.clone());
-    let record = Record {
+    // Dropped with this handler if the client leaves before there is a response.
+    let mut record = Record {
         app: app.clone(),
         id,
         usage: context.usage,
@@ -84,9 +85,8 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
         status: 0,
         bytes: 0,
         is_whole: false,
+        _in_flight: app.count(),
     };
-    // Dropped with the request if the client leaves before there is a response.
-    let mut record = record;
     let mut response = next.run(request).await;
     record.status = response.status().as_u16();
     if let Ok(value) = HeaderValue::from_str(&record.id) {
@@ -161,6 +161,7 @@ struct Record {
     bytes: u64,
     /// The response was sent to its end.
     is_whole: bool,
+    _in_flight: InFlight,
 }
 
 impl Drop for Record {

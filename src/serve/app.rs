@@ -1,7 +1,7 @@
 //! The served models and their state, and the routes.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -36,6 +36,17 @@ pub(super) struct App {
     hear: HearServer,
     encodings: Semaphore,
     is_draining: AtomicBool,
+    /// Requests whose responses are not over.
+    in_flight: AtomicUsize,
+}
+
+/// A request whose response is not over.
+pub(super) struct InFlight(Arc<App>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// A model by its names, and what was made of it once it is open.
@@ -85,7 +96,8 @@ impl App {
             true => Err(Error::Serve("there is no model to serve".into())),
             false => {
                 let encodings = Semaphore::new(CONCURRENT_ENCODINGS);
-                Ok(App { options, models, metrics, hear, encodings, is_draining: AtomicBool::new(false) })
+                let (is_draining, in_flight) = (AtomicBool::new(false), AtomicUsize::new(0));
+                Ok(App { options, models, metrics, hear, encodings, is_draining, in_flight })
             }
         }
     }
@@ -109,6 +121,9 @@ impl App {
         let model = (source.open)()?;
         let engine = model.engine_with(EngineOptions::default().max_queued(self.options.max_queue))?;
         let handle = engine.handle();
+        // One step reads every weight, so that no request waits for the disk, and shows that the model computes.
+        let first = model.package().manifest().model.bos_token_id.unwrap_or(0);
+        handle.submit(GenerationRequest::new(vec![first]).max_tokens(1))?.wait()?;
         let _ = served.engine.set(engine);
         let mut format = (**model.chat_format()).clone();
         format.escape_markers = !self.options.card_compatible;
@@ -175,14 +190,18 @@ impl App {
     /// Accepts no more requests.
     pub fn drain(&self) {
         self.is_draining.store(true, Ordering::Release);
-        let requests = self.outstanding();
-        (self.hear)(&ServeEvent::Draining { requests });
+        (self.hear)(&ServeEvent::Draining { requests: self.in_flight() });
     }
 
-    /// Requests that run or wait.
-    pub fn outstanding(&self) -> usize {
-        let status = self.models.iter().filter_map(|model| model.opened()).map(|opened| opened.engine.status());
-        status.map(|status| status.running + status.queued).sum()
+    /// Requests whose responses are not over.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Acquire)
+    }
+
+    /// Counts a request until the returned value is dropped.
+    pub fn count(self: &Arc<App>) -> InFlight {
+        self.in_flight.fetch_add(1, Ordering::AcqRel);
+        InFlight(self.clone())
     }
 
     /// Ends all requests that still run.
@@ -270,12 +289,7 @@ impl OpenedModel {
         if bytes <= most {
             return Ok(());
         }
-        let message = format!(
-            "the prompt has {bytes} bytes, which cannot fit the {tokens} tokens per sequence of this model, prompt and \
-             answer together"
-        );
-        let code = Some("context_length_exceeded");
-        Err(ApiError { code, ..ApiError::of_field("messages", message) })
+        Err(ApiError::prompt_too_long(tokens, &format!("{bytes} bytes, which is more")))
     }
 
     /// Submits a request.

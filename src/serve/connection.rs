@@ -22,6 +22,10 @@ use super::app::{App, router};
 const MAX_HEADERS: usize = 100;
 /// Bytes of a request's headers, and of what is read ahead of it.
 const MAX_HEADER_BYTES: usize = 64 << 10;
+/// Interval at which a server that stops looks whether all is done.
+const POLL: Duration = Duration::from_millis(5);
+/// Time for connections without a request to be closed.
+const FAREWELL: Duration = Duration::from_millis(500);
 /// Pause after the operating system has refused a connection, as where there are no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -56,19 +60,21 @@ pub(super) async fn serve(listeners: Vec<TcpListener>, app: Arc<App>, stop: impl
     app.drain();
     // While running requests are finished, new connections are still answered: with 503.
     let done = async {
-        while app.outstanding() > 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        for task in accept {
-            task.abort();
-            // What it holds is gone once it has ended.
-            let _ = task.await;
-        }
-        if let Some(graceful) = Arc::into_inner(graceful) {
-            graceful.shutdown().await;
+        while app.in_flight() > 0 {
+            tokio::time::sleep(POLL).await;
         }
     };
-    tokio::time::timeout(app.options().drain_timeout, done).await.is_ok()
+    let is_done = tokio::time::timeout(app.options().drain_timeout, done).await.is_ok();
+    for task in accept {
+        task.abort();
+        // What it holds is gone once it has ended.
+        let _ = task.await;
+    }
+    if let Some(graceful) = Arc::into_inner(graceful) {
+        // Connections without a request are closed in order, but not waited for.
+        let _ = tokio::time::timeout(FAREWELL, graceful.shutdown()).await;
+    }
+    is_done
 }
 
 /// Serves one connection.

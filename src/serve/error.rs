@@ -68,6 +68,16 @@ impl ApiError {
         ApiError { code: Some("invalid_api_key"), ..error }
     }
 
+    /// A prompt that leaves no room for an answer. Clients look for the first words of this, as OpenAI's server has them.
+    pub fn prompt_too_long(max_sequence_tokens: usize, prompt: &str) -> ApiError {
+        let message = format!(
+            "This model's maximum context length is {max_sequence_tokens} tokens, prompt and answer together, but the \
+             prompt has {prompt}; shorten it to at most {} tokens",
+            max_sequence_tokens.saturating_sub(1)
+        );
+        ApiError { code: Some("context_length_exceeded"), ..ApiError::bad_request(message) }
+    }
+
     /// A request that may succeed later.
     pub fn unavailable(message: impl Into<String>, retry_after: u64) -> ApiError {
         let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", message);
@@ -133,9 +143,8 @@ impl From<&Error> for ApiError {
                 ApiError { param: field.map(str::to_owned), ..ApiError::bad_request(words.clone()) }
             }
             Error::Tokenizer(words) => ApiError::bad_request(format!("the text cannot be encoded: {words}")),
-            error @ Error::PromptTooLong { .. } => {
-                let code = Some("context_length_exceeded");
-                ApiError { code, ..ApiError::of_field("messages", error.to_string()) }
+            Error::PromptTooLong { prompt_tokens, max_sequence_tokens } => {
+                ApiError::prompt_too_long(*max_sequence_tokens, &format!("{prompt_tokens} tokens"))
             }
             error @ Error::QueueFull { .. } => ApiError {
                 code: Some("queue_full"),
