@@ -3,6 +3,7 @@
 //! ```sh
 //! cargo bench --bench quantization             # all of it, some minutes
 //! cargo bench --bench quantization -- layers   # prints the table of random layers alone
+//! cargo bench --bench quantization -- w8a8     # prints the rows of precisions that begin so
 //! ```
 
 use std::collections::HashMap;
@@ -15,9 +16,10 @@ use std::sync::Arc;
 
 use aotron::backend::{ExecutorOptions, open};
 use aotron::compile::rounding::InputProducts;
+use aotron::compile::smoothing::choice::{LayerInputs, STRENGTHS};
 use aotron::compile::{BuildRequest, LinearKind, Precision, Progress, Recipe, WeightRounding, build};
 use aotron::engine::Package;
-use aotron::quantize::{F8_MAX, Scheme, round_f8, round_integer};
+use aotron::quantize::{F8_MAX, Scheme, round_f8, round_i8};
 use aotron::runtime::{Chat, Session, Turn};
 use serde_json::Value;
 
@@ -45,12 +47,18 @@ The number formats of `aotron build --precision` and their effect on quality, me
 | `int8` with `activations = \"int8\"` in the recipe (CPU) | as `int8` | 8-bit integers, one scale per token | BF16 |
 | `int4` | 4-bit integers, -8 to 7, FP32 scales with group size 128 | BF16 | BF16 |
 | `fp8` | E4M3 floats, per-channel FP32 scales; `qkv_proj` BF16 | E4M3 floats, one calibrated scale per layer | BF16 |
+| `w8a8` | as `int8`, after SmoothQuant; `down_proj` BF16 | 8-bit integers, -128 to 127, one calibrated scale per layer, after SmoothQuant | BF16 |
 
 Accumulators, norms, softmax and the residual stream are FP32 in all of them. Each scale of weights is chosen from several
 candidates to minimize the sum of squared errors (`src/quantize.rs`); the LM head stays in BF16. In `int4` and `fp8` weights
 are then rounded by GPTQ (`src/compile/rounding.rs`): each code makes up for the errors of those before it, as far as the
 products of the layer's inputs on calibration prompts tell. The scale of E4M3 inputs is the largest of 21 candidates whose
 squared error over the prompts is within 1 % of the smallest; what exceeds it saturates.
+
+SmoothQuant (`src/compile/smoothing.rs`) divides each channel of a layer's inputs by a factor and multiplies the weight's column
+by it; the division is folded into the norm, the values or the MLP's first layer, so it costs nothing. Factors and the scale
+of inputs are chosen for each layer among four strengths and none, by an estimate of the outputs' error on tokens other than
+those whose largest inputs the factors come from: otherwise factors fit squared ReLUs so closely that other tokens saturate.
 
 ";
 
@@ -73,8 +81,8 @@ Relative error in percent, ‖y' − y‖ / ‖y‖, of the outputs of random la
 that weights were rounded by. The inputs share 64 directions; after LayerNorm, one channel of 512 is 20 times as large.
 
 | inputs | int8 | int4, nearest | int4, gptq | E4M3 weights, nearest | E4M3 weights, gptq | E4M3 inputs | both, gptq | \
-W8A8 | W8A8, SmoothQuant |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+W8A8 | W8A8, SmoothQuant | and gptq |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 ";
 
 /// The page's end.
@@ -92,9 +100,9 @@ const FINDINGS: &str = "
 - **Wide layers.** The products of 16,384 inputs would take 2 GiB in FP64, so `down_proj` is rounded in four runs of 4,096
   columns that do not make up for each other. A run needs more tokens than it has columns: with as many, as in the table
   above, nearly uncorrelated inputs leave GPTQ nothing to gain with E4M3, and a quarter of the error with 4 bits.
-- **W8A8 for an A100's prefill** would need SmoothQuant where LayerNorm leaves large channels: 2.2 % of error rather than
-  6.5, and then it is better than E4M3 on both sides. tiny-chat has no such channels: one scale for a token
-  (`activations = \"int8\"`) is enough there. No kernel for GPUs uses it yet.
+- **W8A8 needs SmoothQuant where LayerNorm leaves large channels**: with one scale for all inputs the error falls to about a
+  third, and is then that of E4M3 on both sides. A squared ReLU without such channels is left as it is. On tiny-chat
+  `down_proj` comes first: its inputs are squares, mostly small, and one step fits them badly, so it stays in BF16. Weights of `w8a8` are rounded to the nearest codes; the last column is what GPTQ would add.
 ";
 
 struct Quiet;
@@ -126,7 +134,11 @@ fn main() -> Outcome<()> {
     let folder = tempfile::tempdir()?;
     let quiet: Arc<dyn Progress> = Arc::new(Quiet);
     let mut packages = HashMap::new();
-    let variants = variants()?;
+    let mut variants = variants()?;
+    let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    if let Some(only) = &only {
+        variants.retain(|variant| variant.name == "f32" || variant.name.starts_with(only));
+    }
     for Variant { name, recipe, calibration } in &variants {
         let output = folder.path().join(name);
         let request = BuildRequest {
@@ -157,6 +169,9 @@ fn main() -> Outcome<()> {
         eprint!("{row}");
         page.push_str(&row);
     }
+    if only.is_some() {
+        return Ok(());
+    }
     page.push_str(LEGEND);
     page.push_str(&layers());
     page.push_str(FINDINGS);
@@ -178,10 +193,10 @@ fn variants() -> Outcome<Vec<Variant>> {
     let cpu = Recipe::load("cpu")?;
     let of = |precision: Precision| Recipe { precision, ..cpu.clone() };
     let nearest = |precision: Precision| Recipe { weight_rounding: WeightRounding::Nearest, ..of(precision) };
-    let keeping = |kinds: &[LinearKind]| Recipe { keep_bf16: kinds.to_vec(), ..of(Precision::Fp8) };
+    let keeping = |kinds: &[LinearKind]| Recipe { keep_bf16: Some(kinds.to_vec()), ..of(Precision::Fp8) };
     let row = |name: &str, recipe: Recipe| Variant { name: name.into(), recipe, calibration: None };
     let similar = |name: &str, recipe: Recipe| Variant { calibration: Some(SIMILAR), ..row(name, recipe) };
-    let all_nearest = Recipe { keep_bf16: Vec::new(), ..nearest(Precision::Fp8) };
+    let all_nearest = Recipe { keep_bf16: Some(Vec::new()), ..nearest(Precision::Fp8) };
     let (up, down) = (LinearKind::UpProj, LinearKind::DownProj);
     Ok(vec![
         row("f32", of(Precision::F32)),
@@ -197,6 +212,10 @@ fn variants() -> Outcome<Vec<Variant>> {
         row("fp8, keep_bf16 = [], nearest", all_nearest),
         row("fp8, keep_bf16 = [down_proj]", keeping(&[down])),
         row("fp8, keep_bf16 = [up_proj]", keeping(&[up])),
+        row("w8a8", of(Precision::W8a8)),
+        row("w8a8, keep_bf16 = []", Recipe { keep_bf16: Some(Vec::new()), ..of(Precision::W8a8) }),
+        row("w8a8, smooth_inputs = false", Recipe { smooth_inputs: false, ..of(Precision::W8a8) }),
+        similar("w8a8, similar prompts", of(Precision::W8a8)),
     ])
 }
 
@@ -278,6 +297,7 @@ fn layers() -> String {
         let largest = seen.iter().fold(0f32, |most, v| most.max(v.abs()));
         let scale = 2.0 * largest / F8_MAX;
         let e4m3: Vec<f32> = fresh.iter().map(|v| round_f8(v / scale) * scale).collect();
+        let layer = Layer { seen, fresh, weights: &weights, columns };
         let cells = [
             error(fresh, &nearest(Scheme::INT8, &weights)),
             error(fresh, &nearest(Scheme::INT4, &weights)),
@@ -286,8 +306,9 @@ fn layers() -> String {
             error(fresh, &gptq(Scheme::FP8)),
             error(&e4m3, &weights),
             error(&e4m3, &gptq(Scheme::FP8)),
-            smoothed(seen, fresh, &weights, columns, 0.0, &error, &nearest),
-            smoothed(seen, fresh, &weights, columns, 0.5, &error, &nearest),
+            integers(&layer, &[], false, &error).unwrap_or(f64::NAN),
+            integers(&layer, &STRENGTHS, false, &error).unwrap_or(f64::NAN),
+            integers(&layer, &STRENGTHS, true, &error).unwrap_or(f64::NAN),
         ];
         let cells: Vec<String> = cells.iter().map(|cell| format!("{cell:.2}")).collect();
         let _ = writeln!(table, "| {name} | {} |", cells.join(" | "));
@@ -295,40 +316,42 @@ fn layers() -> String {
     table
 }
 
-/// Error with 8-bit integers on both sides, one scale for a token and one for a channel, after SmoothQuant's division of
-/// inputs, and multiplication of weights, by `max|x|^strength / max|w|^(1 − strength)` of each column; 0: without.
-fn smoothed(
-    seen: &[f32],
-    fresh: &[f32],
-    weights: &[f32],
-    columns: usize,
-    strength: f32,
-    error: &dyn Fn(&[f32], &[f32]) -> f64,
-    nearest: &dyn Fn(Scheme, &[f32]) -> Vec<f32>,
-) -> f64 {
-    let largest = |rows: &[f32]| {
-        let mut most = vec![1e-5f32; columns];
-        for row in rows.chunks_exact(columns) {
-            most.iter_mut().zip(row).for_each(|(most, v)| *most = most.max(v.abs()));
-        }
-        most
+/// Error with 8-bit integers on both sides, one scale for all inputs and one for each output, with factors of one of these
+/// strengths, or without any.
+fn integers(layer: &Layer<'_>, strengths: &[f32], is_gptq: bool, error: &dyn Fn(&[f32], &[f32]) -> f64) -> Option<f64> {
+    let Layer { seen, fresh, weights, columns } = *layer;
+    let mut inputs = LayerInputs::new(columns, seen.len() / columns);
+    inputs.add(seen);
+    let channels: Vec<usize> = (0..columns).collect();
+    let mut rows = |visit: &mut dyn FnMut(&[f32])| {
+        visit(weights);
+        Ok(())
     };
-    let factors: Vec<f32> = match strength {
-        0.0 => vec![1.0; columns],
-        _ => {
-            largest(seen).iter().zip(largest(weights)).map(|(x, w)| x.powf(strength) / w.powf(1.0 - strength)).collect()
-        }
-    };
+    let chosen = inputs.choose(&channels, strengths, &mut rows).ok().flatten()?;
     let scaled = |rows: &[f32], power: i32| -> Vec<f32> {
-        rows.iter().enumerate().map(|(i, v)| v * factors[i % columns].powi(power)).collect()
+        rows.iter().enumerate().map(|(i, v)| v * chosen.factors[i % columns].powi(power)).collect()
     };
-    let weights = scaled(&nearest(Scheme::INT8, &scaled(weights, 1)), -1);
-    let mut inputs = scaled(fresh, -1);
-    for row in inputs.chunks_exact_mut(columns) {
-        let scale = row.iter().fold(f32::MIN_POSITIVE, |most, v| most.max(v.abs())) / 127.0;
-        row.iter_mut().for_each(|v| *v = round_integer(*v / scale) * scale);
+    let (mut codes, mut scales) = (scaled(weights, 1), vec![0f32; weights.len() / columns]);
+    if is_gptq {
+        let mut products = InputProducts::new(columns);
+        seen.chunks(256 * columns).for_each(|some| products.add(&scaled(some, -1)));
+        let found = products.factorize()?.round(Scheme::INT8, &codes);
+        (codes, scales) = (found.codes, found.scales);
+    } else {
+        Scheme::INT8.quantize(columns, &mut codes, &mut scales);
     }
-    error(&scaled(&inputs, 1), &weights)
+    let rounded: Vec<f32> = codes.iter().enumerate().map(|(i, code)| code * scales[i / columns]).collect();
+    let mut inputs = scaled(fresh, -1);
+    inputs.iter_mut().for_each(|v| *v = round_i8(*v / chosen.scale) * chosen.scale);
+    Some(error(&scaled(&inputs, 1), &scaled(&rounded, -1)))
+}
+
+/// A random layer: inputs to calibrate by, inputs to measure on, and weights.
+struct Layer<'l> {
+    seen: &'l [f32],
+    fresh: &'l [f32],
+    weights: &'l [f32],
+    columns: usize,
 }
 
 /// `x · weightsᵀ`

@@ -86,6 +86,8 @@ public:
     virtual std::uint32_t decompose_attention() = 0;
     // The k largest elements along the last of two dimensions.
     virtual TopK top_k(std::uint32_t x, std::uint32_t k) = 0;
+    // The sum along the last dimension, which the result does not have.
+    virtual std::uint32_t last_sums(std::uint32_t x) = 0;
 
     virtual std::uint32_t layers() const = 0;
     virtual LayerInfo layer(std::uint32_t index) const = 0;
@@ -93,6 +95,8 @@ public:
     virtual std::unique_ptr<Plan> build(BuildOptions const& options) = 0;
     // True if the observer cancelled the last build.
     virtual bool cancelled() const = 0;
+    // Timing cache of the last build; empty if there is none.
+    virtual rust::Slice<const std::uint8_t> timings() const = 0;
 };
 
 // An engine set up to run one profile. It keeps its engine alive; addresses are device addresses.

@@ -295,6 +295,7 @@ char const* name_of(LayerType type)
     case LayerType::kATTENTION_INPUT: return "attention_input";
     case LayerType::kATTENTION_OUTPUT: return "attention_output";
     case LayerType::kTOPK: return "top_k";
+    case LayerType::kREDUCE: return "reduce";
     case LayerType::kQUANTIZE: return "quantize";
     case LayerType::kDEQUANTIZE: return "dequantize";
     default: return "other";
@@ -594,6 +595,12 @@ public:
         return {values, keep(layer->getOutput(1), "read the indices of top_k")};
     }
 
+    std::uint32_t last_sums(std::uint32_t x) override
+    {
+        auto const last = std::max(at(x).getDimensions().nbDims - 1, 0);
+        return keep(mNetwork->addReduce(at(x), ReduceOperation::kSUM, 1U << last, false), "last_sums");
+    }
+
     std::uint32_t layers() const override
     {
         return static_cast<std::uint32_t>(mNetwork->getNbLayers());
@@ -641,6 +648,12 @@ public:
         if (options.optimization_level >= 0) {
             config->setBuilderOptimizationLevel(options.optimization_level);
         }
+        if (options.tiling_optimization_level >= 0
+            && !config->setTilingOptimizationLevel(
+                static_cast<TilingOptimizationLevel>(options.tiling_optimization_level))) {
+            fail("set tiling optimization level " + std::to_string(options.tiling_optimization_level));
+        }
+        auto const* const timings = timing_cache(*config, {options.timings.data(), options.timings.size()});
 #endif
         config->setProfilingVerbosity(
             options.list_kernels ? ProfilingVerbosity::kDETAILED : ProfilingVerbosity::kLAYER_NAMES_ONLY);
@@ -674,6 +687,10 @@ public:
         if (!memory || memory->size() == 0) {
             fail("build the network");
         }
+#if !AOTRON_CROSS_COMPILES
+        // Without it, the next build only takes longer.
+        mTimings.reset(timings != nullptr ? timings->serialize() : nullptr);
+#endif
         return std::make_unique<PlanOf>(std::move(memory));
     }
 
@@ -682,7 +699,31 @@ public:
         return mCancelled;
     }
 
+    rust::Slice<const std::uint8_t> timings() const override
+    {
+        if (!mTimings) {
+            return {};
+        }
+        return {static_cast<std::uint8_t const*>(mTimings->data()), mTimings->size()};
+    }
+
 private:
+#if !AOTRON_CROSS_COMPILES
+    // Gives the builder the timings of earlier builds, or an empty cache if they are of another version or GPU.
+    ITimingCache const* timing_cache(IBuilderConfig& config, rust::Slice<const std::uint8_t> earlier)
+    {
+        for (auto const size : {earlier.size(), std::size_t{0}}) {
+            auto& cache = mTimingCaches.emplace_back(config.createTimingCache(earlier.data(), size));
+            if (cache && config.setTimingCache(*cache, false)) {
+                return cache.get();
+            }
+            // What it says of timings that it does not take is not the reason of a later failure.
+            mListening->forget();
+        }
+        return nullptr;
+    }
+#endif
+
     [[noreturn]] void fail(std::string const& action) const
     {
         throw std::runtime_error("cannot " + action + ": " + mListening->errors());
@@ -760,10 +801,14 @@ private:
     Listening mListening;
     std::deque<std::vector<char>> mConstants; // read by TensorRT until the network is destroyed
     std::vector<rust::Box<ConstantBytes>> mBorrowed; // likewise
+#if !AOTRON_CROSS_COMPILES
+    std::vector<std::unique_ptr<ITimingCache>> mTimingCaches; // they outlive the builder, as TensorRT requires
+#endif
     std::unique_ptr<IBuilder> mBuilder;
     std::unique_ptr<INetworkDefinition> mNetwork;
     std::vector<ITensor*> mTensors; // owned by the network
     std::vector<IAttention*> mAttentions; // likewise
+    std::unique_ptr<IHostMemory> mTimings;
     std::string mScope;
     std::uint32_t mInScope = 0;
     bool mCancelled = false;

@@ -239,7 +239,7 @@ def main():
         experiment = Experiment(asker, target, flags.quick)
         experiment.packed()
         shape = flags.shape or ("small" if flags.quick else "mid")
-        precisions = ["bf16", "int8", "int4"] if target == "a100" else ["bf16", "fp8", "int8"]
+        precisions = ["bf16", "w8a8", "int8", "int4"] if target == "a100" else ["bf16", "fp8", "int8"]
         if flags.quick:
             experiment.acceptance()
             experiment.speed(shape, precisions[:2])

@@ -348,6 +348,13 @@ pub fn round_integer(value: f32) -> f32 {
     (value + SHIFT) - SHIFT
 }
 
+/// The nearest integer from -128 to 127, ties to even; NaN stays NaN. Weights have no code -128, inputs do, as in
+/// TensorRT's QuantizeLinear.
+#[inline(always)]
+pub fn round_i8(value: f32) -> f32 {
+    round_integer(value.clamp(-128.0, 127.0))
+}
+
 /// The nearest E4M3 float, ties to even; magnitudes past the largest become it, NaN stays NaN.
 #[inline(always)]
 pub fn round_f8(value: f32) -> f32 {

@@ -209,7 +209,7 @@ fn fp8_is_calibrated_with_the_users_prompts() {
         let graph = aotron(&["inspect", &output, "--graph"]).ok().out;
         assert!(graph.contains("codes(model.layers.0.self_attn.o_proj.weight"), "{graph}");
         assert!(!graph.contains("codes(rows(model.layers.0.self_attn.q_proj.weight"), "kept in BF16: {graph}");
-        graph.lines().filter(|line| line.contains("fake_quantize_f8")).map(str::to_owned).collect::<Vec<String>>()
+        graph.lines().filter(|line| line.contains("= fake_quantize")).map(str::to_owned).collect::<Vec<String>>()
     };
     let hello = scales(r#"{"messages": [{"role": "user", "content": "Hello!"}]}"#);
     assert!(!hello.is_empty() && hello != scales(r#"{"token_ids": [4, 306, 7, 7, 5, 276, 7]}"#));
@@ -235,7 +235,7 @@ fn build_refuses_what_does_not_fit() {
     build(&["--max-sequence-tokens", "65"]).fails(1, &["max_sequence_tokens is 65", "64"]);
     build(&["--recipe", "tpu"]).fails(2, &["no such recipe", "cpu"]);
     build(&["--slots", "-1"]).fails(2, &["invalid value '-1' for '--slots"]);
-    build(&["--precision", "int2"]).fails(2, &["f32, bf16, int8, int4, fp8"]);
+    build(&["--precision", "int2"]).fails(2, &["f32, bf16, int8, int4, fp8, w8a8"]);
     build(&["--slots", "0"]).fails(2, &["0"]);
     aotron(&["build", text(folder.path()), "-o", text(&output)]).fails(1, &["config.json"]);
     assert!(!output.exists());
@@ -290,7 +290,7 @@ fn the_cpu_of_a_plan_is_shown() {
     let mut manifest = aotron(&["inspect", text(&output)]).ok().out;
     assert!(manifest.contains("  packed for portable"), "{manifest}");
     let plan = output.join("plans/cpu.json");
-    let damaged = std::fs::read_to_string(&plan).unwrap().replacen("\"version\":2", "\"version\":9", 1);
+    let damaged = std::fs::read_to_string(&plan).unwrap().replacen("\"version\":3", "\"version\":9", 1);
     std::fs::write(&plan, damaged).unwrap();
     manifest = aotron(&["inspect", text(&output)]).ok().out;
     assert!(manifest.contains("  packed for unknown: engine package"), "{manifest}");
@@ -657,6 +657,28 @@ fn inspect_shows_what_tensorrt_makes_of_a_model() {
     for step in kernels["steps"].as_array().unwrap() {
         assert_eq!(step["analysis"]["weight_copies"], Value::Array(vec![]), "{}", step["name"]);
     }
+    // Three layers of each block are in FP8. As inputs they are widened in their GEMM's kernel, as constants they are not.
+    let products = |recipe: &str| {
+        let json = aotron(&["inspect", CHAT, "--kernels", "--recipe", recipe, "--format", "json"]).ok().json();
+        let found = &json["kernels"]["fp8_products"];
+        let widened = found["widened"].as_array().unwrap().len();
+        (found["layers"].as_u64().unwrap(), found["in_fp8"].as_u64().unwrap(), widened)
+    };
+    assert_eq!(products("h100"), (15, 0, 15));
+    let folder = tempfile::tempdir().unwrap();
+    let constants = folder.path().join("constants.toml");
+    let recipe =
+        include_str!("../engines/h100.toml").replace("fp8_weights = \"fastest\"", "fp8_weights = \"constants\"");
+    std::fs::write(&constants, recipe).unwrap();
+    assert_eq!(products(text(&constants)), (15, 15, 0));
+    let listed = aotron(&["inspect", CHAT, "--kernels", "--recipe", text(&constants)]).ok().out;
+    for words in ["fp8 products: 15 of 15, with weights as constants", "as compiled for SM 8.9; what the target's own"]
+    {
+        assert!(listed.contains(words), "no {words} in {listed}");
+    }
+    assert!(
+        aotron(&["inspect", CHAT, "--kernels", "--recipe", "h100"]).ok().out.contains("  dequantized first: model.")
+    );
     let int4 = aotron(&["inspect", CHAT, "--kernels=all", "--precision", "int4"]).ok().out;
     for words in [" before the layers\n", " layer 4\n", "in the plan", "of them embedded in the plan"] {
         assert!(int4.contains(words), "no {words} in {int4}");

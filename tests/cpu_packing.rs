@@ -88,7 +88,7 @@ fn packing_again_gives_what_the_checkpoint_gives() {
     // 8-bit activations can be enabled and disabled without the checkpoint.
     let float = package(recipe("avx2", Precision::Int8, false), &folder.path().join("float"));
     assert_eq!(digests(&repacked(&output, recipe("avx2", Precision::Int8, false))), digests(&float));
-    for precision in [Precision::Bf16, Precision::Int4, Precision::Fp8] {
+    for precision in [Precision::Bf16, Precision::Int4, Precision::Fp8, Precision::W8a8] {
         let output = folder.path().join(precision.to_string());
         let before = package(Recipe { quantize_activations: None, ..recipe("avx2", precision, false) }, &output);
         let again = repacked(&output, Recipe { quantize_activations: None, ..recipe("avx2", precision, false) });

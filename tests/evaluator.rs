@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use aotron::Error;
 use aotron::backend::tensorrt::{AttentionMask, ConstantBytes, Layers, NetworkTensor};
-use aotron::quantize::{f8_value, round_f8};
+use aotron::quantize::{f8_value, round_f8, round_i8};
 use aotron::tensor::DType;
 use half::{bf16, f16};
 
@@ -422,10 +422,15 @@ impl Layers for Evaluator<'_> {
     fn quantize(&mut self, x: NetworkTensor, scale: NetworkTensor, dtype: DType) -> Result<NetworkTensor> {
         let (x, scale) = (self.at(x), self.at(scale));
         let typed = x.element.is_float() && [Element::Stored(DType::F32), x.element].contains(&scale.element);
-        self.check(typed && dtype == DType::F8, &format!("not quantized to {dtype}"), &[&x, &scale])?;
+        self.check(
+            typed && [DType::F8, DType::I8].contains(&dtype),
+            &format!("not quantized to {dtype}"),
+            &[&x, &scale],
+        )?;
         let fits = x.rank() > 0 && scale.rank() == 0 && scale.values[0] > 0.0;
         self.check(fits, "the scale of an activation is one positive number", &[&x, &scale])?;
         let values = x.values.iter().map(|value| value / scale.values[0]);
+        let values = values.map(|value| if dtype == DType::I8 { round_i8(value) } else { value });
         self.keep(Array::new(dtype, &x.dims, values))
     }
 
@@ -660,5 +665,13 @@ impl Layers for Evaluator<'_> {
         }
         let dims = [x.dims[0], k];
         Ok((self.keep(Array::of(x.element, &dims, largest))?, self.keep(Array::new(DType::I32, &dims, columns))?))
+    }
+
+    fn last_sums(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
+        let x = self.at(x);
+        self.check(x.element == Element::Stored(DType::F32) && x.rank() > 0, "nothing to sum", &[&x])?;
+        let (width, dims) = x.dims.split_last().expect("a last dimension");
+        let sums: Vec<f32> = x.values.chunks_exact(*width).map(|row| row.iter().sum()).collect();
+        self.keep(Array::new(DType::F32, dims, sums))
     }
 }

@@ -89,7 +89,7 @@ fn h100_is_refused_prepared_and_left_whole() {
     assert_eq!((info.compute_capability, info.compiled.as_ref()), (90, None));
     assert!(plan(&package, "h100").plan.is_none());
     // Three linear layers per block are quantized; `qkv_proj` and the head stay in BF16.
-    assert_eq!(info.activation_scales.len(), 3 * 5 + 1);
+    assert_eq!(info.activation_scales.len(), 3 * 5);
     assert!(info.activation_scales.values().all(|scale| *scale > 0.0));
 
     let request = FinishRequest { package: output.clone(), recipe: None };
@@ -221,7 +221,7 @@ fn the_program_builds_finishes_and_says_where_plans_run() {
     assert!(text.contains(&format!("on a GPU of SM 9.0: aotron build {output} --finish")), "{text}");
     let (code, _, errors) = run(&["build", TINY_CHAT, "--recipe", "a100:fp8", "-o", output, "--force"]);
     assert_eq!(code, Some(1));
-    assert!(errors.contains("fp8 is not for a100, which takes bf16, int8, int4"), "{errors}");
+    assert!(errors.contains("fp8 is not for a100, which takes bf16, int8, int4, w8a8"), "{errors}");
 }
 
 #[test]

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use aotron::backend::cpu::CpuOptions;
 use aotron::backend::{Chunk, Executor, Rows, Step, cpu_program, open_cpu};
 use aotron::checkpoint::Checkpoint;
-use aotron::compile::{Calibration, Precision, optimized_graph};
+use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
 use aotron::engine::Package;
 use aotron::graph::Graph;
 
-use crate::packages::build_package;
+use crate::packages::{build_calibrated, build_package};
 use crate::reference::{self, Matrix, Tensors};
 
 pub fn shapes() -> Vec<PathBuf> {
@@ -82,12 +82,14 @@ struct Reference {
 }
 
 impl Reference {
-    fn new(shape: &Path, package: &Package, precision: Precision) -> Reference {
+    fn new(shape: &Path, (package, calibration): (&Package, &Calibration), precision: Precision) -> Reference {
         let checkpoint = Checkpoint::open(shape).unwrap();
         let (plan, program) = cpu_program(package).unwrap();
-        let calibration = Calibration::of_program(&program);
+        let scales = Calibration::of_program(&program);
+        let calibrated = calibration.without(&Recipe { precision, ..Recipe::load("cpu").unwrap() }.kept_in_bf16());
+        assert_eq!(scales.scales(), calibrated.scales(), "{precision}");
         let positions = plan.limits.max_sequence_tokens;
-        let (graph, _) = optimized_graph(checkpoint.config(), precision, positions, Some(&calibration)).unwrap();
+        let (graph, _) = optimized_graph(checkpoint.config(), precision, positions, Some(&calibrated)).unwrap();
         let constants = reference::constants(&graph, &Tensors::read(shape));
         Reference { graph, constants }
     }
@@ -116,7 +118,7 @@ fn kernel_tolerance(precision: Precision) -> f64 {
     match precision {
         Precision::F32 => 1e-5,
         // Measured: at most 2e-3, from values around a hundred that rounded the other way.
-        Precision::Bf16 | Precision::Int8 | Precision::Int4 | Precision::Fp8 => 3e-3,
+        Precision::Bf16 | Precision::Int8 | Precision::Int4 | Precision::Fp8 | Precision::W8a8 => 3e-3,
     }
 }
 
@@ -125,8 +127,8 @@ fn kernels_compute_the_graph() {
     for shape in shapes() {
         for precision in Precision::ALL {
             let folder = tempfile::tempdir().unwrap();
-            let package = build_package(&shape, precision, &folder.path().join("engine"));
-            let reference = Reference::new(&shape, &package, precision);
+            let (package, calibration) = build_calibrated(&shape, precision, &folder.path().join("engine"));
+            let reference = Reference::new(&shape, (&package, &calibration), precision);
             for (ids, _) in golden(&shape) {
                 let expected = reference.logits(&ids);
                 for isa in aotron::isa::Isa::available() {
@@ -146,7 +148,7 @@ fn kernels_compute_the_graph() {
 /// [`kernels_compute_the_graph`].
 #[test]
 fn a_wrong_kernel_would_be_seen() {
-    let weight = "model.layers.1.mlp.down_proj.weight";
+    let weight = "model.layers.1.mlp.up_proj.weight";
     type Mistake = fn(&mut Matrix);
     let mistakes: [(&str, &str, Mistake); 5] = [
         ("a scale is half as large again", "scales", |scales| scales.values[3] *= 1.5),
@@ -162,20 +164,16 @@ fn a_wrong_kernel_would_be_seen() {
         }),
     ];
     for shape in shapes() {
-        for precision in [Precision::Int8, Precision::Int4, Precision::Fp8] {
+        for precision in [Precision::Int8, Precision::Int4, Precision::Fp8, Precision::W8a8] {
             let folder = tempfile::tempdir().unwrap();
-            let package = build_package(&shape, precision, &folder.path().join("engine"));
+            let (package, calibration) = build_calibrated(&shape, precision, &folder.path().join("engine"));
             let mut executor = open_cpu(&package, &CpuOptions::default()).unwrap();
             let (ids, _) = golden(&shape).into_iter().max_by_key(|(ids, _)| ids.len()).unwrap();
             let got = score(&mut executor, 0, &ids, 7);
-            let mut reference = Reference::new(&shape, &package, precision);
-            let codes = match precision {
-                Precision::Int8 => "i8",
-                Precision::Int4 => "i4",
-                _ => "f8",
-            };
+            let mut reference = Reference::new(&shape, (&package, &calibration), precision);
+            let codes = precision.scheme().unwrap().dtype().to_string();
             for (words, what, mistake) in &mistakes {
-                let name = format!("{weight}.{}", if *what == "codes" { codes } else { *what });
+                let name = format!("{weight}.{}", if *what == "codes" { &codes } else { *what });
                 let right = reference.constant(&name).clone();
                 mistake(reference.constant(&name));
                 if right == *reference.constant(&name) {
@@ -224,8 +222,9 @@ fn zero_rows_and_outliers_survive() {
     std::fs::write(&file, bytes).unwrap();
     let ids: Vec<u32> = (0..40).map(|i| i * 7 % 131).collect();
     for precision in Precision::ALL {
-        let package = build_package(&checkpoint, precision, &folder.path().join(precision.to_string()));
-        let expected = Reference::new(&checkpoint, &package, precision).logits(&ids);
+        let (package, calibration) =
+            build_calibrated(&checkpoint, precision, &folder.path().join(precision.to_string()));
+        let expected = Reference::new(&checkpoint, (&package, &calibration), precision).logits(&ids);
         let mut executor = open_cpu(&package, &CpuOptions::default()).unwrap();
         let got = score(&mut executor, 0, &ids, 16);
         assert!(got.iter().all(|v| v.is_finite()), "{precision}");

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use aotron::compile::{BuildRequest, BuildSummary, Precision, Progress, Recipe, WeightRounding, build};
+use aotron::compile::{BuildRequest, BuildSummary, Calibration, Precision, Progress, Recipe, WeightRounding, build};
 use aotron::engine::Package;
 
 struct Quiet;
@@ -15,10 +15,15 @@ impl Progress for Quiet {
 
 /// Builds and verifies a CPU package.
 pub fn build_package(checkpoint: &Path, precision: Precision, output: &Path) -> Package {
-    build_recipes(checkpoint, &[("cpu", precision)], false, output).unwrap();
+    build_calibrated(checkpoint, precision, output).0
+}
+
+/// As [`build_package`], with the calibration of the plan, which is empty for a precision without one.
+pub fn build_calibrated(checkpoint: &Path, precision: Precision, output: &Path) -> (Package, Calibration) {
+    let mut summary = build_recipes(checkpoint, &[("cpu", precision)], false, output).unwrap();
     let package = Package::open(output).unwrap();
     package.verify(&|_| {}).unwrap();
-    package
+    (package, summary.plans.remove(0).calibration.unwrap_or_default())
 }
 
 /// Builds a package by built-in recipes, with weights rounded to the nearest codes: those that a test can compute again

@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use aotron::graph::{Const, Graph, Input, Op, Trig};
-use aotron::quantize::{Scheme, round_f8};
+use aotron::graph::{Const, Factors, Graph, Input, Op, Trig};
+use aotron::quantize::{Scheme, round_f8, round_i8};
 use aotron::tensor::DType;
 use half::bf16;
 
@@ -87,6 +87,15 @@ impl Tensors {
                 let values = inner.values.iter().map(|v| round(DType::F32, v + f64::from(*scalar))).collect();
                 Matrix::new(inner.width, values)
             }
+            Const::Scaled(inner, factors) => {
+                let inner = self.constant(inner);
+                let factor = |index: usize| match factors {
+                    Factors::OfColumns(factors) => factors[index % inner.width],
+                    Factors::OfRows(factors) => factors[index / inner.width],
+                };
+                let scaled = |(index, v): (usize, &f64)| round(DType::F32, v * f64::from(factor(index)));
+                Matrix::new(inner.width, inner.values.iter().enumerate().map(scaled).collect())
+            }
             Const::ConcatRows(parts) => {
                 let parts: Vec<Matrix> = parts.iter().map(|part| self.constant(part)).collect();
                 Matrix::new(parts[0].width, parts.into_iter().flat_map(|part| part.values).collect())
@@ -157,9 +166,12 @@ pub fn logits(graph: &Graph, constants: &[Matrix], ids: &[u32]) -> Vec<f64> {
             Op::LayerNorm { eps } => layer_norm(x(0), x(1), x(2), *eps),
             Op::Linear => linear(x(0), x(1)),
             Op::QuantizedLinear { block } => linear(x(0), &dequantized(x(1), x(2), *block)),
-            Op::FakeQuantizeF8 { scale } => x(0).map_rows(|row| {
-                row.iter().map(|v| f64::from(round_f8(*v as f32 / scale)) * f64::from(*scale)).collect()
-            }),
+            Op::FakeQuantize { code, scale } => {
+                let nearest = |v: f32| if *code == DType::F8 { round_f8(v) } else { round_i8(v) };
+                x(0).map_rows(|row| {
+                    row.iter().map(|v| f64::from(nearest(*v as f32 / scale)) * f64::from(*scale)).collect()
+                })
+            }
             Op::Columns { start, width } => x(0).map_rows(|row| row[*start..start + width].to_vec()),
             Op::RotaryAngle { trig, theta, rotary_dim } => {
                 let row = |position: &f64| angles(*trig, *theta, *rotary_dim, *position as usize);

@@ -75,7 +75,8 @@ fn default_recipes_are_twice_as_close_as_nearest_codes_everywhere() {
     let vocab_size = exact.manifest().model.vocab_size;
     let expected = logits(&exact);
     for precision in [Precision::Int4, Precision::Fp8] {
-        let plain = Recipe { weight_rounding: WeightRounding::Nearest, keep_bf16: Vec::new(), ..recipe(precision) };
+        let plain =
+            Recipe { weight_rounding: WeightRounding::Nearest, keep_bf16: Some(Vec::new()), ..recipe(precision) };
         let plain = package(plain, &path(&format!("{precision}-plain")));
         let rounded = package(recipe(precision), &path(&format!("{precision}-default")));
         let of_plain = divergence(&expected, &logits(&plain), vocab_size);

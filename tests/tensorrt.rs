@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use aotron::Error;
 use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelLog, KernelTensor, Kernels};
-use aotron::backend::tensorrt::lower::{Attends, AttentionInput, Constants, LoweredNetwork, Sizes, lower};
+use aotron::backend::tensorrt::lower::{
+    Attends, AttentionInput, Constants, Fp8Weights, LoweredNetwork, LoweringOptions, Sizes, lower, lower_with,
+};
 use aotron::backend::tensorrt::{
-    BuildOptions, ConstantBytes, Layers, LibraryKind, Monitor, SerializedPlan, TensorRtLibrary, Version,
+    BuildOptions, ConstantBytes, Layers, LibraryKind, Monitor, SerializedPlan, ShapeRange, TensorRtLibrary, Version,
 };
 use aotron::checkpoint::{Checkpoint, ModelConfig};
 use aotron::compile::{Calibration, Precision, optimized_graph};
@@ -102,25 +104,41 @@ fn two_wide_layers() -> ModelConfig {
 fn quantized_linear_layers_read_their_codes_in_place() {
     let Some(library) = rtx("quantized_linear_layers_read_their_codes_in_place") else { return };
     let wide = two_wide_layers();
-    for (precision, capability, most) in [(Precision::Int8, 80, 9), (Precision::Int4, 80, 10), (Precision::Fp8, 89, 10)]
-    {
+    let (inputs, constants) = (Fp8Weights::Inputs, Fp8Weights::Constants);
+    let mut decoded = Vec::new();
+    for (precision, fp8_weights, capability, most) in [
+        (Precision::Int8, inputs, 80, 9),
+        (Precision::Int4, inputs, 80, 10),
+        (Precision::Fp8, inputs, 89, 10),
+        (Precision::Fp8, constants, 89, 10),
+        (Precision::W8a8, inputs, 80, 10),
+    ] {
         for (config, attends) in [(&wide, CACHE), (&tiny_chat(), CACHE), (&tiny_chat(), Attends::Chunk)] {
-            let name = format!("{precision}, {attends:?}, {} wide", config.hidden_size);
+            let name = format!("{precision}, {fp8_weights}, {attends:?}, {} wide", config.hidden_size);
+            let options = LoweringOptions { fp8_weights, ..LoweringOptions::default() };
             // Not 1, which TensorRT would optimize away.
             let calibration = Calibration::uniform(0.01);
             let (graph, _) = optimized_graph(config, precision, SIZES.max_sequence_tokens, Some(&calibration)).unwrap();
             let log = Arc::new(KernelLog::new(Arc::new(())));
             let network = library.network(log.clone()).unwrap();
-            let mut lowered = lower(&graph, network, attends, &SIZES, &Constants::Arbitrary).unwrap();
+            let mut lowered = lower_with(&graph, network, attends, &SIZES, &Constants::Arbitrary, &options).unwrap();
             build(&mut lowered, Some(capability), true).unwrap();
             let kernels = log.kernels();
             assert_eq!(kernels.unread, [""; 0]);
             let step = kernels.profile(if attends == CACHE { 1 } else { 0 });
             let found = StepKernels::of(step, &lowered.bindings);
+            println!("{name}: {} kernels, {:?} in each layer", found.launches, found.by_layer);
+            if precision == Precision::Fp8 {
+                decoded.push((fp8_weights, found.launches));
+            }
             // Context prefill needs one more kernel, to transpose keys and values from the GEMM's to attention's
             // layout.
             let most = most + usize::from(attends == Attends::Chunk);
-            assert!(found.by_layer.iter().all(|launches| *launches <= most), "{name}: {:?}", found.by_layer);
+            let (last, others) = found.by_layer.split_last().unwrap();
+            // Behind the last layer, whose outputs are gathered next, the outputs' scales of W8A8 take a kernel.
+            let most_of_last = most + usize::from(precision == Precision::W8a8);
+            let fits = others.iter().all(|launches| *launches <= most) && *last <= most_of_last;
+            assert!(fits, "{name}: {:?}", found.by_layer);
             assert_eq!((found.weight_copies, found.cache_copies), (vec![], vec![]), "{name}");
             let codes = ["i8", "i4", "f8"];
             let products = step.iter().filter(|kernel| kernel.kind == KernelKind::Gemm);
@@ -134,8 +152,55 @@ fn quantized_linear_layers_read_their_codes_in_place() {
             };
             assert_eq!(products.filter(reading).count(), 4 * config.num_layers, "{name}: GEMMs with codes");
             assert_eq!(step.iter().filter(reading).count(), 4 * config.num_layers, "{name}: kernels that read codes");
+            if precision == Precision::W8a8 {
+                // Products of integers: a library's GEMM of codes by codes, not one that dequantizes as it reads.
+                for kernel in step.iter().filter(reading) {
+                    let dtypes: Vec<&str> = kernel.inputs.iter().map(|input| input.dtype.as_str()).collect();
+                    assert_eq!((kernel.layer_type.as_str(), &dtypes[..]), ("gemm", &["i8", "i8"][..]), "{kernel:?}");
+                }
+            }
+            println!("{name}: {:?}, {} launches", found.by_layer, found.launches);
         }
     }
+    // Codes as constants `[out, in]` take as many kernels as inputs `[in, out]`.
+    let of =
+        |kind| decoded.iter().filter(move |(of, _)| *of == kind).map(|(_, launches)| *launches).collect::<Vec<_>>();
+    assert_eq!(of(inputs), of(constants));
+}
+
+/// A decode profile for each of several batches, as for TensorRT 11: each has the kernels of the one that serves all.
+#[test]
+fn decode_profiles_have_the_kernels_of_one() {
+    let Some(library) = rtx("decode_profiles_have_the_kernels_of_one") else { return };
+    let config = tiny_chat();
+    let (graph, _) = optimized_graph(&config, Precision::Bf16, SIZES.max_sequence_tokens, None).unwrap();
+    let listed = |decode_batches: &[usize]| {
+        let options = LoweringOptions { decode_batches: decode_batches.to_vec(), ..LoweringOptions::default() };
+        let log = Arc::new(KernelLog::new(Arc::new(())));
+        let network = library.network(log.clone()).unwrap();
+        let mut lowered = lower_with(&graph, network, CACHE, &SIZES, &Constants::Arbitrary, &options).unwrap();
+        build(&mut lowered, SM_80, true).unwrap();
+        let kernels = log.kernels();
+        let of = |profile: &Vec<GpuKernel>| StepKernels::of(profile, &lowered.bindings).by_layer;
+        (lowered.profiles.clone(), kernels.profiles.iter().map(of).collect::<Vec<_>>())
+    };
+    let (profiles, kernels) = listed(&[]);
+    assert_eq!((profiles.len(), kernels.len()), (2, 2));
+    let one = kernels[1].clone();
+    // The plan's largest batch is 8, so 32 is none of its profiles'.
+    let (profiles, kernels) = listed(&[2, 5, 8, 32]);
+    let batches: Vec<[i64; 3]> = profiles[1..]
+        .iter()
+        .map(|profile| {
+            let range = |name: &str| profile.ranges.iter().find(|range| range.input == name).unwrap();
+            let (ids, rows) = (range("token_ids"), range("logits_rows"));
+            let of = |range: &ShapeRange| [range.min[0], range.opt[0], range.max[0]];
+            assert_eq!((of(ids), [ids.min[1], ids.opt[1], ids.max[1]]), (of(rows), [1, 1, 1]));
+            of(ids)
+        })
+        .collect();
+    assert_eq!(batches, [[1, 1, 2], [3, 5, 5], [6, 8, 8]]);
+    assert_eq!(kernels[1..], vec![one; 3]);
 }
 
 /// In every precision, at two layers of the 8B's widths, a mask compiles to as many kernels and copies as lengths (in
@@ -165,9 +230,13 @@ fn a_mask_costs_no_kernel_and_no_copy() {
         assert_eq!(kernels.unread, [""; 0]);
         [1, 0].map(|profile| StepKernels::of(kernels.profile(profile), &lowered.bindings))
     };
-    for (precision, capability) in
-        [(Precision::Bf16, 80), (Precision::Int8, 80), (Precision::Int4, 80), (Precision::Fp8, 89)]
-    {
+    for (precision, capability) in [
+        (Precision::Bf16, 80),
+        (Precision::Int8, 80),
+        (Precision::Int4, 80),
+        (Precision::Fp8, 89),
+        (Precision::W8a8, 80),
+    ] {
         let [mask, lengths] = [AttentionInput::Mask, AttentionInput::Lengths]
             .map(|input| steps(&wide, precision, capability, input, 4096));
         for (step, mask, lengths) in [("decode", &mask[0], &lengths[0]), ("cached prefill", &mask[1], &lengths[1])] {
@@ -224,10 +293,10 @@ fn tiny_chat_builds_and_decodes_in_eight_kernels_a_layer() {
     let (lowered, plan, kernels) = kernels(&library, &config, CACHE, &SIZES);
     assert!(plan.bytes().len() > 100_000, "{plan:?}");
     assert_eq!(kernels.profiles.len(), 2);
-    // Per layer, from the first norm to relu² and residual; then the requested rows' norm, the head and TopK.
+    // Per layer, from the first norm to relu² and residual; then the requested rows' norm, the head, TopK and the sums.
     let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);
     assert_eq!(decode.by_layer, vec![8; config.num_layers], "{:#?}", kernels.profile(1));
-    assert_eq!(decode.launches, 8 * config.num_layers + 3);
+    assert_eq!(decode.launches, 8 * config.num_layers + 4);
     assert_eq!((decode.weight_copies, decode.cache_copies), (vec![], vec![]));
     let prefill = StepKernels::of(kernels.profile(0), &lowered.bindings);
     assert_eq!(prefill.cache_copies.len(), 2 * config.num_layers, "one of the keys and one of the values");
@@ -333,7 +402,7 @@ fn the_8b_model_compiles() {
     assert!(plan.bytes().len() < 100 << 20, "{plan:?} holds weights");
     let decode = StepKernels::of(kernels.profile(1), &lowered.bindings);
     assert_eq!(decode.by_layer, [8; 32], "{:#?}", kernels.profile(1));
-    assert_eq!((decode.launches, decode.weight_copies, decode.cache_copies), (8 * 32 + 3, vec![], vec![]));
+    assert_eq!((decode.launches, decode.weight_copies, decode.cache_copies), (8 * 32 + 4, vec![], vec![]));
     let traffic = Traffic::of(kernels.profile(1), &lowered.bindings, &lowered.weights);
     assert_eq!(traffic.kv_bytes_per_token, 512 << 10);
     // Everything but the embedding: matrices in BF16, norms in FP32.
@@ -349,7 +418,7 @@ fn context_prefill_copies_no_cache() {
     assert_eq!((lowered.profiles.len(), kernels.profiles.len()), (1, 1));
     let chunk = StepKernels::of(kernels.profile(0), &lowered.bindings);
     assert_eq!(chunk.by_layer, vec![9; config.num_layers], "{:#?}", kernels.profile(0));
-    assert_eq!(chunk.launches, 9 * config.num_layers + 3);
+    assert_eq!(chunk.launches, 9 * config.num_layers + 4);
     assert_eq!((chunk.weight_copies, chunk.cache_copies), (vec![], vec![]));
 }
 
@@ -416,7 +485,8 @@ fn the_network_is_what_the_graph_says() {
     let update = layers.iter().find(|layer| layer.name.starts_with("layers.0.attention.keys/")).unwrap();
     let cache = format!("layers.0.attention.keys: bf16[-1, {}, 256, {}]", config.num_kv_heads, config.head_dim);
     assert_eq!(update.outputs, [cache]);
-    let top = layers.last().unwrap();
+    let [.., top, _, sums] = &layers[..] else { panic!("{layers:?}") };
+    assert_eq!((sums.kind.as_str(), &sums.outputs[..]), ("reduce", &["logit_sums: f32[-1, 64]".to_owned()][..]));
     assert_eq!(top.inputs, [format!("logits: f32[-1, {}]", config.vocab_size)]);
     assert_eq!(top.outputs, ["top_logits: f32[-1, 64]", "top_ids: i32[-1, 64]"]);
     // Every weight exactly once: the embedding, the head, the final norm and two tables; per layer, four matrices and

@@ -17,6 +17,8 @@ use crate::tensorrt::rtx;
 mod executor;
 #[path = "tensorrt_runtime/faults.rs"]
 mod faults;
+#[path = "tensorrt_runtime/fp8.rs"]
+mod fp8;
 #[path = "tensorrt_runtime/machines.rs"]
 mod machines;
 

@@ -7,14 +7,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use aotron::backend::cpu::CpuOptions;
+use aotron::backend::open_cpu;
 use aotron::backend::packing;
 use aotron::backend::tensorrt::lower::{
-    ATTENTION_MASK, Attends, AttentionInput, Constants, LoweredNetwork, PlanWeight, Sizes, TOTAL_TOKENS, lower,
+    ATTENTION_MASK, Attends, AttentionInput, Constants, Fp8Weights, LoweredNetwork, LoweringOptions, PlanWeight, Sizes,
+    TOTAL_TOKENS, lower_with,
 };
 use aotron::backend::tensorrt::pack::{items, stored};
-use aotron::backend::{cpu_program, open_cpu};
+use aotron::backend::tensorrt::stage;
 use aotron::checkpoint::Checkpoint;
-use aotron::compile::{Calibration, Precision, optimized_graph};
+use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
 use aotron::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use aotron::graph::Graph;
 use aotron::tensor::DType;
@@ -23,7 +25,7 @@ use aotron::verify::{RowStats, limit_on_gpu, row_error};
 
 use crate::evaluator::{Array, Element, Evaluator, Rounding};
 use crate::numerics::score;
-use crate::packages::build_package;
+use crate::packages::build_calibrated;
 use crate::verify::{VOCAB, grouped_checkpoint};
 
 const TINY_CHAT: &str = "tests/data/tiny-chat";
@@ -47,6 +49,7 @@ const TOKENS: usize = 24;
 /// Graph, weights and bindings of a model's GPU plans.
 struct Plans {
     graph: Graph,
+    options: LoweringOptions,
     constants: Constants,
     /// Weights that are inputs, by name.
     weights: HashMap<String, Array>,
@@ -65,7 +68,8 @@ fn which(attends: Attends) -> usize {
 }
 
 impl Plans {
-    fn new(checkpoint: &Checkpoint, precision: Precision, calibration: &Calibration) -> Plans {
+    fn new(checkpoint: &Checkpoint, precision: Precision, calibration: &Calibration, fp8_weights: Fp8Weights) -> Plans {
+        let options = LoweringOptions { fp8_weights, ..LoweringOptions::default() };
         let config = checkpoint.config();
         let (graph, _) = optimized_graph(config, precision, SIZES.max_sequence_tokens, Some(calibration)).unwrap();
         let blank = |attends| {
@@ -78,7 +82,8 @@ impl Plans {
                 }
                 Attends::Chunk => HashMap::new(),
             };
-            let lowered = lower(&graph, Evaluator::blank(inputs), attends, &SIZES, &Constants::Arbitrary).unwrap();
+            let evaluator = Evaluator::blank(inputs);
+            let lowered = lower_with(&graph, evaluator, attends, &SIZES, &Constants::Arbitrary, &options).unwrap();
             (lowered.weights, lowered.bindings)
         };
         let (weights, mask_bindings) = blank(MASK);
@@ -99,7 +104,28 @@ impl Plans {
         let file = TensorFile::open(&path).unwrap();
         let bindings = [mask_bindings, length_bindings, chunk_bindings];
         let arrays = bound_weights(&file, &weights, &bindings);
-        Plans { graph, constants: Constants::File(Arc::new(file)), weights: arrays, bindings, _folder: folder }
+        let constants = match weights.iter().any(PlanWeight::is_staged) {
+            true => {
+                let path = folder.path().join("constants.safetensors");
+                let mut bytes = Vec::new();
+                let mut write = |piece: &[u8]| {
+                    bytes.extend_from_slice(piece);
+                    Ok(())
+                };
+                stage::write(&weights, &file, &mut write).unwrap();
+                std::fs::write(&path, bytes).unwrap();
+                // What is not transposed is refused, though it has as many bytes.
+                let constants = Constants::File(Arc::new(file));
+                let evaluator = Evaluator::blank(HashMap::new());
+                let refused = lower_with(&graph, evaluator, Attends::Chunk, &SIZES, &constants, &options);
+                let error = refused.map(|_| ()).unwrap_err().to_string();
+                assert!(error.contains("as a constant of a plan"), "{error}");
+                TensorFile::open(&path).unwrap()
+            }
+            false => file,
+        };
+        let constants = Constants::File(Arc::new(constants));
+        Plans { graph, options, constants, weights: arrays, bindings, _folder: folder }
     }
 }
 
@@ -213,7 +239,8 @@ impl Device<'_> {
             inputs.map(|b| (b.name.clone(), self.input(b, &dims(b), rows, tokens, wanted))).collect();
         let evaluator = Evaluator::new(inputs, &self.plans.weights, self.rounding);
         let LoweredNetwork { network, .. } =
-            lower(&self.plans.graph, evaluator, attends, &SIZES, &self.plans.constants).unwrap();
+            lower_with(&self.plans.graph, evaluator, attends, &SIZES, &self.plans.constants, &self.plans.options)
+                .unwrap();
         let outputs = network.finish();
         let mut by_role = HashMap::new();
         for binding in bindings.iter().filter(|binding| binding.role.is_output()) {
@@ -235,14 +262,16 @@ impl Device<'_> {
             cache.values = values.into();
         }
         assert_eq!(by_role.len(), outputs.len());
-        let [logits, top, ids] =
-            [BindingRole::Logits, BindingRole::TopLogits, BindingRole::TopIds].map(|role| by_role[&role]);
+        let [logits, top, ids, sums] =
+            [BindingRole::Logits, BindingRole::TopLogits, BindingRole::TopIds, BindingRole::LogitSums]
+                .map(|role| by_role[&role]);
         for (index, wanted) in wanted.iter().enumerate() {
             let of = |output: &Array| {
                 let width = output.dims[1];
                 output.values[index * width..][..width].to_vec()
             };
-            let (logits, top, ids) = (of(logits), of(top), of(ids));
+            let (logits, top, ids, sums) = (of(logits), of(top), of(ids), of(sums));
+            assert_eq!(sums.iter().sum::<f32>().is_finite(), logits.iter().all(|logit| logit.is_finite()));
             assert!(logits.iter().all(|logit| logit.is_finite()), "{attends:?}: row {wanted} read what is not there");
             check_top(&logits, &top, &ids);
             let row = rows[wanted / tokens];
@@ -326,7 +355,7 @@ fn tolerance(precision: Precision, rounding: Rounding) -> f32 {
         (_, Rounding::AsCpu) => 1e-2,
         // The network also rounds to BF16 what the CPU keeps in FP32: GEMM results (the head's included), dequantized
         // weights, queries and probabilities. Each causes relative errors of up to 2⁻⁹.
-        (Precision::Fp8, _) => 2.5e-1,
+        (Precision::Fp8 | Precision::W8a8, _) => 2.5e-1,
         (_, _) => 3e-2,
     }
 }
@@ -339,17 +368,24 @@ fn check(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>]) -> usiz
 /// As [`check`], with this many times the tolerance.
 fn check_within(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>], times: f32) -> usize {
     let folder = tempfile::tempdir().unwrap();
-    let package = build_package(Path::new(checkpoint), precision, &folder.path().join("engine"));
-    let calibration = Calibration::of_program(&cpu_program(&package).unwrap().1);
+    let (package, calibration) = build_calibrated(Path::new(checkpoint), precision, &folder.path().join("engine"));
+    let recipe = Recipe { precision, ..Recipe::load("cpu").unwrap() };
+    let calibration = calibration.without(recipe.kept_in_bf16());
     let mut executor = open_cpu(&package, &CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
     let expected: Vec<Vec<f32>> = sequences.iter().map(|ids| score(&mut executor, 0, ids, 8)).collect();
-    let plans = Plans::new(&Checkpoint::open(Path::new(checkpoint)).unwrap(), precision, &calibration);
+    let opened = Checkpoint::open(Path::new(checkpoint)).unwrap();
+    let kinds = match precision {
+        Precision::Fp8 => &[Fp8Weights::Inputs, Fp8Weights::Constants][..],
+        _ => &[Fp8Weights::Inputs],
+    };
+    let plans: Vec<Plans> = kinds.iter().map(|kind| Plans::new(&opened, precision, &calibration, *kind)).collect();
     let mut clear = 0;
     let inputs = [AttentionInput::Mask, AttentionInput::Lengths];
     let all = [Rounding::AsCpu, Rounding::Results, Rounding::Scores];
-    for (attention, rounding) in inputs.into_iter().flat_map(|input| all.map(|rounding| (input, rounding))) {
+    let cases = inputs.into_iter().flat_map(|input| all.map(|rounding| (input, rounding)));
+    for (plans, (attention, rounding)) in plans.iter().flat_map(|plans| cases.clone().map(move |case| (plans, case))) {
         let mut device = Device {
-            plans: &plans,
+            plans,
             rounding,
             caches: HashMap::new(),
             sequences,
@@ -363,7 +399,8 @@ fn check_within(checkpoint: &str, precision: Precision, sequences: &[Vec<u32>], 
         device.run();
         let Device { error, verify_error, clear: rows, .. } = device;
         println!(
-            "{checkpoint} {precision} {attention} {rounding:?}: {error:.1e}, {rows} clear, verify {verify_error:.1e}"
+            "{checkpoint} {precision} {} {attention} {rounding:?}: {error:.1e}, {rows} clear, verify {verify_error:.1e}",
+            plans.options.fp8_weights
         );
         let layers = package.manifest().model.num_layers;
         let limit = limit_on_gpu(&precision.to_string(), layers);

@@ -143,7 +143,9 @@ fn bf16_answers_differ_only_where_fp32_was_undecided() {
 fn quantized_answers_stay_right() {
     let exact = |value: &Value| value["exact"].as_bool().unwrap();
     let reference = json_lines("answers.jsonl").iter().filter(|answer| exact(answer)).count();
-    for (precision, may_lose) in [(Precision::Int8, 2), (Precision::Int4, 10), (Precision::Fp8, 2)] {
+    for (precision, may_lose) in
+        [(Precision::Int8, 2), (Precision::Int4, 10), (Precision::Fp8, 2), (Precision::W8a8, 2)]
+    {
         let folder = tempfile::tempdir().unwrap();
         let package = build_package(Path::new(CHECKPOINT), precision, &folder.path().join("engine"));
         let mut wrong = 0;

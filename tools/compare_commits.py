@@ -29,7 +29,7 @@ import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PRECISIONS = ["f32", "bf16", "int8", "int4", "fp8"]
+PRECISIONS = ["f32", "bf16", "int8", "int4", "fp8", "w8a8"]
 
 # The features that each set asks of a machine, as the kernel of Linux names them.
 AVX2 = {"avx2", "fma"}

@@ -13,7 +13,7 @@ use safetensors::tensor::Dtype;
 
 use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::{Error, Result};
-use crate::graph::{Const, Trig, Type};
+use crate::graph::{Const, Factors, Trig, Type};
 use crate::quantize::Scheme;
 use crate::tensor::DType;
 
@@ -45,10 +45,12 @@ pub enum RowSource {
 }
 
 /// An elementwise operation in FP32.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RowTransform {
     /// Adds a scalar.
     Add(f32),
+    /// Multiplies each column or row by its factor.
+    Scale(Factors),
     /// Rounds to BF16, ties to even.
     RoundToBf16,
     /// Rounds to F16, ties to even.
@@ -103,6 +105,13 @@ impl ConstRows {
         }
         if columns == 0 {
             return Err("its rows are empty".into());
+        }
+        let fits = |transform: &RowTransform| match transform {
+            RowTransform::Scale(factors) => factors.fit(rows, columns),
+            RowTransform::Add(_) | RowTransform::RoundToBf16 | RowTransform::RoundToF16 => true,
+        };
+        if !transforms.iter().all(fits) {
+            return Err(format!("factors of another shape than {rows} x {columns}"));
         }
         Ok(ConstRows { source, transforms, form, rows, columns })
     }
@@ -167,6 +176,7 @@ fn flattened(expr: &Const) -> Result<(RowSource, Vec<RowTransform>), String> {
     match expr {
         Const::Tensor(name) => Ok((RowSource::Tensors(vec![name.clone()]), Vec::new())),
         Const::AddScalar(inner, scalar) => then(inner, RowTransform::Add(*scalar)),
+        Const::Scaled(inner, factors) => then(inner, RowTransform::Scale(factors.clone())),
         Const::Cast(inner, DType::F32) => flattened(inner),
         Const::Cast(inner, DType::BF16) => then(inner, RowTransform::RoundToBf16),
         Const::Cast(inner, DType::F16) => then(inner, RowTransform::RoundToF16),
@@ -195,6 +205,8 @@ fn flattened(expr: &Const) -> Result<(RowSource, Vec<RowTransform>), String> {
 
 /// A few rows of a source, with everything evaluated from them so far.
 pub(super) struct SourceRows<'c> {
+    /// Index of the first row.
+    first: usize,
     columns: usize,
     /// `[rows, columns]`
     values: Vec<f32>,
@@ -260,12 +272,12 @@ impl<'c> SourceRows<'c> {
                 }
             }
             RowSource::RotaryTable { trig, theta, rotary_dim } => {
-                for (position, row) in rows.zip(values.chunks_exact_mut(columns)) {
+                for (position, row) in rows.clone().zip(values.chunks_exact_mut(columns)) {
                     rotary_row(*trig, *theta, *rotary_dim, position, row);
                 }
             }
         }
-        Ok(SourceRows { columns, values, stored, quantized })
+        Ok(SourceRows { first: rows.start, columns, values, stored, quantized })
     }
 
     /// Evaluates a constant of this source, `[rows, width]`. Codes are returned as numbers; [`Scheme::bits`] gives
@@ -292,7 +304,7 @@ impl<'c> SourceRows<'c> {
         };
         let mut values = Cow::Borrowed(self.values.as_slice());
         for transform in transforms {
-            transform.apply(values.to_mut());
+            transform.apply(self.first, self.columns, values.to_mut());
         }
         values
     }
@@ -316,9 +328,11 @@ impl<'c> SourceRows<'c> {
 }
 
 impl RowTransform {
-    fn apply(self, values: &mut [f32]) {
+    /// Applies it to rows from `first` on.
+    fn apply(&self, first: usize, columns: usize, values: &mut [f32]) {
         match self {
             RowTransform::Add(scalar) => values.iter_mut().for_each(|value| *value += scalar),
+            RowTransform::Scale(factors) => factors.apply(first, columns, values),
             RowTransform::RoundToBf16 => values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
             RowTransform::RoundToF16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
         }

@@ -5,14 +5,16 @@ use std::fmt;
 use crate::error::{Error, Result};
 
 /// The `k` largest logits of one row, `[k]`, in descending order. Every other logit of the row is at most as large as
-/// the last one here; ties at that boundary may be broken either way. NaN sorts above every number, so a row with a NaN
-/// has one here.
+/// the last one here; ties at that boundary may be broken either way. A NaN may be among them or may be left out: the sum
+/// tells.
 #[derive(Debug, Clone, Copy)]
 pub struct Top<'a> {
     /// The logits.
     pub values: &'a [f32],
     /// Their token ids (columns of the row), without duplicates.
     pub ids: &'a [u32],
+    /// Sum of all logits of the row in FP32, in any order. It is NaN or positive infinity if one of them is.
+    pub sum: f32,
 }
 
 /// Rows of logits that stay on a device, with the largest logits of each already on the host.
@@ -111,7 +113,7 @@ mod tests {
         }
 
         fn top(&self, row: usize) -> Top<'_> {
-            [Top { values: &[3.0], ids: &[2] }, Top { values: &[6.0], ids: &[0] }][row]
+            [Top { values: &[3.0], ids: &[2], sum: 6.0 }, Top { values: &[6.0], ids: &[0], sum: 15.0 }][row]
         }
 
         fn fetch(&mut self, row: usize) -> Result<&[f32]> {

@@ -51,6 +51,11 @@ pub trait Executor: Send {
         self.limits().max_sequence_tokens
     }
 
+    /// Returns true once no step can succeed any more, as after the loss of a GPU.
+    fn is_lost(&self) -> bool {
+        false
+    }
+
     /// Copies the keys and values of the first `tokens` tokens of slot `from` to slot `to`, whose sequence they become.
     /// Returns false, having done nothing, if the executor cannot.
     ///

@@ -273,6 +273,7 @@ mod tests {
                 version: "1.7.1".into(),
                 gpu: None,
                 context_plan: None,
+                decode_batches: Vec::new(),
             }),
             sizes,
             smaller_classes: Vec::new(),

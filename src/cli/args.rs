@@ -80,6 +80,9 @@ pub struct EngineFlags {
     /// Run a GPU plan that has not been verified on this card, driver and library
     #[arg(long)]
     pub accept_unverified: bool,
+    /// Start at once, and compile the GPU's kernels when they are first needed
+    #[arg(long)]
+    pub lazy_kernels: bool,
     /// Launch the GPU's kernels one by one rather than as CUDA graphs
     #[arg(long, hide = true)]
     pub no_cuda_graphs: bool,

@@ -115,7 +115,7 @@ struct BenchResults {
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let most = flags.batch.iter().copied().max().unwrap_or(1);
     flags.check(&flags.engine.plan(most)?.limits)?;
-    let engine = flags.engine.open_for(most)?;
+    let engine = flags.engine.open_to_measure(most)?;
     let (plan, load_seconds) = (engine.plan()?, engine.load_seconds);
     let is_cpu = engine.selection.device.is_none();
     let weight_bytes = match is_cpu {

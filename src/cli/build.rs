@@ -10,8 +10,8 @@ use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 use aotron::checkpoint::is_checkpoint;
 use aotron::compile::gpu::precision_of;
 use aotron::compile::{
-    self, BuildRequest, BuildSummary, FinishRequest, PlanSummary, PlannedBuild, Precision, Prediction, Progress,
-    Recipe, Target,
+    self, BuildRequest, BuildSummary, FinishRequest, Fp8Trials, PlanSummary, PlannedBuild, Precision, Prediction,
+    Progress, Recipe, StepTimes, Target,
 };
 use aotron::engine::{Package, is_package};
 use aotron::isa::{CpuFeatures, Isa};
@@ -34,7 +34,7 @@ pub struct Flags {
     recipe: Vec<(String, Option<Precision>)>,
     /// Number format of the weights, and of the KV cache except with 8- and 4-bit weights, where it stays bf16
     /// [default: the recipe's]
-    #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8")]
+    #[arg(long, value_parser = precision, value_name = "f32|bf16|int8|int4|fp8|w8a8")]
     precision: Option<Precision>,
     /// CPU to pack the CPU plan's weights for: native (this machine's, or what AOTRON_CPU names), avx512-bf16, avx512-vnni, avx512, avx2,
     /// portable. The plan runs on other CPUs too, though another packing may be faster there [default: native]
@@ -46,7 +46,7 @@ pub struct Flags {
     /// Maximum number of concurrent sequences [default: the recipe's]
     #[arg(long, value_name = "N", value_parser = count(1024), allow_negative_numbers = true)]
     slots: Option<usize>,
-    /// Prompts to calibrate int4 and fp8 with, as lines of JSON: {"messages": [{"role", "content"}, …]} or
+    /// Prompts to calibrate int4, fp8 and w8a8 with, as lines of JSON: {"messages": [{"role", "content"}, …]} or
     /// {"token_ids": […]} [default: built-in conversations]
     #[arg(long, value_name = "FILE.jsonl")]
     calibration: Option<PathBuf>,
@@ -203,7 +203,9 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     if !flags.finish {
         return Ok(());
     }
+    // A plan that was chosen among several has been verified before that.
     let compiled = summary.plans.iter().filter(|plan| plan.compiler.is_some() && !plan.only_prepared);
+    let compiled = compiled.filter(|plan| plan.fp8_trials.is_none());
     let targets: Vec<&str> = compiled.map(|plan| plan.target.as_str()).collect();
     verify_compiled(&Package::open(&summary.package)?, &targets)
 }
@@ -275,6 +277,10 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
     for (name, text) in text_facts(package.manifest()) {
         line(name, term::harmless(&text))?;
     }
+    for (plan, trials) in plans.iter().filter_map(|plan| Some((plan, plan.fp8_trials.as_ref()?))) {
+        print_trials(&term::harmless(&plan.target), trials)?;
+    }
+    let mut line = |name: &str, text: String| writeln!(out, "  {} {text}", style.dim(format!("{name:<10}")));
     let engine = shell_word(path);
     let runs_here = package.manifest().plans.iter().any(|plan| plan.target == "cpu");
     let chat = match package.manifest().tokenizer {
@@ -296,6 +302,43 @@ fn print(summary: &BuildSummary, took: &str) -> anyhow::Result<()> {
         None if runs_here => line("next", chat)?,
         None => line("next", format!("on such a GPU: {chat}"))?,
     }
+    Ok(())
+}
+
+/// Prints the ways to hold FP8 weights that were tried, with their times, and the one that was kept.
+fn print_trials(target: &str, found: &Fp8Trials) -> anyhow::Result<()> {
+    let style = term::on_stdout();
+    let mut out = term::stdout();
+    let [single, batch, prefill] = StepTimes::SHARES.map(|share| format!("{:.0} %", 100.0 * share));
+    let gpu = term::harmless(&found.gpu);
+    writeln!(out, "FP8 weights of {target}, timed on {gpu} (medians of {}); kept as {}", Fp8Trials::RUNS, found.kept)?;
+    let header = format!(
+        "  {:<10} {:>9} {:>9} {:>12} {:>24} {:>22} {:>9}",
+        "weights", "compiled", "verified", "decode 1", "decode as many as fit", "prefill", "relative"
+    );
+    writeln!(out, "{}", style.dim(header))?;
+    let ms = |seconds: f64| format!("{:.2} ms", 1e3 * seconds);
+    for trial in &found.trials {
+        let compiled = format!("{:.1} s", trial.compile_seconds);
+        match &trial.outcome {
+            Ok((rows, times)) => {
+                let batch = format!("{} for {}", ms(times.batch_seconds), times.batch);
+                let prefill = format!("{} for {}", ms(times.prefill_seconds), times.chunk_tokens);
+                let relative = found.relative(trial).map_or(String::new(), |relative| format!("{relative:.2}"));
+                let (kind, single) = (trial.kind, ms(times.single_seconds));
+                writeln!(
+                    out,
+                    "  {kind:<10} {compiled:>9} {rows:>9} {single:>12} {batch:>24} {prefill:>22} {relative:>9}"
+                )?;
+            }
+            Err(reason) => writeln!(out, "  {:<10} {compiled:>9} not used: {}", trial.kind, term::harmless(reason))?,
+        }
+    }
+    writeln!(
+        out,
+        "  relative: geometric mean, weighted {single} by a step that decodes one sequence, {batch} by one that decodes as \
+         many as fit, for each of them, and {prefill} by prefill"
+    )?;
     Ok(())
 }
 

@@ -265,7 +265,7 @@ fn bytes_8b(precision: Precision) -> u64 {
         Precision::F32 => PARAMETERS_8B * 4 + KV_BYTES_8B * 2,
         Precision::Bf16 => PARAMETERS_8B * 2 + KV_BYTES_8B,
         // The per-channel FP32 scales are negligible.
-        Precision::Int8 | Precision::Fp8 => LINEAR_8B + rest * 2 + KV_BYTES_8B,
+        Precision::Int8 | Precision::Fp8 | Precision::W8a8 => LINEAR_8B + rest * 2 + KV_BYTES_8B,
         // Half a byte per weight, plus an FP32 scale per group of 128.
         Precision::Int4 => LINEAR_8B / 2 + LINEAR_8B / 32 + rest * 2 + KV_BYTES_8B,
     }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use aotron::backend::cpu::CpuOptions;
-use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport};
+use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport, KernelCompilation};
 use aotron::backend::{Executor, ExecutorOptions, Selection, select};
 use aotron::checkpoint::is_checkpoint;
 use aotron::compile::Progress;
@@ -41,6 +41,7 @@ impl EngineFlags {
             target: None,
             device: None,
             accept_unverified: false,
+            lazy_kernels: false,
             no_cuda_graphs: false,
         }
     }
@@ -64,11 +65,18 @@ impl EngineFlags {
             GpuEvent::Loading { done_bytes: 0, total_bytes } => stages.stage("loading", *total_bytes),
             GpuEvent::Loading { done_bytes, total_bytes } if done_bytes == total_bytes => stages.finish(),
             GpuEvent::Loading { done_bytes, .. } => stages.reach(*done_bytes),
+            GpuEvent::Compiling { done, total } if done == total => stages.finish(),
+            GpuEvent::Compiling { done: 0, total } => stages.steps("compiling", *total as u64, "step sizes"),
+            GpuEvent::Compiling { done, .. } => stages.reach(*done as u64),
         };
         let gpu = GpuOptions {
             device: self.device,
             slots: Some(slots),
             no_graphs: self.no_cuda_graphs,
+            kernels: match self.lazy_kernels {
+                true => KernelCompilation::OnFirstUse,
+                false => KernelCompilation::AtOpening,
+            },
             report: GpuReport::to(hear),
         };
         ExecutorOptions {
@@ -93,24 +101,30 @@ impl EngineFlags {
 
     /// As [`EngineFlags::open`], with the chat format that `chat` chooses.
     pub fn open_chat(&self, chat: &ChatFlags) -> aotron::Result<OpenedEngine> {
-        self.open_with(1, |package| chat.open(package))
+        self.open_with(self.options(1), |package| chat.open(package))
     }
 
     /// Opens the package, its tokenizer and its plan for `slots` sequences.
     pub fn open_for(&self, slots: usize) -> aotron::Result<OpenedEngine> {
-        self.open_with(slots, |package| package.text(None))
+        self.open_with(self.options(slots), |package| package.text(None))
+    }
+
+    /// As [`EngineFlags::open_for`], for measuring: no step runs kernels that are not its own.
+    pub fn open_to_measure(&self, slots: usize) -> aotron::Result<OpenedEngine> {
+        let mut options = self.options(slots);
+        options.gpu.kernels = KernelCompilation::BeforeUse;
+        self.open_with(options, |package| package.text(None))
     }
 
     fn open_with(
         &self,
-        slots: usize,
+        options: ExecutorOptions,
         text: impl Fn(&Package) -> aotron::Result<(ChatFormat, Option<Tokenizer>)>,
     ) -> aotron::Result<OpenedEngine> {
         let started = Instant::now();
         let package = self.package()?;
         let (format, tokenizer) = text(&package)?;
         let tokenizer = tokenizer.map(Arc::new);
-        let options = self.options(slots);
         let selection = select(&package, &options)?;
         // Do not report the selection if there was no choice.
         if package.manifest().plans.len() > 1 || selection.device.is_some() {

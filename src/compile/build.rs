@@ -9,11 +9,12 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use self::calibration_run::{CalibrationRun, plan_calibration};
-use super::calibration::Calibration;
+use super::calibration::{Calibration, Calibrations};
+use super::finish::compile_with_weights;
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
-use super::observation::{CalibrationInputs, calibrate};
+use super::observation::{CalibrationInputs, calibrate, smoothing_memory_bytes};
 use super::prediction::{Prediction, available_memory_bytes, free_bytes};
-use super::reference::{Stand, ask_checkpoint, ask_program, lower_for_prompts, quantizes_inputs};
+use super::reference::{Stand, ask_checkpoint, ask_program, lower_for_prompts};
 use super::{
     BuildRequest, BuildSummary, CheckpointText, LinearKind, PassReport, PlanSummary, Precision, Progress, Recipe,
     add_engines, optimized_graph, plan_info,
@@ -27,6 +28,7 @@ use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
 use crate::error::{Error, Result};
+use crate::tensor::DType;
 use crate::tensor_file::TensorFile;
 use crate::text::{ChatFormat, Tokenizer};
 use crate::verify::{Reference, prompts};
@@ -105,6 +107,11 @@ impl LoweredPlan {
         }
     }
 
+    /// Returns true if the weights that become part of a compiled plan are transposed to a temporary file.
+    fn stages_weights(&self) -> bool {
+        matches!(self, LoweredPlan::Gpu(plan) if plan.stages_weights())
+    }
+
     /// Bytes of the weights that become part of a compiled plan.
     fn bytes_in_plan(&self) -> u64 {
         match self {
@@ -173,7 +180,7 @@ impl PlannedBuild {
         let uncalibrated = Calibration::uniform(0.5);
         let mut plans: Vec<Planned> = Vec::with_capacity(recipes.len());
         for ((recipe, limits), means) in recipes.iter().zip(limits).zip(means) {
-            let scales = uncalibrated.without(&recipe.keep_bf16);
+            let scales = uncalibrated.without(recipe.kept_in_bf16());
             let lowered = LoweredPlan::new(&config, recipe, &limits, means, Some(&scales))?;
             let weights = weights_file(&plans, recipe, &lowered);
             plans.push(Planned { recipe: recipe.clone(), limits, lowered, weights });
@@ -273,7 +280,13 @@ impl PlannedBuild {
             let carried = tokens * (self.config.hidden_size + self.config.rotary_dim) * 4;
             calibrating = (program.arena_bytes + cached_tokens * program.cache.bytes_per_token() + carried) as u64;
             calibrating += run.job.memory_bytes(&run.lowered);
+            if run.smooths {
+                calibrating += smoothing_memory_bytes(&run.lowered);
+            }
         }
+        // Removed before the plan is compiled, but not free until then.
+        let staged = self.plans.iter().filter(|plan| plan.lowered.stages_weights());
+        scratch_bytes += staged.map(|plan| plan.lowered.bytes_in_plan()).sum::<u64>();
         scratch_bytes +=
             self.stands.iter().map(|stand| cpu::pack::packed_bytes(&stand.lowered.program.weights)).sum::<u64>();
         let mut asking = 0;
@@ -352,12 +365,19 @@ impl PlannedBuild {
                 LoweredPlan::Gpu(mut plan) => {
                     let engines = if plan.holds_weights() {
                         let file = TensorFile::open(&writer.scratch(&weights))?;
-                        plan.compile(target, &Constants::File(Arc::new(file)), progress)?
+                        compile_with_weights(&plan, Arc::new(file), target, &writer, progress)?
                     } else if recipe.precision.needs_calibration() {
                         plan.compile(target, &Constants::Arbitrary, progress)?
                     } else {
                         engines
                     };
+                    if engines.is_some() && recipe.fp8_kinds().len() > 1 {
+                        progress.note(&format!(
+                            "plan {target} takes its FP8 weights as inputs; `aotron build {} --finish` compiles it with \
+                             constants too, times both and keeps the faster",
+                            self.request.output.display()
+                        ));
+                    }
                     let (means, reports) = (plan.means(), std::mem::take(&mut plan.reports));
                     let (file, tensorrt) = add_engines(&mut writer, &recipe, *plan, engines)?;
                     let kv_bytes_per_token = tensorrt.kv_bytes_per_token();
@@ -365,7 +385,8 @@ impl PlannedBuild {
                     (info, Some(means), reports)
                 }
             };
-            plans.push(PlanSummary::of(&info, means, reports));
+            let calibration = calibration.as_ref().and_then(|found| found.of(recipe.precision)).cloned();
+            plans.push(PlanSummary { calibration, ..PlanSummary::of(&info, means, reports) });
             manifest.plans.push(info);
         }
         writer.finish(&mut manifest)?;
@@ -374,13 +395,14 @@ impl PlannedBuild {
     }
 
     /// Writes all weights files and runs the calibration, if any. One pass over the checkpoint suffices unless weights
-    /// are rounded by their layers' inputs: then those inputs are computed first. Returns the checkpoint's digest.
+    /// depend on their layers' inputs: then those inputs are computed first. Returns the checkpoint's digest.
     fn pack_and_calibrate(
         &mut self,
         writer: &mut PackageWriter,
         progress: &Arc<dyn Progress>,
-    ) -> Result<(String, Option<Calibration>)> {
-        let first = self.calibration.as_ref().filter(|run| !run.job.is_empty()).map(|run| run.weights.clone());
+    ) -> Result<(String, Option<Calibrations>)> {
+        let is_first = |run: &&CalibrationRun| run.smooths || !run.job.is_empty();
+        let first = self.calibration.as_ref().filter(is_first).map(|run| run.weights.clone());
         let Some(first) = first else {
             let digest = self.pack(writer, progress, &|_| true)?;
             return Ok((digest, self.calibrate(writer, &**progress)?));
@@ -432,7 +454,7 @@ impl PlannedBuild {
     }
 
     /// Runs the calibration, if any, and lowers again the plans that depend on it.
-    fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<Option<Calibration>> {
+    fn calibrate(&mut self, writer: &PackageWriter, progress: &dyn Progress) -> Result<Option<Calibrations>> {
         let Some(run) = self.calibration.take() else { return Ok(None) };
         let path = writer.scratch(&run.weights);
         let inputs = CalibrationInputs {
@@ -440,7 +462,10 @@ impl PlannedBuild {
             weights: &path,
             prompts: &run.prompts,
             checkpoint: &self.checkpoint,
-            scales: self.plans.iter().any(|plan| plan.recipe.precision.needs_calibration()),
+            e4m3: self.plans.iter().any(|plan| plan.recipe.precision.input_code() == Some(DType::F8)),
+            int8: run.smooths,
+            strengths: run.strengths,
+            sites: &run.sites,
             job: &run.job,
             rounded: &writer.scratch(ROUNDED),
         };
@@ -452,10 +477,15 @@ impl PlannedBuild {
         if let Some(rounded) = rounded {
             self.checkpoint.use_rounded(rounded);
         }
-        for plan in self.plans.iter_mut().filter(|plan| plan.recipe.precision.needs_calibration()) {
-            let found = found.without(&plan.recipe.keep_bf16);
-            plan.lowered =
-                LoweredPlan::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
+        for plan in &mut self.plans {
+            if let Some(found) = found.of(plan.recipe.precision) {
+                let found = found.without(plan.recipe.kept_in_bf16());
+                plan.lowered =
+                    LoweredPlan::new(&self.config, &plan.recipe, &plan.limits, plan.lowered.means(), Some(&found))?;
+            }
+        }
+        if let Some(reference) = &self.reference {
+            self.stands.iter_mut().try_for_each(|stand| stand.calibrate(reference, &self.config, &found))?;
         }
         Ok(Some(found))
     }
@@ -467,7 +497,7 @@ impl PlannedBuild {
         let (mut of_cpu, mut of_gpu) = (Vec::new(), Vec::new());
         for plan in &self.plans {
             match &plan.lowered {
-                LoweredPlan::Cpu { lowered, .. } if quantizes_inputs(&lowered.program) => {}
+                LoweredPlan::Cpu { lowered, .. } if lowered.program.quantizes_activations() => {}
                 LoweredPlan::Cpu { .. } => of_cpu.push(numbers(&plan.recipe)),
                 LoweredPlan::Gpu(_) => of_gpu.push(numbers(&plan.recipe)),
             }
@@ -480,7 +510,7 @@ impl PlannedBuild {
     fn ask(
         &self,
         writer: &PackageWriter,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Calibrations>,
         progress: &dyn Progress,
     ) -> Result<Option<Reference>> {
         let Some(mut reference) = self.reference.clone() else { return Ok(None) };
@@ -491,7 +521,7 @@ impl PlannedBuild {
             let precision = plan.recipe.precision;
             let path = writer.scratch(&plan.weights);
             ask_program(&mut reference, ("cpu", &precision.to_string()), &lowered.program, &path, progress)?;
-            if !quantizes_inputs(&lowered.program) {
+            if !lowered.program.quantizes_activations() {
                 answered.push((plan.recipe.target.name(), numbers(&plan.recipe)));
             }
         }
@@ -502,7 +532,7 @@ impl PlannedBuild {
                 reference.expect_alike(target, Some(other));
                 continue;
             }
-            let calibration = calibration.map(|found| found.without(numbers.1));
+            let calibration = calibration.and_then(|found| found.of(precision)).map(|found| found.without(numbers.1));
             let lowered = lower_for_prompts(&reference, &self.config, precision, calibration.as_ref())?;
             match self.stands.iter().find(|stand| stand.is_of(numbers)) {
                 Some(stand) => {
@@ -523,8 +553,7 @@ impl PlannedBuild {
 pub(super) type Numbers<'r> = (Precision, &'r [LinearKind]);
 
 fn numbers(recipe: &Recipe) -> Numbers<'_> {
-    let kept = if recipe.precision.needs_calibration() { &recipe.keep_bf16[..] } else { &[] };
-    (recipe.precision, kept)
+    (recipe.precision, recipe.kept_in_bf16())
 }
 
 /// Opens the checkpoint at `path`, reporting to `progress` while it is unpacked.

@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::Progress;
 use super::recipe::LinearKind;
+use super::{Precision, Progress};
 use crate::backend::Limits;
 use crate::backend::cpu::program::{Program, ProgramKernel};
 use crate::error::{Error, Result, clip};
+use crate::tensor::DType;
 use crate::text::{ChatFormat, Message, Tokenizer};
 
 /// Diverse built-in conversations, used if the user names no prompts; `tools/make_calibration.py` writes them.
@@ -28,10 +30,12 @@ const BUILT_IN_PROMPT_TOKENS: usize = 512;
 /// Without a tokenizer: the number and the length of arbitrary token sequences.
 const ARBITRARY: (usize, usize) = (8, 64);
 
-/// The input scale of each linear layer, by the name of its weight.
+/// The input scale of each linear layer, by the name of its weight, and the factors that its inputs were divided by.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Calibration {
     scales: BTreeMap<String, f32>,
+    /// A factor for each channel that a layer's inputs come from; see [`super::smoothing`].
+    factors: BTreeMap<String, Arc<[f32]>>,
     /// Scale of layers not in the map.
     otherwise: Option<f32>,
     /// Layers that have no scale, because they stay in BF16.
@@ -46,7 +50,14 @@ impl Calibration {
         self.scales.get(name).copied().or(otherwise)
     }
 
-    /// The same without scales for layers of these kinds, so that they stay in BF16.
+    /// The factors of the layer with this weight, one for each of its `channels`.
+    pub fn factors(&self, weight: &str, channels: usize) -> Option<Arc<[f32]>> {
+        let known = self.factors.get(base_name(weight)).cloned();
+        known.or_else(|| self.otherwise.map(|_| vec![1.0; channels].into()))
+    }
+
+    /// The same without scales for layers of these kinds, so that they stay in BF16. Their factors remain: weights do not
+    /// depend on which layers are quantized.
     pub fn without(&self, kinds: &[LinearKind]) -> Calibration {
         let mut left = self.clone();
         left.scales.retain(|name, _| !kinds.iter().any(|kind| kind.is_of(name)));
@@ -54,12 +65,12 @@ impl Calibration {
         left
     }
 
-    /// One scale for every layer, for plans that are inspected but not run.
+    /// One scale for every layer, and factors of one, for plans that are inspected but not run.
     pub fn uniform(scale: f32) -> Calibration {
         Calibration { otherwise: Some(scale), ..Calibration::default() }
     }
 
-    /// Creates it from scales by name, as stored in a manifest.
+    /// Creates it from scales by name, as stored in a manifest. Factors are part of a package's weights.
     pub fn from_scales(scales: BTreeMap<String, f32>) -> Calibration {
         Calibration { scales, ..Calibration::default() }
     }
@@ -69,13 +80,14 @@ impl Calibration {
         &self.scales
     }
 
-    /// Recovers the scales that a program was built with.
+    /// Recovers the scales that a program was built with. Factors are part of its weights.
     pub fn of_program(program: &Program) -> Calibration {
         let mut calibration = Calibration::default();
         let mut rounded = HashMap::new(); // buffer -> scale of its contents
         for kernel in &program.kernels {
             match *kernel {
-                ProgramKernel::FakeQuantizeF8 { scale, out, .. } => {
+                ProgramKernel::FakeQuantizeF8 { scale, out, .. }
+                | ProgramKernel::Quantize { scale: Some(scale), out, .. } => {
                     rounded.insert(out, scale);
                 }
                 ProgramKernel::Linear { x, weight, .. } => {
@@ -90,9 +102,31 @@ impl Calibration {
     }
 }
 
+/// The calibrations of a build, one for each type of codes that inputs are quantized to.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Calibrations {
+    /// For E4M3 inputs.
+    pub e4m3: Calibration,
+    /// For 8-bit integers.
+    pub int8: Calibration,
+}
+
+impl Calibrations {
+    /// That of a precision, if it needs one.
+    pub fn of(&self, precision: Precision) -> Option<&Calibration> {
+        match precision.input_code() {
+            Some(DType::F8) => Some(&self.e4m3),
+            Some(_) => Some(&self.int8),
+            None => None,
+        }
+    }
+}
+
 /// A weight's name without the suffix of its stored form.
 pub(super) fn base_name(weight: &str) -> &str {
-    [".panels", ".bf16", ".f8"].into_iter().fold(weight, |name, suffix| name.strip_suffix(suffix).unwrap_or(name))
+    [".panels", ".bf16", ".f8", ".i8"]
+        .into_iter()
+        .fold(weight, |name, suffix| name.strip_suffix(suffix).unwrap_or(name))
 }
 
 /// Prompts as token ids: those of `file`, else the first `built_in_tokens` of the built-in conversations, else (without a
@@ -202,6 +236,11 @@ impl Calibration {
     /// Adds the scale of the layer with this weight.
     pub(super) fn insert(&mut self, weight: &str, scale: f32) {
         self.scales.insert(base_name(weight).into(), scale);
+    }
+
+    /// Adds the factors of the layer with this weight.
+    pub(super) fn insert_factors(&mut self, weight: &str, factors: Vec<f32>) {
+        self.factors.insert(base_name(weight).into(), factors.into());
     }
 }
 

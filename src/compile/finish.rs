@@ -5,18 +5,24 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::gpu::{GpuPlan, PlanCompiler, precision_of};
-use super::reference::{ask_program, quantizes_inputs};
+use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler, precision_of};
+use super::reference::ask_program;
 use super::repack::repack;
-use super::{BuildSummary, Calibration, PlanSummary, Precision, Progress, Recipe, Target, add_engines, plan_info};
+use super::{
+    BuildSummary, Calibration, PlanSummary, Precision, Progress, Recipe, Target, add_engines, fastest, plan_info,
+};
 use crate::backend::cpu::program::Program;
 use crate::backend::tensorrt::lower::Constants;
 use crate::backend::tensorrt::pack;
-use crate::backend::{cpu_program, packing};
+use crate::backend::{Limits, cpu_program, packing};
+use crate::engine::tensorrt::TensorRtInfo;
 use crate::engine::{Manifest, Package, PackageWriter, PlanInfo};
 use crate::error::{Error, Result};
 use crate::tensor_file::TensorFile;
 use crate::verify::Reference;
+
+/// Temporary file of transposed weights.
+const STAGED: &str = "constants.safetensors";
 
 /// Package to finish, and optionally a recipe.
 #[derive(Debug, Clone)]
@@ -30,7 +36,8 @@ pub struct FinishRequest {
 }
 
 /// Compiles plans on this machine: those that were only prepared or, if there are none, all TensorRT plans; or one by
-/// another recipe. The checkpoint is not needed. The package is replaced atomically.
+/// another recipe. Where a recipe leaves open how FP8 weights are held, both ways are compiled, verified and timed, and the
+/// faster is kept. The checkpoint is not needed. The package is replaced atomically.
 ///
 /// # Errors
 /// [`Error::Package`] if there is nothing to compile or the weights do not match the plan; [`Error::TensorRt`] if this
@@ -69,26 +76,12 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
             // A plan of the same weights must give the same answers.
             reference.expect_alike(recipe.target.name(), Some(&old.target));
         }
-        let tensorrt = old.tensorrt.as_ref().ok_or_else(|| {
-            Error::internal(format!("the {} plan to compile is not TensorRT's", old.target), "one of those that are")
-        })?;
-        let scales = tensorrt.activation_scales.clone();
-        let calibration = Calibration::from_scales(scales);
-        let mut plan = GpuPlan::new(&manifest.model, &recipe, &old.limits, means, Some(&calibration))?;
-        let file = Arc::new(TensorFile::open(&package.file_path(&old.weights))?);
-        check_weights(&package, &old, &plan, &file)?;
-        if plan.holds_weights() {
-            // Weights that become part of the plan lose their digest, so verify them now.
-            progress.stage("verifying", file.mapped().len() as u64);
-            package.verify_file(&old.weights, &|bytes| progress.advance(bytes))?;
-        }
-        let constants = if plan.holds_weights() { Constants::File(file) } else { Constants::Arbitrary };
-        let engines = plan.compile(recipe.target.name(), &constants, progress)?;
-        let reports = std::mem::take(&mut plan.reports);
-        let (file, tensorrt) = add_engines(&mut writer, &recipe, plan, engines)?;
-        let kv_bytes_per_token = tensorrt.kv_bytes_per_token();
-        let info = plan_info(&recipe, file, old.weights, old.limits, kv_bytes_per_token, Some(tensorrt));
-        plans.push(PlanSummary::of(&info, Some(means), reports));
+        let job = FinishJob { package: &package, old: &old, means, progress };
+        let (info, summary) = match recipe.fp8_kinds() {
+            kinds @ [_, _, ..] => fastest::choose(&job, &recipe, kinds, &mut writer, (&manifest, reference.as_ref()))?,
+            _ => job.compile(&recipe, &old.limits, recipe.target.name(), &mut writer)?,
+        };
+        plans.push(summary);
         added.extend(info.files().filter(|file| **file != info.weights).cloned());
         replace_plan(&mut manifest, info);
     }
@@ -98,8 +91,82 @@ pub fn finish(request: &FinishRequest, progress: &Arc<dyn Progress>) -> Result<B
     publish(&package, writer, manifest, &added, plans)
 }
 
+/// A plan of a package that is compiled from the package's weights.
+pub(super) struct FinishJob<'a> {
+    pub package: &'a Package,
+    /// The plan whose weights are used.
+    pub old: &'a PlanInfo,
+    pub means: PlanCompiler,
+    pub progress: &'a Arc<dyn Progress>,
+}
+
+impl FinishJob<'_> {
+    /// Compiles the plan by a recipe, which progress calls `name`, into the package that is being written.
+    ///
+    /// # Errors
+    /// As [`finish`].
+    pub fn compile(
+        &self,
+        recipe: &Recipe,
+        limits: &Limits,
+        name: &str,
+        writer: &mut PackageWriter,
+    ) -> Result<(PlanInfo, PlanSummary)> {
+        let FinishJob { package, old, means, progress } = *self;
+        let tensorrt = old.tensorrt.as_ref().ok_or_else(|| {
+            Error::internal(format!("the {} plan to compile is not TensorRT's", old.target), "one of those that are")
+        })?;
+        let calibration = Calibration::from_scales(tensorrt.activation_scales.clone());
+        let mut plan = GpuPlan::new(&package.manifest().model, recipe, limits, means, Some(&calibration))?;
+        let file = Arc::new(TensorFile::open(&package.file_path(&old.weights))?);
+        check_weights(package, old, &plan, &file)?;
+        if plan.holds_weights() {
+            // Weights that become part of the plan lose their digest, so verify them now.
+            progress.stage("verifying", file.mapped().len() as u64);
+            package.verify_file(&old.weights, &|bytes| progress.advance(bytes))?;
+        }
+        let engines = compile_with_weights(&plan, file, name, writer, progress)?;
+        let reports = std::mem::take(&mut plan.reports);
+        let (file, tensorrt) = add_engines(writer, recipe, plan, engines)?;
+        let kv_bytes_per_token = tensorrt.kv_bytes_per_token();
+        let info = plan_info(recipe, file, old.weights.clone(), limits.clone(), kv_bytes_per_token, Some(tensorrt));
+        let summary = PlanSummary::of(&info, Some(means), reports);
+        Ok((info, summary))
+    }
+}
+
+/// Compiles a plan with its weights in `packed`, of which those that are embedded in it are transposed to a temporary
+/// file, if need be.
+///
+/// # Errors
+/// As [`GpuPlan::stage`] and [`GpuPlan::compile`].
+pub(super) fn compile_with_weights(
+    plan: &GpuPlan,
+    packed: Arc<TensorFile>,
+    name: &str,
+    writer: &PackageWriter,
+    progress: &Arc<dyn Progress>,
+) -> Result<Option<Vec<CompiledPlans>>> {
+    if !plan.holds_weights() {
+        return plan.compile(name, &Constants::Arbitrary, progress);
+    }
+    if !plan.stages_weights() {
+        return plan.compile(name, &Constants::File(packed), progress);
+    }
+    let path = writer.scratch(STAGED);
+    plan.stage(&packed, &path, &**progress)?;
+    let staged = TensorFile::open(&path)?;
+    // It stays mapped until it has been compiled.
+    std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+    plan.compile(name, &Constants::File(Arc::new(staged)), progress)
+}
+
 /// Adds a reference to the package, and returns its file's name.
-fn add_reference(reference: Reference, writer: &mut PackageWriter, manifest: &mut Manifest) -> Result<Option<String>> {
+pub(super) fn add_reference(
+    reference: Reference,
+    writer: &mut PackageWriter,
+    manifest: &mut Manifest,
+) -> Result<Option<String>> {
     manifest.reference = None;
     if reference.answers.is_empty() {
         return Ok(None);
@@ -125,14 +192,14 @@ fn after_repacking(
     let program: Program = serde_json::from_slice(&text)
         .map_err(|error| Error::internal(format!("a plan that cannot be read: {error}"), "the plan just written"))?;
     let (_, old) = cpu_program(package)?;
-    if quantizes_inputs(&old) != quantizes_inputs(&program) {
+    if old.quantizes_activations() != program.quantizes_activations() {
         ask_program(&mut reference, ("cpu", &info.precision), &program, &writer.scratch(&info.weights), progress)?;
     }
     Ok(reference)
 }
 
 /// Puts a plan into the manifest, replacing the one for its target.
-fn replace_plan(manifest: &mut Manifest, info: PlanInfo) {
+pub(super) fn replace_plan(manifest: &mut Manifest, info: PlanInfo) {
     match manifest.plans.iter_mut().find(|plan| plan.target == info.target) {
         Some(plan) => *plan = info,
         None => manifest.plans.push(info),
@@ -140,7 +207,7 @@ fn replace_plan(manifest: &mut Manifest, info: PlanInfo) {
 }
 
 /// Publishes the package with the files that were `added`; everything else that the new manifest uses is carried over.
-fn publish(
+pub(super) fn publish(
     package: &Package,
     mut writer: PackageWriter,
     mut manifest: Manifest,
@@ -192,8 +259,15 @@ fn plans_to_compile(package: &Package, recipe: Option<&Recipe>) -> Result<Vec<(R
         .map(|plan| {
             let mut recipe = Recipe::parse(&format!("of the {} plan", plan.target), &plan.recipe)?;
             recipe.precision = precision_of_plan(package, plan)?;
-            recipe.slots = plan.limits.slots;
-            recipe.max_sequence_tokens = Some(plan.limits.max_sequence_tokens);
+            let tokens = plan.limits.max_sequence_tokens;
+            recipe.max_sequence_tokens = Some(tokens);
+            // The plan's own slots, unless they are what memory leaves of the recipe's: another way to hold weights may
+            // leave more.
+            let held = plan.tensorrt.as_ref().map(TensorRtInfo::fp8_weights).unwrap_or_default();
+            let as_held = if recipe.fp8_kinds().len() > 1 { recipe.with_fp8_weights(held) } else { recipe.clone() };
+            if as_held.step_limits(tokens, &package.manifest().model).slots != plan.limits.slots {
+                recipe.slots = plan.limits.slots;
+            }
             Ok((recipe, (*plan).clone()))
         })
         .collect()

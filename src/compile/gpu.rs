@@ -1,19 +1,24 @@
 //! The TensorRT part of a build: selects the library that can compile a plan on this machine, and compiles it.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
+use super::timings::KernelTimings;
 use super::{Calibration, PassReport, Precision, Progress, Recipe, optimized_graph};
 use crate::backend::Limits;
-use crate::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, PlanWeight, lower};
+use crate::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, LoweringOptions, PlanWeight, lower_with};
 use crate::backend::tensorrt::{
-    BuildOptions, DeviceInfo, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices,
+    BuildOptions, DeviceInfo, LibraryKind, Monitor, SerializedPlan, Severity, TensorRtLibrary, Traced, devices, stage,
 };
 use crate::checkpoint::ModelConfig;
 use crate::engine::tensorrt::{AttentionInput, Binding, CapacityClass, Compiled, Sizes, TensorRtInfo, TimedOn};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
+use crate::tensor_file::TensorFile;
 
 /// SM 8.9, the lowest compute capability with FP8. Plans that cannot be compiled for their own are compiled for this
 /// one as a check.
@@ -99,8 +104,13 @@ impl PlanCompiler {
         self.only_checked
     }
 
+    /// Index of the GPU that plans are compiled on, if it matters.
+    pub(super) fn gpu(&self) -> Option<usize> {
+        self.gpu
+    }
+
     /// The GPU that plans are compiled on.
-    fn timed_on(&self) -> Option<TimedOn> {
+    pub(super) fn timed_on(&self) -> Option<TimedOn> {
         let DeviceInfo { name, memory_bytes, .. } = devices().ok()?.into_iter().nth(self.gpu?)?;
         Some(TimedOn { name, memory_bytes })
     }
@@ -145,7 +155,9 @@ pub struct GpuPlan {
     compute_capability: u16,
     context_plan: bool,
     attention: AttentionInput,
+    lowering: LoweringOptions,
     optimization_level: usize,
+    tiling_optimization_level: usize,
 }
 
 /// The compiled plans of a capacity class.
@@ -179,8 +191,15 @@ impl GpuPlan {
         let sizes = classes.last().ok_or_else(|| Error::internal("a plan without sizes", "a capacity class"))?;
         let (graph, reports) = optimized_graph(config, recipe.precision, limits.max_sequence_tokens, calibration)?;
         let network = means.library.network_on(means.gpu, Arc::new(Traced))?;
+        let fp8_weights = recipe.fp8_kinds().first().copied().unwrap_or_default();
+        // TensorRT for RTX specializes kernels for the batch when a plan runs.
+        let decode_batches = match means.library.kind() {
+            LibraryKind::TensorRt => options.decode_batches.clone(),
+            LibraryKind::Rtx => Vec::new(),
+        };
+        let lowering = LoweringOptions { fp8_weights, decode_batches };
         let LoweredNetwork { weights, bindings, .. } =
-            lower(&graph, network, Attends::Cache(options.attention), sizes, &Constants::Arbitrary)?;
+            lower_with(&graph, network, Attends::Cache(options.attention), sizes, &Constants::Arbitrary, &lowering)?;
         let holds_weights = weights.iter().any(|weight| weight.in_plan);
         let scales = calibration.filter(|_| recipe.precision.needs_calibration()).map(Calibration::scales);
         Ok(GpuPlan {
@@ -195,8 +214,36 @@ impl GpuPlan {
             compute_capability,
             context_plan: options.context_plan.unwrap_or(!holds_weights),
             attention: options.attention,
+            lowering,
             optimization_level: options.optimization_level,
+            tiling_optimization_level: options.tiling_optimization_level,
         })
+    }
+
+    /// Returns true if the weights that are embedded in the plan are not as the weights file has them, so that
+    /// [`GpuPlan::stage`] has to be called.
+    pub fn stages_weights(&self) -> bool {
+        self.weights.iter().any(PlanWeight::is_staged)
+    }
+
+    /// Writes the weights that are embedded in the plan to the temporary file `path`, in the layout of the plan's
+    /// constants. The caller removes the file.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if they are not in `packed`; [`Error::Io`] if the file cannot be written; [`Error::Cancelled`].
+    pub fn stage(&self, packed: &TensorFile, path: &Path, progress: &dyn Progress) -> Result<()> {
+        let embedded = self.weights.iter().filter(|weight| weight.in_plan);
+        progress.stage("transposing", embedded.map(PlanWeight::bytes).sum());
+        let file = File::create_new(path).map_err(Error::io("create", path))?;
+        let mut out = BufWriter::with_capacity(1 << 20, file);
+        stage::write(&self.weights, packed, &mut |piece| {
+            progress.advance(piece.len() as u64);
+            match progress.is_cancelled() {
+                true => Err(Error::Cancelled),
+                false => out.write_all(piece).map_err(Error::io("write", path)),
+            }
+        })?;
+        out.flush().map_err(Error::io("write", path))
     }
 
     /// The compiler that was selected.
@@ -233,8 +280,10 @@ impl GpuPlan {
         constants: &Constants,
         progress: &Arc<dyn Progress>,
     ) -> Result<Option<Vec<CompiledPlans>>> {
+        let library = self.means.library;
+        let mut timings = self.means.timed_on().map(|gpu| KernelTimings::of(&gpu.name, &library.version().to_string()));
         let verb = if self.means.only_checked { "checking" } else { "compiling" };
-        let compile = |attends, sizes: &Sizes, steps: &str| {
+        let mut compile = |attends, sizes: &Sizes, steps: &str| {
             let of_class = match self.classes.len() {
                 1 => String::new(),
                 _ => format!(", {} tokens", sizes.max_sequence_tokens),
@@ -242,13 +291,19 @@ impl GpuPlan {
             progress.work(&format!("{verb} {target}{of_class}{steps}"));
             let monitor = Arc::new(BuildMonitor { progress: progress.clone() });
             let network = self.means.library.network_on(self.means.gpu, monitor)?;
-            let LoweredNetwork { mut network, profiles, .. } = lower(&self.graph, network, attends, sizes, constants)?;
+            let LoweredNetwork { mut network, profiles, .. } =
+                lower_with(&self.graph, network, attends, sizes, constants, &self.lowering)?;
             let (plan, in_parts) = network.build_or_decompose(&BuildOptions {
                 compute_capability: self.means.capability,
                 optimization_level: u8::try_from(self.optimization_level).ok(),
+                tiling_optimization_level: u8::try_from(self.tiling_optimization_level).ok(),
+                timings: timings.as_ref().map_or(Vec::new(), |timings| timings.content().to_vec()),
                 list_kernels: false,
                 profiles,
             })?;
+            if let Some(Err(reason)) = timings.as_mut().map(|timings| timings.update(network.timings())) {
+                progress.warn(&format!("timings of kernels cannot be kept, so the next build takes longer: {reason}"));
+            }
             if let Some(reason) = in_parts {
                 progress.warn(&format!(
                     "{target}{of_class}{steps}: TensorRT has no fused kernel for this attention, so the plan computes it \
@@ -281,6 +336,7 @@ impl GpuPlan {
             version: library.version().to_string(),
             gpu: self.means.timed_on(),
             context_plan,
+            decode_batches: self.lowering.decode_batches,
         };
         let mut files = files.into_iter();
         let smaller_classes = smaller.iter().map(|sizes| {

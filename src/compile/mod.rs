@@ -2,6 +2,7 @@
 
 mod build;
 mod calibration;
+mod fastest;
 mod finish;
 pub mod gpu;
 mod observation;
@@ -12,17 +13,20 @@ mod recipe;
 mod reference;
 mod repack;
 pub mod rounding;
+pub mod smoothing;
 mod text;
+mod timings;
 
 use std::path::{Path, PathBuf};
 
 pub use build::{PlannedBuild, build, open_checkpoint};
 pub use calibration::Calibration;
+pub use fastest::{Fp8Trial, Fp8Trials, StepTimes};
 pub use finish::{FinishRequest, finish};
 use gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 pub use passes::{PassReport, Precision};
 pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
-pub use recipe::{LinearKind, Recipe, Target, TensorRtOptions, WeightRounding};
+pub use recipe::{Fp8Choice, LinearKind, Recipe, Target, TensorRtOptions, WeightRounding};
 pub use text::CheckpointText;
 
 use crate::backend::Limits;
@@ -114,6 +118,10 @@ pub struct PlanSummary {
     pub only_prepared: bool,
     /// Reports of the passes.
     pub reports: Vec<PassReport>,
+    /// For an FP8 plan whose recipe leaves open how weights are held: both ways, as they were timed here.
+    pub fp8_trials: Option<Fp8Trials>,
+    /// The calibration that it was built with, if its precision needs one.
+    pub calibration: Option<Calibration>,
 }
 
 /// The optimized graph of a checkpoint's model, and the passes' reports. `calibration` is used by precisions that need
@@ -141,6 +149,8 @@ impl PlanSummary {
             compiler: means.map(|means| means.describe()),
             only_prepared: info.plan.is_none(),
             reports,
+            fp8_trials: None,
+            calibration: None,
         }
     }
 }

@@ -1,5 +1,5 @@
 //! Runs a checkpoint over calibration prompts in BF16 on the CPU, and derives from the inputs of its linear layers the
-//! scales of 8-bit activations and the rounding of weights.
+//! scales of 8-bit activations, the factors that even out their channels, and the rounding of weights.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -8,8 +8,10 @@ use std::path::Path;
 use rayon::prelude::*;
 
 use super::Progress;
-use super::calibration::Calibration;
+use super::calibration::{Calibrations, base_name};
 use super::rounding::{self, InputProducts};
+use super::smoothing::Site;
+use super::smoothing::choice::{self, LayerInputs};
 use crate::backend::constants::{ConstRows, RowForm, RowSource, stored_dtype};
 use crate::backend::cpu::lower::LoweredProgram;
 use crate::backend::cpu::program::ProgramKernel;
@@ -29,8 +31,8 @@ const SCALE_STEP: f32 = 0.840_896_4;
 const SCALES: i32 = 21;
 /// An error this much larger than the smallest is accepted for a larger scale, which saturates later.
 const ACCEPTED_ERROR: f64 = 1.01;
-/// Rows of a matrix that are rounded at a time.
-const ROUNDED_ROWS: usize = 1024;
+/// Rows of a matrix that are evaluated at a time.
+const EVALUATED_ROWS: usize = 1024;
 
 /// Counts of magnitudes by their BF16 bits: the inputs of layers are BF16, so these are exact.
 struct Magnitudes {
@@ -49,12 +51,19 @@ struct Calibrating<'a> {
     lowered: &'a LoweredProgram,
     checkpoint: &'a Checkpoint,
     progress: &'a dyn Progress,
-    /// Of each weight: its layer's inputs are counted for a scale.
-    is_scaled: Vec<bool>,
+    /// Of each weight: its layer's inputs are counted for a scale of E4M3 codes.
+    is_counted: Vec<bool>,
+    /// Of each weight: its layer's inputs are sampled for factors and a scale of 8-bit integers.
+    is_sampled: Vec<bool>,
+    strengths: &'a [f32],
+    sites: &'a [Site],
+    /// Tokens of all prompts.
+    tokens: usize,
     job: &'a RoundingJob,
     magnitudes: Vec<Option<Magnitudes>>,
+    samples: Vec<Option<LayerInputs>>,
     products: Vec<Option<InputProducts>>,
-    found: Calibration,
+    found: Calibrations,
     /// Receives rounded matrices.
     out: Option<BufWriter<File>>,
     path: &'a Path,
@@ -70,8 +79,14 @@ pub(super) struct CalibrationInputs<'a> {
     pub prompts: &'a [Vec<u32>],
     /// The weights to round.
     pub checkpoint: &'a Checkpoint,
-    /// Derive scales for 8-bit activations.
-    pub scales: bool,
+    /// Derive scales of E4M3 activations.
+    pub e4m3: bool,
+    /// Derive scales of 8-bit integers, and factors of layers that can take them.
+    pub int8: bool,
+    /// The strengths that factors are chosen from, beside none.
+    pub strengths: &'a [f32],
+    /// The layers that can take factors.
+    pub sites: &'a [Site],
     /// Matrices to round.
     pub job: &'a RoundingJob,
     /// Where to write them; the file is removed once it is mapped.
@@ -86,24 +101,29 @@ pub(super) struct CalibrationInputs<'a> {
 pub(super) fn calibrate(
     inputs: &CalibrationInputs<'_>,
     progress: &dyn Progress,
-) -> Result<(Calibration, Option<RoundedWeights>)> {
+) -> Result<(Calibrations, Option<RoundedWeights>)> {
     let CalibrationInputs { lowered, job, rounded, .. } = *inputs;
     let program = &lowered.program;
-    let mut is_scaled = vec![false; program.weights.len()];
+    let mut is_quantized = vec![false; program.weights.len()];
     for kernel in &program.kernels {
-        if let ProgramKernel::Linear { weight, .. } = kernel {
-            is_scaled[*weight] = inputs.scales;
+        if let ProgramKernel::Linear { weight, out, .. } = kernel {
+            is_quantized[*weight] = *out != program.logits;
         }
     }
     let mut observer = Calibrating {
         lowered,
         checkpoint: inputs.checkpoint,
         progress,
-        magnitudes: is_scaled.iter().map(|_| None).collect(),
-        products: is_scaled.iter().map(|_| None).collect(),
-        is_scaled,
+        magnitudes: is_quantized.iter().map(|_| None).collect(),
+        samples: is_quantized.iter().map(|_| None).collect(),
+        products: is_quantized.iter().map(|_| None).collect(),
+        is_counted: is_quantized.iter().map(|quantized| *quantized && inputs.e4m3).collect(),
+        is_sampled: is_quantized.iter().map(|quantized| *quantized && inputs.int8).collect(),
+        strengths: inputs.strengths,
+        sites: inputs.sites,
+        tokens: inputs.prompts.iter().map(Vec::len).sum(),
         job,
-        found: Calibration::default(),
+        found: Calibrations::default(),
         out: None,
         path: rounded,
     };
@@ -190,19 +210,37 @@ impl RoundingJob {
         weights.dedup();
         // A pass ends at each layer that adds to the residual stream: every second one.
         let pairs = weights.chunks(2).map(|pair| rounding::memory_bytes(pair.iter().map(columns)));
-        let slab = weights.iter().map(columns).max().unwrap_or(0) * ROUNDED_ROWS * 12;
+        let slab = weights.iter().map(columns).max().unwrap_or(0) * EVALUATED_ROWS * 12;
         pairs.max().unwrap_or(0) + slab as u64
     }
 }
 
+/// Upper bound on the memory for choosing factors, beside the executor's.
+pub(super) fn smoothing_memory_bytes(lowered: &LoweredProgram) -> u64 {
+    let linear = |kernel: &ProgramKernel| match kernel {
+        ProgramKernel::Linear { weight, out, .. } if *out != lowered.program.logits => {
+            Some(lowered.constants[*weight].columns())
+        }
+        _ => None,
+    };
+    let columns: Vec<usize> = lowered.program.kernels.iter().filter_map(linear).collect();
+    // A pass ends at each layer that adds to the residual stream: every second one.
+    let pairs = columns.chunks(2).map(|pair| pair.iter().map(|columns| choice::memory_bytes(*columns)).sum::<u64>());
+    let slab = columns.iter().max().unwrap_or(&0) * EVALUATED_ROWS * 4;
+    pairs.max().unwrap_or(0) + slab as u64
+}
+
 impl InputObserver for Calibrating<'_> {
     fn wants(&self, weight: usize) -> bool {
-        self.is_scaled[weight] || self.job.matrices.iter().any(|(of, ..)| *of == weight)
+        self.is_counted[weight] || self.is_sampled[weight] || self.job.matrices.iter().any(|(of, ..)| *of == weight)
     }
 
     fn inputs(&mut self, weight: usize, width: usize, inputs: &[f32]) -> Result<()> {
-        if self.is_scaled[weight] {
+        if self.is_counted[weight] {
             self.magnitudes[weight].get_or_insert_with(Magnitudes::new).add(inputs);
+        }
+        if self.is_sampled[weight] {
+            self.samples[weight].get_or_insert_with(|| LayerInputs::new(width, self.tokens)).add(inputs);
         }
         if self.job.matrices.iter().any(|(of, ..)| *of == weight) {
             self.products[weight].get_or_insert_with(|| InputProducts::new(width)).add(inputs);
@@ -219,7 +257,30 @@ impl InputObserver for Calibrating<'_> {
             let name = &self.lowered.program.weights[*weight].name;
             let infinite = || Error::Numerics(format!("calibration: inputs of the layer of `{name}` are not finite"));
             if let Some(magnitudes) = self.magnitudes[*weight].take() {
-                self.found.insert(name, magnitudes.scale().ok_or_else(infinite)?);
+                self.found.e4m3.insert(name, magnitudes.scale().ok_or_else(infinite)?);
+            }
+            if let Some(sample) = self.samples[*weight].take() {
+                let content = self.lowered.constants[*weight].unquantized();
+                let site = self.sites.iter().find(|site| site.name == base_name(name));
+                let every: Vec<usize>;
+                let (channels, strengths) = match site {
+                    Some(site) => (&site.channels, self.strengths),
+                    None => {
+                        every = (0..content.columns()).collect();
+                        (&every, &[][..])
+                    }
+                };
+                let mut weights = |visit: &mut dyn FnMut(&[f32])| {
+                    visit_rows(self.checkpoint, self.progress, &content, &mut |rows| {
+                        visit(rows);
+                        Ok(())
+                    })
+                };
+                let chosen = sample.choose(channels, strengths, &mut weights)?.ok_or_else(infinite)?;
+                self.found.int8.insert(name, chosen.scale);
+                if site.is_some() {
+                    self.found.int8.insert_factors(name, chosen.factors);
+                }
             }
             if let Some(products) = self.products[*weight].take() {
                 let compensation = products.factorize().ok_or_else(infinite)?;
@@ -237,21 +298,15 @@ impl InputObserver for Calibrating<'_> {
 impl Calibrating<'_> {
     /// Rounds a matrix and writes its codes and scales.
     fn round(&mut self, compensation: &rounding::Compensation, scheme: Scheme, content: &ConstRows) -> Result<()> {
-        let columns = content.columns();
-        let mut scales = Vec::with_capacity(content.rows() * scheme.blocks(columns));
-        for first in (0..content.rows()).step_by(ROUNDED_ROWS) {
-            self.passed(0)?;
-            let rows = ROUNDED_ROWS.min(content.rows() - first);
-            let mut weights = vec![0f32; rows * columns];
-            let pieces = weights.par_chunks_mut(16 * columns).enumerate();
-            pieces.try_for_each(|(index, out)| content.evaluate(self.checkpoint, first + 16 * index, out))?;
-            let rounded = compensation.round(scheme, &weights);
+        let mut scales = Vec::with_capacity(content.rows() * scheme.blocks(content.columns()));
+        visit_rows(self.checkpoint, self.progress, content, &mut |weights| {
+            let rounded = compensation.round(scheme, weights);
             let is_float = scheme == Scheme::FP8;
             let codes: Vec<u8> =
                 rounded.codes.iter().map(|c| if is_float { scheme.bits(*c) } else { *c as i8 as u8 }).collect();
-            self.write(&codes)?;
             scales.extend_from_slice(&rounded.scales);
-        }
+            self.write(&codes)
+        })?;
         let scales: Vec<u8> = scales.iter().flat_map(|scale| scale.to_le_bytes()).collect();
         self.write(&scales)
     }
@@ -262,6 +317,27 @@ impl Calibrating<'_> {
             None => Err(Error::internal("weights are rounded", "a file for them")),
         }
     }
+}
+
+/// Evaluates a matrix and passes it on, [`EVALUATED_ROWS`] rows at a time.
+fn visit_rows(
+    checkpoint: &Checkpoint,
+    progress: &dyn Progress,
+    content: &ConstRows,
+    visit: &mut dyn FnMut(&[f32]) -> Result<()>,
+) -> Result<()> {
+    let columns = content.columns();
+    for first in (0..content.rows()).step_by(EVALUATED_ROWS) {
+        if progress.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        let rows = EVALUATED_ROWS.min(content.rows() - first);
+        let mut weights = vec![0f32; rows * columns];
+        let pieces = weights.par_chunks_mut(16 * columns).enumerate();
+        pieces.try_for_each(|(index, out)| content.evaluate(checkpoint, first + 16 * index, out))?;
+        visit(&weights)?;
+    }
+    Ok(())
 }
 
 impl Magnitudes {

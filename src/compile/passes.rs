@@ -6,6 +6,7 @@ use std::fmt;
 
 use super::calibration::Calibration;
 use super::quantize::{fake_quantize_inputs, quantize_weights};
+use super::smoothing;
 use crate::error::Result;
 use crate::graph::{Const, Dim, Graph, Narrowing, Node, Op, Type, Value};
 use crate::quantize::Scheme;
@@ -58,25 +59,44 @@ pub enum Precision {
     /// As BF16, with the weights and inputs of linear layers other than the head as E4M3 floats: per-channel weight
     /// scales, and one input scale per layer, from a calibration.
     Fp8,
+    /// As INT8, with the inputs of linear layers as 8-bit integers too: one scale per layer, from a calibration that
+    /// first evens out their channels ([`smoothing`](super::smoothing)).
+    W8a8,
 }
 
 impl Precision {
-    /// All precisions, from the widest weights to the narrowest.
-    pub const ALL: [Precision; 5] = [Precision::F32, Precision::Bf16, Precision::Int8, Precision::Int4, Precision::Fp8];
+    /// All precisions: floats, weight-only ones, then those that quantize the inputs of linear layers too.
+    pub const ALL: [Precision; 6] =
+        [Precision::F32, Precision::Bf16, Precision::Int8, Precision::Int4, Precision::Fp8, Precision::W8a8];
 
     /// Quantization scheme of the linear layers' weights, if any.
     pub fn scheme(self) -> Option<Scheme> {
         match self {
             Precision::F32 | Precision::Bf16 => None,
-            Precision::Int8 => Some(Scheme::INT8),
+            Precision::Int8 | Precision::W8a8 => Some(Scheme::INT8),
             Precision::Int4 => Some(Scheme::INT4),
             Precision::Fp8 => Some(Scheme::FP8),
         }
     }
 
-    /// Returns true if the inputs of linear layers are quantized to FP8, which requires calibrated ranges.
+    /// Type of the codes that inputs of linear layers are quantized to, if any.
+    pub fn input_code(self) -> Option<DType> {
+        match self {
+            Precision::F32 | Precision::Bf16 | Precision::Int8 | Precision::Int4 => None,
+            Precision::Fp8 => Some(DType::F8),
+            Precision::W8a8 => Some(DType::I8),
+        }
+    }
+
+    /// Returns true if the inputs of linear layers are quantized, which requires calibrated scales.
     pub fn needs_calibration(self) -> bool {
-        self == Precision::Fp8
+        self.input_code().is_some()
+    }
+
+    /// Returns true if channels of these inputs are evened out before. Integers have one step for large and small
+    /// channels, floats do not.
+    pub fn smooths(self) -> bool {
+        self.input_code() == Some(DType::I8)
     }
 }
 
@@ -88,6 +108,7 @@ impl fmt::Display for Precision {
             Precision::Int8 => "int8",
             Precision::Int4 => "int4",
             Precision::Fp8 => "fp8",
+            Precision::W8a8 => "w8a8",
         })
     }
 }
@@ -106,7 +127,11 @@ pub fn run(
 ) -> Result<(Graph, Vec<PassReport>)> {
     let tables = |graph: &Graph| rotary_tables(graph, positions);
     type Pass<'p> = &'p dyn Fn(&Graph) -> Result<(Graph, PassReport)>;
+    let smooth = |graph: &Graph| smoothing::fold_factors(graph, calibration);
     let mut passes: Vec<Pass<'_>> = vec![&fold_constants, &fuse_linears, &tables];
+    if precision.smooths() {
+        passes.push(&smooth);
+    }
     if precision != Precision::F32 {
         passes.push(&narrow_to_bf16);
     }
@@ -114,12 +139,12 @@ pub fn run(
         let scaled = calibration.filter(|_| precision.needs_calibration());
         move |graph: &Graph| quantize_weights(graph, scheme, scaled)
     });
-    let round = |graph: &Graph| fake_quantize_inputs(graph, calibration);
+    let round = precision.input_code().map(|code| move |graph: &Graph| fake_quantize_inputs(graph, code, calibration));
     if let Some(quantize) = &quantize {
         passes.push(quantize);
     }
-    if precision.needs_calibration() {
-        passes.push(&round);
+    if let Some(round) = &round {
+        passes.push(round);
     }
     passes.push(&remove_dead_values);
     let mut graph = graph;
@@ -130,6 +155,15 @@ pub fn run(
         reports.push(report);
     }
     Ok((graph, reports))
+}
+
+/// The graph as [`run`] has it before it narrows anything.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn fused(graph: &Graph) -> Result<Graph> {
+    let (folded, _) = fold_constants(graph)?;
+    Ok(fuse_linears(&folded)?.0)
 }
 
 /// A graph under construction, with the new value of each old one.
@@ -465,7 +499,7 @@ mod tests {
         let graph = crate::model::build_graph(&config()).unwrap();
         let (graph, reports) = run(graph, Precision::Fp8, 64, Some(&kept)).unwrap();
         assert_eq!(count(&graph, &Op::QuantizedLinear { block: None }), 2 * 2);
-        assert_eq!(count(&graph, &Op::FakeQuantizeF8 { scale: 0.5 }), 2 * 2);
+        assert_eq!(count(&graph, &Op::FakeQuantize { code: DType::F8, scale: 0.5 }), 2 * 2);
         for node in graph.nodes().iter().filter(|node| node.op == Op::Linear) {
             assert_eq!(graph.node(node.operands[1]).ty.dtype, DType::BF16, "{}", node.name);
         }

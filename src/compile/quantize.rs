@@ -59,8 +59,12 @@ pub(super) fn quantize_weights(
     Ok((r.finish()?, report))
 }
 
-/// Fake-quantizes the inputs of quantized linear layers to E4M3, with the scales of a calibration.
-pub(super) fn fake_quantize_inputs(graph: &Graph, calibration: Option<&Calibration>) -> Result<(Graph, PassReport)> {
+/// Fake-quantizes the inputs of quantized linear layers to codes of type `code`, with the scales of a calibration.
+pub(super) fn fake_quantize_inputs(
+    graph: &Graph,
+    code: DType,
+    calibration: Option<&Calibration>,
+) -> Result<(Graph, PassReport)> {
     let mut report = PassReport::new("fake-quantize-inputs");
     let mut r = Rewrite::new(graph);
     let mut rounded = HashMap::new();
@@ -79,9 +83,9 @@ pub(super) fn fake_quantize_inputs(graph: &Graph, calibration: Option<&Calibrati
         let x = match rounded.get(&(x, scale.to_bits())) {
             Some(done) => *done,
             None => {
-                let name = format!("{}.input.f8", node.name);
+                let name = format!("{}.input.{code}", node.name);
                 let operand = r.operand(x)?;
-                let done = r.new.add(name, Op::FakeQuantizeF8 { scale }, &[operand])?;
+                let done = r.new.add(name, Op::FakeQuantize { code, scale }, &[operand])?;
                 rounded.insert((x, scale.to_bits()), done);
                 done
             }

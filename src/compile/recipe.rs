@@ -11,7 +11,7 @@ use super::passes::Precision;
 use crate::backend::Limits;
 use crate::backend::cpu::lower::CpuTarget;
 use crate::checkpoint::ModelConfig;
-use crate::engine::tensorrt::{AttentionInput, Sizes};
+use crate::engine::tensorrt::{AttentionInput, Fp8Weights, Sizes};
 use crate::error::{Error, Result};
 use crate::isa::CpuFeatures;
 
@@ -50,8 +50,10 @@ pub struct Recipe {
     pub quantize_activations: Option<bool>,
     /// For a plan in [`Precision::Int4`] or [`Precision::Fp8`]: rounding of weights.
     pub weight_rounding: WeightRounding,
-    /// For a plan in [`Precision::Fp8`]: linear layers that stay in BF16.
-    pub keep_bf16: Vec<LinearKind>,
+    /// For a plan that quantizes inputs: linear layers that stay in BF16. `None`: those of [`Recipe::kept_in_bf16`].
+    pub keep_bf16: Option<Vec<LinearKind>>,
+    /// For a plan in [`Precision::W8a8`]: evens out the channels of inputs first, by SmoothQuant.
+    pub smooth_inputs: bool,
     /// Options of a GPU plan.
     pub tensorrt: Option<TensorRtOptions>,
     /// The recipe's source text.
@@ -114,11 +116,55 @@ pub struct TensorRtOptions {
     /// Input by which attention learns a sequence's length.
     #[serde(default)]
     pub attention: AttentionInput,
+    /// For a plan in [`Precision::Fp8`]: the way that it holds its codes.
+    #[serde(default)]
+    pub fp8_weights: Fp8Choice,
+    /// Largest batches of the decode profiles of a plan that TensorRT 11 compiles, ascending; those from a plan's largest
+    /// batch on are ignored, and the last profile ends at that. The first is tuned for one sequence, the others for their
+    /// largest batch. Empty: one profile for every batch.
+    #[serde(default)]
+    pub decode_batches: Vec<usize>,
     /// TensorRT 11's builder optimization level, 0 to 5.
     pub optimization_level: usize,
+    /// TensorRT 11's tiling optimization level, 0 to 3.
+    #[serde(default)]
+    pub tiling_optimization_level: usize,
     /// GiB of KV cache on a GPU, by the GPU's memory in GB.
     #[serde(deserialize_with = "numbered")]
     pub kv_cache_gib: BTreeMap<u32, u32>,
+}
+
+/// The way that a plan in FP8 is to hold its codes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fp8Choice {
+    /// As [`Fp8Weights::Inputs`].
+    #[default]
+    Inputs,
+    /// As [`Fp8Weights::Constants`].
+    Constants,
+    /// As whichever is faster on the GPU: [`finish()`](super::finish()) compiles and times both. Until then, as inputs.
+    Fastest,
+}
+
+impl Fp8Choice {
+    /// The kinds to compile, the one of a plan that is not timed first.
+    pub fn kinds(self) -> &'static [Fp8Weights] {
+        match self {
+            Fp8Choice::Inputs => &[Fp8Weights::Inputs],
+            Fp8Choice::Constants => &[Fp8Weights::Constants],
+            Fp8Choice::Fastest => &[Fp8Weights::Inputs, Fp8Weights::Constants],
+        }
+    }
+}
+
+impl From<Fp8Weights> for Fp8Choice {
+    fn from(kind: Fp8Weights) -> Fp8Choice {
+        match kind {
+            Fp8Weights::Inputs => Fp8Choice::Inputs,
+            Fp8Weights::Constants => Fp8Choice::Constants,
+        }
+    }
 }
 
 /// Deserializes integer keys, which TOML keeps as strings.
@@ -169,7 +215,7 @@ impl Target {
     pub fn precisions(self) -> &'static [Precision] {
         match self {
             Target::Cpu => &Precision::ALL,
-            Target::A100 => &[Precision::Bf16, Precision::Int8, Precision::Int4],
+            Target::A100 => &[Precision::Bf16, Precision::Int8, Precision::Int4, Precision::W8a8],
             Target::H100 => &[Precision::Bf16, Precision::Fp8, Precision::Int8, Precision::Int4],
         }
     }
@@ -230,8 +276,8 @@ impl Recipe {
             activations: Option<RawActivations>,
             #[serde(default)]
             weight_rounding: WeightRounding,
-            #[serde(default)]
-            keep_bf16: Vec<LinearKind>,
+            keep_bf16: Option<Vec<LinearKind>>,
+            smooth_inputs: Option<bool>,
             tensorrt: Option<TensorRtOptions>,
         }
         #[derive(Deserialize)]
@@ -256,6 +302,16 @@ impl Recipe {
                 within("optimization_level", options.optimization_level + 1, 6).map_err(|_| {
                     refuse(format!("optimization_level is {}, accepted are 0 to 5", options.optimization_level))
                 })?;
+                within("tiling_optimization_level", options.tiling_optimization_level + 1, 4).map_err(|_| {
+                    let level = options.tiling_optimization_level;
+                    refuse(format!("tiling_optimization_level is {level}, accepted are 0 to 3"))
+                })?;
+                let batches = &options.decode_batches;
+                if batches.first() == Some(&0) || !batches.is_sorted_by(|a, b| a < b) || batches.len() > 8 {
+                    return Err(refuse(format!(
+                        "decode_batches is {batches:?}, accepted are at most 8 numbers from 1 on, ascending"
+                    )));
+                }
                 for capacity in &options.capacity_classes {
                     let fits = (64..=1 << 20).contains(capacity) && capacity % 64 == 0;
                     fits.then_some(()).ok_or_else(|| {
@@ -287,6 +343,7 @@ impl Recipe {
             quantize_activations: raw.activations.map(|activations| matches!(activations, RawActivations::Int8)),
             weight_rounding: raw.weight_rounding,
             keep_bf16: raw.keep_bf16,
+            smooth_inputs: raw.smooth_inputs.unwrap_or(true),
             tensorrt: raw.tensorrt,
             text: text.into(),
         };
@@ -323,6 +380,18 @@ impl Recipe {
         self.weight_rounding == WeightRounding::Gptq && matches!(self.precision, Precision::Int4 | Precision::Fp8)
     }
 
+    /// The linear layers that stay in BF16, in a precision that quantizes inputs: those that the recipe names, or else the
+    /// ones that lose most (docs/quantization.md).
+    pub fn kept_in_bf16(&self) -> &[LinearKind] {
+        match (self.precision, &self.keep_bf16) {
+            (precision, _) if !precision.needs_calibration() => &[],
+            (_, Some(kept)) => kept,
+            (Precision::Fp8, None) => &[LinearKind::QkvProj],
+            (Precision::W8a8, None) => &[LinearKind::DownProj],
+            (_, None) => &[],
+        }
+    }
+
     /// The CPU that a CPU plan is lowered for.
     ///
     /// # Errors
@@ -356,14 +425,36 @@ impl Recipe {
     }
 
     /// The capacity classes for sequences of so many tokens, ascending, the longest last. Constants of a plan are on the
-    /// GPU once for each plan, so such a precision has one class.
+    /// GPU once for each plan, so with such weights there is one class.
     fn capacities(&self, options: &TensorRtOptions, max_sequence_tokens: usize) -> Vec<usize> {
-        let is_below = |capacity: &usize| *capacity < max_sequence_tokens && self.precision != Precision::Int4;
+        let are_constants = match self.precision {
+            Precision::Int4 => true,
+            Precision::Fp8 => options.fp8_weights == Fp8Choice::Constants,
+            Precision::F32 | Precision::Bf16 | Precision::Int8 | Precision::W8a8 => false,
+        };
+        let is_below = |capacity: &usize| *capacity < max_sequence_tokens && !are_constants;
         let mut capacities: Vec<usize> = options.capacity_classes.iter().copied().filter(is_below).collect();
         capacities.sort_unstable();
         capacities.dedup();
         capacities.push(max_sequence_tokens);
         capacities
+    }
+
+    /// The ways to hold E4M3 codes to compile, the one of a plan that is not timed first.
+    pub fn fp8_kinds(&self) -> &'static [Fp8Weights] {
+        match (&self.tensorrt, self.precision) {
+            (Some(options), Precision::Fp8) => options.fp8_weights.kinds(),
+            _ => Fp8Choice::Inputs.kinds(),
+        }
+    }
+
+    /// The same recipe for one way to hold E4M3 codes.
+    pub fn with_fp8_weights(&self, kind: Fp8Weights) -> Recipe {
+        let mut recipe = self.clone();
+        if let Some(options) = &mut recipe.tensorrt {
+            options.fp8_weights = kind.into();
+        }
+        recipe
     }
 
     /// Limits of a plan for this model.
@@ -410,6 +501,7 @@ fn rows(options: &TensorRtOptions, model: &ModelConfig, capacity: usize) -> usiz
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Checkpoint;
 
     const GOOD: &str = "target = 'cpu'\nprecision = 'f32'\nslots = 2\nprefill_chunk_tokens = 16\nlogits_rows = 1\n";
 
@@ -440,6 +532,24 @@ mod tests {
     }
 
     #[test]
+    fn constants_have_one_class() {
+        let model = Checkpoint::open(Path::new("tests/data/tiny-chat")).unwrap().config().clone();
+        let mut recipe = Recipe::load("h100").unwrap();
+        assert_eq!(recipe.fp8_kinds(), [Fp8Weights::Inputs, Fp8Weights::Constants]);
+        let classes = |recipe: &Recipe| {
+            let options = recipe.tensorrt.as_ref().unwrap();
+            recipe.tensorrt_classes(options, &recipe.limits(&model).unwrap(), &model).len()
+        };
+        recipe.tensorrt.as_mut().unwrap().capacity_classes = vec![64, 128];
+        assert_eq!(classes(&recipe.with_fp8_weights(Fp8Weights::Inputs)), 3);
+        assert_eq!(classes(&recipe), 3, "until it is timed, as inputs");
+        assert_eq!(classes(&recipe.with_fp8_weights(Fp8Weights::Constants)), 1);
+        recipe.precision = Precision::Bf16;
+        assert_eq!(classes(&recipe.with_fp8_weights(Fp8Weights::Constants)), 3, "only codes of fp8 are constants");
+        assert_eq!(recipe.fp8_kinds(), [Fp8Weights::Inputs]);
+    }
+
+    #[test]
     fn mistakes_are_named() {
         assert!(Recipe::parse("r", GOOD).is_ok());
         let refused = |text: String| Recipe::parse("r", &text).unwrap_err().to_string();
@@ -457,6 +567,13 @@ mod tests {
                 .contains("fp8 is not for a100, which takes bf16")
         );
         assert!(refused_gpu("optimization_level = 4", "optimization_level = 6").contains("6, accepted are 0 to 5"));
+        assert!(refused_gpu("[tensorrt]", "[tensorrt]\nfp8_weights = 'some'").contains("expected one of `inputs`"));
+        let error = refused_gpu("tiling_optimization_level = 0", "tiling_optimization_level = 4");
+        assert!(error.contains("tiling_optimization_level is 4, accepted are 0 to 3"), "{error}");
+        for wrong in ["[0, 8]", "[8, 8]", "[2, 3, 4, 5, 6, 7, 8, 9, 10]"] {
+            let error = refused_gpu("decode_batches = [2, 8, 32, 128]", &format!("decode_batches = {wrong}"));
+            assert!(error.contains(&format!("decode_batches is {wrong}, accepted are")), "{error}");
+        }
         assert!(refused_gpu("top_tokens = 64", "top_tokens = 4000").contains("top_tokens is 4000"));
         assert!(refused_gpu("40 = 16", "big = 16").contains("big"));
         assert!(refused_gpu("40 = 16", "40 = 0").contains("kv_cache_gib"));

@@ -8,6 +8,7 @@
 use std::path::Path;
 
 use super::build::Numbers;
+use super::calibration::Calibrations;
 use super::{Calibration, LinearKind, Precision, Progress, optimized_graph};
 use crate::backend::constants::RowForm;
 use crate::backend::cpu::lower::{CpuTarget, LoweredProgram, lower};
@@ -74,15 +75,22 @@ impl Stand {
 }
 
 impl Stand {
+    /// Lowers it again with what a calibration found, since weights may depend on it.
+    ///
+    /// # Errors
+    /// As [`lower_for_prompts`].
+    pub fn calibrate(&mut self, reference: &Reference, config: &ModelConfig, found: &Calibrations) -> Result<()> {
+        if let Some(found) = found.of(self.precision) {
+            let found = found.without(&self.keep_bf16);
+            self.lowered = lower_for_prompts(reference, config, self.precision, Some(&found))?;
+        }
+        Ok(())
+    }
+
     /// Returns true if it computes with these number formats.
     pub fn is_of(&self, (precision, kept): Numbers<'_>) -> bool {
         self.precision == precision && self.keep_bf16 == kept
     }
-}
-
-/// Returns true if a program's linear layers quantize their inputs, which no GPU plan does.
-pub(super) fn quantizes_inputs(program: &Program) -> bool {
-    program.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Quantize { .. }))
 }
 
 /// The model in a precision, lowered to this CPU for one step over all prompts.

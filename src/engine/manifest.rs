@@ -118,7 +118,7 @@ impl Default for GenerationSettings {
 pub struct PlanInfo {
     /// Target that it runs on: `"cpu"`, `"a100"`, `"h100"`.
     pub target: String,
-    /// Precision that it computes in: `"f32"`, `"bf16"`, `"int8"`, `"int4"`, `"fp8"`.
+    /// Precision that it computes in: `"f32"`, `"bf16"`, `"int8"`, `"int4"`, `"fp8"`, `"w8a8"`.
     pub precision: String,
     /// The plan's file; `None` if it was only prepared (see [`TensorRtInfo::compiled`]).
     pub plan: Option<String>,

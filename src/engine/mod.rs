@@ -23,4 +23,5 @@ pub use manifest::{
 };
 pub use package::{Package, is_package};
 pub use user_cache::user_cache;
+pub(crate) use user_cache::{plain_name, read_digested, write_digested};
 pub use writer::{PackageFile, PackageWriter};

@@ -25,7 +25,7 @@ pub struct TensorRtInfo {
     pub bindings: Vec<Binding>,
     /// GiB of KV cache to use on a GPU, by the GPU's memory in GB.
     pub kv_cache_gib: BTreeMap<u32, u32>,
-    /// Activation scales of the linear layers' inputs, by weight name; empty except for FP8.
+    /// Activation scales of the linear layers' inputs, by weight name; empty except for FP8 and W8A8.
     pub activation_scales: BTreeMap<String, f32>,
 }
 
@@ -73,6 +73,15 @@ impl TensorRtInfo {
         }
     }
 
+    /// The way that a plan in FP8 holds its codes: as constants if no input is a weight in E4M3.
+    pub fn fp8_weights(&self) -> Fp8Weights {
+        let is_code = |binding: &Binding| binding.role == BindingRole::Weight && binding.dtype == DType::F8;
+        match self.bindings.iter().any(is_code) {
+            true => Fp8Weights::Inputs,
+            false => Fp8Weights::Constants,
+        }
+    }
+
     /// Bytes of KV cache per token of one sequence.
     pub fn kv_bytes_per_token(&self) -> usize {
         let caches =
@@ -101,6 +110,11 @@ pub struct Compiled {
     pub gpu: Option<TimedOn>,
     /// File of the context plan, which prefills sequences without a past. Without it, the main plan prefills them too.
     pub context_plan: Option<String>,
+    /// Largest batches of the decode profiles of every class, ascending: a class has those below its largest batch, and
+    /// one up to that ([`Sizes::decode_profiles`]). Profile 0 of a plan that reads the cache is for prefill, these
+    /// follow. Empty: one decode profile.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub decode_batches: Vec<usize>,
 }
 
 /// The GPU that a plan was compiled on.
@@ -146,6 +160,27 @@ impl fmt::Display for AttentionInput {
     }
 }
 
+/// The way that a plan holds E4M3 codes of weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fp8Weights {
+    /// Inputs `[in, out]`: the plans of all capacity classes share one copy in the GPU's memory.
+    #[default]
+    Inputs,
+    /// Constants `[out, in]`, which the GEMM multiplies as a transpose, with constant scales per output channel. Every
+    /// plan has a copy, so there is one capacity class and no context plan unless the recipe asks for it.
+    Constants,
+}
+
+impl fmt::Display for Fp8Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Fp8Weights::Inputs => "inputs",
+            Fp8Weights::Constants => "constants",
+        })
+    }
+}
+
 /// The sizes a plan is built for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -172,6 +207,13 @@ impl Sizes {
     /// op named attention_mask.1_iota").
     pub fn least_prefill_sequences(prefill_tokens: usize) -> usize {
         if prefill_tokens <= 64 { 2 } else { 1 }
+    }
+
+    /// Largest batch of each decode profile, ascending, of a plan whose profiles end at these batches: those below the
+    /// plan's largest batch, and that.
+    pub fn decode_profiles(&self, batches: &[usize]) -> Vec<usize> {
+        let below = batches.iter().copied().filter(|batch| *batch < self.decode_sequences);
+        below.chain([self.decode_sequences]).collect()
     }
 
     /// These sizes for another capacity of the cache.
@@ -254,6 +296,8 @@ pub enum BindingRole {
     TopLogits,
     /// Output `i32[R, k]`: their token ids.
     TopIds,
+    /// Output `f32[R, p]`: sums of each row's logits, `vocab / p` each, which are finite only if the logits are.
+    LogitSums,
 }
 
 impl BindingRole {
@@ -283,6 +327,7 @@ impl BindingRole {
                 | BindingRole::Logits
                 | BindingRole::TopLogits
                 | BindingRole::TopIds
+                | BindingRole::LogitSums
         )
     }
 }

@@ -10,7 +10,7 @@ mod value_type;
 
 use std::fmt;
 
-pub use constant::{Const, Trig};
+pub use constant::{Const, Factors, Trig};
 pub use descriptor::{Accepts, Narrowing, OperandSpec};
 pub use dim::{Dim, Sym};
 pub use op::Op;
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(error, "graph: op linear (layers.0.up): weight is f32[4, 9]: found 9, expected 8");
     }
 
-    /// Every op that has operands; `FakeQuantizeF8`, `Columns`, `RotaryAngle` and `Rotary` with attributes that no operand fits.
+    /// Every op that has operands; `FakeQuantize`, `Columns`, `RotaryAngle` and `Rotary` with attributes that no operand fits.
     fn ops() -> Vec<Op> {
         vec![
             Op::AddScalar(1.0),
@@ -169,7 +169,7 @@ mod tests {
             Op::LayerNorm { eps: 1e-5 },
             Op::Linear,
             Op::QuantizedLinear { block: None },
-            Op::FakeQuantizeF8 { scale: 0.0 },
+            Op::FakeQuantize { code: DType::F8, scale: 0.0 },
             Op::QuantizedLinear { block: Some(2) },
             Op::Columns { start: 7, width: 2 },
             Op::RotaryAngle { trig: Trig::Cos, theta: 1e4, rotary_dim: 3 },

@@ -37,10 +37,12 @@ pub enum Op {
         /// Quantization group size in inputs; `None`: per-channel scales.
         block: Option<usize>,
     },
-    /// `(x)`: quantizes to E4M3 and back, FP32: `scale` times the E4M3 float nearest to `x / scale`, saturating. A
-    /// backend with an FP8 GEMM quantizes here and moves the scale out of the sums.
-    FakeQuantizeF8 {
-        /// Value that an E4M3 1.0 stands for.
+    /// `(x)`: quantizes to a code and back, FP32: `scale` times the code nearest to `x / scale`, saturating. A backend
+    /// with a GEMM of such codes quantizes here and moves the scale out of the sums.
+    FakeQuantize {
+        /// Type of the code: F8, or I8 with codes from -128 to 127.
+        code: DType,
+        /// Value that a code of 1 stands for.
         scale: f32,
     },
     /// `(x [n, width])`: columns `start .. start + width`.
@@ -153,12 +155,15 @@ impl Op {
                 x.expect("blocks", blocks.into())?;
                 x.typed(F32, ["n", "out"])
             }),
-            Op::FakeQuantizeF8 { scale } => {
-                OpDescriptor::new("fake_quantize_f8", const { &[operand("x", Floats).of_any_shape()] })
-                    .attributes(format!("scale {scale}"))
-                    .result(move |x| match scale.is_finite() && *scale > 0.0 {
-                        true => Ok(Type { dtype: F32, shape: x.operand(0).shape.clone() }),
-                        false => Err(format!("the scale is {scale}, expected a positive number")),
+            Op::FakeQuantize { code, scale } => {
+                OpDescriptor::new("fake_quantize", const { &[operand("x", Floats).of_any_shape()] })
+                    .attributes(format!("{code} scale {scale}"))
+                    .result(move |x| match (code, scale.is_finite() && *scale > 0.0) {
+                        (DType::F8 | DType::I8, true) => Ok(Type { dtype: F32, shape: x.operand(0).shape.clone() }),
+                        (DType::F8 | DType::I8, false) => {
+                            Err(format!("the scale is {scale}, expected a positive number"))
+                        }
+                        _ => Err(format!("inputs are quantized to f8 or i8, not to {code}")),
                     })
             }
             Op::Columns { start, width } => {

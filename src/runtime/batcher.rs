@@ -143,6 +143,11 @@ impl Batcher {
         self.queue.len()
     }
 
+    /// Returns true once no step can succeed any more.
+    pub fn is_lost(&self) -> bool {
+        self.executor.is_lost()
+    }
+
     /// Tokens in the KV cache of the requests that hold a slot.
     pub(super) fn active_tokens(&self) -> usize {
         self.active.iter().map(|active| self.slots.len(active.slot)).sum()

@@ -148,6 +148,23 @@ impl EngineState {
         self.drain.is_none() && self.stopped.is_none()
     }
 
+    /// Takes a request off a full queue to make room for one of a client with fewer: the newest of the client with the
+    /// most, unless that is of a higher priority. So no client can keep the others out.
+    fn evict_for(&mut self, client: u64, priority: i32) -> Option<Submission> {
+        let mut waiting: HashMap<u64, usize> = HashMap::new();
+        for submission in &self.queue {
+            *waiting.entry(submission.client).or_default() += 1;
+        }
+        let own = waiting.get(&client).copied().unwrap_or(0);
+        let (most, count) = waiting.into_iter().max_by_key(|(client, count)| (*count, *client))?;
+        if count <= own + 1 {
+            return None;
+        }
+        let newest = self.queue.iter().rposition(|s| s.client == most && s.priority >= priority)?;
+        self.outstanding -= 1;
+        self.queue.remove(newest)
+    }
+
     fn stop_error(&self) -> Error {
         Error::EngineStopped { reason: self.stopped.clone().unwrap_or_default() }
     }
@@ -271,8 +288,17 @@ impl EngineHandle {
             if state.outstanding < most {
                 break;
             }
+            let full = || Error::QueueFull { slots, queued: shared.max_queued };
+            if let Some(evicted) = state.evict_for(client, priority) {
+                // The sink is the caller's code, so it is called outside the lock.
+                drop(state);
+                let Submission { mut sink, .. } = evicted;
+                sink(Event::Failed(Arc::new(full())));
+                state = shared.lock();
+                continue;
+            }
             if !waits {
-                return Err(Error::QueueFull { slots, queued: state.outstanding.saturating_sub(slots) });
+                return Err(full());
             }
             state = shared.room.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -312,7 +338,8 @@ impl EngineHandle {
         self.shared.vocabulary.tokenizer()
     }
 
-    pub(super) fn stop_error(&self) -> Error {
+    /// The error of requests to an engine that has stopped.
+    pub(crate) fn stop_error(&self) -> Error {
         self.shared.lock().stop_error()
     }
 
@@ -383,8 +410,8 @@ struct Work {
 impl Worker {
     /// Runs until the engine is told to stop. Every request gets a last event, whatever happens.
     fn live(mut self) {
-        let panicked = catch_unwind(AssertUnwindSafe(|| self.serve())).err();
-        let reason = panicked.map(|payload| format!(": its thread panicked: {}", words_of_panic(&*payload)));
+        let reason = catch_unwind(AssertUnwindSafe(|| self.serve()))
+            .unwrap_or_else(|payload| Some(format!(": its thread panicked: {}", words_of_panic(&*payload))));
         let mut state = self.shared.lock();
         state.stopped = Some(reason.unwrap_or_default());
         let queued: Vec<EventSink> = state.queue.drain(..).map(|waiting| waiting.sink).collect();
@@ -398,7 +425,8 @@ impl Worker {
         }
     }
 
-    fn serve(&mut self) {
+    /// Serves until it is told to stop. Returns the reason if it stops for another.
+    fn serve(&mut self) -> Option<String> {
         loop {
             let Work { admitted, cancelled, refused, late, ends } = self.wait();
             for number in cancelled {
@@ -420,7 +448,7 @@ impl Worker {
                 self.release();
             }
             if ends {
-                return;
+                return None;
             }
             for Submission { number, client, generation, sink, .. } in admitted {
                 let id = self.batcher.enqueue(generation);
@@ -430,6 +458,9 @@ impl Worker {
                 self.deliver(id, event);
             }
             self.shared.lock().kv_tokens = self.batcher.active_tokens();
+            if self.batcher.is_lost() {
+                return Some(": its device is lost".into());
+            }
         }
     }
 

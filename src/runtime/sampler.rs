@@ -361,7 +361,7 @@ impl Sampler {
     /// Fills `top` with the ids from a row's largest logits that can be chosen and whose adjusted logits exceed those
     /// of the rest. Returns an upper bound for the adjusted logits of the rest: negative infinity if there is no rest.
     fn adjust_top(&mut self, top: Top<'_>, allowed: Option<&TokenMask>) -> Result<f32> {
-        let Top { values, ids } = top;
+        let Top { values, ids, sum } = top;
         if values.len() != ids.len() {
             return Err(Error::Step(format!("{} largest logits with {} ids", values.len(), ids.len())));
         }
@@ -376,6 +376,13 @@ impl Sampler {
             return Err(Error::Numerics(format!(
                 "the logit at index {} is {}; the weights or a kernel are wrong",
                 wrong.id, wrong.logit
+            )));
+        }
+        if is_wrong(sum) {
+            return Err(Error::Numerics(format!(
+                "the sum of the row's logits is {sum}, so one of them is not a number or is infinite, although none of the {} \
+                 largest is; the weights or a kernel are wrong",
+                values.len()
             )));
         }
         let least = values.iter().copied().fold(f32::INFINITY, f32::min);

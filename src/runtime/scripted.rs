@@ -42,6 +42,8 @@ pub(super) struct Scripted {
     mended: Arc<Mutex<Vec<usize>>>,
     /// Copies between slots.
     copies: bool,
+    /// Whether a failed step is the end, and there was one.
+    lost: (bool, bool),
 }
 
 impl Scripted {
@@ -63,7 +65,14 @@ impl Scripted {
             fetches: Arc::default(),
             mended: Arc::default(),
             copies: false,
+            lost: (false, false),
         }
+    }
+
+    /// Makes a failed step the end.
+    pub(super) fn lost_after_failure(mut self) -> Scripted {
+        self.lost.0 = true;
+        self
     }
 
     /// Lets prefixes be copied from slot to slot.
@@ -96,6 +105,10 @@ impl Scripted {
 impl Executor for Scripted {
     fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost == (true, true)
     }
 
     fn copy_prefix(&mut self, from: usize, to: usize, tokens: usize) -> Result<bool> {
@@ -132,6 +145,7 @@ impl Executor for Scripted {
             }
         }
         if failed {
+            self.lost.1 = true;
             for span in step.spans() {
                 self.slots[span.slot].truncate(span.past_tokens);
             }
@@ -161,7 +175,9 @@ impl DeferredLogits for Scripted {
 
     fn top(&self, row: usize) -> Top<'_> {
         let k = self.top_tokens.unwrap();
-        Top { values: &self.top.0[row * k..][..k], ids: &self.top.1[row * k..][..k] }
+        let width = self.limits.vocab_size;
+        let sum = self.logits[row * width..][..width].iter().sum();
+        Top { values: &self.top.0[row * k..][..k], ids: &self.top.1[row * k..][..k], sum }
     }
 
     fn fetch(&mut self, row: usize) -> Result<&[f32]> {

@@ -221,6 +221,13 @@ impl App {
         self.metrics.responded(route, status);
     }
 
+    /// The reason of an engine that has stopped without being told to.
+    pub fn stopped_engine(&self) -> Option<String> {
+        let opened = self.models.iter().filter_map(ServedModel::opened);
+        let stopped = opened.filter(|opened| !self.is_draining() && !opened.engine.status().is_open);
+        stopped.map(|opened| format!("{}: {}", opened.name, opened.engine.stop_error())).next()
+    }
+
     fn metrics_text(&self, for_gateways: bool) -> String {
         for model in &self.models {
             let opened = model.opened();

@@ -44,6 +44,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
@@ -51,6 +52,9 @@ use tokio::sync::Notify;
 pub use self::options::{LogFormat, ServeOptions, UnknownFields};
 use crate::error::{Error, Result};
 use crate::runtime::Model;
+
+/// Interval at which the engines are looked at.
+const WATCH: Duration = Duration::from_millis(250);
 
 /// A model to serve.
 pub struct ModelSource {
@@ -189,14 +193,24 @@ impl Server {
                     std::future::pending::<()>().await;
                 }
             };
+            // Whoever started the server can start it again; one that answers nothing is of no use.
+            let lost = async {
+                loop {
+                    tokio::time::sleep(WATCH).await;
+                    if let Some(reason) = app.stopped_engine() {
+                        return reason;
+                    }
+                }
+            };
             let serving = connection::serve(listeners, app.clone(), stop.wait());
             tokio::select! {
                 drained = serving => Ok(drained),
+                reason = lost => Err(Error::Serve(reason)),
                 () = failed => Err(Error::Serve("no model could be opened".into())),
             }
         });
         app.shut_down();
-        runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+        runtime.shutdown_timeout(Duration::from_secs(1));
         outcome
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport, TensorRtExecutor, devices};
+use aotron::backend::tensorrt::{GpuEvent, GpuOptions, GpuReport, KernelCompilation, TensorRtExecutor, devices};
 use aotron::backend::{self, Chunk, Executor, ExecutorOptions, NextToken, Rows, Step};
 use aotron::checkpoint::Checkpoint;
 use aotron::engine::tensorrt::{
@@ -20,6 +20,7 @@ use safetensors::tensor::Dtype;
 
 const VOCAB: usize = 200;
 const TOP: usize = 8;
+const SUMS: usize = 4;
 const LAYERS: usize = 2;
 const WEIGHTS: [usize; 5] = [300, 1, 77, 4096, 5];
 const SIZES: Sizes = Sizes {
@@ -120,6 +121,7 @@ fn bindings(capacity: usize) -> Vec<Binding> {
         binding("logits".into(), BindingRole::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
         binding("top_logits".into(), BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(TOP)]),
         binding("top_ids".into(), BindingRole::TopIds, DType::I32, &[Step(R), Fixed(TOP)]),
+        binding("logit_sums".into(), BindingRole::LogitSums, DType::F32, &[Step(R), Fixed(SUMS)]),
     ]);
     let cache = [Step(B), Fixed(3), Fixed(capacity), Fixed(4)];
     for layer in 0..LAYERS {
@@ -225,6 +227,7 @@ fn package(name: &str, plan: &str) -> Package {
                 version: "1.7.1".into(),
                 gpu: None,
                 context_plan: Some("plans/a100-context.plan".into()),
+                decode_batches: Vec::new(),
             }),
             sizes: SIZES,
             smaller_classes: smaller()
@@ -259,6 +262,7 @@ fn listening() -> (GpuReport, Arc<Mutex<Vec<String>>>) {
     let hear = move |event: &GpuEvent<'_>| match event {
         GpuEvent::Fact(text) => copy.lock().unwrap().push((*text).to_owned()),
         GpuEvent::Loading { done_bytes, total_bytes } => assert!(done_bytes <= total_bytes),
+        GpuEvent::Compiling { done, total } => assert!(done <= total),
     };
     (GpuReport::to(hear), heard)
 }
@@ -361,7 +365,8 @@ fn on_stand_ins_steps_run() {
     assert!(facts[1].starts_with("GPU 1 (Fake A100-40GB): weights "), "{facts:?}");
     let words = "6 sequences of 64 tokens, 96 bytes a token";
     assert!(facts[1].contains(words), "{facts:?}");
-    assert_eq!(facts[2..], ["kernels are compiled on first use and cached for the next start"]);
+    let count = 6 * (1 + smaller().len());
+    assert_eq!(facts[2], format!("compiling the kernels of {count} step sizes, which later starts find in a cache"));
     assert_eq!(executor.limits().slots, 6);
     run_steps(&mut *executor, 400);
     let refused = heard.lock().unwrap().iter().filter(|fact| fact.contains("without CUDA graphs")).count();
@@ -375,6 +380,66 @@ fn on_stand_ins_steps_run() {
     let mut executor = TensorRtExecutor::open(&package, &package.manifest().plans[0], &gpu).unwrap();
     assert_eq!((executor.limits().slots, executor.gpu().index), (3, 1));
     std::thread::spawn(move || run_steps(&mut executor, 100)).join().unwrap();
+}
+
+#[test]
+fn no_request_waits_for_kernels() {
+    let text = run("on_stand_ins_kernels_are_compiled", &[]);
+    let between = |from: &str, to: &str| {
+        let (_, rest) = text.split_once(from).unwrap_or_else(|| panic!("no {from}: {text}"));
+        rest.split_once(to).unwrap_or_else(|| panic!("no {to}: {text}")).0.to_owned()
+    };
+    let waits = "a run waits for kernels";
+    assert_eq!(between("opening", "opened").matches(waits).count(), 12, "{text}");
+    let serving = between("opened", "again");
+    assert_eq!(serving.matches(waits).count(), 0, "{serving}");
+    // At the end of a row, where a few tokens are left.
+    assert!(serving.contains("kernels are compiled aside for 1 x 4"), "{serving}");
+    assert_eq!(between("again", "lazily").matches(waits).count(), 8, "decode runs alone: {text}");
+    let lazily = between("lazily", "eagerly");
+    let aside = "kernels are compiled aside for 1 x 8";
+    assert!(lazily.contains(waits) && lazily.contains(aside), "{lazily}");
+    let eagerly = text.split_once("eagerly").unwrap().1;
+    assert!(eagerly.contains(waits) && !eagerly.contains("kernels are compiled aside"), "{eagerly}");
+}
+
+#[test]
+#[ignore = "run by no_request_waits_for_kernels"]
+fn on_stand_ins_kernels_are_compiled() {
+    let package = package("whole", &plan_text(false));
+    let plan = &package.manifest().plans[0];
+    let open = |kernels| {
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let copy = events.clone();
+        let report = GpuReport::to(move |event: &GpuEvent<'_>| {
+            if let GpuEvent::Compiling { done, total } = event {
+                copy.lock().unwrap().push((*done, *total));
+            }
+        });
+        let gpu = GpuOptions { kernels, report, ..GpuOptions::default() };
+        let executor = TensorRtExecutor::open(&package, plan, &gpu).unwrap();
+        let events = events.lock().unwrap().clone();
+        (executor, events)
+    };
+    let up_to = |total: usize| (0..=total).map(|done| (done, total)).collect::<Vec<_>>();
+    eprintln!("opening");
+    let (mut executor, events) = open(KernelCompilation::AtOpening);
+    // In each of two classes: four batch sizes, and one size of a prompt's first chunk and of later ones.
+    assert_eq!(events, up_to(12));
+    eprintln!("opened");
+    run_steps(&mut executor, 300);
+    drop(executor);
+    eprintln!("again");
+    let (executor, events) = open(KernelCompilation::AtOpening);
+    assert_eq!(events, up_to(8), "what the kernel cache has is only captured");
+    drop(executor);
+    std::fs::remove_dir_all(folder().join("cache")).unwrap();
+    for (kernels, marker) in [(KernelCompilation::OnFirstUse, "lazily"), (KernelCompilation::BeforeUse, "eagerly")] {
+        eprintln!("{marker}");
+        let (mut executor, events) = open(kernels);
+        assert_eq!(events, []);
+        run_steps(&mut executor, 100);
+    }
 }
 
 /// In memory for two long sequences, six short ones run; they grow in turn, wait for memory, and give what the sequences
@@ -438,7 +503,8 @@ fn a_gpu_that_fails_says_so_from_then_on() {
 fn on_stand_ins_a_gpu_fails() {
     let package = package("whole", &plan_text(false));
     let plan = &package.manifest().plans[0];
-    let mut executor = TensorRtExecutor::open(&package, plan, &GpuOptions::default()).unwrap();
+    let gpu = GpuOptions { kernels: KernelCompilation::OnFirstUse, ..GpuOptions::default() };
+    let mut executor = TensorRtExecutor::open(&package, plan, &gpu).unwrap();
     let limits = executor.limits().clone();
     let decode = |past_tokens| Step::decode(&limits, &[NextToken { slot: 0, past_tokens, token: 1 }]).unwrap();
     for past_tokens in 0..3 {
@@ -477,6 +543,10 @@ fn on_stand_ins_plans_are_refused() {
     let error = refused(&whole, plan, &GpuOptions { slots: Some(7), ..GpuOptions::default() });
     assert!(error.contains("7 slots, but this plan was built for 1 to 6"), "{error}");
 
+    let mut old = plan.clone();
+    old.tensorrt.as_mut().unwrap().bindings.retain(|binding| binding.role != BindingRole::LogitSums);
+    let error = refused(&whole, &old, &GpuOptions::default());
+    assert!(error.contains("compiled before plans returned sums of logits") && error.contains("--finish"), "{error}");
     let mut prepared = plan.clone();
     prepared.tensorrt.as_mut().unwrap().compiled = None;
     let error = refused(&whole, &prepared, &GpuOptions::default());

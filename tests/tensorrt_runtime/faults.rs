@@ -56,7 +56,9 @@ const FAULTS: &[(&str, &[&str])] = &[
     ("logits_shifted", &["the CPU's answers, prefilled"]),
     ("one_logit", &["the CPU's answers, prefilled"]),
     ("nan_in_a_row", &["logits are finite"]),
-    ("nan_is_hidden", &["largest logits are the row's"]),
+    ("nan_is_hidden", &["logits are finite"]),
+    ("sum_skips_nan", &["largest logits are the row's"]),
+    ("sum_of_another_row", &["largest logits are the row's"]),
     ("top_ids_off_by_one", &["largest logits are the row's"]),
     ("top_values_of_another_row", &["largest logits are the row's"]),
     ("top_misses_one", &["largest logits are the row's"]),
@@ -183,6 +185,7 @@ fn bindings(weights: &[FakeWeight]) -> Vec<Binding> {
         binding("logits", BindingRole::Logits, DType::F32, &[Step(R), Fixed(VOCAB)]),
         binding("top_logits", BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(SIZES.top_tokens)]),
         binding("top_ids", BindingRole::TopIds, DType::I32, &[Step(R), Fixed(SIZES.top_tokens)]),
+        binding("logit_sums", BindingRole::LogitSums, DType::F32, &[Step(R), Fixed(2)]),
     ]);
     let cache = [Step(B), Fixed(KV_HEADS), Fixed(SIZES.max_sequence_tokens), Fixed(HEAD_DIM)];
     for layer in 0..LAYERS {
@@ -249,6 +252,7 @@ fn package(of_cpu: &Package, weights: &[FakeWeight], fault: &str, reference: boo
             version: "1.7.1".into(),
             gpu: None,
             context_plan: Some("plans/a100-context.plan".into()),
+            decode_batches: Vec::new(),
         }),
         sizes: SIZES,
         smaller_classes: smaller_class()
@@ -360,6 +364,10 @@ fn on_stand_ins_faults_are_caught() {
     assert!(shown.out.contains("FAILED") && shown.out.contains("worst:"), "{}", shown.out);
     assert!(refused.iter().all(|words| shown.err.contains(words)), "{}", shown.err);
     aotron(&["run", path, "--token-ids", "5,9", "--max-tokens", "2"]).fails(1, &refused);
+    // A NaN that TopK leaves out ends the answer, where somebody insists on it.
+    let hidden = folder().join("engine-nan_is_hidden");
+    let hidden = ["run", hidden.to_str().unwrap(), "--token-ids", "5,9", "--max-tokens", "9", "--accept-unverified"];
+    aotron(&hidden).fails(1, &["the sum of the row's logits is NaN", "although none of the 8 largest is"]);
     let insisting = aotron(&["run", path, "--token-ids", "5,9", "--max-tokens", "2", "--accept-unverified"]).ok();
     assert!(insisting.err.contains("runs unverified on GPU 1"), "{}", insisting.err);
 }

@@ -76,14 +76,22 @@ enum ValueLocation {
     Input(Input),
     Const,
     View(View),
-    Cache { layer: usize, kind: KeysOrValues },
+    Cache {
+        layer: usize,
+        kind: KeysOrValues,
+    },
+    /// 8-bit codes and their per-row scales.
+    Codes {
+        codes: View,
+        scales: View,
+    },
 }
 
 struct CpuLowering<'g> {
     graph: &'g Graph,
     limits: &'g Limits,
     target: CpuTarget,
-    /// Views that already have 8-bit codes, with the views of those codes and scales.
+    /// Views that already have 8-bit codes by per-row scales, with the views of those codes and scales.
     quantized: HashMap<View, (View, View)>,
     users: Vec<Vec<Value>>,
     places: Vec<Option<ValueLocation>>,
@@ -140,11 +148,14 @@ impl CpuLowering<'_> {
             }
             (Op::Linear, Some(x)) => {
                 let x = self.view(node, x)?;
-                self.linear(value, node, x, None)
+                self.linear(value, node, (x, None), None)
             }
             (Op::QuantizedLinear { block }, Some(x)) => {
-                let x = self.view(node, x)?;
-                self.linear(value, node, x, Some(block.unwrap_or(x.width)))
+                let x = match self.place(x) {
+                    Some(ValueLocation::Codes { codes, scales }) => (codes, Some(scales)),
+                    _ => (self.view(node, x)?, None),
+                };
+                self.linear(value, node, x, Some(block.unwrap_or(x.0.width)))
             }
             (Op::Columns { start, width }, Some(x)) => {
                 let x = self.view(node, x)?;
@@ -195,7 +206,12 @@ impl CpuLowering<'_> {
                 let out = self.buffer(node, self.stored_dtype(value))?;
                 self.emit(ProgramKernel::Relu2 { x, out }, out)
             }
-            (Op::FakeQuantizeF8 { scale }, Some(x)) => {
+            (Op::FakeQuantize { code: DType::I8, scale }, Some(x)) => {
+                let x = self.view(node, x)?;
+                let (codes, scales) = self.quantize(x, &node.name, Some(*scale));
+                Ok(ValueLocation::Codes { codes, scales })
+            }
+            (Op::FakeQuantize { scale, .. }, Some(x)) => {
                 let x = self.view(node, x)?;
                 let out = self.buffer(node, DType::F32)?;
                 self.emit(ProgramKernel::FakeQuantizeF8 { x, scale: *scale, out }, out)
@@ -215,17 +231,28 @@ impl CpuLowering<'_> {
         }
     }
 
-    /// Emits a linear layer, with its epilogue fused if that is the layer's only user; `group` is the quantization
-    /// group size.
-    fn linear(&mut self, value: Value, node: &Node, x: View, group: Option<usize>) -> Result<ValueLocation> {
+    /// Emits a linear layer, with its epilogue fused if that is the layer's only user. `x` has scales if it is codes;
+    /// `group` is the quantization group size.
+    fn linear(
+        &mut self,
+        value: Value,
+        node: &Node,
+        (x, x_scales): (View, Option<View>),
+        group: Option<usize>,
+    ) -> Result<ValueLocation> {
         let dtype = self.graph.node(node.operands[1]).ty.dtype;
         let per_channel = group == Some(x.width);
-        let (x, x_scales) = match self.target.quantize_activations && dtype == DType::I8 && per_channel {
-            true => {
-                let (codes, scales) = self.quantize(x);
-                (codes, Some(scales))
-            }
-            false => (x, None),
+        let (x, x_scales) = match (x_scales, self.target.quantize_activations && dtype == DType::I8 && per_channel) {
+            (None, true) => match self.quantized.get(&x).copied() {
+                Some((codes, scales)) => (codes, Some(scales)),
+                None => {
+                    let name = self.buffers[x.buffer].name.clone();
+                    let (codes, scales) = self.quantize(x, &format!("{name}.int8"), None);
+                    self.quantized.insert(x, (codes, scales));
+                    (codes, Some(scales))
+                }
+            },
+            _ => (x, x_scales),
         };
         let x_dtype = self.buffers[x.buffer].dtype;
         let packing = linear::choose(dtype, x_dtype, self.target.features)
@@ -256,20 +283,16 @@ impl CpuLowering<'_> {
         self.emit(kernel(Epilogue::Store, out), out)
     }
 
-    /// Quantizes columns to 8-bit integers with per-row scales, once for all linear layers that read them.
-    fn quantize(&mut self, x: View) -> (View, View) {
-        if let Some(found) = self.quantized.get(&x) {
-            return *found;
-        }
-        let BufferSpec { name, rows, .. } = self.buffers[x.buffer].clone();
+    /// Quantizes columns to 8-bit integers, by `scale` or by a scale of each row. Returns the codes and the rows' scales.
+    fn quantize(&mut self, x: View, name: &str, scale: Option<f32>) -> (View, View) {
+        let rows = self.buffers[x.buffer].rows;
         let mut add = |name: String, width, dtype| {
             self.buffers.push(BufferSpec { name, rows, width, dtype, offset: 0 });
             View { buffer: self.buffers.len() - 1, column: 0, width }
         };
-        let codes = add(format!("{name}.int8"), x.width, DType::I8);
+        let codes = add(name.to_owned(), x.width, DType::I8);
         let scales = add(format!("{name}.scales"), 1, DType::F32);
-        self.kernels.push(ProgramKernel::Quantize { x, out: codes.buffer, scales: scales.buffer });
-        self.quantized.insert(x, (codes, scales));
+        self.kernels.push(ProgramKernel::Quantize { x, scale, out: codes.buffer, scales: scales.buffer });
         (codes, scales)
     }
 

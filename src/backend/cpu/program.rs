@@ -17,7 +17,7 @@ use crate::isa::CpuFeatures;
 use crate::tensor::DType;
 
 /// Version of the format; packages of other versions are refused.
-pub const PROGRAM_VERSION: u32 = 2;
+pub const PROGRAM_VERSION: u32 = 3;
 /// Alignment in bytes of buffers in the arena and of weights in their file.
 pub const ALIGN: usize = 64;
 
@@ -244,9 +244,9 @@ impl Program {
         names
     }
 
-    /// Returns true if inputs of linear layers are quantized to 8 bits.
+    /// Returns true if inputs of linear layers are quantized to 8 bits by scales of each row, which no GPU plan does.
     pub fn quantizes_activations(&self) -> bool {
-        self.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Quantize { .. }))
+        self.kernels.iter().any(|kernel| matches!(kernel, ProgramKernel::Quantize { scale: None, .. }))
     }
 
     /// A sentence for the user if this CPU supports faster packings than the program was built with.

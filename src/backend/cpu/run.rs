@@ -147,10 +147,10 @@ impl StepRun<'_> {
                 let weight = PackedWeight::new(packing, mapped.data::<u8>(weight), scales, shape)?;
                 with_float!(out.spec.dtype, O => linear(isa, x, weight, epilogue, out.rows_mut::<O>())?);
             }
-            ProgramKernel::Quantize { x, out, scales } => {
+            ProgramKernel::Quantize { x, scale, out, scales } => {
                 let ([x], [codes, scales]) = self.buffers([x], [out, scales])?;
                 let (codes, scales) = (codes.rows_mut(), scales.rows_mut());
-                with_float!(x.spec.dtype, T => rowwise::quantize::<T>(isa, x.rows(), codes, scales));
+                with_float!(x.spec.dtype, T => rowwise::quantize::<T>(isa, x.rows(), scale, codes, scales));
             }
             ProgramKernel::Rotary { x, cos, sin, head_dim, out } => {
                 let ([x, cos, sin], [out]) = self.buffers([x, cos, sin], [out])?;

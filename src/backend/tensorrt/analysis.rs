@@ -112,6 +112,51 @@ impl StepKernels {
     }
 }
 
+/// The GEMMs of a step that read weights in E4M3, by the type that they multiply in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Fp8Products {
+    /// Linear layers with weights in E4M3.
+    pub layers: usize,
+    /// GEMMs that are one operation on E4M3 inputs and weights, with the scales applied to the result.
+    pub in_fp8: usize,
+    /// The weights, or names of the kernels, that convert E4M3 to a wider type before they multiply, in the GEMM's kernel
+    /// or in one before it.
+    pub widened: Vec<String>,
+}
+
+impl Fp8Products {
+    /// Finds the GEMMs among a step's kernels. What a kernel fuses is known by its name, and a name that says nothing counts
+    /// as neither.
+    pub fn of(kernels: &[GpuKernel], weights: &[PlanWeight]) -> Fp8Products {
+        let is_matrix = |tensor: &&KernelTensor| {
+            tensor.dtype == DType::F8.to_string() && tensor.dims.len() > 1 && tensor.elements().is_some()
+        };
+        let is_activation = |tensor: &KernelTensor| {
+            tensor.dtype == DType::F8.to_string() && tensor.dims.len() > 1 && tensor.elements().is_none()
+        };
+        let layers = weights.iter().filter(|weight| weight.dtype == DType::F8 && weight.shape.len() == 2).count();
+        let mut found = Fp8Products { layers, ..Fp8Products::default() };
+        for kernel in kernels.iter().filter(|kernel| kernel.is_launched()) {
+            let Some(codes) = kernel.inputs.iter().chain(&kernel.constants).find(is_matrix) else { continue };
+            let operations = kernel.operations();
+            let widens = kernel.kind != KernelKind::Gemm
+                || operations.iter().take_while(|operation| **operation != "Fc").any(|operation| *operation == "Cast");
+            if widens {
+                let is_bound = weights.iter().any(|weight| weight.name == codes.name);
+                found.widened.push(if is_bound { codes.name.clone() } else { kernel.name.clone() });
+            } else if operations.is_empty() && kernel.inputs.iter().any(is_activation) {
+                found.in_fp8 += 1;
+            }
+        }
+        found
+    }
+
+    /// GEMMs of which the kernels' names do not tell.
+    pub fn untold(&self) -> usize {
+        self.layers.saturating_sub(self.in_fp8 + self.widened.len())
+    }
+}
+
 fn binding<'a>(bindings: &'a [Binding], name: &str) -> Option<&'a Binding> {
     bindings.iter().find(|binding| binding.name == name)
 }
@@ -234,7 +279,11 @@ fn placed(kernel: &GpuKernel, bindings: &[Binding], before: KernelLocation) -> K
     }
     let is_of_no_layer = |bound: &Binding| match bound.role {
         BindingRole::Weight => !is_matrix(bound) || !looks_up(kernel, bound),
-        BindingRole::LogitsRows | BindingRole::Logits | BindingRole::TopLogits | BindingRole::TopIds => true,
+        BindingRole::LogitsRows
+        | BindingRole::Logits
+        | BindingRole::TopLogits
+        | BindingRole::TopIds
+        | BindingRole::LogitSums => true,
         _ => false,
     };
     match before {

@@ -105,6 +105,11 @@ impl Device {
         Ok(device)
     }
 
+    /// Returns true once every call of this GPU fails.
+    pub fn is_lost(&self) -> bool {
+        self.0.lost.get().is_some()
+    }
+
     /// Name, index and memory of the GPU.
     pub fn info(&self) -> &DeviceInfo {
         &self.0.info

@@ -56,6 +56,10 @@ pub(super) mod bridge {
         compute_capability: i32,
         /// TensorRT 11's builder optimization level; -1 for its default.
         optimization_level: i32,
+        /// TensorRT 11's tiling optimization level; -1 for its default.
+        tiling_optimization_level: i32,
+        /// TensorRT 11's timing cache from earlier builds; empty for none.
+        timings: Vec<u8>,
         /// Log the plan's kernels in detail.
         list_kernels: bool,
         profiles: Vec<Profile>,
@@ -157,10 +161,12 @@ pub(super) mod bridge {
         fn attention_with_mask(self: Pin<&mut Network>, q: u32, keys: u32, values: u32, mask: u32) -> Result<u32>;
         fn decompose_attention(self: Pin<&mut Network>) -> Result<u32>;
         fn top_k(self: Pin<&mut Network>, x: u32, k: u32) -> Result<TopK>;
+        fn last_sums(self: Pin<&mut Network>, x: u32) -> Result<u32>;
         fn layers(self: &Network) -> u32;
         fn layer(self: &Network, index: u32) -> Result<LayerInfo>;
         fn build(self: Pin<&mut Network>, options: &BuildOptions) -> Result<UniquePtr<Plan>>;
         fn cancelled(self: &Network) -> bool;
+        fn timings(self: &Network) -> &[u8];
 
         type Plan;
         fn bytes(self: &Plan) -> &[u8];

@@ -192,6 +192,9 @@ pub trait Layers {
     /// The `k` largest elements of each row of `x [n, width]` in descending order, `[n, k]`, and their columns,
     /// `i32[n, k]`.
     fn top_k(&mut self, x: NetworkTensor, k: u32) -> Result<(NetworkTensor, NetworkTensor)>;
+
+    /// The sum along the last dimension, which the result does not have.
+    fn last_sums(&mut self, x: NetworkTensor) -> Result<NetworkTensor>;
 }
 
 /// A layer as TensorRT reports it.
@@ -242,6 +245,12 @@ pub struct BuildOptions {
     /// TensorRT 11's effort in kernel selection, 0 to 5; `None` is its default. TensorRT for RTX ignores it, because it
     /// selects kernels when a plan first runs.
     pub optimization_level: Option<u8>,
+    /// TensorRT 11's tiling optimization level, 0 to 3; `None` is its default. TensorRT for RTX ignores it.
+    pub tiling_optimization_level: Option<u8>,
+    /// TensorRT 11's timings of kernels from earlier builds on the same GPU model, empty if there are none
+    /// ([`Network::timings`](super::Network::timings)). TensorRT ignores those of another version or GPU, and TensorRT
+    /// for RTX all.
+    pub timings: Vec<u8>,
     /// Logs the plan's kernels at [`super::Severity::Verbose`].
     pub list_kernels: bool,
     /// Profiles; required if any input is dynamic. A run selects one of them.

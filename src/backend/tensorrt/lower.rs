@@ -4,19 +4,23 @@
 //!
 //! Activations are `[B·T, width]`, and `[B, heads, T, head_dim]` from the rotary embedding through attention. Weights
 //! are inputs of the network, so that plans share one copy and need not embed them. Quantized codes are stored `[in,
-//! out]`, which TensorRT's GEMMs read directly; stored `[out, in]`, they would be transposed in every step, or, as
-//! constants, during compilation, which doubles its time. 4-bit codes are constants of the network: as inputs they
-//! would be unpacked to BF16 in every step.
+//! out]`, which TensorRT's GEMMs read directly; as inputs stored `[out, in]`, they would be transposed in every step.
+//! 4-bit codes are constants of the network: as inputs they would be unpacked to BF16 in every step. E4M3 codes are
+//! either ([`Fp8Weights`]). Where inputs are 8-bit
+//! integers too, codes are stored `[out, in]`.
 
+mod integers;
 mod profiles;
+mod quantized;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use self::quantized::common_divisor;
 pub use super::weights::{Constants, PlanWeight, WeightLayout};
-use super::{AttentionMask, ConstantBytes, Layers, Network, NetworkTensor, OptimizationProfile};
+use super::{AttentionMask, Layers, Network, NetworkTensor, OptimizationProfile};
 use crate::backend::constants::ConstRows;
-pub use crate::engine::tensorrt::{AttentionInput, Sizes};
+pub use crate::engine::tensorrt::{AttentionInput, Fp8Weights, Sizes};
 use crate::engine::tensorrt::{Binding, BindingRole, Extent, StepSize};
 use crate::error::{Error, Result};
 use crate::graph::{Const, Graph, Input, Node, Op, Type, Value};
@@ -32,8 +36,12 @@ pub const LOGITS: &str = "logits";
 pub const TOP_LOGITS: &str = "top_logits";
 /// Name of the output with their token ids, `i32[R, k]`.
 pub const TOP_IDS: &str = "top_ids";
-/// Element type that codes are dequantized to, and that their GEMM computes in.
-const QUANTIZED_PRODUCTS: DType = DType::BF16;
+/// Name of the output with sums of each requested row of logits, `f32[R, p]`, each of `vocab / p` logits. A NaN or an
+/// infinity among the logits shows in them, whatever TopK makes of one.
+pub const LOGIT_SUMS: &str = "logit_sums";
+/// Most sums of a row. With one sum of a wide row, TensorRT for RTX shares the row out among blocks and needs a second
+/// kernel to clear their counter.
+const MOST_SUMS: usize = 64;
 /// TensorRT's limit for k in TopK.
 pub const MOST_TOP_TOKENS: usize = 3840;
 
@@ -56,11 +64,21 @@ pub struct LoweredNetwork<N = Network> {
     pub bindings: Vec<Binding>,
     /// Weights: inputs in the order of the bindings, and embedded constants.
     pub weights: Vec<PlanWeight>,
-    /// Profiles of the steps it can run: prefill, then decode if it attends to the cache.
+    /// Profiles of the steps it can run: prefill, then, if it attends to the cache, decode, by batch ascending.
     pub profiles: Vec<OptimizationProfile>,
 }
 
-/// Lowers a graph into an empty network.
+/// Choices of a lowering that neither the graph nor the sizes make.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LoweringOptions {
+    /// The way that the plan holds E4M3 codes.
+    pub fp8_weights: Fp8Weights,
+    /// Largest batches of decode profiles, ascending; those from the sizes' largest batch on are ignored. Empty: one
+    /// profile for every batch.
+    pub decode_batches: Vec<usize>,
+}
+
+/// Lowers a graph into an empty network, with the default [`LoweringOptions`].
 ///
 /// # Errors
 /// [`Error::Graph`] naming an op that cannot be lowered where it stands; [`Error::TensorRt`] with TensorRT's message.
@@ -71,11 +89,27 @@ pub fn lower<N: Layers>(
     sizes: &Sizes,
     constants: &Constants,
 ) -> Result<LoweredNetwork<N>> {
+    lower_with(graph, network, attends, sizes, constants, &LoweringOptions::default())
+}
+
+/// Lowers a graph into an empty network.
+///
+/// # Errors
+/// As [`lower`].
+pub fn lower_with<N: Layers>(
+    graph: &Graph,
+    network: N,
+    attends: Attends,
+    sizes: &Sizes,
+    constants: &Constants,
+    options: &LoweringOptions,
+) -> Result<LoweredNetwork<N>> {
     let mut lowering = NetworkLowering {
         graph,
         attends,
         sizes,
         constants,
+        options,
         arbitrary: Arc::default(),
         network,
         places: Vec::with_capacity(graph.nodes().len()),
@@ -105,7 +139,9 @@ enum LoweredValue {
     Heads { tensor: NetworkTensor, heads: usize, head_dim: usize },
     /// A layer's cache after the step, `[B, heads, S, head_dim]`, and the new entries, `[B, heads, T, head_dim]`.
     Cache { cache: NetworkTensor, new: NetworkTensor },
-    /// E4M3 codes and their scale.
+    /// Columns `[start, start + width)` of `[B·T, all]`, which attention reads as heads.
+    Columns { of: NetworkTensor, all: usize, start: usize, width: usize },
+    /// E4M3 floats or 8-bit integers, and their scale.
     Codes { codes: NetworkTensor, scale: NetworkTensor },
     /// Codes or scales of a quantized weight, added by the linear layer that reads them.
     WeightPart,
@@ -116,6 +152,7 @@ struct NetworkLowering<'g, N> {
     attends: Attends,
     sizes: &'g Sizes,
     constants: &'g Constants,
+    options: &'g LoweringOptions,
     /// Shared content of arbitrary constants, as long as the longest one.
     arbitrary: Arc<[u8]>,
     network: N,
@@ -158,6 +195,9 @@ impl<N: Layers> NetworkLowering<'_, N> {
                     LoweredValue::Heads { tensor, heads, head_dim } => {
                         LoweredValue::Heads { tensor: self.typed(tensor, from, *to)?, heads, head_dim }
                     }
+                    LoweredValue::Columns { of, all, start, width } => {
+                        LoweredValue::Columns { of: self.typed(of, from, *to)?, all, start, width }
+                    }
                     _ => {
                         let x = self.plain(x)?;
                         LoweredValue::Plain(self.typed(x, from, *to)?)
@@ -193,13 +233,11 @@ impl<N: Layers> NetworkLowering<'_, N> {
             }
             Op::Columns { start, width } => {
                 let [x] = operands(node)?;
+                if let Some(columns) = self.columns_of_constants(x, *start, *width)? {
+                    return Ok(columns);
+                }
                 let x = self.plain(x)?;
-                let first = self.network.integers(&[0])?;
-                let shape = self.network.shape(x)?;
-                let rows = self.network.gather(shape, first)?;
-                let width = self.network.integers(&[size(Some(*width), node)?])?;
-                let sizes = self.network.concat(&[rows, width])?;
-                Ok(LoweredValue::Plain(self.network.slice(x, &[0, size(Some(*start), node)?], sizes)?))
+                Ok(LoweredValue::Plain(self.columns(node, x, *start, *width)?))
             }
             Op::RotaryAngle { trig, theta, rotary_dim } => {
                 let [positions] = operands(node)?;
@@ -244,16 +282,21 @@ impl<N: Layers> NetworkLowering<'_, N> {
                 let (x, y) = (self.plain(x)?, self.plain(y)?);
                 Ok(LoweredValue::Plain(self.network.sum(x, y)?))
             }
-            Op::FakeQuantizeF8 { scale } => {
+            Op::FakeQuantize { code, scale } => {
                 let [x] = operands(node)?;
                 let x = self.plain(x)?;
                 let scale = self.network.scalar(*scale, 0)?;
-                Ok(LoweredValue::Codes { codes: self.network.quantize(x, scale, DType::F8)?, scale })
+                Ok(LoweredValue::Codes { codes: self.network.quantize(x, scale, *code)?, scale })
             }
             Op::QuantizedLinear { block } => {
                 let [x, codes, scales] = operands(node)?;
-                let product = self.quantized_linear(node, *block, [x, codes, scales])?;
-                Ok(LoweredValue::Plain(self.typed(product, QUANTIZED_PRODUCTS, dtype)?))
+                let product = match (self.place(x), self.graph.node(codes).ty.dtype, block) {
+                    (LoweredValue::Codes { codes: x, scale }, DType::I8, None) => {
+                        self.integer_linear(node, (x, scale), [codes, scales])?
+                    }
+                    _ => self.quantized_linear(node, *block, [x, codes, scales])?,
+                };
+                Ok(LoweredValue::Plain(product))
             }
         }
     }
@@ -324,7 +367,8 @@ impl<N: Layers> NetworkLowering<'_, N> {
 
     /// Adds a weight as an input or as an embedded constant.
     fn weight(&mut self, weight: PlanWeight) -> Result<NetworkTensor> {
-        let PlanWeight { name, dtype, shape, in_plan, .. } = &weight;
+        let PlanWeight { name, dtype, in_plan, .. } = &weight;
+        let shape = weight.shape_in_plan();
         let dims: Option<Vec<i64>> = shape.iter().map(|n| i64::try_from(*n).ok()).collect();
         let dims = dims.ok_or_else(|| Error::TensorRt(format!("weight {name} is too large: {shape:?}")))?;
         let tensor = if *in_plan {
@@ -335,72 +379,6 @@ impl<N: Layers> NetworkLowering<'_, N> {
         };
         self.weights.push(weight);
         Ok(tensor)
-    }
-
-    fn constant(&mut self, weight: &PlanWeight) -> Result<ConstantBytes> {
-        match self.constants {
-            Constants::File(file) => {
-                let (stored, _) = file.tensor(&weight.name).ok_or_else(|| {
-                    Error::format(file.path(), format!("there is no tensor {}: build the package again", weight.name))
-                })?;
-                ConstantBytes::of_file(file.clone(), stored.bytes.clone())
-            }
-            Constants::Arbitrary => {
-                let length = usize::try_from(weight.bytes())
-                    .map_err(|_| Error::TensorRt(format!("weight {} is too large", weight.name)))?;
-                if self.arbitrary.len() < length {
-                    // 0x3c3c3c3c is 0.0115 in FP32: TensorRT rejects scales of zero.
-                    self.arbitrary = vec![0x3c; length].into();
-                }
-                ConstantBytes::of_memory(self.arbitrary.clone(), 0..length)
-            }
-        }
-    }
-
-    /// Dequantizes the weight right before the GEMM, which TensorRT fuses into one kernel.
-    fn quantized_linear(
-        &mut self,
-        node: &Node,
-        block: Option<usize>,
-        [x, codes, scales]: [Value; 3],
-    ) -> Result<NetworkTensor> {
-        let graph = self.graph;
-        let (codes, scales) = (graph.node(codes), graph.node(scales));
-        let (Op::Const(codes_expr), Op::Const(scales_expr)) = (&codes.op, &scales.op) else {
-            return Err(fail(node, "its codes and scales are not constants"));
-        };
-        let &[rows, columns] = &codes.ty.shape[..] else {
-            return Err(fail(node, "its codes are not a matrix"));
-        };
-        let (Some(rows), Some(columns)) = (rows.as_fixed(), columns.as_fixed()) else {
-            return Err(fail(node, "the sizes of its codes must be known"));
-        };
-        let from = graph.node(x).ty.dtype;
-        let x = match self.place(x) {
-            LoweredValue::Codes { codes, scale } => self.network.dequantize(codes, scale, None, QUANTIZED_PRODUCTS)?,
-            _ => {
-                let x = self.plain(x)?;
-                self.typed(x, from, QUANTIZED_PRODUCTS)?
-            }
-        };
-        let codes_content = plain_form(codes, codes_expr, &codes.ty)?;
-        let scales_content = plain_form(scales, scales_expr, &scales.ty)?;
-        let codes = PlanWeight::rows(&codes.name, codes.ty.dtype, vec![columns, rows], codes_content);
-        let codes = PlanWeight { layout: WeightLayout::Transposed, ..codes };
-        let scales = PlanWeight::rows(&scales.name, scales.ty.dtype, vec![rows], scales_content);
-        let weight = if let Some(block) = block {
-            let unit = common_divisor(block, columns);
-            let codes = self.weight(PlanWeight { in_plan: true, ..codes })?;
-            // TensorRT accepts only BF16 scales here, so quantize.rs chooses scales that BF16 represents exactly.
-            let (shape, layout) = (vec![columns / unit, rows], WeightLayout::Spread { block, unit });
-            let scales = PlanWeight { dtype: QUANTIZED_PRODUCTS, shape, layout, in_plan: true, ..scales };
-            let scales = self.weight(scales)?;
-            self.network.dequantize(codes, scales, None, QUANTIZED_PRODUCTS)?
-        } else {
-            let (codes, scales) = (self.weight(codes)?, self.weight(scales)?);
-            self.network.dequantize(codes, scales, Some(1), QUANTIZED_PRODUCTS)?
-        };
-        self.network.matmul(x, weight)
     }
 
     /// TensorRT's attention does not scale the scores, so the queries are scaled, before rounding to the cache's type.
@@ -428,6 +406,16 @@ impl<N: Layers> NetworkLowering<'_, N> {
         Ok(LoweredValue::Heads { tensor, heads, head_dim })
     }
 
+    /// Columns `[start, start + width)` of a matrix.
+    fn columns(&mut self, node: &Node, of: NetworkTensor, start: usize, width: usize) -> Result<NetworkTensor> {
+        let first = self.network.integers(&[0])?;
+        let shape = self.network.shape(of)?;
+        let rows = self.network.gather(shape, first)?;
+        let width = self.network.integers(&[size(Some(width), node)?])?;
+        let sizes = self.network.concat(&[rows, width])?;
+        self.network.slice(of, &[0, size(Some(start), node)?], sizes)
+    }
+
     fn place(&self, value: Value) -> LoweredValue {
         self.places[value.index()]
     }
@@ -437,6 +425,7 @@ impl<N: Layers> NetworkLowering<'_, N> {
         match self.place(value) {
             LoweredValue::Plain(tensor) => Ok(tensor),
             LoweredValue::Cache { cache, .. } => Ok(cache),
+            LoweredValue::Columns { of, start, width, .. } => self.columns(self.graph.node(value), of, start, width),
             LoweredValue::Codes { .. } | LoweredValue::WeightPart => {
                 Err(fail(self.graph.node(value), "only a quantized linear layer can read it"))
             }
@@ -456,6 +445,9 @@ impl<N: Layers> NetworkLowering<'_, N> {
             && same == head_dim
         {
             return Ok((tensor, heads));
+        }
+        if let LoweredValue::Columns { of, all, start, width } = self.place(value) {
+            return self.heads_of_columns(user, of, [all, start, width], head_dim);
         }
         let width = self.graph.node(value).ty.width().filter(|width| head_dim > 0 && width % head_dim == 0);
         let heads = width.ok_or_else(|| fail(user, &format!("an operand is not of heads of {head_dim}")))? / head_dim;
@@ -521,10 +513,17 @@ impl<N: Layers> NetworkLowering<'_, N> {
         self.network.scope("top");
         let top_tokens = self.sizes.top_tokens.min(most);
         let (values, ids) = self.network.top_k(logits, top_tokens as u32)?;
+        // A sum rather than a test for NaN, which a compiler that assumes finite numbers may fold away, or a maximum, which
+        // drops NaN on a GPU. A power of two, so that rows of sums are aligned wherever rows of logits are.
+        let parts = common_divisor(vocab_size, MOST_SUMS);
+        let [split, rest] = [parts, vocab_size / parts].map(|n| size(Some(n), node));
+        let split = self.network.reshape(logits, &[-1, split?, rest?])?;
+        let sums = self.network.last_sums(split)?;
         for (tensor, name, role, dtype, width) in [
             (logits, LOGITS, BindingRole::Logits, DType::F32, vocab_size),
             (values, TOP_LOGITS, BindingRole::TopLogits, DType::F32, top_tokens),
             (ids, TOP_IDS, BindingRole::TopIds, DType::I32, top_tokens),
+            (sums, LOGIT_SUMS, BindingRole::LogitSums, DType::F32, parts),
         ] {
             self.network.output(tensor, name)?;
             self.bind(name, role, dtype, &[Extent::Step(StepSize::R), Extent::Fixed(width)]);
@@ -546,10 +545,6 @@ impl<N: Layers> NetworkLowering<'_, N> {
         let name = &self.graph.node(value).name;
         self.bindings.iter().find(|binding| binding.name == *name)
     }
-}
-
-fn common_divisor(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { common_divisor(b, a % b) }
 }
 
 fn rank(node: &Node) -> Result<u32> {

@@ -36,6 +36,7 @@ mod options;
 pub mod pack;
 #[cfg(feature = "tensorrt")]
 mod runtime;
+pub mod stage;
 mod weights;
 
 use std::ops::ControlFlow;
@@ -56,7 +57,7 @@ pub use layers::{
 pub use library::TensorRtLibrary;
 #[cfg(feature = "tensorrt")]
 pub use network::{Network, SerializedPlan};
-pub use options::{GpuEvent, GpuOptions, GpuReport};
+pub use options::{GpuEvent, GpuOptions, GpuReport, KernelCompilation};
 #[cfg(feature = "tensorrt")]
 pub use runtime::{CudaEngine, EngineTensor, ExecutionContext, TensorRtRuntime, Validity};
 

@@ -86,6 +86,8 @@ impl Network {
         let options = bridge::BuildOptions {
             compute_capability: options.compute_capability.map_or(0, i32::from),
             optimization_level: options.optimization_level.map_or(-1, i32::from),
+            tiling_optimization_level: options.tiling_optimization_level.map_or(-1, i32::from),
+            timings: options.timings.clone(),
             list_kernels: options.list_kernels,
             profiles: options.profiles.iter().map(ranges).collect(),
         };
@@ -96,6 +98,14 @@ impl Network {
             Err(_) if self.inner.cancelled() => Err(Error::Cancelled),
             Err(error) => Err(self.library.refused(&error)),
         }
+    }
+}
+
+impl Network {
+    /// The timings of kernels that the last build used or made, to be given to the next one; empty with TensorRT for RTX,
+    /// which selects kernels when a plan first runs, and before a build has succeeded.
+    pub fn timings(&self) -> &[u8] {
+        self.inner.timings()
     }
 }
 
@@ -262,6 +272,10 @@ impl Layers for Network {
     fn top_k(&mut self, x: NetworkTensor, k: u32) -> Result<(NetworkTensor, NetworkTensor)> {
         let top = self.pin().top_k(x.0, k).map_err(refused)?;
         Ok((NetworkTensor(top.values), NetworkTensor(top.indices)))
+    }
+
+    fn last_sums(&mut self, x: NetworkTensor) -> Result<NetworkTensor> {
+        Network::value(self.pin().last_sums(x.0))
     }
 }
 

@@ -12,8 +12,25 @@ pub struct GpuOptions {
     pub slots: Option<usize>,
     /// Disables recording of decode runs as CUDA graphs.
     pub no_graphs: bool,
+    /// When kernels are compiled.
+    pub kernels: KernelCompilation,
     /// Receives events.
     pub report: GpuReport,
+}
+
+/// When TensorRT for RTX compiles the kernels of a step's size (batch, or tokens of a prompt). Plans of TensorRT 11 hold
+/// theirs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum KernelCompilation {
+    /// While the plan opens, for the sizes that are to be expected, so that no request waits. Later starts find them in the
+    /// kernel cache. Other sizes as with [`KernelCompilation::OnFirstUse`].
+    #[default]
+    AtOpening,
+    /// The plan opens at once. The first decode step of a batch size waits for its kernels; prefill runs slower ones until
+    /// its own are compiled in the background.
+    OnFirstUse,
+    /// The plan opens at once, and every step waits for its own kernels: for measurements.
+    BeforeUse,
 }
 
 /// Callback that receives the events of opening and running a plan; by default there is none.
@@ -33,6 +50,13 @@ pub enum GpuEvent<'a> {
         done_bytes: u64,
         /// Bytes to copy in all.
         total_bytes: u64,
+    },
+    /// Steps are run once each before the first request, which compiles their kernels and captures them.
+    Compiling {
+        /// Runs made so far.
+        done: usize,
+        /// Runs to make in all.
+        total: usize,
     },
 }
 

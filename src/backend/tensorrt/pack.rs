@@ -57,8 +57,11 @@ fn item(weight: &PlanWeight) -> Result<PackItem<'_>> {
             }));
             Box::new(move |codes| Ok(codes.iter().map(|code| scheme.bits(*code)).collect()))
         }
+        (RowForm::Codes(scheme), WeightLayout::Rows) if weight.dtype != DType::I4 => {
+            Box::new(move |codes| Ok(codes.iter().map(|code| scheme.bits(*code)).collect()))
+        }
         (RowForm::Codes(_), WeightLayout::Rows | WeightLayout::Spread { .. }) => {
-            return Err(unexpected(weight, "codes are stored as the transpose of a matrix"));
+            return Err(unexpected(weight, "codes are stored as a matrix, those of 4 bits as its transpose"));
         }
         (RowForm::Scales(_), WeightLayout::Rows | WeightLayout::Spread { .. }) => {
             Box::new(move |scales| stored_scales(weight, scales, content.width()))
@@ -112,7 +115,7 @@ fn narrowed<T: bytemuck::Pod>(rows: &[f32], narrow: fn(f32) -> T) -> Vec<u8> {
 }
 
 /// Writes the transpose, `[columns, rows]`, of `[rows, columns]` codes.
-fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+pub(super) fn write_transposed(codes: &[u8], columns: usize, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
     let rows = codes.len() / columns;
     let mut tile = vec![0u8; TILE * rows];
     for first in (0..columns).step_by(TILE) {

@@ -29,6 +29,21 @@ impl PlanWeight {
         PlanWeight { name: name.into(), dtype, shape, content, layout: WeightLayout::Rows, in_plan: false }
     }
 
+    /// Returns true if the constant of the plan is the transpose of what the weights file holds.
+    pub fn is_staged(&self) -> bool {
+        self.in_plan && self.dtype == DType::F8 && self.layout == WeightLayout::Transposed
+    }
+
+    /// Shape of the plan's input or constant: that of the weights file, except that E4M3 codes are `[out, in]` as a
+    /// constant.
+    pub fn shape_in_plan(&self) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        if self.is_staged() {
+            shape.reverse();
+        }
+        shape
+    }
+
     /// Size in the weights file.
     pub fn bytes(&self) -> u64 {
         let elements = self.shape.iter().map(|n| *n as u64).product::<u64>();
@@ -56,7 +71,8 @@ pub enum WeightLayout {
 /// Source of the weights that are embedded in a plan.
 #[derive(Debug, Clone)]
 pub enum Constants {
-    /// The packed weights file.
+    /// The packed weights file; or, if any of them [is staged](PlanWeight::is_staged), the file that
+    /// [`stage::write`](super::stage::write) made of it.
     File(Arc<TensorFile>),
     /// Arbitrary values, for a plan that is inspected but never run.
     Arbitrary,

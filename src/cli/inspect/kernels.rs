@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use aotron::backend::tensorrt::analysis::{Copied, GPUS, KernelLocation, StepKernels, Traffic};
+use aotron::backend::tensorrt::analysis::{Copied, Fp8Products, GPUS, KernelLocation, StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::{GpuKernel, KernelKind, KernelTensor};
 use aotron::compile::gpu::sm;
-use aotron::engine::tensorrt::{AttentionInput, Binding, BindingRole, Sizes};
+use aotron::engine::tensorrt::{AttentionInput, Binding, BindingRole, Fp8Weights, Sizes};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 
@@ -37,6 +37,10 @@ pub struct Listing {
     pub bindings: Vec<Binding>,
     pub steps: Vec<StepListing>,
     pub traffic: Traffic,
+    /// Products of decoding with weights in E4M3.
+    pub fp8_products: Fp8Products,
+    /// The way that weights in E4M3 are held.
+    pub fp8_weights: Fp8Weights,
     /// Log lines that could not be parsed.
     pub unread: Vec<String>,
     pub detail: ListingDetail,
@@ -253,6 +257,34 @@ impl Listing {
         writeln!(f, "  {} copies a {what}: `{kernel}`{of} as {}; {} in all", step.name, first.what, copies.len())
     }
 
+    /// Prints how many products of decoding are in FP8, and which convert their weights to a wider type first.
+    fn write_fp8_products(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Fp8Products { layers, in_fp8, widened } = &self.fp8_products;
+        if *layers == 0 {
+            return Ok(());
+        }
+        writeln!(f, "fp8 products: {in_fp8} of {layers}, with weights as {}", self.fp8_weights)?;
+        if let Some(first) = widened.first() {
+            let rest = match widened.len() {
+                1 => String::new(),
+                n => format!(" and {} more", n - 1),
+            };
+            writeln!(f, "  dequantized first: {first}{rest}")?;
+        }
+        match self.fp8_products.untold() {
+            0 => {}
+            n => writeln!(f, "  {} whose kernel's name does not tell", term::plural(n, "product"))?,
+        }
+        if self.compute_capability != self.compiled_for {
+            writeln!(
+                f,
+                "  as compiled for SM {}; what the target's own compiler chooses, this does not tell",
+                sm(self.compiled_for)
+            )?;
+        }
+        Ok(())
+    }
+
     fn write_analysis(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let wide = 16;
         writeln!(
@@ -269,6 +301,7 @@ impl Listing {
             self.write_copies(f, step, "weight", &step.analysis.weight_copies)?;
             self.write_copies(f, step, "cache", &step.analysis.cache_copies)?;
         }
+        self.write_fp8_products(f)?;
         if !self.unread.is_empty() {
             let lines = term::plural(self.unread.len(), "line");
             writeln!(f, "{lines} of TensorRT's list could not be parsed and are not counted (see --format json)")?;
@@ -365,6 +398,8 @@ impl Serialize for Listing {
             "classes": self.classes,
             "attention_in_parts": self.in_parts,
             "traffic": self.traffic,
+            "fp8_products": self.fp8_products,
+            "fp8_weights": self.fp8_weights,
             "decode": decode,
             "steps": self.steps,
             "unread": self.unread,

@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use aotron::backend::tensorrt::analysis::{StepKernels, Traffic};
+use aotron::backend::tensorrt::analysis::{Fp8Products, StepKernels, Traffic};
 use aotron::backend::tensorrt::kernels::KernelLog;
-use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, lower};
+use aotron::backend::tensorrt::lower::{Attends, Constants, LoweredNetwork, LoweringOptions, lower_with};
 use aotron::backend::tensorrt::{BuildOptions, LibraryKind, Monitor, TensorRtLibrary};
 use aotron::checkpoint::ModelConfig;
 use aotron::compile::{Calibration, Precision, Recipe, optimized_graph};
-use aotron::engine::tensorrt::{AttentionInput, Sizes};
+use aotron::engine::tensorrt::{AttentionInput, Fp8Weights, Sizes};
 use aotron::engine::{PlanInfo, tensorrt::TensorRtInfo};
 use aotron::graph::Graph;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -39,7 +39,7 @@ pub struct PlanFlags {
     #[arg(long, value_name = "NAME|FILE", value_parser = recipe_name)]
     recipe: Option<String>,
     /// Number format of weights [default: the plan's]
-    #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8")]
+    #[arg(long, value_parser = precision, value_name = "bf16|int8|int4|fp8|w8a8")]
     precision: Option<Precision>,
     /// Capacity class to list, in tokens per sequence [default: the largest]
     #[arg(long, value_name = "TOKENS")]
@@ -98,6 +98,8 @@ struct Plans<'a> {
     classes: Vec<Sizes>,
     compute_capability: u16,
     attention: AttentionInput,
+    /// The way that codes of FP8 are held.
+    fp8_weights: Fp8Weights,
     /// `None` means yes unless weights are embedded in the plan.
     has_context_plan: Option<bool>,
 }
@@ -127,7 +129,7 @@ impl Plans<'_> {
         check_size(config)?;
         // The value of a scale does not affect the kernels, except for 1, which TensorRT optimizes away with the
         // rounding.
-        let any_scale = Calibration::uniform(0.01).without(&recipe.keep_bf16);
+        let any_scale = Calibration::uniform(0.01).without(recipe.kept_in_bf16());
         let (classes, calibration, has_context_plan, attention) = match packaged {
             Some((_, info)) => {
                 let scales = info.activation_scales.clone();
@@ -154,6 +156,10 @@ impl Plans<'_> {
             classes,
             compute_capability,
             attention,
+            fp8_weights: match packaged {
+                Some((_, info)) if recipe.precision == Precision::Fp8 => info.fp8_weights(),
+                _ => recipe.fp8_kinds().first().copied().unwrap_or_default(),
+            },
             has_context_plan,
         })
     }
@@ -165,7 +171,8 @@ impl Plans<'_> {
 
     fn lowered(&self, graph: &Graph, attends: Attends, monitor: Arc<dyn Monitor>) -> aotron::Result<LoweredNetwork> {
         let library = TensorRtLibrary::find(LibraryKind::Rtx)?;
-        lower(graph, library.network(monitor)?, attends, &self.sizes, &Constants::Arbitrary)
+        let options = LoweringOptions { fp8_weights: self.fp8_weights, ..LoweringOptions::default() };
+        lower_with(graph, library.network(monitor)?, attends, &self.sizes, &Constants::Arbitrary, &options)
     }
 
     fn has_context_plan(&self, lowered: &LoweredNetwork) -> bool {
@@ -214,6 +221,7 @@ impl Plans<'_> {
         let mut taken = |profile: usize| kernels.profiles.get_mut(profile).map(std::mem::take).unwrap_or_default();
         let (cached_prefill, decode) = (taken(0), taken(1));
         let traffic = Traffic::of(&decode, bindings, weights);
+        let fp8_products = Fp8Products::of(&decode, weights);
         let mut steps = vec![step("decode", decode, bindings)];
         let mut unread = kernels.unread;
         if self.has_context_plan(&lowered) {
@@ -239,6 +247,8 @@ impl Plans<'_> {
             bindings: bindings.clone(),
             steps,
             traffic,
+            fp8_products,
+            fp8_weights: self.fp8_weights,
             unread,
             detail,
         })

@@ -4,8 +4,11 @@ use super::{Planned, recipe_names};
 use crate::backend::{Limits, cpu};
 use crate::checkpoint::ModelConfig;
 use crate::compile::observation::RoundingJob;
-use crate::compile::{BuildRequest, Precision, Progress, calibration, optimized_graph};
+use crate::compile::smoothing::choice::STRENGTHS;
+use crate::compile::smoothing::{self, Site};
+use crate::compile::{BuildRequest, Precision, Progress, calibration, optimized_graph, passes};
 use crate::error::{Error, Result};
+use crate::model;
 use crate::text::{ChatFormat, Tokenizer};
 
 /// Input of a calibration: the model in BF16 on the CPU, and the prompts to run.
@@ -17,6 +20,12 @@ pub(super) struct CalibrationRun {
     pub is_scratch: bool,
     /// Matrices to round before they are packed.
     pub job: RoundingJob,
+    /// Factors that even out the inputs of linear layers become part of the weights.
+    pub smooths: bool,
+    /// The strengths that factors are chosen from.
+    pub strengths: &'static [f32],
+    /// The layers that can take factors.
+    pub sites: Vec<Site>,
 }
 
 /// The calibration that some plan needs, if any.
@@ -45,6 +54,14 @@ pub(super) fn plan_calibration(
         false => calibration::SCALE_TOKENS,
     };
     let prompts = calibration::prompts(request.calibration.as_ref(), text, built_in_tokens, &limits, progress)?;
+    let mut smoothed = plans.iter().map(|plan| &plan.recipe).filter(|recipe| recipe.precision.smooths());
+    let smooths = smoothed.clone().next().is_some();
+    let strengths = if smoothed.clone().any(|recipe| recipe.smooth_inputs) { &STRENGTHS[..] } else { &[] };
+    if let (false, Some(other)) = (strengths.is_empty(), smoothed.find(|recipe| !recipe.smooth_inputs)) {
+        let detail = "all plans in w8a8 of a package have one calibration: smooth_inputs differs";
+        return Err(other.refusal(detail));
+    }
+    let sites = smoothing::sites(&passes::fused(&model::build_graph(config)?)?);
     let (graph, _) = optimized_graph(config, Precision::Bf16, limits.max_sequence_tokens, None)?;
     let lowered = cpu::lower::lower(&graph, &limits, own.unwrap_or(calibrated).recipe.cpu_target()?)?;
     let weights = own.map_or_else(|| "calibration.safetensors".to_owned(), |plan| plan.weights.clone());
@@ -67,5 +84,5 @@ pub(super) fn plan_calibration(
             schemes.join(" and ")
         ));
     }
-    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none(), job }))
+    Ok(Some(CalibrationRun { lowered, prompts, weights, is_scratch: own.is_none(), job, smooths, strengths, sites }))
 }

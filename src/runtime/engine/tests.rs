@@ -248,3 +248,36 @@ fn slots_go_to_lower_numbers_first_and_then_to_clients_with_fewer() {
     let finished: Vec<u32> = order.iter().take(6).collect();
     assert_eq!(finished, [2, 6, 5, 3, 4, 1]);
 }
+
+#[test]
+fn one_client_cannot_keep_the_others_out_of_the_queue() {
+    let (engine, open, log) = gated(1, 4);
+    let handle = engine.handle();
+    let ask = |first: u32, client: u64| handle.submit(GenerationRequest { client, ..request(&[first], 1) });
+    let running = ask(1, 1).unwrap();
+    wait_for("a step", || !log.lock().unwrap().is_empty());
+    let mut greedy: Vec<ResponseStream> = (2..6).map(|first| ask(first, 1).unwrap()).collect();
+    assert!(matches!(ask(6, 1), Err(Error::QueueFull { slots: 1, queued: 4 })), "its own queue is full");
+    let others = [ask(7, 2).unwrap(), ask(8, 3).unwrap()];
+    // Two of four are the first client's now, as many as a client may have before it makes room.
+    let last = ask(9, 2).unwrap();
+    assert!(ask(10, 2).is_err());
+    drop(open);
+    let evicted: Vec<bool> = greedy.drain(..).map(|stream| stream.wait().is_err()).collect();
+    assert_eq!(evicted, [false, true, true, true]);
+    for stream in others.into_iter().chain([running, last]) {
+        stream.wait().unwrap();
+    }
+}
+
+#[test]
+fn an_engine_ends_when_its_device_is_lost() {
+    let executor = Scripted::new(&limits(1), |_, _| ScriptedRow::Fail).lost_after_failure();
+    let engine = start(executor, 4);
+    let handle = engine.handle();
+    let error = handle.submit(request(&[1], 5)).unwrap().wait().unwrap_err();
+    assert!(!matches!(error, Error::EngineStopped { .. }), "the request has the reason itself: {error}");
+    wait_for("the end", || !handle.status().is_open);
+    let error = handle.submit(request(&[1], 5)).unwrap_err().to_string();
+    assert!(error.contains("device is lost"), "{error}");
+}

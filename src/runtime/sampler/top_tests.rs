@@ -20,7 +20,7 @@ fn decided(params: &Settings, vocab_size: usize, prompt: &[u32], rows: &[Vec<f32
         let expected = of_row.sample(row);
         let before = (of_top.generated, of_top.seen.clone());
         let (values, ids) = largest(row, k);
-        match of_top.sample_top(Top { values: &values, ids: &ids }) {
+        match of_top.sample_top(Top { values: &values, ids: &ids, sum: row.iter().sum() }) {
             Ok(Some(id)) => {
                 decided += 1;
                 assert_eq!(id, expected.unwrap(), "{params:?}");
@@ -131,7 +131,7 @@ fn adjustments_count_for_ids_on_either_side() {
     assert_eq!(decided(&repeats, 5, &[1], &rows, 2), 1);
     let mut sampler =
         Sampler::with_settings(&Settings { presence_penalty: -3.0, ..greedy.clone() }, 5, &[], &[]).unwrap();
-    let mut draw = |values: &[f32], ids: &[u32]| sampler.sample_top(Top { values, ids }).unwrap();
+    let mut draw = |values: &[f32], ids: &[u32]| sampler.sample_top(Top { values, ids, sum: 0.0 }).unwrap();
     assert_eq!(draw(&[3.0, 2.0], &[1, 2]), Some(1));
     assert_eq!(draw(&[9.0, 8.0], &[3, 2]), None, "id 1 may have 8 + 3");
     assert_eq!(draw(&[9.0, 5.0], &[3, 2]), Some(3));
@@ -159,14 +159,14 @@ fn a_rest_of_negative_infinity_is_no_rest() {
     let raised = Settings { logit_bias: vec![(0, 100.0)], presence_penalty: -5.0, ..sampling() };
     assert!(decides(&raised, &row, 3));
     let mut sampler = Sampler::with_settings(&sampling(), 6, &[], &[]).unwrap();
-    let error = sampler.sample_top(Top { values: &[low; 2], ids: &[0, 1] }).unwrap_err();
+    let error = sampler.sample_top(Top { values: &[low; 2], ids: &[0, 1], sum: low }).unwrap_err();
     assert_eq!(error.to_string(), sampler.sample(&[low; 6]).unwrap_err().to_string());
 }
 
 #[test]
 fn what_is_wrong_with_the_largest_logits_is_named() {
     let mut sampler = Sampler::with_settings(&Settings { top_k: 2, ..sampling() }, 10, &[], &[]).unwrap();
-    let mut error = |values: &[f32], ids: &[u32]| sampler.sample_top(Top { values, ids }).unwrap_err();
+    let mut error = |values: &[f32], ids: &[u32]| sampler.sample_top(Top { values, ids, sum: 0.0 }).unwrap_err();
     let wrong = error(&[f32::NAN, f32::NAN, 1.0], &[8, 4, 2]);
     assert!(matches!(&wrong, Error::Numerics(detail) if detail.contains("index 4 is NaN")), "{wrong}");
     let wrong = error(&[f32::INFINITY, 1.0], &[12, 2]);
@@ -175,11 +175,16 @@ fn what_is_wrong_with_the_largest_logits_is_named() {
     assert!(
         matches!(error(&[2.0, 1.0, 0.0], &[3, 5, 3]), Error::Step(detail) if detail.contains("id 3 is listed twice"))
     );
-    assert_eq!(sampler.sample_top(Top { values: &[], ids: &[] }).unwrap(), None);
+    assert_eq!(sampler.sample_top(Top { values: &[], ids: &[], sum: 0.0 }).unwrap(), None);
+    // Among the largest or not: the sum tells.
+    for sum in [f32::NAN, f32::INFINITY] {
+        let wrong = sampler.sample_top(Top { values: &[2.0, 1.0, 0.0], ids: &[3, 5, 6], sum }).unwrap_err();
+        assert!(matches!(&wrong, Error::Numerics(detail) if detail.contains("none of the 3 largest is")), "{wrong}");
+    }
     assert_eq!(sampler.generated, 0);
     let hot = Settings { temperature: 0.001, ..sampling() };
     let mut sampler = Sampler::with_settings(&hot, 3, &[], &[]).unwrap();
-    let wrong = sampler.sample_top(Top { values: &[3e38, 1.0], ids: &[1, 0] }).unwrap_err();
+    let wrong = sampler.sample_top(Top { values: &[3e38, 1.0], ids: &[1, 0], sum: 3e38 }).unwrap_err();
     assert!(wrong.to_string().contains("index 1 overflows"), "{wrong}");
 }
 
@@ -188,7 +193,7 @@ fn the_order_of_the_largest_plays_no_part() {
     let params = Settings { top_k: 3, ..sampling() };
     let draws = |values: &[f32], ids: &[u32]| -> Vec<Option<u32>> {
         let mut sampler = Sampler::with_settings(&params, 9, &[], &[]).unwrap();
-        (0..20).map(|_| sampler.sample_top(Top { values, ids }).unwrap()).collect()
+        (0..20).map(|_| sampler.sample_top(Top { values, ids, sum: 0.0 }).unwrap()).collect()
     };
     let first = draws(&[4.0, 4.0, 3.0, 3.0, 1.0], &[2, 5, 0, 8, 1]);
     assert!(first.iter().all(Option::is_some));

@@ -2,6 +2,8 @@
 // network's inputs and outputs that the runtime reads. A step's inputs have the roles of their names, inputs of fixed
 // shape are weights. Included by tensorrt_rtx.cpp.
 
+#include "evaluate.inl"
+
 Dims dims_of(std::vector<std::int64_t> const& sizes)
 {
     Dims dims{};
@@ -136,6 +138,14 @@ struct CastSettings final : apiv::VCastLayer {
     void setToType(DataType toType) noexcept override { unused("setToType"); }
     DataType getToType() const noexcept override { unused("getToType"); }
 };
+struct ReduceSettings final : apiv::VReduceLayer {
+    void setOperation(ReduceOperation) noexcept override { unused("setOperation"); }
+    ReduceOperation getOperation() const noexcept override { unused("getOperation"); }
+    void setReduceAxes(uint32_t) noexcept override { unused("setReduceAxes"); }
+    uint32_t getReduceAxes() const noexcept override { unused("getReduceAxes"); }
+    void setKeepDimensions(bool) noexcept override { unused("setKeepDimensions"); }
+    bool getKeepDimensions() const noexcept override { unused("getKeepDimensions"); }
+};
 struct TopKSettings final : apiv::VTopKLayer {
     void setOperation(TopKOperation op) noexcept override { unused("setOperation"); }
     TopKOperation getOperation() const noexcept override { unused("getOperation"); }
@@ -147,7 +157,8 @@ struct TopKSettings final : apiv::VTopKLayer {
     DataType getIndicesType() const noexcept override { unused("getIndicesType"); }
 };
 struct NormalizationSettings final : apiv::VNormalizationLayer {
-    void setEpsilon(float) noexcept override {}
+    float epsilon = 0;
+    void setEpsilon(float value) noexcept override { epsilon = value; }
     float getEpsilon() const noexcept override { unused("getEpsilon"); }
     void setAxes(uint32_t axesMask) noexcept override { unused("setAxes"); }
     uint32_t getAxes() const noexcept override { unused("getAxes"); }
@@ -179,7 +190,8 @@ struct QuantizeSettings final : apiv::VQuantizeLayer {
     bool setBlockShape(Dims const& blockShape) noexcept override { unused("setBlockShape"); }
 };
 struct DequantizeSettings final : apiv::VDequantizeLayer {
-    void setAxis(std::int32_t) noexcept override {}
+    std::int32_t axis = 0;
+    void setAxis(std::int32_t value) noexcept override { axis = value; }
     bool setBlockShape(Dims const&) noexcept override { return true; }
     int32_t getAxis() const noexcept override { unused("getAxis"); }
     DataType getToType() const noexcept override { unused("getToType"); }
@@ -222,7 +234,12 @@ public:
     char const* getName() const noexcept override { return layer.name.c_str(); }
     std::int32_t getNbOutputs() const noexcept override { return layer.getNbOutputs(); }
     ITensor* getOutput(std::int32_t index) const noexcept override { return layer.getOutput(index); }
-    bool setMask(ITensor&) noexcept override { return true; }
+    ITensor* mask = nullptr;
+    bool setMask(ITensor& tensor) noexcept override
+    {
+        mask = &tensor;
+        return true;
+    }
     bool setDecomposable(bool) noexcept override { return true; }
     bool setKeyValueLengths(ITensor*) noexcept override { return true; }
     bool setInput(int32_t index, ITensor& input) noexcept override { unused("setInput"); }
@@ -259,6 +276,19 @@ struct FakeAttention final : IAttention {
 
 class NetworkImpl final : public apiv::VNetworkDefinition {
 public:
+    // Computes the layers, in the order they were added.
+    std::vector<evaluate::Step> steps;
+    bool holdsCodes = false; // an input is a matrix of E4M3 codes
+    bool holdsConstantCodes = false;
+
+    // How it holds E4M3 codes, as the environment names it.
+    bool is(char const* variable) const
+    {
+        char const* const kind = std::getenv(variable);
+        return kind != nullptr
+            && ((holdsCodes && std::strcmp(kind, "inputs") == 0)
+                || (holdsConstantCodes && std::strcmp(kind, "constants") == 0) || std::strcmp(kind, "any") == 0);
+    }
     std::vector<std::unique_ptr<FakeTensor>> inputs;
     std::vector<FakeTensor*> outputs;
 
@@ -268,6 +298,7 @@ public:
         tensor->impl.name = name;
         tensor->impl.type = type;
         tensor->impl.shape = [dims] { return dims; };
+        holdsCodes = holdsCodes || (type == DataType::kFP8 && dims.nbDims == 2);
         inputs.push_back(std::move(tensor));
         return inputs.back().get();
     }
@@ -277,32 +308,60 @@ public:
 
     IActivationLayer* addActivation(ITensor& x, ActivationType) noexcept override
     {
-        return like<FakeLayer<IActivationLayer, ActivationSettings>>(LayerType::kACTIVATION, {&x}, x.getType());
+        auto* made = like<FakeLayer<IActivationLayer, ActivationSettings>>(LayerType::kACTIVATION, {&x}, x.getType());
+        computes(made->layer, [&x](evaluate::Values& of) {
+            auto out = of.at(&x);
+            std::transform(out.of.begin(), out.of.end(), out.of.begin(), [](float v) { return v < 0 ? 0 : v; });
+            return out;
+        });
+        return made;
     }
     ICastLayer* addCast(ITensor& x, DataType type) noexcept override
     {
-        return like<FakeLayer<ICastLayer, CastSettings>>(LayerType::kCAST, {&x}, type);
+        auto* made = like<FakeLayer<ICastLayer, CastSettings>>(LayerType::kCAST, {&x}, type);
+        computes(made->layer, [&x](evaluate::Values& of) { return of.at(&x); });
+        return made;
     }
     INormalizationLayer* addNormalizationV2(ITensor& x, ITensor& scale, ITensor& bias, std::uint32_t) noexcept override
     {
-        return like<FakeLayer<INormalizationLayer, NormalizationSettings>>(
+        auto* made = like<FakeLayer<INormalizationLayer, NormalizationSettings>>(
             LayerType::kNORMALIZATION, {&x, &scale, &bias}, x.getType());
+        computes(made->layer, [&x, &scale, &bias, made](evaluate::Values& of) {
+            return evaluate::normalized(of.at(&x), of.at(&scale), of.at(&bias), made->settings.epsilon);
+        });
+        return made;
     }
     IRotaryEmbeddingLayer* addRotaryEmbedding(
         ITensor& x, ITensor& cos, ITensor& sin, bool, std::int32_t) noexcept override
     {
-        return like<FakeLayer<IRotaryEmbeddingLayer, RotarySettings>>(
+        auto* made = like<FakeLayer<IRotaryEmbeddingLayer, RotarySettings>>(
             LayerType::kROTARY_EMBEDDING, {&x, &cos, &sin}, x.getType());
+        computes(made->layer, [&x, &cos, &sin](evaluate::Values& of) {
+            return evaluate::rotated(of.at(&x), of.at(&cos), of.at(&sin));
+        });
+        return made;
     }
     IQuantizeLayer* addQuantizeV2(ITensor& x, ITensor& scale, DataType type) noexcept override
     {
-        return like<FakeLayer<IQuantizeLayer, QuantizeSettings>>(LayerType::kQUANTIZE, {&x, &scale}, type);
+        auto* made = like<FakeLayer<IQuantizeLayer, QuantizeSettings>>(LayerType::kQUANTIZE, {&x, &scale}, type);
+        computes(made->layer, [&x, &scale](evaluate::Values& of) {
+            auto out = of.at(&x);
+            auto const by = of.at(&scale).of.at(0);
+            std::transform(out.of.begin(), out.of.end(), out.of.begin(),
+                [by](float v) { return evaluate::rounded_f8(v / by); });
+            return out;
+        });
+        return made;
     }
     IDequantizeLayer* addDequantizeV2(ITensor& x, ITensor& scale, DataType type) noexcept override
     {
-        return like<FakeLayer<IDequantizeLayer, DequantizeSettings>>(LayerType::kDEQUANTIZE, {&x, &scale}, type);
+        auto* made = like<FakeLayer<IDequantizeLayer, DequantizeSettings>>(LayerType::kDEQUANTIZE, {&x, &scale}, type);
+        computes(made->layer, [&x, &scale, made](evaluate::Values& of) {
+            return evaluate::dequantized(of.at(&x), of.at(&scale), made->settings.axis);
+        });
+        return made;
     }
-    IElementWiseLayer* addElementWise(ITensor& x, ITensor& y, ElementWiseOperation) noexcept override
+    IElementWiseLayer* addElementWise(ITensor& x, ITensor& y, ElementWiseOperation op) noexcept override
     {
         auto* made = made_of<FakeLayer<IElementWiseLayer, ElementWiseSettings>>(LayerType::kELEMENTWISE, {&x, &y});
         output(made->layer, x.getType(), [layer = &made->layer] {
@@ -311,6 +370,9 @@ public:
                 dims.d[i] = dims.d[i] == 1 ? layer->in(1).d[i] : dims.d[i];
             }
             return dims;
+        });
+        computes(made->layer, [&x, &y, op](evaluate::Values& of) {
+            return evaluate::elementwise(of.at(&x), of.at(&y), op == ElementWiseOperation::kPROD);
         });
         return made;
     }
@@ -331,18 +393,36 @@ public:
             }
             return dims;
         });
+        computes(made->layer, [layer = &made->layer](evaluate::Values& of) {
+            evaluate::Value out{{0}, {}};
+            for (auto const* part : layer->inputs) {
+                auto const& values = of.at(part).of;
+                out.of.insert(out.of.end(), values.begin(), values.end());
+            }
+            out.dims[0] = static_cast<std::int64_t>(out.of.size());
+            return out;
+        });
         return made;
     }
     IConstantLayer* addConstant(Dims const& dims, Weights weights) noexcept override
     {
         auto* made = made_of<FakeLayer<IConstantLayer, ConstantSettings>>(LayerType::kCONSTANT, {});
         output(made->layer, weights.type, [dims] { return dims; });
+        holdsConstantCodes = holdsConstantCodes || (weights.type == DataType::kFP8 && dims.nbDims == 2);
+        if (std::getenv("FAKE_COMPUTES") != nullptr) {
+            auto value = evaluate::read(weights.type, {dims.d, dims.d + dims.nbDims}, weights.values);
+            computes(made->layer, [value = std::move(value)](evaluate::Values&) { return value; });
+        }
         return made;
     }
     IShapeLayer* addShape(ITensor& x) noexcept override
     {
         auto* made = made_of<FakeLayer<IShapeLayer, ShapeSettings>>(LayerType::kSHAPE, {&x});
         output(made->layer, DataType::kINT64, [layer = &made->layer] { return dims_of({layer->in(0).nbDims}); });
+        computes(made->layer, [&x](evaluate::Values& of) {
+            auto const& dims = of.at(&x).dims;
+            return evaluate::Value{{static_cast<std::int64_t>(dims.size())}, {dims.begin(), dims.end()}};
+        });
         return made;
     }
     IGatherLayer* addGather(ITensor& table, ITensor& indices, std::int32_t) noexcept override
@@ -356,6 +436,8 @@ public:
             }
             return dims;
         });
+        computes(made->layer,
+            [&table, &indices](evaluate::Values& of) { return evaluate::gathered(of.at(&table), of.at(&indices)); });
         return made;
     }
     IMatrixMultiplyLayer* addMatrixMultiply(
@@ -368,6 +450,9 @@ public:
             Dims const weight = layer->in(1);
             dims.d[dims.nbDims - 1] = weight.d[op == MatrixOperation::kTRANSPOSE ? 0 : weight.nbDims - 1];
             return dims;
+        });
+        computes(made->layer, [&x, &weight, op](evaluate::Values& of) {
+            return evaluate::multiplied(of.at(&x), of.at(&weight), op == MatrixOperation::kTRANSPOSE);
         });
         return made;
     }
@@ -390,13 +475,27 @@ public:
             }
             return dims;
         });
+        computes(made->layer, [&x, made](evaluate::Values& of) {
+            auto out = of.at(&x);
+            if (made->settings.transposes) {
+                out = evaluate::transposed(out, made->settings.transpose.order);
+            }
+            if (made->layer.inputs.size() > 1) {
+                return evaluate::reshaped(std::move(out), evaluate::sizes(of.at(made->layer.inputs[1])));
+            }
+            auto const& dims = made->settings.reshaped;
+            return made->settings.reshapes ? evaluate::reshaped(std::move(out), {dims.d, dims.d + dims.nbDims}) : out;
+        });
         return made;
     }
-    ISliceLayer* addSlice(ITensor& x, Dims const&, Dims const& size, Dims const&) noexcept override
+    ISliceLayer* addSlice(ITensor& x, Dims const& start, Dims const& size, Dims const&) noexcept override
     {
         auto* made = made_of<FakeLayer<ISliceLayer, SliceSettings>>(LayerType::kSLICE, {&x});
         output(made->layer, x.getType(), [layer = &made->layer, size] {
             return layer->inputs.size() > 2 ? unknown(layer->in(2)) : size;
+        });
+        computes(made->layer, [&x, start, layer = &made->layer](evaluate::Values& of) {
+            return evaluate::sliced(of.at(&x), start, evaluate::sizes(of.at(layer->inputs.at(2))));
         });
         return made;
     }
@@ -405,6 +504,17 @@ public:
     {
         return top(x, k);
     }
+    IReduceLayer* addReduce(ITensor& x, ReduceOperation, std::uint32_t, bool) noexcept override
+    {
+        auto* made = made_of<FakeLayer<IReduceLayer, ReduceSettings>>(LayerType::kREDUCE, {&x});
+        output(made->layer, x.getType(), [layer = &made->layer] {
+            Dims dims = layer->in(0);
+            --dims.nbDims;
+            return dims;
+        });
+        computes(made->layer, [&x](evaluate::Values& of) { return evaluate::summed(of.at(&x)); });
+        return made;
+    }
     IKVCacheUpdateLayer* addKVCacheUpdate(
         ITensor& cache, ITensor& update, ITensor& indices, KVCacheMode) noexcept override
     {
@@ -412,13 +522,20 @@ public:
             LayerType::kKVCACHE_UPDATE, {&cache, &update, &indices}, cache.getType());
         static_cast<FakeTensor&>(cache).impl.isCache = true;
         made->layer.outputs[0]->impl.alias = cache.getName();
+        computes(made->layer, [&cache, &update, &indices](evaluate::Values& of) {
+            return evaluate::updated(of.at(&cache), of.at(&update), of.at(&indices));
+        });
         return made;
     }
     IAttention* addAttentionV2(
-        ITensor& q, ITensor&, ITensor&, AttentionNormalizationOp, CausalMaskKind) noexcept override
+        ITensor& q, ITensor& keys, ITensor& values, AttentionNormalizationOp, CausalMaskKind) noexcept override
     {
         auto* made = new FakeAttention;
         output(made->impl.layer, q.getType(), [&q] { return q.getDimensions(); });
+        computes(made->impl.layer, [&q, &keys, &values, made](evaluate::Values& of) {
+            auto const* const mask = made->impl.mask == nullptr ? nullptr : &of.at(made->impl.mask);
+            return evaluate::attended(of.at(&q), of.at(&keys), of.at(&values), mask);
+        });
         return made;
     }
     ILRNLayer* addLRN(ITensor& input, int64_t window, float alpha, float beta, float k) noexcept override { unused("addLRN"); }
@@ -429,7 +546,6 @@ public:
     ITensor* getInput(int32_t index) const noexcept override { unused("getInput"); }
     int32_t getNbOutputs() const noexcept override { unused("getNbOutputs"); }
     ITensor* getOutput(int32_t index) const noexcept override { unused("getOutput"); }
-    IReduceLayer* addReduce( ITensor& input, ReduceOperation operation, uint32_t reduceAxes, bool keepDimensions) noexcept override { unused("addReduce"); }
     IRaggedSoftMaxLayer* addRaggedSoftMax(ITensor& input, ITensor& bounds) noexcept override { unused("addRaggedSoftMax"); }
     IIdentityLayer* addIdentity(ITensor& input) noexcept override { unused("addIdentity"); }
     void removeTensor(ITensor& tensor) noexcept override { unused("removeTensor"); }
@@ -493,6 +609,19 @@ private:
     // Shape of as many dimensions as a shape tensor has elements.
     static Dims unknown(Dims const& of) { return dims_of(std::vector<std::int64_t>(static_cast<std::size_t>(of.d[0]), -1)); }
 
+    // Rounds a layer's result to its type and keeps it.
+    static void keep(evaluate::Values& of, LayerImpl const& layer, evaluate::Value value)
+    {
+        if (layer.outputs[0]->impl.type == DataType::kBF16) {
+            std::transform(value.of.begin(), value.of.end(), value.of.begin(), model::rounded);
+        }
+        of[layer.outputs[0].get()] = std::move(value);
+    }
+    template <typename Compute> void computes(LayerImpl& layer, Compute compute)
+    {
+        steps.push_back([layer = &layer, compute](evaluate::Values& of) { keep(of, *layer, compute(of)); });
+    }
+
     template <typename Made> Made* made_of(LayerType type, std::vector<ITensor*> inputs)
     {
         auto* made = new Made; // never freed, like everything that a test's process makes of networks
@@ -524,6 +653,11 @@ private:
         };
         output(made->layer, x.getType(), shape);
         output(made->layer, DataType::kINT32, shape);
+        steps.push_back([&x, k, layer = &made->layer](evaluate::Values& of) {
+            auto [values, ids] = evaluate::largest(of.at(&x), k);
+            of[layer->outputs[0].get()] = std::move(values);
+            of[layer->outputs[1].get()] = std::move(ids);
+        });
         return made;
     }
 
@@ -531,14 +665,45 @@ private:
 };
 struct FakeNetwork final : INetworkDefinition {
     FakeNetwork() { mImpl = &impl; }
-    NetworkImpl impl;
+    NetworkImpl& impl = *new NetworkImpl; // never freed: plans may compute it
 };
+
+// Networks that plans of this process compute; never freed.
+std::vector<NetworkImpl const*> gNetworks;
+
+void compute_network(Run const& run)
+{
+    NetworkImpl const& net = *gNetworks.at(static_cast<std::size_t>(run.spec->network));
+    evaluate::Values of;
+    for (auto const& input : net.inputs) {
+        auto const& bound = run.bound.at(input->impl.name);
+        of[input.get()] = evaluate::read(input->impl.type, bound.dims, reinterpret_cast<void const*>(bound.address));
+    }
+    for (auto const& step : net.steps) {
+        step(of);
+    }
+    for (auto const* output : net.outputs) {
+        auto const& value = of.at(output);
+        auto* const data = reinterpret_cast<void*>(run.bound.at(output->impl.name).address);
+        bool const isWrong = output->impl.name == "logits" && net.is("FAKE_FAULT");
+        for (std::size_t i = 0; i < value.of.size(); ++i) {
+            evaluate::store(output->impl.type, data, static_cast<std::int64_t>(i), value.of[i] * (isWrong ? 1.5F : 1.0F));
+        }
+    }
+    if (net.is("FAKE_SLOW")) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+}
 
 class ProfileImpl final : public apiv::VOptimizationProfile {
 public:
     std::map<std::string, Dims> largest;
+    std::map<std::string, Dims> least;
     bool setDimensions(char const* name, OptProfileSelector which, Dims const& dims) noexcept override
     {
+        if (which == OptProfileSelector::kMIN) {
+            least[name] = dims;
+        }
         if (which == OptProfileSelector::kMAX) {
             largest[name] = dims;
         }
@@ -559,11 +724,31 @@ struct FakeProfile final : IOptimizationProfile {
     ProfileImpl impl;
 };
 
+class TimingCacheImpl final : public apiv::VTimingCache {
+public:
+    std::string content;
+    IHostMemory* serialize() const noexcept override { return new FakeHostMemory(content); }
+    bool combine(ITimingCache const& inputCache, bool ignoreMismatch) noexcept override { unused("combine"); }
+    bool reset() noexcept override { unused("reset"); }
+    int64_t queryKeys(TimingCacheKey* keyBuffer, int64_t capacity) const noexcept override { unused("queryKeys"); }
+    TimingCacheValue query(TimingCacheKey const& key) const noexcept override { unused("query"); }
+    bool update(TimingCacheKey const& key, TimingCacheValue const& value) noexcept override { unused("update"); }
+};
+struct FakeTimingCache final : ITimingCache {
+    explicit FakeTimingCache(std::string content)
+    {
+        impl.content = std::move(content);
+        mImpl = &impl;
+    }
+    TimingCacheImpl impl;
+};
+
 class BuilderConfigImpl final : public apiv::VBuilderConfig {
 public:
     std::vector<FakeProfile const*> profiles;
     std::int32_t capability = 0; // 0: that of the current GPU
     bool userAllocates = false;
+    TimingCacheImpl* timings = nullptr;
 
     std::int32_t addOptimizationProfile(IOptimizationProfile const* profile) noexcept override
     {
@@ -613,8 +798,16 @@ public:
     ProfilingVerbosity getProfilingVerbosity() const noexcept override { unused("getProfilingVerbosity"); }
     bool setTacticSources(TacticSources tacticSources) noexcept override { unused("setTacticSources"); }
     TacticSources getTacticSources() const noexcept override { unused("getTacticSources"); }
-    ITimingCache* createTimingCache(void const* blob, std::size_t size) const noexcept override { unused("createTimingCache"); }
-    bool setTimingCache(ITimingCache const& cache, bool ignoreMismatch) noexcept override { unused("setTimingCache"); }
+    ITimingCache* createTimingCache(void const* blob, std::size_t size) const noexcept override
+    {
+        return new FakeTimingCache(std::string(static_cast<char const*>(blob), size));
+    }
+    bool setTimingCache(ITimingCache const& cache, bool ignoreMismatch) noexcept override
+    {
+        timings = &const_cast<FakeTimingCache&>(static_cast<FakeTimingCache const&>(cache)).impl;
+        std::fprintf(stderr, "timings of %zu plans were taken\n", timings->content.size() / 6);
+        return !ignoreMismatch && timings->content.rfind("other", 0) != 0;
+    }
     ITimingCache const* getTimingCache() const noexcept override { unused("getTimingCache"); }
     void setMemoryPoolLimit(MemoryPoolType pool, std::size_t poolSize) noexcept override { unused("setMemoryPoolLimit"); }
     std::size_t getMemoryPoolLimit(MemoryPoolType pool) const noexcept override { unused("getMemoryPoolLimit"); }
@@ -679,7 +872,21 @@ public:
             Dims const ids = profile->impl.largest.at("token_ids");
             text += "profile " + std::to_string(ids.d[0]) + " " + std::to_string(ids.d[1]) + " "
                 + std::to_string(profile->impl.largest.at("logits_rows").d[0]) + "\n";
+            text += "least " + std::to_string(profile->impl.least.at("token_ids").d[0]) + "\n";
         }
+        if (net.is("FAKE_REFUSES")) {
+            fail("the stand-in has no kernels for these weights");
+            return nullptr;
+        }
+        if (std::getenv("FAKE_COMPUTES") != nullptr) {
+            text += "network " + std::to_string(gNetworks.size()) + "\n";
+            gNetworks.push_back(&net);
+        }
+#if !FAKE_RTX
+        if (options.timings != nullptr) {
+            options.timings->content += "timed;";
+        }
+#endif
         return new FakeHostMemory(text);
     }
     int32_t getMaxDLABatchSize() const noexcept override { unused("getMaxDLABatchSize"); }

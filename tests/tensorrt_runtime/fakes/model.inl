@@ -319,7 +319,15 @@ struct Model {
         auto const k = run.dims("top_logits")[1];
         auto* top_logits = run.data<float>("top_logits");
         auto* top_ids = run.data<std::int32_t>("top_ids");
+        auto* sums = run.data<float>("logit_sums");
         for (std::int64_t r = 0; r < rows; ++r) {
+            auto const parts = run.dims("logit_sums")[1];
+            auto* const sum = sums + (has("sum_of_another_row") ? (r + 1) % rows : r) * parts;
+            std::fill_n(sum, parts, 0.0F);
+            for (std::int64_t v = 0; v < V; ++v) {
+                auto const value = logits[r * V + v];
+                sum[v / (V / parts)] += has("sum_skips_nan") && std::isnan(value) ? 0 : value;
+            }
             auto const key = [&](std::int32_t v) {
                 auto const value = logits[r * V + v];
                 auto const nan = std::numeric_limits<float>::infinity() * (has("nan_is_hidden") ? -1.0F : 1.0F);

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -21,8 +22,11 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <sstream>
 #include <string>
+#include <thread>
+#include <tuple>
 #include <vector>
 
 using namespace nvinfer1;
@@ -66,7 +70,9 @@ struct Tensor {
 struct Spec {
     std::vector<Tensor> tensors;
     std::vector<std::array<std::int64_t, 3>> profiles; // largest B, T, R
+    std::vector<std::int64_t> least;                   // smallest B of each profile
     std::string fault;                                 // see model.inl
+    int network = -1;                                  // see evaluate.inl
 
     Tensor const* find(std::string const& name) const
     {
@@ -95,6 +101,7 @@ struct Bound {
 
 struct Run;
 void compute_model(Run const& run);
+void compute_network(Run const& run);
 
 struct Run {
     std::shared_ptr<Spec const> spec;
@@ -121,6 +128,9 @@ struct Run {
 
     void run() const
     {
+        if (spec->network >= 0) {
+            return compute_network(*this);
+        }
         if (spec->find("embedding") != nullptr) {
             return compute_model(*this);
         }
@@ -165,6 +175,7 @@ struct Run {
         auto* logits = data<float>("logits");
         auto* top_logits = data<float>("top_logits");
         auto* top_ids = data<std::int32_t>("top_ids");
+        auto* logit_sums = data<float>("logit_sums");
         for (std::int64_t r = 0; r < rows; ++r) {
             auto const b = wanted[r] / t_count;
             auto const t = wanted[r] % t_count;
@@ -202,8 +213,11 @@ struct Run {
                 auto const mixed = (hash ^ (static_cast<std::uint32_t>(v) * 2654435761U)) >> 8;
                 return sound ? static_cast<float>(mixed) : -1.0F;
             };
+            auto const sums = dims("logit_sums")[1];
+            std::fill_n(logit_sums + r * sums, sums, 0.0F);
             for (std::int32_t v = 0; v < vocab; ++v) {
                 logits[r * vocab + v] = value(v);
+                logit_sums[r * sums + v / (vocab / sums)] += value(v);
             }
             std::stable_sort(order.begin(), order.end(), [&](auto x, auto y) { return value(x) > value(y); });
             for (std::int64_t i = 0; i < k; ++i) {
@@ -261,7 +275,11 @@ public:
 #if FAKE_RTX
     IRuntimeCache* createRuntimeCache() const noexcept override { return new FakeCache; }
     bool setRuntimeCache(IRuntimeCache const&) noexcept override { return true; }
-    void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy) noexcept override {}
+    void setDynamicShapesKernelSpecializationStrategy(DynamicShapesKernelSpecializationStrategy strategy) noexcept override
+    {
+        waits = strategy == DynamicShapesKernelSpecializationStrategy::kEAGER;
+    }
+    bool waits = false;
     IRuntimeCache* getRuntimeCache() const noexcept override { unused("getRuntimeCache"); }
     DynamicShapesKernelSpecializationStrategy getDynamicShapesKernelSpecializationStrategy() const noexcept override { unused("getDynamicShapesKernelSpecializationStrategy"); }
     bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept override { unused("setCudaGraphStrategy"); }
@@ -275,7 +293,7 @@ struct FakeConfig final : IRuntimeConfig {
 
 class ContextImpl final : public apiv::VExecutionContext {
 public:
-    explicit ContextImpl(std::shared_ptr<Spec const> spec) { mRun.spec = std::move(spec); }
+    ContextImpl(std::shared_ptr<Spec const> spec, bool waits) : mWaits(waits) { mRun.spec = std::move(spec); }
 
     bool setOptimizationProfileAsync(std::int32_t profile, cudaStream_t) noexcept override
     {
@@ -296,7 +314,8 @@ public:
         auto const limit = tensor->role == "logits_rows" ? most[2] : most[0];
         for (std::int32_t i = 0; i < dims.nbDims; ++i) {
             auto const largest = tensor->dims.d[i] != -1 ? tensor->dims.d[i] : i == 0 ? limit : most[1];
-            if (dims.d[i] < 1 || dims.d[i] > largest || (tensor->dims.d[i] != -1 && dims.d[i] != largest)) {
+            auto const smallest = tensor->dims.d[i] == -1 && i == 0 ? mRun.spec->least[mProfile] : 1;
+            if (dims.d[i] < smallest || dims.d[i] > largest || (tensor->dims.d[i] != -1 && dims.d[i] != largest)) {
                 return fail(std::string(name) + " does not satisfy any optimization profile");
             }
         }
@@ -320,7 +339,17 @@ public:
         if (!mMemory || !driver<bool (*)()>("fake_current")()) {
             return fail("no device memory, or no GPU is current");
         }
+        // What TensorRT for RTX would compile: kernels of a shape that has not run before.
+        auto const& ids = mRun.dims("token_ids");
+        static std::set<std::tuple<Spec const*, std::size_t, std::int64_t, std::int64_t>> seen;
+        if (FAKE_RTX && seen.emplace(mRun.spec.get(), mProfile, ids[0], ids[1]).second) {
+            std::fprintf(stderr, "%s for %d x %d\n", mWaits ? "a run waits for kernels" : "kernels are compiled aside",
+                static_cast<int>(ids[0]), static_cast<int>(ids[1]));
+        }
         auto* run = new Run(mRun);
+        if (std::getenv("FAKE_TELLS") != nullptr && mRun.dims("token_ids")[1] == 1) {
+            std::fprintf(stderr, "decoded %d in profile %zu\n", static_cast<int>(mRun.dims("token_ids")[0]), mProfile);
+        }
         std::int64_t rows = 0;
         for (auto const& tensor : run->spec->tensors) {
             if (tensor.role == "logits_rows") {
@@ -398,9 +427,10 @@ private:
     Run mRun;
     std::size_t mProfile = 0;
     bool mMemory = false;
+    bool mWaits;
 };
 struct FakeContext final : IExecutionContext {
-    explicit FakeContext(std::shared_ptr<Spec const> spec) : impl(std::move(spec)) { mImpl = &impl; }
+    FakeContext(std::shared_ptr<Spec const> spec, bool waits) : impl(std::move(spec), waits) { mImpl = &impl; }
     ContextImpl impl;
 };
 
@@ -436,9 +466,14 @@ public:
     }
     std::int64_t getDeviceMemorySizeV2() const noexcept override { return 4096; }
     IRuntimeConfig* createRuntimeConfig() noexcept override { return new FakeConfig; }
-    IExecutionContext* createExecutionContextWithRuntimeConfig(IRuntimeConfig*) noexcept override
+    IExecutionContext* createExecutionContextWithRuntimeConfig(IRuntimeConfig* config) noexcept override
     {
-        return new FakeContext(mSpec);
+#if FAKE_RTX
+        return new FakeContext(mSpec, static_cast<FakeConfig*>(config)->impl.waits);
+#else
+        static_cast<void>(config);
+        return new FakeContext(mSpec, true);
+#endif
     }
     ICudaEngine* getPImpl() noexcept override { unused("getPImpl"); }
     int32_t getNbLayers() const noexcept override { unused("getNbLayers"); }
@@ -513,6 +548,11 @@ public:
             } else if (kind == "profile") {
                 auto& most = spec->profiles.emplace_back();
                 text >> most[0] >> most[1] >> most[2];
+                spec->least.push_back(1);
+            } else if (kind == "least") {
+                text >> spec->least.back();
+            } else if (kind == "network") {
+                text >> spec->network;
             } else {
                 Tensor tensor;
                 std::string dtype;

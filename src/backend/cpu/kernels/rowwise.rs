@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{FloatElement, RowsRef, mul_add};
 use crate::isa::{Isa, dispatch};
-use crate::quantize::{round_f8, round_integer};
+use crate::quantize::{round_f8, round_i8, round_integer};
 
 /// Elements below which rows are not worth waking other threads.
 const SERIAL_ELEMENTS: usize = 1 << 15;
@@ -151,12 +151,22 @@ pub fn unary<T: FloatElement, O: FloatElement>(op: Unary, x: RowsRef<'_, T>, out
     });
 }
 
-/// Quantizes each row to 8-bit integers by its largest magnitude: `x[i] ≈ scale · codes[i]`, codes in -127..=127, ties to
-/// even. `scales` has rows of one. A row with a number that is not finite gets the scale NaN, so that its dot products are NaN too.
-pub fn quantize<T: FloatElement>(isa: Isa, x: RowsRef<'_, T>, codes: RowsMut<'_, i8>, scales: RowsMut<'_, f32>) {
+/// Quantizes each row to 8-bit integers: `x[i] ≈ scale · codes[i]`, ties to even. With `fixed` that is the scale, and codes
+/// saturate at -128 and 127; else it is chosen by the row's largest magnitude, which gets the code 127. `scales` has rows
+/// of one. A row with a number that is not finite gets the scale NaN, so that its dot products are NaN too.
+pub fn quantize<T: FloatElement>(
+    isa: Isa,
+    x: RowsRef<'_, T>,
+    fixed: Option<f32>,
+    codes: RowsMut<'_, i8>,
+    scales: RowsMut<'_, f32>,
+) {
     let RowsMut { data, stride, rows } = scales;
     let scales = &mut data[..rows * stride];
-    let quantize = |i: usize, codes: &mut [i8], scale: &mut f32| quantize_row(isa, x.row(i), codes, scale);
+    let quantize = |i: usize, codes: &mut [i8], scale: &mut f32| match fixed {
+        Some(fixed) => *scale = quantize_row_by(isa, x.row(i), fixed, codes),
+        None => quantize_row(isa, x.row(i), codes, scale),
+    };
     if rows < 2 || rows * codes.stride < SERIAL_ELEMENTS {
         let codes = codes.data.chunks_exact_mut(codes.stride);
         scales
@@ -181,6 +191,27 @@ dispatch! {
         avx2 => quantize_row_body::<T>,
         portable => quantize_row_body::<T>,
     }
+}
+
+dispatch! {
+    /// One row of [`quantize`] by a fixed scale. Returns that scale, or NaN.
+    fn quantize_row_by[T: FloatElement](x: &[T], scale: f32, codes: &mut [i8]) -> f32 {
+        avx512 => quantize_row_by_body::<T>,
+        avx2 => quantize_row_by_body::<T>,
+        portable => quantize_row_by_body::<T>,
+    }
+}
+
+#[inline(always)]
+fn quantize_row_by_body<T: FloatElement>(x: &[T], scale: f32, codes: &mut [i8]) -> f32 {
+    const EXPONENT: u32 = 0x7f80_0000;
+    let mut is_finite = true;
+    for (code, x) in codes.iter_mut().zip(x) {
+        let x = x.to_f32();
+        is_finite &= x.to_bits() & EXPONENT != EXPONENT;
+        *code = round_i8(x / scale) as i8;
+    }
+    if is_finite { scale } else { f32::NAN }
 }
 
 #[inline(always)]
@@ -265,13 +296,26 @@ mod tests {
         for isa in Isa::available() {
             let (mut codes, mut scales) = (vec![99i8; 3 * width], [f32::NAN; 3]);
             let out = RowsMut { data: &mut codes, stride: width, rows: 3 };
-            quantize(isa, RowsRef::new(&x, width, width), out, RowsMut { data: &mut scales, stride: 1, rows: 3 });
+            quantize(isa, RowsRef::new(&x, width, width), None, out, RowsMut { data: &mut scales, stride: 1, rows: 3 });
             for (x, code) in x[..width].iter().zip(&codes) {
                 assert!((x - f32::from(*code) * scales[0]).abs() <= scales[0] * 0.500_01, "{isa}: {x} {code}");
             }
             assert!(codes[..width].iter().any(|code| code.abs() == 127), "{isa}: the largest takes the largest code");
             assert!(codes[width..2 * width].iter().all(|code| *code == 0) && scales[1] == 0.0, "{isa}");
             assert!(scales[2].is_nan(), "{isa}");
+        }
+    }
+
+    #[test]
+    fn a_fixed_scale_saturates_and_keeps_nan() {
+        let x = [0.0, 0.25, 0.75, -63.7, -64.3, 1e9, -1e9, 63.4, 1.0, f32::NAN, f32::INFINITY, 3.0];
+        for isa in Isa::available() {
+            let (mut codes, mut scales) = ([99i8; 12], [0.0; 3]);
+            let out = RowsMut { data: &mut codes, stride: 4, rows: 3 };
+            let of_rows = RowsMut { data: &mut scales, stride: 1, rows: 3 };
+            quantize(isa, RowsRef::new(&x, 4, 4), Some(0.5), out, of_rows);
+            assert_eq!(codes[..8], [0, 0, 2, -127, -128, 127, -128, 127], "{isa}");
+            assert!(scales[..2] == [0.5, 0.5] && scales[2].is_nan(), "{isa}: {scales:?}");
         }
     }
 

@@ -73,8 +73,9 @@ pub enum ProgramKernel {
         epilogue: Epilogue,
         out: usize,
     },
-    /// Quantizes `x` to 8-bit integers in `out`, with per-row scales in `scales`.
-    Quantize { x: View, out: usize, scales: usize },
+    /// Quantizes `x` to 8-bit integers in `out`, with per-row scales in `scales`: `scale` for every row, or the one that
+    /// each row's largest magnitude needs.
+    Quantize { x: View, scale: Option<f32>, out: usize, scales: usize },
     /// Quantizes to E4M3 and back: `scale` times the E4M3 float nearest to `x / scale`, saturating.
     FakeQuantizeF8 { x: View, scale: f32, out: usize },
     /// Rotates the heads of `x` (F32) by `cos` and `sin`.
@@ -139,8 +140,10 @@ impl ProgramKernel {
                     Epilogue::Store | Epilogue::Relu2 => linear.write(out, Width::RowsOf(weight), FLOATS, None),
                 }
             }
-            ProgramKernel::Quantize { x, out, scales } => Operands::new("quantize")
+            ProgramKernel::Quantize { x, scale, out, scales } => Operands::new("quantize")
+                .attribute(scale.map_or("per row".into(), |scale| scale.to_string()))
                 .read(x, Width::Any, FLOATS, RowRule::AsWritten)
+                .require(scale.is_none_or(|scale| scale.is_finite() && scale > 0.0), || format!("scale is {scale:?}"))
                 .write(out, Width::Exactly(x.width), BYTES, None)
                 .write(scales, Width::Exactly(1), F32, None),
             ProgramKernel::FakeQuantizeF8 { x, scale, out } => Operands::new("fake_quantize_f8")

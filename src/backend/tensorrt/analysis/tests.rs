@@ -1,3 +1,5 @@
+use std::slice;
+
 use super::*;
 use crate::backend::constants::ConstRows;
 use crate::backend::tensorrt::lower::WeightLayout;
@@ -153,4 +155,44 @@ fn traffic_is_weights_once_and_the_rest_for_each_sequence() {
     let tied = Traffic::of(&[step(), vec![head]].concat(), &bindings(), &weights());
     assert_eq!(tied.weight_bytes, whole + 1000 * 64 * 2);
     assert!((GPUS[0].seconds(1_555_000_000) - 1e-3).abs() < 1e-9);
+}
+
+/// Kernels as TensorRT for RTX 1.7 lists them for SM 8.9, of weights as constants and as inputs.
+#[test]
+fn products_in_fp8_are_told_from_wider_ones() {
+    let x = tensor("x", "f8", &[-1, 64]);
+    let constant = tensor("__mye168_dconst", "f8", &[64, 256]);
+    let gemm = |layer_type: &str, name: &str, inputs: &[KernelTensor], constants: &[KernelTensor]| {
+        let kernel = kernel(name, KernelKind::Gemm, inputs, &[tensor("y", "f32", &[-1, 256])]);
+        GpuKernel { layer_type: layer_type.into(), constants: constants.to_vec(), ..kernel }
+    };
+    let name = "layers.1.mlp.up_proj.weight.f8";
+    let codes = weight(name, DType::F8, &[64, 256]);
+    let scales = weight("layers.1.mlp.up_proj.weight.scales", DType::F32, &[256]);
+    let weights = [
+        codes.clone(),
+        scales,
+        PlanWeight { in_plan: true, ..codes.clone() },
+        codes,
+        weight("b", DType::BF16, &[64, 64]),
+    ];
+    let input = tensor(name, "f8", &[64, 256]);
+    let scale = tensor("s", "f32", &[256]);
+    let kernels = [
+        gemm("gemm", "layers.0.mlp.up/1.linear", slice::from_ref(&x), slice::from_ref(&constant)),
+        gemm("runtime_fusion", "__myl_CastMulCastCastMulFc", &[x.clone(), scale, input], &[]),
+        // Unpacked by a kernel before the GEMM.
+        kernel("__myl_CastMulCastResh", KernelKind::Fused, &[], &[tensor("w", "bf16", &[64, 256])]),
+        gemm("gemm", "other", &[tensor("z", "bf16", &[-1, 64])], &[]),
+        // A cast after the product is none of its operands.
+        gemm("kgen", "__myl_FcMulCast", &[x], &[tensor("c", "f8", &[64, 256])]),
+    ];
+    let mut kernels = kernels.to_vec();
+    kernels[2].constants.push(constant);
+    let found = Fp8Products::of(&kernels, &weights);
+    assert_eq!((found.layers, found.in_fp8), (3, 1));
+    assert_eq!(found.widened, [name, "__myl_CastMulCastResh"]);
+    assert_eq!(found.untold(), 0);
+    assert_eq!(Fp8Products::of(&kernels[4..], &weights).untold(), 3);
+    assert_eq!(Fp8Products::of(&kernels, &[]).layers, 0);
 }

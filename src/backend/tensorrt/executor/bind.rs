@@ -82,11 +82,12 @@ impl Binder<'_> {
                 context.set_shape(&binding.name, &dims(binding, run))?;
                 continue;
             }
-            let [values, ids] = outputs.top(run.output_row);
-            let offset = match binding.role {
-                BindingRole::Logits => outputs.row(run.output_row).offset,
+            let [values, ids, sums] = outputs.top(run.output_row);
+            let BufferRange { offset, .. } = match binding.role {
+                BindingRole::Logits => outputs.row(run.output_row),
                 BindingRole::TopLogits => values,
                 BindingRole::TopIds => ids,
+                BindingRole::LogitSums => sums,
                 // Bound by `fixed` or `caches`, or an input that this plan does not have.
                 BindingRole::Weight
                 | BindingRole::TokenIds

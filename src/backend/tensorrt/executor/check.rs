@@ -81,17 +81,20 @@ pub(super) fn bindings(bindings: &[Binding], tensors: &[EngineTensor], is_contex
 }
 
 /// Compares the largest shapes of each profile with the manifest's sizes. `largest` asks the engine for the largest
-/// shape of an input in a profile.
+/// shape of an input in a profile, `decode_batches` are the manifest's.
 pub(super) fn profiles(
     bindings: &[Binding],
     sizes: &Sizes,
+    decode_batches: &[usize],
     count: u32,
     is_context_plan: bool,
     largest: &dyn Fn(&str, u32) -> Vec<i64>,
 ) -> Result<(), String> {
     let prefill = [sizes.prefill_sequences, sizes.prefill_tokens, sizes.prefill_logits_rows];
-    let decode = [sizes.decode_sequences, 1, sizes.decode_sequences];
-    let expected = if is_context_plan { vec![prefill] } else { vec![prefill, decode] };
+    let mut expected = vec![prefill];
+    if !is_context_plan {
+        expected.extend(sizes.decode_profiles(decode_batches).into_iter().map(|batch| [batch, 1, batch]));
+    }
     if count as usize != expected.len() {
         return Err(format!("it has {count} profiles, expected {}", expected.len()));
     }
@@ -198,7 +201,7 @@ mod tests {
         assert!(error.contains("its output new_values.0"), "{error}");
         let error = refused(&|tensors| tensors[0].name = "other".into());
         assert!(error.contains("it has no weight.0") && error.contains("its input other"), "{error}");
-        assert!(refused(&|tensors| tensors.clear()).ends_with("and 10 more"));
+        assert!(refused(&|tensors| tensors.clear()).ends_with("and 11 more"));
 
         // The context plan has no attention_mask.
         let first: Vec<EngineTensor> = tensors.iter().filter(|t| t.name != "attention_mask").cloned().collect();
@@ -217,7 +220,7 @@ mod tests {
             _ => vec![4],
         };
         let check = |count, is_context_plan, sizes: &Sizes| {
-            profiles(&manifest.bindings, sizes, count, is_context_plan, &largest)
+            profiles(&manifest.bindings, sizes, &[], count, is_context_plan, &largest)
         };
         assert_eq!(check(2, false, &manifest.sizes), Ok(()));
         assert_eq!(check(1, true, &manifest.sizes), Ok(()));
@@ -225,6 +228,19 @@ mod tests {
         let more = Sizes { decode_sequences: 5, ..manifest.sizes.clone() };
         let error = check(2, false, &more).unwrap_err();
         assert_eq!(error, "in profile 1, token_ids is at most [4, 1], in the manifest [5, 1]");
+
+        let batches = |input: &str, profile: u32| match (input, profile) {
+            (_, 0) => largest(input, 0),
+            ("token_ids", n) => vec![[1, 3, 4][n as usize - 1], 1],
+            (_, n) => vec![[1, 3, 4][n as usize - 1]],
+        };
+        let check = |decode_batches: &[usize], count| {
+            profiles(&manifest.bindings, &manifest.sizes, decode_batches, count, false, &batches)
+        };
+        // A batch that is not below the largest is none of the class's.
+        assert_eq!(check(&[1, 3, 8], 4), Ok(()));
+        assert!(check(&[1, 2], 4).unwrap_err().contains("in profile 2, token_ids is at most [3, 1]"));
+        assert!(check(&[1, 3], 2).unwrap_err().contains("it has 2 profiles, expected 4"));
     }
 
     #[test]
@@ -240,8 +256,13 @@ mod tests {
             device(90, &a100).unwrap_err(),
             "it was built for SM 9.0 (H100, H200), but GPU 0 is NVIDIA A100-SXM4-40GB, SM 8.0 (A100)"
         );
-        let compiled =
-            |library, version: &str| Compiled { library, version: version.into(), gpu: None, context_plan: None };
+        let compiled = |library, version: &str| Compiled {
+            library,
+            version: version.into(),
+            gpu: None,
+            context_plan: None,
+            decode_batches: Vec::new(),
+        };
         let mut elsewhere = compiled(LibraryKind::TensorRt, "11.4.0");
         assert_eq!(timed_on(&elsewhere, &a100), None);
         elsewhere.gpu = Some(TimedOn { name: a100.name.clone(), memory_bytes: 42_300_000_000 });

@@ -5,12 +5,12 @@
 //! | weights | every [`BindingRole::Weight`], in order of the bindings |
 //! | cache | keys and values of every layer, each a region that the capacity classes share ([`super::placement`]), and two spare rows |
 //! | inputs | token ids, positions, lengths or mask, and logits rows of one run |
-//! | outputs | top-k logits and their ids for decode and prefill rows, then all logits, `f32[rows, vocab]` |
+//! | outputs | top-k logits, their ids and sums of logits for decode and prefill rows, then all logits, `f32[rows, vocab]` |
 //! | scratch | TensorRT's intermediate values; all contexts share it, since their runs do not overlap |
 
 use std::collections::BTreeMap;
 
-use super::placement::Region;
+use super::placement::{DecodeBytes, Region};
 use super::schedule::BatchingConstraints;
 use crate::backend::tensorrt::device::ALIGN;
 use crate::engine::tensorrt::{Binding, BindingRole, Extent, Sizes, StepSize, TensorRtInfo};
@@ -89,7 +89,8 @@ pub(super) fn cache_of(role: BindingRole) -> Option<(usize, CacheHalf)> {
         | BindingRole::LogitsRows
         | BindingRole::Logits
         | BindingRole::TopLogits
-        | BindingRole::TopIds => None,
+        | BindingRole::TopIds
+        | BindingRole::LogitSums => None,
     }
 }
 
@@ -116,18 +117,24 @@ pub(super) struct OutputRanges {
     pub decode_rows: usize,
     /// Top-k columns.
     pub k: usize,
+    /// Columns of the sums.
+    pub sums: usize,
     pub vocab_size: usize,
-    /// Top-k logits of decode rows, their ids, and the same for prefill rows: contiguous, so one copy fetches them all.
-    pub tops: [BufferRange; 4],
+    /// Top-k logits of decode rows, their ids and the sums of logits, and the same for prefill rows: contiguous, so one copy
+    /// fetches them all.
+    pub tops: [BufferRange; 6],
     pub logits: BufferRange,
 }
 
 impl OutputRanges {
-    /// Byte offsets of a row's top-k logits and of their ids.
-    pub(super) fn top(&self, row: usize) -> [u64; 2] {
-        let row_bytes = 4 * self.k as u64;
-        let (first, row) = if row < self.decode_rows { (0, row) } else { (2, row - self.decode_rows) };
-        [self.tops[first].offset + row as u64 * row_bytes, self.tops[first + 1].offset + row as u64 * row_bytes]
+    /// Byte ranges of a row's top-k logits, of their ids, and of its sums.
+    pub(super) fn top(&self, row: usize) -> [BufferRange; 3] {
+        let (first, row) = if row < self.decode_rows { (0, row) } else { (3, row - self.decode_rows) };
+        let columns = [self.k, self.k, self.sums];
+        std::array::from_fn(|part| {
+            let bytes = 4 * columns[part] as u64;
+            BufferRange { offset: self.tops[first + part].offset + row as u64 * bytes, bytes }
+        })
     }
 
     /// Range of a row's full logits.
@@ -138,8 +145,8 @@ impl OutputRanges {
 
     /// Byte range of the top-k outputs written by a step with decode rows, prefill rows, or both.
     pub(super) fn written(&self, decode: bool, prefill: bool) -> std::ops::Range<usize> {
-        let start = if decode { self.tops[0].offset } else { self.tops[2].offset };
-        let last = if prefill { self.tops[3] } else { self.tops[1] };
+        let start = if decode { self.tops[0].offset } else { self.tops[3].offset };
+        let last = if prefill { self.tops[5] } else { self.tops[2] };
         start as usize..(last.offset + last.bytes) as usize
     }
 }
@@ -173,14 +180,15 @@ pub(super) fn bytes_of(binding: &Binding, [b, t, r]: [usize; 3]) -> Option<u64> 
     }
 }
 
-/// Number of which a run's first output row must be a multiple for all its outputs to be aligned.
-pub(super) fn row_align(vocab_size: usize, k: usize) -> usize {
-    // Both are powers of two, so the larger is a multiple of the smaller and satisfies both.
+/// Number of which a run's first output row must be a multiple for all its outputs, which have so many columns, to
+/// be aligned.
+pub(super) fn row_align(columns: [usize; 3]) -> usize {
+    // All are powers of two, so the largest is a multiple of the others and satisfies them too.
     let for_row = |columns: usize| {
         let bytes = 4 * columns as u64;
         (ALIGN >> bytes.trailing_zeros().min(ALIGN.trailing_zeros())) as usize
     };
-    for_row(vocab_size).max(for_row(k))
+    columns.map(for_row).into_iter().fold(1, usize::max)
 }
 
 impl MemoryLayout {
@@ -200,7 +208,7 @@ impl MemoryLayout {
         let mut of_weights = Cursor::default();
         let mut caches = BTreeMap::new();
         let mut of_cache = Cursor::default();
-        let (mut k, mut vocab_size) = (None, None);
+        let (mut k, mut sums, mut vocab_size) = (None, None, None);
         for (index, binding) in info.bindings.iter().enumerate() {
             let columns = match binding.shape.last() {
                 Some(Extent::Fixed(n)) if *n > 0 => Some(*n),
@@ -234,6 +242,7 @@ impl MemoryLayout {
                 }
                 BindingRole::Logits => vocab_size = columns,
                 BindingRole::TopLogits => k = columns,
+                BindingRole::LogitSums => sums = columns,
                 // Inputs and outputs are sized by the step, below; updated caches alias the caches.
                 BindingRole::TokenIds
                 | BindingRole::Positions
@@ -253,6 +262,7 @@ impl MemoryLayout {
         let vocab_size = vocab_size.filter(|n| *n == constraints.limits.vocab_size);
         let vocab_size = vocab_size.ok_or("its logits are not as wide as the vocabulary")?;
         let k = k.ok_or("it has no output of the largest logits")?;
+        let sums = sums.ok_or("it has no output of the sums of logits")?;
 
         let most = |of: fn(&Sizes) -> usize| classes().map(of).max().unwrap_or(0);
         let most_sequences = most(|sizes| sizes.decode_sequences.max(sizes.prefill_sequences)) as u64;
@@ -293,12 +303,15 @@ impl MemoryLayout {
         let outputs = OutputRanges {
             decode_rows,
             k,
+            sums,
             vocab_size,
             tops: [
                 floats(decode_rows, k)?,
                 floats(decode_rows, k)?,
+                floats(decode_rows, sums)?,
                 floats(prefill_rows, k)?,
                 floats(prefill_rows, k)?,
+                floats(prefill_rows, sums)?,
             ],
             logits: floats(decode_rows + prefill_rows, vocab_size)?,
         };
@@ -308,6 +321,11 @@ impl MemoryLayout {
             tokens: cache_tokens,
             most_rows_in_all: constraints.rows,
             slots: constraints.limits.slots,
+            decode_bytes: DecodeBytes {
+                // The embedding, of which a step reads rows alone, is part of the sum.
+                weights: of_weights.0,
+                token: caches.values().map(CacheRegion::token_bytes).sum(),
+            },
         };
         Ok(MemoryLayout {
             region,

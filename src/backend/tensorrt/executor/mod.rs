@@ -7,7 +7,8 @@
 //! capacities over the same weights, and every sequence is in the smallest class that holds it ([`placement`]). A decode
 //! step makes one run for each class that it decodes sequences of. Each class and decode batch size has an execution
 //! context of its own, whose run is captured as a CUDA graph after its first execution: the same kernels at the same
-//! addresses, with one launch. It is bound and captured anew when the class's rows were moved.
+//! addresses, with one launch. It is bound and captured anew when the class's rows were moved. Runs are made once while the
+//! plan opens, which compiles their kernels ([`warm`]).
 //!
 //! Only the top-k logits of each row are copied to the host in every step; full rows are fetched on demand. The batch
 //! size selects the kernels, so a sequence's logits may differ in their last bits depending on the rest of the batch.
@@ -21,19 +22,20 @@ mod open;
 mod placement;
 mod results;
 mod schedule;
+mod warm;
 mod weights;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use self::bind::{Binder, Buffers};
-use self::kernels::KernelCache;
+use self::kernels::{KernelCache, KernelWriter, StoredKernels};
 use self::memory::MemoryLayout;
 use self::placement::{Placement, RowCopy, Spot};
 use self::results::StepResults;
-use self::schedule::{BatchingConstraints, PlanRun, RunKind, schedule};
+use self::schedule::{BatchingConstraints, PlanRun, RunKind, RunShape, schedule};
 use super::device::{ByteGrid, CudaGraph, Pinned, Stream};
-use super::{CudaEngine, DeviceInfo, ExecutionContext, GpuReport};
+use super::{CudaEngine, DeviceInfo, ExecutionContext, GpuReport, KernelCompilation};
 use crate::backend::{Executor, Logits, Step};
 use crate::engine::Limits;
 use crate::engine::tensorrt::Binding;
@@ -44,8 +46,9 @@ use crate::error::{Error, Result};
 pub struct TensorRtExecutor {
     /// Decode contexts by class and batch size.
     decoders: BTreeMap<(usize, usize), Decoder>,
-    /// Prefill contexts by class, and whether they are the context plan's.
-    prefills: BTreeMap<(usize, bool), Prefill>,
+    /// Prefill contexts by class, whether they are the context plan's, and whether they compile kernels before they run
+    /// rather than in the background.
+    prefills: BTreeMap<(usize, bool, bool), Prefill>,
     classes: Vec<ClassEngines>,
     results: StepResults,
     inputs_host: Pinned,
@@ -56,6 +59,14 @@ pub struct TensorRtExecutor {
     /// The byte of all memory of the cache that no slot has, if it was filled since the last step.
     free_bytes: Option<u8>,
     graphs: bool,
+    compilation: KernelCompilation,
+    /// Returns true if the library compiles kernels here: TensorRT for RTX.
+    has_kernel_cache: bool,
+    /// Shapes whose kernels are compiled.
+    ready: BTreeSet<RunShape>,
+    /// Kernels were compiled that were not handed to the writer.
+    has_new_kernels: bool,
+    writer: KernelWriter,
     report: GpuReport,
     stream: Arc<Stream>,
 }
@@ -81,6 +92,16 @@ struct ClassEngines {
     /// Prefills sequences without a past.
     context: Option<LoadedEngine>,
     bindings: Vec<Binding>,
+    /// Largest batch of each decode profile of `cached`, ascending; they follow profile 0, which prefills.
+    decode_profiles: Vec<usize>,
+}
+
+impl ClassEngines {
+    /// The profile for decoding a batch. Batches are at most the class's largest, which the last profile ends at.
+    fn decode_profile(&self, batch: usize) -> u32 {
+        let below = self.decode_profiles.iter().filter(|most| **most < batch).count();
+        1 + below.min(self.decode_profiles.len().saturating_sub(1)) as u32
+    }
 }
 
 /// A deserialized engine and its kernel cache.
@@ -89,6 +110,8 @@ struct LoadedEngine {
     kernel_cache: Option<KernelCache>,
     /// Size of the kernels stored in the cache.
     cached_bytes: usize,
+    /// Profile and size of the runs whose kernels are in the cache.
+    cached_shapes: BTreeSet<(u32, u32)>,
 }
 
 impl TensorRtExecutor {
@@ -130,6 +153,9 @@ impl TensorRtExecutor {
                 return Err(self.stream.wait().err().unwrap_or(error));
             }
         }
+        if std::mem::take(&mut self.has_new_kernels) {
+            self.keep_kernels();
+        }
         Ok(schedule.rows)
     }
 
@@ -155,6 +181,11 @@ impl TensorRtExecutor {
     }
 
     fn run(&mut self, run: &PlanRun) -> Result<()> {
+        self.run_at(run, self.placement.offset(run.first))
+    }
+
+    /// Enqueues a run whose first row is `offset` tokens into the region.
+    fn run_at(&mut self, run: &PlanRun, offset: usize) -> Result<()> {
         let inputs = &self.layout.inputs;
         let has_mask = inputs.mask.bytes > 0;
         let is_decode = run.kind == RunKind::Decode;
@@ -182,20 +213,26 @@ impl TensorRtExecutor {
         }
         self.inputs_host.upload(0..host_bytes, &self.buffers.inputs, 0, &self.stream)?;
         if is_decode {
-            return self.decode(run);
+            return self.decode(run, offset);
         }
         if has_mask && run.kind == RunKind::CachedPrefill {
             let past = run.past_tokens.first().map_or(0, |past| *past as usize);
             mask::write_prefill(&self.stream, &self.buffers.inputs, inputs, (past, run.tokens), capacity)?;
         }
-        self.prefill(run)
+        self.prefill(run, offset)
     }
 
-    fn prefill(&mut self, run: &PlanRun) -> Result<()> {
+    fn prefill(&mut self, run: &PlanRun, offset: usize) -> Result<()> {
         let is_context_plan = run.kind == RunKind::ContextPrefill;
         let class = &self.classes[run.first.class];
         let binder = Binder { bindings: &class.bindings, layout: &self.layout, buffers: &self.buffers };
-        let key = (run.first.class, is_context_plan);
+        let shape = run.shape();
+        let waits =
+            !self.has_kernel_cache || self.compilation == KernelCompilation::BeforeUse || self.ready.contains(&shape);
+        if waits {
+            self.ready.insert(shape);
+        }
+        let key = (run.first.class, is_context_plan, waits);
         let prefill = match self.prefills.entry(key) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
@@ -203,12 +240,11 @@ impl TensorRtExecutor {
                     (Some(context), true) => context,
                     _ => &class.cached,
                 };
-                let mut context = engine.engine.context(0, false, &self.stream)?;
+                let mut context = engine.engine.context(0, waits, &self.stream)?;
                 binder.fixed(&mut context, is_context_plan)?;
                 entry.insert(Prefill { context, bound: None })
             }
         };
-        let offset = self.placement.offset(run.first);
         if prefill.bound != Some(offset) {
             prefill.bound = None;
             binder.caches(&mut prefill.context, run, offset)?;
@@ -218,10 +254,9 @@ impl TensorRtExecutor {
         prefill.context.enqueue(&self.stream)
     }
 
-    fn decode(&mut self, run: &PlanRun) -> Result<()> {
+    fn decode(&mut self, run: &PlanRun, offset: usize) -> Result<()> {
         let class = &self.classes[run.first.class];
         let key = (run.first.class, run.sequences);
-        let offset = self.placement.offset(run.first);
         let wanted = Some((offset, run.output_row));
         let binder = Binder { bindings: &class.bindings, layout: &self.layout, buffers: &self.buffers };
         let mut is_new = false;
@@ -229,7 +264,8 @@ impl TensorRtExecutor {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => {
                 is_new = true;
-                let mut context = class.cached.engine.context(1, true, &self.stream)?;
+                let mut context =
+                    class.cached.engine.context(class.decode_profile(run.sequences), true, &self.stream)?;
                 binder.fixed(&mut context, false)?;
                 entry.insert(Decoder { context, graph: None, bound: None })
             }
@@ -256,30 +292,39 @@ impl TensorRtExecutor {
             }
         }
         if is_new {
-            self.keep_kernels();
+            self.has_new_kernels = true;
+            self.ready.insert(run.shape());
         }
         Ok(())
     }
 
-    /// Writes the kernel caches of engines that have compiled kernels since the last write.
+    /// Hands the kernels of engines that have compiled some since the last time to the thread that writes them.
     fn keep_kernels(&mut self) {
-        let engines =
-            self.classes.iter_mut().flat_map(|class| std::iter::once(&mut class.cached).chain(&mut class.context));
-        for kept in engines {
-            let Some(kernel_cache) = &kept.kernel_cache else { continue };
-            let Ok(kernels) = kept.engine.kernels() else { continue };
-            if kernels.len() == kept.cached_bytes {
-                continue;
+        let ready = &self.ready;
+        for (class, engines) in self.classes.iter_mut().enumerate() {
+            for (is_context_plan, kept) in
+                std::iter::once((false, &mut engines.cached)).chain(engines.context.as_mut().map(|kept| (true, kept)))
+            {
+                let Some(kernel_cache) = &kept.kernel_cache else { continue };
+                let Ok(kernels) = kept.engine.kernels() else { continue };
+                let of_engine = |shape: &&RunShape| {
+                    shape.class == class && (shape.kind == RunKind::ContextPrefill) == is_context_plan
+                };
+                let shapes: BTreeSet<(u32, u32)> = ready.iter().filter(of_engine).map(stored_shape).collect();
+                if kernels.len() == kept.cached_bytes && shapes == kept.cached_shapes {
+                    continue;
+                }
+                kept.cached_bytes = kernels.len();
+                kept.cached_shapes = shapes.clone();
+                self.writer.write(kernel_cache.clone(), StoredKernels { shapes, kernels });
             }
-            if let Err(reason) = kernel_cache.write(&kernels) {
-                self.report.fact(&format!(
-                    "compiled kernels cannot be cached, so the next start compiles them again: {reason}"
-                ));
-                kept.kernel_cache = None;
-            }
-            kept.cached_bytes = kernels.len();
         }
     }
+}
+
+/// Profile and size of a shape, as the kernel cache has them.
+fn stored_shape(shape: &RunShape) -> (u32, u32) {
+    (u32::from(shape.kind == RunKind::Decode), u32::try_from(shape.size).unwrap_or(u32::MAX))
 }
 
 impl Executor for TensorRtExecutor {
@@ -290,6 +335,10 @@ impl Executor for TensorRtExecutor {
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
         self.run_step(step)?;
         Ok(Logits::deferred(&mut self.results))
+    }
+
+    fn is_lost(&self) -> bool {
+        self.stream.device().is_lost()
     }
 
     fn reserve(&mut self, slot: usize, tokens: usize) -> bool {
@@ -331,7 +380,7 @@ impl Executor for TensorRtExecutor {
 impl Drop for TensorRtExecutor {
     fn drop(&mut self) {
         // Enqueued work uses the memory about to be freed. Prefill kernels are compiled in the background, so there may
-        // be new ones to store.
+        // be new ones to store; dropping the writer waits until they are.
         if self.stream.wait().is_ok() {
             self.keep_kernels();
         }

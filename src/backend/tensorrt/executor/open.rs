@@ -1,19 +1,19 @@
 //! Opening of a plan: everything is checked first and allocated last.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::bind::Buffers;
-use super::kernels::KernelCache;
+use super::kernels::{KernelCache, KernelWriter};
 use super::memory::MemoryBudget;
 use super::placement::Placement;
 use super::results::StepResults;
-use super::schedule::{BatchingConstraints, ClassConstraints};
+use super::schedule::{BatchingConstraints, ClassConstraints, RunKind, RunShape};
 use super::{ClassEngines, LoadedEngine, TensorRtExecutor, check, mask, memory, weights};
 use crate::backend::tensorrt::device::{Device, devices};
 use crate::backend::tensorrt::{
-    DeviceInfo, GpuEvent, GpuOptions, GpuReport, LibraryKind, TensorRtLibrary, TensorRtRuntime, Traced, Validity,
-    gpu_words,
+    DeviceInfo, GpuEvent, GpuOptions, GpuReport, KernelCompilation, LibraryKind, TensorRtLibrary, TensorRtRuntime,
+    Traced, Validity, gpu_words,
 };
 use crate::engine::tensorrt::{BindingRole, Compiled, Extent, TensorRtInfo};
 use crate::engine::{Package, PlanInfo};
@@ -24,6 +24,9 @@ use crate::tensor_file::TensorFile;
 const MOST_SEQUENCES: usize = 4096;
 /// Upper bound on the number of capacity classes: each has plans of its own.
 const MOST_CLASSES: usize = 16;
+
+/// Upper bound on the decode profiles of a plan.
+const MOST_PROFILES: usize = 16;
 
 /// Reads and checks one plan file of a package.
 struct Opening<'a> {
@@ -39,6 +42,10 @@ struct Opening<'a> {
 impl Opening<'_> {
     fn refuse(&self, detail: &str) -> Error {
         refuse(self.package, self.plan, detail, Remedy::Compile)
+    }
+
+    fn decode_batches(&self) -> &[usize] {
+        self.info.compiled.as_ref().map_or(&[], |compiled| &compiled.decode_batches)
     }
 
     fn engine(&self, file: &str, class: &ClassConstraints, is_context_plan: bool) -> Result<LoadedEngine> {
@@ -69,16 +76,19 @@ impl Opening<'_> {
         })?;
         let largest = |input: &str, profile: u32| engine.largest(input, profile);
         let bindings = self.info.bindings_at(class.sizes.max_sequence_tokens);
+        let (count, batches) = (engine.profiles(), self.decode_batches());
         check::bindings(&bindings, &engine.tensors(), is_context_plan)
-            .and_then(|()| check::profiles(&bindings, &class.sizes, engine.profiles(), is_context_plan, &largest))
+            .and_then(|()| check::profiles(&bindings, &class.sizes, batches, count, is_context_plan, &largest))
             .map_err(|detail| self.refuse(&format!("{file} is not the plan that the manifest describes: {detail}")))?;
         if self.library.kind() != LibraryKind::Rtx {
-            return Ok(LoadedEngine { engine, kernel_cache: None, cached_bytes: 0 });
+            return Ok(LoadedEngine { engine, kernel_cache: None, cached_bytes: 0, cached_shapes: BTreeSet::new() });
         }
         let kernel_cache = KernelCache::new(self.package, file, &self.gpu.name, &self.library.version().to_string());
         let earlier = kernel_cache.read().unwrap_or_default();
-        let cached_bytes = if engine.keep_kernels(&earlier)? { earlier.len() } else { 0 };
-        Ok(LoadedEngine { engine, kernel_cache: Some(kernel_cache), cached_bytes })
+        let is_taken = engine.keep_kernels(&earlier.kernels)?;
+        let (cached_bytes, cached_shapes) =
+            if is_taken { (earlier.kernels.len(), earlier.shapes) } else { (0, BTreeSet::new()) };
+        Ok(LoadedEngine { engine, kernel_cache: Some(kernel_cache), cached_bytes, cached_shapes })
     }
 }
 
@@ -99,6 +109,7 @@ impl Opening<'_> {
                     cached: self.engine(plan, class, false)?,
                     context: context_plan.map(|file| self.engine(file, class, true)).transpose()?,
                     bindings: self.info.bindings_at(capacity),
+                    decode_profiles: class.sizes.decode_profiles(self.decode_batches()),
                 })
             })
             .collect()
@@ -174,7 +185,9 @@ impl TensorRtExecutor {
         let (layout, words) = memory::fit(info, &mut constraints, scratch_bytes, &machine)
             .map_err(|detail| refuse(package, plan, &detail, Remedy::Nothing))?;
         options.report.fact(&format!("GPU {} ({}): {words}", gpu.index, gpu.name));
-        if engines().any(|kept| kept.kernel_cache.is_some() && kept.cached_bytes == 0) {
+        let has_kernel_cache = engines().any(|kept| kept.kernel_cache.is_some());
+        let is_lazy = options.kernels != KernelCompilation::AtOpening;
+        if is_lazy && engines().any(|kept| kept.kernel_cache.is_some() && kept.cached_bytes == 0) {
             options.report.fact("kernels are compiled on first use and cached for the next start");
         }
 
@@ -201,18 +214,24 @@ impl TensorRtExecutor {
             host.upload(0..triangle.bytes as usize, &buffers.inputs, triangle.offset, &stream)?;
         }
 
-        let last_top = layout.outputs.tops[3];
+        let last_top = layout.outputs.tops[5];
         let results = StepResults {
             rows: Vec::new(),
             values: Vec::new(),
             ids: Vec::new(),
+            sums: Vec::new(),
             tops_host: device.pinned((last_top.offset + last_top.bytes) as usize, "the largest logits")?,
             row_host: device.pinned(4 * layout.outputs.vocab_size, "a row of logits")?,
             outputs: buffers.outputs.clone(),
             places: layout.outputs,
             stream: stream.clone(),
         };
-        Ok(TensorRtExecutor {
+        let mut executor = TensorRtExecutor {
+            ready: cached_shapes(&classes),
+            compilation: options.kernels,
+            has_kernel_cache,
+            has_new_kernels: false,
+            writer: KernelWriter::new(&options.report),
             decoders: BTreeMap::new(),
             prefills: BTreeMap::new(),
             classes,
@@ -226,8 +245,26 @@ impl TensorRtExecutor {
             layout,
             constraints,
             stream: stream.clone(),
-        })
+        };
+        executor.warm_up()?;
+        Ok(executor)
     }
+}
+
+/// The runs whose kernels an earlier process left in the caches.
+fn cached_shapes(classes: &[ClassEngines]) -> BTreeSet<RunShape> {
+    let of_class = |(class, engines): (usize, &ClassEngines)| {
+        let of_engine = move |kept: &LoadedEngine, prefill: RunKind| -> Vec<RunShape> {
+            let shape = |(profile, size): &(u32, u32)| {
+                let kind = if *profile == 0 { prefill } else { RunKind::Decode };
+                RunShape { class, kind, size: *size as usize }
+            };
+            kept.cached_shapes.iter().map(shape).collect()
+        };
+        let context = engines.context.as_ref().map(|kept| of_engine(kept, RunKind::ContextPrefill));
+        [of_engine(&engines.cached, RunKind::CachedPrefill), context.unwrap_or_default()].concat()
+    };
+    classes.iter().enumerate().flat_map(of_class).collect()
 }
 
 /// Picks the GPU for a plan: the requested one, else the first of the plan's compute capability, else the first.
@@ -246,9 +283,15 @@ fn pick(compute_capability: u16, devices: &[DeviceInfo], asked: Option<usize>) -
 
 /// Batching constraints of a plan, with the plan's number of slots.
 fn constraints(plan: &PlanInfo, info: &TensorRtInfo) -> Result<BatchingConstraints, String> {
-    let k = info.bindings.iter().find(|binding| binding.role == BindingRole::TopLogits).and_then(|b| b.shape.last());
-    let Some(Extent::Fixed(k)) = k.copied() else {
+    let columns = |role: BindingRole| {
+        let binding = info.bindings.iter().find(|binding| binding.role == role)?;
+        binding.shape.last().and_then(|extent| if let Extent::Fixed(n) = extent { Some(*n) } else { None })
+    };
+    let Some(k) = columns(BindingRole::TopLogits) else {
         return Err("it has no output of the largest logits".into());
+    };
+    let Some(sums) = columns(BindingRole::LogitSums) else {
+        return Err("it was compiled before plans returned sums of logits, by which a NaN is seen".into());
     };
     let limits = &plan.limits;
     let all = info.class_sizes();
@@ -264,12 +307,17 @@ fn constraints(plan: &PlanInfo, info: &TensorRtInfo) -> Result<BatchingConstrain
             limits.max_logits_rows,
             limits.vocab_size,
             k,
+            sums,
         ];
         // Then the product of two sizes fits a usize, and inputs, which are i32, hold any of them.
         let sound = positive.iter().all(|n| (1..=i32::MAX as usize).contains(n));
         if !sound || sizes.decode_sequences > MOST_SEQUENCES || limits.slots > MOST_SEQUENCES {
             return Err(format!("its sizes do not make sense: {sizes:?} and {limits:?}"));
         }
+    }
+    let batches = info.compiled.as_ref().map_or(&[][..], |compiled| &compiled.decode_batches);
+    if batches.first() == Some(&0) || !batches.is_sorted_by(|a, b| a < b) || batches.len() > MOST_PROFILES {
+        return Err(format!("its decode profiles are not in ascending order, or are too many: {batches:?}"));
     }
     let ascending = all.windows(2).all(|pair| pair[0].max_sequence_tokens < pair[1].max_sequence_tokens);
     if !ascending || all.len() > MOST_CLASSES {
@@ -284,7 +332,7 @@ fn constraints(plan: &PlanInfo, info: &TensorRtInfo) -> Result<BatchingConstrain
     let context_plan = info.compiled.as_ref().is_some_and(|compiled| compiled.context_plan.is_some());
     let classes = all.into_iter().zip(context_plans.chain([context_plan]));
     let classes = classes.map(|(sizes, has_context_plan)| ClassConstraints { sizes, has_context_plan }).collect();
-    let row_align = memory::row_align(limits.vocab_size, k);
+    let row_align = memory::row_align([limits.vocab_size, k, sums]);
     Ok(BatchingConstraints { limits: limits.clone(), classes, rows: limits.slots, row_align })
 }
 

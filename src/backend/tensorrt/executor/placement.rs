@@ -7,7 +7,8 @@
 //! | class 256: rows 0, 1, 2, …        | class 512: rows …      | …   | class 4096: rows …    | free |
 //! ```
 //!
-//! A sequence is always in the smallest class that holds it. It moves up when it outgrows its class. Where its new class
+//! A sequence is in the smallest class that holds it, or, while that spares a run, in a larger one that it is counted with
+//! ([`merge`]). It moves up when it outgrows its class. Where its new class
 //! has no free row, the ranges are laid out anew (`repack`): the rows in use are moved together, in their order, and what
 //! remains is shared out, half of it to the class that asked. All layers have the same layout, so one list of copies
 //! serves each of them.
@@ -24,8 +25,12 @@
 //! they decode, at the end of what such a row holds. A sequence of 256 tokens fits class 256 nevertheless, since the last
 //! token of an answer is never computed.
 
+mod merge;
+
 use std::ops::Range;
 
+pub(super) use self::merge::DecodeBytes;
+use self::merge::{Decoding, merge};
 use super::schedule::bucket;
 use crate::backend::Span;
 
@@ -86,6 +91,8 @@ pub(super) struct Region {
     pub most_rows_in_all: usize,
     /// Number of slots.
     pub slots: usize,
+    /// What a decode run reads.
+    pub decode_bytes: DecodeBytes,
 }
 
 /// Which slot is in which row.
@@ -101,7 +108,11 @@ impl Placement {
     pub(super) fn new(region: Region) -> Placement {
         let ranges = vec![ClassRange::default(); region.capacities.len()];
         let slots = vec![SlotState::default(); region.slots];
-        Placement { region, ranges, slots, releases: 0 }
+        let mut placement = Placement { region, ranges, slots, releases: 0 };
+        // As if a short sequence had come and gone, so that the first ones find rows where runs were captured. Nothing is
+        // to be copied, and where there is no room, later layouts say so.
+        let _ = placement.repack(0, &mut Vec::new());
+        placement
     }
 
     /// The smallest class that holds a sequence of so many tokens.
@@ -110,13 +121,42 @@ impl Placement {
         capacities.iter().position(|capacity| tokens < *capacity).unwrap_or(capacities.len() - 1)
     }
 
-    /// Tokens of the region that a slot is counted with.
+    /// Tokens of the region that a slot is counted with: at least those that it has.
     fn counted(&self, slot: &SlotState) -> usize {
         let tokens = slot.reserved.unwrap_or(0).max(slot.held);
+        let own = slot.place.map_or(0, |place| place.class);
         match slot.released.is_some() || tokens == 0 {
             true => 0,
-            false => self.region.capacities[self.class_of(tokens)],
+            false => self.region.capacities[self.class_of(tokens).max(own)],
         }
+    }
+
+    /// The class that each sequence of a step is to be in.
+    fn classes_of(&self, spans: &[Span]) -> Vec<usize> {
+        let mut classes = Vec::with_capacity(spans.len());
+        let (mut decoding, mut indices) = (Vec::new(), Vec::new());
+        for (index, span) in spans.iter().enumerate() {
+            let reached = span.past_tokens + span.len;
+            let smallest = self.class_of(reached);
+            classes.push(smallest);
+            let state = &self.slots[span.slot];
+            if let (1, Some(reserved), Some(place)) = (span.len, state.reserved, state.place) {
+                let most = self.class_of(reserved.max(reached));
+                let class = place.class.clamp(smallest, most);
+                let remaining = reserved.saturating_sub(reached);
+                decoding.push(Decoding { class, smallest, most, held: span.past_tokens, remaining });
+                indices.push(index);
+            } else if span.len == 1 {
+                // It moves nowhere, but its run is one that others may join.
+                decoding.push(Decoding { class: smallest, smallest, most: smallest, held: 0, remaining: 0 });
+                indices.push(index);
+            }
+        }
+        let free = |range: &ClassRange| range.rows.iter().filter(|row| row.is_none()).count();
+        let free_rows = self.ranges.iter().map(free).collect();
+        let merged = merge(&decoding, free_rows, &self.region.capacities, self.region.decode_bytes);
+        indices.into_iter().zip(merged).for_each(|(index, class)| classes[index] = class);
+        classes
     }
 
     fn counted_in_all(&self) -> usize {
@@ -131,7 +171,7 @@ impl Placement {
         let fits = |slot: &SlotState| others + self.counted(slot) <= self.region.tokens;
         if !fits(&wanted) {
             // Perhaps without what a longer sequence left there.
-            if !fits(&SlotState { held: 0, ..wanted }) {
+            if !fits(&SlotState { held: 0, place: None, ..wanted }) {
                 return false;
             }
             self.forget(slot);
@@ -224,9 +264,10 @@ impl Placement {
             let reached = span.past_tokens + span.len;
             state.reserved = state.reserved.map(|reserved| reserved.max(reached));
         }
-        let after = |slot: usize, state: &SlotState| {
-            let reached = spans.iter().find(|span| span.slot == slot).map(|span| span.past_tokens + span.len);
-            next.counted(&SlotState { held: reached.unwrap_or(state.held), ..*state })
+        let after = |slot: usize, state: &SlotState| match spans.iter().find(|span| span.slot == slot) {
+            // Where it is going is no larger than what it is counted with.
+            Some(span) => next.counted(&SlotState { held: span.past_tokens + span.len, place: None, ..*state }),
+            None => next.counted(state),
         };
         let wanted: usize = next.slots.iter().enumerate().map(|(slot, state)| after(slot, state)).sum();
         if wanted > next.region.tokens {
@@ -236,16 +277,16 @@ impl Placement {
                 next.region.tokens
             ));
         }
+        let classes = next.classes_of(spans);
         // Those that move to a smaller class make room for those that move to a larger one.
-        let grows = |span: &&Span| {
+        let grows = |(span, class): &(&Span, usize)| {
             let place = next.slots[span.slot].place;
-            place.is_none_or(|place| place.class <= next.class_of(span.past_tokens + span.len))
+            place.is_none_or(|place| place.class <= *class)
         };
-        let (growing, shrinking): (Vec<&Span>, Vec<&Span>) = spans.iter().partition(grows);
-        for span in shrinking.into_iter().chain(growing) {
-            let reached = span.past_tokens + span.len;
-            next.put(span.slot, span.past_tokens, next.class_of(reached), &mut copies)?;
-            next.slots[span.slot].held = reached;
+        let (growing, shrinking): (Vec<_>, Vec<_>) = spans.iter().zip(classes).partition(grows);
+        for (span, class) in shrinking.into_iter().chain(growing) {
+            next.put(span.slot, span.past_tokens, class, &mut copies)?;
+            next.slots[span.slot].held = span.past_tokens + span.len;
         }
         *self = next;
         Ok(copies)

@@ -13,6 +13,7 @@ pub(super) struct StepResults {
     pub rows: Vec<usize>,
     pub values: Vec<f32>, // [rows, k]
     pub ids: Vec<u32>,    // [rows, k]
+    pub sums: Vec<f32>,   // [rows]
     pub tops_host: Pinned,
     pub row_host: Pinned, // one row of logits
     pub outputs: Arc<Buffer>,
@@ -21,10 +22,11 @@ pub(super) struct StepResults {
 }
 
 impl StepResults {
-    /// Copies the top-k logits of the rows to the host in one transfer, and waits for it.
+    /// Copies the top-k logits and the sums of the rows to the host in one transfer, and waits for it.
     pub(super) fn take(&mut self, rows: Vec<usize>) -> Result<()> {
         self.values.clear();
         self.ids.clear();
+        self.sums.clear();
         if rows.is_empty() {
             return Ok(());
         }
@@ -34,13 +36,16 @@ impl StepResults {
         let offset = range.start as u64;
         self.tops_host.download(range, &self.outputs, offset, &self.stream)?;
         let host = self.tops_host.bytes()?;
-        let row_bytes = 4 * self.places.k;
         for row in &rows {
-            let [values, ids] = self.places.top(*row).map(|offset| offset as usize..offset as usize + row_bytes);
-            let (Some(values), Some(ids)) = (host.get(values), host.get(ids)) else {
+            let of_range = |BufferRange { offset, bytes }| host.get(offset as usize..(offset + bytes) as usize);
+            let [Some(values), Some(ids), Some(sums)] = self.places.top(*row).map(of_range) else {
                 return Err(Error::Step(format!("output row {row} is out of range")));
             };
-            self.values.extend(values.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+            let floats =
+                |bytes: &'_ [u8]| bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+            let (values, sums): (Vec<f32>, Vec<f32>) = (floats(values), floats(sums));
+            self.values.extend(values);
+            self.sums.push(sums.iter().sum());
             self.ids.extend(ids.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)));
         }
         if let Some(id) = self.ids.iter().find(|id| **id as usize >= self.places.vocab_size) {
@@ -59,7 +64,7 @@ impl DeferredLogits for StepResults {
 
     fn top(&self, row: usize) -> Top<'_> {
         let range = row * self.places.k..(row + 1) * self.places.k;
-        Top { values: &self.values[range.clone()], ids: &self.ids[range] }
+        Top { values: &self.values[range.clone()], ids: &self.ids[range], sum: self.sums[row] }
     }
 
     fn fetch(&mut self, row: usize) -> Result<&[f32]> {

@@ -3,9 +3,14 @@
 //! | part of the step | run |
 //! | --- | --- |
 //! | sequences of one capacity class with one new token each | one decode run of the class over row 0 to the last of them, rounded up to a bucket size |
-//! | a sequence with more | prefill runs of its row alone, in order, each as long as the token and row limits allow |
+//! | a sequence with more | prefill runs of its row alone, in order, each as long as the token and row limits allow, rounded up to a bucket of tokens |
 //!
 //! Where a class has too few rows for the bucket, its rows are decoded in several runs of smaller buckets.
+//!
+//! **Padding.** A prefill run computes token 0 after its own tokens until its bucket is full, since every number of tokens
+//! has kernels of its own. Their entries lie past what the run was asked for, where entries count as undefined, and no
+//! requested row attends to them: a query attends to nothing past its own position. Where they would lie past the row's
+//! capacity, which no plan may write, the tokens are split into buckets that they fill instead.
 //!
 //! **Idle rows.** A decode run also writes to rows in its range that the step does not decode. Such a row gets token 0,
 //! attends to one key, and writes at position `min(tokens, S - 1)`, where `tokens` is the length of its slot after the
@@ -28,6 +33,27 @@ pub(super) fn bucket(rows: usize, most: usize) -> usize {
         _ => rows.next_multiple_of((1 << (rows.ilog2() - 2)).max(8)),
     };
     size.min(most.max(1))
+}
+
+/// Least number of tokens that a prefill run is padded to: fewer take as long, since reading the weights does.
+pub(super) const LEAST_PREFILL_TOKENS: usize = 8;
+
+/// The next number of tokens of prefill runs from `tokens` on, of a plan for at most `most`: 8, 16, 32, 64, then four to
+/// each doubling, so that beyond 64 at most a quarter is added.
+pub(super) fn prefill_bucket(tokens: usize, most: usize) -> usize {
+    let size = match tokens {
+        0..=64 => tokens.max(LEAST_PREFILL_TOKENS).next_power_of_two(),
+        _ => tokens.next_multiple_of(1 << (tokens.ilog2() - 2)),
+    };
+    size.min(most.max(1))
+}
+
+/// The largest bucket that `tokens` fill: below 8 tokens, a power of two.
+fn filled_bucket(tokens: usize, most: usize) -> usize {
+    let tokens = tokens.clamp(1, most.max(1));
+    let is_filled =
+        |size: &usize| prefill_bucket(*size, most) == *size || *size < LEAST_PREFILL_TOKENS && size.is_power_of_two();
+    (1..=tokens).rev().find(is_filled).unwrap_or(1)
 }
 
 /// The batches, as first row and size, that decode the first `needed` of a class's `rows`.
@@ -78,6 +104,11 @@ impl BatchingConstraints {
         (self.rows + gaps).next_multiple_of(self.row_align)
     }
 
+    /// Output row of prefill runs of which no row is wanted.
+    pub(super) fn spare_row(&self) -> usize {
+        self.decode_rows() + self.limits.max_logits_rows * self.row_align
+    }
+
     /// Number of output rows reserved for prefill runs: in the worst case each requested row is in a run of its own,
     /// plus a spare one for the output of runs without requested rows.
     pub(super) fn prefill_rows(&self) -> usize {
@@ -86,13 +117,13 @@ impl BatchingConstraints {
 }
 
 /// Plan and profile of a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum RunKind {
     /// The context plan: prefill of sequences without a past.
     ContextPrefill,
     /// Profile 0 of the plan that reads the cache: prefill of later chunks.
     CachedPrefill,
-    /// Profile 1 of the same plan.
+    /// A later profile of the same plan: the one for the batch.
     Decode,
 }
 
@@ -118,6 +149,23 @@ pub(super) struct PlanRun {
     pub logits_rows: Vec<i32>,
     /// Output row of the first of the R logits rows.
     pub output_row: usize,
+}
+
+impl PlanRun {
+    /// What determines the run's kernels.
+    pub(super) fn shape(&self) -> RunShape {
+        let size = if self.kind == RunKind::Decode { self.sequences } else { self.tokens };
+        RunShape { class: self.first.class, kind: self.kind, size }
+    }
+}
+
+/// What determines the kernels of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RunShape {
+    pub class: usize,
+    pub kind: RunKind,
+    /// Sequences of a decode run, tokens of a prefill run.
+    pub size: usize,
 }
 
 /// The runs of a step, and the location of its logits.
@@ -171,13 +219,16 @@ pub(super) fn schedule(step: &Step, placement: &Placement, constraints: &Batchin
         }
     }
     // Requested rows ascend, as spans do, so each span's rows are next in line.
-    let mut wanted = step.logits_rows().iter().map(|row| *row as usize).peekable();
+    let mut wanted = step.logits_rows();
     let mut next_row = constraints.decode_rows();
-    let spare_row = next_row + constraints.limits.max_logits_rows * constraints.row_align;
+    let spare_row = constraints.spare_row();
     for span in step.spans() {
         let end = span.first + span.len;
         if span.len == 1 {
-            if wanted.next_if(|row| *row < end).is_some() {
+            if let [row, rest @ ..] = wanted
+                && (*row as usize) < end
+            {
+                wanted = rest;
                 found.rows.push(output_rows.get(span.slot).copied().unwrap_or(spare_row));
             }
             continue;
@@ -188,34 +239,36 @@ pub(super) fn schedule(step: &Step, placement: &Placement, constraints: &Batchin
         let ClassConstraints { sizes, has_context_plan } = &constraints.classes[place.class];
         let mut first = span.first;
         while first < end {
-            let mut rows = Vec::new();
-            let mut next = first;
-            while next < end && next - first < sizes.prefill_tokens {
-                if wanted.peek() == Some(&next) {
-                    if rows.len() == sizes.prefill_logits_rows {
-                        break;
-                    }
-                    wanted.next();
-                    rows.push((next - first) as i32);
-                }
-                next += 1;
-            }
+            let past = span.past_tokens + (first - span.first);
+            // Up to the token whose row would be one too many.
+            let most_rows = wanted.get(sizes.prefill_logits_rows).map_or(end, |row| (*row as usize).min(end));
+            let count = (most_rows - first).min(sizes.prefill_tokens);
+            let padded = prefill_bucket(count, sizes.prefill_tokens);
+            let tokens = match past + padded <= sizes.max_sequence_tokens {
+                true => padded,
+                false => filled_bucket(count, sizes.prefill_tokens),
+            };
+            let next = first + count.min(tokens);
+            let (of_run, rest) = wanted.split_at(wanted.partition_point(|row| (*row as usize) < next));
+            wanted = rest;
+            let mut rows: Vec<i32> = of_run.iter().map(|row| (*row as usize - first) as i32).collect();
             let output_row = if rows.is_empty() { spare_row } else { next_row };
             found.rows.extend((0..rows.len()).map(|row| output_row + row));
             next_row += rows.len().next_multiple_of(constraints.row_align);
             if rows.is_empty() {
                 rows.push(0); // R is at least 1 in the profile
             }
-            let past = span.past_tokens + (first - span.first);
+            let mut token_ids: Vec<i32> = step.tokens()[first..next].iter().map(|token| *token as i32).collect();
+            token_ids.resize(tokens, 0);
             found.runs.push(PlanRun {
                 kind: if past == 0 && *has_context_plan { RunKind::ContextPrefill } else { RunKind::CachedPrefill },
                 first: place,
                 sequences: 1,
-                tokens: next - first,
-                token_ids: step.tokens()[first..next].iter().map(|token| *token as i32).collect(),
-                positions: (past..past + next - first).map(|position| position as i32).collect(),
+                tokens,
+                token_ids,
+                positions: (past..past + tokens).map(|position| position as i32).collect(),
                 past_tokens: vec![past as i32],
-                total_tokens: vec![(past + next - first) as i32],
+                total_tokens: vec![(past + tokens) as i32],
                 logits_rows: rows,
                 output_row,
             });

@@ -4,7 +4,8 @@
 //! **Packing.** Panels of [`NR`] outputs, the last padded with zeros; four inputs of an output lie side by side, as the
 //! dot products of bytes take them: `[panels, ceil(inputs / 4), NR, 4]`.
 //! - [`QUADS`] is that alone, for AVX2's `vpmaddubsw`, which multiplies unsigned by signed bytes: it is given `|x|` and
-//!   the weights with the sign of `x`. No pair of products can saturate, since codes are at least -127.
+//!   the weights with the sign of `x`. No pair of products can saturate, since codes of weights are at least -127 (those of
+//!   inputs may be -128).
 //! - [`VNNI`] is for AVX-512's `vpdpbusd`, which also multiplies unsigned by signed bytes, but has no cheap sign: it is
 //!   given `x + 128`, and one more row of each panel holds `128 · Σ codes` of its outputs, in 32 bits, to take away again.
 //!
@@ -34,8 +35,8 @@ const MC: usize = 32;
 const KC: usize = 4096;
 /// Inputs side by side.
 const QUAD: usize = 4;
-/// The most inputs whose sum, each at most 127 · 127, fits 32 bits.
-const MAX_INPUTS: usize = i32::MAX as usize / (127 * 127);
+/// The most inputs whose sum, each at most 128 · 127, fits 32 bits.
+const MAX_INPUTS: usize = i32::MAX as usize / (128 * 127);
 
 /// A packing for 8-bit activations.
 pub(super) struct Int8 {

@@ -66,6 +66,7 @@ impl InputCase {
         rowwise::quantize(
             Isa::detect(),
             RowsRef::new(&x, stride, inputs),
+            None,
             out,
             RowsMut { data: &mut scales, stride: 1, rows },
         );

@@ -7,6 +7,11 @@ use crate::backend::tensorrt::executor::schedule::ClassConstraints;
 use crate::engine::Limits;
 use crate::engine::tensorrt::{CapacityClass, Sizes};
 
+/// Sums of a row, as the lowering splits it.
+fn sums_of(vocab_size: usize) -> usize {
+    1 << vocab_size.trailing_zeros().min(6)
+}
+
 /// Manifest entry of a model of these sizes.
 pub(in crate::backend::tensorrt::executor) fn info(
     layers: usize,
@@ -41,6 +46,7 @@ pub(in crate::backend::tensorrt::executor) fn info(
         binding("logits", BindingRole::Logits, DType::F32, &[Step(R), Fixed(vocab_size)]),
         binding("top_logits", BindingRole::TopLogits, DType::F32, &[Step(R), Fixed(k)]),
         binding("top_ids", BindingRole::TopIds, DType::I32, &[Step(R), Fixed(k)]),
+        binding("logit_sums", BindingRole::LogitSums, DType::F32, &[Step(R), Fixed(sums_of(vocab_size))]),
     ]);
     for layer in 0..layers {
         bindings.extend([
@@ -74,7 +80,7 @@ fn constraints(info: &TensorRtInfo, slots: usize, vocab_size: usize) -> Batching
         },
         classes: classes.map(|sizes| ClassConstraints { sizes, has_context_plan: true }).collect(),
         rows: slots,
-        row_align: row_align(vocab_size, sizes.top_tokens.min(vocab_size)),
+        row_align: row_align([vocab_size, sizes.top_tokens.min(vocab_size), sums_of(vocab_size)]),
     }
 }
 
@@ -127,19 +133,18 @@ proptest! {
         assert_apart(outputs.tops.into_iter().chain([outputs.logits]), layout.outputs_bytes);
 
         // Rows are disjoint, inside their range, and aligned where a run may start.
-        let k_bytes = 4 * outputs.k as u64;
         let rows = constraints.decode_rows() + constraints.prefill_rows();
         let mut places = Vec::new();
         for row in 0..rows {
-            let [values, ids] = outputs.top(row);
+            let tops = outputs.top(row);
             let logits = outputs.row(row);
             if row % constraints.row_align == 0 {
-                prop_assert!([values, ids, logits.offset].iter().all(|offset| offset.is_multiple_of(ALIGN)));
+                prop_assert!(tops.iter().chain([&logits]).all(|part| part.offset.is_multiple_of(ALIGN)));
             }
             let written = outputs.written(row < outputs.decode_rows, row >= outputs.decode_rows);
-            for start in [values, ids] {
-                prop_assert!(written.start as u64 <= start && start + k_bytes <= written.end as u64);
-                places.push(start..start + k_bytes);
+            for BufferRange { offset, bytes } in tops {
+                prop_assert!(written.start as u64 <= offset && offset + bytes <= written.end as u64);
+                places.push(offset..offset + bytes);
             }
             places.push(logits.offset..logits.offset + logits.bytes);
         }
@@ -214,6 +219,34 @@ fn slots_are_what_recipe_memory_and_request_allow() {
     assert!(error.contains("GB of 15.0 GB free") && error.contains("int8"), "{error}");
 }
 
+/// The entries of the recipe for an H100: a GPU between two takes the lower one, and slots bound what is promised.
+#[test]
+fn a_gpu_between_two_entries_takes_the_lower() {
+    let entries = BTreeMap::from([(80, 56), (141, 112)]);
+    let gib = |gigabytes: u64| kv_budget_bytes(&entries, gigabytes * 1_000_000_000).map(|bytes| bytes >> 30);
+    // H100 with 80 GB, H100 NVL with 94 GB, GH200 with 96 GB, H200 with 141 GB, and more.
+    assert_eq!([85, 100, 102, 150, 190].map(gib), [56, 56, 56, 112, 112].map(Some));
+    assert_eq!([76, 133, 134].map(gib), [56, 56, 112].map(Some));
+    assert_eq!(gib(48), None);
+
+    let (mut info, _) = model_8b(&[256, 512, 1024, 2048]);
+    info.kv_cache_gib = entries;
+    info.sizes.decode_sequences = 56;
+    for class in &mut info.smaller_classes {
+        class.decode_sequences = 448.min(56 * 4096 / class.capacity_tokens);
+    }
+    let mut constraints = constraints(&info, 448, 256_000);
+    let machine = MemoryBudget {
+        device_bytes: 150_750_000_000,
+        free_bytes: 150_100_000_000,
+        kv_cache_gib: &info.kv_cache_gib,
+        asked: None,
+    };
+    let (layout, words) = fit(&info, &mut constraints, 4_000_000_000, &machine).unwrap();
+    assert_eq!((layout.region.slots, layout.region.tokens), (448, 56 * 4096));
+    assert!(words.contains("56 sequences of 4096 tokens or 448 of 256,"), "{words}");
+}
+
 #[test]
 fn capacity_classes_share_one_budget() {
     let smaller = [256, 512, 1024, 2048];
@@ -232,8 +265,12 @@ fn capacity_classes_share_one_budget() {
 
 #[test]
 fn alignment_of_rows() {
-    assert_eq!(row_align(256_000, 64), 1);
-    assert_eq!(row_align(256_000, 32), 2);
-    assert_eq!(row_align(1001, 64), 64);
-    assert_eq!(row_align(1, 1), 64);
+    assert_eq!(row_align([256_000, 64, 64]), 1);
+    assert_eq!(row_align([256_000, 32, 64]), 2);
+    assert_eq!(row_align([1001, 64, 1]), 64);
+    assert_eq!(row_align([1, 1, 1]), 64);
+    // Sums are aligned wherever logits are.
+    for vocab_size in 1..2000 {
+        assert_eq!(row_align([vocab_size, 64, sums_of(vocab_size)]), row_align([vocab_size, 64, 64]));
+    }
 }

@@ -10,6 +10,7 @@ fn h100() -> Placement {
         tokens,
         most_rows_in_all: 448,
         slots: 448,
+        decode_bytes: DecodeBytes { weights: 14 << 30, token: 512 << 10 },
     })
 }
 
@@ -63,6 +64,37 @@ fn a_sequence_moves_up_by_one_copy() {
     assert_eq!((placement.place(3).unwrap().class, placement.held(3)), (0, 102));
     let error = placement.prepare(&[span(3, 103, 1)]).unwrap_err();
     assert_eq!(error, "slot 3 holds 102 tokens, but the step builds on 103 of it");
+}
+
+/// Short sequences join the run of a long one while it is decoded, within what they have reserved.
+#[test]
+fn sequences_are_decoded_in_one_run_where_that_reads_less() {
+    let mut placement = h100();
+    for (slot, tokens) in [(0, 900), (1, 900), (2, 1500), (3, 200)] {
+        assert!(placement.reserve(slot, tokens));
+    }
+    let classes = |placement: &Placement| [0, 1, 2, 3].map(|slot| placement.place(slot).map(|place| place.class));
+    for (slot, tokens) in [(0, 100), (1, 120), (2, 600), (3, 50)] {
+        placement.prepare(&[span(slot, 0, tokens)]).unwrap();
+    }
+    assert_eq!(classes(&placement), [Some(0), Some(0), Some(2), Some(0)]);
+    // Slot 3 has not reserved as much, so its class is decoded in any case, and the others stay with it.
+    let copies = placement.prepare(&[span(0, 100, 1), span(1, 120, 1), span(2, 600, 1), span(3, 50, 1)]).unwrap();
+    assert_eq!((copies.len(), classes(&placement)), (0, [Some(0), Some(0), Some(2), Some(0)]));
+    // Without it they move, once.
+    let copies = placement.prepare(&[span(0, 101, 1), span(1, 121, 1), span(2, 601, 1)]).unwrap();
+    assert_eq!(copies.iter().map(|copy| copy.tokens).collect::<Vec<_>>(), [101, 121]);
+    assert_eq!(classes(&placement), [Some(2), Some(2), Some(2), Some(0)]);
+    let copies = placement.prepare(&[span(0, 102, 1), span(1, 122, 1), span(2, 602, 1)]).unwrap();
+    assert_eq!((copies.len(), classes(&placement)), (0, [Some(2), Some(2), Some(2), Some(0)]));
+    // They are counted with what they have, also if less is reserved, and return when the long one has ended.
+    assert_eq!(placement.counted_in_all(), 1024 + 1024 + 2048 + 256);
+    placement.release(2);
+    assert!(placement.reserve(1, 300));
+    assert_eq!(placement.counted_in_all(), 1024 + 1024 + 256);
+    let copies = placement.prepare(&[span(0, 103, 1), span(1, 123, 1)]).unwrap();
+    assert_eq!((copies.len(), classes(&placement)), (2, [Some(0), Some(0), Some(2), Some(0)]));
+    assert_eq!(placement.counted_in_all(), 1024 + 512 + 256);
 }
 
 #[test]

@@ -1,11 +1,37 @@
 use proptest::prelude::*;
 
-use super::super::placement::{Region, RowCopy, Spot};
+use super::super::placement::{DecodeBytes, Region, RowCopy, Spot};
 use super::*;
 use crate::backend::{Chunk, NextToken, Rows};
 
 const CAPACITY: usize = 12;
 const VOCAB: usize = 50;
+
+/// What padding leaves in the cache here, unlike any token.
+const PADDING: i32 = -7;
+
+/// The tokens of each run that are not padding; every token of the step is in one run.
+fn own_tokens(step: &Step, placement: &Placement, schedule: &Schedule) -> Vec<usize> {
+    let mut own = vec![1; schedule.runs.len()];
+    for span in step.spans().iter().filter(|span| span.len > 1) {
+        let of_span = |run: &PlanRun| run.kind != RunKind::Decode && Some(run.first) == placement.place(span.slot);
+        let runs: Vec<usize> = (0..own.len()).filter(|index| of_span(&schedule.runs[*index])).collect();
+        let mut done = span.past_tokens;
+        for (number, index) in runs.iter().enumerate() {
+            let run = &schedule.runs[*index];
+            assert_eq!(run.past_tokens[0] as usize, done, "runs follow each other");
+            let next = runs.get(number + 1).map(|next| schedule.runs[*next].past_tokens[0] as usize);
+            let next = next.unwrap_or(span.past_tokens + span.len);
+            own[*index] = next - done;
+            assert!((1..=run.tokens).contains(&own[*index]));
+            let ids = &step.tokens()[span.first + done - span.past_tokens..][..own[*index]];
+            assert!(run.token_ids.iter().zip(ids).all(|(of_run, of_step)| *of_run == *of_step as i32));
+            done = next;
+        }
+        assert_eq!(done, span.past_tokens + span.len, "all tokens are computed");
+    }
+    own
+}
 
 /// Executes copies and schedules on a cache of token ids, and tracks what the runtime believes to be in it.
 struct World {
@@ -15,12 +41,15 @@ struct World {
     cache: Vec<i32>,
     spare: [Vec<i32>; 2],
     believed: Vec<Vec<i32>>,
+    /// Sequences may be in a larger class than they need.
+    merges: bool,
 }
 
 impl World {
     fn new(constraints: BatchingConstraints, region: Region) -> World {
         World {
             believed: vec![Vec::new(); constraints.limits.slots],
+            merges: region.decode_bytes != DecodeBytes::default(),
             cache: vec![-1; region.tokens],
             spare: [vec![-1; CAPACITY], vec![-1; CAPACITY]],
             placement: Placement::new(region),
@@ -59,7 +88,8 @@ impl World {
         let schedule = schedule(step, &self.placement, &self.constraints).unwrap();
         let all_rows = self.constraints.decode_rows() + self.constraints.prefill_rows();
         let mut outputs: Vec<Option<Vec<i32>>> = vec![None; all_rows];
-        for run in &schedule.runs {
+        let own_tokens = own_tokens(step, &self.placement, &schedule);
+        for (run, own) in schedule.runs.iter().zip(own_tokens) {
             let ClassConstraints { sizes, has_context_plan } = &self.constraints.classes[run.first.class];
             let (most_sequences, most_tokens, most_rows) = match run.kind {
                 RunKind::Decode => (sizes.decode_sequences, 1, sizes.decode_sequences),
@@ -73,6 +103,12 @@ impl World {
             assert_eq!(run.positions.len(), run.sequences * run.tokens);
             assert_eq!(run.past_tokens.len(), run.sequences);
             assert_eq!(run.total_tokens.len(), run.sequences);
+            if run.kind != RunKind::Decode {
+                let most = sizes.prefill_tokens;
+                let filled = filled_bucket(run.tokens, most) == run.tokens;
+                assert!(filled && (own == run.tokens || prefill_bucket(own, most) == run.tokens), "{own} of {run:?}");
+                assert!(run.logits_rows.iter().all(|row| (*row as usize) < own), "padding has no row");
+            }
             if run.kind == RunKind::Decode {
                 assert_eq!(bucket(run.sequences, sizes.decode_sequences), run.sequences);
                 assert!(run.output_row + run.sequences <= self.constraints.decode_rows());
@@ -87,7 +123,9 @@ impl World {
                 assert!(run.kind != RunKind::ContextPrefill || past == 0 && *has_context_plan);
                 for t in 0..run.tokens {
                     assert_eq!(run.positions[b * run.tokens + t] as usize, past + t);
-                    self.cache[start(b) + past + t] = run.token_ids[b * run.tokens + t];
+                    let token = run.token_ids[b * run.tokens + t];
+                    assert!(t < own || token == 0);
+                    self.cache[start(b) + past + t] = if t < own { token } else { PADDING };
                 }
             }
             for (r, row) in run.logits_rows.iter().enumerate() {
@@ -119,7 +157,8 @@ impl World {
                 continue;
             };
             let smallest = capacities.iter().position(|capacity| believed.len() < *capacity);
-            assert_eq!(place.class, smallest.unwrap_or(capacities.len() - 1));
+            let smallest = smallest.unwrap_or(capacities.len() - 1);
+            assert!(place.class == smallest || self.merges && place.class > smallest);
             let start = self.placement.offset(place);
             let safe = believed.len().min(CAPACITY - 1);
             assert_eq!(believed[..safe], self.cache[start..start + safe], "slot {slot}");
@@ -132,7 +171,7 @@ type Change = (usize, Vec<u32>, u8);
 
 fn constraints() -> impl Strategy<Value = (BatchingConstraints, Region)> {
     let classes = prop::sample::subsequence(vec![2usize, 3, 5, 6, 8], 0..=4);
-    (classes, 1..=11usize, 1..=5usize, 1..=4usize, any::<bool>(), 1..=3usize, 0..=100usize).prop_map(
+    (classes, 1..=11usize, 1..=11usize, 1..=4usize, any::<bool>(), 1..=3usize, 0..=100usize).prop_map(
         |(mut capacities, slots, prefill_tokens, prefill_logits_rows, has_context_plan, row_align, share)| {
             capacities.push(CAPACITY);
             let tokens = CAPACITY + (slots - 1) * CAPACITY * share / 100;
@@ -158,6 +197,7 @@ fn constraints() -> impl Strategy<Value = (BatchingConstraints, Region)> {
                 tokens,
                 most_rows_in_all: rows,
                 slots,
+                decode_bytes: DecodeBytes::default(),
             };
             let limits = Limits {
                 slots,
@@ -182,11 +222,24 @@ proptest! {
     #[test]
     fn steps_do_what_they_say(
         (constraints, region) in constraints(),
+        weights in prop::option::of(1..200u64),
         steps in prop::collection::vec((changes(), 0..11usize), 1..=8),
     ) {
-        let mut world = World::new(constraints, region);
+        // With weights, sequences that reserve room are decoded in larger classes where that reads less.
+        let decode_bytes = weights.map_or(DecodeBytes::default(), |weights| DecodeBytes { weights, token: 1 });
+        let mut world = World::new(constraints, Region { decode_bytes, ..region });
+        let mut reserved = vec![0; world.constraints.limits.slots];
         for (changes, released) in steps {
-            world.placement.release(released % world.constraints.limits.slots);
+            let released = released % world.constraints.limits.slots;
+            world.placement.release(released);
+            reserved[released] = 0;
+            for slot in (0..reserved.len()).filter(|_| world.merges) {
+                let wanted = [CAPACITY, 5, 8][(slot + released) % 3];
+                if world.placement.reserve(slot, wanted) {
+                    reserved[slot] = wanted;
+                }
+                world.believed[slot].truncate(world.placement.held(slot));
+            }
             let limits = world.constraints.limits.clone();
             let mut named: Vec<(usize, usize, Vec<u32>, Rows)> = Vec::new();
             for (slot, (cut, tokens, rows)) in changes {
@@ -222,12 +275,20 @@ proptest! {
                 // There is no room: others must be released first, and then there is.
                 for slot in (0..limits.slots).filter(|slot| named.iter().all(|(other, ..)| other != slot)) {
                     world.placement.release(slot);
+                    reserved[slot] = 0;
                 }
                 let alone: usize = named.iter().map(|(_, past, tokens, _)| {
                     let fits = |capacity: &&usize| past + tokens.len() < **capacity;
                     world.capacities().iter().find(fits).copied().unwrap_or(CAPACITY)
                 }).sum();
                 let repeated = world.placement.clone().prepare(step.spans());
+                if world.merges {
+                    let lacks_room = |(slot, past, tokens, _): &(usize, usize, Vec<u32>, Rows)| {
+                        reserved[*slot] < past + tokens.len()
+                    };
+                    prop_assert!(named.iter().any(lacks_room), "what is reserved is there");
+                    continue;
+                }
                 prop_assert_eq!(repeated.is_ok(), alone <= world.cache.len(), "{:?}", repeated);
                 continue;
             };
@@ -265,6 +326,74 @@ fn buckets_are_few_and_end_at_the_rows() {
         let size = bucket(rows, 448);
         assert!((rows..=448).contains(&size) && bucket(size, 448) == size);
     }
+}
+
+#[test]
+fn buckets_of_tokens_are_few_and_pad_little() {
+    let all = |most: usize| {
+        let mut sizes: Vec<usize> = (1..=most).map(|tokens| prefill_bucket(tokens, most)).collect();
+        sizes.dedup();
+        sizes
+    };
+    assert_eq!(all(5), [5]);
+    assert_eq!(all(128), [8, 16, 32, 64, 80, 96, 112, 128]);
+    assert_eq!(all(500).last_chunk(), Some(&[448, 500]));
+    assert_eq!(all(1024).len(), 20);
+    for tokens in 1..=1024 {
+        let size = prefill_bucket(tokens, 1024);
+        assert!(size >= tokens && prefill_bucket(size, 1024) == size && filled_bucket(size, 1024) == size);
+        assert!(tokens <= 64 || 4 * (size - tokens) <= tokens, "{tokens} in {size}");
+        let filled = filled_bucket(tokens, 1024);
+        assert!(filled <= tokens && (filled < 8 || prefill_bucket(filled, 1024) == filled));
+    }
+    assert_eq!([1, 2, 3, 7, 8, 15, 100].map(|tokens| filled_bucket(tokens, 1024)), [1, 2, 2, 4, 8, 8, 96]);
+}
+
+/// At the end of a row there is no room for padding.
+#[test]
+fn tokens_at_the_end_of_a_row_are_split() {
+    let sizes = Sizes {
+        max_sequence_tokens: 256,
+        position_tokens: 256,
+        decode_sequences: 1,
+        prefill_sequences: 1,
+        prefill_tokens: 128,
+        prefill_logits_rows: 2,
+        top_tokens: 4,
+    };
+    let limits =
+        Limits { slots: 1, max_sequence_tokens: 256, max_step_tokens: 256, max_logits_rows: 8, vocab_size: VOCAB };
+    let classes = vec![ClassConstraints { sizes, has_context_plan: true }];
+    let constraints = BatchingConstraints { limits: limits.clone(), classes, rows: 1, row_align: 1 };
+    let region = Region {
+        capacities: vec![256],
+        most_rows: vec![1],
+        tokens: 256,
+        most_rows_in_all: 1,
+        slots: 1,
+        decode_bytes: DecodeBytes::default(),
+    };
+    let runs = |past_tokens: usize, tokens: usize, rows| {
+        let mut placement = Placement::new(region.clone());
+        let ids = vec![1; past_tokens + tokens];
+        if past_tokens > 0 {
+            let all = Chunk { slot: 0, past_tokens: 0, tokens: &ids[..past_tokens], rows: Rows::None };
+            placement.prepare(Step::prefill(&limits, &[all]).unwrap().spans()).unwrap();
+        }
+        let step =
+            Step::prefill(&limits, &[Chunk { slot: 0, past_tokens, tokens: &ids[past_tokens..], rows }]).unwrap();
+        placement.prepare(step.spans()).unwrap();
+        let schedule = schedule(&step, &placement, &constraints).unwrap();
+        let shape = |run: &PlanRun| (run.past_tokens[0], run.tokens, run.logits_rows.clone());
+        schedule.runs.iter().map(shape).collect::<Vec<_>>()
+    };
+    assert_eq!(runs(0, 100, Rows::Last), [(0, 112, vec![99])]);
+    assert_eq!(runs(0, 256, Rows::Last), [(0, 128, vec![0]), (128, 128, vec![127])]);
+    assert_eq!(runs(100, 100, Rows::Last), [(100, 112, vec![99])]);
+    assert_eq!(runs(152, 100, Rows::Last), [(152, 96, vec![0]), (248, 8, vec![3])]);
+    assert_eq!(runs(249, 7, Rows::Last), [(249, 4, vec![0]), (253, 2, vec![0]), (255, 1, vec![0])]);
+    // Two rows to a run, which is padded all the same.
+    assert_eq!(runs(0, 5, Rows::All), [(0, 8, vec![0, 1]), (2, 8, vec![0, 1]), (4, 8, vec![0])]);
 }
 
 #[test]
