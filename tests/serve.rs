@@ -12,3 +12,5 @@ mod load;
 mod openai;
 /// A server and an HTTP client for the tests below.
 mod server;
+/// HTTPS.
+mod tls;

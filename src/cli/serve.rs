@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use aotron::runtime::Model;
-use aotron::serve::{LogFormat, ModelSource, ServeEvent, ServeOptions, Server, StopSignal, UnknownFields};
+use aotron::serve::{LogFormat, ModelSource, ServeEvent, ServeOptions, Server, StopSignal, TlsFiles, UnknownFields};
 use clap::ValueEnum;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -38,6 +38,12 @@ pub struct Flags {
     /// Require one of the API keys in this file, one per line
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
+    /// Serve HTTPS with the certificate in this file, followed by those of its issuers; PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Private key of the certificate; PEM, not encrypted
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Requests that may wait for a slot; more are refused
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = count(1_000_000))]
     max_queue: usize,
@@ -120,9 +126,11 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
         sources.push(flags.source(path));
     }
     let server = Server::bind(sources, flags.options()?, Arc::new(announce))?;
+    let scheme = if flags.tls_cert.is_some() { "https" } else { "http" };
     for address in server.addresses() {
-        term::note(format!("listening on http://{address}"));
-        println_hint(&server, &address.to_string(), !flags.api_key.is_empty() || flags.api_key_file.is_some());
+        let url = format!("{scheme}://{address}");
+        term::note(format!("listening on {url}"));
+        println_hint(&server, &url, !flags.api_key.is_empty() || flags.api_key_file.is_some());
     }
     let stop = stop_signals()?;
     match server.run(stop)? {
@@ -163,6 +171,11 @@ impl Flags {
         Ok(ServeOptions {
             host: self.host.clone(),
             port: self.port,
+            tls: self
+                .tls_cert
+                .clone()
+                .zip(self.tls_key.clone())
+                .map(|(certificate, key)| TlsFiles { certificate, key }),
             api_keys: self.api_keys()?,
             max_queue: self.max_queue,
             max_body_bytes: self.max_body << 20,
@@ -209,14 +222,14 @@ impl Flags {
 }
 
 /// Says what to paste where.
-fn println_hint(server: &Server, address: &str, has_key: bool) {
+fn println_hint(server: &Server, url: &str, has_key: bool) {
     let names = server.model_names();
     let name = names.first().map_or("", String::as_str);
     let key = if has_key { " -H \"Authorization: Bearer $KEY\"" } else { "" };
     let json = serde_json::json!({ "model": name, "messages": [{ "role": "user", "content": "Hello!" }] });
     let json = shell_word(Path::new(&json.to_string()));
-    term::note(format!("OpenAI clients: base URL http://{address}/v1, model {name}"));
-    term::note(format!("try: curl http://{address}/v1/chat/completions{key} -d {json}"));
+    term::note(format!("OpenAI clients: base URL {url}/v1, model {name}"));
+    term::note(format!("try: curl {url}/v1/chat/completions{key} -d {json}"));
 }
 
 fn announce(event: &ServeEvent) {

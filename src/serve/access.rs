@@ -29,9 +29,19 @@ use crate::runtime::Completion;
 
 /// Header of a request's id, taken from the client or made here.
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Routes that need no key: an orchestrator has none, and the page asks for it.
-const OPEN_ROUTES: [&str; 8] =
-    ["/", "/page/{name}", "/health", "/ping", "/ready", "/version", "/v2/health/live", "/v2/health/ready"];
+/// Routes that need no key: an orchestrator has none, the page asks for it, and the documentation is the same for all.
+const OPEN_ROUTES: [&str; 10] = [
+    "/",
+    "/docs",
+    "/page/{name}",
+    "/openapi.json",
+    "/health",
+    "/ping",
+    "/ready",
+    "/version",
+    "/v2/health/live",
+    "/v2/health/ready",
+];
 
 /// What is known of a request, for its handler and for the log.
 #[derive(Debug, Clone)]
@@ -99,12 +109,16 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
     })
 }
 
+/// Returns true for a route that needs no key.
+pub(super) fn is_open(route: &str) -> bool {
+    OPEN_ROUTES.contains(&route) || route.ends_with("/ready")
+}
+
 /// Checks the key.
 pub(super) async fn control(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let keys = &app.options().api_keys;
     let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str);
-    let is_open = OPEN_ROUTES.contains(&route) || route.ends_with("/ready");
-    if keys.is_empty() || is_open {
+    if keys.is_empty() || is_open(route) {
         return next.run(request).await;
     }
     let given = given_key(request.headers()).unwrap_or_default();

@@ -56,32 +56,43 @@ fn body_of(error: &ApiError) -> Value {
 /// A conversation to answer.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub(super) struct MessagesRequest {
+    /// Name of the model; the first one without.
     #[serde(default)]
     model: Option<String>,
     /// The conversation: objects with `role` and `content`, a string or blocks of text.
-    #[schema(value_type = Vec<Object>)]
+    #[schema(value_type = Vec<crate::serve::openapi::schemas::InputMessage>, min_items = 1)]
     messages: Vec<Value>,
-    /// Limit on the answer's tokens. Bound: the room that the prompt leaves.
+    /// Limit on the answer's tokens; needed for an answer. Bound: the room that the prompt leaves.
     #[serde(default)]
+    #[schema(minimum = 1)]
     max_tokens: Option<usize>,
     /// The system message, a string or blocks of text.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<crate::serve::openapi::schemas::Content>)]
     system: Option<Value>,
     /// Strings that end the answer.
     #[serde(default)]
     stop_sequences: Option<Vec<String>>,
+    /// Send the answer as it is computed.
     #[serde(default)]
+    #[schema(default = false)]
     stream: Option<bool>,
+    /// 0 is greedy. Without any setting that samples, the model's own, usually greedy.
     #[serde(default)]
+    #[schema(minimum = 0, maximum = 100)]
     temperature: Option<f32>,
+    /// Sample from the most likely tokens that together have this probability.
     #[serde(default)]
+    #[schema(minimum = 0, maximum = 1)]
     top_p: Option<f32>,
+    /// Sample from this many of the most likely tokens; 0 is off.
     #[serde(default)]
     top_k: Option<u32>,
+    /// Must be empty, or `tool_choice` of type `none`: the model's chat format has no tools.
     #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
     tools: Option<Vec<Value>>,
+    /// An object with `type`.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     tool_choice: Option<Value>,

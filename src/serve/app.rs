@@ -8,7 +8,6 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -18,7 +17,8 @@ use super::error::ApiError;
 use super::grammar::Grammars;
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
-use super::{HearServer, ModelSource, ServeEvent, access, anthropic, kserve, openai, page};
+use super::routes::Routes;
+use super::{HearServer, ModelSource, ServeEvent, access, anthropic, kserve, openai, openapi, page};
 use crate::error::{Error, Result};
 use crate::runtime::{DrainMode, Engine, EngineHandle, EngineOptions, GenerationRequest, Model};
 use crate::text::{ChatFormat, Tokenizer};
@@ -308,24 +308,30 @@ impl OpenedModel {
     }
 }
 
-/// The routes.
+/// The routes of the APIs.
+pub(super) fn routes() -> Routes {
+    let routes = Routes::default()
+        .get("/health", || async { StatusCode::OK })
+        .get("/ping", || async { StatusCode::OK })
+        .get("/ready", ready)
+        .get("/version", version)
+        .get("/metrics", metrics)
+        .get("/openapi.json", openapi::document)
+        .get("/v1/models", openai::models)
+        .get("/v1/models/{*name}", openai::model)
+        .post("/v1/chat/completions", openai::chat::create)
+        .post("/v1/completions", openai::completions::create)
+        .post("/v1/responses", openai::responses::create)
+        .post("/v1/messages", anthropic::create)
+        .post("/v1/messages/count_tokens", anthropic::count_tokens)
+        .post("/tokenize", openai::tokens::tokenize)
+        .post("/detokenize", openai::tokens::detokenize);
+    kserve::routes(routes)
+}
+
+/// All routes, with what is done for each.
 pub(super) fn router(app: Arc<App>) -> Router {
-    let mut router = Router::new()
-        .route("/health", get(|| async { StatusCode::OK }))
-        .route("/ping", get(|| async { StatusCode::OK }))
-        .route("/ready", get(ready))
-        .route("/version", get(version))
-        .route("/metrics", get(metrics))
-        .route("/v1/models", get(openai::models))
-        .route("/v1/models/{*name}", get(openai::model))
-        .route("/v1/chat/completions", post(openai::chat::create))
-        .route("/v1/completions", post(openai::completions::create))
-        .route("/v1/responses", post(openai::responses::create))
-        .route("/v1/messages", post(anthropic::create))
-        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
-        .route("/tokenize", post(openai::tokens::tokenize))
-        .route("/detokenize", post(openai::tokens::detokenize))
-        .merge(kserve::routes());
+    let mut router = routes().into_router();
     if app.options.has_page {
         router = router.merge(page::routes());
     }

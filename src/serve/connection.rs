@@ -1,6 +1,7 @@
 //! Sockets: limits on their number and on the time that a client may take, and draining.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,12 +12,14 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
 use super::app::{App, router};
+use super::tls::Tls;
 
 /// Headers of a request.
 const MAX_HEADERS: usize = 100;
@@ -30,12 +33,18 @@ const FAREWELL: Duration = Duration::from_millis(500);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `stop` is done, then drains; returns true if every request was finished.
-pub(super) async fn serve(listeners: Vec<TcpListener>, app: Arc<App>, stop: impl Future<Output = ()>) -> bool {
+pub(super) async fn serve(
+    listeners: Vec<TcpListener>,
+    tls: Option<Tls>,
+    app: Arc<App>,
+    stop: impl Future<Output = ()>,
+) -> bool {
     let router = router(app.clone());
     let room = Arc::new(Semaphore::new(app.options().max_connections));
     let graceful = Arc::new(GracefulShutdown::new());
     let accept = listeners.into_iter().map(|listener| {
         let (app, router, room, watcher) = (app.clone(), router.clone(), room.clone(), graceful.clone());
+        let tls = tls.clone();
         tokio::spawn(async move {
             loop {
                 // Beyond the limit, connections wait in the operating system's queue.
@@ -48,9 +57,15 @@ pub(super) async fn serve(listeners: Vec<TcpListener>, app: Arc<App>, stop: impl
                     }
                 };
                 let (timeout, router, watcher) = (app.options().client_timeout, router.clone(), watcher.watcher());
+                let tls = tls.clone();
                 tokio::spawn(async move {
                     let _permit = permit;
-                    converse(stream, address, timeout, router, watcher).await;
+                    let stream = prepared(stream, timeout);
+                    let Some(tls) = tls else { return converse(stream, address, timeout, router, watcher).await };
+                    // A client that is too slow, or speaks something else, is its own business.
+                    if let Ok(Ok(stream)) = tokio::time::timeout(timeout, tls.accept(stream)).await {
+                        converse(stream, address, timeout, router, watcher).await;
+                    }
                 });
             }
         })
@@ -84,18 +99,23 @@ async fn until_answered(app: &App) {
     }
 }
 
+/// A socket whose writes have a time limit.
+fn prepared(stream: TcpStream, timeout: Duration) -> Pin<Box<TimeoutStream<TcpStream>>> {
+    // Small pieces of a stream are not held back.
+    let _ = stream.set_nodelay(true);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(timeout));
+    Box::pin(stream)
+}
+
 /// Serves one connection.
 async fn converse(
-    stream: TcpStream,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     address: SocketAddr,
     timeout: Duration,
     router: axum::Router,
     watcher: hyper_util::server::graceful::Watcher,
 ) {
-    // Small pieces of a stream are not held back.
-    let _ = stream.set_nodelay(true);
-    let mut stream = TimeoutStream::new(stream);
-    stream.set_write_timeout(Some(timeout));
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(ConnectInfo(address));
         router.clone().oneshot(request.map(Body::new))
@@ -105,7 +125,7 @@ async fn converse(
         .header_read_timeout(timeout)
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEADER_BYTES)
-        .serve_connection(TokioIo::new(Box::pin(stream)), service);
+        .serve_connection(TokioIo::new(stream), service);
     // A client that breaks the protocol or leaves is its own business.
     let _ = watcher.watch(connection).await;
 }

@@ -85,11 +85,15 @@ impl ApiError {
     }
 
     pub fn not_found() -> ApiError {
-        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", "there is nothing here; /docs lists the routes")
+        ApiError::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            "there is nothing here; /openapi.json lists the routes",
+        )
     }
 
     pub fn method_not_allowed() -> ApiError {
-        let message = "this route does not take that method; /docs lists the routes";
+        let message = "this route does not take that method; /openapi.json lists the routes";
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", message)
     }
 

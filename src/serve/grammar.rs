@@ -50,6 +50,7 @@ pub(super) struct NamedSchema {
     #[serde(default)]
     #[allow(dead_code, reason = "an answer always keeps to the schema")]
     strict: Option<bool>,
+    /// The JSON schema.
     #[schema(value_type = Object)]
     schema: Value,
 }
@@ -59,12 +60,15 @@ pub(super) struct NamedSchema {
 pub(super) struct StructuredOutputs {
     /// A JSON schema, as JSON or as a string.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Value)]
     json: Option<Value>,
+    /// Any JSON object.
     #[serde(default)]
     json_object: Option<bool>,
+    /// A regular expression that matches the whole answer.
     #[serde(default)]
     regex: Option<String>,
+    /// The texts to choose from.
     #[serde(default)]
     choice: Option<Vec<String>>,
     /// A grammar in Lark's form.

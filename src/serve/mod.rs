@@ -9,9 +9,10 @@
 //!
 //! | module | contents |
 //! | --- | --- |
+//! | `tls` | HTTPS |
 //! | `connection` | sockets: limits on their number, time limits on headers and writes, draining |
 //! | `access` | request ids, API keys, CORS, the access log |
-//! | `app` | the served models and their state; routes |
+//! | `app`, `routes` | the served models and their state; routes |
 //! | `body` | JSON bodies with their limits, unknown fields |
 //! | `answer` | a request to an engine and its events |
 //! | `error` | errors in the forms that clients read |
@@ -19,7 +20,8 @@
 //! | `anthropic` | Anthropic's API |
 //! | `kserve` | KServe's protocol, which NeMo's clients speak |
 //! | `grammar` | the form of an answer, as masks over tokens |
-//! | `page` | the page to talk to the model |
+//! | `openapi` | the OpenAPI document |
+//! | `page` | the page to talk to the model, and the one that shows the document |
 //! | `metrics` | Prometheus metrics |
 //!
 //! A request is rendered and encoded on a blocking thread, of which there is a bounded number, and validated before it is
@@ -37,8 +39,15 @@ mod grammar;
 mod kserve;
 mod metrics;
 mod openai;
+mod openapi;
 mod options;
 mod page;
+mod routes;
+#[cfg(feature = "tls")]
+mod tls;
+#[cfg(not(feature = "tls"))]
+#[path = "tls_absent.rs"]
+mod tls;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -49,7 +58,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 
-pub use self::options::{LogFormat, ServeOptions, UnknownFields};
+pub use self::options::{LogFormat, ServeOptions, TlsFiles, UnknownFields};
 use crate::error::{Error, Result};
 use crate::runtime::Model;
 
@@ -118,6 +127,7 @@ impl StopSignal {
 pub struct Server {
     runtime: tokio::runtime::Runtime,
     listeners: Vec<TcpListener>,
+    tls: Option<tls::Tls>,
     app: Arc<app::App>,
     sources: Vec<ModelSource>,
 }
@@ -126,12 +136,14 @@ impl Server {
     /// Binds the addresses; nothing is answered before [`Server::run`].
     ///
     /// # Errors
-    /// [`Error::Serve`] if an address cannot be bound or an option is out of range.
+    /// [`Error::Serve`] if an address cannot be bound, an option is out of range, or the certificate or its key cannot
+    /// be used.
     pub fn bind(sources: Vec<ModelSource>, options: ServeOptions, hear: HearServer) -> Result<Server> {
         let serve_error = |what: &str| {
             let what = what.to_owned();
             move |error: std::io::Error| Error::Serve(format!("{what}: {error}"))
         };
+        let tls = options.tls.as_ref().map(tls::Tls::load).transpose()?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(options.io_threads)
             .max_blocking_threads(options.io_threads + 8)
@@ -155,7 +167,7 @@ impl Server {
             }
         })?;
         let app = Arc::new(app::App::new(&sources, options, hear)?);
-        Ok(Server { runtime, listeners, app, sources })
+        Ok(Server { runtime, listeners, tls, app, sources })
     }
 
     /// The addresses it listens on.
@@ -174,7 +186,7 @@ impl Server {
     /// # Errors
     /// [`Error::Serve`] if no model could be opened.
     pub fn run(self, stop: StopSignal) -> Result<bool> {
-        let Server { runtime, listeners, app, sources } = self;
+        let Server { runtime, listeners, tls, app, sources } = self;
         let loaders: Vec<_> = sources
             .into_iter()
             .enumerate()
@@ -202,7 +214,7 @@ impl Server {
                     }
                 }
             };
-            let serving = connection::serve(listeners, app.clone(), stop.wait());
+            let serving = connection::serve(listeners, tls, app.clone(), stop.wait());
             tokio::select! {
                 drained = serving => Ok(drained),
                 reason = lost => Err(Error::Serve(reason)),

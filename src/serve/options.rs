@@ -1,5 +1,6 @@
 //! Options of the server.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What becomes of request fields that are not known.
@@ -24,6 +25,15 @@ pub enum LogFormat {
     Off,
 }
 
+/// A certificate and its key, for HTTPS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    /// The server's certificate, and then those that lead from it to one that clients trust; in PEM.
+    pub certificate: PathBuf,
+    /// The private key of the first certificate; in PEM, not encrypted.
+    pub key: PathBuf,
+}
+
 /// Options of a [`Server`](super::Server).
 #[derive(Debug, Clone)]
 pub struct ServeOptions {
@@ -31,6 +41,8 @@ pub struct ServeOptions {
     pub host: String,
     /// Port; 0 takes a free one.
     pub port: u16,
+    /// Speaks HTTPS instead of HTTP. The files are read once. Needs the crate's feature `tls`.
+    pub tls: Option<TlsFiles>,
     /// Keys of which a request must have one, unless there are none.
     pub api_keys: Vec<String>,
     /// Requests of a model that may wait for a slot.
@@ -43,7 +55,7 @@ pub struct ServeOptions {
     pub request_timeout: Duration,
     /// Time for running requests once the server is told to stop.
     pub drain_timeout: Duration,
-    /// Time for a client to send the headers or the body of a request, and to take each piece of a reply.
+    /// Time for a client to shake hands, to send the headers or the body of a request, and to take each piece of a reply.
     pub client_timeout: Duration,
     /// Origins whose pages may use the server; `*` is any.
     pub cors_origins: Vec<String>,
@@ -65,6 +77,7 @@ impl Default for ServeOptions {
         ServeOptions {
             host: "127.0.0.1".into(),
             port: 8000,
+            tls: None,
             api_keys: Vec::new(),
             max_queue: 256,
             max_body_bytes: 8 << 20,

@@ -1,4 +1,4 @@
-//! The page to talk to the model, whose files are in the program.
+//! The page to talk to the model and that of the documentation, whose files are in the program.
 
 use std::sync::Arc;
 
@@ -28,17 +28,20 @@ macro_rules! files {
 
 /// Names, types and contents.
 const FILES: &[(&str, &str, &str)] = files! {
-    HTML: "index.html";
-    CSS: "answer.css" "page.css";
+    HTML: "docs.html" "index.html";
+    CSS: "answer.css" "docs.css" "page.css";
     SVG: "favicon.svg";
-    JAVASCRIPT: "api.js" "blocks.js" "composer.js" "connection.js" "conversation.js" "dialogs.js" "dom.js"
-        "generation.js" "highlight.js" "inline.js" "markdown.js" "message.js" "page.js" "preferences.js" "settings.js"
+    JAVASCRIPT: "api.js" "blocks.js" "composer.js" "connection.js" "conversation.js" "dialogs.js" "docs.js"
+        "dom.js" "generation.js" "highlight.js" "inline.js" "markdown.js" "message.js" "page.js" "preferences.js" "settings.js"
         "sidebar.js" "sse.js" "storage.js" "theme.js" "thread.js" "tokens.js" "transfer.js";
 };
 
-/// The routes of the page, which need no key: the page asks for it.
+/// The routes of the pages, which need no key: the page asks for it.
 pub(super) fn routes() -> Router<Arc<App>> {
-    Router::new().route("/", get(|| async { file("index.html") })).route("/page/{name}", get(named))
+    Router::new()
+        .route("/", get(|| async { file("index.html") }))
+        .route("/docs", get(|| async { file("docs.html") }))
+        .route("/page/{name}", get(named))
 }
 
 async fn named(Path(name): Path<String>) -> Response {

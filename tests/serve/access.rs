@@ -3,7 +3,7 @@ use serde_json::json;
 use super::server::Server;
 
 #[test]
-fn every_route_but_those_of_liveness_and_the_page_needs_a_key() {
+fn every_route_but_those_of_liveness_the_pages_and_the_document_needs_a_key() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("keys");
     std::fs::write(&file, "# two keys\nalpha\n\nbeta\n").unwrap();
@@ -26,7 +26,17 @@ fn every_route_but_those_of_liveness_and_the_page_needs_a_key() {
         assert_eq!(reply.json()["error"]["code"], "invalid_api_key");
         assert_eq!((reply.status, reply.header("www-authenticate")), (401, Some("Bearer")));
     }
-    for open in ["/", "/page/page.js", "/health", "/ready", "/v2/health/ready", "/v2/models/x/ready"] {
+    for open in [
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/page/docs.js",
+        "/page/page.js",
+        "/health",
+        "/ready",
+        "/v2/health/ready",
+        "/v2/models/x/ready",
+    ] {
         assert_eq!(server.get(open).status, 200, "{open}");
     }
     for closed in ["/metrics", "/v1/models", "/v2/models/x/config", "/nothing", "/v1/../metrics", "//metrics"] {
@@ -123,4 +133,15 @@ fn metrics_have_gateways_names_unless_told_otherwise_and_count_responses() {
     ] {
         assert!(own.lines().any(|found| found == line), "{line}: {own}");
     }
+}
+
+#[test]
+fn the_document_is_served_with_and_without_its_page() {
+    let server = Server::start_unready(&["--no-ui"]);
+    let document = server.get("/openapi.json");
+    assert_eq!(document.header("content-type"), Some("application/json"));
+    assert!(document.ok()["paths"]["/v1/chat/completions"]["post"].is_object());
+    assert!(server.get("/docs").refused(404).contains("/openapi.json"));
+    // A path that is not text.
+    assert!(server.get("/v1/models/%ff").refused(400).contains("UTF-8"));
 }

@@ -54,8 +54,8 @@ impl Server {
             let Some(line) = lines.next() else { panic!("it does not listen: {}", log.lock().unwrap()) };
             let line = line.unwrap();
             *log.lock().unwrap() += &format!("{line}\n");
-            if let Some((_, address)) = line.split_once("listening on http://") {
-                break address.parse().unwrap();
+            if let Some((_, url)) = line.split_once("listening on ") {
+                break url.split_once("://").unwrap().1.parse().unwrap();
             }
         };
         let kept = log.clone();

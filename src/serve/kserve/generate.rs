@@ -21,8 +21,10 @@ use crate::serve::openai::{OneOrMany, stream};
 const DEFAULT_MAX_TOKENS: usize = 16;
 
 /// A text to continue.
-#[derive(Debug, Deserialize)]
-struct GenerateRequest {
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+pub(in crate::serve) struct GenerateRequest {
+    /// The text, with special tokens as such.
+    #[schema(min_length = 1)]
     text_input: String,
     #[serde(flatten)]
     settings: GenerateSettings,
@@ -31,20 +33,39 @@ struct GenerateRequest {
     parameters: Option<GenerateSettings>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-struct GenerateSettings {
+/// Settings of an answer, in Triton's names.
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+pub(in crate::serve) struct GenerateSettings {
+    /// Limit on the answer's tokens. Bound: the room that the prompt leaves.
+    #[schema(default = 16)]
     max_tokens: Option<usize>,
+    /// Tokens of an answer before it may end.
     min_length: Option<usize>,
+    /// 0 is greedy.
+    #[schema(minimum = 0, maximum = 100)]
     temperature: Option<f32>,
+    /// Sample from this many of the most likely tokens; 0 is off.
     top_k: Option<u32>,
+    /// Sample from the most likely tokens that together have this probability.
+    #[schema(minimum = 0, maximum = 1)]
     top_p: Option<f32>,
+    /// Divides the positive logits of tokens that the text has, and multiplies the negative ones.
+    #[schema(default = 1, minimum = 0.01, maximum = 100)]
     repetition_penalty: Option<f32>,
+    /// Subtracted from the logits of tokens that the text has.
+    #[schema(default = 0, minimum = -100, maximum = 100)]
     presence_penalty: Option<f32>,
+    /// Subtracted from the logits of tokens once for each time that the text has them.
+    #[schema(default = 0, minimum = -100, maximum = 100)]
     frequency_penalty: Option<f32>,
+    /// Seed of the random choices.
     random_seed: Option<u64>,
+    /// Strings that end an answer.
     stop_words: Option<OneOrMany>,
+    /// Must be empty.
     bad_words: Option<OneOrMany>,
     #[serde(flatten)]
+    #[schema(ignore)]
     other: Map<String, Value>,
 }
 

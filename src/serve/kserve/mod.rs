@@ -3,22 +3,22 @@
 //!
 //! A client that finds no model of its name polls for minutes, so one model answers to any name.
 
-mod generate;
+pub(super) mod generate;
 mod infer;
-mod tensors;
+pub(super) mod tensors;
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::extract::{FromRequestParts, Path, State};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
 use serde_json::{Value, json};
 
 use super::app::{App, OpenedModel, ServedModel};
 use super::error::ApiError;
+use super::routes::Routes;
 
 /// Prompts of one request.
 const MAX_BATCH: usize = 128;
@@ -79,23 +79,23 @@ impl Named {
     }
 }
 
-/// The routes of the protocol.
-pub(super) fn routes() -> Router<Arc<App>> {
-    let mut router = Router::new()
-        .route("/v2", get(server))
-        .route("/v2/health/live", get(|| async { StatusCode::OK }))
-        .route("/v2/health/ready", get(ready))
-        .route("/v2/repository/index", post(index));
+/// Adds the routes of the protocol.
+pub(super) fn routes(routes: Routes) -> Routes {
+    let mut routes = routes
+        .get("/v2", server)
+        .get("/v2/health/live", || async { StatusCode::OK })
+        .get("/v2/health/ready", ready)
+        .post("/v2/repository/index", index);
     for model in ["/v2/models/{model}", "/v2/models/{model}/versions/{version}"] {
-        router = router
-            .route(model, get(metadata))
-            .route(&format!("{model}/ready"), get(model_ready))
-            .route(&format!("{model}/config"), get(config))
-            .route(&format!("{model}/infer"), post(infer::infer))
-            .route(&format!("{model}/generate"), post(generate::generate))
-            .route(&format!("{model}/generate_stream"), post(generate::generate_stream));
+        routes = routes
+            .get(model, metadata)
+            .get(&format!("{model}/ready"), model_ready)
+            .get(&format!("{model}/config"), config)
+            .post(&format!("{model}/infer"), infer::infer)
+            .post(&format!("{model}/generate"), generate::generate)
+            .post(&format!("{model}/generate_stream"), generate::generate_stream);
     }
-    router
+    routes
 }
 
 async fn server() -> Response {

@@ -11,41 +11,58 @@ const MAX_TENSORS: usize = 64;
 const MAX_ELEMENTS: usize = 1 << 20;
 
 /// The JSON of a request.
-#[derive(Debug, Deserialize)]
-struct Header {
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[schema(as = InferRequest)]
+pub(in crate::serve) struct Header {
+    /// Returned as it is, as a string.
     #[serde(default)]
+    #[schema(value_type = Value)]
     id: Option<Value>,
+    #[schema(max_items = 64)]
     inputs: Vec<InputHeader>,
+    /// The wanted outputs; all where none is named.
     #[serde(default)]
+    #[schema(max_items = 64)]
     outputs: Vec<OutputHeader>,
     #[serde(default)]
     parameters: Parameters,
 }
 
-#[derive(Debug, Deserialize)]
-struct InputHeader {
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[schema(as = InferInput)]
+pub(in crate::serve) struct InputHeader {
+    /// `prompts`, or the name of a setting; `GET` of the model lists them.
     name: String,
     shape: Vec<usize>,
+    #[schema(value_type = crate::serve::openapi::schemas::Datatype)]
     datatype: String,
     #[serde(default)]
     parameters: Parameters,
+    /// The elements in row-major order, flat or nested, unless they come as bytes after the JSON.
     #[serde(default)]
+    #[schema(value_type = Value)]
     data: Option<Value>,
 }
 
-#[derive(Debug, Deserialize)]
-struct OutputHeader {
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[schema(as = InferRequestedOutput)]
+pub(in crate::serve) struct OutputHeader {
+    /// `outputs` or `sentences`; both are the answers.
     name: String,
     #[serde(default)]
     parameters: Parameters,
 }
 
-#[derive(Debug, Default, Deserialize)]
-struct Parameters {
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+#[schema(as = InferParameters)]
+pub(in crate::serve) struct Parameters {
+    /// Bytes of this input after the JSON.
     #[serde(default)]
     binary_data_size: Option<usize>,
+    /// Return this output as bytes after the JSON.
     #[serde(default)]
     binary_data: Option<bool>,
+    /// Return the outputs that are not listed so.
     #[serde(default)]
     binary_data_output: Option<bool>,
 }

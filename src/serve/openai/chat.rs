@@ -26,7 +26,7 @@ text_request! {
     /// A conversation to answer.
     ChatRequest {
         /// The conversation so far: objects with `role` and `content`, a string or parts of text.
-        #[schema(value_type = Vec<Object>)]
+        #[schema(value_type = Vec<crate::serve::openapi::schemas::InputMessage>, min_items = 1)]
         messages: Vec<Value>,
         /// Limit on the answer's tokens. Default and bound: the room that the prompt leaves.
         #[serde(default)]
@@ -36,15 +36,19 @@ text_request! {
         max_tokens: Option<usize>,
         /// Return log-probabilities.
         #[serde(default)]
+        #[schema(default = false)]
         logprobs: Option<bool>,
-        /// Number of alternatives to each token, 0 to 20.
+        /// Number of alternatives to each token. Needs `logprobs`.
         #[serde(default)]
+        #[schema(default = 0, maximum = 20)]
         top_logprobs: Option<usize>,
+        /// Must be empty, or `tool_choice` `none`: the model's chat format has no tools.
         #[serde(default)]
         #[schema(value_type = Option<Vec<Object>>)]
         tools: Option<Vec<Value>>,
+        /// `none`, or anything where there are no tools.
         #[serde(default)]
-        #[schema(value_type = Option<Object>)]
+        #[schema(value_type = Value)]
         tool_choice: Option<Value>,
         /// Accepted; it has no effect.
         #[allow(dead_code, reason = "accepted and ignored")]
@@ -80,73 +84,90 @@ text_request! {
 }
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct ChatLogprobs {
+pub(in crate::serve) struct ChatLogprobs {
     content: Vec<ChatLogprob>,
 }
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct ChatMessage {
+pub(in crate::serve) struct ChatMessage {
+    /// `assistant`
     role: &'static str,
     content: String,
 }
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct ChatChoice {
+pub(in crate::serve) struct ChatChoice {
     index: usize,
     message: ChatMessage,
     logprobs: Option<ChatLogprobs>,
+    #[schema(value_type = crate::serve::openapi::schemas::FinishReason)]
     finish_reason: &'static str,
     /// The stop string or id that ended the answer, unless it was the model's own end.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<crate::serve::openapi::schemas::StopReason>)]
     stop_reason: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
 }
 
+/// Answers to a conversation.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct ChatResponse {
+pub(in crate::serve) struct ChatResponse {
     id: String,
+    /// `chat.completion`
     object: &'static str,
     created: u64,
     model: String,
     choices: Vec<ChatChoice>,
     usage: Usage,
+    /// Identifies the weights and the plan.
     system_fingerprint: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
 }
 
-#[derive(Debug, Serialize)]
-struct ChunkChoice {
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[schema(as = ChatChunkChoice)]
+pub(in crate::serve) struct ChunkChoice {
     index: usize,
     delta: Delta,
     logprobs: Option<ChatLogprobs>,
+    /// In the last chunk of an answer.
+    #[schema(value_type = Option<crate::serve::openapi::schemas::FinishReason>)]
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<crate::serve::openapi::schemas::StopReason>)]
     stop_reason: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
 }
 
-#[derive(Debug, Default, Serialize)]
-struct Delta {
+#[derive(Debug, Default, Serialize, utoipa::ToSchema)]
+#[schema(as = ChatDelta)]
+pub(in crate::serve) struct Delta {
+    /// In the first chunk of an answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
-struct Chunk<'a> {
+/// A piece of one of the answers to a conversation.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[schema(as = ChatChunk)]
+pub(in crate::serve) struct Chunk<'a> {
     id: &'a str,
+    /// `chat.completion.chunk`
     object: &'static str,
     created: u64,
     model: &'a str,
     system_fingerprint: &'a str,
+    /// Of one answer; empty in the last chunk, which tells the usage.
     choices: Vec<ChunkChoice>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Usage>)]
     usage: Option<Option<Usage>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<u32>>)]
     prompt_token_ids: Option<&'a [u32]>,
 }
 

@@ -39,33 +39,40 @@ text_request! {
         prompt: Prompts,
         /// Limit on the tokens of each answer. Default: 16. With `echo`, 0 returns the prompt alone.
         #[serde(default)]
+        #[schema(default = 16)]
         max_tokens: Option<usize>,
         /// Return the prompt in front of the answer.
         #[serde(default)]
+        #[schema(default = false)]
         echo: Option<bool>,
-        /// Return log-probabilities, and those of this many alternatives, 0 to 20.
+        /// Return log-probabilities, and those of this many alternatives.
         #[serde(default)]
+        #[schema(maximum = 20)]
         logprobs: Option<usize>,
         /// Must be 1 or `n`: of several answers, all are returned.
         #[serde(default)]
         best_of: Option<usize>,
-        /// Not supported.
+        /// Must be empty: the model does not fill in the middle.
         #[serde(default)]
         suffix: Option<String>,
-        /// Add the tokens that the tokenizer puts in front of a text. Default: no.
+        /// Add the tokens that the tokenizer puts in front of a text.
         #[serde(default)]
+        #[schema(default = false)]
         add_special_tokens: Option<bool>,
     }
 }
 
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct CompletionChoice {
+pub(in crate::serve) struct CompletionChoice {
     index: usize,
     text: String,
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<crate::serve::openapi::schemas::CompletionLogprobs>)]
     logprobs: Option<Value>,
+    /// Null in a chunk that is not the last of its answer.
+    #[schema(value_type = Option<crate::serve::openapi::schemas::FinishReason>)]
     finish_reason: Option<&'static str>,
-    #[schema(value_type = Option<Object>)]
+    /// The stop string or id that ended the answer, unless it was the model's own end.
+    #[schema(value_type = Option<crate::serve::openapi::schemas::StopReason>)]
     stop_reason: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     token_ids: Option<Vec<u32>>,
@@ -73,9 +80,11 @@ struct CompletionChoice {
     prompt_token_ids: Option<Vec<u32>>,
 }
 
+/// Continuations of texts, or a piece of one of them.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
-struct CompletionResponse<'a> {
+pub(in crate::serve) struct CompletionResponse<'a> {
     id: &'a str,
+    /// `text_completion`
     object: &'static str,
     created: u64,
     model: &'a str,

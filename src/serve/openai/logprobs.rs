@@ -28,18 +28,22 @@ fn finite(logprob: f64) -> f64 {
 
 /// A token of `logprobs.content`.
 #[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
-pub(super) struct ChatLogprob {
+pub(in crate::serve) struct ChatLogprob {
     token: String,
     logprob: f64,
+    /// Of its text in UTF-8.
+    #[schema(value_type = Vec<u8>)]
     bytes: Vec<u8>,
     top_logprobs: Vec<TopLogprob>,
 }
 
 /// An alternative to a token.
 #[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
-pub(super) struct TopLogprob {
+pub(in crate::serve) struct TopLogprob {
     token: String,
     logprob: f64,
+    /// Of its text in UTF-8.
+    #[schema(value_type = Vec<u8>)]
     bytes: Vec<u8>,
 }
 

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -40,7 +41,11 @@ pub(super) async fn models(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /v1/models/{name}`
-pub(super) async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Response, ApiError> {
+pub(super) async fn model(
+    State(app): State<Arc<App>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Response, ApiError> {
+    let Path(name) = name.map_err(|error| ApiError::bad_request(error.body_text()))?;
     let known: Vec<String> = app.models().iter().map(|model| model.name().to_owned()).collect();
     let found = app.models().iter().find(|model| model.answers_to(&name));
     let found = found.ok_or_else(|| ApiError::no_such_model(&name, &known))?;
@@ -62,7 +67,7 @@ fn now() -> u64 {
 
 /// Tokens of a request: its prompt is counted once, however many answers it has.
 #[derive(Debug, Clone, Copy, Default, Serialize, utoipa::ToSchema)]
-struct Usage {
+pub(in crate::serve) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
@@ -70,7 +75,7 @@ struct Usage {
 }
 
 #[derive(Debug, Clone, Copy, Default, Serialize, utoipa::ToSchema)]
-struct PromptTokensDetails {
+pub(in crate::serve) struct PromptTokensDetails {
     /// Prompt tokens whose keys and values were in the KV cache.
     cached_tokens: usize,
 }

@@ -23,15 +23,15 @@ use crate::serve::grammar::{AnswerForm, NamedSchema, ResponseFormat};
 /// A text or a conversation.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(untagged)]
-enum Input {
+pub(in crate::serve) enum Input {
     Text(String),
-    #[schema(value_type = Vec<Object>)]
+    #[schema(value_type = Vec<crate::serve::openapi::schemas::InputMessage>)]
     Items(Vec<Value>),
 }
 
 /// `text`: the form of the answer.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
-struct TextOptions {
+pub(in crate::serve) struct TextOptions {
     #[serde(default)]
     format: Option<TextFormat>,
     #[serde(default)]
@@ -43,7 +43,7 @@ struct TextOptions {
 /// As `response_format`, but for the place of the schema.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
-enum TextFormat {
+pub(in crate::serve) enum TextFormat {
     Text,
     JsonObject,
     JsonSchema(NamedSchema),
@@ -52,8 +52,10 @@ enum TextFormat {
 /// A conversation to answer.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub(in crate::serve) struct ResponsesRequest {
+    /// Name of the model; the first one without.
     #[serde(default)]
     model: Option<String>,
+    /// A text of the user, or messages.
     input: Input,
     /// A system message in front of the input.
     #[serde(default)]
@@ -61,29 +63,38 @@ pub(in crate::serve) struct ResponsesRequest {
     /// Limit on the answer's tokens. Default and bound: the room that the prompt leaves.
     #[serde(default)]
     max_output_tokens: Option<usize>,
+    /// 0 is greedy. Without any setting that samples, the model's own, usually greedy.
     #[serde(default)]
+    #[schema(minimum = 0, maximum = 100)]
     temperature: Option<f32>,
+    /// Sample from the most likely tokens that together have this probability.
     #[serde(default)]
+    #[schema(minimum = 0, maximum = 1)]
     top_p: Option<f32>,
+    /// Send the answer as it is computed.
     #[serde(default)]
+    #[schema(default = false)]
     stream: Option<bool>,
+    /// The form of the answer.
     #[serde(default)]
     text: Option<TextOptions>,
     /// Must be absent: nothing is stored.
     #[serde(default)]
     previous_response_id: Option<String>,
+    /// Must be empty, or `tool_choice` `none`: the model's chat format has no tools.
     #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
     tools: Option<Vec<Value>>,
+    /// `none`, or anything where there are no tools.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Value)]
     tool_choice: Option<Value>,
     /// Must not be true: the answer is in the reply.
     #[serde(default)]
     background: Option<bool>,
     /// Returned as it is.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Value)]
     metadata: Option<Value>,
     /// Accepted; nothing is stored.
     #[serde(default)]

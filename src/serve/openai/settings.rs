@@ -58,17 +58,20 @@ macro_rules! text_request {
             /// Name of the model; the first one without.
             #[serde(default)]
             pub model: Option<String>,
-            /// 0 to 100; 0 is greedy. Without any setting that samples, the model's own, usually greedy.
+            /// 0 is greedy. Without any setting that samples, the model's own, usually greedy.
             #[serde(default)]
+            #[schema(minimum = 0, maximum = 100)]
             pub temperature: Option<f32>,
             /// Sample from the most likely tokens that together have this probability.
             #[serde(default)]
+            #[schema(minimum = 0, maximum = 1)]
             pub top_p: Option<f32>,
             /// Sample from this many of the most likely tokens; 0 or -1 is off.
             #[serde(default)]
             pub top_k: Option<i64>,
             /// Sample from tokens at least this times as likely as the most likely one.
             #[serde(default)]
+            #[schema(minimum = 0, maximum = 1)]
             pub min_p: Option<f32>,
             /// Seed of the random choices. Choice i of `n` uses the seed plus i.
             #[serde(default)]
@@ -84,32 +87,44 @@ macro_rules! text_request {
             pub min_tokens: Option<usize>,
             /// The model's own end does not end an answer.
             #[serde(default)]
+            #[schema(default = false)]
             pub ignore_eos: Option<bool>,
-            /// Added to the logits of tokens, by id.
+            /// Numbers from -100 to 100 that are added to the logits of tokens, by id.
             #[serde(default)]
             pub logit_bias: Option<std::collections::HashMap<String, f32>>,
+            /// Subtracted from the logits of tokens that the text has.
             #[serde(default)]
+            #[schema(default = 0, minimum = -100, maximum = 100)]
             pub presence_penalty: Option<f32>,
+            /// Subtracted from the logits of tokens once for each time that the text has them.
             #[serde(default)]
+            #[schema(default = 0, minimum = -100, maximum = 100)]
             pub frequency_penalty: Option<f32>,
+            /// Divides the positive logits of tokens that the text has, and multiplies the negative ones.
             #[serde(default)]
+            #[schema(default = 1, minimum = 0.01, maximum = 100)]
             pub repetition_penalty: Option<f32>,
             /// Number of answers.
             #[serde(default)]
+            #[schema(default = 1, minimum = 1, maximum = 128)]
             pub n: Option<usize>,
             /// Send the answer as it is computed.
             #[serde(default)]
+            #[schema(default = false)]
             pub stream: Option<bool>,
+            /// Needs `stream`.
             #[serde(default)]
             pub stream_options: Option<$crate::serve::openai::settings::StreamOptions>,
             /// Requests with a lower number get a slot first.
             #[serde(default)]
+            #[schema(default = 0)]
             pub priority: Option<i32>,
             /// Keys and values are reused among requests with the same salt only.
             #[serde(default)]
             pub cache_salt: Option<String>,
             /// Return the ids of the prompt and the answer.
             #[serde(default)]
+            #[schema(default = false)]
             pub return_token_ids: Option<bool>,
             /// The form of the answer.
             #[serde(default)]

@@ -19,31 +19,40 @@ const MAX_IDS: usize = 1 << 20;
 /// A text or a conversation to encode.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub(in crate::serve) struct TokenizeRequest {
+    /// Name of the model; the first one without.
     #[serde(default)]
     model: Option<String>,
+    /// A text. One of `prompt`, `content` and `messages` is needed.
     #[serde(default)]
     prompt: Option<String>,
+    /// llama.cpp's name of the same.
     #[serde(default)]
     content: Option<String>,
+    /// A conversation, which is encoded with the model's chat format.
     #[serde(default)]
-    #[schema(value_type = Option<Vec<Object>>)]
+    #[schema(value_type = Option<Vec<crate::serve::openapi::schemas::InputMessage>>)]
     messages: Option<Vec<Value>>,
-    /// Add the tokens that the tokenizer puts in front of a text. Default: no.
+    /// Add the tokens that the tokenizer puts in front of a text.
     #[serde(default)]
+    #[schema(default = false)]
     add_special_tokens: Option<bool>,
     /// llama.cpp's name of the same.
     #[serde(default)]
     add_special: Option<bool>,
     /// Return the tokens' texts too.
     #[serde(default)]
+    #[schema(default = false)]
     return_token_strs: Option<bool>,
 }
 
 /// Ids to decode.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub(in crate::serve) struct DetokenizeRequest {
+    /// Name of the model; the first one without.
     #[serde(default)]
     model: Option<String>,
+    /// Token ids.
+    #[schema(max_items = 1048576)]
     tokens: Vec<u32>,
 }
 

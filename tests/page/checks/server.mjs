@@ -26,6 +26,25 @@ check("every file is served with its type", async ({ page, proxy }) => {
   }
 });
 
+check("the documentation shows every route and type", { path: "docs", before: () => {} }, async ({ page, proxy, shot, accessible }) => {
+  const { paths, components } = await (await page.request.get(`${proxy.url}openapi.json`)).json();
+  await page.locator(".route").first().waitFor();
+  const operations = Object.values(paths).flatMap((methods) => Object.keys(methods));
+  assert.equal(await page.locator("[id^=route-].route").count(), operations.length);
+  assert.equal(await page.locator("[id^=schema-].route").count(), Object.keys(components.schemas).length);
+  const broken = await page.evaluate(() =>
+    [...document.querySelectorAll('a[href^="#"]')].filter((link) => !document.querySelector(link.getAttribute("href") ?? "")),
+  );
+  assert.equal(broken.length, 0);
+  const chat = page.locator("#route-post_v1_chat_completions");
+  assert.match(await chat.innerText(), /curl '.*\/v1\/chat\/completions'.*-d '\{"messages"/s);
+  assert.match(await chat.locator("tr", { hasText: "temperature" }).innerText(), /number.*\(0 to 100\)/s);
+  await page.getByRole("link", { name: "/v1/models", exact: true }).click();
+  assert.match(page.url(), /#route-get_v1_models$/);
+  await accessible();
+  await shot("docs");
+});
+
 check("the empty page names the model and offers three examples", async ({ page, proxy, shot, accessible }) => {
   const { data } = await (await page.request.get(`${proxy.url}v1/models`)).json();
   const { version } = await (await page.request.get(`${proxy.url}version`)).json();
