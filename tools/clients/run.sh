@@ -83,8 +83,10 @@ for name in "$@"; do
     else
         modules=$kept/$name
         mkdir -p "$modules"
-        cp "$here/package.json" "$here/package-lock.json" "$here/$script" "$modules/"
-        (cd "$modules" && npm ci --silent --no-audit --no-fund)
+        # Node finds modules beside the script.
+        cp "$here/$script" "$modules/"
+        mapfile -t packages <"$here/requirements-$name.txt"
+        (cd "$modules" && npm install --silent --no-audit --no-fund --no-package-lock --no-save "${packages[@]}")
         command=(node "$modules/$script")
     fi
     start "${options[@]}"
