@@ -257,6 +257,22 @@ def structured():
         checks.equal("json_schema: the keys", list(json.loads(reply.choices[0].message.content)), ["city"])
 
 
-for part in (whole_answers, streams, logprobs, choices, completions, models, errors, structured):
+def responses():
+    text = run_chat(PARIS)["text"].strip()
+    reply = client.responses.create(model=MODEL, input=PARIS)
+    checks.equal("responses: the answer", (reply.output_text, reply.status), (text, "completed"))
+    checks.that("responses: usage", reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens, reply.usage)
+    reply = client.responses.create(model=MODEL, input=user(PARIS), instructions="Answer in capital letters.", max_output_tokens=100)
+    checks.equal("responses: messages, instructions", reply.output_text, text.upper())
+    reply = client.responses.create(model=MODEL, input=PARIS, max_output_tokens=3)
+    checks.equal("responses: max_output_tokens", (reply.status, reply.incomplete_details.reason), ("incomplete", "max_output_tokens"))
+    with client.responses.stream(model=MODEL, input=PARIS) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    checks.equal("responses: the stream's final answer", final.output_text, text)
+    checks.equal("responses: the stream's first and last events", (kinds[0], kinds[-1]), ("response.created", "response.completed"))
+
+
+for part in (whole_answers, streams, logprobs, choices, completions, models, errors, structured, responses):
     checks.runs(part.__name__, part)
 checks.end()

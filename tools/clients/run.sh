@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 export AOTRON=${AOTRON:-$root/target/release/aotron}
 kept=${CLIENTS_DIR:-$root/target/clients}
-every=(pytriton-0.2.5 pytriton-0.3.1 pytriton-0.5.14 pytriton-0.7.0 pytriton-slow pytriton-late openai openai-node langchain litellm lm-eval
+every=(pytriton-0.2.5 pytriton-0.3.1 pytriton-0.5.14 pytriton-0.7.0 pytriton-slow pytriton-late openai openai-node anthropic langchain litellm lm-eval
        guardrails aiperf)
 if [ $# -eq 0 ]; then
     echo "usage: $0 all | NAME…, of: ${every[*]}" >&2
@@ -71,7 +71,7 @@ for name in "$@"; do
         pytriton-slow) script=check_pytriton_slow.py requirements=pytriton-0.2.5 options=(--slots 1 --threads 1) ;;
         pytriton-late) script=check_pytriton_slow.py requirements=pytriton-0.2.5 options=(--slots 1 --threads 1 --request-timeout 15) ;;
         pytriton-*) script=check_pytriton.py requirements=$name ;;
-        openai | langchain | litellm) script=check_$name.py requirements=$name options=(--api-key secret) ;;
+        openai | anthropic | langchain | litellm) script=check_$name.py requirements=$name options=(--api-key secret) ;;
         openai-node) script=check_openai.mjs requirements= options=(--api-key secret) ;;
         lm-eval) script=check_lm_eval.py requirements=$name ;;
         guardrails | aiperf) script=check_$name.py requirements=$name ;;
