@@ -57,7 +57,7 @@ class Checks:
             at = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in at if frame.filename.startswith(os.path.dirname(os.path.abspath(__file__)))]
             line = own[-1].lineno if own else at[-1].lineno
-            self.that(name, False, f"line {line}: {error!r}")
+            self.that(name, False, f"line {line}: {error!r} {error}")
             return None
 
     def end(self):
