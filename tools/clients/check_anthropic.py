@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import anthropic
 
-from checks import Checks, base_url
+from checks import Checks, base_url, while_busy
 
 URL = base_url()
 MODEL = "Nemotron-3-8B-Chat-4K-RLHF"
@@ -49,6 +49,13 @@ def streams():
     kinds = [event.type for event in ask(stream=True) if event.type != "ping"]
     checks.equal("stream: the order of events", [k for i, k in enumerate(kinds) if i == 0 or k != kinds[i - 1]],
                  ["message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta", "message_stop"])
+
+    def late():
+        with client.messages.stream(model=MODEL, max_tokens=100, messages=QUESTION) as stream:
+            return "".join(stream.text_stream)
+
+    text, seconds = while_busy(URL, late, {"authorization": "Bearer secret"})
+    checks.that("stream: what comes while it waits is skipped", text == PARIS and seconds > 2, (text, seconds))
 
 
 def errors():

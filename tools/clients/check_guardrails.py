@@ -11,7 +11,7 @@ os.environ["OPENAI_API_KEY"] = "none"
 
 from nemoguardrails import LLMRails, RailsConfig  # noqa: E402
 
-from checks import Checks, base_url, get  # noqa: E402
+from checks import Checks, base_url, get, while_busy  # noqa: E402
 
 logging.disable(logging.CRITICAL)
 URL = base_url()
@@ -66,6 +66,9 @@ def answers():
         return "".join([piece async for piece in plain.stream_async(messages=QUESTION) if isinstance(piece, str)])
 
     checks.equal("stream_async", asyncio.run(stream()), PARIS)
+
+    late, seconds = while_busy(URL, lambda: asyncio.run(stream()))
+    checks.that("stream_async: comments while it waits are skipped", late == PARIS and seconds > 2, (late, seconds))
 
 
 def input_rails():

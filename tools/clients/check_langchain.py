@@ -9,7 +9,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
 
-from checks import Checks, base_url, card_prompt
+from checks import Checks, base_url, card_prompt, while_busy
 
 URL = base_url()
 MODEL = "Nemotron-3-8B-Chat-4K-RLHF"
@@ -48,6 +48,9 @@ def streams():
     for chunk in chunks[1:]:
         whole += chunk
     checks.that("stream: usage", whole.usage_metadata and whole.usage_metadata["output_tokens"] > 0, whole)
+
+    late, seconds = while_busy(URL, lambda: "".join(c.content for c in chat.stream("What is the capital of France?")), {"authorization": "Bearer secret"})
+    checks.that("stream: comments while it waits are skipped", late == PARIS and seconds > 2, (late, seconds))
 
     async def several():
         return [reply.content for reply in await asyncio.gather(*(chat.ainvoke("What is the capital of France?") for _ in range(8)))]

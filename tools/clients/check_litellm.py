@@ -9,7 +9,7 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 import litellm  # noqa: E402
 
-from checks import Checks, base_url, card_prompt  # noqa: E402
+from checks import Checks, base_url, card_prompt, while_busy  # noqa: E402
 
 litellm.suppress_debug_info = True
 litellm.telemetry = False
@@ -34,6 +34,9 @@ def answers():
             chunks = list(ask(provider, stream=True, stream_options={"include_usage": True}))
             checks.equal(f"{provider}: stream", "".join(c.choices[0].delta.content or "" for c in chunks if c.choices), PARIS)
             checks.that(f"{provider}: the stream's usage", any(getattr(c, "usage", None) for c in chunks), chunks)
+            late, seconds = while_busy(URL, lambda: "".join(
+                c.choices[0].delta.content or "" for c in ask(provider, stream=True) if c.choices), {"authorization": "Bearer secret"})
+            checks.that(f"{provider}: comments while it waits are skipped", late == PARIS and seconds > 2, (late, seconds))
             checks.equal(f"{provider}: stop", ask(provider, stop=[" is"]).choices[0].message.content, "The capital of France")
             many = ask(provider, n=2, temperature=1.0, seed=1, max_tokens=10)
             checks.equal(f"{provider}: n", len(many.choices), 2)

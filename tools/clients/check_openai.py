@@ -3,11 +3,12 @@
 import asyncio
 import json
 import tempfile
+import time
 from importlib.metadata import version
 
 import openai
 
-from checks import Checks, aotron, base_url, card_prompt, get, run_raw
+from checks import Checks, aotron, base_url, card_prompt, get, run_raw, while_busy
 
 URL = base_url()
 MODEL = "Nemotron-3-8B-Chat-4K-RLHF"
@@ -91,6 +92,12 @@ def streams():
     next(iter(stream))
     stream.close()
     checks.equal("stream: closed by the client, and another answered", chat(WATER).choices[0].message.content, "水")
+
+    def late():
+        return "".join(c.choices[0].delta.content or "" for c in chat(stream=True) if c.choices)
+
+    text, seconds = while_busy(URL, late, {"authorization": "Bearer secret"})
+    checks.that("stream: comments while it waits are skipped", text == chat().choices[0].message.content and seconds > 2, (text, seconds))
 
     async def several():
         own = openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key="secret", max_retries=0)
@@ -242,6 +249,29 @@ def errors():
     checks.equal("an unknown field is named in x-aotron-ignored", raw.headers.get("x-aotron-ignored"), "colour")
 
 
+def giving_up():
+    """A client that leaves ends its request, whether it is streamed or not."""
+    def in_flight():
+        # Metrics need the key too.
+        _, body = get(f"{URL}/metrics", None, {"authorization": "Bearer secret"})
+        return sum(float(line.split()[-1]) for line in body.splitlines() if line.startswith("aotron_requests_in_flight"))
+
+    settings = {"max_tokens": 400, "n": 100, "extra_body": {"ignore_eos": True}}
+    for stream in (False, True):
+        name = f"stream {stream}: a client that gives up"
+        def call(stream=stream):
+            reply = client.with_options(timeout=1.0).chat.completions.create(model=MODEL, messages=user(PARIS), stream=stream, **settings)
+            if stream:
+                seen = in_flight()
+                reply.close()
+                raise openai.APITimeoutError(None) if seen == 100 else AssertionError(f"{seen} ran")
+        checks.raises(name, openai.APITimeoutError, [], call)
+        ends = time.monotonic() + 3
+        while in_flight() and time.monotonic() < ends:
+            time.sleep(0.05)
+        checks.equal(f"{name} leaves nothing that runs", in_flight(), 0)
+
+
 def structured():
     """Answers in a given form: as JSON's schema says, or a clear refusal."""
     schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
@@ -273,6 +303,6 @@ def responses():
     checks.equal("responses: the stream's first and last events", (kinds[0], kinds[-1]), ("response.created", "response.completed"))
 
 
-for part in (whole_answers, streams, logprobs, choices, completions, models, errors, structured, responses):
+for part in (whole_answers, streams, logprobs, choices, completions, models, errors, giving_up, structured, responses):
     checks.runs(part.__name__, part)
 checks.end()

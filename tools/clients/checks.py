@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -92,3 +94,27 @@ def get(url, body=None, headers=None):
             return reply.status, reply.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def while_busy(url, call, headers=None, seconds=4):
+    """Calls a function while other requests have all slots for some seconds; returns its result and the seconds it took.
+
+    The others are of a priority that comes first, so a stream that waits behind them sends nothing but comments at first.
+    """
+    ends = time.monotonic() + seconds
+    body = {"prompt": "a", "n": 16, "max_tokens": 100, "ignore_eos": True, "priority": -1}
+
+    def keep_busy():
+        while time.monotonic() < ends:
+            get(f"{url}/v1/completions", body, headers)
+
+    threads = [threading.Thread(target=keep_busy, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    started = time.monotonic()
+    result = call()
+    took = time.monotonic() - started
+    for thread in threads:
+        thread.join()
+    return result, took
