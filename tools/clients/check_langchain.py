@@ -2,8 +2,10 @@
 
 import asyncio
 from importlib.metadata import version
+from typing import Literal
 
 import openai
+import pydantic
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -58,6 +60,19 @@ def streams():
     checks.equal("ainvoke, 8 at once", asyncio.run(several()), [PARIS] * 8)
 
 
+class City(pydantic.BaseModel):
+    """The city of an answer."""
+
+    city: Literal["Paris", "Rome"]
+
+
+def structured():
+    found = ChatOpenAI(max_tokens=100, **SETTINGS).with_structured_output(City, method="json_schema").invoke("What is the capital of France?")
+    checks.that("with_structured_output: json_schema", isinstance(found, City), found)
+    error = checks.raises("bind_tools: refused by name", openai.BadRequestError, ["tools"], lambda: chat.bind_tools([City]).invoke("a"))
+    checks.equal("bind_tools: the param", error and error.param, "tools")
+
+
 def errors():
     wrong = {**SETTINGS, "api_key": "wrong"}
     checks.raises("a wrong key", openai.AuthenticationError, ["key"], lambda: ChatOpenAI(**wrong).invoke("a"))
@@ -65,6 +80,6 @@ def errors():
     checks.raises("a prompt that is too long", openai.BadRequestError, ["512"], lambda: chat.invoke("word " * 600))
 
 
-for part in (answers, streams, errors):
+for part in (answers, streams, structured, errors):
     checks.runs(part.__name__, part)
 checks.end()
