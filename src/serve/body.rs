@@ -4,8 +4,10 @@ use axum::body::Body;
 use axum::extract::Request;
 use axum::http::HeaderValue;
 use axum::response::Response;
+use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 
 use super::app::App;
 use super::error::ApiError;
@@ -14,12 +16,26 @@ use super::options::UnknownFields;
 /// Most unknown fields that are named in a reply.
 const NAMED_FIELDS: usize = 16;
 
+/// A value that is accepted, whatever it is, and has no effect. (`IgnoredAny` would count as an unknown field.)
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Accepted;
+
+impl<'de> Deserialize<'de> for Accepted {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Accepted, D::Error> {
+        serde_json::Value::deserialize(deserializer).map(|_| Accepted)
+    }
+}
+
 /// Reads a body whole.
 ///
 /// # Errors
 /// 413 if it is too large, 408 if it does not arrive in time, 400 if the connection breaks.
 pub(super) async fn read_bytes(app: &App, body: Body) -> Result<axum::body::Bytes, ApiError> {
     let limit = app.options().max_body_bytes;
+    // A length that is announced need not be waited for.
+    if body.size_hint().lower() > limit as u64 {
+        return Err(ApiError::too_large(limit));
+    }
     let whole = tokio::time::timeout(app.options().client_timeout, Limited::new(body, limit).collect()).await;
     match whole {
         Ok(Ok(whole)) => Ok(whole.to_bytes()),

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use crate::runtime::{GenerationRequest, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::app::{App, OpenedModel};
+use crate::serve::body::Accepted;
 use crate::serve::error::ApiError;
 use crate::serve::grammar::AnswerForm;
 
@@ -45,7 +45,7 @@ pub(in crate::serve) struct StreamOptions {
     #[allow(dead_code, reason = "accepted and ignored")]
     #[serde(default)]
     #[schema(value_type = Option<bool>)]
-    pub include_obfuscation: Option<IgnoredAny>,
+    pub include_obfuscation: Option<Accepted>,
 }
 
 /// Defines a request with its own fields and those that all requests for text share.
@@ -136,7 +136,7 @@ macro_rules! text_request {
             #[allow(dead_code, reason = "accepted and ignored")]
             #[serde(default)]
             #[schema(value_type = Option<String>)]
-            pub user: Option<serde::de::IgnoredAny>,
+            pub user: Option<$crate::serve::body::Accepted>,
         }
 
         impl $name {
