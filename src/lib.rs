@@ -118,7 +118,7 @@
 //! | `verify` | the cases that a plan must pass before it answers, and the reference answers in a package |
 //! | `compile` | recipes, passes, and [`build`](build()), which runs the upper half of the diagram |
 //! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread); it depends on neither graphs nor checkpoints |
-//! | `serve` | the HTTP server over an [`Engine`] |
+//! | `serve` | the HTTP server over an [`Engine`]; HTTPS with the feature `tls` |
 //!
 //! The program's command line is not part of the library.
 //!

@@ -68,6 +68,10 @@ fn parse<T: DeserializeOwned>(bytes: &[u8], unknown: UnknownFields) -> Result<Pa
     let mut ignored = Vec::new();
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let mut note = |path: serde_ignored::Path<'_>| {
+        // The value of a field that is known and has no effect.
+        if matches!(path, serde_ignored::Path::Some { .. }) {
+            return;
+        }
         if ignored.len() <= NAMED_FIELDS {
             ignored.push(crate::error::clip(&path).replace(|c: char| !c.is_ascii_graphic(), "?"));
         }
@@ -112,6 +116,9 @@ mod tests {
     #[derive(Debug, Deserialize)]
     struct Outer {
         inner: Vec<Inner>,
+        #[serde(default)]
+        #[allow(dead_code, reason = "accepted and ignored")]
+        user: Option<serde::de::IgnoredAny>,
     }
 
     #[test]
@@ -125,6 +132,10 @@ mod tests {
         assert_eq!(error.param.as_deref(), Some("inner[0].x"));
         for broken in ["", " ", "{", "[1", "{\"inner\": []} x", "\u{feff}{}", "nul"] {
             assert_eq!(read(broken, UnknownFields::Warn).unwrap_err().status.as_u16(), 400, "{broken:?}");
+        }
+        for without_effect in ["\"u\"", "{\"a\": 1}", "null"] {
+            let text = format!("{{\"inner\": [], \"user\": {without_effect}}}");
+            assert!(read(&text, UnknownFields::Reject).unwrap().ignored.is_empty(), "{text}");
         }
         let deep = format!("{{\"inner\": {}", "[".repeat(100_000));
         assert_eq!(read(&deep, UnknownFields::Warn).unwrap_err().status.as_u16(), 400);

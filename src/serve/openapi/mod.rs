@@ -34,20 +34,19 @@ pub(super) async fn document(State(app): State<Arc<App>>) -> Response {
 }
 
 fn operations() -> Vec<Operation> {
-    let done = "An event per piece of text, of one of the answers each; the last is [DONE]. An error in the middle is an \
-                event with `error`.";
+    let done = "An event for each piece of text, of one of the answers each, and a last one with `[DONE]`.";
     let question = json!([{ "role": "user", "content": "What is the capital of France?" }]);
     let mut operations = vec![
         Operation::post("/v1/chat/completions", Api::OpenAi, "Answer a conversation")
             .takes::<ChatRequest>(json!({ "messages": question, "max_tokens": 64 }))
             .returns::<ChatResponse>()
-            .streams::<chat::Chunk<'static>>(done)
+            .streams_until_done::<chat::Chunk<'static>>(done)
             .asks_model(),
         Operation::post("/v1/completions", Api::OpenAi, "Continue texts")
             .describe("The text is encoded as it is, without the chat format.")
             .takes::<CompletionRequest>(json!({ "prompt": "Once upon a time", "max_tokens": 16 }))
             .returns::<CompletionResponse<'static>>()
-            .streams::<CompletionResponse<'static>>(done)
+            .streams_until_done::<CompletionResponse<'static>>(done)
             .asks_model(),
         Operation::post("/v1/responses", Api::OpenAi, "Answer a text or a conversation")
             .describe("Text only. Nothing is stored, so a response cannot be continued by its id.")
@@ -118,9 +117,7 @@ fn operations() -> Vec<Operation> {
                 .asks_model(),
             Operation::post(format!("{model}/generate_stream"), Api::Kserve, "Continue a text, as it is computed")
                 .takes::<GenerateRequest>(text)
-                .streams::<GenerateReply>(
-                    "An event per piece of text. An error in the middle is an event with `error`.",
-                )
+                .streams_or_fails::<GenerateReply>("An event for each piece of text.")
                 .asks_model(),
         ]);
     }

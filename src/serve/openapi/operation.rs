@@ -140,10 +140,26 @@ impl Operation {
         self
     }
 
-    /// Server-sent events whose data are JSON of `T`. The schema is that of an event.
+    /// Server-sent events whose data are JSON of `T`.
     pub fn streams<T: ToSchema>(mut self, description: &'static str) -> Operation {
-        let event = reference::<T>(&mut self.schemas);
-        let data = json!({ "type": "string", "contentMediaType": "application/json", "contentSchema": event });
+        let content = reference::<T>(&mut self.schemas);
+        self.sends_events(json_text(content), description)
+    }
+
+    /// Server-sent events whose data are JSON of `T`, or of an error.
+    pub fn streams_or_fails<T: ToSchema>(mut self, description: &'static str) -> Operation {
+        let content = json!({ "anyOf": [reference::<T>(&mut self.schemas), self.api.error(&mut self.schemas)] });
+        self.sends_events(json_text(content), description)
+    }
+
+    /// The same, and a last event with the data `[DONE]`.
+    pub fn streams_until_done<T: ToSchema>(mut self, description: &'static str) -> Operation {
+        let content = json!({ "anyOf": [reference::<T>(&mut self.schemas), self.api.error(&mut self.schemas)] });
+        self.sends_events(json!({ "anyOf": [json_text(content), { "const": "[DONE]" }] }), description)
+    }
+
+    /// Server-sent events; the schema is that of one event.
+    fn sends_events(mut self, data: Value, description: &'static str) -> Operation {
         let properties = json!({ "event": { "type": "string" }, "data": data });
         let schema = json!({
             "type": "object", "description": description, "required": ["data"], "properties": properties,
@@ -216,6 +232,11 @@ impl Operation {
         };
         names.map(of_name).collect()
     }
+}
+
+/// A string that is JSON.
+fn json_text(content: Value) -> Value {
+    json!({ "type": "string", "contentMediaType": "application/json", "contentSchema": content })
 }
 
 fn binary() -> Value {

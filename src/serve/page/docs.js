@@ -118,7 +118,8 @@ const isNothing = (requirement) => Object.keys(requirement).length === 0;
 /** @param {string} title @param {Json} content by type */
 function contents(title, content) {
   const parts = Object.entries(content ?? {}).flatMap(([kind, { schema }]) => {
-    const event = schema.properties?.data?.contentSchema;
+    const data = schema.properties?.data;
+    const event = data?.contentSchema ?? data?.anyOf?.[0].contentSchema;
     const of = event ? ["events of ", ...type(event)] : type(schema);
     const note = schema.description ? [". ", ...prose(schema.description)] : [];
     return [element("p", {}, element("code", {}, kind), ": ", ...of, ...note)];
