@@ -281,13 +281,13 @@ class City(pydantic.BaseModel):
 
 def structured():
     """Answers in a given form. tiny-chat has not learned to write JSON, so only the form is checked."""
-    reply = client.chat.completions.parse(model=MODEL, messages=user(PARIS), response_format=City, max_tokens=100)
+    reply = client.chat.completions.parse(model=MODEL, messages=user(PARIS), response_format=City, max_tokens=400)
     checks.that("parse: an answer of the class", isinstance(reply.choices[0].message.parsed, City), reply)
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["n"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema, "strict": True}}
-    found = json.loads(chat(response_format=form, max_tokens=100).choices[0].message.content)
+    found = json.loads(chat(response_format=form, max_tokens=400).choices[0].message.content)
     checks.that("json_schema: a number in its range", list(found) == ["n"] and 1 <= found["n"] <= 9, found)
-    streamed = "".join(c.choices[0].delta.content or "" for c in chat(response_format=form, max_tokens=100, stream=True) if c.choices)
+    streamed = "".join(c.choices[0].delta.content or "" for c in chat(response_format=form, max_tokens=400, stream=True) if c.choices)
     checks.equal("json_schema: the stream's text is the same", json.loads(streamed), found)
     chosen = chat(extra_body={"structured_outputs": {"choice": ["Rome", "Berlin"]}}).choices[0].message.content
     checks.that("structured_outputs: one of the choices", chosen in ("Rome", "Berlin"), chosen)
