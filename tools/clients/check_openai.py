@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import socket
 import tempfile
 import time
+import urllib.parse
 from importlib.metadata import version
 from typing import Literal
 
@@ -251,6 +253,33 @@ def errors():
     checks.equal("an unknown field is named in x-aotron-ignored", raw.headers.get("x-aotron-ignored"), "colour")
 
 
+def refused_connections():
+    """A pool sends its next request on the connection of a refusal, unless the reply says that it is closed."""
+    address = urllib.parse.urlsplit(URL)
+    body = b'{"messages": []}'
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nAuthorization: Bearer wrong\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode()
+    usable = []
+    for _ in range(20):
+        with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(head)
+            # As the library sends it: apart from the head.
+            time.sleep(0.002)
+            connection.sendall(body)
+            reply = connection.recv(1 << 16).lower()
+            if b"connection: close" in reply:
+                usable.append(True)
+                continue
+            time.sleep(0.01)
+            try:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+                usable.append(connection.recv(1 << 16).startswith(b"HTTP/1.1 200"))
+            except OSError:
+                usable.append(False)
+    checks.equal("a refusal leaves the connection open, or says that it closes it", usable.count(True), len(usable))
+
+
 def giving_up():
     """A client that leaves ends its request, whether it is streamed or not."""
     def in_flight():
@@ -314,6 +343,6 @@ def responses():
     checks.equal("responses: the stream's first and last events", (kinds[0], kinds[-1]), ("response.created", "response.completed"))
 
 
-for part in (whole_answers, streams, logprobs, choices, completions, models, errors, giving_up, structured, responses):
+for part in (whole_answers, streams, logprobs, choices, completions, models, errors, refused_connections, giving_up, structured, responses):
     checks.runs(part.__name__, part)
 checks.end()
