@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -97,7 +97,14 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
         is_whole: false,
         _in_flight: app.count(),
     };
+    // What is left of a body would be taken for the next request, so hyper closes the connection: the client is told.
+    let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
+    let flag = is_read.clone();
+    let request = request.map(|body| Body::new(WatchedBody { body, is_read: flag }));
     let mut response = next.run(request).await;
+    if !is_read.load(Ordering::Relaxed) {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     record.status = response.status().as_u16();
     if let Ok(value) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert(REQUEST_ID.clone(), value);
@@ -205,6 +212,33 @@ impl Drop for Record {
         };
         // A closed standard error is no reason to fail.
         let _ = std::io::Write::write_all(&mut std::io::stderr().lock(), format!("{line}\n").as_bytes());
+    }
+}
+
+/// A request's body, and whether it was read to its end.
+struct WatchedBody {
+    body: Body,
+    is_read: Arc<AtomicBool>,
+}
+
+impl http_body::Body for WatchedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if matches!(polled, Poll::Ready(None)) || self.body.is_end_stream() {
+            self.is_read.store(true, Ordering::Relaxed);
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -67,7 +67,7 @@ class City(pydantic.BaseModel):
 
 
 def structured():
-    found = ChatOpenAI(max_tokens=100, **SETTINGS).with_structured_output(City, method="json_schema").invoke("What is the capital of France?")
+    found = ChatOpenAI(max_tokens=400, **SETTINGS).with_structured_output(City, method="json_schema").invoke("What is the capital of France?")
     checks.that("with_structured_output: json_schema", isinstance(found, City), found)
     error = checks.raises("bind_tools: refused by name", openai.BadRequestError, ["tools"], lambda: chat.bind_tools([City]).invoke("a"))
     checks.equal("bind_tools: the param", error and error.param, "tools")

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import socket
 import tempfile
 import time
+import urllib.parse
 from importlib.metadata import version
 from typing import Literal
 
@@ -251,6 +253,33 @@ def errors():
     checks.equal("an unknown field is named in x-aotron-ignored", raw.headers.get("x-aotron-ignored"), "colour")
 
 
+def refused_connections():
+    """A pool sends its next request on the connection of a refusal, unless the reply says that it is closed."""
+    address = urllib.parse.urlsplit(URL)
+    body = b'{"messages": []}'
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nAuthorization: Bearer wrong\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode()
+    usable = []
+    for _ in range(20):
+        with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sendall(head)
+            # As the library sends it: apart from the head.
+            time.sleep(0.002)
+            connection.sendall(body)
+            reply = connection.recv(1 << 16).lower()
+            if b"connection: close" in reply:
+                usable.append(True)
+                continue
+            time.sleep(0.01)
+            try:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+                usable.append(connection.recv(1 << 16).startswith(b"HTTP/1.1 200"))
+            except OSError:
+                usable.append(False)
+    checks.equal("a refusal leaves the connection open, or says that it closes it", usable.count(True), len(usable))
+
+
 def giving_up():
     """A client that leaves ends its request, whether it is streamed or not."""
     def in_flight():
@@ -281,13 +310,13 @@ class City(pydantic.BaseModel):
 
 def structured():
     """Answers in a given form. tiny-chat has not learned to write JSON, so only the form is checked."""
-    reply = client.chat.completions.parse(model=MODEL, messages=user(PARIS), response_format=City, max_tokens=100)
+    reply = client.chat.completions.parse(model=MODEL, messages=user(PARIS), response_format=City, max_tokens=400)
     checks.that("parse: an answer of the class", isinstance(reply.choices[0].message.parsed, City), reply)
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["n"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema, "strict": True}}
-    found = json.loads(chat(response_format=form, max_tokens=100).choices[0].message.content)
+    found = json.loads(chat(response_format=form, max_tokens=400).choices[0].message.content)
     checks.that("json_schema: a number in its range", list(found) == ["n"] and 1 <= found["n"] <= 9, found)
-    streamed = "".join(c.choices[0].delta.content or "" for c in chat(response_format=form, max_tokens=100, stream=True) if c.choices)
+    streamed = "".join(c.choices[0].delta.content or "" for c in chat(response_format=form, max_tokens=400, stream=True) if c.choices)
     checks.equal("json_schema: the stream's text is the same", json.loads(streamed), found)
     chosen = chat(extra_body={"structured_outputs": {"choice": ["Rome", "Berlin"]}}).choices[0].message.content
     checks.that("structured_outputs: one of the choices", chosen in ("Rome", "Berlin"), chosen)
@@ -314,6 +343,6 @@ def responses():
     checks.equal("responses: the stream's first and last events", (kinds[0], kinds[-1]), ("response.created", "response.completed"))
 
 
-for part in (whole_answers, streams, logprobs, choices, completions, models, errors, giving_up, structured, responses):
+for part in (whole_answers, streams, logprobs, choices, completions, models, errors, refused_connections, giving_up, structured, responses):
     checks.runs(part.__name__, part)
 checks.end()

@@ -1,7 +1,7 @@
 """What each NeMo query class sends and reads, through pytriton's own client.
 
 Inputs are arrays of shape [prompts, 1] unless a class sends another one. The classes differ in names, in what they always
-send, and in the output that they read; `docs/serving.md` has the table.
+send, and in the output that they read; `docs/clients.md` has the table.
 """
 
 import json

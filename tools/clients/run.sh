@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 export AOTRON=${AOTRON:-$root/target/release/aotron}
 kept=${CLIENTS_DIR:-$root/target/clients}
-every=(pytriton-0.2.5 pytriton-0.3.1 pytriton-0.5.14 pytriton-0.7.0 pytriton-slow pytriton-late tritonclient openai openai-node anthropic langchain litellm lm-eval
+every=(pytriton-0.2.5 pytriton-0.3.1 pytriton-0.5.14 pytriton-0.7.0 pytriton-slow pytriton-late tritonclient openai openai-3 openai-node anthropic langchain litellm lm-eval
        guardrails aiperf)
 if [ $# -eq 0 ]; then
     echo "usage: $0 all | NAME…, of: ${every[*]}" >&2
@@ -72,6 +72,7 @@ for name in "$@"; do
         pytriton-late) script=check_pytriton_slow.py requirements=pytriton-0.2.5 options=(--slots 1 --threads 1 --request-timeout 15) ;;
         tritonclient) script=check_tritonclient.py requirements=pytriton-0.7.0 ;;
         pytriton-*) script=check_pytriton.py requirements=$name ;;
+        openai-3) script=check_openai.py requirements=$name options=(--api-key secret) ;;
         openai | anthropic | langchain | litellm) script=check_$name.py requirements=$name options=(--api-key secret) ;;
         openai-node) script=check_openai.mjs requirements= options=(--api-key secret) ;;
         lm-eval) script=check_lm_eval.py requirements=$name ;;

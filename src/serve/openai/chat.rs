@@ -262,7 +262,11 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
 }
 
 fn submit(prepared: &Prepared) -> Result<Vec<Answer>, ApiError> {
-    (0..prepared.choices).map(|index| prepared.model.submit(for_choice(&prepared.request, index))).collect()
+    let submit = |index| prepared.model.submit(for_choice(&prepared.request, index));
+    (0..prepared.choices)
+        .map(submit)
+        .collect::<Result<_, _>>()
+        .map_err(|error: ApiError| error.naming_prompt("messages"))
 }
 
 /// The stop that ended an answer, unless it was the model's own.

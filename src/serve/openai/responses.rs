@@ -177,8 +177,9 @@ pub(in crate::serve) async fn create(
     request.sampling = SamplingParams { temperature, top_p, ..default }.effective();
     request.client = context.client;
     request.deadline = app.deadline();
-    if let (Some(form), Some(grammars)) = (AnswerForm::of_request(format, None)?, model.grammars.clone()) {
-        request.grammar = Some(app.encode(move || grammars.compile(form)).await?);
+    if let (Some((form, _)), Some(grammars)) = (AnswerForm::of_request(format, None)?, model.grammars.clone()) {
+        let compiled = app.encode(move || grammars.compile(form)).await;
+        request.grammar = Some(compiled.map_err(|error| error.or_of_field("text.format"))?);
     }
     let answer = model.submit(request)?;
     let described = Described {

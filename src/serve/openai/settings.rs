@@ -196,7 +196,8 @@ pub(in crate::serve) struct Settings {
     pub choices: usize,
     pub priority: i32,
     pub cache_salt: Option<String>,
-    pub form: Option<AnswerForm>,
+    /// The form of the answer, and the field that asks for it.
+    pub form: Option<(AnswerForm, &'static str)>,
 }
 
 impl Settings {
@@ -235,10 +236,11 @@ impl Settings {
             seed: self.seed,
         }
         .effective();
-        if let Some(form) = self.form {
+        if let Some((form, field)) = self.form {
             let no_tokenizer = || ApiError::bad_request("this model has no tokenizer, so its answers have no form");
             let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-            request.grammar = Some(app.encode(move || grammars.compile(form)).await?);
+            let compiled = app.encode(move || grammars.compile(form)).await;
+            request.grammar = Some(compiled.map_err(|error| error.or_of_field(field))?);
         } else if self.ignore_eos {
             request.stop_ids.clear();
             request.stop_strings.clear();
