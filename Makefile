@@ -1,4 +1,4 @@
-# demo: build the program, build tiny-chat into an engine package, and chat with it
+# demo: build the program, build tiny-chat into an engine package, chat with it, and say how to serve it
 # test: run all tests that do not need a GPU; the last line lists the skipped ones
 # test-cpus: the same, once per instruction set of this machine
 # check: formatting, lints, tests, documentation, dependencies, and half a minute of fuzzing per reader
@@ -25,6 +25,9 @@ $(TINY_CHAT): $(AOTRON)
 
 demo: $(TINY_CHAT)
 	$(AOTRON) chat $(TINY_CHAT) < tools/demo.txt
+	@echo
+	@echo 'Serve it, with a page at http://127.0.0.1:8000/ and the APIs of docs/serving.md:'
+	@echo '    $(AOTRON) serve $(TINY_CHAT)'
 
 test:
 	tools/test.sh

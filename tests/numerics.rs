@@ -86,7 +86,7 @@ impl Reference {
         let checkpoint = Checkpoint::open(shape).unwrap();
         let (plan, program) = cpu_program(package).unwrap();
         let scales = Calibration::of_program(&program);
-        let calibrated = calibration.without(&Recipe { precision, ..Recipe::load("cpu").unwrap() }.kept_in_bf16());
+        let calibrated = calibration.without(Recipe { precision, ..Recipe::load("cpu").unwrap() }.kept_in_bf16());
         assert_eq!(scales.scales(), calibrated.scales(), "{precision}");
         let positions = plan.limits.max_sequence_tokens;
         let (graph, _) = optimized_graph(checkpoint.config(), precision, positions, Some(&calibrated)).unwrap();

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -84,20 +84,27 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
     request.extensions_mut().insert(context.clone());
     // Dropped with this handler if the client leaves before there is a response.
     let mut record = Record {
+        app: app.clone(),
         id,
         usage: context.usage,
         address,
         method: request.method().clone(),
         // The path as it is routed: one from a client may hold anything.
         route: request.extensions().get::<MatchedPath>().map_or("-".into(), |path| path.as_str().to_owned()),
-        format: app.options().log,
         started: Instant::now(),
         status: 0,
         bytes: 0,
         is_whole: false,
         _in_flight: app.count(),
     };
+    // What is left of a body would be taken for the next request, so hyper closes the connection: the client is told.
+    let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
+    let flag = is_read.clone();
+    let request = request.map(|body| Body::new(WatchedBody { body, is_read: flag }));
     let mut response = next.run(request).await;
+    if !is_read.load(Ordering::Relaxed) {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     record.status = response.status().as_u16();
     if let Ok(value) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert(REQUEST_ID.clone(), value);
@@ -161,14 +168,14 @@ pub(super) fn panicked(payload: Box<dyn Any + Send + 'static>) -> Response {
     ApiError::internal().into_response()
 }
 
-/// The line of a request in the log, written when it is dropped.
+/// The line of a request in the log, written when it is dropped, and counted in the metrics.
 struct Record {
+    app: Arc<App>,
     id: Arc<str>,
     usage: Arc<Usage>,
     address: Option<SocketAddr>,
     method: Method,
     route: String,
-    format: LogFormat,
     started: Instant,
     /// 0 until there is a response.
     status: u16,
@@ -183,13 +190,14 @@ impl Drop for Record {
         let milliseconds = self.started.elapsed().as_secs_f64() * 1e3;
         // nginx's number for a client that left.
         let status = if self.is_whole { self.status } else { 499 };
+        self.app.responded(&self.route, status);
         let [prompt, cached, completion] =
             [&self.usage.prompt_tokens, &self.usage.cached_tokens, &self.usage.completion_tokens]
                 .map(|count| count.load(Ordering::Relaxed));
         let address = self.address.map_or_else(|| "-".to_owned(), |address| address.ip().to_string());
         let Record { id, method, route, bytes, .. } = &*self;
         let time = chrono::Utc::now().format("%Y-%m-%dT%H:%M:%S%.3fZ");
-        let line = match self.format {
+        let line = match self.app.options().log {
             LogFormat::Off => return,
             LogFormat::Text => format!(
                 "{time} {address} {method} {route} {status} {milliseconds:.1} ms, {bytes} bytes, tokens {prompt} prompt \
@@ -204,6 +212,33 @@ impl Drop for Record {
         };
         // A closed standard error is no reason to fail.
         let _ = std::io::Write::write_all(&mut std::io::stderr().lock(), format!("{line}\n").as_bytes());
+    }
+}
+
+/// A request's body, and whether it was read to its end.
+struct WatchedBody {
+    body: Body,
+    is_read: Arc<AtomicBool>,
+}
+
+impl http_body::Body for WatchedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if matches!(polled, Poll::Ready(None)) || self.body.is_end_stream() {
+            self.is_read.store(true, Ordering::Relaxed);
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

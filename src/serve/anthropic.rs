@@ -6,14 +6,13 @@ use axum::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::access::RequestContext;
 use super::answer::{Answer, log_failure};
 use super::app::{App, OpenedModel};
-use super::body::{ParsedBody, name_ignored, read_json};
+use super::body::{Accepted, ParsedBody, name_ignored, read_json};
 use super::error::ApiError;
 use super::openai::{Chunks, Gone, conversation, stream};
 use crate::runtime::{Completion, Event, FinishReason, GenerationRequest, SamplingParams, StopMatch};
@@ -100,12 +99,12 @@ pub(super) struct MessagesRequest {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    metadata: Option<IgnoredAny>,
+    metadata: Option<Accepted>,
     /// Accepted; it has no effect.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    service_tier: Option<IgnoredAny>,
+    service_tier: Option<Accepted>,
     /// Accepted where it is disabled.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]

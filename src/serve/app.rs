@@ -216,6 +216,11 @@ impl App {
         !self.is_draining() && self.models.iter().all(|model| model.opened().is_some_and(|o| o.engine.status().is_open))
     }
 
+    /// Counts a response.
+    pub fn responded(&self, route: &str, status: u16) {
+        self.metrics.responded(route, status);
+    }
+
     /// The reason of an engine that has stopped without being told to.
     pub fn stopped_engine(&self) -> Option<String> {
         let opened = self.models.iter().filter_map(ServedModel::opened);
@@ -223,14 +228,14 @@ impl App {
         stopped.map(|opened| format!("{}: {}", opened.name, opened.engine.stop_error())).next()
     }
 
-    fn metrics_text(&self) -> String {
+    fn metrics_text(&self, for_gateways: bool) -> String {
         for model in &self.models {
             let opened = model.opened();
             let limits = opened.map(|opened| opened.engine.limits());
             let capacity = limits.map(|limits| (limits.slots, limits.max_sequence_tokens));
             self.metrics.observe(model.name(), opened.map(|opened| opened.engine.status()), capacity);
         }
-        self.metrics.text()
+        self.metrics.text(for_gateways)
     }
 }
 
@@ -360,7 +365,10 @@ async fn version() -> Response {
     Json(json!({ "version": env!("CARGO_PKG_VERSION"), "name": "aotron" })).into_response()
 }
 
-async fn metrics(State(app): State<Arc<App>>, _: Request) -> Response {
+/// `GET /metrics`; with `?names=aotron` without the names that gateways read.
+async fn metrics(State(app): State<Arc<App>>, request: Request) -> Response {
+    let is_own = |query: &str| query.split('&').any(|pair| pair == "names=aotron");
+    let for_gateways = !request.uri().query().is_some_and(is_own);
     let form = "text/plain; version=0.0.4; charset=utf-8";
-    ([(header::CONTENT_TYPE, form)], app.metrics_text()).into_response()
+    ([(header::CONTENT_TYPE, form)], app.metrics_text(for_gateways)).into_response()
 }

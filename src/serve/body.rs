@@ -1,11 +1,12 @@
 //! JSON bodies: their size, the time they take to arrive, wrong values and unknown fields.
 
-use axum::body::Body;
 use axum::extract::Request;
-use axum::http::HeaderValue;
+use axum::http::{HeaderValue, header};
 use axum::response::Response;
+use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 
 use super::app::App;
 use super::error::ApiError;
@@ -14,12 +15,31 @@ use super::options::UnknownFields;
 /// Most unknown fields that are named in a reply.
 const NAMED_FIELDS: usize = 16;
 
+/// A value that is accepted, whatever it is, and has no effect. (`IgnoredAny` would count as an unknown field.)
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Accepted;
+
+impl<'de> Deserialize<'de> for Accepted {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Accepted, D::Error> {
+        serde_json::Value::deserialize(deserializer).map(|_| Accepted)
+    }
+}
+
 /// Reads a body whole.
 ///
 /// # Errors
-/// 413 if it is too large, 408 if it does not arrive in time, 400 if the connection breaks.
-pub(super) async fn read_bytes(app: &App, body: Body) -> Result<axum::body::Bytes, ApiError> {
+/// 415 if it is compressed, 413 if it is too large, 408 if it does not arrive in time, 400 if the connection breaks.
+pub(super) async fn read_bytes(app: &App, request: Request) -> Result<axum::body::Bytes, ApiError> {
+    let encoding = request.headers().get(header::CONTENT_ENCODING);
+    if encoding.is_some_and(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        return Err(ApiError::encoded_body());
+    }
+    let body = request.into_body();
     let limit = app.options().max_body_bytes;
+    // A length that is announced need not be waited for.
+    if body.size_hint().lower() > limit as u64 {
+        return Err(ApiError::too_large(limit));
+    }
     let whole = tokio::time::timeout(app.options().client_timeout, Limited::new(body, limit).collect()).await;
     match whole {
         Ok(Ok(whole)) => Ok(whole.to_bytes()),
@@ -41,7 +61,7 @@ pub(super) struct ParsedBody<T> {
 /// # Errors
 /// As [`read_bytes`], and 400 naming the field that is wrong or, if the server is to reject them, unknown.
 pub(super) async fn read_json<T: DeserializeOwned>(app: &App, request: Request) -> Result<ParsedBody<T>, ApiError> {
-    let bytes = read_bytes(app, request.into_body()).await?;
+    let bytes = read_bytes(app, request).await?;
     parse(&bytes, app.options().unknown_fields)
 }
 

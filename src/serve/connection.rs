@@ -27,7 +27,7 @@ const MAX_HEADERS: usize = 100;
 const MAX_HEADER_BYTES: usize = 64 << 10;
 /// Interval at which a server that stops looks whether all is done.
 const POLL: Duration = Duration::from_millis(5);
-/// Time for connections without a request to be closed.
+/// Time for the clients of requests that were cut off to be told, and for connections without a request to be closed.
 const FAREWELL: Duration = Duration::from_millis(500);
 /// Pause after the operating system has refused a connection, as where there are no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -74,12 +74,12 @@ pub(super) async fn serve(
     stop.await;
     app.drain();
     // While running requests are finished, new connections are still answered: with 503.
-    let done = async {
-        while app.in_flight() > 0 {
-            tokio::time::sleep(POLL).await;
-        }
-    };
-    let is_done = tokio::time::timeout(app.options().drain_timeout, done).await.is_ok();
+    let is_done = tokio::time::timeout(app.options().drain_timeout, until_answered(&app)).await.is_ok();
+    if !is_done {
+        // What still runs fails, and its clients are told, so that none takes a part for the whole.
+        app.shut_down();
+        let _ = tokio::time::timeout(FAREWELL, until_answered(&app)).await;
+    }
     for task in accept {
         task.abort();
         // What it holds is gone once it has ended.
@@ -90,6 +90,13 @@ pub(super) async fn serve(
         let _ = tokio::time::timeout(FAREWELL, graceful.shutdown()).await;
     }
     is_done
+}
+
+/// Waits until every response is over.
+async fn until_answered(app: &App) {
+    while app.in_flight() > 0 {
+        tokio::time::sleep(POLL).await;
+    }
 }
 
 /// A socket whose writes have a time limit.

@@ -78,6 +78,16 @@ impl ApiError {
         ApiError { code: Some("context_length_exceeded"), ..ApiError::bad_request(message) }
     }
 
+    /// This error, of a field unless it has one.
+    pub fn or_of_field(self, param: &str) -> ApiError {
+        ApiError { param: self.param.or_else(|| Some(param.to_owned())), ..self }
+    }
+
+    /// This error, of the field that holds the prompt if the prompt is too long.
+    pub fn naming_prompt(self, param: &str) -> ApiError {
+        if self.code == Some("context_length_exceeded") { self.or_of_field(param) } else { self }
+    }
+
     /// A request that may succeed later.
     pub fn unavailable(message: impl Into<String>, retry_after: u64) -> ApiError {
         let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", message);
@@ -100,6 +110,12 @@ impl ApiError {
     pub fn too_large(limit: usize) -> ApiError {
         let message = format!("the body is larger than {limit} bytes, which is this server's limit");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", message)
+    }
+
+    /// A compressed body, which could be of any size.
+    pub fn encoded_body() -> ApiError {
+        let message = "the body is compressed, which this server does not read; send it as it is";
+        ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
     }
 
     pub fn too_slow() -> ApiError {

@@ -17,8 +17,8 @@ use crate::text::Tokenizer;
 const MAX_SOURCE_BYTES: usize = 256 << 10;
 /// Most texts to choose from.
 const MAX_CHOICES: usize = 1024;
-/// Space between the tokens of JSON: after a comma or colon, or a line break and an indentation.
-const SPACE: &str = r"[ \t]{1,2}|\r?\n[ \t]{0,32}";
+/// Space between the tokens of JSON: one, since a model that may choose spends tokens on indentation.
+const SPACE: &str = " ";
 /// Work for the mask of one token, in steps of the lexer (some 14,000 take a millisecond) and items of the parser: other
 /// requests wait for it.
 const STEP_LEXER_FUEL: u64 = 100_000;
@@ -85,14 +85,15 @@ pub(super) enum AnswerForm {
 }
 
 impl AnswerForm {
-    /// The form that a request asks for, if any.
+    /// The form that a request asks for, if any, and the field that does.
     ///
     /// # Errors
     /// 400 if it asks for two, or for one that is too large.
     pub fn of_request(
         format: Option<ResponseFormat>,
         outputs: Option<StructuredOutputs>,
-    ) -> Result<Option<AnswerForm>, ApiError> {
+    ) -> Result<Option<(AnswerForm, &'static str)>, ApiError> {
+        let field = if outputs.is_some() { "structured_outputs" } else { "response_format" };
         let mut forms = Vec::new();
         match format {
             None | Some(ResponseFormat::Text) => {}
@@ -137,11 +138,11 @@ impl AnswerForm {
             let message = format!("the form of the answer has {bytes} bytes; expected at most {MAX_SOURCE_BYTES}");
             return Err(ApiError::bad_request(message));
         }
-        Ok(form)
+        Ok(form.map(|form| (form, field)))
     }
 }
 
-/// A schema whose JSON has spaces and line breaks only as people write them: a model may go on with spaces for ever.
+/// A schema whose JSON has single spaces at most: a model may go on with spaces for ever.
 fn with_bounded_space(schema: Value) -> Value {
     let mut schema = if schema == Value::Bool(true) { json!({}) } else { schema };
     if schema.is_object() && schema.get("x-guidance").is_none() {
@@ -287,7 +288,7 @@ mod tests {
     fn a_choice_is_one_of_its_texts_and_metacharacters_are_plain() {
         let choice = vec!["a.b|c".to_owned()];
         let outputs = StructuredOutputs { choice: Some(choice), ..StructuredOutputs::default() };
-        let form = AnswerForm::of_request(None, Some(outputs)).unwrap().unwrap();
+        let (form, _) = AnswerForm::of_request(None, Some(outputs)).unwrap().unwrap();
         assert_eq!(walk(form, 20), ("a.b|c".to_owned(), true));
     }
 

@@ -116,6 +116,26 @@ fn pages_of_named_origins_may_ask() {
 }
 
 #[test]
+fn metrics_have_gateways_names_unless_told_otherwise_and_count_responses() {
+    let server = Server::start(&[]);
+    server.post("/v1/completions", &json!({ "prompt": "a", "max_tokens": 1 })).ok();
+    server.post("/v1/completions", &json!({ "prompt": 1.5 })).refused(400);
+    server.get("/nothing/of/the/kind").refused(404);
+    let all = server.get("/metrics").text();
+    let own = server.get("/metrics?names=aotron").text();
+    assert!(all.contains("\nvllm:num_requests_running{") && !own.contains("vllm:"), "{all}");
+    for line in [
+        "aotron_http_responses_total{route=\"/v1/completions\",status=\"200\"} 1",
+        "aotron_http_responses_total{route=\"/v1/completions\",status=\"400\"} 1",
+        // What a client makes up is one route.
+        "aotron_http_responses_total{route=\"-\",status=\"404\"} 1",
+        "# TYPE aotron_generated_tokens_total counter",
+    ] {
+        assert!(own.lines().any(|found| found == line), "{line}: {own}");
+    }
+}
+
+#[test]
 fn the_document_is_served_with_and_without_its_page() {
     let server = Server::start_unready(&["--no-ui"]);
     let document = server.get("/openapi.json");

@@ -237,7 +237,7 @@ pub fn dechunked(mut body: &[u8]) -> Vec<u8> {
 /// The answer of `aotron run` to a question.
 pub fn answer_of_program(question: &str) -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_aotron"))
-        .args(["run", package(), "--no-stream", "--format", "json", question])
+        .args(["run", package(), "--no-stream", "--format", "json", "--prompt", question])
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -56,8 +56,13 @@ pub(super) async fn infer(
 ) -> Result<Response, KserveError> {
     let model = named.opened(&app)?;
     let header_bytes = header_length(request.headers())?;
-    let body = read_bytes(&app, request.into_body()).await?;
+    let body = read_bytes(&app, request).await?;
     let request = InferRequest::parse(&body, header_bytes)?;
+    if let Some((unknown, _)) = request.outputs.iter().find(|(name, _)| !OUTPUTS.contains(&name.as_str())) {
+        let unknown = crate::error::clip(unknown);
+        let message = format!("output {unknown} is not one of this model's: {}", OUTPUTS.join(", "));
+        return Err(ApiError::bad_request(message).into());
+    }
     let prompts = prompts(&request)?;
     let settings: Vec<Settings> =
         (0..prompts.len()).map(|row| settings_of_row(&request, row, prompts.len())).collect::<Result<_, _>>()?;

@@ -54,6 +54,10 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
         let Path(params) = Path::<Vec<(String, String)>>::from_request_parts(parts, state)
             .await
             .map_err(|error| ApiError::bad_request(error.to_string()))?;
+        if let Some((_, version)) = params.iter().find(|(key, version)| key == "version" && version != "1") {
+            let message = format!("there is no version {}; every model has version 1", crate::error::clip(version));
+            return Err(KserveError(ApiError { message, ..ApiError::not_found() }));
+        }
         let name = params.into_iter().find(|(key, _)| key == "model").map(|(_, name)| name);
         Ok(Named(name.unwrap_or_default()))
     }

@@ -7,7 +7,6 @@ use axum::extract::{Extension, Request, State};
 use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use serde::de::IgnoredAny;
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -19,7 +18,7 @@ use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, Sto
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, log_failure};
 use crate::serve::app::{App, OpenedModel};
-use crate::serve::body::{ParsedBody, name_ignored, read_json};
+use crate::serve::body::{Accepted, ParsedBody, name_ignored, read_json};
 use crate::serve::error::ApiError;
 
 text_request! {
@@ -54,32 +53,32 @@ text_request! {
         #[allow(dead_code, reason = "accepted and ignored")]
         #[serde(default)]
         #[schema(value_type = Option<Object>)]
-        metadata: Option<IgnoredAny>,
+        metadata: Option<Accepted>,
         /// Accepted; nothing is stored.
         #[allow(dead_code, reason = "accepted and ignored")]
         #[serde(default)]
         #[schema(value_type = Option<bool>)]
-        store: Option<IgnoredAny>,
+        store: Option<Accepted>,
         /// Accepted; it has no effect.
         #[allow(dead_code, reason = "accepted and ignored")]
         #[serde(default)]
         #[schema(value_type = Option<String>)]
-        service_tier: Option<IgnoredAny>,
+        service_tier: Option<Accepted>,
         /// Accepted; there are no tools.
         #[allow(dead_code, reason = "accepted and ignored")]
         #[serde(default)]
         #[schema(value_type = Option<bool>)]
-        parallel_tool_calls: Option<IgnoredAny>,
+        parallel_tool_calls: Option<Accepted>,
         /// Accepted; it has no effect.
         #[allow(dead_code, reason = "accepted and ignored")]
         #[serde(default)]
         #[schema(value_type = Option<String>)]
-        safety_identifier: Option<IgnoredAny>,
+        safety_identifier: Option<Accepted>,
         /// Accepted; prefixes are found without it.
         #[allow(dead_code, reason = "accepted and ignored")]
         #[serde(default)]
         #[schema(value_type = Option<String>)]
-        prompt_cache_key: Option<IgnoredAny>,
+        prompt_cache_key: Option<Accepted>,
     }
 }
 
@@ -263,7 +262,11 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
 }
 
 fn submit(prepared: &Prepared) -> Result<Vec<Answer>, ApiError> {
-    (0..prepared.choices).map(|index| prepared.model.submit(for_choice(&prepared.request, index))).collect()
+    let submit = |index| prepared.model.submit(for_choice(&prepared.request, index));
+    (0..prepared.choices)
+        .map(submit)
+        .collect::<Result<_, _>>()
+        .map_err(|error: ApiError| error.naming_prompt("messages"))
 }
 
 /// The stop that ended an answer, unless it was the model's own.

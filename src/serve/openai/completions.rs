@@ -126,7 +126,8 @@ pub(in crate::serve) async fn create(
         .iter()
         .flat_map(of_prompt)
         .map(|request| prepared.model.submit(request))
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<_, _>>()
+        .map_err(|error: ApiError| error.naming_prompt("prompt"))?;
     let mut response = match is_stream {
         true => stream(move |chunks| async move { send(&chunks, &prepared, answers).await }),
         false => whole(&prepared, answers).await?,
@@ -173,7 +174,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
     let prompts = {
         let model = model.clone();
         app.encode(move || prompts.into_iter().map(|prompt| prompt.encode(&model, adds)).collect::<Result<Vec<_>, _>>())
-            .await?
+            .await
+            .map_err(|error| error.naming_prompt("prompt"))?
     };
     let reports = match (logprobs, token_ids || echo) {
         (Some(top), _) => TokenReports::Logprobs(top),

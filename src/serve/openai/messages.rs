@@ -128,7 +128,8 @@ pub(in crate::serve) async fn conversation(
         let messages = normalized(&opened, messages)?;
         Ok(prompt(&opened.format, opened.tokenizer()?, &messages)?)
     };
-    let request = GenerationRequest::new(app.encode(encode).await?).stop_ids(format.stop_ids());
+    let ids = app.encode(encode).await.map_err(|error| error.naming_prompt("messages"))?;
+    let request = GenerationRequest::new(ids).stop_ids(format.stop_ids());
     Ok(request.stop_strings(format.chat_stop_strings()).trim(format.trims()))
 }
 

@@ -6,7 +6,6 @@ use axum::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -16,7 +15,7 @@ use crate::runtime::{Completion, Event, FinishReason, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, log_failure};
 use crate::serve::app::App;
-use crate::serve::body::{ParsedBody, name_ignored, read_json};
+use crate::serve::body::{Accepted, ParsedBody, name_ignored, read_json};
 use crate::serve::error::ApiError;
 use crate::serve::grammar::{AnswerForm, NamedSchema, ResponseFormat};
 
@@ -37,7 +36,7 @@ pub(in crate::serve) struct TextOptions {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    verbosity: Option<IgnoredAny>,
+    verbosity: Option<Accepted>,
 }
 
 /// As `response_format`, but for the place of the schema.
@@ -100,32 +99,32 @@ pub(in crate::serve) struct ResponsesRequest {
     #[serde(default)]
     #[schema(value_type = Option<bool>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    store: Option<IgnoredAny>,
+    store: Option<Accepted>,
     /// Accepted; there are none.
     #[serde(default)]
     #[schema(value_type = Option<Vec<String>>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    include: Option<IgnoredAny>,
+    include: Option<Accepted>,
     /// Accepted; the model does not reason apart.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    reasoning: Option<IgnoredAny>,
+    reasoning: Option<Accepted>,
     /// Accepted; prompts are never cut.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    truncation: Option<IgnoredAny>,
+    truncation: Option<Accepted>,
     /// Accepted; it has no effect.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    user: Option<IgnoredAny>,
+    user: Option<Accepted>,
     /// Accepted; there are no tools.
     #[serde(default)]
     #[schema(value_type = Option<bool>)]
     #[allow(dead_code, reason = "accepted and ignored")]
-    parallel_tool_calls: Option<IgnoredAny>,
+    parallel_tool_calls: Option<Accepted>,
 }
 
 pub(in crate::serve) async fn create(
@@ -178,8 +177,9 @@ pub(in crate::serve) async fn create(
     request.sampling = SamplingParams { temperature, top_p, ..default }.effective();
     request.client = context.client;
     request.deadline = app.deadline();
-    if let (Some(form), Some(grammars)) = (AnswerForm::of_request(format, None)?, model.grammars.clone()) {
-        request.grammar = Some(app.encode(move || grammars.compile(form)).await?);
+    if let (Some((form, _)), Some(grammars)) = (AnswerForm::of_request(format, None)?, model.grammars.clone()) {
+        let compiled = app.encode(move || grammars.compile(form)).await;
+        request.grammar = Some(compiled.map_err(|error| error.or_of_field("text.format"))?);
     }
     let answer = model.submit(request)?;
     let described = Described {

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use crate::runtime::{GenerationRequest, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::app::{App, OpenedModel};
+use crate::serve::body::Accepted;
 use crate::serve::error::ApiError;
 use crate::serve::grammar::AnswerForm;
 
@@ -45,7 +45,7 @@ pub(in crate::serve) struct StreamOptions {
     #[allow(dead_code, reason = "accepted and ignored")]
     #[serde(default)]
     #[schema(value_type = Option<bool>)]
-    pub include_obfuscation: Option<IgnoredAny>,
+    pub include_obfuscation: Option<Accepted>,
 }
 
 /// Defines a request with its own fields and those that all requests for text share.
@@ -136,7 +136,7 @@ macro_rules! text_request {
             #[allow(dead_code, reason = "accepted and ignored")]
             #[serde(default)]
             #[schema(value_type = Option<String>)]
-            pub user: Option<serde::de::IgnoredAny>,
+            pub user: Option<$crate::serve::body::Accepted>,
         }
 
         impl $name {
@@ -196,7 +196,8 @@ pub(in crate::serve) struct Settings {
     pub choices: usize,
     pub priority: i32,
     pub cache_salt: Option<String>,
-    pub form: Option<AnswerForm>,
+    /// The form of the answer, and the field that asks for it.
+    pub form: Option<(AnswerForm, &'static str)>,
 }
 
 impl Settings {
@@ -235,10 +236,11 @@ impl Settings {
             seed: self.seed,
         }
         .effective();
-        if let Some(form) = self.form {
+        if let Some((form, field)) = self.form {
             let no_tokenizer = || ApiError::bad_request("this model has no tokenizer, so its answers have no form");
             let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-            request.grammar = Some(app.encode(move || grammars.compile(form)).await?);
+            let compiled = app.encode(move || grammars.compile(form)).await;
+            request.grammar = Some(compiled.map_err(|error| error.or_of_field(field))?);
         } else if self.ignore_eos {
             request.stop_ids.clear();
             request.stop_strings.clear();
