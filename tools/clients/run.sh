@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs existing clients against `aotron serve` with tiny-chat: tools/clients/run.sh NAME…, or `all`.
 #
+# Exits with 1 if a check fails, with 3 if a client cannot be installed.
+#
 # AOTRON: the program (default target/release/aotron). CLIENTS_DIR: where virtual environments and the engine are kept
 # (default target/clients). Python's client libraries and node's are installed there, as the requirements files pin them.
 set -euo pipefail
@@ -59,7 +61,10 @@ environment() {
         rm -rf "$folder"
         python3 -m venv "$folder"
         # The files name everything, so that what a package asks for beside it (such as GPU libraries) is left out.
-        "$folder/bin/pip" install -q --disable-pip-version-check --no-deps -r "$requirements"
+        if ! "$folder/bin/pip" install -q --disable-pip-version-check --no-deps -r "$requirements"; then
+            echo "$1 cannot be installed here" >&2
+            exit 3
+        fi
         cp "$requirements" "$folder/requirements.txt"
     fi
 }
