@@ -245,6 +245,12 @@ impl Settings {
             request.stop_ids.clear();
             request.stop_strings.clear();
         }
+        if let Some(index) = self.stop.iter().position(String::is_empty) {
+            return Err(ApiError::of_field(
+                "stop",
+                format!("stop[{index}] is empty; it would end every answer at once"),
+            ));
+        }
         request.stop_ids.extend(self.stop_token_ids);
         request.stop_strings.extend(self.stop);
         request.priority = self.priority;
