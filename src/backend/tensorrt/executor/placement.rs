@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A sequence is in the smallest class that holds it, or, while that spares a run, in a larger one that it is counted with
-//! ([`merge`]). It moves up when it outgrows its class. Where its new class
+//! (`merge.rs`). It moves up when it outgrows its class. Where its new class
 //! has no free row, the ranges are laid out anew (`repack`): the rows in use are moved together, in their order, and what
 //! remains is shared out, half of it to the class that asked. All layers have the same layout, so one list of copies
 //! serves each of them.
