@@ -86,6 +86,11 @@ impl TokenMask {
         self.words.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
     }
 
+    /// Number of ids in the set.
+    pub fn count(&self) -> usize {
+        self.words.iter().map(|word| word.count_ones() as usize).sum()
+    }
+
     /// Returns true if no id is.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)

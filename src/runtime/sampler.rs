@@ -185,7 +185,7 @@ impl Sampler {
             temperature: if is_greedy { 1.0 } else { params.temperature },
             params,
             vocab_size,
-            stop_ids: stop_ids.to_vec(),
+            stop_ids: sorted(stop_ids),
             seed,
             rng: ChaCha20Rng::from_seed(key),
             seen: HashMap::new(),
@@ -323,9 +323,15 @@ impl Sampler {
         biased.chain(self.seen.iter().map(|(id, times)| (*id, Some(*times))))
     }
 
-    /// Stop ids that may not be chosen yet.
-    fn banned(&self) -> &[u32] {
-        if self.generated < self.params.min_tokens { &self.stop_ids } else { &[] }
+    /// Stop ids that may not be chosen yet. Where nothing else is allowed, they may: the form of the answer is complete.
+    fn banned(&self, allowed: Option<&TokenMask>) -> &[u32] {
+        let is_complete = || {
+            allowed.is_some_and(|allowed| {
+                let stops = self.stop_ids.iter().filter(|id| allowed.contains(**id)).count();
+                allowed.count() == stops
+            })
+        };
+        if self.generated < self.params.min_tokens && !is_complete() { &self.stop_ids } else { &[] }
     }
 
     /// Fills `logits` with the adjusted logits of `row`, `[vocab_size]`: negative infinity for ids that are not allowed.
@@ -344,7 +350,7 @@ impl Sampler {
                 *logit = self.adjusted(id, *raw, times);
             }
         }
-        for id in self.banned() {
+        for id in self.banned(allowed) {
             if let Some(logit) = logits.get_mut(*id as usize) {
                 *logit = f32::NEG_INFINITY;
             }
@@ -402,9 +408,10 @@ impl Sampler {
         for candidate in &mut kept {
             candidate.logit = self.adjusted(candidate.id, candidate.logit, self.seen.get(&candidate.id).copied());
         }
+        let banned = self.banned(allowed);
         kept.retain(|candidate| {
             let is_allowed = allowed.is_none_or(|allowed| allowed.contains(candidate.id));
-            candidate.logit > rest && is_allowed && !self.banned().contains(&candidate.id)
+            candidate.logit > rest && is_allowed && !banned.contains(&candidate.id)
         });
         self.top = kept;
         Ok(rest)
@@ -515,6 +522,14 @@ fn keep_top_k(kept: &mut Vec<Candidate>, all: impl Iterator<Item = Candidate>, t
         kept.truncate(k);
     }
     kept.sort_unstable_by(best_first);
+}
+
+/// The ids in ascending order, without duplicates.
+fn sorted(ids: &[u32]) -> Vec<u32> {
+    let mut ids = ids.to_vec();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
 }
 
 /// Returns true for NaN and positive infinity, which no model computes on purpose.

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -95,6 +96,7 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
         status: 0,
         bytes: 0,
         is_whole: false,
+        log: app.log().clone(),
         _in_flight: app.count(),
     };
     // What is left of a body would be taken for the next request, so hyper closes the connection: the client is told.
@@ -168,6 +170,40 @@ pub(super) fn panicked(payload: Box<dyn Any + Send + 'static>) -> Response {
     ApiError::internal().into_response()
 }
 
+/// Lines of the access log that may wait for whoever reads standard error.
+const LINES_AHEAD: usize = 4096;
+
+/// Writes lines to standard error from a thread of its own: whoever reads them may stop, and requests go on. Then lines are
+/// dropped, and counted.
+#[derive(Debug, Clone)]
+pub(super) struct AccessLog {
+    lines: SyncSender<String>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl AccessLog {
+    pub fn start() -> AccessLog {
+        let (lines, received) = sync_channel::<String>(LINES_AHEAD);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let lost = dropped.clone();
+        std::thread::spawn(move || {
+            for line in received {
+                let count = lost.swap(0, Ordering::Relaxed);
+                let note = if count > 0 { format!("{count} lines of this log were dropped\n") } else { String::new() };
+                // A closed standard error is no reason to fail.
+                let _ = std::io::Write::write_all(&mut std::io::stderr().lock(), format!("{note}{line}\n").as_bytes());
+            }
+        });
+        AccessLog { lines, dropped }
+    }
+
+    fn write(&self, line: String) {
+        if self.lines.try_send(line).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
 /// The line of a request in the log, written when it is dropped, and counted in the metrics.
 struct Record {
     app: Arc<App>,
@@ -182,6 +218,7 @@ struct Record {
     bytes: u64,
     /// The response was sent to its end.
     is_whole: bool,
+    log: AccessLog,
     _in_flight: InFlight,
 }
 
@@ -210,8 +247,7 @@ impl Drop for Record {
             })
             .to_string(),
         };
-        // A closed standard error is no reason to fail.
-        let _ = std::io::Write::write_all(&mut std::io::stderr().lock(), format!("{line}\n").as_bytes());
+        self.log.write(line);
     }
 }
 

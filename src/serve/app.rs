@@ -36,6 +36,7 @@ pub(super) struct App {
     hear: HearServer,
     encodings: Semaphore,
     is_draining: AtomicBool,
+    log: access::AccessLog,
     /// Requests whose responses are not over.
     in_flight: AtomicUsize,
 }
@@ -97,7 +98,16 @@ impl App {
             false => {
                 let encodings = Semaphore::new(CONCURRENT_ENCODINGS);
                 let (is_draining, in_flight) = (AtomicBool::new(false), AtomicUsize::new(0));
-                Ok(App { options, models, metrics, hear, encodings, is_draining, in_flight })
+                Ok(App {
+                    options,
+                    models,
+                    metrics,
+                    hear,
+                    encodings,
+                    is_draining,
+                    log: access::AccessLog::start(),
+                    in_flight,
+                })
             }
         }
     }
@@ -113,7 +123,7 @@ impl App {
         };
         let is_open = opened.is_ok();
         let _ = served.opened.set(opened.map(Arc::new).map_err(|error| error.to_string()));
-        (self.hear)(&event);
+        self.tell(event);
         is_open
     }
 
@@ -133,6 +143,16 @@ impl App {
         let fingerprint = format!("b{}-{}-{}", digest.get(..12).unwrap_or(digest), model.target(), model.precision());
         let (name, metrics) = (served.name().to_owned(), served.metrics.clone());
         Ok(OpenedModel { name, model, engine: handle, metrics, format, grammars, fingerprint })
+    }
+
+    pub fn log(&self) -> &access::AccessLog {
+        &self.log
+    }
+
+    /// Tells people of an event, without waiting for them.
+    fn tell(&self, event: ServeEvent) {
+        let hear = self.hear.clone();
+        std::thread::spawn(move || hear(&event));
     }
 
     pub fn options(&self) -> &ServeOptions {
@@ -190,7 +210,7 @@ impl App {
     /// Accepts no more requests.
     pub fn drain(&self) {
         self.is_draining.store(true, Ordering::Release);
-        (self.hear)(&ServeEvent::Draining { requests: self.in_flight() });
+        self.tell(ServeEvent::Draining { requests: self.in_flight() });
     }
 
     /// Requests whose responses are not over.

@@ -14,7 +14,7 @@ use crate::runtime::{Grammar, TokenConstraint, TokenMask};
 use crate::text::Tokenizer;
 
 /// Largest source of a grammar.
-const MAX_SOURCE_BYTES: usize = 256 << 10;
+const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// Most texts to choose from.
 const MAX_CHOICES: usize = 1024;
 /// Space between the tokens of JSON: one, since a model that may choose spends tokens on indentation.

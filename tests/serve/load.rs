@@ -140,3 +140,15 @@ fn a_second_signal_and_a_kill_end_it_at_once_and_it_starts_again() {
     assert_eq!(Server::start(&[]).get("/ready").status, 200);
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
 }
+
+/// Nobody reads the log, and the server answers and ends all the same.
+#[test]
+fn a_log_that_is_not_read_stops_nothing() {
+    let server = Server::start_unread(&[]);
+    // Far more than a pipe holds.
+    for _ in 0..3000 {
+        assert_eq!(server.get("/health").status, 200);
+    }
+    server.signal("TERM");
+    assert!(server.wait().success());
+}

@@ -246,6 +246,9 @@ fn answers_keep_to_the_form_that_was_asked_for() {
     ] {
         ask(field, form).refused(400);
     }
+    // A complete form ends an answer that is to be longer, and keeps its spaces.
+    let body = json!({ "messages": [user("a")], "min_tokens": 20, "structured_outputs": { "choice": ["a "] } });
+    assert_eq!(content(&server.post("/v1/chat/completions", &body).ok()), "a ");
     // A bad one is that request's alone.
     ask("response_format", json!({ "type": "text" })).ok();
 }

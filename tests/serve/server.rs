@@ -1,7 +1,7 @@
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Lines, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,25 @@ impl Server {
         server
     }
 
+    /// Starts a server and reads nothing that it prints after its address.
+    pub fn start_unread(flags: &[&str]) -> Server {
+        let (server, lines) = Server::launch(flags);
+        std::mem::forget(lines);
+        server.wait_for("readiness", || server.get("/ready").status == 200);
+        server
+    }
+
     pub fn start_unready(flags: &[&str]) -> Server {
+        let (server, lines) = Server::launch(flags);
+        let kept = server.log.clone();
+        std::thread::spawn(move || {
+            lines.map_while(Result::ok).for_each(|line| *kept.lock().unwrap() += &format!("{line}\n"));
+        });
+        server
+    }
+
+    /// Starts a server, and reads what it prints up to its address.
+    fn launch(flags: &[&str]) -> (Server, Lines<BufReader<ChildStderr>>) {
         let mut child = Command::new(env!("CARGO_BIN_EXE_aotron"))
             .args(["serve", package(), "--port", "0", "--threads", "2"])
             .args(flags)
@@ -58,11 +76,7 @@ impl Server {
                 break url.split_once("://").unwrap().1.parse().unwrap();
             }
         };
-        let kept = log.clone();
-        std::thread::spawn(move || {
-            lines.map_while(Result::ok).for_each(|line| *kept.lock().unwrap() += &format!("{line}\n"));
-        });
-        Server { child, address, log }
+        (Server { child, address, log }, lines)
     }
 
     /// What it has printed so far.

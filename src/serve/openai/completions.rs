@@ -234,8 +234,8 @@ impl Prepared {
     }
 
     fn logprobs(&self, reports: &[TokenReport], offset: &mut usize) -> Option<Value> {
-        let tokenizer = self.model.model.tokenizer().filter(|_| self.logprobs)?;
-        Some(of_completion(tokenizer, reports, offset))
+        let tokenizer = self.model.model.tokenizer().map(AsRef::as_ref);
+        self.logprobs.then(|| of_completion(tokenizer, reports, offset))
     }
 
     fn ids(&self, reports: &[TokenReport]) -> Option<Vec<u32>> {

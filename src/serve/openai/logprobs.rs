@@ -10,8 +10,10 @@ use crate::text::Tokenizer;
 const LEAST: f64 = -9999.0;
 
 /// A token's text: what it adds to a text, with U+FFFD for bytes that are not whole characters; the spelling of tokens
-/// that add nothing, such as end-of-text.
-pub(super) fn token_text(tokenizer: &Tokenizer, id: u32) -> String {
+/// that add nothing, such as end-of-text. Without a tokenizer, the id.
+pub(super) fn token_text(tokenizer: Option<&Tokenizer>, id: u32) -> String {
+    // As vLLM names tokens where their texts are not wanted.
+    let Some(tokenizer) = tokenizer else { return format!("token_id:{id}") };
     match tokenizer.token_bytes(id) {
         Some(bytes) if !bytes.is_empty() => String::from_utf8_lossy(bytes).into_owned(),
         _ => tokenizer.piece(id).unwrap_or_default(),
@@ -51,12 +53,12 @@ pub(in crate::serve) struct TopLogprob {
 pub(super) fn of_chat(tokenizer: &Tokenizer, report: &TokenReport) -> Option<ChatLogprob> {
     let logprobs = report.logprobs.as_ref()?;
     let alternative = |(id, logprob): &(u32, f64)| TopLogprob {
-        token: token_text(tokenizer, *id),
+        token: token_text(Some(tokenizer), *id),
         logprob: finite(*logprob),
         bytes: token_bytes(tokenizer, *id),
     };
     Some(ChatLogprob {
-        token: token_text(tokenizer, report.id),
+        token: token_text(Some(tokenizer), report.id),
         logprob: finite(logprobs.logprob),
         bytes: token_bytes(tokenizer, report.id),
         top_logprobs: logprobs.top.iter().map(alternative).collect(),
@@ -64,12 +66,13 @@ pub(super) fn of_chat(tokenizer: &Tokenizer, report: &TokenReport) -> Option<Cha
 }
 
 /// The `logprobs` of `/v1/completions`. `offset` is that of the first token in the text, in characters, and is advanced.
-pub(super) fn of_completion(tokenizer: &Tokenizer, reports: &[TokenReport], offset: &mut usize) -> Value {
+pub(super) fn of_completion(tokenizer: Option<&Tokenizer>, reports: &[TokenReport], offset: &mut usize) -> Value {
     let (mut tokens, mut token_logprobs, mut top_logprobs, mut offsets) = (vec![], vec![], vec![], vec![]);
     for report in reports {
         let text = token_text(tokenizer, report.id);
         offsets.push(*offset);
-        *offset += tokenizer.token_bytes(report.id).map_or(0, |bytes| String::from_utf8_lossy(bytes).chars().count());
+        let bytes = tokenizer.and_then(|tokenizer| tokenizer.token_bytes(report.id));
+        *offset += bytes.map_or(0, |bytes| String::from_utf8_lossy(bytes).chars().count());
         match &report.logprobs {
             None => {
                 token_logprobs.push(Value::Null);

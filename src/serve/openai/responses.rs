@@ -180,6 +180,7 @@ pub(in crate::serve) async fn create(
     if let (Some((form, _)), Some(grammars)) = (AnswerForm::of_request(format, None)?, model.grammars.clone()) {
         let compiled = app.encode(move || grammars.compile(form)).await;
         request.grammar = Some(compiled.map_err(|error| error.or_of_field("text.format"))?);
+        request.trim = false;
     }
     let answer = model.submit(request)?;
     let described = Described {

@@ -241,6 +241,8 @@ impl Settings {
             let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
             let compiled = app.encode(move || grammars.compile(form)).await;
             request.grammar = Some(compiled.map_err(|error| error.or_of_field(field))?);
+            // Spaces around it may belong to the form.
+            request.trim = false;
         } else if self.ignore_eos {
             request.stop_ids.clear();
             request.stop_strings.clear();
