@@ -52,7 +52,7 @@ class Asker:
             return known
         if self.left() < 5:
             return self.keep(name, {"status": "skipped", "why": "--quick has no time left"})
-        limit = min(limit, self.left())
+        is_short, limit = self.left() < limit, min(limit, self.left())
         print(f"== {name}: {' '.join(map(str, command))}", flush=True)
         start = time.perf_counter()
         with open(self.results / f"{name}.log", "wb") as log:
@@ -68,6 +68,8 @@ class Asker:
                 os.killpg(process.pid, signal.SIGKILL)
                 out, _ = process.communicate()
                 status = "timeout"
+        if status == "timeout" and is_short:
+            return self.keep(name, {"status": "skipped", "why": "--quick had too little time left to finish it"})
         answer = {"status": status, "seconds": round(time.perf_counter() - start, 3), "exit_code": process.returncode}
         answer["command"] = [str(part) for part in command]
         answer["answer"] = answer_in(out.decode(errors="replace"))

@@ -147,6 +147,8 @@ struct TargetFinding {
     name: &'static str,
     builds: bool,
     runs: bool,
+    /// A GPU is here, but the driver is too old for every library that is.
+    needs_newer_driver: bool,
     /// The library that compiles its plans here, or the reason why none does, with remedies.
     how: String,
 }
@@ -155,12 +157,17 @@ impl TargetFinding {
     fn gather(target: Target, devices: &[DeviceInfo]) -> TargetFinding {
         let name = target.name();
         let Some(capability) = target.compute_capability() else {
-            return TargetFinding { name, builds: true, runs: true, how: String::new() };
+            return TargetFinding { name, builds: true, runs: true, needs_newer_driver: false, how: String::new() };
         };
-        let runs = devices.iter().any(|device| device.compute_capability == capability);
+        let is_here = devices.iter().any(|device| device.compute_capability == capability);
+        let libraries =
+            [LibraryKind::TensorRt, LibraryKind::Rtx].into_iter().filter_map(|k| TensorRtLibrary::find(k).ok());
+        let checks: Vec<bool> = libraries.map(|library| library.check_driver().is_ok()).collect();
+        let needs_newer_driver = is_here && !checks.is_empty() && !checks.contains(&true);
+        let runs = is_here && !needs_newer_driver;
         match PlanCompiler::find(name, capability, false) {
-            Ok(means) => TargetFinding { name, builds: true, runs, how: means.describe() },
-            Err(error) => TargetFinding { name, builds: false, runs, how: words(&error) },
+            Ok(means) => TargetFinding { name, builds: true, runs, needs_newer_driver, how: means.describe() },
+            Err(error) => TargetFinding { name, builds: false, runs, needs_newer_driver, how: words(&error) },
         }
     }
 
@@ -169,6 +176,9 @@ impl TargetFinding {
         match (self.builds, self.runs) {
             (true, _) if self.how.is_empty() => "builds and runs here".into(),
             (true, true) => format!("builds here with {} and runs here", self.how),
+            (true, false) if self.needs_newer_driver => {
+                format!("builds here with {}; an {gpu} is here, but its driver is too old to run them", self.how)
+            }
             (true, false) => format!("builds here with {}; runs on an {gpu}, which this machine lacks", self.how),
             (false, true) => format!("an {gpu} is here, but {}", self.how),
             (false, false) => self.how.clone(),

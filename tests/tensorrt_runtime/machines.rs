@@ -138,4 +138,5 @@ fn doctor_names_the_driver_and_what_each_library_needs() {
     let text = doctor("12040");
     assert!(text.contains("needs an NVIDIA driver for it (580 or newer)"), "{text}");
     assert!(text.contains("a100 plans    builds here with TensorRT for RTX"), "{text}");
+    assert!(text.contains("an A100 is here, but its driver is too old to run them"), "{text}");
 }
