@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel, unbounded_channel};
+use tokio::task::JoinSet;
 
 use super::error::ApiError;
 use super::metrics::ModelMetrics;
@@ -73,6 +74,35 @@ impl Drop for Answer {
         if self.submitted.is_some() {
             self.metrics.cancelled();
         }
+    }
+}
+
+/// The events of several answers as they come, each with its answer's index. Dropping it cancels those that are not over.
+pub(super) struct MergedAnswers {
+    events: Receiver<(usize, Event)>,
+    _forwarders: JoinSet<()>,
+}
+
+impl MergedAnswers {
+    pub fn new(answers: Vec<Answer>) -> MergedAnswers {
+        let (sender, events) = channel(answers.len().max(1));
+        let mut forwarders = JoinSet::new();
+        for (index, mut answer) in answers.into_iter().enumerate() {
+            let sender = sender.clone();
+            forwarders.spawn(async move {
+                while let Some(event) = answer.next().await {
+                    if sender.send((index, event)).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        MergedAnswers { events, _forwarders: forwarders }
+    }
+
+    /// The next event; `None` after the last of all answers.
+    pub async fn next(&mut self) -> Option<(usize, Event)> {
+        self.events.recv().await
     }
 }
 

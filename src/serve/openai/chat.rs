@@ -13,10 +13,10 @@ use uuid::Uuid;
 use super::logprobs::{ChatLogprob, of_chat};
 use super::messages::conversation;
 use super::settings::{MAX_CHOICES, for_choice, text_request};
-use super::{Chunks, Gone, Usage, finish_reason, now, stream};
-use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, StopMatch, TokenReport, TokenReports};
+use super::{Chunks, Gone, Usage, finish_reason, now, stop_reason, stream};
+use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
-use crate::serve::answer::{Answer, log_failure};
+use crate::serve::answer::{Answer, MergedAnswers, log_failure};
 use crate::serve::app::{App, OpenedModel};
 use crate::serve::body::{Accepted, ParsedBody, name_ignored, read_json};
 use crate::serve::error::ApiError;
@@ -269,20 +269,9 @@ fn submit(prepared: &Prepared) -> Result<Vec<Answer>, ApiError> {
         .map_err(|error: ApiError| error.naming_prompt("messages"))
 }
 
-/// The stop that ended an answer, unless it was the model's own.
-pub(super) fn stop_reason(completion: &Completion, own: &GenerationRequest, format_stops: &[u32]) -> Option<Value> {
-    match completion.stop.as_ref()? {
-        StopMatch::Id(id) if format_stops.contains(id) => None,
-        StopMatch::Id(id) => Some((*id).into()),
-        StopMatch::Text(text) => own.stop_strings.contains(text).then(|| text.clone().into()),
-    }
-}
-
 impl Prepared {
     fn stop_reason(&self, completion: &Completion) -> Option<Value> {
-        let own: Vec<String> = self.model.format.chat_stop_strings();
-        stop_reason(completion, &self.request, &self.model.format.stop_ids())
-            .filter(|reason| reason.as_str().is_none_or(|text| !own.iter().any(|stop| stop == text)))
+        stop_reason(completion, &self.model.format.stop_ids(), &self.model.format.chat_stop_strings())
     }
 
     /// Log-probabilities of tokens; the one that ended the answer has no text, so it is left out.
@@ -362,22 +351,10 @@ async fn send(chunks: &Chunks, prepared: &Prepared, answers: Vec<Answer>) -> Res
         chunks.send(&first).await?;
     }
     let mut total = Usage::default();
-    let (sender, mut events) = tokio::sync::mpsc::channel(answers.len().max(1));
-    let mut forwarders = tokio::task::JoinSet::new();
-    for (index, mut answer) in answers.into_iter().enumerate() {
-        let sender = sender.clone();
-        forwarders.spawn(async move {
-            while let Some(event) = answer.next().await {
-                if sender.send((index, event)).await.is_err() {
-                    return;
-                }
-            }
-        });
-    }
-    drop(sender);
+    let mut events = MergedAnswers::new(answers);
     // Tokens whose text is not certain yet.
     let mut held: Vec<Vec<TokenReport>> = vec![Vec::new(); prepared.choices];
-    while let Some((index, event)) = events.recv().await {
+    while let Some((index, event)) = events.next().await {
         let held = &mut held[index];
         match event {
             Event::Token(report) => {

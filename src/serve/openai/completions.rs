@@ -11,10 +11,10 @@ use uuid::Uuid;
 
 use super::logprobs::of_completion;
 use super::settings::{MAX_CHOICES, for_choice, text_request};
-use super::{Chunks, Gone, Usage, finish_reason, now, stream};
-use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, StopMatch, TokenReport, TokenReports};
+use super::{Chunks, Gone, Usage, finish_reason, now, stop_reason, stream};
+use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
-use crate::serve::answer::{Answer, log_failure};
+use crate::serve::answer::{Answer, MergedAnswers, log_failure};
 use crate::serve::app::{App, OpenedModel};
 use crate::serve::body::{ParsedBody, name_ignored, read_json};
 use crate::serve::error::ApiError;
@@ -247,11 +247,7 @@ impl Prepared {
     }
 
     fn stop_reason(&self, completion: &Completion) -> Option<Value> {
-        let format = &self.model.format;
-        match completion.stop.as_ref()? {
-            StopMatch::Id(id) => (!format.stop_ids().contains(id)).then(|| (*id).into()),
-            StopMatch::Text(text) => (!format.stop_strings.contains(text)).then(|| text.clone().into()),
-        }
+        stop_reason(completion, &self.model.format.stop_ids(), &self.model.format.stop_strings)
     }
 
     fn response(&self, choices: Vec<CompletionChoice>, usage: Option<Option<Usage>>) -> CompletionResponse<'_> {
@@ -309,20 +305,8 @@ async fn send(chunks: &Chunks, prepared: &Prepared, answers: Vec<Answer>) -> Res
     };
     let mut states = vec![Streaming::default(); answers.len()];
     let mut told_prompt = vec![false; answers.len()];
-    let (sender, mut events) = tokio::sync::mpsc::channel(answers.len().max(1));
-    let mut forwarders = tokio::task::JoinSet::new();
-    for (index, mut answer) in answers.into_iter().enumerate() {
-        let sender = sender.clone();
-        forwarders.spawn(async move {
-            while let Some(event) = answer.next().await {
-                if sender.send((index, event)).await.is_err() {
-                    return;
-                }
-            }
-        });
-    }
-    drop(sender);
-    while let Some((index, event)) = events.recv().await {
+    let mut events = MergedAnswers::new(answers);
+    while let Some((index, event)) = events.next().await {
         let (Some(state), Some(told)) = (states.get_mut(index), told_prompt.get_mut(index)) else { continue };
         let mut piece = |text: String, state: &mut Streaming, finish: Option<&Completion>| {
             let reports = std::mem::take(&mut state.held);

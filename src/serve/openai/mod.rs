@@ -27,7 +27,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::app::{App, ServedModel};
 use super::error::ApiError;
-use crate::runtime::{Completion, FinishReason};
+use crate::runtime::{Completion, FinishReason, StopMatch};
 
 /// Interval of keep-alive comments where a stream has nothing else to send.
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
@@ -97,6 +97,14 @@ fn finish_reason(completion: &Completion) -> &'static str {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
         FinishReason::Cancelled => "abort",
+    }
+}
+
+/// The stop that ended an answer, unless it was one of the format's own.
+fn stop_reason(completion: &Completion, own_ids: &[u32], own_strings: &[String]) -> Option<Value> {
+    match completion.stop.as_ref()? {
+        StopMatch::Id(id) => (!own_ids.contains(id)).then(|| (*id).into()),
+        StopMatch::Text(text) => (!own_strings.contains(text)).then(|| text.clone().into()),
     }
 }
 
