@@ -45,7 +45,7 @@ pub struct Recipe {
     pub logits_rows: usize,
     /// CPU that a CPU plan is packed for; `None` uses this machine's.
     pub cpu: Option<CpuFeatures>,
-    /// For a CPU plan in [`Precision::Int8`]: quantizes activations to 8 bits too, with per-row scales. `None` means no
+    /// For a CPU plan in [`Precision::Int8`] or [`Precision::Int4`]: quantizes activations to 8 bits too, with per-row scales. `None` means no
     /// or, when repacking, as in the existing plan.
     pub quantize_activations: Option<bool>,
     /// For a plan in [`Precision::Int4`] or [`Precision::Fp8`]: rounding of weights.
@@ -356,9 +356,10 @@ impl Recipe {
     /// # Errors
     /// [`Error::Recipe`] naming both, and the supported precisions.
     pub fn check(&self) -> Result<()> {
-        if self.quantize_activations == Some(true) && (self.target, self.precision) != (Target::Cpu, Precision::Int8) {
+        let has_kernel = self.target == Target::Cpu && matches!(self.precision, Precision::Int8 | Precision::Int4);
+        if self.quantize_activations == Some(true) && !has_kernel {
             let detail = format!(
-                "activations = \"int8\" is for the target cpu in precision int8, not for {} in {}",
+                "activations = \"int8\" is for the target cpu in precision int8 or int4, not for {} in {}",
                 self.target.name(),
                 self.precision
             );

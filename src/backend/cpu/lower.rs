@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::kernels::linear::{self, Operand};
+use super::kernels::linear::{self, LinearShape, Operand};
 use super::program::*;
 use crate::backend::Limits;
 use crate::backend::constants::ConstRows;
@@ -241,8 +241,11 @@ impl CpuLowering<'_> {
         group: Option<usize>,
     ) -> Result<ValueLocation> {
         let dtype = self.graph.node(node.operands[1]).ty.dtype;
-        let per_channel = group == Some(x.width);
-        let (x, x_scales) = match (x_scales, self.target.quantize_activations && dtype == DType::I8 && per_channel) {
+        let takes_codes = |group| {
+            let shape = LinearShape { outputs: 1, inputs: x.width, group };
+            linear::choose(dtype, DType::I8, self.target.features).is_some_and(|packing| packing.check(shape).is_ok())
+        };
+        let (x, x_scales) = match (x_scales, self.target.quantize_activations && group.is_some_and(takes_codes)) {
             (None, true) => match self.quantized.get(&x).copied() {
                 Some((codes, scales)) => (codes, Some(scales)),
                 None => {

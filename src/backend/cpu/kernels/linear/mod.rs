@@ -13,6 +13,7 @@
 
 mod codes;
 mod float;
+mod int4;
 mod int8;
 
 use std::fmt;
@@ -29,7 +30,7 @@ use crate::tensor::DType;
 
 /// Every kernel. Of those that fit a weight and its activations, [`choose`] takes the first whose features a CPU has.
 static KERNELS: &[&dyn LinearKernel] =
-    &[&float::F32, &float::BF16, &codes::I8, &codes::I4, &codes::F8, &int8::VNNI, &int8::QUADS];
+    &[&float::F32, &float::BF16, &codes::I8, &codes::I4, &codes::F8, &int4::PAIRS, &int8::VNNI, &int8::QUADS];
 
 /// Multiply-adds below which a linear layer is not worth waking other threads.
 const SERIAL_WORK: usize = 1 << 18;
