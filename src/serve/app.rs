@@ -8,13 +8,14 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
 use super::answer::Answer;
 use super::error::ApiError;
-use super::grammar::Grammars;
+use super::grammar::{AnswerForm, Grammars};
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
 use super::routes::Routes;
@@ -202,6 +203,27 @@ impl App {
         done.unwrap_or_else(|_| Err(ApiError::internal()))
     }
 
+    /// Gives a request the form that one of its fields asks for, if it does.
+    ///
+    /// # Errors
+    /// 400 naming the field.
+    pub async fn give_form(
+        &self,
+        model: &OpenedModel,
+        request: &mut GenerationRequest,
+        form: Option<AnswerForm>,
+        field: &str,
+    ) -> Result<(), ApiError> {
+        let Some(form) = form else { return Ok(()) };
+        let no_tokenizer = || ApiError::of_field(field, "this model has no tokenizer, so its answers have no form");
+        let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
+        let compiled = self.encode(move || grammars.compile(form)).await;
+        request.grammar = Some(compiled.map_err(|error| error.or_of_field(field))?);
+        // Spaces around it may belong to the form.
+        request.trim = false;
+        Ok(())
+    }
+
     /// When a request that has just arrived has to be answered.
     pub fn deadline(&self) -> Option<Instant> {
         Instant::now().checked_add(self.options.request_timeout)
@@ -356,6 +378,8 @@ pub(super) fn routes() -> Routes {
 /// All routes, with what is done for each.
 pub(super) fn router(app: Arc<App>) -> Router {
     let mut router = routes().into_router();
+    // For clients whose base URL leaves out /v1, which llama.cpp's server answers too.
+    router = router.route("/chat/completions", post(openai::chat::create)).route("/models", get(openai::models));
     if app.options.has_page {
         router = router.merge(page::routes());
     }

@@ -177,7 +177,7 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
             .await
             .map_err(|error| error.naming_prompt("prompt"))?
     };
-    let reports = match (logprobs, token_ids || echo) {
+    let reports = match (logprobs, token_ids || echo || options.wants_continuous_usage()) {
         (Some(top), _) => TokenReports::Logprobs(top),
         (None, true) => TokenReports::Ids,
         (None, false) => TokenReports::None,
@@ -197,8 +197,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
         echo,
         logprobs: logprobs.is_some(),
         token_ids,
-        usage: options.include_usage.unwrap_or(false),
-        continuous_usage: options.continuous_usage_stats.unwrap_or(false),
+        usage: options.wants_usage(),
+        continuous_usage: options.wants_continuous_usage(),
         context,
         id: format!("cmpl-{}", Uuid::new_v4().simple()),
         created: now(),

@@ -8,7 +8,7 @@ pub(super) mod responses;
 mod settings;
 pub(super) mod tokens;
 
-pub(super) use messages::{conversation, normalized, prompt};
+pub(super) use messages::{conversation, ends_with_answer, normalized, prompt};
 pub(super) use settings::OneOrMany;
 
 use std::convert::Infallible;

@@ -48,6 +48,18 @@ pub(in crate::serve) struct StreamOptions {
     pub include_obfuscation: Option<Accepted>,
 }
 
+impl StreamOptions {
+    /// The usage is told at the end.
+    pub fn wants_usage(&self) -> bool {
+        self.include_usage.unwrap_or(false)
+    }
+
+    /// It is told in every chunk: only where it is told at all, as in vLLM.
+    pub fn wants_continuous_usage(&self) -> bool {
+        self.wants_usage() && self.continuous_usage_stats.unwrap_or(false)
+    }
+}
+
 /// Defines a request with its own fields and those that all requests for text share.
 macro_rules! text_request {
     ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
@@ -237,12 +249,7 @@ impl Settings {
         }
         .effective();
         if let Some((form, field)) = self.form {
-            let no_tokenizer = || ApiError::bad_request("this model has no tokenizer, so its answers have no form");
-            let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-            let compiled = app.encode(move || grammars.compile(form)).await;
-            request.grammar = Some(compiled.map_err(|error| error.or_of_field(field))?);
-            // Spaces around it may belong to the form.
-            request.trim = false;
+            app.give_form(model, &mut request, Some(form), field).await?;
         } else if self.ignore_eos {
             request.stop_ids.clear();
             request.stop_strings.clear();
