@@ -20,7 +20,7 @@ environment llama-tests
 
 # The context that the tests give llama-server.
 ENGINE=$kept/tiny-chat-256
-"$AOTRON" build "$root/tests/data/tiny-chat" --recipe cpu --max-sequence-tokens 256 --slots 2 --force -o "$ENGINE" >/dev/null
+build "$root/tests/data/tiny-chat" "$ENGINE" --max-sequence-tokens 256 --slots 2
 # llama-server serves its model by any name.
 names=()
 for name in tinyllama-2 gpt-3.5-turbo gpt-3.5-turbo-instruct gpt-4.1 davinci-002 test; do

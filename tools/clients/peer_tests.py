@@ -55,6 +55,8 @@ class Selection:
     def __init__(self, lines):
         self.lines = lines
         self.left_out = collections.Counter()
+        """How many tests each line leaves out; 0 for a file that is not read."""
+        self.files_left_out = {line.file for line in lines} - {line.file for line in lines if line.verdict != "out"}
 
     def line_of(self, test):
         return max((line for line in self.lines if line.fits(test)), key=lambda line: len(line.name), default=None)
@@ -65,11 +67,7 @@ class Selection:
         if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
             return None
         name = collection_path.relative_to(config.rootpath).as_posix()
-        line = self.line_of(name)
-        if line and line.verdict == "out" and all(other.verdict == "out" for other in self.lines if other.file == name):
-            self.left_out[line] += 0
-            return True
-        return None
+        return True if name in self.files_left_out else None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
@@ -95,6 +93,7 @@ class Selection:
         items[:] = kept
 
     def pytest_terminal_summary(self, terminalreporter):
+        self.left_out.update({line: 0 for line in self.lines if line.file in self.files_left_out})
         terminalreporter.section("left out")
         for line, count in sorted(self.left_out.items(), key=lambda pair: pair[0].name):
             number = f"{count} of " if count else ""

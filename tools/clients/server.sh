@@ -11,7 +11,13 @@ mkdir -p "$kept"
 kept=$(cd "$kept" && pwd)
 export ENGINE=$kept/tiny-chat
 export PYTHONDONTWRITEBYTECODE=1 NO_COLOR=1
-"$AOTRON" build "$root/tests/data/tiny-chat" --recipe cpu --force -o "$ENGINE" >/dev/null
+
+# Builds a checkpoint for this machine's CPU: build CHECKPOINT PACKAGE [OPTION…]. Shows what the program says if it fails.
+build() {
+    local said
+    said=$("$AOTRON" build "$1" --recipe cpu --force -o "$2" "${@:3}" 2>&1) || { echo "$said" >&2; exit 1; }
+}
+build "$root/tests/data/tiny-chat" "$ENGINE"
 
 server=
 stop() {
@@ -26,6 +32,7 @@ trap stop EXIT
 # Starts a server on a free port, with more options as arguments; sets `url`.
 start() {
     local log=$kept/server.log
+    : >"$log"
     "$AOTRON" serve "$ENGINE" --port 0 --log-format off "$@" >"$log" 2>&1 &
     server=$!
     url=

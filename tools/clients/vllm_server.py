@@ -1,9 +1,9 @@
 """A pytest plugin that lets vLLM's tests ask another server, without vLLM and without torch.
 
-    SERVER_URL=http://127.0.0.1:8000 TOKENIZER=FOLDER CHAT_TEMPLATE=FILE pytest -p vllm_server …
+    SERVER_URL=http://127.0.0.1:8000 TOKENIZER=tokenizer.json pytest -p vllm_server …
 
 `RemoteOpenAIServer` starts no server but gives clients of the one at SERVER_URL, whose model has to answer to every name in
-the tests. `get_tokenizer` loads tokenizer.json from TOKENIZER. Everything else of vLLM and torch can be imported but does
+the tests. `get_tokenizer` loads the file TOKENIZER, with the model card's chat format. Everything else of vLLM and torch can be imported but does
 nothing, so tests of vLLM's own code are not to be run.
 """
 
@@ -12,13 +12,22 @@ import importlib.machinery
 import os
 import sys
 import types
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import anthropic
 import openai
 
 API_KEY = "none"
+CHAT_TEMPLATE = """
+{%- set system = messages[0].content if messages[0].role == "system" else "" -%}
+<extra_id_0>System
+{{ system }}
+{% for message in messages if message.role != "system" -%}
+<extra_id_1>{{ message.role.capitalize() }}
+{{ message.content }}
+{% endfor %}
+{%- if add_generation_prompt %}<extra_id_1>Assistant
+{% endif %}"""
 
 
 class RemoteOpenAIServer:
@@ -49,9 +58,15 @@ class RemoteOpenAIServer:
 def get_tokenizer(tokenizer_name):
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=os.path.join(os.environ["TOKENIZER"], "tokenizer.json"))
-    tokenizer.chat_template = Path(os.environ["CHAT_TEMPLATE"]).read_text()
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_file=os.environ["TOKENIZER"], chat_template=CHAT_TEMPLATE)
+
+
+class ModelConfig:
+    def __init__(self, **options):
+        pass
+
+    def get_vocab_size(self):
+        return len(get_tokenizer(None))
 
 
 class Inert(types.ModuleType):
@@ -81,7 +96,11 @@ class InertFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         if module.__name__ == "vllm.tokenizers":
             module.get_tokenizer = get_tokenizer
-        if module.__name__ == "torch":
+        elif module.__name__ == "vllm.config":
+            module.ModelConfig = ModelConfig
+        elif module.__name__ == "vllm.model_executor.model_loader.weight_utils":
+            module.download_weights_from_hf = lambda name, **options: name
+        elif module.__name__ == "torch":
             module.long = "int64"
             module.iinfo = lambda kind: types.SimpleNamespace(min=-(2**63), max=2**63 - 1)
 
