@@ -64,7 +64,8 @@ enum ByteRule {
     /// Pieces are characters.
     #[default]
     None,
-    /// SentencePiece's `<0x0A>` pieces; each byte that is not part of a valid character becomes one U+FFFD.
+    /// SentencePiece's `<0x0A>` pieces; each byte that is not part of a valid character becomes one U+FFFD, as in
+    /// SentencePiece, but a character that the text ends inside of becomes one in all, as in Python's `errors="replace"`.
     Fallback,
     /// GPT-2's printable stand-ins for all 256 bytes; a malformed sequence becomes one U+FFFD.
     Level,
@@ -322,7 +323,7 @@ impl Decoding {
         }
     }
 
-    /// Appends the rest, with U+FFFD for bytes that will never complete a character.
+    /// Appends the rest, with one U+FFFD for a character that is not complete.
     pub(super) fn flush(&mut self, table: &PieceTable, out: &mut String) {
         self.drain(table, true, out);
     }
@@ -335,10 +336,12 @@ impl Decoding {
             let invalid = chunk.invalid();
             // `invalid` is a truncated character exactly if it could still be completed, so only in the last chunk.
             let at_end = invalid.as_ptr_range().end == pending.as_ptr_range().end;
-            if !last && at_end && is_truncated(invalid) {
+            let is_cut = at_end && is_truncated(invalid);
+            if !last && is_cut {
                 kept = invalid;
             } else if !invalid.is_empty() {
-                let count = if table.rules.bytes == ByteRule::Fallback { invalid.len() } else { 1 };
+                let by_byte = table.rules.bytes == ByteRule::Fallback && !is_cut;
+                let count = if by_byte { invalid.len() } else { 1 };
                 for _ in 0..count {
                     self.emit(table, "\u{FFFD}", out);
                 }

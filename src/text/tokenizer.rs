@@ -176,7 +176,8 @@ impl Tokenizer {
     /// says so. All ids of a tokenizer.json are shown, special ones such as `</s>` included; hiding the ids that end a
     /// generation is up to the stop logic. Control pieces of a SentencePiece model have no text, and its unknown piece
     /// has the text that the model defines, by default ` ⁇ `. Bytes that form no character become U+FFFD; with
-    /// byte-fallback pieces one per byte, as in SentencePiece.
+    /// byte-fallback pieces one per byte, as in SentencePiece, except that a character that the text ends inside of
+    /// becomes one in all.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] for an id at or past [`Tokenizer::vocab_size`].
