@@ -175,7 +175,10 @@ pub fn refuse_checkpoint(path: &Path) -> aotron::Result<()> {
     if let (false, true, Some(outer)) = (is_package(path), path.exists(), outer) {
         let outer = if outer.as_os_str().is_empty() { Path::new(".") } else { outer };
         let outer = shell_word(outer);
-        return Err(aotron::Error::package(path, format!("this is inside of an engine package; give its folder: {outer}")));
+        return Err(aotron::Error::package(
+            path,
+            format!("this is inside of an engine package; give its folder: {outer}"),
+        ));
     }
     match !is_package(path) && is_checkpoint(path) {
         true => {

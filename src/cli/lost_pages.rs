@@ -8,7 +8,8 @@ use std::ptr;
 /// In front of the file's path.
 const BEFORE: &[u8] = b"error: cannot read ";
 /// After it.
-const AFTER: &[u8] = b": it was shortened or written to while it was in use, or its disk failed; replace a package by renaming \
+const AFTER: &[u8] =
+    b": it was shortened or written to while it was in use, or its disk failed; replace a package by renaming \
     a new one to its place, or start with --copy-weights, which reads the weights once\n";
 /// Bytes of `/proc/self/maps` that are read at once.
 const PIECE_BYTES: usize = 2048;

@@ -147,7 +147,10 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
 fn host(text: &str) -> Result<String, String> {
     let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
     match inner.unwrap_or(text) {
-        "" => Err("an address or a host name is needed; 0.0.0.0 is every IPv4 address of this machine, :: every one".into()),
+        "" => {
+            Err("an address or a host name is needed; 0.0.0.0 is every IPv4 address of this machine, :: every one"
+                .into())
+        }
         host => Ok(host.to_owned()),
     }
 }
@@ -165,9 +168,11 @@ fn origin(text: &str) -> Result<String, String> {
     match text.split_once("://") {
         Some((scheme, host)) if is_part(scheme) && is_part(host) => Ok(text.to_ascii_lowercase()),
         _ if text == "*" => Ok(text.to_owned()),
-        _ => Err("an origin is a scheme, a host and perhaps a port, as in https://example.org or http://localhost:3000; \
+        _ => Err(
+            "an origin is a scheme, a host and perhaps a port, as in https://example.org or http://localhost:3000; \
                   without a path or a slash at its end"
-            .into()),
+                .into(),
+        ),
     }
 }
 
@@ -333,15 +338,29 @@ mod tests {
 
     #[test]
     fn hosts_names_and_origins_are_checked() {
-        assert_eq!([host("[::1]"), host("::"), host("localhost")], [Ok("::1".into()), Ok("::".into()), Ok("localhost".into())]);
+        assert_eq!(
+            [host("[::1]"), host("::"), host("localhost")],
+            [Ok("::1".into()), Ok("::".into()), Ok("localhost".into())]
+        );
         assert!(host("").is_err() && host("[]").is_err());
         assert!(model_name("nvidia/Nemotron 3").is_ok());
         assert!(model_name("").is_err() && model_name(" ").is_err() && model_name("a\nb").is_err());
-        for good in ["*", "https://example.org", "http://localhost:3000", "http://[::1]:3000", "chrome-extension://abc"] {
+        for good in ["*", "https://example.org", "http://localhost:3000", "http://[::1]:3000", "chrome-extension://abc"]
+        {
             assert_eq!(origin(good), Ok(good.to_owned()));
         }
         assert_eq!(origin("https://Example.org"), Ok("https://example.org".to_owned()), "as browsers send it");
-        for bad in ["", "foo", "example.org", "https://", "://x", "https://example.org/", "https://a/b", "https://a b", "http://u@h"] {
+        for bad in [
+            "",
+            "foo",
+            "example.org",
+            "https://",
+            "://x",
+            "https://example.org/",
+            "https://a/b",
+            "https://a b",
+            "http://u@h",
+        ] {
             assert!(origin(bad).is_err(), "{bad}");
         }
     }

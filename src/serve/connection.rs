@@ -64,7 +64,9 @@ pub(super) async fn serve(
                     let socket = Socket::new(stream, tls.is_some());
                     let client = socket.client();
                     let stream = with_timeout(socket, timeout);
-                    let Some(tls) = tls else { return converse(stream, client, address, timeout, router, watcher).await };
+                    let Some(tls) = tls else {
+                        return converse(stream, client, address, timeout, router, watcher).await;
+                    };
                     // A client that is too slow, or speaks something else, is its own business.
                     if let Ok(Ok(stream)) = tokio::time::timeout(timeout, tls.accept(stream)).await {
                         converse(stream, client, address, timeout, router, watcher).await;

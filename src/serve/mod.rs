@@ -233,7 +233,9 @@ impl Server {
 /// Why an address cannot be listened on, with what to do.
 fn cannot_listen(address: SocketAddr, error: &std::io::Error) -> Error {
     let remedy = match error.kind() {
-        ErrorKind::AddrInUse => "; another program listens there: end it, or choose another port with --port (0 takes a free one)",
+        ErrorKind::AddrInUse => {
+            "; another program listens there: end it, or choose another port with --port (0 takes a free one)"
+        }
         ErrorKind::AddrNotAvailable => "; this machine does not have that address: choose another with --host",
         ErrorKind::PermissionDenied => "; ports below 1024 are for the administrator: choose another with --port",
         _ => "",

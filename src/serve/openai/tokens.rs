@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::messages::{normalized, prompt};
+use super::messages::{Fields, normalized, prompt};
 use crate::serve::app::App;
 use crate::serve::body::{ParsedBody, name_ignored, read_json};
 use crate::serve::error::ApiError;
@@ -71,7 +71,9 @@ pub(in crate::serve) async fn tokenize(State(app): State<Arc<App>>, request: Req
                 ids.extend(tokenizer.encode(&text)?);
                 ids
             }
-            (None, Some(messages)) => prompt(&opened.format, tokenizer, &normalized(&opened, messages)?)?,
+            (None, Some(messages)) => {
+                prompt(&opened.format, tokenizer, &normalized(&opened, messages, Fields::MESSAGES)?)?
+            }
             _ => return Err(ApiError::bad_request("expected one of prompt, content and messages")),
         };
         let texts: Option<Vec<String>> =
