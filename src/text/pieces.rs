@@ -65,7 +65,7 @@ enum ByteRule {
     #[default]
     None,
     /// SentencePiece's `<0x0A>` pieces; each byte that is not part of a valid character becomes one U+FFFD, as in
-    /// SentencePiece, but a character that the text ends inside of becomes one in all, as in Python's `errors="replace"`.
+    /// SentencePiece, but a character that an answer ends inside of becomes one in all, as in Python's `errors="replace"`.
     Fallback,
     /// GPT-2's printable stand-ins for all 256 bytes; a malformed sequence becomes one U+FFFD.
     Level,
@@ -264,6 +264,8 @@ pub(super) struct Decoding {
     strip_left: usize,
     /// True if a separator goes before the next piece.
     separate: bool,
+    /// True for an answer, which may end anywhere.
+    continues: bool,
 }
 
 impl Decoding {
@@ -275,6 +277,7 @@ impl Decoding {
             at_first_piece: !continuing,
             strip_left: if continuing { 0 } else { strip_left },
             separate: continuing,
+            continues: continuing,
         }
     }
 
@@ -323,7 +326,7 @@ impl Decoding {
         }
     }
 
-    /// Appends the rest, with one U+FFFD for a character that is not complete.
+    /// Appends the rest, with U+FFFD for a character that is not complete.
     pub(super) fn flush(&mut self, table: &PieceTable, out: &mut String) {
         self.drain(table, true, out);
     }
@@ -340,7 +343,7 @@ impl Decoding {
             if !last && is_cut {
                 kept = invalid;
             } else if !invalid.is_empty() {
-                let by_byte = table.rules.bytes == ByteRule::Fallback && !is_cut;
+                let by_byte = table.rules.bytes == ByteRule::Fallback && !(is_cut && self.continues);
                 let count = if by_byte { invalid.len() } else { 1 };
                 for _ in 0..count {
                     self.emit(table, "\u{FFFD}", out);

@@ -176,8 +176,7 @@ impl Tokenizer {
     /// says so. All ids of a tokenizer.json are shown, special ones such as `</s>` included; hiding the ids that end a
     /// generation is up to the stop logic. Control pieces of a SentencePiece model have no text, and its unknown piece
     /// has the text that the model defines, by default ` ⁇ `. Bytes that form no character become U+FFFD; with
-    /// byte-fallback pieces one per byte, as in SentencePiece, except that a character that the text ends inside of
-    /// becomes one in all.
+    /// byte-fallback pieces one per byte, as in SentencePiece.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] for an id at or past [`Tokenizer::vocab_size`].
@@ -186,7 +185,8 @@ impl Tokenizer {
     }
 
     /// Decodes `ids` that follow other ids: as [`Tokenizer::decode`], but a leading space is kept. Model output is
-    /// decoded this way, so that `decode(prompt)` followed by it is the text of both.
+    /// decoded this way, so that `decode(prompt)` followed by it is the text of both. A character that it ends inside of is
+    /// one U+FFFD.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].

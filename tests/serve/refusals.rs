@@ -37,7 +37,7 @@ fn refusals_name_the_field_that_was_sent() {
         (json!({ "stop": names(100) }), "stop", "stop strings"),
         (json!({ "stop": 3 }), "stop", "a string or a list of strings"),
         (json!({ "stop_token_ids": [1, 99_999_999] }), "stop_token_ids", "99999999"),
-        (json!({ "stop_token_ids": vec![1; 300] }), "stop_token_ids", "300 stop ids"),
+        (json!({ "stop_token_ids": vec![1; 300] }), "stop_token_ids", "stop ids; expected at most"),
         (json!({ "stop_token_ids": [-1] }), "stop_token_ids[0]", "a whole number from 0"),
         (json!({ "messages": [] }), "messages", "messages is empty"),
         (json!({ "messages": [3] }), "messages[0]", "an object"),
