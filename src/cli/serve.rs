@@ -48,6 +48,9 @@ pub struct Flags {
     /// Requests that may wait for a slot; more are refused
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = count(1_000_000))]
     max_queue: usize,
+    /// Slots that the requests of one client may hold at a time, a client being its key or else its address; by default all
+    #[arg(long, value_name = "N", value_parser = count(1_000_000))]
+    max_running_per_client: Option<usize>,
     /// Largest body of a request, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 8, value_parser = count(1024))]
     max_body: usize,
@@ -238,6 +241,7 @@ impl Flags {
                 .map(|(certificate, key)| TlsFiles { certificate, key }),
             api_keys: self.api_keys()?,
             max_queue: self.max_queue,
+            max_running_per_client: self.max_running_per_client,
             max_body_bytes: self.max_body << 20,
             max_connections: self.max_connections,
             request_timeout: seconds(self.request_timeout),

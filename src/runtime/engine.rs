@@ -23,6 +23,7 @@ mod tests;
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
     max_queued: usize,
+    max_running_per_client: usize,
 }
 
 impl EngineOptions {
@@ -32,11 +33,20 @@ impl EngineOptions {
         self.max_queued = max_queued;
         self
     }
+
+    /// Sets the limit on the slots that the requests of one [client](GenerationRequest::client) hold at a time, at least 1;
+    /// its other requests wait, even beside free slots. By default there is none. Every sequence makes a step longer, so
+    /// this bounds what one client can take from the others.
+    #[must_use]
+    pub fn max_running_per_client(mut self, max_running: usize) -> EngineOptions {
+        self.max_running_per_client = max_running.max(1);
+        self
+    }
 }
 
 impl Default for EngineOptions {
     fn default() -> EngineOptions {
-        EngineOptions { max_queued: 64 }
+        EngineOptions { max_queued: 64, max_running_per_client: usize::MAX }
     }
 }
 
@@ -112,6 +122,7 @@ struct EngineShared {
     limits: Limits,
     vocabulary: OutputVocabulary,
     max_queued: usize,
+    max_running_per_client: usize,
     state: Mutex<EngineState>,
     /// Signals the engine's thread that there is something to do.
     work: Condvar,
@@ -194,6 +205,7 @@ impl Engine {
             limits,
             vocabulary,
             max_queued: options.max_queued,
+            max_running_per_client: options.max_running_per_client,
             state: Mutex::default(),
             work: Condvar::new(),
             room: Condvar::new(),
@@ -487,7 +499,8 @@ impl Worker {
     }
 
     /// Takes requests off the queue for the free slots: those of the lowest priority number first; of equals, those of the
-    /// client with the fewest running requests; of equals, those that came first.
+    /// client with the fewest running requests; of equals, those that came first. Requests of a client that has all the
+    /// slots it may have are passed over.
     fn admit(&self, queue: &mut VecDeque<Submission>) -> Vec<Submission> {
         let free = self.shared.limits.slots.saturating_sub(self.running.len());
         let mut admitted: Vec<Submission> = Vec::new();
@@ -497,11 +510,15 @@ impl Worker {
             for client in running.chain(admitted.iter().map(|submission| submission.client)) {
                 *of_client.entry(client).or_default() += 1;
             }
-            let rank = |waiting: &Submission| {
-                (waiting.priority, of_client.get(&waiting.client).copied().unwrap_or(0), waiting.number)
-            };
-            let next = queue.iter().enumerate().min_by_key(|(_, waiting)| rank(waiting)).map(|(index, _)| index);
-            admitted.extend(next.and_then(|index| queue.remove(index)));
+            let running = |waiting: &Submission| of_client.get(&waiting.client).copied().unwrap_or(0);
+            let next = queue
+                .iter()
+                .enumerate()
+                .filter(|(_, waiting)| running(waiting) < self.shared.max_running_per_client)
+                .min_by_key(|(_, waiting)| (waiting.priority, running(waiting), waiting.number))
+                .map(|(index, _)| index);
+            let Some(next) = next.and_then(|index| queue.remove(index)) else { break };
+            admitted.push(next);
         }
         admitted
     }

@@ -131,7 +131,11 @@ impl App {
 
     fn open_model(&self, served: &ServedModel, source: ModelSource) -> Result<OpenedModel> {
         let model = (source.open)()?;
-        let engine = model.engine_with(EngineOptions::default().max_queued(self.options.max_queue))?;
+        let mut options = EngineOptions::default().max_queued(self.options.max_queue);
+        if let Some(max_running) = self.options.max_running_per_client {
+            options = options.max_running_per_client(max_running);
+        }
+        let engine = model.engine_with(options)?;
         let handle = engine.handle();
         // One step reads every weight, so that no request waits for the disk, and shows that the model computes.
         let first = model.package().manifest().model.bos_token_id.unwrap_or(0);

@@ -47,6 +47,8 @@ pub struct ServeOptions {
     pub api_keys: Vec<String>,
     /// Requests of a model that may wait for a slot.
     pub max_queue: usize,
+    /// Slots of a model that the requests of one client (its key, or else its address) may hold at a time; `None` is all.
+    pub max_running_per_client: Option<usize>,
     /// Bytes of a request's body.
     pub max_body_bytes: usize,
     /// Open connections.
@@ -80,6 +82,7 @@ impl Default for ServeOptions {
             tls: None,
             api_keys: Vec::new(),
             max_queue: 256,
+            max_running_per_client: None,
             max_body_bytes: 8 << 20,
             max_connections: 2048,
             request_timeout: Duration::from_secs(3600),
