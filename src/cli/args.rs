@@ -77,6 +77,9 @@ pub struct EngineFlags {
     /// Index of the GPU to run on [default: the first one that a plan was compiled for]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub device: Option<usize>,
+    /// Read the weights of a CPU plan into memory instead of mapping their file, which may then be changed or removed
+    #[arg(long)]
+    pub copy_weights: bool,
     /// Run a GPU plan that has not been verified on this card, driver and library
     #[arg(long)]
     pub accept_unverified: bool,

@@ -15,7 +15,9 @@ use super::app::{App, OpenedModel};
 use super::body::{Accepted, ParsedBody, name_ignored, read_json};
 use super::error::ApiError;
 use super::grammar::{AnswerForm, ResponseFormat};
-use super::openai::{Chunks, Gone, conversation, ends_with_answer, stream};
+use super::openai::{
+    Chunks, Fields, Gone, check_lengths, check_stops, check_tools, conversation, ends_with_answer, stream,
+};
 use crate::runtime::{Completion, Event, FinishReason, GenerationRequest, SamplingParams, StopMatch};
 
 /// An error in this API's form.
@@ -143,17 +145,16 @@ pub(super) struct MessagesRequest {
 impl MessagesRequest {
     /// The conversation with its system message, and the request for an answer without its settings.
     async fn conversation(&mut self, app: &App, model: &Arc<OpenedModel>) -> Result<GenerationRequest, ApiError> {
-        let refused = |field: &str, what: &str| Err(ApiError::unsupported(field, format!("this model has no {what}")));
         let no_tools =
             self.tool_choice.as_ref().and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "none");
-        if self.tools.as_ref().is_some_and(|tools| !tools.is_empty()) && !no_tools {
-            return refused("tools", "tools");
-        }
+        check_tools(self.tools.as_deref(), no_tools)?;
         let system = self.system.take().filter(|system| !system.is_null() && system != "");
+        let fields = Fields { messages: "messages", system: system.as_ref().map(|_| "system") };
         let system = system.into_iter().map(|system| json!({ "role": "system", "content": system }));
         // As in Anthropic's API, an answer goes on from a last message of the assistant.
         let continues = ends_with_answer(&self.messages);
-        conversation(app, model, system.chain(std::mem::take(&mut self.messages)).collect(), continues).await
+        let messages = system.chain(std::mem::take(&mut self.messages)).collect();
+        conversation(app, model, messages, fields, continues).await
     }
 }
 
@@ -165,9 +166,11 @@ pub(super) async fn create(
 ) -> Result<Response, AnthropicError> {
     let ParsedBody { value: mut body, ignored } = read_json::<MessagesRequest>(&app, request).await?;
     let model = app.model(body.model.as_deref())?;
-    let Some(max_tokens) = body.max_tokens.filter(|tokens| *tokens > 0) else {
-        return Err(ApiError::of_field("max_tokens", "max_tokens is missing or 0; expected at least 1").into());
+    let Some(max_tokens) = body.max_tokens else {
+        return Err(ApiError::of_field("max_tokens", "max_tokens is missing; expected at least 1").into());
     };
+    check_lengths(("", None), ("max_tokens", Some(max_tokens)), false)?;
+    check_stops("stop_sequences", body.stop_sequences.as_deref().unwrap_or_default())?;
     let mut request = body.conversation(&app, &model).await?.max_tokens(max_tokens);
     let default = SamplingParams::from(&model.model.package().manifest().generation);
     request.sampling = SamplingParams {
@@ -178,12 +181,13 @@ pub(super) async fn create(
     }
     .effective();
     let stops = body.stop_sequences.take().unwrap_or_default();
-    request.stop_strings.extend(stops.iter().filter(|stop| !stop.is_empty()).cloned());
+    request.stop_strings.extend(stops.iter().cloned());
     request.client = context.client;
     request.deadline = app.deadline();
     if let Some(OutputFormat::JsonSchema { schema }) = body.output_config.take().and_then(|config| config.format) {
-        let form = AnswerForm::of_request(Some(ResponseFormat::of_schema(schema)), None)?.map(|(form, _)| form);
-        app.give_form(&model, &mut request, form, "output_config.format").await?;
+        let format = ResponseFormat::of_schema(schema);
+        let form = AnswerForm::of_request(Some(format), "output_config.format", None)?;
+        app.give_form(&model, &mut request, form).await?;
     }
     let prompt_tokens = request.prompt.len();
     let answer = model.submit(request)?;

@@ -27,6 +27,8 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
     /// Sequences to reserve KV memory for; at most, and by default, those of the plan.
     pub slots: Option<usize>,
+    /// Reads the weights into memory instead of mapping their file, which may then be modified.
+    pub copy_weights: bool,
 }
 
 /// An open CPU plan: its program, mapped weights and threads, shared by all its executors.

@@ -13,27 +13,54 @@ use crate::text::{ChatFormat, ChatTemplate, Tokenizer};
 /// Most messages of a conversation: each takes at least a token.
 const MAX_MESSAGES: usize = 1 << 16;
 
+/// The fields of a request that hold a conversation.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::serve) struct Fields {
+    /// The messages.
+    pub messages: &'static str,
+    /// A system message in front of them, where there is one.
+    pub system: Option<&'static str>,
+}
+
+impl Fields {
+    /// `messages` alone.
+    pub const MESSAGES: Fields = Fields { messages: "messages", system: None };
+
+    /// The name of a message of the whole conversation.
+    fn name(&self, index: usize) -> String {
+        match (self.system, index) {
+            (Some(system), 0) => system.to_owned(),
+            (Some(_), index) => format!("{}[{}]", self.messages, index - 1),
+            (None, index) => format!("{}[{index}]", self.messages),
+        }
+    }
+}
+
 /// Brings messages into the form of chat formats: text parts joined, `developer` as `system`, and for built-in formats
 /// nothing but role and content.
 ///
 /// # Errors
 /// 400 naming the message that cannot be taken, or the total length if it cannot fit.
-pub(in crate::serve) fn normalized(model: &OpenedModel, messages: Vec<Value>) -> Result<Vec<Value>, ApiError> {
+pub(in crate::serve) fn normalized(
+    model: &OpenedModel,
+    messages: Vec<Value>,
+    fields: Fields,
+) -> Result<Vec<Value>, ApiError> {
+    let field = fields.messages;
     if messages.len() > MAX_MESSAGES {
-        return Err(ApiError::of_field(
-            "messages",
-            format!("{} messages; expected at most {MAX_MESSAGES}", messages.len()),
-        ));
+        return Err(ApiError::of_field(field, format!("{} messages; expected at most {MAX_MESSAGES}", messages.len())));
     }
-    if messages.is_empty() {
-        return Err(ApiError::of_field("messages", "messages is empty; a conversation ends with a user message"));
+    if messages.len() == usize::from(fields.system.is_some()) {
+        return Err(ApiError::of_field(field, format!("{field} is empty; a conversation ends with a user message")));
     }
     let is_jinja = matches!(model.format.template, ChatTemplate::Jinja(_));
     let mut bytes = 0;
     let mut normalized = Vec::with_capacity(messages.len());
     for (index, message) in messages.into_iter().enumerate() {
-        let message =
-            one(message, is_jinja).map_err(|words| ApiError::of_field(format!("messages[{index}]"), words))?;
+        let message = one(message, is_jinja).map_err(|words| {
+            let name = fields.name(index);
+            ApiError::of_field(name.clone(), format!("{name}: {words}"))
+        })?;
         bytes += message.get("content").and_then(Value::as_str).map_or(0, str::len);
         normalized.push(Value::Object(message));
     }
@@ -166,15 +193,16 @@ pub(in crate::serve) async fn conversation(
     app: &App,
     model: &Arc<OpenedModel>,
     messages: Vec<Value>,
+    fields: Fields,
     continues: bool,
 ) -> Result<GenerationRequest, ApiError> {
     let format = &model.format;
     let opened = model.clone();
     let encode = move || {
-        let messages = normalized(&opened, messages)?;
+        let messages = normalized(&opened, messages, fields)?;
         Ok(prompt(&opened.format, opened.tokenizer()?, &messages, continues)?)
     };
-    let ids = app.encode(encode).await.map_err(|error| error.naming_prompt("messages"))?;
+    let ids = app.encode(encode).await.map_err(|error| error.or_of_field(fields.messages))?;
     let request = GenerationRequest::new(ids).stop_ids(format.stop_ids());
     Ok(request.stop_strings(format.chat_stop_strings()).trim(format.trims() && !continues))
 }

@@ -9,16 +9,15 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::messages::conversation;
-use super::{Chunks, Gone, now, stream};
 use super::logprobs::of_chat;
-use crate::runtime::{
-    Completion, Event, FinishReason, MAX_TOP_LOGPROBS, SamplingParams, TokenReport, TokenReports,
-};
+use super::messages::{Fields, conversation};
+use super::settings::{check_lengths, check_tools, check_top_logprobs};
+use super::{Chunks, Gone, now, stream};
+use crate::runtime::{Completion, Event, FinishReason, SamplingParams, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, log_failure};
 use crate::serve::app::{App, OpenedModel};
-use crate::serve::body::{Accepted, ParsedBody, name_ignored, read_json};
+use crate::serve::body::{Accepted, ParsedBody, name_ignored, object_or_null, read_json};
 use crate::serve::error::ApiError;
 use crate::serve::grammar::{AnswerForm, NamedSchema, ResponseFormat};
 use crate::text::Tokenizer;
@@ -28,7 +27,7 @@ const INCLUDED_LOGPROBS: &str = "message.output_text.logprobs";
 
 /// A text or a conversation.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of messages")]
 pub(in crate::serve) enum Input {
     Text(String),
     #[schema(value_type = Vec<crate::serve::openapi::schemas::InputMessage>)]
@@ -38,7 +37,7 @@ pub(in crate::serve) enum Input {
 /// `text`: the form of the answer.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 pub(in crate::serve) struct TextOptions {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object_or_null")]
     format: Option<TextFormat>,
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -82,7 +81,7 @@ pub(in crate::serve) struct ResponsesRequest {
     #[schema(default = false)]
     stream: Option<bool>,
     /// The form of the answer.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object_or_null")]
     text: Option<TextOptions>,
     /// Must be absent: nothing is stored.
     #[serde(default)]
@@ -150,21 +149,21 @@ pub(in crate::serve) async fn create(
     if body.background == Some(true) {
         return Err(ApiError::unsupported("background", "a response is in the reply; background is not supported"));
     }
-    let wants_tools = body.tools.as_ref().is_some_and(|tools| !tools.is_empty());
-    if wants_tools && body.tool_choice.as_ref().and_then(Value::as_str) != Some("none") {
-        return Err(ApiError::unsupported("tools", "this model's chat format has no tools"));
-    }
-    if body.max_output_tokens == Some(0) {
-        return Err(ApiError::of_field("max_output_tokens", "max_output_tokens is 0; expected at least 1"));
-    }
+    let has_none = body.tool_choice.as_ref().is_some_and(|choice| choice == "none");
+    check_tools(body.tools.as_deref(), has_none)?;
+    check_lengths(("", None), ("max_output_tokens", body.max_output_tokens), false)?;
     let system = body.instructions.clone().filter(|text| !text.is_empty());
     let mut messages: Vec<Value> =
         system.map(|text| json!({ "role": "system", "content": text })).into_iter().collect();
+    let fields = Fields { messages: "input", system: messages.first().map(|_| "instructions") };
     match body.input {
         Input::Text(text) => messages.push(json!({ "role": "user", "content": text })),
         Input::Items(items) => {
             for (index, item) in items.into_iter().enumerate() {
-                messages.push(message_of(item).map_err(|words| ApiError::of_field(format!("input[{index}]"), words))?);
+                messages.push(message_of(item).map_err(|words| {
+                    let place = format!("input[{index}]");
+                    ApiError::of_field(place.clone(), format!("{place}: {words}"))
+                })?);
             }
         }
     }
@@ -179,26 +178,22 @@ pub(in crate::serve) async fn create(
         TextFormat::JsonObject => ResponseFormat::JsonObject { schema: None },
         TextFormat::JsonSchema(json_schema) => ResponseFormat::JsonSchema { json_schema },
     });
-    let mut request = conversation(&app, &model, messages, false).await?;
+    let mut request = conversation(&app, &model, messages, fields, false).await?;
     request.max_tokens = body.max_output_tokens.unwrap_or(usize::MAX);
     let default = SamplingParams::from(&model.model.package().manifest().generation);
     let (temperature, top_p) = (body.temperature.or(default.temperature), body.top_p.or(default.top_p));
     request.sampling = SamplingParams { temperature, top_p, ..default }.effective();
     request.client = context.client;
     request.deadline = app.deadline();
-    let form = AnswerForm::of_request(format, None)?.map(|(form, _)| form);
-    app.give_form(&model, &mut request, form, "text.format").await?;
+    app.give_form(&model, &mut request, AnswerForm::of_request(format, "text.format", None)?).await?;
     let reports = body.include.iter().flatten().any(|item| item == INCLUDED_LOGPROBS);
     let top = body.top_logprobs.unwrap_or(0);
-    if top > MAX_TOP_LOGPROBS {
-        let message = format!("top_logprobs is {top}; expected 0 to {MAX_TOP_LOGPROBS}");
-        return Err(ApiError::of_field("top_logprobs", message));
-    }
+    check_top_logprobs("top_logprobs", top)?;
     if reports {
         request.reports = TokenReports::Logprobs(top);
     }
     let stop_ids = request.stop_ids.clone();
-    let answer = model.submit(request)?;
+    let answer = model.submit(request).map_err(|error| error.naming_prompt("input"))?;
     let described = Described {
         id: format!("resp_{}", Uuid::new_v4().simple()),
         message_id: format!("msg_{}", Uuid::new_v4().simple()),

@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::messages::{final_message_continues, normalized, prompt};
+use super::messages::{Fields, final_message_continues, normalized, prompt};
 use crate::serve::app::App;
 use crate::serve::body::{ParsedBody, name_ignored, read_json};
 use crate::serve::error::ApiError;
@@ -86,7 +86,7 @@ pub(in crate::serve) async fn tokenize(State(app): State<Arc<App>>, request: Req
             (None, Some(messages)) => {
                 let continues =
                     final_message_continues(body.continue_final_message, body.add_generation_prompt, &messages)?;
-                prompt(&opened.format, tokenizer, &normalized(&opened, messages)?, continues)?
+                prompt(&opened.format, tokenizer, &normalized(&opened, messages, Fields::MESSAGES)?, continues)?
             }
             _ => return Err(ApiError::bad_request("expected one of prompt, content and messages")),
         };

@@ -86,6 +86,9 @@ pub struct ModelDescription {
     /// Tokens of a prompt and its answer together; absent until the model is open.
     #[schema(required = false, nullable = false)]
     max_model_len: Option<usize>,
+    /// There if it could not be opened: an object with `value`, which is `failed`, and `reason`.
+    #[schema(required = false, nullable = false, value_type = Option<Object>)]
+    status: Option<serde_json::Value>,
 }
 
 /// The state of the server and its models.
@@ -329,8 +332,9 @@ pub struct RepositoryEntry {
     name: String,
     /// `1`
     version: String,
-    /// `READY` or `LOADING`
+    /// `READY`, `LOADING`, or `UNAVAILABLE` if it could not be opened
     state: String,
+    /// Why it could not be opened; otherwise empty.
     reason: String,
 }
 

@@ -283,7 +283,9 @@ impl ChatFormat {
         };
         let begun = match (continues, begun.as_ref().and_then(text)) {
             (true, None) => {
-                return Err(Error::Request("only a text of the assistant, as the last message, can be continued".into()));
+                return Err(Error::Request(
+                    "only a text of the assistant, as the last message, can be continued".into(),
+                ));
             }
             (_, begun) => begun.unwrap_or_default(),
         };
