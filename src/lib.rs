@@ -107,7 +107,7 @@
 //!
 //! | module | contents |
 //! | --- | --- |
-//! | `error`, `tensor`, `isa`, `mmap`, `tensor_file` | the error type, element types and borrowed tensors, CPU features, mapped files, safetensors |
+//! | `error`, `tensor`, `isa`, `memory`, `mmap`, `tensor_file` | the error type, element types and borrowed tensors, CPU features, the machine's memory, mapped files, safetensors |
 //! | `checkpoint` | readers: from a `.nemo` file or a Hugging Face folder to a config and named, validated, memory-mapped tensors |
 //! | `quantize` | quantization of a row of weights into codes and scales |
 //! | `graph` | the typed intermediate representation of one forward step |
@@ -149,6 +149,8 @@ pub mod graph;
 #[doc(hidden)]
 pub mod isa;
 #[doc(hidden)]
+pub mod memory;
+#[doc(hidden)]
 pub mod mmap;
 mod model;
 #[doc(hidden)]
@@ -175,7 +177,7 @@ pub use error::{Error, PlanRefusal, PlanRefusals, RefusalReason, Result};
 /// Executors run the steps of a [`Session`], a [`Batcher`] or an [`Engine`]. A [`Model`] opens those of its plan; use
 /// these types to write your own.
 pub mod executor {
-    pub use crate::backend::{Chunk, DeferredLogits, Executor, Logits, NextToken, Rows, Span, Step, Top};
+    pub use crate::backend::{Chunk, DeferredLogits, Executor, KvBlock, Logits, NextToken, Rows, Span, Step, Top};
 }
 
 #[doc(inline)]
@@ -187,9 +189,9 @@ pub use isa::{CpuFeatures, Isa};
 #[doc(inline)]
 pub use runtime::{
     Answer, Batcher, Chat, Completion, DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Event,
-    FinishReason, GenerationRequest, Grammar, Model, ModelOptions, RequestId, ResponseStream, Sampler, SamplingParams,
-    Session, StopMatch, TextStream, Ticket, Timings, TokenConstraint, TokenLogprobs, TokenMask, TokenReport,
-    TokenReports, Turn, log_probability,
+    FinishReason, GenerationRequest, Grammar, Model, ModelOptions, PrefixCacheStatus, PrefixReuse, RequestId,
+    ResponseStream, Sampler, SamplingParams, Session, StopMatch, TextStream, Ticket, Timings, TokenConstraint,
+    TokenLogprobs, TokenMask, TokenReport, TokenReports, Turn, log_probability,
 };
 #[doc(inline)]
 pub use text::{ChatFormat, Message, Role, StreamDecoder, Tokenizer};

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use super::batcher::{Batcher, Event, RequestId};
 use super::generation::{Generation, OutputVocabulary};
+use super::prefix_cache::{PrefixCacheStatus, default_limit_bytes};
 use super::request::GenerationRequest;
 use super::response::ResponseStream;
 use crate::backend::{Executor, Limits};
@@ -23,6 +24,7 @@ mod tests;
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
     max_queued: usize,
+    prefix_cache_bytes: Option<usize>,
 }
 
 impl EngineOptions {
@@ -32,11 +34,20 @@ impl EngineOptions {
         self.max_queued = max_queued;
         self
     }
+
+    /// Sets the limit on keys and values that are kept of sequences that have lost their slot, in bytes, as
+    /// [`Batcher::prefix_cache_bytes`] does. The default is as much as the KV cache itself, but at most a quarter of the
+    /// memory that is left once that is in use; 0 keeps none.
+    #[must_use]
+    pub fn prefix_cache_bytes(mut self, limit_bytes: usize) -> EngineOptions {
+        self.prefix_cache_bytes = Some(limit_bytes);
+        self
+    }
 }
 
 impl Default for EngineOptions {
     fn default() -> EngineOptions {
-        EngineOptions { max_queued: 64 }
+        EngineOptions { max_queued: 64, prefix_cache_bytes: None }
     }
 }
 
@@ -61,6 +72,8 @@ pub struct EngineStatus {
     pub queued: usize,
     /// Tokens in the KV cache of the running requests, as of the last step.
     pub kv_tokens: usize,
+    /// The prefix cache, as of the last step.
+    pub prefix_cache: PrefixCacheStatus,
     /// True if new requests are accepted, room permitting.
     pub is_open: bool,
 }
@@ -125,6 +138,7 @@ struct EngineState {
     queue: VecDeque<Submission>,
     /// Tokens in the KV cache of the running requests.
     kv_tokens: usize,
+    prefix_cache: PrefixCacheStatus,
     /// Numbers of running requests to cancel.
     cancelled: Vec<u64>,
     /// Accepted requests that are not finished, including those in the queue.
@@ -198,9 +212,11 @@ impl Engine {
             work: Condvar::new(),
             room: Condvar::new(),
         });
+        let prefix_cache_bytes = options.prefix_cache_bytes.unwrap_or_else(|| default_limit_bytes(&*executor));
         // The batcher's own queue stays unused: requests wait here until there is a slot for them.
-        let worker =
-            Worker { shared: shared.clone(), batcher: Batcher::new(executor, tokenizer, 0), running: HashMap::new() };
+        let batcher = Batcher::new(executor, tokenizer, 0).prefix_cache_bytes(prefix_cache_bytes);
+        shared.lock().prefix_cache = batcher.prefix_cache_status();
+        let worker = Worker { shared: shared.clone(), batcher, running: HashMap::new() };
         let thread = std::thread::Builder::new()
             .name("aotron-engine".into())
             .spawn(move || worker.live())
@@ -325,7 +341,7 @@ impl EngineHandle {
         // one.
         let running = state.outstanding.min(self.shared.limits.slots);
         let (queued, kv_tokens) = (state.outstanding - running, state.kv_tokens);
-        EngineStatus { running, queued, kv_tokens, is_open: state.is_open() }
+        EngineStatus { running, queued, kv_tokens, prefix_cache: state.prefix_cache, is_open: state.is_open() }
     }
 
     /// The limits of the executor; its slots are the number of requests that run at once.
@@ -457,7 +473,10 @@ impl Worker {
             for (id, event) in self.batcher.step() {
                 self.deliver(id, event);
             }
-            self.shared.lock().kv_tokens = self.batcher.active_tokens();
+            let (kv_tokens, prefix_cache) = (self.batcher.active_tokens(), self.batcher.prefix_cache_status());
+            let mut state = self.shared.lock();
+            (state.kv_tokens, state.prefix_cache) = (kv_tokens, prefix_cache);
+            drop(state);
             if self.batcher.is_lost() {
                 return Some(": its device is lost".into());
             }

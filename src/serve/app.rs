@@ -129,7 +129,11 @@ impl App {
 
     fn open_model(&self, served: &ServedModel, source: ModelSource) -> Result<OpenedModel> {
         let model = (source.open)()?;
-        let engine = model.engine_with(EngineOptions::default().max_queued(self.options.max_queue))?;
+        let mut options = EngineOptions::default().max_queued(self.options.max_queue);
+        if let Some(limit_bytes) = self.options.prefix_cache_bytes {
+            options = options.prefix_cache_bytes(limit_bytes);
+        }
+        let engine = model.engine_with(options)?;
         let handle = engine.handle();
         // One step reads every weight, so that no request waits for the disk, and shows that the model computes.
         let first = model.package().manifest().model.bos_token_id.unwrap_or(0);
