@@ -75,6 +75,9 @@
 //! # }
 //! ```
 //!
+//! What an engine has computed of a prompt it does not compute again, as long as it is in a slot or, on the CPU, in the
+//! blocks that [`EngineOptions::prefix_cache_bytes`] bounds.
+//!
 //! A [`Batcher`] does the same step by step on the caller's thread. Complete programs are in `examples/`: a chat, a
 //! batch, scores, and a custom sampler.
 //!
@@ -117,7 +120,7 @@
 //! | `backend` | `Step`, the `Executor` trait, weight files written in one pass, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering, running on a GPU) |
 //! | `verify` | the cases that a plan must pass before it answers, and the reference answers in a package |
 //! | `compile` | recipes, passes, and [`build`](build()), which runs the upper half of the diagram |
-//! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread); it depends on neither graphs nor checkpoints |
+//! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread), the prefix cache; it depends on neither graphs nor checkpoints |
 //! | `serve` | the HTTP server over an [`Engine`]; HTTPS with the feature `tls` |
 //!
 //! The program's command line is not part of the library.

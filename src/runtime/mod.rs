@@ -7,7 +7,8 @@
 //! logits -> Sampler -> id -> stop ids -> StreamDecoder -> StopFilter -> text
 //! ```
 //!
-//! so the same request gives the same tokens in either. A [`Chat`] keeps the messages of a conversation on top of
+//! so the same request gives the same tokens in either. What leaves a slot of a batcher is kept in a prefix cache, from
+//! which it is copied back, bit for bit. A [`Chat`] keeps the messages of a conversation on top of
 //! a session.
 
 mod batcher;
