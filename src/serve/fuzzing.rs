@@ -113,18 +113,26 @@ fn send(route: &str, headers: &[(&str, String)], body: &[u8]) -> StatusCode {
 /// Input: a byte that chooses a route, and the body of a request. Whatever it is, the reply is JSON: an answer or a
 /// refusal that is the client's fault.
 pub fn chat(bytes: &[u8]) {
-    let Some((route, body)) = bytes.split_first() else { return };
-    send(ROUTES[usize::from(*route) % ROUTES.len()], &[], body);
+    send_chat(bytes);
+}
+
+fn send_chat(bytes: &[u8]) -> Option<StatusCode> {
+    let (route, body) = bytes.split_first()?;
+    Some(send(ROUTES[usize::from(*route) % ROUTES.len()], &[], body))
 }
 
 /// Input: the length of the JSON in two bytes, and the body of KServe's `infer`, as JSON and bytes of tensors after it; with
 /// the length 65,535 all is JSON.
 pub fn tensors(bytes: &[u8]) {
-    let Some((length, body)) = bytes.split_first_chunk::<2>() else { return };
+    send_tensors(bytes);
+}
+
+fn send_tensors(bytes: &[u8]) -> Option<StatusCode> {
+    let (length, body) = bytes.split_first_chunk::<2>()?;
     let length = Some(usize::from(u16::from_le_bytes(*length))).filter(|length| *length != usize::from(u16::MAX));
     check_tensors(body, length);
     let header = length.map(|length| ("inference-header-content-length", length.to_string()));
-    send("/v2/models/tiny-chat/infer", header.as_slice(), body);
+    Some(send("/v2/models/tiny-chat/infer", header.as_slice(), body))
 }
 
 /// The fields of a request that give its answer a form.
@@ -168,6 +176,25 @@ pub fn grammar(bytes: &[u8]) {
         let id = texts[(choice >> 33) as usize % texts.len()];
         if let Err(error) = constraint.push(id) {
             return check_message(&error.to_string());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_seeds_are_requests_that_reach_the_engine() {
+        for (target, send) in [("chat", send_chat as fn(&[u8]) -> Option<StatusCode>), ("tensors", send_tensors)] {
+            let mut sent = 0;
+            for seed in std::fs::read_dir(Path::new("fuzz/seeds").join(target)).unwrap() {
+                let path = seed.unwrap().path();
+                let status = send(&std::fs::read(&path).unwrap()).unwrap();
+                assert!([200, 503].contains(&status.as_u16()), "{}: {status}", path.display());
+                sent += 1;
+            }
+            assert!(sent > 2, "{target} has {sent} seeds");
         }
     }
 }

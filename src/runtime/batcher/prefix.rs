@@ -7,9 +7,9 @@
 use super::{Active, Batcher};
 use crate::runtime::prefix_cache::{PrefixCache, Salt};
 
-/// Bytes of blocks that are copied before a step: some 25 milliseconds of one core, less than a step of the models whose
-/// sequences have so many.
-const COPY_BYTES: usize = 128 << 20;
+/// Bytes of blocks that are copied before a step, or one block if that is larger. A step of a model whose sequences have so
+/// many reads its weights, a hundred times as much.
+const COPY_BYTES: usize = 64 << 20;
 
 /// Progress in filling a request's slot.
 #[derive(Debug, Default)]
