@@ -51,6 +51,9 @@ pub struct Flags {
     /// none, and none on a GPU [default: as much as the KV cache, at most a quarter of the memory left beside that]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     prefix_cache: Option<usize>,
+    /// Slots that the requests of one client may hold at a time, a client being its key or else its address; by default all
+    #[arg(long, value_name = "N", value_parser = count(1_000_000))]
+    max_running_per_client: Option<usize>,
     /// Largest body of a request, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 8, value_parser = count(1024))]
     max_body: usize,
@@ -183,6 +186,7 @@ impl Flags {
             api_keys: self.api_keys()?,
             max_queue: self.max_queue,
             prefix_cache_bytes: self.prefix_cache,
+            max_running_per_client: self.max_running_per_client,
             max_body_bytes: self.max_body << 20,
             max_connections: self.max_connections,
             request_timeout: seconds(self.request_timeout),

@@ -17,39 +17,11 @@ use crate::backend::{Executor, Limits};
 use crate::error::{Error, Result};
 use crate::text::Tokenizer;
 
+pub use self::options::EngineOptions;
+
+mod options;
 #[cfg(test)]
 mod tests;
-
-/// Options of an [`Engine`].
-#[derive(Debug, Clone)]
-pub struct EngineOptions {
-    max_queued: usize,
-    prefix_cache_bytes: Option<usize>,
-}
-
-impl EngineOptions {
-    /// Sets the limit on queued requests; more are refused. The default is 64.
-    #[must_use]
-    pub fn max_queued(mut self, max_queued: usize) -> EngineOptions {
-        self.max_queued = max_queued;
-        self
-    }
-
-    /// Sets the limit on keys and values that are kept of sequences that have lost their slot, in bytes, as
-    /// [`Batcher::prefix_cache_bytes`] does. The default is as much as the KV cache itself, but at most a quarter of the
-    /// memory that is left once that is in use; 0 keeps none.
-    #[must_use]
-    pub fn prefix_cache_bytes(mut self, limit_bytes: usize) -> EngineOptions {
-        self.prefix_cache_bytes = Some(limit_bytes);
-        self
-    }
-}
-
-impl Default for EngineOptions {
-    fn default() -> EngineOptions {
-        EngineOptions { max_queued: 64, prefix_cache_bytes: None }
-    }
-}
 
 /// The requests that an engine still serves after it was told to stop. New ones are refused in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -125,6 +97,7 @@ struct EngineShared {
     limits: Limits,
     vocabulary: OutputVocabulary,
     max_queued: usize,
+    max_running_per_client: usize,
     state: Mutex<EngineState>,
     /// Signals the engine's thread that there is something to do.
     work: Condvar,
@@ -208,6 +181,7 @@ impl Engine {
             limits,
             vocabulary,
             max_queued: options.max_queued,
+            max_running_per_client: options.max_running_per_client,
             state: Mutex::default(),
             work: Condvar::new(),
             room: Condvar::new(),
@@ -506,7 +480,8 @@ impl Worker {
     }
 
     /// Takes requests off the queue for the free slots: those of the lowest priority number first; of equals, those of the
-    /// client with the fewest running requests; of equals, those that came first.
+    /// client with the fewest running requests; of equals, those that came first. Requests of a client that has all the
+    /// slots it may have are passed over.
     fn admit(&self, queue: &mut VecDeque<Submission>) -> Vec<Submission> {
         let free = self.shared.limits.slots.saturating_sub(self.running.len());
         let mut admitted: Vec<Submission> = Vec::new();
@@ -516,11 +491,15 @@ impl Worker {
             for client in running.chain(admitted.iter().map(|submission| submission.client)) {
                 *of_client.entry(client).or_default() += 1;
             }
-            let rank = |waiting: &Submission| {
-                (waiting.priority, of_client.get(&waiting.client).copied().unwrap_or(0), waiting.number)
-            };
-            let next = queue.iter().enumerate().min_by_key(|(_, waiting)| rank(waiting)).map(|(index, _)| index);
-            admitted.extend(next.and_then(|index| queue.remove(index)));
+            let running = |waiting: &Submission| of_client.get(&waiting.client).copied().unwrap_or(0);
+            let next = queue
+                .iter()
+                .enumerate()
+                .filter(|(_, waiting)| running(waiting) < self.shared.max_running_per_client)
+                .min_by_key(|(_, waiting)| (waiting.priority, running(waiting), waiting.number))
+                .map(|(index, _)| index);
+            let Some(next) = next.and_then(|index| queue.remove(index)) else { break };
+            admitted.push(next);
         }
         admitted
     }

@@ -133,6 +133,9 @@ impl App {
         if let Some(limit_bytes) = self.options.prefix_cache_bytes {
             options = options.prefix_cache_bytes(limit_bytes);
         }
+        if let Some(max_running) = self.options.max_running_per_client {
+            options = options.max_running_per_client(max_running);
+        }
         let engine = model.engine_with(options)?;
         let handle = engine.handle();
         // One step reads every weight, so that no request waits for the disk, and shows that the model computes.

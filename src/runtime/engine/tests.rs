@@ -28,6 +28,10 @@ fn start(executor: Scripted, max_queued: usize) -> Engine {
 
 /// An engine that blocks on every row until it gets a message, and the sender of those messages.
 fn gated(slots: usize, max_queued: usize) -> (Engine, Sender<()>, Log) {
+    gated_with(slots, options(max_queued))
+}
+
+fn gated_with(slots: usize, options: EngineOptions) -> (Engine, Sender<()>, Log) {
     let (open, gate): (Sender<()>, Receiver<()>) = channel();
     let executor = Scripted::new(&limits(slots), move |_, _| {
         // Once the sender is dropped, all steps run.
@@ -35,7 +39,7 @@ fn gated(slots: usize, max_queued: usize) -> (Engine, Sender<()>, Log) {
         ScriptedRow::Hash
     });
     let log = executor.log();
-    (start(executor, max_queued), open, log)
+    (Engine::start(Box::new(executor), Some(tokenizer()), options).unwrap(), open, log)
 }
 
 /// The completion of a dedicated session.
@@ -248,6 +252,24 @@ fn slots_go_to_lower_numbers_first_and_then_to_clients_with_fewer() {
     drop(open);
     let finished: Vec<u32> = order.iter().take(6).collect();
     assert_eq!(finished, [2, 6, 5, 3, 4, 1]);
+}
+
+#[test]
+fn a_client_holds_no_more_slots_than_it_may() {
+    let (engine, open, log) = gated_with(4, options(8).max_running_per_client(2));
+    let handle = engine.handle();
+    let ask = |first: u32, client: u64| handle.submit(GenerationRequest { client, ..request(&[first], 2) }).unwrap();
+    let mut streams: Vec<ResponseStream> = (1..6).map(|first| ask(first, 1)).collect();
+    wait_for("a step", || !log.lock().unwrap().is_empty());
+    streams.push(ask(6, 2));
+    drop(open);
+    for stream in streams {
+        stream.wait().unwrap();
+    }
+    let steps = log.lock().unwrap();
+    let most_of_first = steps.iter().map(|step| step.len()).max();
+    assert!(most_of_first <= Some(3), "two of one client and one of another: {steps:?}");
+    assert!(steps.len() >= 6, "the five requests of one client take turns: {steps:?}");
 }
 
 #[test]
