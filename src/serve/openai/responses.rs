@@ -334,6 +334,12 @@ async fn send(
             }
             Event::Done(completion) => {
                 context.used(&completion);
+                // Tokens without text of their own, such as a space at the end.
+                let rest = described.logprobs(&std::mem::take(&mut held));
+                if rest.as_array().is_some_and(|rest| !rest.is_empty()) {
+                    let delta = place(json!({ "delta": "", "logprobs": rest }));
+                    events.send("response.output_text.delta", delta).await?;
+                }
                 let (text, logprobs) = (&completion.text, described.logprobs(&completion.reports));
                 let done = place(json!({ "text": text, "logprobs": logprobs }));
                 events.send("response.output_text.done", done).await?;
