@@ -12,9 +12,12 @@ use uuid::Uuid;
 use super::access::RequestContext;
 use super::answer::{Answer, log_failure};
 use super::app::{App, OpenedModel};
-use super::body::{Accepted, ParsedBody, name_ignored, read_json};
+use super::body::{Accepted, ParsedBody, name_ignored, object_or_null, read_json};
 use super::error::ApiError;
-use super::openai::{Chunks, Fields, Gone, check_lengths, check_stops, check_tools, conversation, stream};
+use super::grammar::{AnswerForm, ResponseFormat};
+use super::openai::{
+    Chunks, Fields, Gone, check_lengths, check_stops, check_tools, conversation, ends_with_answer, stream,
+};
 use crate::runtime::{Completion, Event, FinishReason, GenerationRequest, SamplingParams, StopMatch};
 
 /// An error in this API's form.
@@ -50,6 +53,30 @@ fn body_of(error: &ApiError) -> Value {
         _ => "api_error",
     };
     json!({ "type": "error", "error": { "type": kind, "message": error.message } })
+}
+
+/// `output_config`
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+pub(super) struct OutputConfig {
+    /// The form of the answer.
+    #[serde(default, deserialize_with = "object_or_null")]
+    format: Option<OutputFormat>,
+    /// Accepted; it has no effect.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    #[allow(dead_code, reason = "accepted and ignored")]
+    effort: Option<Accepted>,
+}
+
+/// `output_config.format`
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(super) enum OutputFormat {
+    /// JSON of a schema.
+    JsonSchema {
+        #[schema(value_type = Object)]
+        schema: Value,
+    },
 }
 
 /// A conversation to answer.
@@ -105,10 +132,14 @@ pub(super) struct MessagesRequest {
     #[schema(value_type = Option<String>)]
     #[allow(dead_code, reason = "accepted and ignored")]
     service_tier: Option<Accepted>,
-    /// Accepted where it is disabled.
+    /// Accepted; the model does not reason apart, which keeps to any budget.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
-    thinking: Option<Value>,
+    #[allow(dead_code, reason = "accepted and ignored")]
+    thinking: Option<Accepted>,
+    /// The form of the answer.
+    #[serde(default, deserialize_with = "object_or_null")]
+    output_config: Option<OutputConfig>,
 }
 
 impl MessagesRequest {
@@ -117,14 +148,13 @@ impl MessagesRequest {
         let no_tools =
             self.tool_choice.as_ref().and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "none");
         check_tools(self.tools.as_deref(), no_tools)?;
-        if self.thinking.as_ref().and_then(|thinking| thinking.get("type")).is_some_and(|kind| kind == "enabled") {
-            return Err(ApiError::unsupported("thinking", "this model has no thinking"));
-        }
         let system = self.system.take().filter(|system| !system.is_null() && system != "");
         let fields = Fields { messages: "messages", system: system.as_ref().map(|_| "system") };
         let system = system.into_iter().map(|system| json!({ "role": "system", "content": system }));
+        // As in Anthropic's API, an answer goes on from a last message of the assistant.
+        let continues = ends_with_answer(&self.messages);
         let messages = system.chain(std::mem::take(&mut self.messages)).collect();
-        conversation(app, model, messages, fields).await
+        conversation(app, model, messages, fields, continues).await
     }
 }
 
@@ -154,6 +184,10 @@ pub(super) async fn create(
     request.stop_strings.extend(stops.iter().cloned());
     request.client = context.client;
     request.deadline = app.deadline();
+    if let Some(OutputFormat::JsonSchema { schema }) = body.output_config.take().and_then(|config| config.format) {
+        let form = AnswerForm::of_request(Some(ResponseFormat::of_schema(schema)), "output_config.format", None)?;
+        app.give_form(&model, &mut request, form).await?;
+    }
     let prompt_tokens = request.prompt.len();
     let answer = model.submit(request)?;
     let message = Message { id: format!("msg_{}", Uuid::new_v4().simple()), model: model.name.clone(), stops };

@@ -8,13 +8,14 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
 use super::answer::Answer;
 use super::error::ApiError;
-use super::grammar::Grammars;
+use super::grammar::{AnswerForm, Grammars};
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
 use super::routes::Routes;
@@ -204,6 +205,25 @@ impl App {
         done.unwrap_or_else(|_| Err(ApiError::internal()))
     }
 
+    /// Gives a request the form that one of its fields asks for, if it does.
+    ///
+    /// # Errors
+    /// 400 naming the field.
+    pub async fn give_form(
+        &self,
+        model: &OpenedModel,
+        request: &mut GenerationRequest,
+        form: Option<(AnswerForm, &'static str)>,
+    ) -> Result<(), ApiError> {
+        let Some((form, field)) = form else { return Ok(()) };
+        let no_tokenizer = || ApiError::of_field(field, "this model has no tokenizer, so its answers have no form");
+        let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
+        request.grammar = Some(self.encode(move || grammars.compile(form, field)).await?);
+        // Spaces around it may belong to the form.
+        request.trim = false;
+        Ok(())
+    }
+
     /// When a request that has just arrived has to be answered.
     pub fn deadline(&self) -> Option<Instant> {
         Instant::now().checked_add(self.options.request_timeout)
@@ -363,6 +383,8 @@ pub(super) fn routes() -> Routes {
 /// All routes, with what is done for each.
 pub(super) fn router(app: Arc<App>) -> Router {
     let mut router = routes().into_router();
+    // For clients whose base URL leaves out /v1, which llama.cpp's server answers too.
+    router = router.route("/chat/completions", post(openai::chat::create)).route("/models", get(openai::models));
     if app.options.has_page {
         router = router.merge(page::routes());
     }

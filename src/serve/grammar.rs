@@ -38,13 +38,24 @@ const MAX_LEXER_STATES: usize = 20_000;
 pub(super) enum ResponseFormat {
     /// Any text.
     Text,
-    /// Any JSON object.
-    JsonObject,
+    /// Any JSON object, or JSON of a schema, where llama.cpp's clients put it.
+    JsonObject {
+        #[serde(default)]
+        #[schema(value_type = Option<Object>)]
+        schema: Option<Value>,
+    },
     /// JSON of a schema.
     JsonSchema {
         #[serde(deserialize_with = "object")]
         json_schema: NamedSchema,
     },
+}
+
+impl ResponseFormat {
+    /// JSON of a schema.
+    pub fn of_schema(schema: Value) -> ResponseFormat {
+        ResponseFormat::JsonObject { schema: Some(schema) }
+    }
 }
 
 /// A schema with OpenAI's name for it.
@@ -107,7 +118,9 @@ impl AnswerForm {
         let mut forms = Vec::new();
         match format {
             None | Some(ResponseFormat::Text) => {}
-            Some(ResponseFormat::JsonObject) => forms.push(AnswerForm::Schema(json!({ "type": "object" }))),
+            Some(ResponseFormat::JsonObject { schema }) => {
+                forms.push(AnswerForm::Schema(schema.unwrap_or_else(|| json!({ "type": "object" }))));
+            }
             Some(ResponseFormat::JsonSchema { json_schema }) => forms.push(AnswerForm::Schema(json_schema.schema)),
         }
         if let Some(outputs) = outputs {

@@ -270,7 +270,7 @@ impl Settings {
             true => {
                 let messages: Vec<Value> = serde_json::from_str(text)
                     .map_err(|error| ApiError::bad_request(format!("the prompt is not a list of messages: {error}")))?;
-                prompt(&model.format, tokenizer, &normalized(model, messages, Fields::MESSAGES)?)?
+                prompt(&model.format, tokenizer, &normalized(model, messages, Fields::MESSAGES)?, false)?
             }
             // The card's client writes the template itself, special tokens included.
             false => tokenizer.encode(text)?,

@@ -11,7 +11,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::logprobs::{ChatLogprob, of_chat};
-use super::messages::{Fields, conversation};
+use super::messages::{Fields, conversation, final_message_continues};
 use super::settings::{MAX_CHOICES, check_lengths, check_tools, for_choice, text_request};
 use super::{Chunks, Gone, Usage, finish_reason, now, stop_reason, stream};
 use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, TokenReport, TokenReports};
@@ -49,6 +49,14 @@ text_request! {
         #[serde(default)]
         #[schema(value_type = Value)]
         tool_choice: Option<Value>,
+        /// The last message is the beginning of the answer, which goes on from there. It must be the assistant's.
+        #[serde(default)]
+        #[schema(default = false)]
+        continue_final_message: Option<bool>,
+        /// Must be false with `continue_final_message`, and true without.
+        #[serde(default)]
+        #[schema(value_type = Option<bool>)]
+        add_generation_prompt: Option<bool>,
         /// Accepted; it has no effect.
         #[allow(dead_code, reason = "accepted and ignored")]
         #[serde(default)]
@@ -235,8 +243,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
     let wanted = Wanted {
         logprobs,
         token_ids: body.return_token_ids.unwrap_or(false),
-        usage: options.include_usage.unwrap_or(false),
-        continuous_usage: options.continuous_usage_stats.unwrap_or(false),
+        usage: options.wants_usage(),
+        continuous_usage: options.wants_continuous_usage(),
     };
     let settings = body.settings()?;
     let choices = settings.choices;
@@ -246,14 +254,14 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
     let max_tokens = body.max_completion_tokens.or(body.max_tokens);
     let limit = if body.max_completion_tokens.is_some() { "max_completion_tokens" } else { "max_tokens" };
     check_lengths(("min_tokens", settings.min_tokens), (limit, max_tokens), false)?;
-    let request = conversation(app, &model, body.messages, Fields::MESSAGES)
-        .await?
-        .max_tokens(max_tokens.unwrap_or(usize::MAX))
-        .reports(match (wanted.logprobs, wanted.token_ids) {
-            (true, _) => TokenReports::Logprobs(top),
-            (false, true) => TokenReports::Ids,
-            (false, false) => TokenReports::None,
-        });
+    let continues = final_message_continues(body.continue_final_message, body.add_generation_prompt, &body.messages)?;
+    let request = conversation(app, &model, body.messages, Fields::MESSAGES, continues).await?;
+    let request = request.max_tokens(max_tokens.unwrap_or(usize::MAX));
+    let request = request.reports(match (wanted.logprobs, wanted.token_ids || wanted.continuous_usage) {
+        (true, _) => TokenReports::Logprobs(top),
+        (false, true) => TokenReports::Ids,
+        (false, false) => TokenReports::None,
+    });
     let request = settings.apply(app, &model, &context, request).await?;
     let id = format!("chatcmpl-{}", Uuid::new_v4().simple());
     Ok(Prepared { model, request, choices, wanted, context, id, created: now() })

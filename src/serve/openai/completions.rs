@@ -183,7 +183,7 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
         let place = if prompts.len() == 1 { "prompt".to_owned() } else { format!("prompt[{index}]") };
         return Err(ApiError::of_field(place.clone(), format!("{place} is empty; it needs at least one token")));
     }
-    let reports = match (logprobs, token_ids || echo) {
+    let reports = match (logprobs, token_ids || echo || options.wants_continuous_usage()) {
         (Some(top), _) => TokenReports::Logprobs(top),
         (None, true) => TokenReports::Ids,
         (None, false) => TokenReports::None,
@@ -203,8 +203,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
         echo,
         logprobs: logprobs.is_some(),
         token_ids,
-        usage: options.include_usage.unwrap_or(false),
-        continuous_usage: options.continuous_usage_stats.unwrap_or(false),
+        usage: options.wants_usage(),
+        continuous_usage: options.wants_continuous_usage(),
         context,
         id: format!("cmpl-{}", Uuid::new_v4().simple()),
         created: now(),

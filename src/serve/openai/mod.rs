@@ -8,7 +8,7 @@ pub(super) mod responses;
 mod settings;
 pub(super) mod tokens;
 
-pub(super) use messages::{Fields, conversation, normalized, prompt};
+pub(super) use messages::{Fields, conversation, ends_with_answer, normalized, prompt};
 pub(super) use settings::{OneOrMany, check_lengths, check_stops, check_tools};
 
 use std::convert::Infallible;

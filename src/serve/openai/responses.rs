@@ -9,16 +9,21 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::logprobs::of_chat;
 use super::messages::{Fields, conversation};
-use super::settings::{check_lengths, check_tools, compiled};
+use super::settings::{check_lengths, check_tools};
 use super::{Chunks, Gone, now, stream};
-use crate::runtime::{Completion, Event, FinishReason, SamplingParams};
+use crate::runtime::{Completion, Event, FinishReason, MAX_TOP_LOGPROBS, SamplingParams, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, log_failure};
-use crate::serve::app::App;
+use crate::serve::app::{App, OpenedModel};
 use crate::serve::body::{Accepted, ParsedBody, name_ignored, object_or_null, read_json};
 use crate::serve::error::ApiError;
 use crate::serve::grammar::{AnswerForm, NamedSchema, ResponseFormat};
+use crate::text::Tokenizer;
+
+/// The item of `include` that asks for log-probabilities.
+const INCLUDED_LOGPROBS: &str = "message.output_text.logprobs";
 
 /// A text or a conversation.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
@@ -101,11 +106,13 @@ pub(in crate::serve) struct ResponsesRequest {
     #[schema(value_type = Option<bool>)]
     #[allow(dead_code, reason = "accepted and ignored")]
     store: Option<Accepted>,
-    /// Accepted; there are none.
+    /// With `message.output_text.logprobs`, the log-probabilities of the answer's tokens are returned. Others are not there.
     #[serde(default)]
-    #[schema(value_type = Option<Vec<String>>)]
-    #[allow(dead_code, reason = "accepted and ignored")]
-    include: Option<Accepted>,
+    include: Option<Vec<String>>,
+    /// Number of alternatives to each token, where log-probabilities are returned.
+    #[serde(default)]
+    #[schema(default = 0, maximum = 20)]
+    top_logprobs: Option<usize>,
     /// Accepted; the model does not reason apart.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
@@ -168,24 +175,34 @@ pub(in crate::serve) async fn create(
     }});
     let format = format.map(|format| match format {
         TextFormat::Text => ResponseFormat::Text,
-        TextFormat::JsonObject => ResponseFormat::JsonObject,
+        TextFormat::JsonObject => ResponseFormat::JsonObject { schema: None },
         TextFormat::JsonSchema(json_schema) => ResponseFormat::JsonSchema { json_schema },
     });
-    let mut request = conversation(&app, &model, messages, fields).await?;
+    let mut request = conversation(&app, &model, messages, fields, false).await?;
     request.max_tokens = body.max_output_tokens.unwrap_or(usize::MAX);
     let default = SamplingParams::from(&model.model.package().manifest().generation);
     let (temperature, top_p) = (body.temperature.or(default.temperature), body.top_p.or(default.top_p));
     request.sampling = SamplingParams { temperature, top_p, ..default }.effective();
     request.client = context.client;
     request.deadline = app.deadline();
-    if let Some((form, field)) = AnswerForm::of_request(format, "text.format", None)? {
-        request.grammar = Some(compiled(&app, &model, form, field).await?);
-        request.trim = false;
+    let form = AnswerForm::of_request(format, "text.format", None)?;
+    app.give_form(&model, &mut request, form).await?;
+    let reports = body.include.iter().flatten().any(|item| item == INCLUDED_LOGPROBS);
+    let top = body.top_logprobs.unwrap_or(0);
+    if top > MAX_TOP_LOGPROBS {
+        let message = format!("top_logprobs is {top}; expected 0 to {MAX_TOP_LOGPROBS}");
+        return Err(ApiError::of_field("top_logprobs", message));
     }
+    if reports {
+        request.reports = TokenReports::Logprobs(top);
+    }
+    let stop_ids = request.stop_ids.clone();
     let answer = model.submit(request).map_err(|error| error.naming_prompt("input"))?;
     let described = Described {
         id: format!("resp_{}", Uuid::new_v4().simple()),
         message_id: format!("msg_{}", Uuid::new_v4().simple()),
+        model: model.clone(),
+        stop_ids,
         fields: json!({
             "object": "response", "created_at": now(), "model": model.name, "error": null,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
@@ -222,6 +239,9 @@ fn message_of(item: Value) -> Result<Value, String> {
 struct Described {
     id: String,
     message_id: String,
+    model: Arc<OpenedModel>,
+    /// Ids that end the answer, which have no text.
+    stop_ids: Vec<u32>,
     fields: Value,
 }
 
@@ -243,13 +263,21 @@ impl Described {
         json!({ "type": "message", "id": self.message_id, "status": status, "role": "assistant", "content": content })
     }
 
+    /// Log-probabilities of tokens, if they are reported, as in `/v1/chat/completions`.
+    fn logprobs(&self, reports: &[TokenReport]) -> Value {
+        let tokenizer = self.model.model.tokenizer();
+        let shown = reports.iter().filter(|report| !self.stop_ids.contains(&report.id));
+        let logprobs = |tokenizer: &Arc<Tokenizer>| shown.filter_map(|report| of_chat(tokenizer, report)).collect();
+        json!(tokenizer.map_or_else(Vec::new, logprobs))
+    }
+
     fn status(completion: &Completion) -> &'static str {
         if completion.finish_reason == FinishReason::Length { "incomplete" } else { "completed" }
     }
 
     fn finished(&self, completion: &Completion) -> Value {
         let status = Described::status(completion);
-        let item = self.item(status, vec![part(&completion.text)]);
+        let item = self.item(status, vec![part(&completion.text, self.logprobs(&completion.reports))]);
         let usage = json!({
             "input_tokens": completion.prompt_tokens,
             "input_tokens_details": { "cached_tokens": completion.reused_tokens },
@@ -260,8 +288,8 @@ impl Described {
     }
 }
 
-fn part(text: &str) -> Value {
-    json!({ "type": "output_text", "text": text, "annotations": [], "logprobs": [] })
+fn part(text: &str, logprobs: Value) -> Value {
+    json!({ "type": "output_text", "text": text, "annotations": [], "logprobs": logprobs })
 }
 
 /// Sends numbered events.
@@ -298,20 +326,25 @@ async fn send(
         }
         place
     };
-    events.send("response.content_part.added", place(json!({ "part": part("") }))).await?;
+    events.send("response.content_part.added", place(json!({ "part": part("", json!([])) }))).await?;
+    // Tokens whose text is not certain yet.
+    let mut held = Vec::new();
     while let Some(event) = answer.next().await {
         match event {
             Event::Text(text) => {
-                let delta = place(json!({ "delta": text, "logprobs": [] }));
+                let logprobs = described.logprobs(&std::mem::take(&mut held));
+                let delta = place(json!({ "delta": text, "logprobs": logprobs }));
                 events.send("response.output_text.delta", delta).await?;
             }
             Event::Done(completion) => {
                 context.used(&completion);
-                let text = &completion.text;
-                events.send("response.output_text.done", place(json!({ "text": text, "logprobs": [] }))).await?;
-                events.send("response.content_part.done", place(json!({ "part": part(text) }))).await?;
+                let (text, logprobs) = (&completion.text, described.logprobs(&completion.reports));
+                let done = place(json!({ "text": text, "logprobs": logprobs }));
+                events.send("response.output_text.done", done).await?;
+                let whole = part(text, logprobs);
+                events.send("response.content_part.done", place(json!({ "part": whole }))).await?;
                 let status = Described::status(&completion);
-                let item = described.item(status, vec![part(text)]);
+                let item = described.item(status, vec![whole]);
                 events.send("response.output_item.done", json!({ "output_index": 0, "item": item })).await?;
                 let finished = described.finished(&completion);
                 events.send(&format!("response.{status}"), json!({ "response": finished })).await?;
@@ -323,7 +356,8 @@ async fn send(
                 failed["error"] = json!({ "code": error.code.unwrap_or("server_error"), "message": error.message });
                 events.send("response.failed", json!({ "response": failed })).await?;
             }
-            Event::Prompt(_) | Event::Token(_) => {}
+            Event::Token(report) => held.push(report),
+            Event::Prompt(_) => {}
         }
     }
     Ok(())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::runtime::{GenerationRequest, Grammar, SamplingParams};
+use crate::runtime::{GenerationRequest, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::app::{App, OpenedModel};
 use crate::serve::body::Accepted;
@@ -48,6 +48,18 @@ pub(in crate::serve) struct StreamOptions {
     #[serde(default)]
     #[schema(value_type = Option<bool>)]
     pub include_obfuscation: Option<Accepted>,
+}
+
+impl StreamOptions {
+    /// The usage is told at the end.
+    pub fn wants_usage(&self) -> bool {
+        self.include_usage.unwrap_or(false)
+    }
+
+    /// It is told in every chunk: only where it is told at all, as in vLLM.
+    pub fn wants_continuous_usage(&self) -> bool {
+        self.wants_usage() && self.continuous_usage_stats.unwrap_or(false)
+    }
 }
 
 /// Defines a request with its own fields and those that all requests for text share.
@@ -238,10 +250,8 @@ impl Settings {
             seed: self.seed,
         }
         .effective();
-        if let Some((form, field)) = self.form {
-            request.grammar = Some(compiled(app, model, form, field).await?);
-            // Spaces around it may belong to the form.
-            request.trim = false;
+        if self.form.is_some() {
+            app.give_form(model, &mut request, self.form).await?;
         } else if self.ignore_eos {
             request.stop_ids.clear();
             request.stop_strings.clear();
@@ -255,21 +265,6 @@ impl Settings {
         request.deadline = app.deadline();
         Ok(request)
     }
-}
-
-/// Compiles the form of an answer, which `field` of the request asks for.
-///
-/// # Errors
-/// 400 naming the field.
-pub(in crate::serve) async fn compiled(
-    app: &App,
-    model: &OpenedModel,
-    form: AnswerForm,
-    field: &'static str,
-) -> Result<Grammar, ApiError> {
-    let no_tokenizer = || ApiError::of_field(field, "this model has no tokenizer, so its answers have no form");
-    let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-    app.encode(move || grammars.compile(form, field)).await
 }
 
 /// Refuses stop strings that cannot be used.
