@@ -11,7 +11,7 @@ use aotron::serve::{LogFormat, ModelSource, ServeEvent, ServeOptions, Server, St
 use clap::ValueEnum;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::args::{EngineFlags, chat_format_help, count, usage};
+use super::args::{EngineFlags, chat_format_help, count, size, usage};
 use super::engine::shell_word;
 use super::term;
 
@@ -48,6 +48,10 @@ pub struct Flags {
     /// Requests that may wait for a slot; more are refused
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = count(1_000_000))]
     max_queue: usize,
+    /// Memory, for each model, for keys and values of conversations that have lost their slot, such as 512MiB or 8GiB; 0 for
+    /// none, and none on a GPU [default: as much as the KV cache, at most a quarter of the memory left beside that]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    prefix_cache: Option<usize>,
     /// Slots that the requests of one client may hold at a time, a client being its key or else its address; by default all
     #[arg(long, value_name = "N", value_parser = count(1_000_000))]
     max_running_per_client: Option<usize>,
@@ -241,6 +245,7 @@ impl Flags {
                 .map(|(certificate, key)| TlsFiles { certificate, key }),
             api_keys: self.api_keys()?,
             max_queue: self.max_queue,
+            prefix_cache_bytes: self.prefix_cache,
             max_running_per_client: self.max_running_per_client,
             max_body_bytes: self.max_body << 20,
             max_connections: self.max_connections,

@@ -185,7 +185,8 @@ pub(super) async fn create(
     request.client = context.client;
     request.deadline = app.deadline();
     if let Some(OutputFormat::JsonSchema { schema }) = body.output_config.take().and_then(|config| config.format) {
-        let form = AnswerForm::of_request(Some(ResponseFormat::of_schema(schema)), "output_config.format", None)?;
+        let format = ResponseFormat::of_schema(schema);
+        let form = AnswerForm::of_request(Some(format), "output_config.format", None)?;
         app.give_form(&model, &mut request, form).await?;
     }
     let prompt_tokens = request.prompt.len();

@@ -133,6 +133,9 @@ impl App {
     fn open_model(&self, served: &ServedModel, source: ModelSource) -> Result<OpenedModel> {
         let model = (source.open)()?;
         let mut options = EngineOptions::default().max_queued(self.options.max_queue);
+        if let Some(limit_bytes) = self.options.prefix_cache_bytes {
+            options = options.prefix_cache_bytes(limit_bytes);
+        }
         if let Some(max_running) = self.options.max_running_per_client {
             options = options.max_running_per_client(max_running);
         }

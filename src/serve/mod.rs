@@ -36,6 +36,8 @@ mod app;
 mod body;
 mod connection;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod grammar;
 mod kserve;
 mod metrics;

@@ -387,3 +387,29 @@ fn clients_without_v1_in_their_url_and_clients_of_llama_cpp_are_answered() {
     assert_eq!(json!(ids), plain);
     assert!(pieces.as_array().unwrap().iter().all(|piece| piece["piece"].is_string()), "{pieces}");
 }
+
+#[test]
+fn a_conversation_that_lost_its_slot_is_found_in_the_prefix_cache() {
+    for (size, found) in [("16MiB", 32), ("0", 0)] {
+        let server = Server::start(&["--slots", "1", "--prefix-cache", size]);
+        let ask = |first: u32, salt: &str| {
+            let prompt: Vec<u32> = (first..first + 40).collect();
+            let body = json!({ "prompt": prompt, "max_tokens": 4, "cache_salt": salt, "return_token_ids": true });
+            let reply = server.post("/v1/completions", &body).ok();
+            let cached = reply["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+            (cached, reply["choices"][0]["token_ids"].clone())
+        };
+        let first = ask(300, "a");
+        ask(400, "a");
+        assert_eq!(ask(300, "a"), (found, first.1.clone()), "two whole blocks, and the same answer");
+        assert_eq!(ask(300, "b"), (0, first.1), "not under another salt");
+        let metric = |name: &str| server.metric(&format!("aotron_prefix_cache_{name}"));
+        assert_eq!(metric("limit_bytes"), if size == "0" { 0.0 } else { f64::from(16 << 20) });
+        assert_eq!(metric("blocks") > 0.0, found > 0);
+        let metrics = server.get("/metrics").text();
+        let of_blocks = metrics.lines().find(|line| {
+            line.starts_with("aotron_prefix_cache_reused_tokens_total") && line.contains("source=\"blocks\"")
+        });
+        assert!(of_blocks.unwrap().ends_with(&format!(" {found}")), "{metrics}");
+    }
+}

@@ -84,7 +84,8 @@ fn under_load_each_request_gets_what_it_gets_alone() {
             });
         }
     });
-    assert_eq!(engine.handle().status(), EngineStatus { running: 0, queued: 0, kv_tokens: 0, is_open: true });
+    let status = engine.handle().status();
+    assert_eq!((status.running, status.queued, status.kv_tokens, status.is_open), (0, 0, 0, true));
     engine.shutdown(DrainMode::Accepted).unwrap();
 }
 

@@ -3,6 +3,8 @@
 //!
 //! A client that finds no model of its name polls for minutes, so one model answers to any name.
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 pub(super) mod generate;
 mod infer;
 pub(super) mod tensors;

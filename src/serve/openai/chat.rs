@@ -12,9 +12,9 @@ use uuid::Uuid;
 
 use super::logprobs::{ChatLogprob, of_chat};
 use super::messages::{Fields, conversation, final_message_continues};
-use super::settings::{MAX_CHOICES, check_lengths, check_tools, for_choice, text_request};
+use super::settings::{MAX_CHOICES, check_lengths, check_tools, check_top_logprobs, for_choice, text_request};
 use super::{Chunks, Gone, Usage, finish_reason, now, stop_reason, stream};
-use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, TokenReport, TokenReports};
+use crate::runtime::{Completion, Event, GenerationRequest, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, MergedAnswers, log_failure};
 use crate::serve::app::{App, OpenedModel};
@@ -228,10 +228,7 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
     check_tools(body.tools.as_deref(), has_none)?;
     let logprobs = body.logprobs.unwrap_or(false);
     let top = body.top_logprobs.unwrap_or(0);
-    if top > MAX_TOP_LOGPROBS {
-        let message = format!("top_logprobs is {top}; expected 0 to {MAX_TOP_LOGPROBS}");
-        return Err(ApiError::of_field("top_logprobs", message));
-    }
+    check_top_logprobs("top_logprobs", top)?;
     if top > 0 && !logprobs {
         return Err(ApiError::of_field("top_logprobs", "top_logprobs needs logprobs to be true"));
     }
@@ -255,13 +252,14 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
     let limit = if body.max_completion_tokens.is_some() { "max_completion_tokens" } else { "max_tokens" };
     check_lengths(("min_tokens", settings.min_tokens), (limit, max_tokens), false)?;
     let continues = final_message_continues(body.continue_final_message, body.add_generation_prompt, &body.messages)?;
-    let request = conversation(app, &model, body.messages, Fields::MESSAGES, continues).await?;
-    let request = request.max_tokens(max_tokens.unwrap_or(usize::MAX));
-    let request = request.reports(match (wanted.logprobs, wanted.token_ids || wanted.continuous_usage) {
-        (true, _) => TokenReports::Logprobs(top),
-        (false, true) => TokenReports::Ids,
-        (false, false) => TokenReports::None,
-    });
+    let request = conversation(app, &model, body.messages, Fields::MESSAGES, continues)
+        .await?
+        .max_tokens(max_tokens.unwrap_or(usize::MAX))
+        .reports(match (wanted.logprobs, wanted.token_ids || wanted.continuous_usage) {
+            (true, _) => TokenReports::Logprobs(top),
+            (false, true) => TokenReports::Ids,
+            (false, false) => TokenReports::None,
+        });
     let request = settings.apply(app, &model, &context, request).await?;
     let id = format!("chatcmpl-{}", Uuid::new_v4().simple());
     Ok(Prepared { model, request, choices, wanted, context, id, created: now() })

@@ -10,9 +10,9 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::logprobs::of_completion;
-use super::settings::{MAX_CHOICES, check_lengths, for_choice, text_request};
+use super::settings::{MAX_CHOICES, check_lengths, check_top_logprobs, for_choice, text_request};
 use super::{Chunks, Gone, Usage, finish_reason, now, stop_reason, stream};
-use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, TokenReport, TokenReports};
+use crate::runtime::{Completion, Event, GenerationRequest, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, MergedAnswers, log_failure};
 use crate::serve::app::{App, OpenedModel};
@@ -142,9 +142,7 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
         return Err(ApiError::unsupported("suffix", "suffix is not supported: the model does not fill in the middle"));
     }
     let logprobs = body.logprobs;
-    if let Some(top) = logprobs.filter(|top| *top > MAX_TOP_LOGPROBS) {
-        return Err(ApiError::of_field("logprobs", format!("logprobs is {top}; expected 0 to {MAX_TOP_LOGPROBS}")));
-    }
+    check_top_logprobs("logprobs", logprobs.unwrap_or(0))?;
     let is_stream = body.stream.unwrap_or(false);
     if body.stream_options.is_some() && !is_stream {
         return Err(ApiError::of_field("stream_options", "stream_options needs stream to be true"));

@@ -11,9 +11,9 @@ use uuid::Uuid;
 
 use super::logprobs::of_chat;
 use super::messages::{Fields, conversation};
-use super::settings::{check_lengths, check_tools};
+use super::settings::{check_lengths, check_tools, check_top_logprobs};
 use super::{Chunks, Gone, now, stream};
-use crate::runtime::{Completion, Event, FinishReason, MAX_TOP_LOGPROBS, SamplingParams, TokenReport, TokenReports};
+use crate::runtime::{Completion, Event, FinishReason, SamplingParams, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, log_failure};
 use crate::serve::app::{App, OpenedModel};
@@ -185,14 +185,10 @@ pub(in crate::serve) async fn create(
     request.sampling = SamplingParams { temperature, top_p, ..default }.effective();
     request.client = context.client;
     request.deadline = app.deadline();
-    let form = AnswerForm::of_request(format, "text.format", None)?;
-    app.give_form(&model, &mut request, form).await?;
+    app.give_form(&model, &mut request, AnswerForm::of_request(format, "text.format", None)?).await?;
     let reports = body.include.iter().flatten().any(|item| item == INCLUDED_LOGPROBS);
     let top = body.top_logprobs.unwrap_or(0);
-    if top > MAX_TOP_LOGPROBS {
-        let message = format!("top_logprobs is {top}; expected 0 to {MAX_TOP_LOGPROBS}");
-        return Err(ApiError::of_field("top_logprobs", message));
-    }
+    check_top_logprobs("top_logprobs", top)?;
     if reports {
         request.reports = TokenReports::Logprobs(top);
     }

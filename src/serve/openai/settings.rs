@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::runtime::{GenerationRequest, SamplingParams};
+use crate::runtime::{GenerationRequest, MAX_TOP_LOGPROBS, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::app::{App, OpenedModel};
 use crate::serve::body::Accepted;
@@ -264,6 +264,17 @@ impl Settings {
         request.client = context.client;
         request.deadline = app.deadline();
         Ok(request)
+    }
+}
+
+/// Refuses numbers of alternatives that are too large.
+///
+/// # Errors
+/// 400 naming the field.
+pub(super) fn check_top_logprobs(field: &str, top: usize) -> Result<(), ApiError> {
+    match top > MAX_TOP_LOGPROBS {
+        true => Err(ApiError::of_field(field, format!("{field} is {top}; expected 0 to {MAX_TOP_LOGPROBS}"))),
+        false => Ok(()),
     }
 }
 
