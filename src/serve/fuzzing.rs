@@ -68,7 +68,7 @@ static SERVED: LazyLock<Served> = LazyLock::new(|| {
     // Its files are mapped, and deleted with the folder.
     assert!(app.open(0, source), "tiny-chat does not open");
     let model = app.model(None).unwrap();
-    model.grammars.as_ref().unwrap().compile(AnswerForm::Regex("a".into())).unwrap();
+    model.grammars.as_ref().unwrap().compile(AnswerForm::Regex("a".into()), "").unwrap();
     app.shut_down();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     Served { runtime, router: router(app), model }
@@ -146,13 +146,13 @@ struct Form {
 /// each place until it ends, and takes every token that it allows, or refuses to go on with a message.
 pub fn grammar(bytes: &[u8]) {
     let Ok(Form { response_format, structured_outputs }) = serde_json::from_slice(bytes) else { return };
-    let form = match AnswerForm::of_request(response_format, structured_outputs) {
-        Ok(Some((form, _))) => form,
+    let (form, field) = match AnswerForm::of_request(response_format, "response_format", structured_outputs) {
+        Ok(Some(form)) => form,
         Ok(None) => return,
         Err(error) => return check_message(&error.message),
     };
     let grammars = SERVED.model.grammars.as_ref().unwrap();
-    let grammar = match grammars.compile(form) {
+    let grammar = match grammars.compile(form, field) {
         Ok(grammar) => grammar,
         Err(error) => return check_message(&error.message),
     };
