@@ -28,7 +28,8 @@ static PACKAGES: LazyLock<(tempfile::TempDir, Vec<Package>)> = LazyLock::new(|| 
 });
 
 fn open(package: &Package, isa: Isa, slots: usize) -> CpuExecutor {
-    open_cpu(package, &CpuOptions { threads: Some(1), isa: Some(isa), slots: Some(slots) }).unwrap()
+    open_cpu(package, &CpuOptions { threads: Some(1), isa: Some(isa), slots: Some(slots), ..CpuOptions::default() })
+        .unwrap()
 }
 
 /// Runs a batcher until it is idle, and adds the completions.
