@@ -28,7 +28,7 @@ static PACKAGES: LazyLock<(tempfile::TempDir, Vec<Package>)> = LazyLock::new(|| 
 });
 
 fn open(package: &Package, isa: Isa, slots: usize) -> CpuExecutor {
-    open_cpu(package, &CpuOptions { threads: Some(1), isa: Some(isa), slots: Some(slots), ..CpuOptions::default() })
+    open_cpu(package, &CpuOptions { threads: Some(1), isa: Some(isa), slots: Some(slots), copy_weights: false })
         .unwrap()
 }
 

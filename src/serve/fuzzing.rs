@@ -68,7 +68,7 @@ static SERVED: LazyLock<Served> = LazyLock::new(|| {
     // Its files are mapped, and deleted with the folder.
     assert!(app.open(0, source), "tiny-chat does not open");
     let model = app.model(None).unwrap();
-    model.grammars.as_ref().unwrap().compile(AnswerForm::Regex("a".into()), "").unwrap();
+    model.grammars.as_ref().unwrap().compile(AnswerForm::Regex("a".into()), "regex").unwrap();
     app.shut_down();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     Served { runtime, router: router(app), model }
