@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::access::RequestContext;
 use super::answer::{Answer, log_failure};
 use super::app::{App, OpenedModel};
-use super::body::{Accepted, ParsedBody, name_ignored, read_json};
+use super::body::{Accepted, ParsedBody, name_ignored, object_or_null, read_json};
 use super::error::ApiError;
 use super::grammar::{AnswerForm, ResponseFormat};
 use super::openai::{
@@ -59,7 +59,7 @@ fn body_of(error: &ApiError) -> Value {
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 pub(super) struct OutputConfig {
     /// The form of the answer.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object_or_null")]
     format: Option<OutputFormat>,
     /// Accepted; it has no effect.
     #[serde(default)]
@@ -138,7 +138,7 @@ pub(super) struct MessagesRequest {
     #[allow(dead_code, reason = "accepted and ignored")]
     thinking: Option<Accepted>,
     /// The form of the answer.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object_or_null")]
     output_config: Option<OutputConfig>,
 }
 

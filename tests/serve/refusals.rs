@@ -129,6 +129,7 @@ fn refusals_name_the_field_that_was_sent() {
             "messages[0]: its content",
         ),
         (json!({ "max_tokens": 9, "system": 3 }), "system: content is"),
+        (json!({ "max_tokens": 9, "output_config": [] }), "output_config: invalid type: list, expected an object"),
     ] {
         let mut body = base.clone();
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());

@@ -250,8 +250,8 @@ impl Settings {
             seed: self.seed,
         }
         .effective();
-        if let Some((form, field)) = self.form {
-            app.give_form(model, &mut request, Some((form, field))).await?;
+        if self.form.is_some() {
+            app.give_form(model, &mut request, self.form).await?;
         } else if self.ignore_eos {
             request.stop_ids.clear();
             request.stop_strings.clear();
