@@ -36,7 +36,7 @@ start "${names[@]}"
 run_tests unit --ignore unit/test_security.py
 stop
 origins=()
-for origin in localhost web.mydomain.fr http://localhost http://localhost:8080 http://127.0.0.1 http://127.0.0.1:3000 \
+for origin in http://localhost http://localhost:8080 http://127.0.0.1 http://127.0.0.1:3000 \
     'http://[::1]' 'http://[::1]:3000'; do
     origins+=(--cors-origin "$origin")
 done
