@@ -245,6 +245,7 @@ pub fn count(most: u64) -> impl clap::builder::TypedValueParser<Value = usize> {
 }
 
 /// Parses a number of bytes: `0`, `1048576`, `512MiB`, `1.5GiB`.
+#[cfg(feature = "serve")]
 pub fn size(text: &str) -> Result<usize, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match text.get(digits.len()..).unwrap_or_default().to_ascii_lowercase().as_str() {
@@ -302,6 +303,7 @@ mod tests {
         SamplingParams::default()
     }
 
+    #[cfg(feature = "serve")]
     #[test]
     fn sizes_are_numbers_with_a_unit_or_bytes() {
         for (text, bytes) in
