@@ -191,6 +191,10 @@ mod tests {
         assert_eq!((error.param.as_deref(), error.status.as_u16()), (Some("inner.0.y"), 400));
         let error = read(r#"{"inner": [{"x": "one"}]}"#, UnknownFields::Warn).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("inner[0].x"));
+        let long = format!(r#"{{"inner": [{{"x": "{}"}}]}}"#, "é".repeat(1 << 16));
+        let error = read(&long, UnknownFields::Warn).unwrap_err();
+        assert_eq!(error.message.chars().count(), 1001, "a value is quoted in part");
+        assert!(error.message.starts_with("inner[0].x: ") && error.message.contains("expected"), "{}", error.message);
         for broken in ["", " ", "{", "[1", "{\"inner\": []} x", "\u{feff}{}", "nul"] {
             assert_eq!(read(broken, UnknownFields::Warn).unwrap_err().status.as_u16(), 400, "{broken:?}");
         }

@@ -39,9 +39,24 @@ pub(super) struct ApiError {
     pub retry_after: Option<u64>,
 }
 
+/// Longest message and name of a field, in characters.
+const LONGEST: usize = 1000;
+
+/// A text without its middle if it is too long: errors of JSON quote what the client sent, and end in what was expected.
+fn shortened(text: String) -> String {
+    let count = text.chars().count();
+    if count <= LONGEST {
+        return text;
+    }
+    let half = LONGEST / 2;
+    let (head, tail) = (text.chars().take(half), text.chars().skip(count - half));
+    head.chain(['…']).chain(tail).collect()
+}
+
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> ApiError {
-        ApiError { status, kind, message: message.into(), param: None, code: None, retry_after: None }
+        let message = shortened(message.into());
+        ApiError { status, kind, message, param: None, code: None, retry_after: None }
     }
 
     /// A request that cannot be served as it is.
@@ -51,7 +66,7 @@ impl ApiError {
 
     /// A field with a wrong value.
     pub fn of_field(param: impl Into<String>, message: impl Into<String>) -> ApiError {
-        ApiError { param: Some(param.into()), ..ApiError::bad_request(message) }
+        ApiError { param: Some(shortened(param.into())), ..ApiError::bad_request(message) }
     }
 
     /// A feature that the server or the model lacks.
