@@ -303,10 +303,17 @@ pub struct TokenizeReply {
     count: usize,
     /// Tokens of a prompt and its answer together.
     max_model_len: usize,
-    tokens: Vec<u32>,
-    /// With `return_token_strs`.
-    #[schema(required = false, nullable = false)]
+    tokens: Vec<EncodedToken>,
+    /// Null without `return_token_strs`.
     token_strs: Option<Vec<String>>,
+}
+
+/// A token id or, with `with_pieces`, an object.
+#[derive(ToSchema)]
+#[serde(untagged)]
+pub enum EncodedToken {
+    Id(u32),
+    Piece { id: u32, piece: String },
 }
 
 /// A text.
