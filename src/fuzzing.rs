@@ -1,5 +1,5 @@
-//! The fuzz targets of `fuzz/`: each runs one reader of untrusted files on bytes in memory and checks invariants that
-//! hold for any bytes. Refusing the input is fine, with a short message of one line.
+//! The fuzz targets of `fuzz/`: each runs one reader of untrusted files or requests on bytes in memory and checks invariants
+//! that hold for any bytes. Refusing the input is fine, with a short message of one line.
 //!
 //! This is not part of the library's API. It is compiled only for the fuzz targets, which set `cfg(fuzzing)`, and for
 //! the tests, which run the same checks on inputs that once failed them (`tests/data/fuzz`). Each module has its own
@@ -10,6 +10,8 @@ use crate::error::Error;
 pub use crate::backend::fuzzing::plan;
 pub use crate::checkpoint::fuzzing::{json, metadata, nemo, pickle, tar, torch_dist, yaml, zarr, zip};
 pub use crate::engine::fuzzing::manifest;
+#[cfg(feature = "serve")]
+pub use crate::serve::fuzzing::{chat, grammar, open_server, tensors};
 pub use crate::tensor_file::fuzzing::safetensors;
 pub use crate::text::fuzzing::sentencepiece;
 
@@ -38,6 +40,12 @@ mod tests {
 
     /// All targets.
     const TARGETS: &[(&str, Check)] = &[
+        #[cfg(feature = "serve")]
+        ("chat", super::chat),
+        #[cfg(feature = "serve")]
+        ("grammar", super::grammar),
+        #[cfg(feature = "serve")]
+        ("tensors", super::tensors),
         ("json", super::json),
         ("manifest", super::manifest),
         ("metadata", super::metadata),

@@ -75,6 +75,9 @@
 //! # }
 //! ```
 //!
+//! What an engine has computed of a prompt it does not compute again, as long as it is in a slot or, on the CPU, in the
+//! blocks that [`EngineOptions::prefix_cache_bytes`] bounds.
+//!
 //! A [`Batcher`] does the same step by step on the caller's thread. Complete programs are in `examples/`: a chat, a
 //! batch, scores, and a custom sampler.
 //!
@@ -107,7 +110,7 @@
 //!
 //! | module | contents |
 //! | --- | --- |
-//! | `error`, `tensor`, `isa`, `mmap`, `tensor_file` | the error type, element types and borrowed tensors, CPU features, mapped files, safetensors |
+//! | `error`, `tensor`, `isa`, `memory`, `mmap`, `tensor_file` | the error type, element types and borrowed tensors, CPU features, the machine's memory, mapped files, safetensors |
 //! | `checkpoint` | readers: from a `.nemo` file or a Hugging Face folder to a config and named, validated, memory-mapped tensors |
 //! | `quantize` | quantization of a row of weights into codes and scales |
 //! | `graph` | the typed intermediate representation of one forward step |
@@ -117,7 +120,7 @@
 //! | `backend` | `Step`, the `Executor` trait, weight files written in one pass, the CPU (lowering, packing, kernels), TensorRT (libraries, lowering, running on a GPU) |
 //! | `verify` | the cases that a plan must pass before it answers, and the reference answers in a package |
 //! | `compile` | recipes, passes, and [`build`](build()), which runs the upper half of the diagram |
-//! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread); it depends on neither graphs nor checkpoints |
+//! | `runtime` | sampling, stops, [`Session`] (one conversation), [`Batcher`] (many), [`Engine`] (many, from any thread), the prefix cache; it depends on neither graphs nor checkpoints |
 //! | `serve` | the HTTP server over an [`Engine`]; HTTPS with the feature `tls` |
 //!
 //! The program's command line is not part of the library.
@@ -149,6 +152,8 @@ pub mod graph;
 #[doc(hidden)]
 pub mod isa;
 #[doc(hidden)]
+pub mod memory;
+#[doc(hidden)]
 pub mod mmap;
 mod model;
 #[doc(hidden)]
@@ -175,7 +180,7 @@ pub use error::{Error, PlanRefusal, PlanRefusals, RefusalReason, Result};
 /// Executors run the steps of a [`Session`], a [`Batcher`] or an [`Engine`]. A [`Model`] opens those of its plan; use
 /// these types to write your own.
 pub mod executor {
-    pub use crate::backend::{Chunk, DeferredLogits, Executor, Logits, NextToken, Rows, Span, Step, Top};
+    pub use crate::backend::{Chunk, DeferredLogits, Executor, KvBlock, Logits, NextToken, Rows, Span, Step, Top};
 }
 
 #[doc(inline)]
@@ -187,9 +192,9 @@ pub use isa::{CpuFeatures, Isa};
 #[doc(inline)]
 pub use runtime::{
     Answer, Batcher, Chat, Completion, DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Event,
-    FinishReason, GenerationRequest, Grammar, Model, ModelOptions, RequestId, ResponseStream, Sampler, SamplingParams,
-    Session, StopMatch, TextStream, Ticket, Timings, TokenConstraint, TokenLogprobs, TokenMask, TokenReport,
-    TokenReports, Turn, log_probability,
+    FinishReason, GenerationRequest, Grammar, Model, ModelOptions, PrefixCacheStatus, PrefixReuse, RequestId,
+    ResponseStream, Sampler, SamplingParams, Session, StopMatch, TextStream, Ticket, Timings, TokenConstraint,
+    TokenLogprobs, TokenMask, TokenReport, TokenReports, Turn, log_probability,
 };
 #[doc(inline)]
 pub use text::{ChatFormat, Message, Role, StreamDecoder, Tokenizer};

@@ -1,13 +1,14 @@
 //! Memory-mapped files: gigabytes of weights are read by the pages that are touched, never copied whole.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap, MmapMut};
 
 use crate::error::{Error, Result};
 
-/// A regular file mapped read-only.
+/// A regular file mapped read-only, or a copy of one.
 ///
 /// The file must not be truncated or rewritten in place while it is mapped: replacing it by a rename is safe,
 /// shortening it makes the operating system kill whoever reads the lost pages. No process can see to that alone, so
@@ -49,6 +50,28 @@ impl MappedFile {
             // SAFETY: the mapping is read-only, so nothing here writes through it, and the caller keeps others from it.
             // Values read from a map are validated as untrusted input all the same.
             _ => Some(unsafe { Mmap::map(file) }.map_err(Error::io("map", path))?),
+        };
+        Ok(MappedFile { path: path.to_path_buf(), map })
+    }
+
+    /// Reads the whole of `path` into memory, in huge pages where the system has them. Nothing that happens to the file
+    /// afterwards matters.
+    ///
+    /// # Errors
+    /// As [`MappedFile::open`], and [`Error::Io`] if there is not enough memory or the file is shortened meanwhile.
+    pub fn copy(path: &Path) -> Result<MappedFile> {
+        let mut file = open_regular(path)?;
+        let bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
+        let failed = || Error::io("copy into memory", path);
+        let map = match usize::try_from(bytes).unwrap_or(usize::MAX) {
+            0 => None,
+            bytes => {
+                let mut memory = MmapMut::map_anon(bytes).map_err(failed())?;
+                // Systems without them refuse.
+                let _ = memory.advise(Advice::HugePage);
+                file.read_exact(&mut memory).map_err(failed())?;
+                Some(memory.make_read_only().map_err(failed())?)
+            }
         };
         Ok(MappedFile { path: path.to_path_buf(), map })
     }
@@ -102,20 +125,24 @@ mod tests {
     }
 
     #[test]
-    fn maps_content_and_the_empty_file() {
+    fn maps_and_copies_content_and_the_empty_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         std::fs::write(&path, b"content").unwrap();
         assert_eq!(open(&path).unwrap().bytes(), b"content");
-        std::fs::write(folder.path().join("empty"), b"").unwrap();
-        assert_eq!(open(&folder.path().join("empty")).unwrap().bytes(), b"");
+        let copy = MappedFile::copy(&path).unwrap();
+        std::fs::write(&path, b"").unwrap();
+        assert_eq!((copy.bytes(), copy.path()), (&b"content"[..], &*path));
+        assert_eq!(open(&path).unwrap().bytes(), b"");
+        assert_eq!(MappedFile::copy(&path).unwrap().bytes(), b"");
     }
 
     #[test]
     fn refuses_what_is_not_a_regular_file() {
         let folder = tempfile::tempdir().unwrap();
-        let error = open(folder.path()).unwrap_err().to_string();
-        assert!(error.contains("not a regular file"), "{error}");
+        for error in [open(folder.path()).unwrap_err(), MappedFile::copy(folder.path()).unwrap_err()] {
+            assert!(error.to_string().contains("not a regular file"), "{error}");
+        }
         let error = open(Path::new("/dev/zero")).unwrap_err().to_string();
         assert!(error.contains("/dev/zero: not a regular file"), "{error}");
         // Opening a pipe would wait for a writer.

@@ -57,8 +57,19 @@ impl TensorFile {
     #[allow(unsafe_code)]
     pub fn open(path: &Path) -> Result<TensorFile> {
         // SAFETY: the documentation requires the caller not to modify the file.
-        let file = unsafe { MappedFile::open(path)? };
-        let (tensors, metadata) = parse(file.bytes()).map_err(|detail| Error::format(path, detail))?;
+        TensorFile::of(unsafe { MappedFile::open(path)? })
+    }
+
+    /// Reads the whole of `path` into memory and validates its header. The file may be modified afterwards.
+    ///
+    /// # Errors
+    /// As [`TensorFile::open`], and [`Error::Io`] if it cannot be read or there is not enough memory.
+    pub fn copy(path: &Path) -> Result<TensorFile> {
+        TensorFile::of(MappedFile::copy(path)?)
+    }
+
+    fn of(file: MappedFile) -> Result<TensorFile> {
+        let (tensors, metadata) = parse(file.bytes()).map_err(|detail| Error::format(file.path(), detail))?;
         Ok(TensorFile { file, tensors, metadata })
     }
 

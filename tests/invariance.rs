@@ -27,7 +27,8 @@ static PACKAGES: LazyLock<(tempfile::TempDir, Vec<Package>)> = LazyLock::new(|| 
 });
 
 fn open(package: &Package, isa: Isa, threads: usize) -> CpuExecutor {
-    open_cpu(package, &CpuOptions { threads: Some(threads), isa: Some(isa), slots: Some(4) }).unwrap()
+    open_cpu(package, &CpuOptions { threads: Some(threads), isa: Some(isa), slots: Some(4), ..CpuOptions::default() })
+        .unwrap()
 }
 
 /// The last row of logits after each prefix of `ids` listed in `wanted`, computed from one sequence alone, token by

@@ -63,7 +63,7 @@ fn logits_are_transformers() {
             let folder = tempfile::tempdir().unwrap();
             let package = build_package(&shape, precision, &folder.path().join("engine"));
             for isa in aotron::isa::Isa::available() {
-                let options = CpuOptions { threads: Some(2), isa: Some(isa), slots: None };
+                let options = CpuOptions { threads: Some(2), isa: Some(isa), ..CpuOptions::default() };
                 let mut executor = open_cpu(&package, &options).unwrap();
                 for (ids, expected) in golden(&shape) {
                     let error = relative_error(&score(&mut executor, 1, &ids, 7), &expected);
@@ -132,7 +132,7 @@ fn kernels_compute_the_graph() {
             for (ids, _) in golden(&shape) {
                 let expected = reference.logits(&ids);
                 for isa in aotron::isa::Isa::available() {
-                    let options = CpuOptions { threads: Some(2), isa: Some(isa), slots: None };
+                    let options = CpuOptions { threads: Some(2), isa: Some(isa), ..CpuOptions::default() };
                     let mut executor = open_cpu(&package, &options).unwrap();
                     let distance = distance(&score(&mut executor, 1, &ids, 7), &expected);
                     println!("{} {precision} {isa}: {} tokens, {distance:.1e}", shape.display(), ids.len());

@@ -10,7 +10,11 @@ mod kserve;
 mod load;
 /// OpenAI's and Anthropic's APIs.
 mod openai;
+/// Refusals, and the fields that they name.
+mod refusals;
 /// A server and an HTTP client for the tests below.
 mod server;
+/// What is said before the server listens, and of packages that cannot be served.
+mod start;
 /// HTTPS.
 mod tls;

@@ -25,6 +25,8 @@ mod nemo;
 mod numerics;
 /// Packages for the tests below.
 mod packages;
+/// Keys and values of sequences that have lost their slot.
+mod prefix_cache;
 /// Graphs evaluated in FP64.
 mod reference;
 /// Weights rounded by their layers' inputs.

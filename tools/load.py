@@ -93,12 +93,23 @@ class Client:
 
     async def send(self, method: str, path: str, body=None) -> tuple:
         """Sends a request; returns the status and headers of the reply, whose body is yet to be read."""
-        await self.connect()
-        self.writer.write(self.target.message(method, path, body))
-        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), SILENCE)
+        was_kept = self.writer is not None
+        try:
+            head = await self.head(method, path, body)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            # A server may close a connection that was idle while a request is on its way, which all clients send again.
+            if not was_kept:
+                raise
+            self.close()
+            head = await self.head(method, path, body)
         lines = head.decode("latin-1").split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
         return int(lines[0].split()[1]), headers
+
+    async def head(self, method: str, path: str, body) -> bytes:
+        await self.connect()
+        self.writer.write(self.target.message(method, path, body))
+        return await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), SILENCE)
 
     async def pieces(self, headers: dict):
         """The body as it arrives."""

@@ -12,19 +12,23 @@ pub mod repair;
 pub use libfuzzer_sys;
 
 /// Bytes that a reader may have allocated at any time, whatever its input.
-const BASE_BYTES: usize = 16 << 20;
+pub const BASE_BYTES: usize = 16 << 20;
 /// Additional bytes per byte of input.
 const BYTES_PER_BYTE: usize = 64;
 
 /// Defines a target that passes its inputs to `aotron::fuzzing::$check`. With `repair`, seven of eight mutated inputs
-/// pass through that function first.
+/// pass through that function first. With `open`, that function is called once before, without a limit on memory; and
+/// `bytes` is another limit than [`BASE_BYTES`].
 #[macro_export]
 macro_rules! target {
-    ($check:ident) => {
-        $crate::libfuzzer_sys::fuzz_target!(|bytes: &[u8]| $crate::run(aotron::fuzzing::$check, bytes));
+    ($check:ident $(, open: $open:path)? $(, bytes: $bytes:expr)?) => {
+        $crate::libfuzzer_sys::fuzz_target!(init: { $($open();)? }, |input: &[u8]| {
+            let base_bytes = [$crate::BASE_BYTES $(, $bytes)?];
+            $crate::run(aotron::fuzzing::$check, input, base_bytes[base_bytes.len() - 1]);
+        });
     };
-    ($check:ident, repair: $repair:path) => {
-        $crate::target!($check);
+    ($check:ident $(, open: $open:path)?, repair: $repair:path) => {
+        $crate::target!($check $(, open: $open)?);
         $crate::libfuzzer_sys::fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
             let size = $crate::libfuzzer_sys::fuzzer_mutate(data, size, max_size);
             if seed % 8 != 0 {
@@ -35,9 +39,9 @@ macro_rules! target {
     };
 }
 
-/// Runs `check` on `bytes`; aborts if it allocates too much memory.
-pub fn run(check: fn(&[u8]), bytes: &[u8]) {
-    let allowed = BASE_BYTES + BYTES_PER_BYTE * bytes.len();
+/// Runs `check` on `bytes`; aborts if it allocates more than `base_bytes` and [`BYTES_PER_BYTE`].
+pub fn run(check: fn(&[u8]), bytes: &[u8], base_bytes: usize) {
+    let allowed = base_bytes + BYTES_PER_BYTE * bytes.len();
     LIMIT.store(LIVE.load(Ordering::Relaxed).saturating_add(allowed), Ordering::Relaxed);
     check(bytes);
     LIMIT.store(usize::MAX, Ordering::Relaxed);

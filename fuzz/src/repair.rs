@@ -27,8 +27,24 @@ pub fn tar(bytes: &mut [u8]) {
 /// Fixes the length of a safetensors header, so that it covers the JSON and the spaces after it.
 pub fn safetensors(bytes: &mut [u8]) {
     let Some((length, rest)) = bytes.split_first_chunk_mut::<8>() else { return };
+    if let Some(end) = json_end(rest) {
+        let spaces = rest[end..].iter().take_while(|byte| **byte == b' ').count();
+        *length = ((end + spaces) as u64).to_le_bytes();
+    }
+}
+
+/// Fixes the length of the JSON before a request's tensors.
+pub fn tensors(bytes: &mut [u8]) {
+    let Some((length, rest)) = bytes.split_first_chunk_mut::<2>() else { return };
+    if let Some(end) = json_end(rest).and_then(|end| u16::try_from(end).ok()) {
+        *length = end.to_le_bytes();
+    }
+}
+
+/// The end of the JSON object, or of the first byte that begins none, that `bytes` start with.
+fn json_end(bytes: &[u8]) -> Option<usize> {
     let (mut depth, mut in_string, mut escaped) = (0i32, false, false);
-    for (at, byte) in rest.iter().enumerate() {
+    for (at, byte) in bytes.iter().enumerate() {
         match byte {
             _ if escaped => escaped = false,
             b'\\' if in_string => escaped = true,
@@ -38,11 +54,10 @@ pub fn safetensors(bytes: &mut [u8]) {
             _ => {}
         }
         if depth <= 0 {
-            let spaces = rest[at + 1..].iter().take_while(|byte| **byte == b' ').count();
-            *length = ((at + 1 + spaces) as u64).to_le_bytes();
-            return;
+            return Some(at + 1);
         }
     }
+    None
 }
 
 /// Fixes the offsets of a zip archive's members and central directory. Directory entries are matched with local headers

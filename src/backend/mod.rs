@@ -18,7 +18,7 @@ pub use select::{
 pub use step::{Chunk, NextToken, Rows, Span, Step};
 
 pub use crate::engine::Limits;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Runs a plan. The executor owns the KV memory; the caller decides which sequence occupies which slot and how long it
 /// is, so a slot is reused or truncated by passing a smaller `past_tokens`.
@@ -66,6 +66,33 @@ pub trait Executor: Send {
         Ok(false)
     }
 
+    /// The blocks in which a slot's keys and values can be copied out of the executor and back into it, or `None` if they
+    /// cannot: then nothing is kept of a sequence beyond its slot. A GPU's executor has none, since the copies would
+    /// cross the bus to the host.
+    fn kv_block(&self) -> Option<KvBlock> {
+        None
+    }
+
+    /// Copies block `index` of a slot, the keys and values of the tokens from `index * tokens` on, to `into`, of as many
+    /// bytes as a block has. They are the last that were written there, even if the slot's sequence is shorter by now.
+    ///
+    /// # Errors
+    /// [`Error::Step`](crate::Error::Step) if there are no blocks, no such slot or block, or `into` has another length.
+    fn read_kv_block(&self, slot: usize, index: usize, into: &mut [u8]) -> Result<()> {
+        let _ = (slot, index, into);
+        Err(Error::Step("this executor has no blocks of keys and values to read".into()))
+    }
+
+    /// Writes to block `index` of a slot what [`Executor::read_kv_block`] has read from a block with this index of any
+    /// slot. With the blocks before it, it becomes the slot's sequence.
+    ///
+    /// # Errors
+    /// As [`Executor::read_kv_block`]; the block's contents are then undefined.
+    fn write_kv_block(&mut self, slot: usize, index: usize, from: &[u8]) -> Result<()> {
+        let _ = (slot, index, from);
+        Err(Error::Step("this executor has no blocks of keys and values to write".into()))
+    }
+
     /// Guarantees beyond the above, which verification holds the executor to.
     fn promises(&self) -> ExecutorPromises {
         ExecutorPromises::default()
@@ -90,6 +117,15 @@ pub trait Executor: Send {
     fn mend_slot(&mut self, slot: usize) -> Result<()> {
         self.fill_slot(slot, 0).map(drop)
     }
+}
+
+/// Size of the blocks in which keys and values are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvBlock {
+    /// Tokens of a block, at least one.
+    pub tokens: usize,
+    /// Bytes of their keys and values in all layers.
+    pub bytes: usize,
 }
 
 /// Guarantees of an executor.

@@ -174,7 +174,8 @@ pub(crate) fn open_noted_cpu_model(package: &Package, options: &ExecutorOptions)
 /// As [`open`].
 pub fn open_cpu_model(package: &Package, options: &CpuOptions) -> Result<CpuModel> {
     let (plan, program) = cpu_program(package)?;
-    let weights = TensorFile::open(&package.file_path(&plan.weights))?;
+    let weights = package.file_path(&plan.weights);
+    let weights = if options.copy_weights { TensorFile::copy(&weights)? } else { TensorFile::open(&weights)? };
     let path = package.file_path(program_file(package, plan)?);
     CpuModel::new(program, &path, weights, options)
 }

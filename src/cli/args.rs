@@ -77,6 +77,9 @@ pub struct EngineFlags {
     /// Index of the GPU to run on [default: the first one that a plan was compiled for]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub device: Option<usize>,
+    /// Read the weights of a CPU plan into memory instead of mapping their file, which may then be changed or removed
+    #[arg(long)]
+    pub copy_weights: bool,
     /// Run a GPU plan that has not been verified on this card, driver and library
     #[arg(long)]
     pub accept_unverified: bool,
@@ -241,6 +244,25 @@ pub fn count(most: u64) -> impl clap::builder::TypedValueParser<Value = usize> {
     clap::value_parser!(u64).range(1..=most).map(|n| usize::try_from(n).unwrap_or(usize::MAX))
 }
 
+/// Parses a number of bytes: `0`, `1048576`, `512MiB`, `1.5GiB`.
+#[cfg(feature = "serve")]
+pub fn size(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text.get(digits.len()..).unwrap_or_default().to_ascii_lowercase().as_str() {
+        "" | "b" => Some(1u64),
+        "kib" => Some(1 << 10),
+        "mib" => Some(1 << 20),
+        "gib" => Some(1 << 30),
+        "tib" => Some(1 << 40),
+        _ => None,
+    };
+    let number = digits.parse::<f64>().ok().filter(|_| digits.bytes().all(|b| b.is_ascii_digit() || b == b'.'));
+    match (number, unit) {
+        (Some(number), Some(unit)) => Ok((number * unit as f64) as usize),
+        _ => Err("expected a size such as 512MiB or 8GiB, or 0".into()),
+    }
+}
+
 /// An error about the arguments that parsing alone cannot detect; exit code 2.
 pub fn usage(message: impl std::fmt::Display) -> anyhow::Error {
     clap::Error::raw(ErrorKind::ValueValidation, format!("{message}\n")).into()
@@ -279,6 +301,19 @@ mod tests {
 
     fn greedy() -> SamplingParams {
         SamplingParams::default()
+    }
+
+    #[cfg(feature = "serve")]
+    #[test]
+    fn sizes_are_numbers_with_a_unit_or_bytes() {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("12b", 12), ("64KiB", 65536), ("1.5gib", 3 << 29), ("2MiB", 2 << 20)]
+        {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "MiB", "-1", "1 GiB", "2GB", "1e9", "inf", "..1MiB"] {
+            assert!(size(text).is_err(), "{text}");
+        }
     }
 
     #[test]

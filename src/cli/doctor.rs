@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use aotron::backend::tensorrt::{DeviceInfo, LibraryKind, TensorRtLibrary, devices, driver_version};
 use aotron::compile::gpu::{PlanCompiler, sm};
-use aotron::compile::{Precision, Target, available_memory_bytes, free_bytes, total_memory_bytes};
+use aotron::compile::{Precision, Target, free_bytes};
 use aotron::isa::{CPU_VARIABLE, Isa};
+use aotron::memory::{available_memory_bytes, total_memory_bytes};
 use serde::Serialize;
 
 use super::args::Format;

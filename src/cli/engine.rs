@@ -18,6 +18,9 @@ use aotron::verify;
 use super::args::{ChatFlags, EngineFlags, PinFlags};
 use super::term::{self, Stages};
 
+/// Folders above a path in which a package is looked for.
+const OUTER_FOLDERS: usize = 3;
+
 /// An opened package, ready to run.
 pub struct OpenedEngine {
     pub package: Package,
@@ -40,6 +43,7 @@ impl EngineFlags {
             isa: None,
             target: None,
             device: None,
+            copy_weights: false,
             accept_unverified: false,
             lazy_kernels: false,
             no_cuda_graphs: false,
@@ -54,7 +58,7 @@ impl EngineFlags {
 
     /// Options for running its CPU plan, with KV memory for `slots` sequences.
     pub fn cpu_options(&self, slots: usize) -> CpuOptions {
-        CpuOptions { threads: self.threads, isa: self.isa, slots: Some(slots) }
+        CpuOptions { threads: self.threads, isa: self.isa, slots: Some(slots), copy_weights: self.copy_weights }
     }
 
     /// Options for running its plan, with KV memory for `slots` sequences.
@@ -84,6 +88,13 @@ impl EngineFlags {
             cpu: self.cpu_options(slots),
             gpu,
             accept_unverified: self.accept_unverified,
+        }
+    }
+
+    /// Says so if a GPU was chosen and the plan that runs is the CPU's.
+    pub fn note_device(&self, selection: &Selection) {
+        if let (Some(device), None) = (self.device, selection.device) {
+            term::warn(format!("--device {device} has no effect: {}", selection.reason));
         }
     }
 
@@ -126,6 +137,7 @@ impl EngineFlags {
         let (format, tokenizer) = text(&package)?;
         let tokenizer = tokenizer.map(Arc::new);
         let selection = select(&package, &options)?;
+        self.note_device(&selection);
         // Do not report the selection if there was no choice.
         if package.manifest().plans.len() > 1 || selection.device.is_some() {
             term::note(&selection.reason);
@@ -157,8 +169,17 @@ impl OpenedEngine {
     }
 }
 
-/// Refuses a checkpoint where a package belongs, with the command that makes one of it.
+/// Refuses a checkpoint where a package belongs, with the command that makes one of it, and what is inside of a package.
 pub fn refuse_checkpoint(path: &Path) -> aotron::Result<()> {
+    let outer = path.ancestors().skip(1).take(OUTER_FOLDERS).find(|outer| is_package(outer));
+    if let (false, true, Some(outer)) = (is_package(path), path.exists(), outer) {
+        let outer = if outer.as_os_str().is_empty() { Path::new(".") } else { outer };
+        let outer = shell_word(outer);
+        return Err(aotron::Error::package(
+            path,
+            format!("this is inside of an engine package; give its folder: {outer}"),
+        ));
+    }
     match !is_package(path) && is_checkpoint(path) {
         true => {
             let build = format!("`aotron build {}` makes one of it", shell_word(path));

@@ -10,6 +10,7 @@ mod doctor;
 mod editor;
 mod engine;
 mod inspect;
+mod lost_pages;
 mod prompt;
 mod run;
 mod score;
@@ -31,6 +32,7 @@ use args::{Args, Command};
 
 /// Parses the arguments, runs the command and reports its error. The exit code is 1, or 2 for invalid arguments.
 pub fn main() -> ExitCode {
+    lost_pages::install();
     let done = parse().map_err(anyhow::Error::from).and_then(|args| {
         show_log();
         run(args.command)

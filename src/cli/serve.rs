@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use aotron::backend::select;
 use aotron::runtime::Model;
 use aotron::serve::{LogFormat, ModelSource, ServeEvent, ServeOptions, Server, StopSignal, TlsFiles, UnknownFields};
 use clap::ValueEnum;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::args::{EngineFlags, chat_format_help, count, usage};
+use super::args::{EngineFlags, chat_format_help, count, size, usage};
 use super::engine::shell_word;
 use super::term;
 
@@ -24,13 +25,13 @@ pub struct Flags {
     #[arg(required = true, value_name = "ENGINE")]
     engines: Vec<PathBuf>,
     /// Address or host name to listen on; 0.0.0.0 is every IPv4 address of this machine
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, default_value = "127.0.0.1", value_parser = host)]
     host: String,
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     port: u16,
     /// Name that clients call the model by; can be repeated for more names of the same model [default: the folder's name]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = model_name)]
     served_model_name: Vec<String>,
     /// Require this API key; can be repeated. Other users of this machine can see it; prefer --api-key-file
     #[arg(long, value_name = "KEY")]
@@ -47,6 +48,10 @@ pub struct Flags {
     /// Requests that may wait for a slot; more are refused
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = count(1_000_000))]
     max_queue: usize,
+    /// Memory, for each model, for keys and values of conversations that have lost their slot, such as 512MiB or 8GiB; 0 for
+    /// none, and none on a GPU [default: as much as the KV cache, at most a quarter of the memory left beside that]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    prefix_cache: Option<usize>,
     /// Slots that the requests of one client may hold at a time, a client being its key or else its address; by default all
     #[arg(long, value_name = "N", value_parser = count(1_000_000))]
     max_running_per_client: Option<usize>,
@@ -66,7 +71,7 @@ pub struct Flags {
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = count(1_000_000))]
     client_timeout: usize,
     /// Origin whose pages may use the server, such as https://example.org, or *; can be repeated
-    #[arg(long, value_name = "ORIGIN")]
+    #[arg(long, value_name = "ORIGIN", value_parser = origin)]
     cors_origin: Vec<String>,
     /// What becomes of request fields that are not known
     #[arg(long, value_enum, default_value_t)]
@@ -94,6 +99,9 @@ pub struct Flags {
     /// Index of the GPU to run on [default: the first one that a plan was compiled for]
     #[arg(long, value_name = "N")]
     device: Option<usize>,
+    /// Read the weights of a CPU plan into memory instead of mapping their files, which may then be changed or removed
+    #[arg(long)]
+    copy_weights: bool,
     /// Run a GPU plan that has not been verified on this card, driver and library
     #[arg(long)]
     accept_unverified: bool,
@@ -125,7 +133,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     let mut sources = Vec::new();
     for path in &flags.engines {
         // What is wrong with a package should be said before anything listens.
-        flags.engine(path).package()?;
+        flags.check(path)?;
         sources.push(flags.source(path));
     }
     let server = Server::bind(sources, flags.options()?, Arc::new(announce))?;
@@ -142,12 +150,68 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     }
 }
 
+/// An address or a host name; an IPv6 address may have the brackets that it has in a URL.
+fn host(text: &str) -> Result<String, String> {
+    let inner = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+    match inner.unwrap_or(text) {
+        "" => {
+            Err("an address or a host name is needed; 0.0.0.0 is every IPv4 address of this machine, :: every one"
+                .into())
+        }
+        host => Ok(host.to_owned()),
+    }
+}
+
+fn model_name(text: &str) -> Result<String, String> {
+    match text.trim().is_empty() || text.contains(char::is_control) {
+        true => Err("a name has at least one character, and no control characters".into()),
+        false => Ok(text.to_owned()),
+    }
+}
+
+/// An origin as browsers send it in a header.
+fn origin(text: &str) -> Result<String, String> {
+    let is_part = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_graphic() && !"/?#@".contains(c));
+    match text.split_once("://") {
+        Some((scheme, host)) if is_part(scheme) && is_part(host) => Ok(text.to_ascii_lowercase()),
+        _ if text == "*" => Ok(text.to_owned()),
+        _ => Err(
+            "an origin is a scheme, a host and perhaps a port, as in https://example.org or http://localhost:3000; \
+                  without a path or a slash at its end"
+                .into(),
+        ),
+    }
+}
+
 impl Flags {
+    /// Checks what can be known of a package and of the flags for it before it is opened.
+    fn check(&self, path: &Path) -> anyhow::Result<()> {
+        let engine = self.engine(path);
+        let package = engine.package()?;
+        if self.slots.is_none() && self.device.is_none() {
+            return Ok(());
+        }
+        let selection = select(&package, &engine.options(1))?;
+        engine.note_device(&selection);
+        let most = package.manifest().plans.get(selection.plan).map_or(0, |plan| plan.limits.slots);
+        match self.slots {
+            Some(slots) if slots > most => {
+                let path = shell_word(path);
+                bail!(
+                    "--slots {slots}, but the plan of {path} was built for 1 to {most}; `aotron build --slots {slots}` builds \
+                     one for more"
+                )
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn engine(&self, path: &Path) -> EngineFlags {
         EngineFlags {
             threads: self.threads,
             target: self.target.clone(),
             device: self.device,
+            copy_weights: self.copy_weights,
             accept_unverified: self.accept_unverified,
             ..EngineFlags::of(path)
         }
@@ -181,6 +245,7 @@ impl Flags {
                 .map(|(certificate, key)| TlsFiles { certificate, key }),
             api_keys: self.api_keys()?,
             max_queue: self.max_queue,
+            prefix_cache_bytes: self.prefix_cache,
             max_running_per_client: self.max_running_per_client,
             max_body_bytes: self.max_body << 20,
             max_connections: self.max_connections,
@@ -239,7 +304,7 @@ fn println_hint(server: &Server, url: &str, has_key: bool) {
 fn announce(event: &ServeEvent) {
     match event {
         ServeEvent::Ready { model, seconds } => term::note(format!("{model} is ready ({seconds} s)")),
-        ServeEvent::Failed { model, reason } => term::error(format!("{model} cannot be opened: {reason}")),
+        ServeEvent::Failed { model, reason } => term::error(format!("{model} cannot be served: {reason}")),
         ServeEvent::Draining { requests } => {
             let requests = term::plural(*requests, "request");
             term::note(format!("stopping: {requests} to finish; a second signal ends them"));
@@ -274,4 +339,38 @@ fn stop_signals() -> anyhow::Result<StopSignal> {
         });
     });
     Ok(stop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_names_and_origins_are_checked() {
+        assert_eq!(
+            [host("[::1]"), host("::"), host("localhost")],
+            [Ok("::1".into()), Ok("::".into()), Ok("localhost".into())]
+        );
+        assert!(host("").is_err() && host("[]").is_err());
+        assert!(model_name("nvidia/Nemotron 3").is_ok());
+        assert!(model_name("").is_err() && model_name(" ").is_err() && model_name("a\nb").is_err());
+        for good in ["*", "https://example.org", "http://localhost:3000", "http://[::1]:3000", "chrome-extension://abc"]
+        {
+            assert_eq!(origin(good), Ok(good.to_owned()));
+        }
+        assert_eq!(origin("https://Example.org"), Ok("https://example.org".to_owned()), "as browsers send it");
+        for bad in [
+            "",
+            "foo",
+            "example.org",
+            "https://",
+            "://x",
+            "https://example.org/",
+            "https://a/b",
+            "https://a b",
+            "http://u@h",
+        ] {
+            assert!(origin(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use super::calibration::{Calibration, Calibrations};
 use super::finish::compile_with_weights;
 use super::gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 use super::observation::{CalibrationInputs, calibrate, smoothing_memory_bytes};
-use super::prediction::{Prediction, available_memory_bytes, free_bytes};
+use super::prediction::{Prediction, free_bytes};
 use super::reference::{Stand, ask_checkpoint, ask_program, lower_for_prompts};
 use super::{
     BuildRequest, BuildSummary, CheckpointText, LinearKind, PassReport, PlanSummary, Precision, Progress, Recipe,
@@ -28,6 +28,7 @@ use crate::backend::tensorrt::pack as gpu_pack;
 use crate::checkpoint::{Checkpoint, ModelConfig, OpenOptions};
 use crate::engine::{CheckpointInfo, GenerationSettings, Manifest, PackageFile, PackageWriter, TokenizerInfo};
 use crate::error::{Error, Result};
+use crate::memory::available_memory_bytes;
 use crate::tensor::DType;
 use crate::tensor_file::TensorFile;
 use crate::text::{ChatFormat, Tokenizer};

@@ -25,7 +25,7 @@ pub use fastest::{Fp8Trial, Fp8Trials, StepTimes};
 pub use finish::{FinishRequest, finish};
 use gpu::{CompiledPlans, GpuPlan, PlanCompiler};
 pub use passes::{PassReport, Precision};
-pub use prediction::{Prediction, available_memory_bytes, free_bytes, total_memory_bytes};
+pub use prediction::{Prediction, free_bytes};
 pub use recipe::{Fp8Choice, LinearKind, Recipe, Target, TensorRtOptions, WeightRounding};
 pub use text::CheckpointText;
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::generation::{Generation, OutputVocabulary};
+use super::prefix_cache::{PrefixCache, PrefixCacheStatus};
 use super::report::TokenReport;
 use super::request::{Completion, GenerationRequest};
 use super::slots::Slots;
@@ -13,6 +14,9 @@ use crate::backend::{Chunk, Executor, Limits, Rows, Step};
 use crate::error::{Error, Result};
 use crate::text::Tokenizer;
 
+use self::prefix::Filling;
+
+mod prefix;
 #[cfg(test)]
 mod tests;
 
@@ -50,7 +54,8 @@ pub enum Event {
 /// prompt, computed piece by piece, slows those who decode but stops nobody.
 ///
 /// A request begins with what the KV cache holds of its prompt: a slot that was released keeps its contents, and where
-/// the executor can, what another slot holds, though it is in use, is copied.
+/// the executor can, what another slot holds, though it is in use, is copied. With [`Batcher::prefix_cache_bytes`], what
+/// has to leave its slot is kept in blocks outside of the slots, from which it is copied back.
 ///
 /// A request whose logits are not finite fails alone. If the executor itself reports an error, all requests that hold a
 /// slot fail, the queued ones stay, and the batcher goes on with empty slots.
@@ -63,6 +68,12 @@ pub struct Batcher {
     queue: VecDeque<(RequestId, Generation)>,
     max_queued: usize,
     next_id: u64,
+    /// Blocks outside of the slots; `None` if there are none.
+    prefix_cache: Option<PrefixCache>,
+    /// What requests have reused so far.
+    reuse: PrefixCacheStatus,
+    /// Blocks that may still be copied before the next step.
+    copies_left: usize,
 }
 
 /// A request with a slot.
@@ -70,6 +81,8 @@ struct Active {
     id: RequestId,
     slot: usize,
     generation: Generation,
+    /// What is copied to its slot before it runs; `None` once that is over.
+    filling: Option<Filling>,
     /// Number of reports that events have told.
     reported: usize,
     prompt_is_reported: bool,
@@ -120,7 +133,36 @@ impl Batcher {
     pub fn new(executor: Box<dyn Executor>, tokenizer: Option<Arc<Tokenizer>>, max_queued: usize) -> Batcher {
         let vocabulary = OutputVocabulary::new(executor.limits(), tokenizer);
         let slots = Slots::new(executor.limits().slots);
-        Batcher { executor, vocabulary, slots, active: Vec::new(), queue: VecDeque::new(), max_queued, next_id: 0 }
+        Batcher {
+            executor,
+            vocabulary,
+            slots,
+            active: Vec::new(),
+            queue: VecDeque::new(),
+            max_queued,
+            next_id: 0,
+            prefix_cache: None,
+            reuse: PrefixCacheStatus::default(),
+            copies_left: 0,
+        }
+    }
+
+    /// Keeps keys and values of sequences that lose their slot, up to `limit_bytes` of them, for later requests with the
+    /// same beginning. They are allocated when they are stored. The default is 0: none are kept. It has no effect where
+    /// the executor cannot copy blocks ([`Executor::kv_block`]), as on a GPU.
+    #[must_use]
+    pub fn prefix_cache_bytes(mut self, limit_bytes: usize) -> Batcher {
+        self.set_prefix_cache(limit_bytes);
+        self
+    }
+
+    /// The prefix cache's present size, and what requests have reused so far.
+    pub fn prefix_cache_status(&self) -> PrefixCacheStatus {
+        let mut status = self.reuse;
+        if let Some(cache) = &self.prefix_cache {
+            cache.observe(&mut status);
+        }
+        status
     }
 
     /// The limits that the engine was built with.
@@ -207,33 +249,29 @@ impl Batcher {
         {
             self.slots.retain(|slot| self.executor.retained_tokens(slot));
             let (salt, reusable) = (generation.cache_salt(), |cached: &[u32]| generation.reusable(cached));
-            let Some((slot, reused)) = self.slots.find(salt, reusable) else { return };
-            let source = self.slots.find_source(salt, reusable).filter(|(_, longer)| *longer > reused);
+            let Some((slot, reused)) = self.slots.find(salt, reusable) else { break };
             if !self.executor.reserve(slot, generation.most_tokens()) {
-                return;
+                break;
             }
-            let Some((id, mut generation)) = self.queue.pop_front() else { return };
+            let Some((id, mut generation)) = self.queue.pop_front() else { break };
             // The executor may have dropped what the slot held to make the reservation.
-            let mut reused = reused.min(self.executor.retained_tokens(slot));
-            let salt = generation.cache_salt();
-            self.slots.take(slot, reused, salt);
-            // What cannot be copied is computed.
-            if let Some((from, tokens)) = source
-                && self.executor.copy_prefix(from, slot, tokens).is_ok_and(|copied| copied)
-            {
-                let ids = self.slots.ids(from).get(reused..tokens).unwrap_or_default().to_vec();
-                self.slots.extend(slot, &ids);
-                reused = tokens;
-            }
-            generation.start(reused);
+            let retained = self.executor.retained_tokens(slot);
+            let displaced = if self.prefix_cache.is_some() { retained } else { 0 };
+            self.slots.take(slot, reused.min(retained), generation.cache_salt().clone(), displaced);
+            generation.start();
             let outcome = generation.is_finished().then_some(Ok(()));
-            self.active.push(Active { id, slot, generation, reported: 0, prompt_is_reported: false, outcome });
+            let filling = Some(Filling::default());
+            self.active.push(Active { id, slot, generation, filling, reported: 0, prompt_is_reported: false, outcome });
+            // At once, since another request may take the slot that it is copied from.
+            self.fill();
         }
     }
 
-    /// Runs one forward step, if there is anything to compute, and returns the resulting events in order. Never fails
-    /// as a whole: errors are reported per request.
+    /// Runs one forward step, if there is anything to compute, and returns the resulting events in order. Where copies
+    /// of keys and values are all there is to do, there are no events. Never fails as a whole: errors are reported per
+    /// request.
     pub fn step(&mut self) -> Vec<(RequestId, Event)> {
+        self.copy_before_step();
         self.admit();
         let mut events = Vec::new();
         self.expire();
@@ -289,14 +327,14 @@ impl Batcher {
             *left.1 -= part.row_count();
             parts.push(part);
         };
-        let waiting = |active: &&(usize, &Active)| active.1.outcome.is_none();
+        let waiting = |active: &&(usize, &Active)| active.1.outcome.is_none() && active.1.filling.is_none();
         let all: Vec<(usize, &Active)> = self.active.iter().enumerate().collect();
         // Prompts must go on even where answers alone would fill the step.
         let has_prompts = all.iter().filter(waiting).any(|(_, active)| active.generation.last().is_none());
         let for_prompts = usize::from(has_prompts && limits.max_step_tokens.min(limits.max_logits_rows) > 1);
         for (index, active) in all.iter().filter(waiting) {
             let Some(token) = active.generation.last() else { continue };
-            if tokens_left > for_prompts && rows_left > for_prompts {
+            if tokens_left > for_prompts && rows_left > for_prompts && self.slots.writable(active.slot) > 0 {
                 let past_tokens = self.slots.len(active.slot);
                 let part =
                     StepPart { index: *index, past_tokens, tokens: vec![token], rows: Rows::Last, decodes: true };
@@ -308,7 +346,8 @@ impl Batcher {
                 continue;
             }
             let past_tokens = self.slots.len(active.slot);
-            let (tokens, rows) = active.generation.next_chunk(past_tokens, tokens_left, rows_left);
+            let most = tokens_left.min(self.slots.writable(active.slot));
+            let (tokens, rows) = active.generation.next_chunk(past_tokens, most, rows_left);
             if !tokens.is_empty() {
                 let part = StepPart { index: *index, past_tokens, tokens: tokens.to_vec(), rows, decodes: false };
                 add(part, (&mut tokens_left, &mut rows_left));
@@ -382,6 +421,9 @@ impl Batcher {
                     // mending fails, the executor has, and the next step says so.
                     if !matches!(*error, Error::DeadlineExceeded) {
                         self.slots.forget(active.slot);
+                        if let Some(cache) = &mut self.prefix_cache {
+                            cache.forget(active.generation.cache_salt(), active.generation.prompt());
+                        }
                         let _ = self.executor.mend_slot(active.slot);
                     }
                     Event::Failed(error)

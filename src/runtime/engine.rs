@@ -10,45 +10,18 @@ use std::time::Instant;
 
 use super::batcher::{Batcher, Event, RequestId};
 use super::generation::{Generation, OutputVocabulary};
+use super::prefix_cache::{PrefixCacheStatus, default_limit_bytes};
 use super::request::GenerationRequest;
 use super::response::ResponseStream;
 use crate::backend::{Executor, Limits};
 use crate::error::{Error, Result};
 use crate::text::Tokenizer;
 
+pub use self::options::EngineOptions;
+
+mod options;
 #[cfg(test)]
 mod tests;
-
-/// Options of an [`Engine`].
-#[derive(Debug, Clone)]
-pub struct EngineOptions {
-    max_queued: usize,
-    max_running_per_client: usize,
-}
-
-impl EngineOptions {
-    /// Sets the limit on queued requests; more are refused. The default is 64.
-    #[must_use]
-    pub fn max_queued(mut self, max_queued: usize) -> EngineOptions {
-        self.max_queued = max_queued;
-        self
-    }
-
-    /// Sets the limit on the slots that the requests of one [client](GenerationRequest::client) hold at a time, at least 1;
-    /// its other requests wait, even beside free slots. By default there is none. Every sequence makes a step longer, so
-    /// this bounds what one client can take from the others.
-    #[must_use]
-    pub fn max_running_per_client(mut self, max_running: usize) -> EngineOptions {
-        self.max_running_per_client = max_running.max(1);
-        self
-    }
-}
-
-impl Default for EngineOptions {
-    fn default() -> EngineOptions {
-        EngineOptions { max_queued: 64, max_running_per_client: usize::MAX }
-    }
-}
 
 /// The requests that an engine still serves after it was told to stop. New ones are refused in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,6 +44,8 @@ pub struct EngineStatus {
     pub queued: usize,
     /// Tokens in the KV cache of the running requests, as of the last step.
     pub kv_tokens: usize,
+    /// The prefix cache, as of the last step.
+    pub prefix_cache: PrefixCacheStatus,
     /// True if new requests are accepted, room permitting.
     pub is_open: bool,
 }
@@ -136,6 +111,7 @@ struct EngineState {
     queue: VecDeque<Submission>,
     /// Tokens in the KV cache of the running requests.
     kv_tokens: usize,
+    prefix_cache: PrefixCacheStatus,
     /// Numbers of running requests to cancel.
     cancelled: Vec<u64>,
     /// Accepted requests that are not finished, including those in the queue.
@@ -210,9 +186,11 @@ impl Engine {
             work: Condvar::new(),
             room: Condvar::new(),
         });
+        let prefix_cache_bytes = options.prefix_cache_bytes.unwrap_or_else(|| default_limit_bytes(&*executor));
         // The batcher's own queue stays unused: requests wait here until there is a slot for them.
-        let worker =
-            Worker { shared: shared.clone(), batcher: Batcher::new(executor, tokenizer, 0), running: HashMap::new() };
+        let batcher = Batcher::new(executor, tokenizer, 0).prefix_cache_bytes(prefix_cache_bytes);
+        shared.lock().prefix_cache = batcher.prefix_cache_status();
+        let worker = Worker { shared: shared.clone(), batcher, running: HashMap::new() };
         let thread = std::thread::Builder::new()
             .name("aotron-engine".into())
             .spawn(move || worker.live())
@@ -337,7 +315,7 @@ impl EngineHandle {
         // one.
         let running = state.outstanding.min(self.shared.limits.slots);
         let (queued, kv_tokens) = (state.outstanding - running, state.kv_tokens);
-        EngineStatus { running, queued, kv_tokens, is_open: state.is_open() }
+        EngineStatus { running, queued, kv_tokens, prefix_cache: state.prefix_cache, is_open: state.is_open() }
     }
 
     /// The limits of the executor; its slots are the number of requests that run at once.
@@ -469,7 +447,10 @@ impl Worker {
             for (id, event) in self.batcher.step() {
                 self.deliver(id, event);
             }
-            self.shared.lock().kv_tokens = self.batcher.active_tokens();
+            let (kv_tokens, prefix_cache) = (self.batcher.active_tokens(), self.batcher.prefix_cache_status());
+            let mut state = self.shared.lock();
+            (state.kv_tokens, state.prefix_cache) = (kv_tokens, prefix_cache);
+            drop(state);
             if self.batcher.is_lost() {
                 return Some(": its device is lost".into());
             }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::constraint::{ActiveConstraint, Grammar};
+use super::prefix_cache::Salt;
 use super::report::{TokenLogprobs, TokenReport, TokenReports};
 use super::request::{Completion, FinishReason, GenerationRequest, StopMatch, Timings};
 use super::sampler::{Sampler, check_row};
@@ -79,7 +80,7 @@ pub(super) struct Generation {
     prompt_reports: Vec<TokenReport>,
     grammar: Option<Grammar>,
     constraint: Option<ActiveConstraint>,
-    cache_salt: Option<String>,
+    cache_salt: Salt,
     deadline: Option<Instant>,
     reused_tokens: usize,
     created: Instant,
@@ -142,7 +143,7 @@ impl Generation {
             prompt_reports: known,
             grammar,
             constraint: None,
-            cache_salt,
+            cache_salt: cache_salt.map(Arc::from),
             deadline,
             reused_tokens: 0,
             created: Instant::now(),
@@ -162,10 +163,14 @@ impl Generation {
         self.prompt.len().saturating_add(self.budget.saturating_sub(1))
     }
 
-    /// Starts the clock; `reused_tokens` of the prompt are already in the KV cache.
-    pub(super) fn start(&mut self, reused_tokens: usize) {
-        self.reused_tokens = reused_tokens;
+    /// Starts the clock.
+    pub(super) fn start(&mut self) {
         self.started = Some(Instant::now());
+    }
+
+    /// Records that `tokens` of the prompt were in the KV cache before the first step.
+    pub(super) fn reuse(&mut self, tokens: usize) {
+        self.reused_tokens = tokens;
     }
 
     /// Tokens of the prompt that need not be computed where a slot holds `cached`.
@@ -175,8 +180,13 @@ impl Generation {
     }
 
     /// The salt that whose keys and values it reuses must have.
-    pub(super) fn cache_salt(&self) -> Option<&str> {
-        self.cache_salt.as_deref()
+    pub(super) fn cache_salt(&self) -> &Salt {
+        &self.cache_salt
+    }
+
+    /// The prompt's ids.
+    pub(super) fn prompt(&self) -> &[u32] {
+        &self.prompt
     }
 
     /// When to give up.

@@ -7,7 +7,8 @@
 //! logits -> Sampler -> id -> stop ids -> StreamDecoder -> StopFilter -> text
 //! ```
 //!
-//! so the same request gives the same tokens in either. A [`Chat`] keeps the messages of a conversation on top of
+//! so the same request gives the same tokens in either. What leaves a slot of a batcher is kept in a prefix cache, from
+//! which it is copied back, bit for bit. A [`Chat`] keeps the messages of a conversation on top of
 //! a session.
 
 mod batcher;
@@ -17,6 +18,7 @@ mod defaults;
 mod engine;
 mod generation;
 mod model;
+mod prefix_cache;
 mod report;
 mod request;
 mod response;
@@ -37,6 +39,7 @@ pub use constraint::{Grammar, TokenConstraint, TokenMask};
 pub(crate) use engine::words_of_panic;
 pub use engine::{DrainMode, Engine, EngineHandle, EngineOptions, EngineStatus, Ticket};
 pub use model::{Model, ModelOptions};
+pub use prefix_cache::{PrefixCacheStatus, PrefixReuse};
 pub use report::{MAX_TOP_LOGPROBS, TokenLogprobs, TokenReport, TokenReports};
 pub use request::{Completion, FinishReason, GenerationRequest, StopMatch, Timings};
 pub use response::ResponseStream;

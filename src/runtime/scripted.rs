@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::backend::{DeferredLogits, Executor, Limits, Logits, Span, Step, Top};
+use crate::backend::{DeferredLogits, Executor, KvBlock, Limits, Logits, Span, Step, Top};
 use crate::error::{Error, Result};
 
 /// The executor's output for one row.
@@ -27,9 +27,17 @@ type Script = Box<dyn FnMut(usize, &[u32]) -> ScriptedRow + Send>;
 /// The spans of every step, in order.
 pub(super) type Log = Arc<Mutex<Vec<Vec<Span>>>>;
 
+/// The memory of a slot. As on the CPU, what is past the end of its sequence stays until it is overwritten.
+#[derive(Clone)]
+struct ScriptedSlot {
+    ids: Vec<u32>, // [max_sequence_tokens]
+    /// Tokens of the sequence.
+    len: usize,
+}
+
 pub(super) struct Scripted {
     limits: Limits,
-    slots: Vec<Vec<u32>>,
+    slots: Vec<ScriptedSlot>,
     script: Script,
     logits: Vec<f32>,
     log: Log,
@@ -42,6 +50,10 @@ pub(super) struct Scripted {
     mended: Arc<Mutex<Vec<usize>>>,
     /// Copies between slots.
     copies: bool,
+    /// Tokens of a block that can be copied out and in.
+    block_tokens: Option<usize>,
+    /// Blocks copied since the last step, and the most between two steps.
+    block_copies: (AtomicUsize, Arc<AtomicUsize>),
     /// Whether a failed step is the end, and there was one.
     lost: (bool, bool),
 }
@@ -55,7 +67,7 @@ impl Scripted {
     pub(super) fn new(limits: &Limits, script: impl FnMut(usize, &[u32]) -> ScriptedRow + Send + 'static) -> Scripted {
         Scripted {
             limits: limits.clone(),
-            slots: vec![Vec::new(); limits.slots],
+            slots: vec![ScriptedSlot { ids: vec![u32::MAX; limits.max_sequence_tokens], len: 0 }; limits.slots],
             script: Box::new(script),
             logits: Vec::new(),
             log: Log::default(),
@@ -65,6 +77,8 @@ impl Scripted {
             fetches: Arc::default(),
             mended: Arc::default(),
             copies: false,
+            block_tokens: None,
+            block_copies: Default::default(),
             lost: (false, false),
         }
     }
@@ -79,6 +93,22 @@ impl Scripted {
     pub(super) fn copying(mut self) -> Scripted {
         self.copies = true;
         self
+    }
+
+    /// Lets blocks of so many tokens be copied out and in. A block's bytes are its ids.
+    pub(super) fn in_blocks(mut self, tokens: usize) -> Scripted {
+        self.block_tokens = Some(tokens);
+        self
+    }
+
+    /// The most blocks that were copied between two steps.
+    pub(super) fn most_block_copies(&self) -> Arc<AtomicUsize> {
+        self.block_copies.1.clone()
+    }
+
+    fn count_block_copy(&self) {
+        let copies = self.block_copies.0.fetch_add(1, Ordering::Relaxed) + 1;
+        self.block_copies.1.fetch_max(copies, Ordering::Relaxed);
     }
 
     /// Makes the `top_tokens` largest logits of a row available at once, and the row itself only on request.
@@ -113,12 +143,38 @@ impl Executor for Scripted {
 
     fn copy_prefix(&mut self, from: usize, to: usize, tokens: usize) -> Result<bool> {
         if self.copies {
-            self.slots[to] = self.slots[from][..tokens].to_vec();
+            let source = self.slots[from].clone();
+            assert!(tokens <= source.len, "slot {from} holds {} tokens", source.len);
+            self.slots[to].ids[..tokens].copy_from_slice(&source.ids[..tokens]);
+            self.slots[to].len = tokens;
         }
         Ok(self.copies)
     }
 
+    fn kv_block(&self) -> Option<KvBlock> {
+        self.block_tokens.map(|tokens| KvBlock { tokens, bytes: 4 * tokens })
+    }
+
+    fn read_kv_block(&self, slot: usize, index: usize, into: &mut [u8]) -> Result<()> {
+        self.count_block_copy();
+        let tokens = self.block_tokens.unwrap();
+        let ids = &self.slots[slot].ids[index * tokens..][..tokens];
+        into.copy_from_slice(bytemuck::cast_slice(ids));
+        Ok(())
+    }
+
+    fn write_kv_block(&mut self, slot: usize, index: usize, from: &[u8]) -> Result<()> {
+        self.count_block_copy();
+        let tokens = self.block_tokens.unwrap();
+        let slot = &mut self.slots[slot];
+        assert!(index * tokens <= slot.len, "the slot holds {} tokens before block {index}", slot.len);
+        slot.ids[index * tokens..][..tokens].copy_from_slice(bytemuck::pod_collect_to_vec::<u8, u32>(from).as_slice());
+        slot.len = (index + 1) * tokens;
+        Ok(())
+    }
+
     fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
+        self.block_copies.0.store(0, Ordering::Relaxed);
         let number = self.log.lock().unwrap().len();
         self.log.lock().unwrap().push(step.spans().to_vec());
         self.logits.clear();
@@ -126,10 +182,12 @@ impl Executor for Scripted {
         let mut failed = false;
         for span in step.spans() {
             let slot = &mut self.slots[span.slot];
-            assert!(span.past_tokens <= slot.len(), "slot {} holds {} tokens: {span:?}", span.slot, slot.len());
-            slot.truncate(span.past_tokens);
+            assert!(span.past_tokens <= slot.len, "slot {} holds {} tokens: {span:?}", span.slot, slot.len);
+            slot.len = span.past_tokens;
             for index in span.first..span.first + span.len {
-                slot.push(step.tokens()[index]);
+                slot.ids[slot.len] = step.tokens()[index];
+                slot.len += 1;
+                let slot = &slot.ids[..slot.len];
                 if !step.logits_rows().contains(&(index as u32)) {
                     continue;
                 }
@@ -147,7 +205,7 @@ impl Executor for Scripted {
         if failed {
             self.lost.1 = true;
             for span in step.spans() {
-                self.slots[span.slot].truncate(span.past_tokens);
+                self.slots[span.slot].len = span.past_tokens;
             }
             return Err(Error::Step("the device is gone".into()));
         }

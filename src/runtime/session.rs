@@ -67,7 +67,8 @@ impl Session {
         if !generation.is_finished() {
             let reused = generation.reusable(&self.cached);
             self.cached.truncate(reused);
-            generation.start(reused);
+            generation.start();
+            generation.reuse(reused);
         }
         Ok(TextStream::new(self, generation))
     }

@@ -1,5 +1,7 @@
 //! Tracks which ids each slot of the KV cache holds, and which slots are free.
 
+use super::prefix_cache::Salt;
+
 /// Length of the longest common prefix.
 pub(super) fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
@@ -24,15 +26,28 @@ struct CacheSlot {
     /// Ids whose keys and values the slot holds.
     ids: Vec<u32>,
     /// Salt of the request that computed them.
-    salt: Option<String>,
+    salt: Salt,
+    /// What it held before, where that is not stored yet.
+    displaced: Option<Displaced>,
     busy: bool,
     released: u64,
 }
 
+/// The sequence that a slot held before its present one. What is past the present one's end is still there.
+#[derive(Debug)]
+pub(super) struct Displaced {
+    /// Its ids, from its start.
+    pub ids: Vec<u32>,
+    /// Salt of the request that computed them.
+    pub salt: Salt,
+    /// Tokens that are stored, and may be overwritten.
+    pub stored: usize,
+}
+
 impl CacheSlot {
     /// Tokens that a request with this salt may reuse of it.
-    fn reusable(&self, salt: Option<&str>, reusable: impl Fn(&[u32]) -> usize) -> usize {
-        if self.salt.as_deref() == salt { reusable(&self.ids) } else { 0 }
+    fn reusable(&self, salt: &Salt, reusable: impl Fn(&[u32]) -> usize) -> usize {
+        if self.salt == *salt { reusable(&self.ids) } else { 0 }
     }
 }
 
@@ -52,7 +67,7 @@ impl Slots {
     /// Finds the free slot for a request with this salt: the one that holds most of its prompt, as `reusable` counts;
     /// of equals, the one that has been free the longest. Returns its index and the tokens to reuse, or `None` if all are
     /// busy.
-    pub(super) fn find(&self, salt: Option<&str>, reusable: impl Fn(&[u32]) -> usize) -> Option<(usize, usize)> {
+    pub(super) fn find(&self, salt: &Salt, reusable: impl Fn(&[u32]) -> usize) -> Option<(usize, usize)> {
         let free = self.slots.iter().enumerate().filter(|(_, slot)| !slot.busy);
         let ranked = free.map(|(index, slot)| (slot.reusable(salt, &reusable), index, slot.released));
         let (reused, index, _) =
@@ -61,19 +76,49 @@ impl Slots {
     }
 
     /// Finds the slot, busy or free, that holds most of the prompt of a request with this salt, and how much.
-    pub(super) fn find_source(&self, salt: Option<&str>, reusable: impl Fn(&[u32]) -> usize) -> Option<(usize, usize)> {
+    pub(super) fn find_source(&self, salt: &Salt, reusable: impl Fn(&[u32]) -> usize) -> Option<(usize, usize)> {
         let ranked = self.slots.iter().enumerate().map(|(index, slot)| (slot.reusable(salt, &reusable), index));
         let (reused, index) = ranked.max_by_key(|(reused, index)| (*reused, std::cmp::Reverse(*index)))?;
         Some((index, reused))
     }
 
-    /// Takes a slot for a request with this salt; the first `reused` tokens are kept.
-    pub(super) fn take(&mut self, index: usize, reused: usize, salt: Option<&str>) {
+    /// Takes a slot for a request with this salt; the first `reused` tokens are kept. What else it held becomes its
+    /// displaced sequence, of `displaced_tokens` at most.
+    pub(super) fn take(&mut self, index: usize, reused: usize, salt: Salt, displaced_tokens: usize) {
         if let Some(slot) = self.slots.get_mut(index) {
             slot.busy = true;
-            slot.ids.truncate(reused);
-            slot.salt = salt.map(str::to_owned);
+            let kept = slot.ids.get(..reused).unwrap_or(&slot.ids).to_vec();
+            let (mut ids, salt) = (std::mem::replace(&mut slot.ids, kept), std::mem::replace(&mut slot.salt, salt));
+            ids.truncate(displaced_tokens);
+            slot.displaced = (ids.len() > reused).then_some(Displaced { ids, salt, stored: 0 });
         }
+    }
+
+    /// Drops the tokens of a busy slot's sequence from `tokens` on.
+    pub(super) fn truncate(&mut self, index: usize, tokens: usize) {
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.ids.truncate(tokens);
+        }
+    }
+
+    /// A slot's displaced sequence.
+    pub(super) fn displaced(&self, index: usize) -> Option<&Displaced> {
+        self.slots.get(index)?.displaced.as_ref()
+    }
+
+    /// Records that the first `tokens` tokens of a slot's displaced sequence may be overwritten; `None` stands for all.
+    pub(super) fn give_up(&mut self, index: usize, tokens: Option<usize>) {
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        match (tokens, &mut slot.displaced) {
+            (Some(tokens), Some(displaced)) => displaced.stored = tokens,
+            _ => slot.displaced = None,
+        }
+    }
+
+    /// Tokens that may be written to a slot, from the end of its sequence on, without overwriting a displaced sequence
+    /// that is not stored.
+    pub(super) fn writable(&self, index: usize) -> usize {
+        self.displaced(index).map_or(usize::MAX, |displaced| displaced.stored.saturating_sub(self.len(index)))
     }
 
     /// The ids that a slot holds.
@@ -108,6 +153,7 @@ impl Slots {
     pub(super) fn forget(&mut self, index: usize) {
         if let Some(slot) = self.slots.get_mut(index) {
             slot.ids.clear();
+            slot.displaced = None;
         }
     }
 
@@ -115,6 +161,7 @@ impl Slots {
     pub(super) fn forget_all(&mut self) {
         for slot in &mut self.slots {
             slot.ids.clear();
+            slot.displaced = None;
         }
     }
 
@@ -132,8 +179,8 @@ mod tests {
     fn a_prompt_goes_where_most_of_it_is_and_else_where_nothing_was_for_longest() {
         let mut slots = Slots::new(3);
         fn acquire(slots: &mut Slots, prompt: &[u32]) -> Option<(usize, usize)> {
-            let (index, reused) = slots.find(None, |cached| reusable(cached, prompt))?;
-            slots.take(index, reused, None);
+            let (index, reused) = slots.find(&None, |cached| reusable(cached, prompt))?;
+            slots.take(index, reused, None, 0);
             Some((index, reused))
         }
         let taken: Vec<_> = (0..3).map(|n| acquire(&mut slots, &[n, 7]).unwrap()).collect();
@@ -157,12 +204,35 @@ mod tests {
     fn nothing_is_reused_across_salts() {
         let mut slots = Slots::new(2);
         let prompt = [1, 2, 3];
+        let [a, b] = ["a", "b"].map(|salt| Some(salt.into()));
         let find = |slots: &Slots, salt| slots.find(salt, |cached| reusable(cached, &prompt)).unwrap();
-        slots.take(0, 0, Some("a"));
+        slots.take(0, 0, a.clone(), 0);
         slots.extend(0, &prompt);
         let source = |slots: &Slots, salt| slots.find_source(salt, |cached| reusable(cached, &prompt)).unwrap();
-        assert_eq!((source(&slots, Some("a")), source(&slots, None).1), ((0, 2), 0), "a busy slot is a source");
+        assert_eq!((source(&slots, &a), source(&slots, &None).1), ((0, 2), 0), "a busy slot is a source");
         slots.release(0);
-        assert_eq!((find(&slots, Some("a")), find(&slots, None).1, find(&slots, Some("b")).1), ((0, 2), 0, 0));
+        assert_eq!((find(&slots, &a), find(&slots, &None).1, find(&slots, &b).1), ((0, 2), 0, 0));
+    }
+
+    #[test]
+    fn what_a_sequence_displaces_is_not_overwritten_before_it_is_stored() {
+        let mut slots = Slots::new(1);
+        slots.take(0, 0, Some("a".into()), 9);
+        assert_eq!((slots.displaced(0).is_none(), slots.writable(0)), (true, usize::MAX), "it was empty");
+        slots.extend(0, &[1, 2, 3, 4, 5, 6]);
+        slots.release(0);
+        slots.take(0, 2, None, 5);
+        let displaced = slots.displaced(0).unwrap();
+        assert_eq!((&displaced.ids[..], displaced.salt.as_deref()), (&[1, 2, 3, 4, 5][..], Some("a")));
+        assert_eq!((slots.ids(0), slots.writable(0)), (&[1, 2][..], 0));
+        slots.give_up(0, Some(3));
+        assert_eq!(slots.writable(0), 1);
+        slots.extend(0, &[9]);
+        assert_eq!(slots.writable(0), 0);
+        slots.give_up(0, None);
+        assert_eq!(slots.writable(0), usize::MAX);
+        slots.release(0);
+        slots.take(0, 3, None, 3);
+        assert!(slots.displaced(0).is_none(), "all of it is kept");
     }
 }

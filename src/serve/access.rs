@@ -79,7 +79,7 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
     let mut hasher = DefaultHasher::new();
     match app.options().api_keys.is_empty() {
         true => address.map(|address| address.ip()).hash(&mut hasher),
-        false => given_key(request.headers()).hash(&mut hasher),
+        false => valid_key(&app.options().api_keys, request.headers()).hash(&mut hasher),
     }
     let context = RequestContext { client: hasher.finish(), usage: Arc::default() };
     request.extensions_mut().insert(context.clone());
@@ -130,23 +130,36 @@ pub(super) async fn control(State(app): State<Arc<App>>, request: Request, next:
     if keys.is_empty() || is_open(route) {
         return next.run(request).await;
     }
-    let given = given_key(request.headers()).unwrap_or_default();
-    // Every key is compared, so that the time does not tell which came close.
-    let found = keys.iter().fold(0, |found, key| found | key.as_bytes().ct_eq(given.as_bytes()).unwrap_u8());
+    let found = valid_key(keys, request.headers()).is_some();
     match found {
-        0 if route.starts_with("/v1/messages") => anthropic::respond(&ApiError::unauthorized()),
-        0 if route.starts_with("/v2") => kserve::respond(&ApiError::unauthorized()),
-        0 => ApiError::unauthorized().into_response(),
-        _ => next.run(request).await,
+        true => next.run(request).await,
+        false if route.starts_with("/v1/messages") => anthropic::respond(&ApiError::unauthorized()),
+        false if route.starts_with("/v2") => kserve::respond(&ApiError::unauthorized()),
+        false => ApiError::unauthorized().into_response(),
     }
 }
 
-fn given_key(headers: &HeaderMap) -> Option<&str> {
+/// The keys that a request shows: OpenAI's clients in `Authorization`, Anthropic's in `x-api-key`, and gateways in both,
+/// of which one may be their own.
+fn given_keys(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     let bearer = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(|value| {
         let (scheme, key) = value.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then_some(key.trim())
     });
-    bearer.or_else(|| headers.get("x-api-key").and_then(|value| value.to_str().ok()))
+    bearer.into_iter().chain(headers.get("x-api-key").and_then(|value| value.to_str().ok()))
+}
+
+/// The key of the server's that a request shows. Every key is compared, so that the time does not tell which came close.
+fn valid_key<'k>(keys: &'k [String], headers: &HeaderMap) -> Option<&'k str> {
+    let mut valid = None;
+    for given in given_keys(headers) {
+        for key in keys {
+            if bool::from(key.as_bytes().ct_eq(given.as_bytes())) {
+                valid = Some(key.as_str());
+            }
+        }
+    }
+    valid
 }
 
 /// The headers that let pages of other origins use the server.

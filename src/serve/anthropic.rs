@@ -12,9 +12,12 @@ use uuid::Uuid;
 use super::access::RequestContext;
 use super::answer::{Answer, log_failure};
 use super::app::{App, OpenedModel};
-use super::body::{Accepted, ParsedBody, name_ignored, read_json};
+use super::body::{Accepted, ParsedBody, name_ignored, object_or_null, read_json};
 use super::error::ApiError;
-use super::openai::{Chunks, Gone, conversation, stream};
+use super::grammar::{AnswerForm, ResponseFormat};
+use super::openai::{
+    Chunks, Fields, Gone, check_lengths, check_stops, check_tools, conversation, ends_with_answer, stream,
+};
 use crate::runtime::{Completion, Event, FinishReason, GenerationRequest, SamplingParams, StopMatch};
 
 /// An error in this API's form.
@@ -50,6 +53,30 @@ fn body_of(error: &ApiError) -> Value {
         _ => "api_error",
     };
     json!({ "type": "error", "error": { "type": kind, "message": error.message } })
+}
+
+/// `output_config`
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+pub(super) struct OutputConfig {
+    /// The form of the answer.
+    #[serde(default, deserialize_with = "object_or_null")]
+    format: Option<OutputFormat>,
+    /// Accepted; it has no effect.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    #[allow(dead_code, reason = "accepted and ignored")]
+    effort: Option<Accepted>,
+}
+
+/// `output_config.format`
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub(super) enum OutputFormat {
+    /// JSON of a schema.
+    JsonSchema {
+        #[schema(value_type = Object)]
+        schema: Value,
+    },
 }
 
 /// A conversation to answer.
@@ -105,27 +132,29 @@ pub(super) struct MessagesRequest {
     #[schema(value_type = Option<String>)]
     #[allow(dead_code, reason = "accepted and ignored")]
     service_tier: Option<Accepted>,
-    /// Accepted where it is disabled.
+    /// Accepted; the model does not reason apart, which keeps to any budget.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
-    thinking: Option<Value>,
+    #[allow(dead_code, reason = "accepted and ignored")]
+    thinking: Option<Accepted>,
+    /// The form of the answer.
+    #[serde(default, deserialize_with = "object_or_null")]
+    output_config: Option<OutputConfig>,
 }
 
 impl MessagesRequest {
     /// The conversation with its system message, and the request for an answer without its settings.
     async fn conversation(&mut self, app: &App, model: &Arc<OpenedModel>) -> Result<GenerationRequest, ApiError> {
-        let refused = |field: &str, what: &str| Err(ApiError::unsupported(field, format!("this model has no {what}")));
         let no_tools =
             self.tool_choice.as_ref().and_then(|choice| choice.get("type")).is_some_and(|kind| kind == "none");
-        if self.tools.as_ref().is_some_and(|tools| !tools.is_empty()) && !no_tools {
-            return refused("tools", "tools");
-        }
-        if self.thinking.as_ref().and_then(|thinking| thinking.get("type")).is_some_and(|kind| kind == "enabled") {
-            return refused("thinking", "thinking");
-        }
+        check_tools(self.tools.as_deref(), no_tools)?;
         let system = self.system.take().filter(|system| !system.is_null() && system != "");
+        let fields = Fields { messages: "messages", system: system.as_ref().map(|_| "system") };
         let system = system.into_iter().map(|system| json!({ "role": "system", "content": system }));
-        conversation(app, model, system.chain(std::mem::take(&mut self.messages)).collect()).await
+        // As in Anthropic's API, an answer goes on from a last message of the assistant.
+        let continues = ends_with_answer(&self.messages);
+        let messages = system.chain(std::mem::take(&mut self.messages)).collect();
+        conversation(app, model, messages, fields, continues).await
     }
 }
 
@@ -137,9 +166,11 @@ pub(super) async fn create(
 ) -> Result<Response, AnthropicError> {
     let ParsedBody { value: mut body, ignored } = read_json::<MessagesRequest>(&app, request).await?;
     let model = app.model(body.model.as_deref())?;
-    let Some(max_tokens) = body.max_tokens.filter(|tokens| *tokens > 0) else {
-        return Err(ApiError::of_field("max_tokens", "max_tokens is missing or 0; expected at least 1").into());
+    let Some(max_tokens) = body.max_tokens else {
+        return Err(ApiError::of_field("max_tokens", "max_tokens is missing; expected at least 1").into());
     };
+    check_lengths(("", None), ("max_tokens", Some(max_tokens)), false)?;
+    check_stops("stop_sequences", body.stop_sequences.as_deref().unwrap_or_default())?;
     let mut request = body.conversation(&app, &model).await?.max_tokens(max_tokens);
     let default = SamplingParams::from(&model.model.package().manifest().generation);
     request.sampling = SamplingParams {
@@ -150,9 +181,14 @@ pub(super) async fn create(
     }
     .effective();
     let stops = body.stop_sequences.take().unwrap_or_default();
-    request.stop_strings.extend(stops.iter().filter(|stop| !stop.is_empty()).cloned());
+    request.stop_strings.extend(stops.iter().cloned());
     request.client = context.client;
     request.deadline = app.deadline();
+    if let Some(OutputFormat::JsonSchema { schema }) = body.output_config.take().and_then(|config| config.format) {
+        let format = ResponseFormat::of_schema(schema);
+        let form = AnswerForm::of_request(Some(format), "output_config.format", None)?;
+        app.give_form(&model, &mut request, form).await?;
+    }
     let prompt_tokens = request.prompt.len();
     let answer = model.submit(request)?;
     let message = Message { id: format!("msg_{}", Uuid::new_v4().simple()), model: model.name.clone(), stops };

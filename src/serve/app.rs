@@ -8,13 +8,14 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
 use super::answer::Answer;
 use super::error::ApiError;
-use super::grammar::Grammars;
+use super::grammar::{AnswerForm, Grammars};
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
 use super::routes::Routes;
@@ -115,14 +116,16 @@ impl App {
     /// Opens a model; returns whether it answers.
     pub fn open(&self, index: usize, source: ModelSource) -> bool {
         let Some(served) = self.models.get(index) else { return false };
-        let started = Instant::now();
+        let (started, path) = (Instant::now(), source.path.display().to_string());
         let opened = self.open_model(served, source);
         let event = match &opened {
             Ok(_) => ServeEvent::Ready { model: served.name().into(), seconds: started.elapsed().as_secs() },
             Err(error) => ServeEvent::Failed { model: served.name().into(), reason: error.to_string() },
         };
         let is_open = opened.is_ok();
-        let _ = served.opened.set(opened.map(Arc::new).map_err(|error| error.to_string()));
+        // Clients are not told where files lie.
+        let failed = |error: Error| error.to_string().replace(&path, served.name());
+        let _ = served.opened.set(opened.map(Arc::new).map_err(failed));
         self.tell(event);
         is_open
     }
@@ -130,6 +133,9 @@ impl App {
     fn open_model(&self, served: &ServedModel, source: ModelSource) -> Result<OpenedModel> {
         let model = (source.open)()?;
         let mut options = EngineOptions::default().max_queued(self.options.max_queue);
+        if let Some(limit_bytes) = self.options.prefix_cache_bytes {
+            options = options.prefix_cache_bytes(limit_bytes);
+        }
         if let Some(max_running) = self.options.max_running_per_client {
             options = options.max_running_per_client(max_running);
         }
@@ -167,23 +173,23 @@ impl App {
         &self.models
     }
 
-    /// The model that a request names; without a name, the first.
+    /// The model that a request names; without a name, the first that has not failed to open.
     ///
     /// # Errors
-    /// 404 for an unknown name, 503 while it is not open.
+    /// 404 for an unknown name, 503 while it is not open or if it never will be.
     pub fn model(&self, name: Option<&str>) -> Result<Arc<OpenedModel>, ApiError> {
         if self.is_draining() {
             return Err(ApiError::unavailable("the server is stopping", 5));
         }
         let served = match name.filter(|name| !name.is_empty()) {
-            None => self.models.first(),
+            None => self.models.iter().find(|model| model.failure().is_none()).or(self.models.first()),
             Some(name) => self.models.iter().find(|model| model.answers_to(name)),
         };
         let known = || self.models.iter().map(|model| model.name().to_owned()).collect::<Vec<_>>();
         let served = served.ok_or_else(|| ApiError::no_such_model(name.unwrap_or_default(), &known()))?;
         match served.opened.get() {
             Some(Ok(opened)) => Ok(opened.clone()),
-            Some(Err(_)) => Err(ApiError::unavailable("the model could not be opened; the server's log says why", 60)),
+            Some(Err(reason)) => Err(ApiError::failed_model(served.name(), reason)),
             None => Err(ApiError::unavailable("the model is loading", 1)),
         }
     }
@@ -200,6 +206,25 @@ impl App {
         let done = tokio::task::spawn_blocking(work).await;
         drop(permit);
         done.unwrap_or_else(|_| Err(ApiError::internal()))
+    }
+
+    /// Gives a request the form that one of its fields asks for, if it does.
+    ///
+    /// # Errors
+    /// 400 naming the field.
+    pub async fn give_form(
+        &self,
+        model: &OpenedModel,
+        request: &mut GenerationRequest,
+        form: Option<(AnswerForm, &'static str)>,
+    ) -> Result<(), ApiError> {
+        let Some((form, field)) = form else { return Ok(()) };
+        let no_tokenizer = || ApiError::of_field(field, "this model has no tokenizer, so its answers have no form");
+        let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
+        request.grammar = Some(self.encode(move || grammars.compile(form, field)).await?);
+        // Spaces around it may belong to the form.
+        request.trim = false;
+        Ok(())
     }
 
     /// When a request that has just arrived has to be answered.
@@ -283,6 +308,11 @@ impl ServedModel {
         self.opened.get().and_then(|opened| opened.as_ref().ok())
     }
 
+    /// Why it could not be opened, if it could not.
+    pub fn failure(&self) -> Option<&str> {
+        self.opened.get().and_then(|opened| opened.as_ref().err()).map(String::as_str)
+    }
+
     /// Compares names as people write them: regardless of case, of a vendor before a slash, and of an ending `.nemo`.
     pub fn answers_to(&self, name: &str) -> bool {
         let plain = plain_name(name);
@@ -356,6 +386,8 @@ pub(super) fn routes() -> Routes {
 /// All routes, with what is done for each.
 pub(super) fn router(app: Arc<App>) -> Router {
     let mut router = routes().into_router();
+    // For clients whose base URL leaves out /v1, which llama.cpp's server answers too.
+    router = router.route("/chat/completions", post(openai::chat::create)).route("/models", get(openai::models));
     if app.options.has_page {
         router = router.merge(page::routes());
     }
@@ -376,6 +408,7 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
             Some(Err(_)) => "failed",
             None => "loading",
         };
+        // The reason is for those who have a key: the lists of models have it.
         json!({ "name": model.name(), "state": state })
     };
     let is_ready = app.is_ready();

@@ -1,11 +1,15 @@
 //! JSON bodies: their size, the time they take to arrive, wrong values and unknown fields.
 
+use std::fmt;
+use std::marker::PhantomData;
+
 use axum::extract::Request;
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use serde::de::DeserializeOwned;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::app::App;
@@ -23,6 +27,60 @@ impl<'de> Deserialize<'de> for Accepted {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Accepted, D::Error> {
         serde_json::Value::deserialize(deserializer).map(|_| Accepted)
     }
+}
+
+/// What is deserialized from an object alone; serde's own code for a struct also takes a list of its fields' values.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Object<T>, D::Error> {
+        struct Visit<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Visit<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, fields: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(fields)).map(Object)
+            }
+        }
+
+        deserializer.deserialize_map(Visit(PhantomData))
+    }
+}
+
+/// Deserializes a field that is an object.
+pub(super) fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    Object::deserialize(deserializer).map(|Object(value)| value)
+}
+
+/// Deserializes a field that is an object, or null.
+pub(super) fn object_or_null<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    Option::<Object<T>>::deserialize(deserializer).map(|value| value.map(|Object(value)| value))
+}
+
+/// Words of serde, which are Rust's, and those of JSON.
+const WORDS: [(&str, &str); 10] = [
+    ("expected usize", "expected a whole number that is not negative"),
+    ("expected u64", "expected a whole number that is not negative"),
+    ("expected u32", "expected a whole number from 0 to 4294967295"),
+    ("expected i64", "expected a whole number"),
+    ("expected i32", "expected a whole number from -2147483648 to 2147483647"),
+    ("expected f32", "expected a number"),
+    ("expected a sequence", "expected a list"),
+    ("expected a map", "expected an object"),
+    ("invalid type: sequence", "invalid type: list"),
+    ("invalid type: map", "invalid type: object"),
+];
+
+/// An error of serde in the words of JSON.
+fn in_words(error: &serde_json::Error) -> String {
+    WORDS.iter().fold(error.to_string(), |text, (theirs, ours)| text.replace(theirs, ours))
 }
 
 /// Reads a body whole.
@@ -80,15 +138,14 @@ fn parse<T: DeserializeOwned>(bytes: &[u8], unknown: UnknownFields) -> Result<Pa
             ignored.push(crate::error::clip(&path).replace(|c: char| !c.is_ascii_graphic(), "?"));
         }
     };
-    let value: T = serde_path_to_error::deserialize(serde_ignored::Deserializer::new(&mut reader, &mut note)).map_err(
-        |error| {
-            let path = error.path().to_string();
-            match path.as_str() {
-                "." | "?" => ApiError::bad_request(format!("the body is not as expected: {}", error.inner())),
-                path => ApiError::of_field(path, format!("{}: {}", crate::error::clip(path), error.inner())),
-            }
-        },
-    )?;
+    let read = serde_path_to_error::deserialize(serde_ignored::Deserializer::new(&mut reader, &mut note));
+    let Object(value): Object<T> = read.map_err(|error| {
+        let words = in_words(error.inner());
+        match error.path().to_string().as_str() {
+            "." | "?" => ApiError::bad_request(format!("the body is not as expected: {words}")),
+            path => ApiError::of_field(path, format!("{}: {words}", crate::error::clip(path))),
+        }
+    })?;
     reader.end().map_err(|error| ApiError::bad_request(format!("the body is not one JSON value: {error}")))?;
     match (unknown, ignored.first()) {
         (UnknownFields::Reject, Some(first)) => {
@@ -134,8 +191,21 @@ mod tests {
         assert_eq!((error.param.as_deref(), error.status.as_u16()), (Some("inner.0.y"), 400));
         let error = read(r#"{"inner": [{"x": "one"}]}"#, UnknownFields::Warn).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("inner[0].x"));
+        let long = format!(r#"{{"inner": [{{"x": "{}"}}]}}"#, "é".repeat(1 << 16));
+        let error = read(&long, UnknownFields::Warn).unwrap_err();
+        assert_eq!(error.message.chars().count(), 1001, "a value is quoted in part");
+        assert!(error.message.starts_with("inner[0].x: ") && error.message.contains("expected"), "{}", error.message);
         for broken in ["", " ", "{", "[1", "{\"inner\": []} x", "\u{feff}{}", "nul"] {
             assert_eq!(read(broken, UnknownFields::Warn).unwrap_err().status.as_u16(), 400, "{broken:?}");
+        }
+        for (body, words) in [
+            ("[[]]", "expected an object"),
+            ("3", "expected an object"),
+            (r#"{"inner": [{"x": -1}]}"#, "inner[0].x: invalid value: integer `-1`, expected a whole number from 0"),
+            (r#"{"inner": {}}"#, "inner: invalid type: object, expected a list"),
+        ] {
+            let error = read(body, UnknownFields::Warn).unwrap_err();
+            assert!(error.message.contains(words) && !error.message.contains("struct"), "{}", error.message);
         }
         for without_effect in ["\"u\"", "{\"a\": 1}", "null"] {
             let text = format!("{{\"inner\": [], \"user\": {without_effect}}}");

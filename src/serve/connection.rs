@@ -13,12 +13,13 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_io_timeout::TimeoutStream;
 use tower::ServiceExt;
 
 use super::app::{App, router};
+use super::socket::{Client, Socket};
 use super::tls::Tls;
 
 /// Headers of a request.
@@ -60,11 +61,15 @@ pub(super) async fn serve(
                 let tls = tls.clone();
                 tokio::spawn(async move {
                     let _permit = permit;
-                    let stream = prepared(stream, timeout);
-                    let Some(tls) = tls else { return converse(stream, address, timeout, router, watcher).await };
+                    let socket = Socket::new(stream, tls.is_some());
+                    let client = socket.client();
+                    let stream = with_timeout(socket, timeout);
+                    let Some(tls) = tls else {
+                        return converse(stream, client, address, timeout, router, watcher).await;
+                    };
                     // A client that is too slow, or speaks something else, is its own business.
                     if let Ok(Ok(stream)) = tokio::time::timeout(timeout, tls.accept(stream)).await {
-                        converse(stream, address, timeout, router, watcher).await;
+                        converse(stream, client, address, timeout, router, watcher).await;
                     }
                 });
             }
@@ -100,10 +105,8 @@ async fn until_answered(app: &App) {
 }
 
 /// A socket whose writes have a time limit.
-fn prepared(stream: TcpStream, timeout: Duration) -> Pin<Box<TimeoutStream<TcpStream>>> {
-    // Small pieces of a stream are not held back.
-    let _ = stream.set_nodelay(true);
-    let mut stream = TimeoutStream::new(stream);
+fn with_timeout(socket: Socket, timeout: Duration) -> Pin<Box<TimeoutStream<Socket>>> {
+    let mut stream = TimeoutStream::new(socket);
     stream.set_write_timeout(Some(timeout));
     Box::pin(stream)
 }
@@ -111,21 +114,34 @@ fn prepared(stream: TcpStream, timeout: Duration) -> Pin<Box<TimeoutStream<TcpSt
 /// Serves one connection.
 async fn converse(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    client: Client,
     address: SocketAddr,
     timeout: Duration,
     router: axum::Router,
     watcher: hyper_util::server::graceful::Watcher,
 ) {
+    let waiter = client.clone();
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(ConnectInfo(address));
-        router.clone().oneshot(request.map(Body::new))
+        let waiting = waiter.waits();
+        let reply = router.clone().oneshot(request.map(Body::new));
+        async move {
+            let reply = reply.await;
+            drop(waiting);
+            reply
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(timeout)
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEADER_BYTES)
+        // `client` tells those that have left from those that have only nothing more to send.
+        .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
-    // A client that breaks the protocol or leaves is its own business.
-    let _ = watcher.watch(connection).await;
+    tokio::select! {
+        // A client that breaks the protocol or leaves is its own business.
+        _ = watcher.watch(connection) => {}
+        () = client.gone() => {}
+    }
 }

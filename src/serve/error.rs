@@ -7,17 +7,21 @@ use serde_json::{Value, json};
 
 use crate::error::Error;
 
-/// Names of sampling settings.
-const SETTINGS: [&str; 9] = [
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "logit_bias",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_tokens",
+/// Beginnings and other parts of the engine's refusals, and OpenAI's names of the fields that they are about.
+const FIELDS: [(&str, &str); 13] = [
+    ("temperature ", "temperature"),
+    ("top_k ", "top_k"),
+    ("top_p ", "top_p"),
+    ("min_p ", "min_p"),
+    ("logit_bias ", "logit_bias"),
+    ("repetition_penalty ", "repetition_penalty"),
+    ("presence_penalty ", "presence_penalty"),
+    ("frequency_penalty ", "frequency_penalty"),
+    ("min_tokens ", "min_tokens"),
+    ("stop string", "stop"),
+    ("stop id", "stop_token_ids"),
+    ("the prompt ", "prompt"),
+    ("token ", "prompt"),
 ];
 
 /// An error of a request. As a response it has the nested form of OpenAI's API, which every SDK reads.
@@ -35,9 +39,24 @@ pub(super) struct ApiError {
     pub retry_after: Option<u64>,
 }
 
+/// Longest message and name of a field, in characters.
+const LONGEST: usize = 1000;
+
+/// A text without its middle if it is too long: errors of JSON quote what the client sent, and end in what was expected.
+fn shortened(text: String) -> String {
+    let count = text.chars().count();
+    if count <= LONGEST {
+        return text;
+    }
+    let half = LONGEST / 2;
+    let (head, tail) = (text.chars().take(half), text.chars().skip(count - half));
+    head.chain(['…']).chain(tail).collect()
+}
+
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> ApiError {
-        ApiError { status, kind, message: message.into(), param: None, code: None, retry_after: None }
+        let message = shortened(message.into());
+        ApiError { status, kind, message, param: None, code: None, retry_after: None }
     }
 
     /// A request that cannot be served as it is.
@@ -47,7 +66,7 @@ impl ApiError {
 
     /// A field with a wrong value.
     pub fn of_field(param: impl Into<String>, message: impl Into<String>) -> ApiError {
-        ApiError { param: Some(param.into()), ..ApiError::bad_request(message) }
+        ApiError { param: Some(shortened(param.into())), ..ApiError::bad_request(message) }
     }
 
     /// A feature that the server or the model lacks.
@@ -83,15 +102,28 @@ impl ApiError {
         ApiError { param: self.param.or_else(|| Some(param.to_owned())), ..self }
     }
 
-    /// This error, of the field that holds the prompt if the prompt is too long.
+    /// This error, of the field that holds the prompt if it is about the prompt.
     pub fn naming_prompt(self, param: &str) -> ApiError {
-        if self.code == Some("context_length_exceeded") { self.or_of_field(param) } else { self }
+        match self.param.as_deref() {
+            None if self.code == Some("context_length_exceeded") => ApiError { param: Some(param.to_owned()), ..self },
+            Some("prompt") => ApiError { param: Some(param.to_owned()), ..self },
+            _ => self,
+        }
     }
 
     /// A request that may succeed later.
     pub fn unavailable(message: impl Into<String>, retry_after: u64) -> ApiError {
         let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "service_unavailable_error", message);
         ApiError { retry_after: Some(retry_after), ..error }
+    }
+
+    /// A model that will not answer until the server is started again.
+    pub fn failed_model(name: &str, reason: &str) -> ApiError {
+        let message = format!("the model {name} could not be opened: {reason}");
+        ApiError {
+            code: Some("model_failed"),
+            ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message)
+        }
     }
 
     pub fn not_found() -> ApiError {
@@ -158,9 +190,10 @@ impl From<&Error> for ApiError {
     fn from(error: &Error) -> ApiError {
         match error.root() {
             Error::Request(words) => {
-                // The engine's refusals of a setting begin with its name.
-                let field = words.split_whitespace().next().filter(|word| SETTINGS.contains(word));
-                ApiError { param: field.map(str::to_owned), ..ApiError::bad_request(words.clone()) }
+                // Some begin with how many there are.
+                let start = words.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ');
+                let field = FIELDS.iter().find(|(beginning, _)| start.starts_with(beginning));
+                ApiError { param: field.map(|(_, field)| (*field).to_owned()), ..ApiError::bad_request(words.clone()) }
             }
             Error::Tokenizer(words) => ApiError::bad_request(format!("the text cannot be encoded: {words}")),
             Error::PromptTooLong { prompt_tokens, max_sequence_tokens } => {

@@ -1,5 +1,8 @@
 //! The form of an answer: JSON of a schema, a regular expression, one of several texts, or a grammar.
 
+mod cost;
+mod watch;
+
 use std::sync::{Arc, OnceLock};
 
 use llguidance::api::TopLevelGrammar;
@@ -8,19 +11,22 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 
+use self::watch::{Budget, Watch};
+use super::body::object;
 use super::error::ApiError;
 use crate::error::{Error, Result, clip};
 use crate::runtime::{Grammar, TokenConstraint, TokenMask};
 use crate::text::Tokenizer;
 
-/// Largest source of a grammar.
-const MAX_SOURCE_BYTES: usize = 64 << 10;
 /// Most texts to choose from.
 const MAX_CHOICES: usize = 1024;
 /// Space between the tokens of JSON: one, since a model that may choose spends tokens on indentation.
 const SPACE: &str = " ";
-/// Work for the mask of one token, in steps of the lexer (some 14,000 take a millisecond) and items of the parser: other
-/// requests wait for it.
+/// Work to compile a form, in nodes of its regular expressions and symbols of its rules.
+const COMPILE_LEXER_FUEL: u64 = 50_000;
+const MAX_GRAMMAR_SYMBOLS: usize = 50_000;
+/// Work for the mask of one token, in steps of the lexer (some 14,000 take a millisecond) and items of the parser. `watch`
+/// bounds its time.
 const STEP_LEXER_FUEL: u64 = 100_000;
 const STEP_MAX_ITEMS: usize = 25_000;
 /// Memory of one answer's lexer, 1 to 2 kB each.
@@ -32,10 +38,24 @@ const MAX_LEXER_STATES: usize = 20_000;
 pub(super) enum ResponseFormat {
     /// Any text.
     Text,
-    /// Any JSON object.
-    JsonObject,
+    /// Any JSON object, or JSON of a schema, where llama.cpp's clients put it.
+    JsonObject {
+        #[serde(default)]
+        #[schema(value_type = Option<Object>)]
+        schema: Option<Value>,
+    },
     /// JSON of a schema.
-    JsonSchema { json_schema: NamedSchema },
+    JsonSchema {
+        #[serde(deserialize_with = "object")]
+        json_schema: NamedSchema,
+    },
+}
+
+impl ResponseFormat {
+    /// JSON of a schema.
+    pub fn of_schema(schema: Value) -> ResponseFormat {
+        ResponseFormat::JsonObject { schema: Some(schema) }
+    }
 }
 
 /// A schema with OpenAI's name for it.
@@ -85,19 +105,22 @@ pub(super) enum AnswerForm {
 }
 
 impl AnswerForm {
-    /// The form that a request asks for, if any, and the field that does.
+    /// The form that a request asks for, if any, and the field that does; `format_field` is the name of that of `format`.
     ///
     /// # Errors
-    /// 400 if it asks for two, or for one that is too large.
+    /// 400 naming the field if it asks for two, or for one that is too much work.
     pub fn of_request(
         format: Option<ResponseFormat>,
+        format_field: &'static str,
         outputs: Option<StructuredOutputs>,
     ) -> Result<Option<(AnswerForm, &'static str)>, ApiError> {
-        let field = if outputs.is_some() { "structured_outputs" } else { "response_format" };
+        let field = if outputs.is_some() { "structured_outputs" } else { format_field };
         let mut forms = Vec::new();
         match format {
             None | Some(ResponseFormat::Text) => {}
-            Some(ResponseFormat::JsonObject) => forms.push(AnswerForm::Schema(json!({ "type": "object" }))),
+            Some(ResponseFormat::JsonObject { schema }) => {
+                forms.push(AnswerForm::Schema(schema.unwrap_or_else(|| json!({ "type": "object" }))));
+            }
             Some(ResponseFormat::JsonSchema { json_schema }) => forms.push(AnswerForm::Schema(json_schema.schema)),
         }
         if let Some(outputs) = outputs {
@@ -126,20 +149,20 @@ impl AnswerForm {
             forms.extend(outputs.grammar.map(AnswerForm::Grammar));
         }
         if forms.len() > 1 {
-            return Err(ApiError::bad_request("an answer has one form; the request names several"));
+            let message = "an answer has one form; response_format and structured_outputs name several together";
+            return Err(ApiError::of_field(field, message));
         }
         let form = forms.pop();
-        let bytes = match &form {
-            Some(AnswerForm::Schema(schema)) => schema.to_string().len(),
-            Some(AnswerForm::Regex(text) | AnswerForm::Grammar(text)) => text.len(),
-            None => 0,
-        };
-        if bytes > MAX_SOURCE_BYTES {
-            let message = format!("the form of the answer has {bytes} bytes; expected at most {MAX_SOURCE_BYTES}");
-            return Err(ApiError::bad_request(message));
+        if let Some(form) = &form {
+            cost::check(form).map_err(|words| refusal(field, &words))?;
         }
         Ok(form.map(|form| (form, field)))
     }
+}
+
+/// A form that cannot be used.
+fn refusal(field: &str, words: &str) -> ApiError {
+    ApiError::of_field(field, format!("the form of the answer: {}", clip(words)))
 }
 
 /// A schema whose JSON has single spaces at most: a model may go on with spaces for ever.
@@ -170,35 +193,41 @@ pub(super) struct Grammars {
     /// Ids that end an answer.
     stop_ids: Vec<u32>,
     factory: OnceLock<Result<Arc<ParserFactory>, String>>,
+    watch: Arc<Watch>,
 }
 
 impl Grammars {
     pub fn new(tokenizer: Arc<Tokenizer>, stop_ids: Vec<u32>) -> Grammars {
-        Grammars { tokenizer, stop_ids, factory: OnceLock::new() }
+        Grammars { tokenizer, stop_ids, factory: OnceLock::new(), watch: Arc::default() }
     }
 
-    /// Compiles a form. Takes milliseconds, and once per model, at the first, as long as its vocabulary needs.
+    /// Compiles a form, which `field` of the request asks for. Takes milliseconds, and once per model, at the first, as long
+    /// as its vocabulary needs.
     ///
     /// # Errors
-    /// 400 with the reason for a form that does not compile or is too much work.
-    pub fn compile(&self, form: AnswerForm) -> Result<Grammar, ApiError> {
+    /// 400 with the field and the reason for a form that does not compile or is too much work.
+    pub fn compile(&self, form: AnswerForm, field: &str) -> Result<Grammar, ApiError> {
         let factory = self.factory.get_or_init(|| self.factory().map(Arc::new)).clone();
         let factory = factory.map_err(|words| {
-            ApiError::bad_request(format!("this model's tokenizer cannot be used with grammars: {words}"))
+            ApiError::of_field(field, format!("this model's tokenizer cannot be used with grammars: {words}"))
         })?;
         let grammar = match form {
             AnswerForm::Schema(schema) => TopLevelGrammar::from_json_schema(with_bounded_space(schema)),
             AnswerForm::Regex(regex) => TopLevelGrammar::from_regex(&regex),
             AnswerForm::Grammar(lark) => TopLevelGrammar::from_lark(lark),
         };
-        let refuse = |words: String| ApiError::bad_request(format!("the form of the answer: {}", clip(words)));
-        let parser = factory.create_parser(grammar).map_err(|error| refuse(error.to_string()))?;
-        let matcher = Matcher::new(Ok(parser));
+        let parser = factory.create_parser(grammar).map_err(|error| refusal(field, &in_words(&error)))?;
+        let matcher = Matcher::new(Ok(parser)).into_cancellable();
         if let Some(words) = matcher.get_error() {
-            return Err(refuse(words));
+            return Err(refusal(field, &in_words(&words)));
         }
         let stop_ids: Arc<[u32]> = self.stop_ids.as_slice().into();
-        Ok(Grammar::new(move || Ok(Box::new(Following { matcher: matcher.deep_clone(), stop_ids: stop_ids.clone() }))))
+        let watch = self.watch.clone();
+        Ok(Grammar::new(move || {
+            let matcher = matcher.deep_clone();
+            let budget = Budget::new(&watch, matcher.cancellation_handle());
+            Ok(Box::new(Following { matcher, stop_ids: stop_ids.clone(), budget }))
+        }))
     }
 
     fn factory(&self) -> Result<ParserFactory, String> {
@@ -219,6 +248,8 @@ impl Grammars {
         let mut factory = ParserFactory::new_simple(&env).map_err(|error| error.to_string())?;
         factory.quiet();
         let limits = factory.limits_mut();
+        limits.initial_lexer_fuel = COMPILE_LEXER_FUEL;
+        limits.max_grammar_size = MAX_GRAMMAR_SYMBOLS;
         limits.step_lexer_fuel = STEP_LEXER_FUEL;
         limits.step_max_items = STEP_MAX_ITEMS;
         limits.max_lexer_states = MAX_LEXER_STATES;
@@ -232,15 +263,33 @@ struct Following {
     matcher: Matcher,
     /// The first is the end that the matcher knows.
     stop_ids: Arc<[u32]>,
+    budget: Budget,
+}
+
+/// A message of llguidance, less what is for its developers.
+fn in_words(error: &impl std::fmt::Display) -> String {
+    let words = error.to_string();
+    match words.contains("NoExtension") {
+        true => "no text keeps to it from here on".into(),
+        false => words.replace("<non-verbose/>", "").trim().to_owned(),
+    }
 }
 
 fn failed(error: impl std::fmt::Display) -> Error {
-    Error::Request(format!("the form of the answer: {}", clip(error.to_string())))
+    Error::Request(format!("the form of the answer: {}", clip(in_words(&error))))
+}
+
+fn too_slow() -> Error {
+    failed(
+        "it takes too long to tell which tokens it allows; a form with fewer alternatives, or less ambiguous, is needed",
+    )
 }
 
 impl TokenConstraint for Following {
     fn allow(&mut self, allowed: &mut TokenMask) -> Result<()> {
-        let mask = self.matcher.compute_mask_or_eos().map_err(failed)?;
+        self.budget.add_token();
+        let mask = self.budget.spend(|| self.matcher.compute_mask_or_eos()).ok_or_else(too_slow)?;
+        let mask = mask.map_err(|error| if self.matcher.is_cancelled() { too_slow() } else { failed(error) })?;
         allowed.insert_words(mask.as_slice());
         if self.stop_ids.first().is_some_and(|eos| allowed.contains(*eos)) {
             self.stop_ids.iter().for_each(|id| allowed.insert(*id));
@@ -253,7 +302,8 @@ impl TokenConstraint for Following {
         if self.stop_ids.contains(&id) {
             return Ok(());
         }
-        self.matcher.consume_token(id).map_err(failed)
+        let pushed = self.budget.spend(|| self.matcher.consume_token(id)).ok_or_else(too_slow)?;
+        pushed.map_err(|error| if self.matcher.is_cancelled() { too_slow() } else { failed(error) })
     }
 }
 
@@ -269,7 +319,7 @@ mod tests {
     /// The longest text that the grammar allows, choosing the first allowed id each time.
     fn walk(form: AnswerForm, most: usize) -> (String, bool) {
         let grammars = grammars();
-        let mut constraint = grammars.compile(form).unwrap().start().unwrap();
+        let mut constraint = grammars.compile(form, "f").unwrap().start().unwrap();
         let (mut text, mut mask) = (Vec::new(), TokenMask::new(tokenizer().vocab_size()));
         for _ in 0..most {
             mask.clear();
@@ -288,7 +338,7 @@ mod tests {
     fn a_choice_is_one_of_its_texts_and_metacharacters_are_plain() {
         let choice = vec!["a.b|c".to_owned()];
         let outputs = StructuredOutputs { choice: Some(choice), ..StructuredOutputs::default() };
-        let (form, _) = AnswerForm::of_request(None, Some(outputs)).unwrap().unwrap();
+        let (form, _) = AnswerForm::of_request(None, "", Some(outputs)).unwrap().unwrap();
         assert_eq!(walk(form, 20), ("a.b|c".to_owned(), true));
     }
 
@@ -310,26 +360,29 @@ mod tests {
             AnswerForm::Schema(json!({ "type": "nonsense" })),
             AnswerForm::Schema(json!({ "$ref": "https://example.org/x" })),
         ] {
-            let error = grammars.compile(form.clone()).err().unwrap_or_else(|| panic!("{form:?} compiles"));
-            assert_eq!(error.status.as_u16(), 400, "{form:?}");
+            let error = grammars.compile(form.clone(), "f").err().unwrap_or_else(|| panic!("{form:?} compiles"));
+            assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some("f")), "{form:?}");
         }
         // What compiles but is much work at each token ends the answer, and soon.
-        let started = std::time::Instant::now();
-        let mut constraint =
-            grammars.compile(AnswerForm::Regex("[ab]*a[ab]{900}".repeat(40))).unwrap().start().unwrap();
-        let mut mask = TokenMask::new(tokenizer().vocab_size());
-        for _ in 0..100 {
-            mask.clear();
-            let id = match constraint.allow(&mut mask) {
-                Ok(()) => (0..tokenizer().vocab_size() as u32).find(|id| mask.contains(*id)).unwrap(),
-                Err(_) => break,
-            };
-            if constraint.push(id).is_err() {
-                break;
-            }
+        let ambiguous: Vec<String> = (2..60).map(|times| vec!["s"; times].join(" ")).collect();
+        let ambiguous = format!("start: s\ns: {} | \"a\"\n", ambiguous.join(" | "));
+        for (form, is_endless) in
+            [(AnswerForm::Regex("[ab]*a[ab]{900}".repeat(40)), false), (AnswerForm::Grammar(ambiguous), true)]
+        {
+            let mut constraint = grammars.compile(form, "f").unwrap().start().unwrap();
+            let started = std::time::Instant::now();
+            let mut mask = TokenMask::new(tokenizer().vocab_size());
+            let ended = (0..200).find_map(|_| {
+                mask.clear();
+                constraint.allow(&mut mask).err().or_else(|| {
+                    let mut ids = (0..tokenizer().vocab_size() as u32).filter(|id| *id != EOS);
+                    ids.find(|id| mask.contains(*id)).and_then(|id| constraint.push(id).err())
+                })
+            });
+            assert!(started.elapsed() < std::time::Duration::from_secs(20), "{:?}", started.elapsed());
+            assert!(!is_endless || ended.is_some(), "nothing ends it");
         }
-        assert!(started.elapsed() < std::time::Duration::from_secs(20), "{:?}", started.elapsed());
         let both = StructuredOutputs { regex: Some("a".into()), grammar: Some("b".into()), ..Default::default() };
-        assert!(AnswerForm::of_request(None, Some(both)).is_err());
+        assert!(AnswerForm::of_request(None, "", Some(both)).is_err());
     }
 }

@@ -5,7 +5,7 @@
 //! the gateways' names out: who scrapes for people takes that, and a gateway needs no setting.
 
 use std::fmt::Write;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -16,7 +16,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::runtime::{Completion, EngineStatus, FinishReason};
+use crate::runtime::{Completion, EngineStatus, FinishReason, PrefixCacheStatus};
 
 /// Bounds of durations in seconds: from a fast prefill to a long answer.
 const SECONDS: [f64; 16] =
@@ -39,6 +39,12 @@ struct FinishLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReuseLabels {
+    model_name: String,
+    source: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct CacheLabels {
     model_name: String,
     block_size: String,
@@ -54,6 +60,54 @@ struct ResponseLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct BuildLabels {
     version: &'static str,
+}
+
+/// Metrics of the prefix caches.
+#[derive(Debug, Default)]
+struct PrefixCacheMetrics {
+    bytes: Family<ModelLabels, Gauge>,
+    limit_bytes: Family<ModelLabels, Gauge>,
+    blocks: Family<ModelLabels, Gauge>,
+    stored_blocks: Family<ModelLabels, Counter>,
+    evicted_blocks: Family<ModelLabels, Counter>,
+    hits: Family<ReuseLabels, Counter>,
+    reused_tokens: Family<ReuseLabels, Counter>,
+}
+
+impl PrefixCacheMetrics {
+    fn register(&self, r: &mut Registry) {
+        r.register("aotron_prefix_cache_bytes", "Memory of blocks outside of the slots", self.bytes.clone());
+        r.register("aotron_prefix_cache_limit_bytes", "Limit on that memory", self.limit_bytes.clone());
+        r.register("aotron_prefix_cache_blocks", "Blocks outside of the slots", self.blocks.clone());
+        r.register("aotron_prefix_cache_stored_blocks", "Blocks stored", self.stored_blocks.clone());
+        r.register("aotron_prefix_cache_evicted_blocks", "Blocks that gave way to others", self.evicted_blocks.clone());
+        r.register("aotron_prefix_cache_hits", "Requests that reused tokens, by their source", self.hits.clone());
+        let tokens = self.reused_tokens.clone();
+        r.register(
+            "aotron_prefix_cache_reused_tokens",
+            "Prompt tokens that were not computed, by their source",
+            tokens,
+        );
+    }
+
+    fn observe(&self, labels: &ModelLabels, status: &PrefixCacheStatus) {
+        self.bytes.get_or_create(labels).set(status.bytes as i64);
+        self.limit_bytes.get_or_create(labels).set(status.limit_bytes as i64);
+        self.blocks.get_or_create(labels).set(status.blocks as i64);
+        // The engine counts; what is here only follows.
+        let follow = |counter: &Counter, count: u64| {
+            counter.inner().fetch_max(count, Ordering::Relaxed);
+        };
+        follow(&self.stored_blocks.get_or_create(labels), status.stored_blocks);
+        follow(&self.evicted_blocks.get_or_create(labels), status.evicted_blocks);
+        let sources =
+            [("slot", status.from_slot), ("other_slot", status.from_other_slot), ("blocks", status.from_blocks)];
+        for (source, reuse) in sources {
+            let labels = ReuseLabels { model_name: labels.model_name.clone(), source };
+            follow(&self.hits.get_or_create(&labels), reuse.requests);
+            follow(&self.reused_tokens.get_or_create(&labels), reuse.tokens);
+        }
+    }
 }
 
 /// All metrics of a server.
@@ -85,6 +139,7 @@ pub(super) struct Metrics {
     request_prompt_tokens: Family<ModelLabels, Histogram>,
     request_generated_tokens: Family<ModelLabels, Histogram>,
     in_flight: Family<ModelLabels, Gauge>,
+    prefix_cache: PrefixCacheMetrics,
 }
 
 /// The metrics of one model.
@@ -146,6 +201,7 @@ impl Metrics {
             request_prompt_tokens: histogram(tokens),
             request_generated_tokens: histogram(tokens),
             in_flight: Family::default(),
+            prefix_cache: PrefixCacheMetrics::default(),
         };
         metrics.register();
         metrics.build.get_or_create(&BuildLabels { version: env!("CARGO_PKG_VERSION") }).set(1);
@@ -180,6 +236,7 @@ impl Metrics {
         r.register("aotron_requests", "Requests by the reason of their end", self.requests.clone());
         r.register("aotron_requests_refused", "Requests refused because the queue was full", self.refused.clone());
         r.register("aotron_requests_in_flight", "Requests submitted and not over", self.in_flight.clone());
+        self.prefix_cache.register(r);
         let unit = || Unit::Seconds;
         r.register_with_unit("aotron_queue", "Time in the queue", unit(), self.queue_seconds.clone());
         let first = self.first_token_seconds.clone();
@@ -224,6 +281,9 @@ impl Metrics {
         self.running.get_or_create(&labels).set(running as i64);
         self.queued.get_or_create(&labels).set(queued as i64);
         self.ready.get_or_create(&labels).set(i64::from(status.is_some_and(|status| status.is_open)));
+        if let Some(status) = &status {
+            self.prefix_cache.observe(&labels, &status.prefix_cache);
+        }
         if let Some((slots, tokens)) = kv_capacity {
             self.slots.get_or_create(&labels).set(slots as i64);
             let usage = kv_tokens as f64 / (slots * tokens).max(1) as f64;

@@ -10,7 +10,8 @@
 //! | module | contents |
 //! | --- | --- |
 //! | `tls` | HTTPS |
-//! | `connection` | sockets: limits on their number, time limits on headers and writes, draining |
+//! | `connection` | connections: limits on their number, time limits on headers and writes, draining |
+//! | `socket` | the socket of a client, and whether the client is still there |
 //! | `access` | request ids, API keys, CORS, the access log |
 //! | `app`, `routes` | the served models and their state; routes |
 //! | `body` | JSON bodies with their limits, unknown fields |
@@ -26,7 +27,7 @@
 //!
 //! A request is rendered and encoded on a blocking thread, of which there is a bounded number, and validated before it is
 //! queued; the engine's thread only runs steps. Dropping a response cancels its request, which frees its slot within one
-//! step, so hyper's dropping of a handler whose client has left is all there is to do about that.
+//! step; a connection, and with it the handler, is dropped once its client has left.
 
 mod access;
 mod answer;
@@ -35,6 +36,8 @@ mod app;
 mod body;
 mod connection;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod grammar;
 mod kserve;
 mod metrics;
@@ -43,12 +46,14 @@ mod openapi;
 mod options;
 mod page;
 mod routes;
+mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 #[cfg(not(feature = "tls"))]
 #[path = "tls_absent.rs"]
 mod tls;
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -159,7 +164,7 @@ impl Server {
             let mut listeners = Vec::new();
             for address in found {
                 let bound = TcpListener::bind(address).await;
-                listeners.push(bound.map_err(serve_error(&format!("cannot listen on {address}")))?);
+                listeners.push(bound.map_err(|error| cannot_listen(address, &error))?);
             }
             match listeners.is_empty() {
                 true => Err(Error::Serve(format!("the host {} has no address", options.host))),
@@ -225,6 +230,19 @@ impl Server {
         runtime.shutdown_timeout(Duration::from_secs(1));
         outcome
     }
+}
+
+/// Why an address cannot be listened on, with what to do.
+fn cannot_listen(address: SocketAddr, error: &std::io::Error) -> Error {
+    let remedy = match error.kind() {
+        ErrorKind::AddrInUse => {
+            "; another program listens there: end it, or choose another port with --port (0 takes a free one)"
+        }
+        ErrorKind::AddrNotAvailable => "; this machine does not have that address: choose another with --host",
+        ErrorKind::PermissionDenied => "; ports below 1024 are for the administrator: choose another with --port",
+        _ => "",
+    };
+    Error::Serve(format!("cannot listen on {address}: {error}{remedy}"))
 }
 
 impl std::fmt::Debug for Server {

@@ -47,6 +47,9 @@ pub struct ServeOptions {
     pub api_keys: Vec<String>,
     /// Requests of a model that may wait for a slot.
     pub max_queue: usize,
+    /// Bytes of keys and values that a model keeps of sequences that have lost their slot; `None` is the engine's default
+    /// ([`EngineOptions::prefix_cache_bytes`](crate::runtime::EngineOptions::prefix_cache_bytes)), 0 keeps none.
+    pub prefix_cache_bytes: Option<usize>,
     /// Slots of a model that the requests of one client (its key, or else its address) may hold at a time; `None` is all.
     pub max_running_per_client: Option<usize>,
     /// Bytes of a request's body.
@@ -82,6 +85,7 @@ impl Default for ServeOptions {
             tls: None,
             api_keys: Vec::new(),
             max_queue: 256,
+            prefix_cache_bytes: None,
             max_running_per_client: None,
             max_body_bytes: 8 << 20,
             max_connections: 2048,

@@ -64,7 +64,8 @@ enum ByteRule {
     /// Pieces are characters.
     #[default]
     None,
-    /// SentencePiece's `<0x0A>` pieces; each byte that is not part of a valid character becomes one U+FFFD.
+    /// SentencePiece's `<0x0A>` pieces; each byte that is not part of a valid character becomes one U+FFFD, as in
+    /// SentencePiece, but a character that an answer ends inside of becomes one in all, as in Python's `errors="replace"`.
     Fallback,
     /// GPT-2's printable stand-ins for all 256 bytes; a malformed sequence becomes one U+FFFD.
     Level,
@@ -263,6 +264,8 @@ pub(super) struct Decoding {
     strip_left: usize,
     /// True if a separator goes before the next piece.
     separate: bool,
+    /// True for an answer, which may end anywhere.
+    continues: bool,
 }
 
 impl Decoding {
@@ -274,6 +277,7 @@ impl Decoding {
             at_first_piece: !continuing,
             strip_left: if continuing { 0 } else { strip_left },
             separate: continuing,
+            continues: continuing,
         }
     }
 
@@ -322,7 +326,7 @@ impl Decoding {
         }
     }
 
-    /// Appends the rest, with U+FFFD for bytes that will never complete a character.
+    /// Appends the rest, with U+FFFD for a character that is not complete.
     pub(super) fn flush(&mut self, table: &PieceTable, out: &mut String) {
         self.drain(table, true, out);
     }
@@ -335,10 +339,12 @@ impl Decoding {
             let invalid = chunk.invalid();
             // `invalid` is a truncated character exactly if it could still be completed, so only in the last chunk.
             let at_end = invalid.as_ptr_range().end == pending.as_ptr_range().end;
-            if !last && at_end && is_truncated(invalid) {
+            let is_cut = at_end && is_truncated(invalid);
+            if !last && is_cut {
                 kept = invalid;
             } else if !invalid.is_empty() {
-                let count = if table.rules.bytes == ByteRule::Fallback { invalid.len() } else { 1 };
+                let by_byte = table.rules.bytes == ByteRule::Fallback && !(is_cut && self.continues);
+                let count = if by_byte { invalid.len() } else { 1 };
                 for _ in 0..count {
                     self.emit(table, "\u{FFFD}", out);
                 }

@@ -38,7 +38,7 @@ impl StreamDecoder {
         self.decoding.push(self.tokenizer.pieces(), id, out)
     }
 
-    /// Appends the bytes that were held back; no more ids may follow.
+    /// Appends U+FFFD if bytes of a character were held back; no more ids may follow.
     pub fn flush(&mut self, out: &mut String) {
         self.decoding.flush(self.tokenizer.pieces(), out);
     }

@@ -67,6 +67,14 @@ fn a_character_shows_when_its_last_byte_comes() {
     let tokenizer = shared();
     assert_eq!(stream(&tokenizer, &bytes_as_ids("🙂".as_bytes())), ["", "", "", "🙂", ""]);
     assert_eq!(stream(&tokenizer, &bytes_as_ids(&[0xE4, 0xBD])), ["", "", "\u{FFFD}\u{FFFD}"]);
+    // An answer that ends inside of a character has one for it, streamed or not.
+    let cut = bytes_as_ids(&[b'a', 0xF0, 0x9F, 0x99]);
+    assert_eq!(tokenizer.decode(&cut).unwrap(), "a\u{FFFD}\u{FFFD}\u{FFFD}");
+    assert_eq!(tokenizer.decode_continuation(&cut).unwrap(), "a\u{FFFD}");
+    let (mut decoder, mut answer) = (StreamDecoder::continuing(tokenizer.clone()), String::new());
+    cut.iter().for_each(|id| decoder.push(*id, &mut answer).unwrap());
+    decoder.flush(&mut answer);
+    assert_eq!(answer, "a\u{FFFD}");
     assert_eq!(stream(&tokenizer, &bytes_as_ids(&[0xFF, b'a', 0xC3, b'b'])), ["\u{FFFD}", "a", "", "\u{FFFD}b", ""]);
     // A surrogate and an overlong form are malformed at their second byte.
     assert_eq!(stream(&tokenizer, &bytes_as_ids(&[0xED, 0xA0, 0x80])).concat(), "\u{FFFD}".repeat(3));

@@ -185,7 +185,8 @@ impl Tokenizer {
     }
 
     /// Decodes `ids` that follow other ids: as [`Tokenizer::decode`], but a leading space is kept. Model output is
-    /// decoded this way, so that `decode(prompt)` followed by it is the text of both.
+    /// decoded this way, so that `decode(prompt)` followed by it is the text of both. A character that it ends inside of is
+    /// one U+FFFD.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].

@@ -13,6 +13,9 @@ fn every_route_but_those_of_liveness_the_pages_and_the_document_needs_a_key() {
     for key in ["alpha", "beta", "gamma"] {
         assert_eq!(chat(&[("Authorization", &format!("Bearer {key}"))]).status, 200);
         assert_eq!(chat(&[("x-api-key", key)]).status, 200);
+        // Gateways send both, of which one may be their own.
+        assert_eq!(chat(&[("Authorization", "Bearer other"), ("x-api-key", key)]).status, 200);
+        assert_eq!(chat(&[("Authorization", &format!("Bearer {key}")), ("x-api-key", "other")]).status, 200);
     }
     for wrong in [
         &[][..],
@@ -21,6 +24,7 @@ fn every_route_but_those_of_liveness_the_pages_and_the_document_needs_a_key() {
         &[("Authorization", "Basic alpha")],
         &[("x-api-key", "")],
         &[("Authorization", "Bearer ")],
+        &[("Authorization", "Bearer other"), ("x-api-key", "another")],
     ] {
         let reply = chat(wrong);
         assert_eq!(reply.json()["error"]["code"], "invalid_api_key");

@@ -1,4 +1,4 @@
-use std::io::Read;
+use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -68,6 +68,47 @@ fn whoever_leaves_frees_the_slots() {
         server.wait_for("free slots", || server.metric("vllm:num_requests_running") == 0.0);
         assert!(left.elapsed() < Duration::from_secs(20));
     }
+}
+
+#[test]
+fn a_client_that_closes_its_half_gets_the_whole_answer() {
+    let server = Server::start(&[]);
+    let mut body = chat("Count to ten.", json!({ "ignore_eos": true, "max_tokens": 200, "temperature": 0 }));
+    for (stream, version) in [(false, "1.1"), (false, "1.0"), (true, "1.1"), (true, "1.0")] {
+        body["stream"] = stream.into();
+        let whole = server.post("/v1/chat/completions", &body);
+        let text = body.to_string();
+        let head =
+            format!("POST /v1/chat/completions HTTP/{version}\r\nHost: test\r\nContent-Length: {}\r\n\r\n", text.len());
+        let mut connection = server.connect();
+        connection.write_all((head + &text).as_bytes()).unwrap();
+        connection.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut reply = Vec::new();
+        connection.read_to_end(&mut reply).unwrap();
+        assert!(
+            reply.starts_with(format!("HTTP/{version} 200 OK\r\n").as_bytes()),
+            "{:?}",
+            String::from_utf8_lossy(&reply)
+        );
+        let reply = Reply::parse(&reply);
+        match stream {
+            true => assert_eq!(reply.events().len(), whole.events().len()),
+            false => assert_eq!(reply.ok()["choices"], whole.ok()["choices"]),
+        }
+    }
+    // One that had a reply before, or resets, is taken to be gone.
+    let mut connection = server.connect();
+    let text = endless(false).to_string();
+    let first = "GET /health HTTP/1.1\r\nHost: test\r\n\r\n";
+    connection.write_all(first.as_bytes()).unwrap();
+    assert!(connection.read(&mut [0; 1000]).unwrap() > 0);
+    let head = format!("POST /v1/chat/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {}\r\n\r\n", text.len());
+    connection.write_all((head + &text).as_bytes()).unwrap();
+    server.wait_for("running requests", || server.metric("vllm:num_requests_running") > 0.0);
+    drop(connection);
+    let left = Instant::now();
+    server.wait_for("free slots", || server.metric("vllm:num_requests_running") == 0.0);
+    assert!(left.elapsed() < Duration::from_secs(20));
 }
 
 #[test]

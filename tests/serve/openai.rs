@@ -285,3 +285,132 @@ fn anthropic_messages_and_openai_responses_have_the_same_text() {
     );
     server.post("/v1/responses", &json!({ "input": "a", "previous_response_id": "resp_1" })).refused(400);
 }
+
+#[test]
+fn usage_is_told_in_every_chunk_where_it_is_told_at_all() {
+    let server = Server::start(&[]);
+    for (path, body) in [
+        ("/v1/completions", json!({ "prompt": "What is" })),
+        ("/v1/chat/completions", json!({ "messages": [user(QUESTION)] })),
+    ] {
+        let ask = |options: Value| {
+            let mut body = body.clone();
+            body["max_tokens"] = json!(4);
+            body["stream"] = json!(true);
+            body["stream_options"] = options;
+            server.post(path, &body).events()
+        };
+        let events = ask(json!({ "include_usage": true, "continuous_usage_stats": true }));
+        let chunks = events.iter().filter(|event| event.is_object());
+        let counts: Vec<u64> = chunks.map(|e| e["usage"]["completion_tokens"].as_u64().unwrap()).collect();
+        assert!(counts.is_sorted() && counts.contains(&2) && counts.last() == Some(&4), "{path}: {counts:?}");
+        for event in ask(json!({ "continuous_usage_stats": true })) {
+            assert!(event["usage"].is_null(), "{path}: {event}");
+        }
+    }
+}
+
+#[test]
+fn the_beginning_of_an_answer_is_continued() {
+    let server = Server::start(&[]);
+    let whole = answer_of_program(QUESTION);
+    let (begun, rest) = whole.split_at(whole.find("of France").unwrap());
+    let begun = begun.trim_end();
+    let messages = json!([user(QUESTION), { "role": "assistant", "content": begun }]);
+    let body = json!({ "messages": messages, "continue_final_message": true, "add_generation_prompt": false });
+    let reply = server.post("/v1/chat/completions", &body).ok();
+    assert_eq!(content(&reply).trim_end(), format!(" {rest}"), "with its space: {reply}");
+    // Anthropic's API needs no field for it.
+    let reply = server.post("/v1/messages", &json!({ "messages": messages, "max_tokens": 50 })).ok();
+    assert_eq!(reply["content"][0]["text"].as_str().unwrap().trim_end(), format!(" {rest}"), "{reply}");
+    // The ids are those of the text that the model would have written.
+    let mut body = body;
+    let ids = server.post("/tokenize", &body).ok()["tokens"].clone();
+    let text = server.post("/detokenize", &json!({ "tokens": ids })).ok()["prompt"].as_str().unwrap().to_owned();
+    assert!(text.ends_with(begun), "{text}");
+    for (field, value, words) in [
+        ("add_generation_prompt", json!(true), "must be false"),
+        ("continue_final_message", json!(false), "can be false"),
+        ("messages", json!([user(QUESTION)]), "last message of the assistant"),
+    ] {
+        let before = body[field].take();
+        body[field] = value;
+        let refused = server.post("/v1/chat/completions", &body).refused(400);
+        assert!(refused.contains(words), "{refused}");
+        body[field] = before;
+    }
+    let refused = server.post("/v1/chat/completions", &json!({ "messages": messages })).refused(400);
+    assert!(refused.contains("set continue_final_message"), "{refused}");
+}
+
+#[test]
+fn forms_are_found_where_other_apis_put_them() {
+    let server = Server::start(&[]);
+    let schema = json!({ "const": "42" });
+    let body = json!({ "messages": [user(QUESTION)], "response_format": { "type": "json_object", "schema": schema } });
+    assert_eq!(content(&server.post("/v1/chat/completions", &body).ok()), "\"42\"");
+    let format = json!({ "format": { "type": "json_schema", "schema": schema } });
+    let body = json!({ "messages": [user(QUESTION)], "max_tokens": 50, "output_config": format });
+    assert_eq!(server.post("/v1/messages", &body).ok()["content"][0]["text"], "\"42\"");
+    let broken = json!({ "format": { "type": "json_schema", "schema": 123 } });
+    let body = json!({ "messages": [user(QUESTION)], "max_tokens": 50, "output_config": broken });
+    server.post("/v1/messages", &body).refused(400);
+}
+
+#[test]
+fn responses_tell_log_probabilities_as_chat_completions_do() {
+    let server = Server::start(&[]);
+    let chat = json!({ "messages": [user(QUESTION)], "logprobs": true, "top_logprobs": 2 });
+    let expected = server.post("/v1/chat/completions", &chat).ok()["choices"][0]["logprobs"]["content"].clone();
+    let mut body =
+        json!({ "input": QUESTION, "include": ["message.output_text.logprobs"], "top_logprobs": 2, "stream": false });
+    let reply = server.post("/v1/responses", &body).ok();
+    assert_eq!(reply["output"][0]["content"][0]["logprobs"], expected);
+    body["stream"] = json!(true);
+    let events = server.post("/v1/responses", &body).events();
+    let deltas = events.iter().filter(|event| event["type"] == "response.output_text.delta");
+    let streamed: Vec<Value> = deltas.flat_map(|event| event["logprobs"].as_array().unwrap().clone()).collect();
+    assert_eq!(json!(streamed), expected);
+    body["top_logprobs"] = json!(21);
+    assert!(server.post("/v1/responses", &body).refused(400).contains("expected 0 to 20"));
+}
+
+#[test]
+fn clients_without_v1_in_their_url_and_clients_of_llama_cpp_are_answered() {
+    let server = Server::start(&[]);
+    let body = json!({ "messages": [user(QUESTION)] });
+    let expected = server.post("/v1/chat/completions", &body).ok()["choices"].clone();
+    assert_eq!(server.post("/chat/completions", &body).ok()["choices"], expected);
+    assert_eq!(server.get("/models").ok(), server.get("/v1/models").ok());
+    let plain = server.post("/tokenize", &json!({ "content": "What is" })).ok()["tokens"].clone();
+    let pieces = server.post("/tokenize", &json!({ "content": "What is", "with_pieces": true })).ok()["tokens"].clone();
+    let ids: Vec<Value> = pieces.as_array().unwrap().iter().map(|piece| piece["id"].clone()).collect();
+    assert_eq!(json!(ids), plain);
+    assert!(pieces.as_array().unwrap().iter().all(|piece| piece["piece"].is_string()), "{pieces}");
+}
+
+#[test]
+fn a_conversation_that_lost_its_slot_is_found_in_the_prefix_cache() {
+    for (size, found) in [("16MiB", 32), ("0", 0)] {
+        let server = Server::start(&["--slots", "1", "--prefix-cache", size]);
+        let ask = |first: u32, salt: &str| {
+            let prompt: Vec<u32> = (first..first + 40).collect();
+            let body = json!({ "prompt": prompt, "max_tokens": 4, "cache_salt": salt, "return_token_ids": true });
+            let reply = server.post("/v1/completions", &body).ok();
+            let cached = reply["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+            (cached, reply["choices"][0]["token_ids"].clone())
+        };
+        let first = ask(300, "a");
+        ask(400, "a");
+        assert_eq!(ask(300, "a"), (found, first.1.clone()), "two whole blocks, and the same answer");
+        assert_eq!(ask(300, "b"), (0, first.1), "not under another salt");
+        let metric = |name: &str| server.metric(&format!("aotron_prefix_cache_{name}"));
+        assert_eq!(metric("limit_bytes"), if size == "0" { 0.0 } else { f64::from(16 << 20) });
+        assert_eq!(metric("blocks") > 0.0, found > 0);
+        let metrics = server.get("/metrics").text();
+        let of_blocks = metrics.lines().find(|line| {
+            line.starts_with("aotron_prefix_cache_reused_tokens_total") && line.contains("source=\"blocks\"")
+        });
+        assert!(of_blocks.unwrap().ends_with(&format!(" {found}")), "{metrics}");
+    }
+}

@@ -43,14 +43,19 @@ impl Server {
 
     /// Starts a server and reads nothing that it prints after its address.
     pub fn start_unread(flags: &[&str]) -> Server {
-        let (server, lines) = Server::launch(flags);
+        let (server, lines) = Server::launch(&[&[package()], flags].concat());
         std::mem::forget(lines);
         server.wait_for("readiness", || server.get("/ready").status == 200);
         server
     }
 
     pub fn start_unready(flags: &[&str]) -> Server {
-        let (server, lines) = Server::launch(flags);
+        Server::start_of(&[package()], flags)
+    }
+
+    /// Starts a server of these packages, and does not wait until it is ready.
+    pub fn start_of(packages: &[&str], flags: &[&str]) -> Server {
+        let (server, lines) = Server::launch(&[packages, flags].concat());
         let kept = server.log.clone();
         std::thread::spawn(move || {
             lines.map_while(Result::ok).for_each(|line| *kept.lock().unwrap() += &format!("{line}\n"));
@@ -58,11 +63,11 @@ impl Server {
         server
     }
 
-    /// Starts a server, and reads what it prints up to its address.
-    fn launch(flags: &[&str]) -> (Server, Lines<BufReader<ChildStderr>>) {
+    /// Starts a server with these arguments, and reads what it prints up to its address.
+    fn launch(arguments: &[&str]) -> (Server, Lines<BufReader<ChildStderr>>) {
         let mut child = Command::new(env!("CARGO_BIN_EXE_aotron"))
-            .args(["serve", package(), "--port", "0", "--threads", "2"])
-            .args(flags)
+            .args(["serve", "--port", "0", "--threads", "2"])
+            .args(arguments)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();

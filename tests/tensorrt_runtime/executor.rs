@@ -456,6 +456,7 @@ fn on_stand_ins_sequences_share() {
     let plan = &package.manifest().plans[0];
     let gpu = GpuOptions { slots: Some(4), ..GpuOptions::default() };
     let mut executor = TensorRtExecutor::open(&package, plan, &gpu).unwrap();
+    assert_eq!(executor.kv_block(), None, "no prefix cache outside of the slots");
     let limits = executor.limits().clone();
     let token = |slot: usize, position: usize| ((slot * 37 + position * 11) % VOCAB) as u32;
     let step = |executor: &mut TensorRtExecutor, slots: &[usize], past_tokens: usize| -> aotron::Result<()> {

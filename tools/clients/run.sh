@@ -8,9 +8,6 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-root=$(cd "$here/../.." && pwd)
-export AOTRON=${AOTRON:-$root/target/release/aotron}
-kept=${CLIENTS_DIR:-$root/target/clients}
 every=(pytriton-0.2.5 pytriton-0.3.1 pytriton-0.5.14 pytriton-0.7.0 pytriton-slow pytriton-late tritonclient openai openai-3 openai-node anthropic langchain litellm lm-eval
        guardrails aiperf)
 if [ $# -eq 0 ]; then
@@ -18,56 +15,7 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 [ "$*" = all ] && set -- "${every[@]}"
-[ -x "$AOTRON" ] || { echo "$AOTRON is not there: run cargo build --release first" >&2; exit 2; }
-mkdir -p "$kept"
-export ENGINE=$kept/tiny-chat
-[ -e "$ENGINE/engine.json" ] || "$AOTRON" build "$root/tests/data/tiny-chat" --recipe cpu -o "$ENGINE"
-export PYTHONDONTWRITEBYTECODE=1 NO_COLOR=1
-
-server=
-stop() {
-    if [ -n "$server" ]; then
-        kill "$server" 2>/dev/null || true
-        wait "$server" 2>/dev/null || true
-        server=
-    fi
-}
-trap stop EXIT
-
-# Starts a server on a free port; sets `url`.
-start() {
-    local log=$kept/server.log
-    "$AOTRON" serve "$ENGINE" --port 0 --served-model-name Nemotron-3-8B-Chat-4K-RLHF --log-format off "$@" >"$log" 2>&1 &
-    server=$!
-    url=
-    for _ in $(seq 300); do
-        url=$(sed -n 's/.*listening on \(http[^ ]*\).*/\1/p' "$log" | head -1)
-        if [ -n "$url" ] && grep -q 'is ready' "$log"; then
-            return
-        fi
-        kill -0 "$server" 2>/dev/null || break
-        sleep 0.1
-    done
-    echo "the server did not start:" >&2
-    cat "$log" >&2
-    exit 1
-}
-
-# Makes the virtual environment of a requirements file; sets `python`.
-environment() {
-    local folder=$kept/$1 requirements=$here/requirements-$1.txt
-    python=$folder/bin/python
-    if ! cmp -s "$requirements" "$folder/requirements.txt"; then
-        rm -rf "$folder"
-        python3 -m venv "$folder"
-        # The files name everything, so that what a package asks for beside it (such as GPU libraries) is left out.
-        if ! "$folder/bin/pip" install -q --disable-pip-version-check --no-deps -r "$requirements"; then
-            echo "$1 cannot be installed here" >&2
-            exit 3
-        fi
-        cp "$requirements" "$folder/requirements.txt"
-    fi
-}
+. "$here/server.sh"
 
 failed=()
 for name in "$@"; do
@@ -96,7 +44,7 @@ for name in "$@"; do
         (cd "$modules" && npm install --silent --no-audit --no-fund --no-package-lock --no-save "${packages[@]}")
         command=(node "$modules/$script")
     fi
-    start "${options[@]}"
+    start --served-model-name Nemotron-3-8B-Chat-4K-RLHF "${options[@]}"
     echo "== $name"
     LATE=$([ "$name" = pytriton-late ] && echo 1 || echo 0) "${command[@]}" "$url" || failed+=("$name")
     stop

@@ -9,7 +9,7 @@ use super::observe::InputObserver;
 use super::program::{ALIGN, Program, ProgramKernel};
 use super::run::{StepRun, WeightSource};
 use crate::backend::constants::stored_dtype;
-use crate::backend::{Executor, ExecutorPromises, Limits, Logits, Step};
+use crate::backend::{Executor, ExecutorPromises, KvBlock, Limits, Logits, Step};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::tensor_file::TensorFile;
@@ -27,6 +27,8 @@ pub struct CpuOptions {
     pub isa: Option<Isa>,
     /// Sequences to reserve KV memory for; at most, and by default, those of the plan.
     pub slots: Option<usize>,
+    /// Reads the weights into memory instead of mapping their file, which may then be modified.
+    pub copy_weights: bool,
 }
 
 /// An open CPU plan: its program, mapped weights and threads, shared by all its executors.
@@ -275,6 +277,34 @@ impl Executor for CpuExecutor {
         Ok(true)
     }
 
+    /// As few tokens as can be copied whole: keys are in groups of so many positions. A sequence that is found in blocks
+    /// has at most so many tokens to compute again, and a block's lists of ids are nothing next to its bytes.
+    fn kv_block(&self) -> Option<KvBlock> {
+        Some(KvBlock { tokens: LANES, bytes: LANES.checked_mul(self.program.cache.bytes_per_token())? })
+    }
+
+    fn read_kv_block(&self, slot: usize, index: usize, into: &mut [u8]) -> Result<()> {
+        let (ranges, run) = self.block_ranges(slot, index, into.len())?;
+        for (range, part) in ranges.zip(into.chunks_exact_mut(run)) {
+            let stored = self.cache.bytes().get(range);
+            part.copy_from_slice(
+                stored.ok_or_else(|| Error::internal("a block outside of the cache", "a checked plan"))?,
+            );
+        }
+        Ok(())
+    }
+
+    fn write_kv_block(&mut self, slot: usize, index: usize, from: &[u8]) -> Result<()> {
+        let (ranges, run) = self.block_ranges(slot, index, from.len())?;
+        for (range, part) in ranges.zip(from.chunks_exact(run)) {
+            let stored = self.cache.bytes_mut().get_mut(range);
+            stored
+                .ok_or_else(|| Error::internal("a block outside of the cache", "a checked plan"))?
+                .copy_from_slice(part);
+        }
+        Ok(())
+    }
+
     /// Nothing to do: attention never reads past the end of a sequence.
     fn mend_slot(&mut self, _slot: usize) -> Result<()> {
         Ok(())
@@ -292,6 +322,34 @@ impl CpuExecutor {
         let bytes = elements.and_then(|elements| elements.checked_mul(cache.dtype.bytes()));
         let bytes = bytes.ok_or_else(|| Error::internal("a cache whose size overflows", "a checked plan"))?;
         Ok((0..2 * cache.layers).map(move |half| (half * slots + slot) * bytes..(half * slots + slot + 1) * bytes))
+    }
+
+    /// Bytes of a block of a slot: one range for each head of each layer's keys and values, all of the returned length.
+    /// `block_bytes` is the length of the caller's memory for it.
+    fn block_ranges(
+        &self,
+        slot: usize,
+        index: usize,
+        block_bytes: usize,
+    ) -> Result<(impl Iterator<Item = Range<usize>> + use<>, usize)> {
+        let cache = &self.program.cache;
+        let blocks = self.limits.max_sequence_tokens.div_ceil(LANES);
+        if index >= blocks {
+            return Err(Error::Step(format!("block {index} of a slot's keys and values, which has {blocks}")));
+        }
+        let expected = self.kv_block().map_or(0, |block| block.bytes);
+        if block_bytes != expected {
+            return Err(Error::Step(format!("{block_bytes} bytes for a block of keys and values of {expected} bytes")));
+        }
+        let overflow = || Error::internal("a cache whose size overflows", "a checked plan");
+        let head = cache.head_elements(&self.limits).ok_or_else(overflow)? * cache.dtype.bytes();
+        let run = LANES * cache.padded_dim() * cache.dtype.bytes();
+        let heads = cache.kv_heads;
+        let start = move |slot: Range<usize>, number: usize| slot.start + number * head + index * run;
+        let of_slot = move |slot: Range<usize>| {
+            (0..heads).map(move |number| start(slot.clone(), number)..start(slot.clone(), number) + run)
+        };
+        Ok((self.slot_ranges(slot)?.flat_map(of_slot), run))
     }
 
     /// Runs some kernels of a step, in order. `observer` is shown the inputs of linear layers. Kernels that do not start

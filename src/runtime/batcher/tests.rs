@@ -5,9 +5,10 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::super::scripted::{Scripted, ScriptedRow};
+use super::super::slots::common_prefix;
 use super::super::{FinishReason, Grammar, SamplingParams, Session, TokenConstraint, TokenMask, TokenReports};
 use super::*;
-use crate::backend::Logits;
+use crate::backend::{KvBlock, Logits};
 use crate::text::fixture::{EOS, tokenizer};
 
 fn limits(slots: usize, max_step_tokens: usize) -> Limits {
@@ -336,6 +337,133 @@ fn what_another_slot_holds_is_copied_though_it_is_in_use() {
     assert_eq!(of_second, 1 + 4, "its last prompt token, and what it decodes");
 }
 
+/// A conversation's next prompt: its ids so far, and one that no other has.
+fn turn(conversation: u32, turn: u32) -> Vec<u32> {
+    (0..12).map(|n| if n < 4 { n } else { conversation }).chain((0..=turn).map(|n| 100 + n)).collect()
+}
+
+/// A batcher on one slot with room for some blocks of 2 tokens.
+fn with_blocks(executor: Scripted, room: usize) -> Batcher {
+    Batcher::new(Box::new(executor.in_blocks(2)), None, 99).prefix_cache_bytes(room * (2 * 8 + 256))
+}
+
+#[test]
+fn what_lost_its_slot_comes_back_from_the_blocks() {
+    for (room, reused) in [(0, 4), (100, 14)] {
+        let mut batcher = with_blocks(Scripted::hashing(&limits(1, 8)), room);
+        let mut outcomes = Outcomes::default();
+        let mut ids = Vec::new();
+        for (conversation, number) in [(50, 0), (60, 0), (50, 1), (60, 1)] {
+            let request = request(&turn(conversation, number), 3);
+            let id = batcher.submit(request.clone()).unwrap();
+            outcomes.run(&mut batcher);
+            assert_eq!(outcomes.done[&id].token_ids, alone(&request, None).token_ids);
+            ids.push(id);
+        }
+        // Of 13 tokens of the prompt and 2 of the answer, 14 are in whole blocks, and 13 of those are in the next prompt.
+        let found: Vec<usize> = ids.iter().map(|id| outcomes.done[id].reused_tokens).collect();
+        let of_conversation = if room == 0 { reused } else { 12 };
+        assert_eq!(found, [0, 4, of_conversation, of_conversation], "with room for {room} blocks");
+        let status = batcher.prefix_cache_status();
+        let (slot, blocks) = (status.from_slot, status.from_blocks);
+        match room {
+            0 => assert_eq!((slot.requests, slot.tokens, blocks.tokens, status.bytes), (3, 12, 0, 0)),
+            _ => assert_eq!((slot.requests, slot.tokens, blocks.requests, blocks.tokens), (3, 12, 2, 16)),
+        }
+    }
+}
+
+#[test]
+fn requests_with_another_salt_find_nothing_in_the_blocks() {
+    let mut batcher = with_blocks(Scripted::hashing(&limits(1, 8)), 100);
+    let mut outcomes = Outcomes::default();
+    for (salt, conversation, reused) in [("a", 50, 0), ("a", 60, 4), ("b", 50, 0), ("a", 50, 12), ("b", 60, 4)] {
+        let request = GenerationRequest { cache_salt: Some(salt.into()), ..request(&turn(conversation, 0), 3) };
+        let id = batcher.submit(request.clone()).unwrap();
+        outcomes.run(&mut batcher);
+        assert_eq!(outcomes.done[&id].token_ids, alone(&request, None).token_ids);
+        // All prompts begin with the same 4 tokens.
+        assert_eq!(outcomes.done[&id].reused_tokens, reused, "{conversation} under {salt}");
+    }
+}
+
+/// An executor whose blocks are so large that one is copied between two steps.
+struct LargeBlocks(Scripted);
+
+impl Executor for LargeBlocks {
+    fn limits(&self) -> &Limits {
+        self.0.limits()
+    }
+
+    fn forward(&mut self, step: &Step) -> Result<Logits<'_>> {
+        self.0.forward(step)
+    }
+
+    fn copy_prefix(&mut self, from: usize, to: usize, tokens: usize) -> Result<bool> {
+        self.0.copy_prefix(from, to, tokens)
+    }
+
+    fn kv_block(&self) -> Option<KvBlock> {
+        let block = self.0.kv_block();
+        block.map(|block| KvBlock { bytes: 100 << 20, ..block })
+    }
+
+    fn read_kv_block(&self, slot: usize, index: usize, into: &mut [u8]) -> Result<()> {
+        let tokens = self.0.kv_block().map_or(0, |block| block.tokens);
+        self.0.read_kv_block(slot, index, into.get_mut(..4 * tokens).unwrap_or_default())
+    }
+
+    fn write_kv_block(&mut self, slot: usize, index: usize, from: &[u8]) -> Result<()> {
+        let tokens = self.0.kv_block().map_or(0, |block| block.tokens);
+        self.0.write_kv_block(slot, index, from.get(..4 * tokens).unwrap_or_default())
+    }
+}
+
+#[test]
+fn copies_are_bounded_and_those_who_decode_go_on() {
+    let executor = Scripted::hashing(&limits(2, 40)).copying().in_blocks(2);
+    let (log, most) = (executor.log(), executor.most_block_copies());
+    let mut batcher = Batcher::new(Box::new(LargeBlocks(executor)), None, 9).prefix_cache_bytes(8 << 30);
+    let mut outcomes = Outcomes::default();
+    let decodes = batcher.submit(request(&[200], 39)).unwrap();
+    outcomes.take(batcher.step());
+    // A conversation, another in its slot, and the first again: 6 blocks are stored and 6 come back.
+    let requests = [(50, 0), (60, 0), (50, 1)].map(|(conversation, number)| request(&turn(conversation, number), 1));
+    let ids: Vec<RequestId> = requests.iter().map(|request| batcher.submit(request.clone()).unwrap()).collect();
+    outcomes.run(&mut batcher);
+    for (id, request) in ids.iter().zip(&requests) {
+        assert_eq!(outcomes.done[id].token_ids, alone(request, None).token_ids);
+    }
+    assert_eq!(ids.iter().map(|id| outcomes.done[id].reused_tokens).collect::<Vec<_>>(), [0, 4, 12]);
+    assert_eq!(outcomes.done[&decodes].token_ids, alone(&request(&[200], 39), None).token_ids);
+    assert_eq!(most.load(Ordering::Relaxed), 1, "one block between two steps");
+    let log = log.lock().unwrap();
+    let decoding = log.iter().take(39).filter(|spans| spans.iter().any(|span| span.slot == 0));
+    assert_eq!(decoding.count(), 39, "every step has a token of the first");
+}
+
+#[test]
+fn what_led_to_nan_is_not_found_in_the_blocks() {
+    // The conversation's second turn fails, though its beginning was fine before.
+    let script = |_: usize, sequence: &[u32]| {
+        if sequence.contains(&50) && sequence.contains(&101) {
+            ScriptedRow::Spoiled(1, f32::NAN)
+        } else {
+            ScriptedRow::Hash
+        }
+    };
+    let mut batcher = with_blocks(Scripted::new(&limits(1, 8), script), 100);
+    let mut outcomes = Outcomes::default();
+    for (conversation, number, reused) in
+        [(50, 0, Some(0)), (60, 0, Some(4)), (50, 1, None), (50, 0, Some(0)), (60, 0, Some(4))]
+    {
+        let id = batcher.submit(request(&turn(conversation, number), 3)).unwrap();
+        outcomes.run(&mut batcher);
+        assert_eq!(outcomes.done.get(&id).map(|done| done.reused_tokens), reused, "{conversation}, turn {number}");
+        assert_eq!(outcomes.failed.contains_key(&id), reused.is_none());
+    }
+}
+
 #[test]
 fn a_deadline_ends_a_request_and_no_other() {
     let mut batcher = Batcher::new(Box::new(Scripted::hashing(&limits(2, 8))), None, 0);
@@ -356,11 +484,18 @@ proptest! {
         step_tokens in 1usize..12,
         top_tokens in prop::option::of(1usize..6),
         copies in any::<bool>(),
+        blocks in prop::option::weighted(0.8, (1usize..6, 0usize..20)),
     ) {
         let tokenizer = Some(tokenizer());
         let executor = Scripted::hashing(&limits(slots, step_tokens)).deferred(top_tokens);
         let executor = if copies { executor.copying() } else { executor };
-        let mut batcher = Batcher::new(Box::new(executor), tokenizer.clone(), 99);
+        let executor = match blocks {
+            Some((block_tokens, _)) => executor.in_blocks(block_tokens),
+            None => executor,
+        };
+        // Room for some of what the requests leave behind, or none.
+        let limit = blocks.map_or(0, |(block_tokens, room)| room * (8 * block_tokens + 300));
+        let mut batcher = Batcher::new(Box::new(executor), tokenizer.clone(), 99).prefix_cache_bytes(limit);
         let mut outcomes = Outcomes::default();
         let mut submitted = Vec::new();
         let mut cancels: Vec<(usize, RequestId)> = Vec::new();
@@ -386,7 +521,7 @@ proptest! {
             step(&mut batcher, &cancels, &mut outcomes);
         }
         prop_assert!(outcomes.failed.is_empty());
-        for (id, request) in submitted {
+        for (id, request) in submitted.clone() {
             let Some(found) = outcomes.done.get(&id) else {
                 prop_assert!(cancels.iter().any(|(_, cancelled)| *cancelled == id));
                 continue;
@@ -396,6 +531,14 @@ proptest! {
             prop_assert_eq!(&found.text, &expected.text);
             prop_assert_eq!(found.finish_reason, expected.finish_reason);
             prop_assert_eq!((&found.reports, &found.prompt_reports), (&expected.reports, &expected.prompt_reports));
+            // Nothing is reused but what a request with the same salt has computed.
+            let most = submitted.iter().filter(|(other, request_of)| other != &id && request_of.cache_salt == request.cache_salt);
+            let most = most.map(|(other, request_of)| {
+                let answer = outcomes.done.get(other).map(|done| &done.token_ids[..]);
+                let whole = alone(request_of, tokenizer.clone()).token_ids;
+                common_prefix(&[&request_of.prompt[..], answer.unwrap_or(&whole)].concat(), &request.prompt)
+            });
+            prop_assert!(found.reused_tokens <= most.max().unwrap_or(0));
         }
     }
 }

@@ -84,7 +84,8 @@ fn under_load_each_request_gets_what_it_gets_alone() {
             });
         }
     });
-    assert_eq!(engine.handle().status(), EngineStatus { running: 0, queued: 0, kv_tokens: 0, is_open: true });
+    let status = engine.handle().status();
+    assert_eq!((status.running, status.queued, status.kv_tokens, status.is_open), (0, 0, 0, true));
     engine.shutdown(DrainMode::Accepted).unwrap();
 }
 
@@ -257,9 +258,7 @@ fn slots_go_to_lower_numbers_first_and_then_to_clients_with_fewer() {
 fn a_client_holds_no_more_slots_than_it_may() {
     let (engine, open, log) = gated_with(4, options(8).max_running_per_client(2));
     let handle = engine.handle();
-    let ask = |first: u32, client: u64| {
-        handle.submit(GenerationRequest { client, ..request(&[first], 2) }).unwrap()
-    };
+    let ask = |first: u32, client: u64| handle.submit(GenerationRequest { client, ..request(&[first], 2) }).unwrap();
     let mut streams: Vec<ResponseStream> = (1..6).map(|first| ask(first, 1)).collect();
     wait_for("a step", || !log.lock().unwrap().is_empty());
     streams.push(ask(6, 2));

@@ -13,9 +13,9 @@ use crate::runtime::{Event, GenerationRequest, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, log_failure};
 use crate::serve::app::{App, OpenedModel};
-use crate::serve::body::{ParsedBody, name_ignored, read_json};
+use crate::serve::body::{ParsedBody, name_ignored, object_or_null, read_json};
 use crate::serve::error::ApiError;
-use crate::serve::openai::{OneOrMany, stream};
+use crate::serve::openai::{OneOrMany, check_lengths, stream};
 
 /// Length of an answer where none is given, as TensorRT-LLM's backend has it.
 const DEFAULT_MAX_TOKENS: usize = 16;
@@ -29,7 +29,7 @@ pub(in crate::serve) struct GenerateRequest {
     #[serde(flatten)]
     settings: GenerateSettings,
     /// Settings may be here instead.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object_or_null")]
     parameters: Option<GenerateSettings>,
 }
 
@@ -146,6 +146,8 @@ async fn submit(
     }
     let known = ["stream", "id", "pad_id", "end_id"];
     ignored.extend(settings.other.keys().filter(|key| !known.contains(&key.as_str())).map(crate::error::clip));
+    let max_tokens = settings.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    check_lengths(("min_length", settings.min_length), ("max_tokens", Some(max_tokens)), true)?;
     let stops = settings.stop_words.map_or_else(Vec::new, OneOrMany::into_vec);
     let ids = {
         let model = model.clone();
@@ -163,7 +165,7 @@ async fn submit(
         ..SamplingParams::default()
     };
     let mut request = GenerationRequest::new(ids)
-        .max_tokens(settings.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS))
+        .max_tokens(max_tokens)
         .sampling(sampling.effective())
         .stop_ids(model.format.stop_ids())
         .stop_strings(model.format.chat_stop_strings())

@@ -22,7 +22,7 @@ use crate::serve::answer::Answer;
 use crate::serve::app::{App, OpenedModel};
 use crate::serve::body::read_bytes;
 use crate::serve::error::ApiError;
-use crate::serve::openai::{normalized, prompt};
+use crate::serve::openai::{Fields, normalized, prompt};
 
 /// Header with the length of a message's JSON.
 const JSON_LENGTH: &str = "inference-header-content-length";
@@ -270,7 +270,7 @@ impl Settings {
             true => {
                 let messages: Vec<Value> = serde_json::from_str(text)
                     .map_err(|error| ApiError::bad_request(format!("the prompt is not a list of messages: {error}")))?;
-                prompt(&model.format, tokenizer, &normalized(model, messages)?)?
+                prompt(&model.format, tokenizer, &normalized(model, messages, Fields::MESSAGES)?, false)?
             }
             // The card's client writes the template itself, special tokens included.
             false => tokenizer.encode(text)?,

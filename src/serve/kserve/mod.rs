@@ -3,6 +3,8 @@
 //!
 //! A client that finds no model of its name polls for minutes, so one model answers to any name.
 
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing;
 pub(super) mod generate;
 mod infer;
 pub(super) mod tensors;
@@ -127,12 +129,16 @@ async fn index(State(app): State<Arc<App>>) -> Response {
     let mut listed: Vec<Value> = Vec::new();
     let is_alone = app.models().len() == 1;
     for model in app.models() {
-        let state = if model.opened().is_some() { "READY" } else { "LOADING" };
+        let (state, reason) = match (model.opened(), model.failure()) {
+            (Some(_), _) => ("READY", ""),
+            (None, Some(reason)) => ("UNAVAILABLE", reason),
+            (None, None) => ("LOADING", ""),
+        };
         let mut names: Vec<&str> = model.names().iter().map(String::as_str).collect();
         names.extend(CARD_NAMES.iter().filter(|_| is_alone));
         names.sort_unstable();
         names.dedup();
-        let entry = |name: &str| json!({ "name": name, "version": "1", "state": state, "reason": "" });
+        let entry = |name: &str| json!({ "name": name, "version": "1", "state": state, "reason": reason });
         listed.extend(names.into_iter().map(entry));
     }
     Json(listed).into_response()

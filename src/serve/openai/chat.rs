@@ -11,10 +11,10 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::logprobs::{ChatLogprob, of_chat};
-use super::messages::conversation;
-use super::settings::{MAX_CHOICES, for_choice, text_request};
+use super::messages::{Fields, conversation, final_message_continues};
+use super::settings::{MAX_CHOICES, check_lengths, check_tools, check_top_logprobs, for_choice, text_request};
 use super::{Chunks, Gone, Usage, finish_reason, now, stop_reason, stream};
-use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, TokenReport, TokenReports};
+use crate::runtime::{Completion, Event, GenerationRequest, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, MergedAnswers, log_failure};
 use crate::serve::app::{App, OpenedModel};
@@ -49,6 +49,14 @@ text_request! {
         #[serde(default)]
         #[schema(value_type = Value)]
         tool_choice: Option<Value>,
+        /// The last message is the beginning of the answer, which goes on from there. It must be the assistant's.
+        #[serde(default)]
+        #[schema(default = false)]
+        continue_final_message: Option<bool>,
+        /// Must be false with `continue_final_message`, and true without.
+        #[serde(default)]
+        #[schema(value_type = Option<bool>)]
+        add_generation_prompt: Option<bool>,
         /// Accepted; it has no effect.
         #[allow(dead_code, reason = "accepted and ignored")]
         #[serde(default)]
@@ -216,18 +224,13 @@ pub(in crate::serve) async fn create(
 
 async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> Result<Prepared, ApiError> {
     let model = app.model(body.model.as_deref())?;
-    let wants_tools = body.tools.as_ref().is_some_and(|tools| !tools.is_empty());
-    if wants_tools && body.tool_choice.as_ref().and_then(Value::as_str) != Some("none") {
-        return Err(ApiError::unsupported("tools", "this model's chat format has no tools"));
-    }
+    let has_none = body.tool_choice.as_ref().is_some_and(|choice| choice == "none");
+    check_tools(body.tools.as_deref(), has_none)?;
     let logprobs = body.logprobs.unwrap_or(false);
     let top = body.top_logprobs.unwrap_or(0);
+    check_top_logprobs("top_logprobs", top)?;
     if top > 0 && !logprobs {
         return Err(ApiError::of_field("top_logprobs", "top_logprobs needs logprobs to be true"));
-    }
-    if top > MAX_TOP_LOGPROBS {
-        let message = format!("top_logprobs is {top}; expected 0 to {MAX_TOP_LOGPROBS}");
-        return Err(ApiError::of_field("top_logprobs", message));
     }
     let is_stream = body.stream.unwrap_or(false);
     if body.stream_options.is_some() && !is_stream {
@@ -237,8 +240,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
     let wanted = Wanted {
         logprobs,
         token_ids: body.return_token_ids.unwrap_or(false),
-        usage: options.include_usage.unwrap_or(false),
-        continuous_usage: options.continuous_usage_stats.unwrap_or(false),
+        usage: options.wants_usage(),
+        continuous_usage: options.wants_continuous_usage(),
     };
     let settings = body.settings()?;
     let choices = settings.choices;
@@ -246,16 +249,17 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
         return Err(ApiError::of_field("n", format!("n is {choices}; expected 1 to {MAX_CHOICES}")));
     }
     let max_tokens = body.max_completion_tokens.or(body.max_tokens);
-    if max_tokens == Some(0) {
-        return Err(ApiError::of_field("max_completion_tokens", "max_completion_tokens is 0; expected at least 1"));
-    }
-    let request = conversation(app, &model, body.messages).await?.max_tokens(max_tokens.unwrap_or(usize::MAX)).reports(
-        match (wanted.logprobs, wanted.token_ids) {
+    let limit = if body.max_completion_tokens.is_some() { "max_completion_tokens" } else { "max_tokens" };
+    check_lengths(("min_tokens", settings.min_tokens), (limit, max_tokens), false)?;
+    let continues = final_message_continues(body.continue_final_message, body.add_generation_prompt, &body.messages)?;
+    let request = conversation(app, &model, body.messages, Fields::MESSAGES, continues)
+        .await?
+        .max_tokens(max_tokens.unwrap_or(usize::MAX))
+        .reports(match (wanted.logprobs, wanted.token_ids || wanted.continuous_usage) {
             (true, _) => TokenReports::Logprobs(top),
             (false, true) => TokenReports::Ids,
             (false, false) => TokenReports::None,
-        },
-    );
+        });
     let request = settings.apply(app, &model, &context, request).await?;
     let id = format!("chatcmpl-{}", Uuid::new_v4().simple());
     Ok(Prepared { model, request, choices, wanted, context, id, created: now() })

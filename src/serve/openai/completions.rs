@@ -10,9 +10,9 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::logprobs::of_completion;
-use super::settings::{MAX_CHOICES, for_choice, text_request};
+use super::settings::{MAX_CHOICES, check_lengths, check_top_logprobs, for_choice, text_request};
 use super::{Chunks, Gone, Usage, finish_reason, now, stop_reason, stream};
-use crate::runtime::{Completion, Event, GenerationRequest, MAX_TOP_LOGPROBS, TokenReport, TokenReports};
+use crate::runtime::{Completion, Event, GenerationRequest, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, MergedAnswers, log_failure};
 use crate::serve::app::{App, OpenedModel};
@@ -24,7 +24,7 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 
 /// One prompt or several, as text or as token ids.
 #[derive(Debug, Clone, Deserialize, utoipa::ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string, a list of strings, a list of token ids, or a list of such lists")]
 pub(in crate::serve) enum Prompts {
     Text(String),
     Texts(Vec<String>),
@@ -142,9 +142,7 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
         return Err(ApiError::unsupported("suffix", "suffix is not supported: the model does not fill in the middle"));
     }
     let logprobs = body.logprobs;
-    if let Some(top) = logprobs.filter(|top| *top > MAX_TOP_LOGPROBS) {
-        return Err(ApiError::of_field("logprobs", format!("logprobs is {top}; expected 0 to {MAX_TOP_LOGPROBS}")));
-    }
+    check_top_logprobs("logprobs", logprobs.unwrap_or(0))?;
     let is_stream = body.stream.unwrap_or(false);
     if body.stream_options.is_some() && !is_stream {
         return Err(ApiError::of_field("stream_options", "stream_options needs stream to be true"));
@@ -157,6 +155,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
     if let Some(best_of) = body.best_of.filter(|best_of| *best_of != choices) {
         return Err(ApiError::unsupported("best_of", format!("best_of is {best_of}; expected n, which is {choices}")));
     }
+    let max_tokens = body.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    check_lengths(("min_tokens", settings.min_tokens), ("max_tokens", Some(max_tokens)), true)?;
     let adds = body.add_special_tokens.unwrap_or(false);
     let prompts: Vec<Prompt> = match body.prompt {
         Prompts::Text(text) => vec![Prompt::Text(text)],
@@ -177,7 +177,11 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
             .await
             .map_err(|error| error.naming_prompt("prompt"))?
     };
-    let reports = match (logprobs, token_ids || echo) {
+    if let Some(index) = prompts.iter().position(Vec::is_empty) {
+        let place = if prompts.len() == 1 { "prompt".to_owned() } else { format!("prompt[{index}]") };
+        return Err(ApiError::of_field(place.clone(), format!("{place} is empty; it needs at least one token")));
+    }
+    let reports = match (logprobs, token_ids || echo || options.wants_continuous_usage()) {
         (Some(top), _) => TokenReports::Logprobs(top),
         (None, true) => TokenReports::Ids,
         (None, false) => TokenReports::None,
@@ -186,7 +190,7 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
     let request = GenerationRequest::new(Vec::new())
         .stop_ids(format.stop_ids())
         .stop_strings(&format.stop_strings)
-        .max_tokens(body.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS))
+        .max_tokens(max_tokens)
         .reports(reports)
         .prompt_reports(if echo { reports } else { TokenReports::None });
     let request = settings.apply(app, &model, &context, request).await?;
@@ -197,8 +201,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
         echo,
         logprobs: logprobs.is_some(),
         token_ids,
-        usage: options.include_usage.unwrap_or(false),
-        continuous_usage: options.continuous_usage_stats.unwrap_or(false),
+        usage: options.wants_usage(),
+        continuous_usage: options.wants_continuous_usage(),
         context,
         id: format!("cmpl-{}", Uuid::new_v4().simple()),
         created: now(),

@@ -13,27 +13,54 @@ use crate::text::{ChatFormat, ChatTemplate, Tokenizer};
 /// Most messages of a conversation: each takes at least a token.
 const MAX_MESSAGES: usize = 1 << 16;
 
+/// The fields of a request that hold a conversation.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::serve) struct Fields {
+    /// The messages.
+    pub messages: &'static str,
+    /// A system message in front of them, where there is one.
+    pub system: Option<&'static str>,
+}
+
+impl Fields {
+    /// `messages` alone.
+    pub const MESSAGES: Fields = Fields { messages: "messages", system: None };
+
+    /// The name of a message of the whole conversation.
+    fn name(&self, index: usize) -> String {
+        match (self.system, index) {
+            (Some(system), 0) => system.to_owned(),
+            (Some(_), index) => format!("{}[{}]", self.messages, index - 1),
+            (None, index) => format!("{}[{index}]", self.messages),
+        }
+    }
+}
+
 /// Brings messages into the form of chat formats: text parts joined, `developer` as `system`, and for built-in formats
 /// nothing but role and content.
 ///
 /// # Errors
 /// 400 naming the message that cannot be taken, or the total length if it cannot fit.
-pub(in crate::serve) fn normalized(model: &OpenedModel, messages: Vec<Value>) -> Result<Vec<Value>, ApiError> {
+pub(in crate::serve) fn normalized(
+    model: &OpenedModel,
+    messages: Vec<Value>,
+    fields: Fields,
+) -> Result<Vec<Value>, ApiError> {
+    let field = fields.messages;
     if messages.len() > MAX_MESSAGES {
-        return Err(ApiError::of_field(
-            "messages",
-            format!("{} messages; expected at most {MAX_MESSAGES}", messages.len()),
-        ));
+        return Err(ApiError::of_field(field, format!("{} messages; expected at most {MAX_MESSAGES}", messages.len())));
     }
-    if messages.is_empty() {
-        return Err(ApiError::of_field("messages", "messages is empty; a conversation ends with a user message"));
+    if messages.len() == usize::from(fields.system.is_some()) {
+        return Err(ApiError::of_field(field, format!("{field} is empty; a conversation ends with a user message")));
     }
     let is_jinja = matches!(model.format.template, ChatTemplate::Jinja(_));
     let mut bytes = 0;
     let mut normalized = Vec::with_capacity(messages.len());
     for (index, message) in messages.into_iter().enumerate() {
-        let message =
-            one(message, is_jinja).map_err(|words| ApiError::of_field(format!("messages[{index}]"), words))?;
+        let message = one(message, is_jinja).map_err(|words| {
+            let name = fields.name(index);
+            ApiError::of_field(name.clone(), format!("{name}: {words}"))
+        })?;
         bytes += message.get("content").and_then(Value::as_str).map_or(0, str::len);
         normalized.push(Value::Object(message));
     }
@@ -97,23 +124,68 @@ fn clip(text: &str) -> String {
     crate::error::clip(text)
 }
 
-/// The ids of a conversation. Where the format refuses messages of one role in a row, they are joined.
+/// The ids of a conversation, whose last message is the beginning of the answer if it `continues`. Where the format refuses
+/// messages of one role in a row, they are joined.
 ///
 /// # Errors
 /// As [`ChatFormat::prompt`].
-pub(in crate::serve) fn prompt(format: &ChatFormat, tokenizer: &Tokenizer, messages: &[Value]) -> Result<Vec<u32>> {
-    let refused = match format.prompt_of_json(tokenizer, messages) {
+pub(in crate::serve) fn prompt(
+    format: &ChatFormat,
+    tokenizer: &Tokenizer,
+    messages: &[Value],
+    continues: bool,
+) -> Result<Vec<u32>> {
+    let encode = |messages: &[Value]| match continues {
+        true => format.prompt_to_continue(tokenizer, messages),
+        false => format.prompt_of_json(tokenizer, messages),
+    };
+    let refused = match encode(messages) {
         Err(Error::Request(words)) => words,
         other => return other,
     };
     let joined = joined(messages);
     match joined.len() == messages.len() {
         true => Err(Error::Request(refused)),
-        false => format.prompt_of_json(tokenizer, &joined),
+        false => encode(&joined),
     }
 }
 
-/// A request for the next answer of a conversation, without settings.
+/// Returns true if the last of some messages is the assistant's.
+pub(in crate::serve) fn ends_with_answer(messages: &[Value]) -> bool {
+    messages.last().and_then(|message| message.get("role")).is_some_and(|role| role == "assistant")
+}
+
+/// Returns true if the last message is to be continued, by vLLM's two fields for it.
+///
+/// # Errors
+/// 400 if the fields or the messages say otherwise.
+pub(in crate::serve) fn final_message_continues(
+    continue_final_message: Option<bool>,
+    add_generation_prompt: Option<bool>,
+    messages: &[Value],
+) -> Result<bool, ApiError> {
+    let continues = continue_final_message.unwrap_or(false);
+    let refused = |field: &str, words: &str| Err(ApiError::of_field(field, words));
+    match (continues, add_generation_prompt, ends_with_answer(messages)) {
+        (true, Some(true), _) => {
+            refused("add_generation_prompt", "add_generation_prompt must be false with continue_final_message")
+        }
+        (false, Some(false), _) => {
+            refused("add_generation_prompt", "add_generation_prompt can be false with continue_final_message only")
+        }
+        (true, _, false) => {
+            refused("continue_final_message", "continue_final_message needs a last message of the assistant")
+        }
+        (false, _, true) => refused(
+            "messages",
+            "the last message is the assistant's; set continue_final_message to go on with it, or end with the user's",
+        ),
+        _ => Ok(continues),
+    }
+}
+
+/// A request for the next answer of a conversation, without settings. If it `continues`, the last message is the beginning
+/// of that answer, which is returned without it and not trimmed, since a space may follow.
 ///
 /// # Errors
 /// 400 naming the message that cannot be taken.
@@ -121,16 +193,18 @@ pub(in crate::serve) async fn conversation(
     app: &App,
     model: &Arc<OpenedModel>,
     messages: Vec<Value>,
+    fields: Fields,
+    continues: bool,
 ) -> Result<GenerationRequest, ApiError> {
     let format = &model.format;
     let opened = model.clone();
     let encode = move || {
-        let messages = normalized(&opened, messages)?;
-        Ok(prompt(&opened.format, opened.tokenizer()?, &messages)?)
+        let messages = normalized(&opened, messages, fields)?;
+        Ok(prompt(&opened.format, opened.tokenizer()?, &messages, continues)?)
     };
-    let ids = app.encode(encode).await.map_err(|error| error.naming_prompt("messages"))?;
+    let ids = app.encode(encode).await.map_err(|error| error.or_of_field(fields.messages))?;
     let request = GenerationRequest::new(ids).stop_ids(format.stop_ids());
-    Ok(request.stop_strings(format.chat_stop_strings()).trim(format.trims()))
+    Ok(request.stop_strings(format.chat_stop_strings()).trim(format.trims() && !continues))
 }
 
 /// Joins messages of the same role that follow each other, with an empty line between them.

@@ -8,8 +8,8 @@ pub(super) mod responses;
 mod settings;
 pub(super) mod tokens;
 
-pub(super) use messages::{conversation, normalized, prompt};
-pub(super) use settings::OneOrMany;
+pub(super) use messages::{Fields, conversation, ends_with_answer, normalized, prompt};
+pub(super) use settings::{OneOrMany, check_lengths, check_stops, check_tools};
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -56,6 +56,9 @@ fn describe(model: &ServedModel) -> Value {
     let mut value = json!({ "id": model.name(), "object": "model", "created": model.created(), "owned_by": "aotron" });
     if let Some(opened) = model.opened() {
         value["max_model_len"] = opened.engine.limits().max_sequence_tokens.into();
+    }
+    if let Some(reason) = model.failure() {
+        value["status"] = json!({ "value": "failed", "reason": reason });
     }
     value
 }

@@ -9,19 +9,25 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::messages::conversation;
+use super::logprobs::of_chat;
+use super::messages::{Fields, conversation};
+use super::settings::{check_lengths, check_tools, check_top_logprobs};
 use super::{Chunks, Gone, now, stream};
-use crate::runtime::{Completion, Event, FinishReason, SamplingParams};
+use crate::runtime::{Completion, Event, FinishReason, SamplingParams, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, log_failure};
-use crate::serve::app::App;
-use crate::serve::body::{Accepted, ParsedBody, name_ignored, read_json};
+use crate::serve::app::{App, OpenedModel};
+use crate::serve::body::{Accepted, ParsedBody, name_ignored, object_or_null, read_json};
 use crate::serve::error::ApiError;
 use crate::serve::grammar::{AnswerForm, NamedSchema, ResponseFormat};
+use crate::text::Tokenizer;
+
+/// The item of `include` that asks for log-probabilities.
+const INCLUDED_LOGPROBS: &str = "message.output_text.logprobs";
 
 /// A text or a conversation.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of messages")]
 pub(in crate::serve) enum Input {
     Text(String),
     #[schema(value_type = Vec<crate::serve::openapi::schemas::InputMessage>)]
@@ -31,7 +37,7 @@ pub(in crate::serve) enum Input {
 /// `text`: the form of the answer.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 pub(in crate::serve) struct TextOptions {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object_or_null")]
     format: Option<TextFormat>,
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -75,7 +81,7 @@ pub(in crate::serve) struct ResponsesRequest {
     #[schema(default = false)]
     stream: Option<bool>,
     /// The form of the answer.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object_or_null")]
     text: Option<TextOptions>,
     /// Must be absent: nothing is stored.
     #[serde(default)]
@@ -100,11 +106,13 @@ pub(in crate::serve) struct ResponsesRequest {
     #[schema(value_type = Option<bool>)]
     #[allow(dead_code, reason = "accepted and ignored")]
     store: Option<Accepted>,
-    /// Accepted; there are none.
+    /// With `message.output_text.logprobs`, the log-probabilities of the answer's tokens are returned. Others are not there.
     #[serde(default)]
-    #[schema(value_type = Option<Vec<String>>)]
-    #[allow(dead_code, reason = "accepted and ignored")]
-    include: Option<Accepted>,
+    include: Option<Vec<String>>,
+    /// Number of alternatives to each token, where log-probabilities are returned.
+    #[serde(default)]
+    #[schema(default = 0, maximum = 20)]
+    top_logprobs: Option<usize>,
     /// Accepted; the model does not reason apart.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
@@ -141,21 +149,21 @@ pub(in crate::serve) async fn create(
     if body.background == Some(true) {
         return Err(ApiError::unsupported("background", "a response is in the reply; background is not supported"));
     }
-    let wants_tools = body.tools.as_ref().is_some_and(|tools| !tools.is_empty());
-    if wants_tools && body.tool_choice.as_ref().and_then(Value::as_str) != Some("none") {
-        return Err(ApiError::unsupported("tools", "this model's chat format has no tools"));
-    }
-    if body.max_output_tokens == Some(0) {
-        return Err(ApiError::of_field("max_output_tokens", "max_output_tokens is 0; expected at least 1"));
-    }
+    let has_none = body.tool_choice.as_ref().is_some_and(|choice| choice == "none");
+    check_tools(body.tools.as_deref(), has_none)?;
+    check_lengths(("", None), ("max_output_tokens", body.max_output_tokens), false)?;
     let system = body.instructions.clone().filter(|text| !text.is_empty());
     let mut messages: Vec<Value> =
         system.map(|text| json!({ "role": "system", "content": text })).into_iter().collect();
+    let fields = Fields { messages: "input", system: messages.first().map(|_| "instructions") };
     match body.input {
         Input::Text(text) => messages.push(json!({ "role": "user", "content": text })),
         Input::Items(items) => {
             for (index, item) in items.into_iter().enumerate() {
-                messages.push(message_of(item).map_err(|words| ApiError::of_field(format!("input[{index}]"), words))?);
+                messages.push(message_of(item).map_err(|words| {
+                    let place = format!("input[{index}]");
+                    ApiError::of_field(place.clone(), format!("{place}: {words}"))
+                })?);
             }
         }
     }
@@ -167,25 +175,30 @@ pub(in crate::serve) async fn create(
     }});
     let format = format.map(|format| match format {
         TextFormat::Text => ResponseFormat::Text,
-        TextFormat::JsonObject => ResponseFormat::JsonObject,
+        TextFormat::JsonObject => ResponseFormat::JsonObject { schema: None },
         TextFormat::JsonSchema(json_schema) => ResponseFormat::JsonSchema { json_schema },
     });
-    let mut request = conversation(&app, &model, messages).await?;
+    let mut request = conversation(&app, &model, messages, fields, false).await?;
     request.max_tokens = body.max_output_tokens.unwrap_or(usize::MAX);
     let default = SamplingParams::from(&model.model.package().manifest().generation);
     let (temperature, top_p) = (body.temperature.or(default.temperature), body.top_p.or(default.top_p));
     request.sampling = SamplingParams { temperature, top_p, ..default }.effective();
     request.client = context.client;
     request.deadline = app.deadline();
-    if let (Some((form, _)), Some(grammars)) = (AnswerForm::of_request(format, None)?, model.grammars.clone()) {
-        let compiled = app.encode(move || grammars.compile(form)).await;
-        request.grammar = Some(compiled.map_err(|error| error.or_of_field("text.format"))?);
-        request.trim = false;
+    app.give_form(&model, &mut request, AnswerForm::of_request(format, "text.format", None)?).await?;
+    let reports = body.include.iter().flatten().any(|item| item == INCLUDED_LOGPROBS);
+    let top = body.top_logprobs.unwrap_or(0);
+    check_top_logprobs("top_logprobs", top)?;
+    if reports {
+        request.reports = TokenReports::Logprobs(top);
     }
-    let answer = model.submit(request)?;
+    let stop_ids = request.stop_ids.clone();
+    let answer = model.submit(request).map_err(|error| error.naming_prompt("input"))?;
     let described = Described {
         id: format!("resp_{}", Uuid::new_v4().simple()),
         message_id: format!("msg_{}", Uuid::new_v4().simple()),
+        model: model.clone(),
+        stop_ids,
         fields: json!({
             "object": "response", "created_at": now(), "model": model.name, "error": null,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
@@ -222,6 +235,9 @@ fn message_of(item: Value) -> Result<Value, String> {
 struct Described {
     id: String,
     message_id: String,
+    model: Arc<OpenedModel>,
+    /// Ids that end the answer, which have no text.
+    stop_ids: Vec<u32>,
     fields: Value,
 }
 
@@ -243,13 +259,21 @@ impl Described {
         json!({ "type": "message", "id": self.message_id, "status": status, "role": "assistant", "content": content })
     }
 
+    /// Log-probabilities of tokens, if they are reported, as in `/v1/chat/completions`.
+    fn logprobs(&self, reports: &[TokenReport]) -> Value {
+        let tokenizer = self.model.model.tokenizer();
+        let shown = reports.iter().filter(|report| !self.stop_ids.contains(&report.id));
+        let logprobs = |tokenizer: &Arc<Tokenizer>| shown.filter_map(|report| of_chat(tokenizer, report)).collect();
+        json!(tokenizer.map_or_else(Vec::new, logprobs))
+    }
+
     fn status(completion: &Completion) -> &'static str {
         if completion.finish_reason == FinishReason::Length { "incomplete" } else { "completed" }
     }
 
     fn finished(&self, completion: &Completion) -> Value {
         let status = Described::status(completion);
-        let item = self.item(status, vec![part(&completion.text)]);
+        let item = self.item(status, vec![part(&completion.text, self.logprobs(&completion.reports))]);
         let usage = json!({
             "input_tokens": completion.prompt_tokens,
             "input_tokens_details": { "cached_tokens": completion.reused_tokens },
@@ -260,8 +284,8 @@ impl Described {
     }
 }
 
-fn part(text: &str) -> Value {
-    json!({ "type": "output_text", "text": text, "annotations": [], "logprobs": [] })
+fn part(text: &str, logprobs: Value) -> Value {
+    json!({ "type": "output_text", "text": text, "annotations": [], "logprobs": logprobs })
 }
 
 /// Sends numbered events.
@@ -298,20 +322,31 @@ async fn send(
         }
         place
     };
-    events.send("response.content_part.added", place(json!({ "part": part("") }))).await?;
+    events.send("response.content_part.added", place(json!({ "part": part("", json!([])) }))).await?;
+    // Tokens whose text is not certain yet.
+    let mut held = Vec::new();
     while let Some(event) = answer.next().await {
         match event {
             Event::Text(text) => {
-                let delta = place(json!({ "delta": text, "logprobs": [] }));
+                let logprobs = described.logprobs(&std::mem::take(&mut held));
+                let delta = place(json!({ "delta": text, "logprobs": logprobs }));
                 events.send("response.output_text.delta", delta).await?;
             }
             Event::Done(completion) => {
                 context.used(&completion);
-                let text = &completion.text;
-                events.send("response.output_text.done", place(json!({ "text": text, "logprobs": [] }))).await?;
-                events.send("response.content_part.done", place(json!({ "part": part(text) }))).await?;
+                // Tokens without text of their own, such as a space at the end.
+                let rest = described.logprobs(&std::mem::take(&mut held));
+                if rest.as_array().is_some_and(|rest| !rest.is_empty()) {
+                    let delta = place(json!({ "delta": "", "logprobs": rest }));
+                    events.send("response.output_text.delta", delta).await?;
+                }
+                let (text, logprobs) = (&completion.text, described.logprobs(&completion.reports));
+                let done = place(json!({ "text": text, "logprobs": logprobs }));
+                events.send("response.output_text.done", done).await?;
+                let whole = part(text, logprobs);
+                events.send("response.content_part.done", place(json!({ "part": whole }))).await?;
                 let status = Described::status(&completion);
-                let item = described.item(status, vec![part(text)]);
+                let item = described.item(status, vec![whole]);
                 events.send("response.output_item.done", json!({ "output_index": 0, "item": item })).await?;
                 let finished = described.finished(&completion);
                 events.send(&format!("response.{status}"), json!({ "response": finished })).await?;
@@ -323,7 +358,8 @@ async fn send(
                 failed["error"] = json!({ "code": error.code.unwrap_or("server_error"), "message": error.message });
                 events.send("response.failed", json!({ "response": failed })).await?;
             }
-            Event::Prompt(_) | Event::Token(_) => {}
+            Event::Token(report) => held.push(report),
+            Event::Prompt(_) => {}
         }
     }
     Ok(())

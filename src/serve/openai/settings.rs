@@ -4,20 +4,22 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Deserialize;
+use serde_json::Value;
 
-use crate::runtime::{GenerationRequest, SamplingParams};
+use crate::runtime::{GenerationRequest, MAX_TOP_LOGPROBS, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::app::{App, OpenedModel};
 use crate::serve::body::Accepted;
 use crate::serve::error::ApiError;
 use crate::serve::grammar::AnswerForm;
+use crate::text::MAX_STOP_BYTES;
 
 /// Most answers of one request, all prompts together.
 pub(super) const MAX_CHOICES: usize = 128;
 
 /// One string or several.
 #[derive(Debug, Clone, Deserialize, utoipa::ToSchema)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
 pub(in crate::serve) enum OneOrMany {
     One(String),
     Many(Vec<String>),
@@ -46,6 +48,18 @@ pub(in crate::serve) struct StreamOptions {
     #[serde(default)]
     #[schema(value_type = Option<bool>)]
     pub include_obfuscation: Option<Accepted>,
+}
+
+impl StreamOptions {
+    /// The usage is told at the end.
+    pub fn wants_usage(&self) -> bool {
+        self.include_usage.unwrap_or(false)
+    }
+
+    /// It is told in every chunk: only where it is told at all, as in vLLM.
+    pub fn wants_continuous_usage(&self) -> bool {
+        self.wants_usage() && self.continuous_usage_stats.unwrap_or(false)
+    }
 }
 
 /// Defines a request with its own fields and those that all requests for text share.
@@ -113,7 +127,7 @@ macro_rules! text_request {
             #[schema(default = false)]
             pub stream: Option<bool>,
             /// Needs `stream`.
-            #[serde(default)]
+            #[serde(default, deserialize_with = "crate::serve::body::object_or_null")]
             pub stream_options: Option<$crate::serve::openai::settings::StreamOptions>,
             /// Requests with a lower number get a slot first.
             #[serde(default)]
@@ -127,10 +141,10 @@ macro_rules! text_request {
             #[schema(default = false)]
             pub return_token_ids: Option<bool>,
             /// The form of the answer.
-            #[serde(default)]
+            #[serde(default, deserialize_with = "crate::serve::body::object_or_null")]
             pub response_format: Option<$crate::serve::grammar::ResponseFormat>,
             /// The form of the answer, as vLLM has it.
-            #[serde(default)]
+            #[serde(default, deserialize_with = "crate::serve::body::object_or_null")]
             pub structured_outputs: Option<$crate::serve::grammar::StructuredOutputs>,
             /// Accepted; it has no effect.
             #[allow(dead_code, reason = "accepted and ignored")]
@@ -163,7 +177,7 @@ macro_rules! text_request {
                     choices: self.n.unwrap_or(1),
                     priority: self.priority.unwrap_or(0),
                     cache_salt: self.cache_salt.take(),
-                    form: AnswerForm::of_request(response_format, structured_outputs)?,
+                    form: AnswerForm::of_request(response_format, "response_format", structured_outputs)?,
                 })
             }
         }
@@ -236,23 +250,13 @@ impl Settings {
             seed: self.seed,
         }
         .effective();
-        if let Some((form, field)) = self.form {
-            let no_tokenizer = || ApiError::bad_request("this model has no tokenizer, so its answers have no form");
-            let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-            let compiled = app.encode(move || grammars.compile(form)).await;
-            request.grammar = Some(compiled.map_err(|error| error.or_of_field(field))?);
-            // Spaces around it may belong to the form.
-            request.trim = false;
+        if self.form.is_some() {
+            app.give_form(model, &mut request, self.form).await?;
         } else if self.ignore_eos {
             request.stop_ids.clear();
             request.stop_strings.clear();
         }
-        if let Some(index) = self.stop.iter().position(String::is_empty) {
-            return Err(ApiError::of_field(
-                "stop",
-                format!("stop[{index}] is empty; it would end every answer at once"),
-            ));
-        }
+        check_stops("stop", &self.stop)?;
         request.stop_ids.extend(self.stop_token_ids);
         request.stop_strings.extend(self.stop);
         request.priority = self.priority;
@@ -260,6 +264,66 @@ impl Settings {
         request.client = context.client;
         request.deadline = app.deadline();
         Ok(request)
+    }
+}
+
+/// Refuses numbers of alternatives that are too large.
+///
+/// # Errors
+/// 400 naming the field.
+pub(super) fn check_top_logprobs(field: &str, top: usize) -> Result<(), ApiError> {
+    match top > MAX_TOP_LOGPROBS {
+        true => Err(ApiError::of_field(field, format!("{field} is {top}; expected 0 to {MAX_TOP_LOGPROBS}"))),
+        false => Ok(()),
+    }
+}
+
+/// Refuses stop strings that cannot be used.
+///
+/// # Errors
+/// 400 naming the field.
+pub(in crate::serve) fn check_stops(field: &str, stops: &[String]) -> Result<(), ApiError> {
+    match stops.iter().enumerate().find(|(_, stop)| !(1..=MAX_STOP_BYTES).contains(&stop.len())) {
+        None => Ok(()),
+        Some((index, stop)) if stop.is_empty() => {
+            Err(ApiError::of_field(field, format!("{field}[{index}] is empty; it would end every answer at once")))
+        }
+        Some((index, stop)) => {
+            let message = format!("{field}[{index}] has {} bytes; expected 1 to {MAX_STOP_BYTES}", stop.len());
+            Err(ApiError::of_field(field, message))
+        }
+    }
+}
+
+/// Refuses tools unless they are not to be used.
+///
+/// # Errors
+/// 400 naming the field.
+pub(in crate::serve) fn check_tools(tools: Option<&[Value]>, is_unused: bool) -> Result<(), ApiError> {
+    match tools.is_some_and(|tools| !tools.is_empty()) && !is_unused {
+        true => Err(ApiError::unsupported("tools", "this model's chat format has no tools")),
+        false => Ok(()),
+    }
+}
+
+/// Refuses a limit of no tokens, and one that is below the least number of tokens; each with the name of its field.
+///
+/// # Errors
+/// 400 naming the field, or both.
+pub(in crate::serve) fn check_lengths(
+    least: (&str, Option<usize>),
+    most: (&str, Option<usize>),
+    is_zero_allowed: bool,
+) -> Result<(), ApiError> {
+    let (name, Some(most)) = most else { return Ok(()) };
+    if most == 0 && !is_zero_allowed {
+        return Err(ApiError::of_field(name, format!("{name} is 0; expected at least 1")));
+    }
+    match least {
+        (field, Some(least)) if least > most => {
+            Err(ApiError::of_field(field, format!("{field} is {least}, which is more than {name}, which is {most}")))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::messages::{normalized, prompt};
+use super::messages::{Fields, final_message_continues, normalized, prompt};
 use crate::serve::app::App;
 use crate::serve::body::{ParsedBody, name_ignored, read_json};
 use crate::serve::error::ApiError;
@@ -39,6 +39,17 @@ pub(in crate::serve) struct TokenizeRequest {
     /// llama.cpp's name of the same.
     #[serde(default)]
     add_special: Option<bool>,
+    /// The last message is the beginning of the answer, as in `/v1/chat/completions`.
+    #[serde(default)]
+    #[schema(default = false)]
+    continue_final_message: Option<bool>,
+    /// As in `/v1/chat/completions`.
+    #[serde(default)]
+    add_generation_prompt: Option<bool>,
+    /// Return the tokens as objects with `id` and `piece`, as llama.cpp does.
+    #[serde(default)]
+    #[schema(default = false)]
+    with_pieces: Option<bool>,
     /// Return the tokens' texts too.
     #[serde(default)]
     #[schema(default = false)]
@@ -62,6 +73,7 @@ pub(in crate::serve) async fn tokenize(State(app): State<Arc<App>>, request: Req
     let opened = model.clone();
     let adds = body.add_special_tokens.or(body.add_special).unwrap_or(false);
     let strings = body.return_token_strs.unwrap_or(false);
+    let pieces = body.with_pieces.unwrap_or(false);
     let encoded = app.encode(move || {
         let tokenizer = opened.tokenizer()?;
         let ids = match (body.prompt.or(body.content), body.messages) {
@@ -71,19 +83,25 @@ pub(in crate::serve) async fn tokenize(State(app): State<Arc<App>>, request: Req
                 ids.extend(tokenizer.encode(&text)?);
                 ids
             }
-            (None, Some(messages)) => prompt(&opened.format, tokenizer, &normalized(&opened, messages)?)?,
+            (None, Some(messages)) => {
+                let continues =
+                    final_message_continues(body.continue_final_message, body.add_generation_prompt, &messages)?;
+                prompt(&opened.format, tokenizer, &normalized(&opened, messages, Fields::MESSAGES)?, continues)?
+            }
             _ => return Err(ApiError::bad_request("expected one of prompt, content and messages")),
         };
         let texts: Option<Vec<String>> =
-            strings.then(|| ids.iter().map(|id| tokenizer.piece(*id).unwrap_or_default()).collect());
+            (strings || pieces).then(|| ids.iter().map(|id| tokenizer.piece(*id).unwrap_or_default()).collect());
         Ok((ids, texts))
     });
     let (ids, texts) = encoded.await?;
     let most = model.engine.limits().max_sequence_tokens;
-    let mut body = json!({ "count": ids.len(), "max_model_len": most, "tokens": ids });
-    if let Some(texts) = texts {
-        body["token_strs"] = texts.into();
-    }
+    let tokens = match texts.as_ref().filter(|_| pieces) {
+        Some(texts) => ids.iter().zip(texts).map(|(id, piece)| json!({ "id": id, "piece": piece })).collect(),
+        None => json!(ids),
+    };
+    let texts = texts.filter(|_| strings);
+    let body = json!({ "count": ids.len(), "max_model_len": most, "tokens": tokens, "token_strs": texts });
     let mut response = Json(body).into_response();
     name_ignored(&mut response, &ignored);
     Ok(response)

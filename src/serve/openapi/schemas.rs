@@ -86,6 +86,9 @@ pub struct ModelDescription {
     /// Tokens of a prompt and its answer together; absent until the model is open.
     #[schema(required = false, nullable = false)]
     max_model_len: Option<usize>,
+    /// There if it could not be opened: an object with `value`, which is `failed`, and `reason`.
+    #[schema(required = false, nullable = false, value_type = Option<Object>)]
+    status: Option<serde_json::Value>,
 }
 
 /// The state of the server and its models.
@@ -300,10 +303,17 @@ pub struct TokenizeReply {
     count: usize,
     /// Tokens of a prompt and its answer together.
     max_model_len: usize,
-    tokens: Vec<u32>,
-    /// With `return_token_strs`.
-    #[schema(required = false, nullable = false)]
+    tokens: Vec<EncodedToken>,
+    /// Null without `return_token_strs`.
     token_strs: Option<Vec<String>>,
+}
+
+/// A token id or, with `with_pieces`, an object.
+#[derive(ToSchema)]
+#[serde(untagged)]
+pub enum EncodedToken {
+    Id(u32),
+    Piece { id: u32, piece: String },
 }
 
 /// A text.
@@ -329,8 +339,9 @@ pub struct RepositoryEntry {
     name: String,
     /// `1`
     version: String,
-    /// `READY` or `LOADING`
+    /// `READY`, `LOADING`, or `UNAVAILABLE` if it could not be opened
     state: String,
+    /// Why it could not be opened; otherwise empty.
     reason: String,
 }
 

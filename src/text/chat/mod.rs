@@ -244,20 +244,52 @@ impl ChatFormat {
     /// # Errors
     /// As [`ChatFormat::prompt`].
     pub fn prompt_of_json(&self, tokenizer: &Tokenizer, messages: &[Value]) -> Result<Vec<u32>> {
+        self.encode_conversation(tokenizer, messages, false)
+    }
+
+    /// As [`ChatFormat::prompt_of_json`], for a conversation whose last message is the beginning of the assistant's next
+    /// answer, which goes on from there: nothing ends that message. The text of the template is that of a new answer, with
+    /// the beginning behind it.
+    ///
+    /// # Errors
+    /// As [`ChatFormat::prompt`]; [`Error::Request`] if the last message is not the assistant's.
+    pub fn prompt_to_continue(&self, tokenizer: &Tokenizer, messages: &[Value]) -> Result<Vec<u32>> {
+        self.encode_conversation(tokenizer, messages, true)
+    }
+
+    fn encode_conversation(&self, tokenizer: &Tokenizer, messages: &[Value], continues: bool) -> Result<Vec<u32>> {
         let mut messages = messages.to_vec();
         messages.iter_mut().filter_map(Value::as_object_mut).for_each(|message| message.retain(|_, v| !v.is_null()));
         if !self.escape_markers {
-            return tokenizer.encode(&self.render_json(&messages)?);
+            return tokenizer.encode(&self.render_begun(messages, continues)?);
         }
         let markers = self.markers(tokenizer);
         for message in messages.iter_mut().filter_map(Value::as_object_mut) {
             message.iter_mut().filter(|(key, _)| *key != "role").for_each(|(_, value)| marks::mark(value, &markers));
         }
-        let text = self.render_json(&messages).map_err(|error| match error {
+        let text = self.render_begun(messages, continues).map_err(|error| match error {
             Error::Request(words) => Error::Request(marks::unmarked(&words)),
             other => other,
         })?;
         tokenizer.encode_parts(&marks::parts(&text, &markers))
+    }
+
+    /// Renders a conversation, whose last message is the beginning of the answer if it `continues`.
+    fn render_begun(&self, mut messages: Vec<Value>, continues: bool) -> Result<String> {
+        let begun = if continues { messages.pop() } else { None };
+        let text = |message: &Value| {
+            let is_answer = message.get("role").and_then(Value::as_str) == Some("assistant");
+            message.get("content").and_then(Value::as_str).filter(|_| is_answer).map(str::to_owned)
+        };
+        let begun = match (continues, begun.as_ref().and_then(text)) {
+            (true, None) => {
+                return Err(Error::Request(
+                    "only a text of the assistant, as the last message, can be continued".into(),
+                ));
+            }
+            (_, begun) => begun.unwrap_or_default(),
+        };
+        Ok(self.render_json(&messages)? + &begun)
     }
 
     /// Ids that end an answer and are not shown, without duplicates.

@@ -1,0 +1,141 @@
+//! What a form may cost to compile. A compilation cannot be stopped, so what would take long is refused before it begins:
+//! each bound is where its kind of form takes some tenth of a second at most, measured alone on one core.
+
+use serde_json::Value;
+
+use super::AnswerForm;
+
+/// Largest source of a form.
+const MAX_SOURCE_BYTES: usize = 64 << 10;
+/// Most entries of the lists and maps of a schema that cost more than in proportion to their length.
+const MAX_ENTRIES: [(&str, usize); 7] = [
+    ("properties", 400),
+    ("required", 400),
+    ("anyOf", 250),
+    ("oneOf", 250),
+    ("allOf", 50),
+    ("patternProperties", 32),
+    ("prefixItems", 1000),
+];
+/// Most entries of all these together.
+const MAX_ALL_ENTRIES: usize = 2000;
+/// Largest sum of the integers of `multipleOf`: each is a state machine with as many states.
+const MAX_MULTIPLES: f64 = 10_000.0;
+/// Most classes of characters, such as `\w` or `\p{L}`, in all regular expressions together.
+const MAX_CLASSES: usize = 500;
+/// Most `&` and `~` in a grammar: intersections and complements of regular expressions.
+const MAX_INTERSECTIONS: usize = 16;
+
+/// Refuses a form that would take long to compile, in words.
+pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
+    let mut cost = Cost::default();
+    let bytes = match form {
+        AnswerForm::Schema(schema) => {
+            cost.schema(schema)?;
+            schema.to_string().len()
+        }
+        AnswerForm::Regex(text) => {
+            cost.text(text);
+            text.len()
+        }
+        AnswerForm::Grammar(text) => {
+            let count = text.bytes().filter(|byte| b"&~".contains(byte)).count();
+            within(count, MAX_INTERSECTIONS, "operators & and ~")?;
+            cost.text(text);
+            text.len()
+        }
+    };
+    within(bytes, MAX_SOURCE_BYTES, "bytes")?;
+    within(cost.entries, MAX_ALL_ENTRIES, "properties, alternatives and other entries in all")?;
+    within(cost.classes, MAX_CLASSES, "classes such as \\w in its regular expressions")?;
+    match cost.multiples <= MAX_MULTIPLES {
+        true => Ok(()),
+        false => {
+            Err(format!("the values of its multipleOf sum up to {}; expected at most {MAX_MULTIPLES}", cost.multiples))
+        }
+    }
+}
+
+fn within(count: usize, most: usize, what: &str) -> Result<(), String> {
+    if count <= most { Ok(()) } else { Err(format!("it has {count} {what}; expected at most {most}")) }
+}
+
+/// What has been counted so far.
+#[derive(Debug, Default)]
+struct Cost {
+    entries: usize,
+    multiples: f64,
+    classes: usize,
+}
+
+impl Cost {
+    /// Counts in a schema and everything in it. serde_json bounds its depth.
+    fn schema(&mut self, value: &Value) -> Result<(), String> {
+        match value {
+            Value::Array(items) => items.iter().try_for_each(|item| self.schema(item)),
+            Value::Object(fields) => fields.iter().try_for_each(|(name, value)| {
+                let entries = value.as_array().map(Vec::len).or_else(|| value.as_object().map(serde_json::Map::len));
+                if let (Some((_, most)), Some(entries)) = (MAX_ENTRIES.iter().find(|(known, _)| known == name), entries)
+                {
+                    within(entries, *most, &format!("entries in {name}"))?;
+                    self.entries += entries;
+                }
+                if name == "multipleOf" {
+                    self.multiples += value.as_f64().unwrap_or(0.0).abs();
+                }
+                self.text(name);
+                self.schema(value)
+            }),
+            Value::String(text) => {
+                self.text(text);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Counts in a text that may be a regular expression.
+    fn text(&mut self, text: &str) {
+        let mut bytes = text.bytes();
+        while let Some(byte) = bytes.next() {
+            if byte == b'\\' && bytes.next().is_some_and(|class| b"pPwWdDsS".contains(&class)) {
+                self.classes += 1;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn forms_are_refused_by_what_they_would_cost() {
+        let names = |count: usize| (0..count).map(|n| n.to_string()).collect::<Vec<_>>();
+        let map = |count| Value::Object(names(count).into_iter().map(|name| (name, json!({}))).collect());
+        let schema = |schema: Value| check(&AnswerForm::Schema(schema));
+        let nested = json!({ "properties": { "a": { "properties": map(400), "required": names(400) } } });
+        assert_eq!(schema(nested.clone()), Ok(()));
+        assert_eq!(schema(json!({ "enum": names(5000) })), Ok(()));
+        let multiples: Vec<Value> = (1..40).map(|n| json!({ "multipleOf": n * 100 })).collect();
+        let classes = "\\p{L}|[^a]|\\\\p".repeat(MAX_CLASSES);
+        assert_eq!(check(&AnswerForm::Regex(classes.clone())), Ok(()));
+        for (found, words) in [
+            (schema(json!({ "items": { "properties": map(401) } })), "401 entries in properties; expected at most 400"),
+            (schema(json!({ "required": names(401) })), "401 entries in required"),
+            (schema(json!({ "anyOf": names(251) })), "251 entries in anyOf"),
+            (schema(json!({ "patternProperties": map(33) })), "33 entries in patternProperties"),
+            (schema(json!({ "prefixItems": [nested.clone(), nested.clone(), nested] })), "entries in all"),
+            (schema(json!({ "prefixItems": multiples })), "multipleOf sum up to"),
+            (schema(json!({ "pattern": format!("{classes}\\w") })), "501 classes"),
+            (schema(json!({ "const": "x".repeat(MAX_SOURCE_BYTES) })), "bytes; expected at most 65536"),
+            (check(&AnswerForm::Regex(format!("{classes}\\S"))), "501 classes"),
+            (check(&AnswerForm::Grammar(format!("start: T\nT: /a/{}", " & /b/".repeat(17)))), "17 operators"),
+        ] {
+            let found = found.unwrap_err();
+            assert!(found.contains(words), "{found}");
+        }
+    }
+}
