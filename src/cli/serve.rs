@@ -1,5 +1,6 @@
 //! `aotron serve`: the HTTP server.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -271,11 +272,14 @@ impl Flags {
     fn api_keys(&self) -> anyhow::Result<Vec<String>> {
         let mut keys = self.api_key.clone();
         if let Some(path) = &self.api_key_file {
-            let bytes = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
-            if bytes > MAX_KEY_FILE_BYTES {
-                bail!("{} has {bytes} bytes; a file of API keys has at most {MAX_KEY_FILE_BYTES}", path.display());
+            let cannot_read = || format!("cannot read {}", path.display());
+            let mut text = String::new();
+            let file = std::fs::File::open(path).with_context(cannot_read)?;
+            // What is no regular file has no length of its own.
+            file.take(MAX_KEY_FILE_BYTES + 1).read_to_string(&mut text).with_context(cannot_read)?;
+            if text.len() as u64 > MAX_KEY_FILE_BYTES {
+                bail!("{} is too long; a file of API keys has at most {MAX_KEY_FILE_BYTES} bytes", path.display());
             }
-            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
             let before = keys.len();
             keys.extend(lines.map(str::to_owned));

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
@@ -26,6 +26,11 @@ use crate::text::{ChatFormat, Tokenizer};
 
 /// Prompts that are rendered and encoded at once.
 const CONCURRENT_ENCODINGS: usize = 4;
+/// Forms that are compiled at once. They wait for each other, and nobody else does.
+const CONCURRENT_COMPILATIONS: usize = 2;
+/// Longest wait for the compilation of a form, and for its turn. It cannot be stopped, so one that takes longer keeps others
+/// from being compiled until it ends.
+const COMPILATION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest request id taken from a client.
 pub(super) const MAX_REQUEST_ID: usize = 128;
 
@@ -35,7 +40,8 @@ pub(super) struct App {
     models: Vec<ServedModel>,
     metrics: Metrics,
     hear: HearServer,
-    encodings: Semaphore,
+    encodings: Arc<Semaphore>,
+    compilations: Arc<Semaphore>,
     is_draining: AtomicBool,
     log: access::AccessLog,
     /// Requests whose responses are not over.
@@ -97,7 +103,8 @@ impl App {
         match models.is_empty() {
             true => Err(Error::Serve("there is no model to serve".into())),
             false => {
-                let encodings = Semaphore::new(CONCURRENT_ENCODINGS);
+                let encodings = Arc::new(Semaphore::new(CONCURRENT_ENCODINGS));
+                let compilations = Arc::new(Semaphore::new(CONCURRENT_COMPILATIONS));
                 let (is_draining, in_flight) = (AtomicBool::new(false), AtomicUsize::new(0));
                 Ok(App {
                     options,
@@ -105,6 +112,7 @@ impl App {
                     metrics,
                     hear,
                     encodings,
+                    compilations,
                     is_draining,
                     log: access::AccessLog::start(),
                     in_flight,
@@ -202,16 +210,26 @@ impl App {
         &self,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let permit = self.encodings.acquire().await;
-        let done = tokio::task::spawn_blocking(work).await;
-        drop(permit);
-        done.unwrap_or_else(|_| Err(ApiError::internal()))
+        App::on_blocking_thread(&self.encodings, work).await
+    }
+
+    /// Runs work once there is a permit for it, which it holds to its end even if nobody waits for it any more.
+    async fn on_blocking_thread<T: Send + 'static>(
+        permits: &Arc<Semaphore>,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let permit = permits.clone().acquire_owned().await;
+        let done = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        });
+        done.await.unwrap_or_else(|_| Err(ApiError::internal()))
     }
 
     /// Gives a request the form that one of its fields asks for, if it does.
     ///
     /// # Errors
-    /// 400 naming the field.
+    /// 400 naming the field; 503 if it takes too long, or those before it do.
     pub async fn give_form(
         &self,
         model: &OpenedModel,
@@ -221,7 +239,12 @@ impl App {
         let Some((form, field)) = form else { return Ok(()) };
         let no_tokenizer = || ApiError::of_field(field, "this model has no tokenizer, so its answers have no form");
         let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-        request.grammar = Some(self.encode(move || grammars.compile(form, field)).await?);
+        let compiled = App::on_blocking_thread(&self.compilations, move || grammars.compile(form, field));
+        let compiled = tokio::time::timeout(COMPILATION_TIMEOUT, compiled).await.unwrap_or_else(|_| {
+            let words = "the form of the answer cannot be compiled in time, or others take long; try a simpler one";
+            Err(ApiError::unavailable(words, 5).or_of_field(field))
+        });
+        request.grammar = Some(compiled?);
         // Spaces around it may belong to the form.
         request.trim = false;
         Ok(())
