@@ -26,6 +26,8 @@ use crate::text::{ChatFormat, Tokenizer};
 
 /// Prompts that are rendered and encoded at once.
 const CONCURRENT_ENCODINGS: usize = 4;
+/// Large bodies that are parsed at once; a parsed one may take many times its size.
+const CONCURRENT_PARSES: usize = 2;
 /// Forms that are compiled at once. They wait for each other, and nobody else does.
 const CONCURRENT_COMPILATIONS: usize = 2;
 /// Longest wait for the compilation of a form, and for its turn. It cannot be stopped, so one that takes longer keeps others
@@ -41,6 +43,7 @@ pub(super) struct App {
     metrics: Metrics,
     hear: HearServer,
     encodings: Arc<Semaphore>,
+    parses: Arc<Semaphore>,
     compilations: Arc<Semaphore>,
     is_draining: AtomicBool,
     log: access::AccessLog,
@@ -104,6 +107,7 @@ impl App {
             true => Err(Error::Serve("there is no model to serve".into())),
             false => {
                 let encodings = Arc::new(Semaphore::new(CONCURRENT_ENCODINGS));
+                let parses = Arc::new(Semaphore::new(CONCURRENT_PARSES));
                 let compilations = Arc::new(Semaphore::new(CONCURRENT_COMPILATIONS));
                 let (is_draining, in_flight) = (AtomicBool::new(false), AtomicUsize::new(0));
                 Ok(App {
@@ -112,6 +116,7 @@ impl App {
                     metrics,
                     hear,
                     encodings,
+                    parses,
                     compilations,
                     is_draining,
                     log: access::AccessLog::start(),
@@ -211,6 +216,17 @@ impl App {
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         App::on_blocking_thread(&self.encodings, work).await
+    }
+
+    /// Parses a large body on a blocking thread.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub async fn parse_large<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        App::on_blocking_thread(&self.parses, work).await
     }
 
     /// Runs work once there is a permit for it, which it holds to its end even if nobody waits for it any more.

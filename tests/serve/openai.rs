@@ -414,3 +414,23 @@ fn a_conversation_that_lost_its_slot_is_found_in_the_prefix_cache() {
         assert!(of_blocks.unwrap().ends_with(&format!(" {found}")), "{metrics}");
     }
 }
+
+/// tiny-chat's tokenizer has `</s>` among its plain pieces.
+#[test]
+fn json_that_is_said_to_be_complete_is() {
+    let server = Server::start(&[]);
+    let schema = json!({ "type": "object", "properties": { "name": { "type": "string" } }, "required": ["name"] });
+    for format in [
+        json!({ "type": "json_schema", "json_schema": { "name": "x", "schema": schema } }),
+        json!({ "type": "json_object" }),
+    ] {
+        let body = json!({ "messages": [user(QUESTION)], "response_format": format, "max_tokens": 60, "n": 32,
+            "temperature": 1.0, "seed": 5 });
+        let reply = server.post("/v1/chat/completions", &body).ok();
+        for choice in reply["choices"].as_array().unwrap() {
+            let text = choice["message"]["content"].as_str().unwrap();
+            let is_json = serde_json::from_str::<Value>(text).is_ok();
+            assert!(choice["finish_reason"] == "length" || is_json, "{text}");
+        }
+    }
+}

@@ -53,6 +53,7 @@ fn refusals_name_the_field_that_was_sent() {
         ),
         (json!({ "top_logprobs": 21 }), "top_logprobs", "top_logprobs is 21; expected 0 to 20"),
         (json!({ "temperature": "hot" }), "temperature", "expected a number"),
+        (json!({ "cache_salt": "s".repeat(2000) }), "cache_salt", "cache_salt has 2000 bytes"),
         (json!({ "logit_bias": { "5": 200 } }), "logit_bias", "expected -100 to 100"),
         (json!({ "stream": true, "stream_options": [true] }), "stream_options", "expected an object"),
         (json!({ "response_format": ["json_object"] }), "response_format", "expected an object"),

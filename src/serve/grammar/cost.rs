@@ -49,6 +49,9 @@ pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
         AnswerForm::Grammar(text) => {
             let count = text.bytes().filter(|byte| b"&~".contains(byte)).count();
             within(count, MAX_INTERSECTIONS, "operators & and ~")?;
+            if let Some(directive) = ["%json", "%regex", "%lark"].into_iter().find(|name| text.contains(name)) {
+                return Err(format!("it has {directive}, which is not supported; a form of its own kind is"));
+            }
             cost.operators = operators(text);
             cost.text(text);
             text.len()
@@ -182,6 +185,7 @@ mod tests {
             (schema(json!({ "allOf": vec![json!({ "pattern": "a" }); 11] })), "11 patterns beside allOf"),
             (schema(json!({ "pattern": "a?".repeat(3000) })), "3000 operators"),
             (check(&AnswerForm::Regex("(a|b)?".repeat(10_000))), "operators"),
+            (check(&AnswerForm::Grammar("start: %json {\"multipleOf\": 9999991}".into())), "%json"),
             (schema(json!({ "pattern": format!("{classes}\\w") })), "501 classes"),
             (schema(json!({ "const": "x".repeat(MAX_SOURCE_BYTES) })), "bytes; expected at most 65536"),
             (check(&AnswerForm::Regex(format!("{classes}\\S"))), "501 classes"),

@@ -14,6 +14,8 @@ use crate::serve::error::ApiError;
 use crate::serve::grammar::AnswerForm;
 use crate::text::MAX_STOP_BYTES;
 
+/// Longest salt: each of a request's answers has a copy.
+const MAX_SALT_BYTES: usize = 1024;
 /// Most answers of one request, all prompts together.
 pub(super) const MAX_CHOICES: usize = 128;
 
@@ -260,6 +262,10 @@ impl Settings {
         request.stop_ids.extend(self.stop_token_ids);
         request.stop_strings.extend(self.stop);
         request.priority = self.priority;
+        if let Some(bytes) = self.cache_salt.as_ref().map(String::len).filter(|bytes| *bytes > MAX_SALT_BYTES) {
+            let words = format!("cache_salt has {bytes} bytes; expected at most {MAX_SALT_BYTES}");
+            return Err(ApiError::of_field("cache_salt", words));
+        }
         request.cache_salt = self.cache_salt;
         request.client = context.client;
         request.deadline = app.deadline();
