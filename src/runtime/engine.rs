@@ -453,13 +453,15 @@ impl Worker {
                 let id = self.batcher.enqueue(generation);
                 self.running.insert(id, Running { number, client, sink });
             }
-            for (id, event) in self.batcher.step() {
-                self.deliver(id, event);
-            }
+            let events = self.batcher.step();
             let (kv_tokens, prefix_cache) = (self.batcher.active_tokens(), self.batcher.prefix_cache_status());
             let mut state = self.shared.lock();
             (state.kv_tokens, state.prefix_cache) = (kv_tokens, prefix_cache);
             drop(state);
+            // After that, so that whoever has its answer finds the load without it.
+            for (id, event) in events {
+                self.deliver(id, event);
+            }
             if self.batcher.is_lost() {
                 return Some(": its device is lost".into());
             }
