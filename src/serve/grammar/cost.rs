@@ -41,20 +41,14 @@ pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
             cost.schema(schema)?;
             schema.to_string().len()
         }
-        AnswerForm::Regex(text) => {
-            cost.text(text);
-            cost.operators = operators(text);
-            text.len()
-        }
+        AnswerForm::Regex(text) => cost.expression(text),
         AnswerForm::Grammar(text) => {
             let count = text.bytes().filter(|byte| b"&~".contains(byte)).count();
             within(count, MAX_INTERSECTIONS, "operators & and ~")?;
             if let Some(directive) = ["%json", "%regex", "%lark"].into_iter().find(|name| text.contains(name)) {
                 return Err(format!("it has {directive}, which is not supported; a form of its own kind is"));
             }
-            cost.operators = operators(text);
-            cost.text(text);
-            text.len()
+            cost.expression(text)
         }
     };
     within(bytes, MAX_SOURCE_BYTES, "bytes")?;
@@ -103,6 +97,13 @@ struct Cost {
 }
 
 impl Cost {
+    /// Counts in a text that is regular expressions alone; returns its length.
+    fn expression(&mut self, text: &str) -> usize {
+        self.operators += operators(text);
+        self.text(text);
+        text.len()
+    }
+
     /// Counts in a schema and everything in it. serde_json bounds its depth.
     fn schema(&mut self, value: &Value) -> Result<(), String> {
         match value {
@@ -110,28 +111,7 @@ impl Cost {
             Value::Object(fields) => {
                 let combines = COMBINING.iter().any(|keyword| fields.contains_key(*keyword));
                 self.combines |= fields.contains_key("allOf") || (combines && fields.contains_key("pattern"));
-                fields.iter().try_for_each(|(name, value)| {
-                    let entries =
-                        value.as_array().map(Vec::len).or_else(|| value.as_object().map(serde_json::Map::len));
-                    if let (Some((_, most)), Some(entries)) =
-                        (MAX_ENTRIES.iter().find(|(known, _)| known == name), entries)
-                    {
-                        within(entries, *most, &format!("entries in {name}"))?;
-                        self.entries += entries;
-                    }
-                    if name == "multipleOf" {
-                        self.multiples += without_point(value);
-                    }
-                    match (name.as_str(), value) {
-                        ("pattern", Value::String(pattern)) => self.pattern(pattern),
-                        ("patternProperties", Value::Object(patterns)) => {
-                            patterns.keys().for_each(|pattern| self.pattern(pattern));
-                        }
-                        _ => {}
-                    }
-                    self.text(name);
-                    self.schema(value)
-                })
+                fields.iter().try_for_each(|(name, value)| self.field(name, value))
             }
             Value::String(text) => {
                 self.text(text);
@@ -139,6 +119,26 @@ impl Cost {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Counts in a field of an object of a schema.
+    fn field(&mut self, name: &str, value: &Value) -> Result<(), String> {
+        let entries = value.as_array().map(Vec::len).or_else(|| value.as_object().map(serde_json::Map::len));
+        let bound = MAX_ENTRIES.iter().find(|(known, _)| *known == name);
+        if let (Some((_, most)), Some(entries)) = (bound, entries) {
+            within(entries, *most, &format!("entries in {name}"))?;
+            self.entries += entries;
+        }
+        match (name, value) {
+            ("multipleOf", number) => self.multiples += without_point(number),
+            ("pattern", Value::String(pattern)) => self.pattern(pattern),
+            ("patternProperties", Value::Object(patterns)) => {
+                patterns.keys().for_each(|pattern| self.pattern(pattern));
+            }
+            _ => {}
+        }
+        self.text(name);
+        self.schema(value)
     }
 
     fn pattern(&mut self, pattern: &str) {
