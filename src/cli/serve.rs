@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use aotron::backend::select;
+use aotron::memory::total_memory_bytes;
 use aotron::runtime::Model;
 use aotron::serve::{LogFormat, ModelSource, ServeEvent, ServeOptions, Server, StopSignal, TlsFiles, UnknownFields};
 use clap::ValueEnum;
@@ -189,7 +190,10 @@ impl Flags {
     fn check(&self, path: &Path) -> anyhow::Result<()> {
         let engine = self.engine(path);
         let package = engine.package()?;
-        if self.slots.is_none() && self.device.is_none() {
+        if let Some(choice) = &self.chat_format {
+            package.text(Some(choice))?;
+        }
+        if self.slots.is_none() && self.device.is_none() && self.target.is_none() {
             return Ok(());
         }
         let selection = select(&package, &engine.options(1))?;
@@ -236,6 +240,11 @@ impl Flags {
 
     fn options(&self) -> anyhow::Result<ServeOptions> {
         let seconds = |n: usize| Duration::from_secs(n as u64);
+        let memory = total_memory_bytes().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(usize::MAX);
+        if self.prefix_cache.is_some_and(|bytes| bytes > memory) {
+            let memory = memory >> 20;
+            return Err(usage(format!("--prefix-cache takes memory, of which this machine has {memory} MiB")));
+        }
         Ok(ServeOptions {
             host: self.host.clone(),
             port: self.port,

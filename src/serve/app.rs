@@ -96,7 +96,9 @@ impl App {
             let mut names = source.names.clone();
             names.push(folder_name(&source.path));
             if let Some(twin) = names.iter().find(|name| models.iter().any(|model| model.answers_to(name))) {
-                let message = format!("two models are named {twin}; name one of them with --served-model-name");
+                let message = format!(
+                    "two models are named {twin}, after their folders; rename one of the folders, or link to it by another name"
+                );
                 return Err(Error::Serve(message));
             }
             let name = names.first().cloned().unwrap_or_default();
@@ -210,12 +212,13 @@ impl App {
     /// Runs work on a text, such as rendering and encoding a prompt, on a blocking thread.
     ///
     /// # Errors
-    /// Those of the work.
+    /// Those of the work; 504 if that takes as long as a request may.
     pub async fn encode<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        App::on_blocking_thread(&self.encodings, work).await
+        let encoded = App::on_blocking_thread(&self.encodings, work);
+        tokio::time::timeout(self.options.request_timeout, encoded).await.unwrap_or_else(|_| Err(ApiError::timed_out()))
     }
 
     /// Parses a large body on a blocking thread.
@@ -451,10 +454,12 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
         json!({ "name": model.name(), "state": state })
     };
     let is_ready = app.is_ready();
-    let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let models: Vec<_> = app.models.iter().map(model).collect();
     let body = json!({ "ready": is_ready, "draining": app.is_draining(), "models": models });
-    (status, Json(body)).into_response()
+    match is_ready {
+        true => Json(body).into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], Json(body)).into_response(),
+    }
 }
 
 async fn version() -> Response {

@@ -328,6 +328,9 @@ fn the_beginning_of_an_answer_is_continued() {
     let ids = server.post("/tokenize", &body).ok()["tokens"].clone();
     let text = server.post("/detokenize", &json!({ "tokens": ids })).ok()["prompt"].as_str().unwrap().to_owned();
     assert!(text.ends_with(begun), "{text}");
+    let refused = server.post("/detokenize", &json!({ "tokens": [1, 4_000_000_000u32] }));
+    assert_eq!(refused.json()["error"]["param"], "tokens");
+    assert!(refused.refused(400).contains("cannot be decoded: id 4000000000 has no piece"), "{}", refused.text());
     for (field, value, words) in [
         ("add_generation_prompt", json!(true), "must be false"),
         ("continue_final_message", json!(false), "can be false"),
