@@ -1,12 +1,12 @@
 # demo: build the program, build tiny-chat into an engine package, chat with it, and say how to serve it
 # test: run all tests that do not need a GPU; the last line lists the skipped ones
 # test-cpus: the same, once per instruction set of this machine
-# check: formatting, lints, tests, documentation, dependencies, and half a minute of fuzzing per reader
+# check: formatting, lints, tests, documentation, dependencies, and ten seconds of fuzzing per reader
 # dist: the distributable program, dist/aotron, with its symbols and line numbers beside it
 # tensorrt: download the TensorRT for RTX library into your data folder (95 MB from PyPI; no GPU needed, but Python with
 #           pip); CUDA=12 for drivers before 580, TENSORRT_DIR=folder to put it elsewhere
 # bench: tokens per second of an engine (ENGINE=folder), by default tiny-chat
-# fuzz: one fuzz target (TARGET=tar) for SECONDS=1200; fuzz-all: all of them, two at a time; fuzz-smoke: 30 seconds each
+# fuzz: one fuzz target (TARGET=tar) for SECONDS=1200; fuzz-all: all of them, two at a time; fuzz-smoke: 10 seconds each
 
 AOTRON := target/release/aotron
 TINY_CHAT := engines/tiny-chat
@@ -65,7 +65,7 @@ fuzz-all: fuzz-build
 	printf '%s\n' $(FUZZ_TARGETS) | xargs -P 2 -I TARGET fuzz/run.sh run TARGET $(SECONDS)
 
 fuzz-smoke: fuzz-build
-	printf '%s\n' $(FUZZ_TARGETS) | xargs -P 2 -I TARGET fuzz/run.sh run TARGET 30 -seed=1
+	printf '%s\n' $(FUZZ_TARGETS) | xargs -P 2 -I TARGET fuzz/run.sh run TARGET 10 -seed=1
 
 tensorrt:
 	python3 tools/fetch_tensorrt.py $(if $(CUDA),--cuda $(CUDA)) $(TENSORRT_DIR)

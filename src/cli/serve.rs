@@ -1,11 +1,13 @@
 //! `aotron serve`: the HTTP server.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use aotron::backend::select;
+use aotron::memory::total_memory_bytes;
 use aotron::runtime::Model;
 use aotron::serve::{LogFormat, ModelSource, ServeEvent, ServeOptions, Server, StopSignal, TlsFiles, UnknownFields};
 use clap::ValueEnum;
@@ -188,7 +190,10 @@ impl Flags {
     fn check(&self, path: &Path) -> anyhow::Result<()> {
         let engine = self.engine(path);
         let package = engine.package()?;
-        if self.slots.is_none() && self.device.is_none() {
+        if let Some(choice) = &self.chat_format {
+            package.text(Some(choice))?;
+        }
+        if self.slots.is_none() && self.device.is_none() && self.target.is_none() {
             return Ok(());
         }
         let selection = select(&package, &engine.options(1))?;
@@ -235,6 +240,11 @@ impl Flags {
 
     fn options(&self) -> anyhow::Result<ServeOptions> {
         let seconds = |n: usize| Duration::from_secs(n as u64);
+        let memory = total_memory_bytes().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(usize::MAX);
+        if self.prefix_cache.is_some_and(|bytes| bytes > memory) {
+            let memory = memory >> 20;
+            return Err(usage(format!("--prefix-cache takes memory, of which this machine has {memory} MiB")));
+        }
         Ok(ServeOptions {
             host: self.host.clone(),
             port: self.port,
@@ -271,11 +281,14 @@ impl Flags {
     fn api_keys(&self) -> anyhow::Result<Vec<String>> {
         let mut keys = self.api_key.clone();
         if let Some(path) = &self.api_key_file {
-            let bytes = std::fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
-            if bytes > MAX_KEY_FILE_BYTES {
-                bail!("{} has {bytes} bytes; a file of API keys has at most {MAX_KEY_FILE_BYTES}", path.display());
+            let cannot_read = || format!("cannot read {}", path.display());
+            let mut text = String::new();
+            let file = std::fs::File::open(path).with_context(cannot_read)?;
+            // What is no regular file has no length of its own.
+            file.take(MAX_KEY_FILE_BYTES + 1).read_to_string(&mut text).with_context(cannot_read)?;
+            if text.len() as u64 > MAX_KEY_FILE_BYTES {
+                bail!("{} is too long; a file of API keys has at most {MAX_KEY_FILE_BYTES} bytes", path.display());
             }
-            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
             let before = keys.len();
             keys.extend(lines.map(str::to_owned));

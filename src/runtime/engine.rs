@@ -23,6 +23,9 @@ mod options;
 #[cfg(test)]
 mod tests;
 
+/// Stack of the engine's thread, of which only what is used takes memory.
+const STACK_BYTES: usize = 64 << 20;
+
 /// The requests that an engine still serves after it was told to stop. New ones are refused in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DrainMode {
@@ -193,6 +196,8 @@ impl Engine {
         let worker = Worker { shared: shared.clone(), batcher, running: HashMap::new() };
         let thread = std::thread::Builder::new()
             .name("aotron-engine".into())
+            // A constraint on an answer may recurse as deep as its source is long.
+            .stack_size(STACK_BYTES)
             .spawn(move || worker.live())
             .map_err(|error| Error::Request(format!("cannot start the engine's thread: {error}")))?;
         Ok(Engine { handle: EngineHandle { shared }, thread: Some(thread) })
@@ -312,8 +317,12 @@ impl EngineHandle {
     pub fn status(&self) -> EngineStatus {
         let state = self.shared.lock();
         // Queued requests count as running while there are fewer requests than slots, because they are about to get
-        // one.
-        let running = state.outstanding.min(self.shared.limits.slots);
+        // one; unless there are slots that some of them may not have.
+        let candidates = match self.shared.max_running_per_client {
+            usize::MAX => state.outstanding,
+            _ => state.outstanding.saturating_sub(state.queue.len()),
+        };
+        let running = candidates.min(self.shared.limits.slots);
         let (queued, kv_tokens) = (state.outstanding - running, state.kv_tokens);
         EngineStatus { running, queued, kv_tokens, prefix_cache: state.prefix_cache, is_open: state.is_open() }
     }
@@ -444,13 +453,15 @@ impl Worker {
                 let id = self.batcher.enqueue(generation);
                 self.running.insert(id, Running { number, client, sink });
             }
-            for (id, event) in self.batcher.step() {
-                self.deliver(id, event);
-            }
+            let events = self.batcher.step();
             let (kv_tokens, prefix_cache) = (self.batcher.active_tokens(), self.batcher.prefix_cache_status());
             let mut state = self.shared.lock();
             (state.kv_tokens, state.prefix_cache) = (kv_tokens, prefix_cache);
             drop(state);
+            // After that, so that whoever has its answer finds the load without it.
+            for (id, event) in events {
+                self.deliver(id, event);
+            }
             if self.batcher.is_lost() {
                 return Some(": its device is lost".into());
             }

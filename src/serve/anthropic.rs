@@ -16,7 +16,7 @@ use super::body::{Accepted, ParsedBody, name_ignored, object_or_null, read_json}
 use super::error::ApiError;
 use super::grammar::{AnswerForm, ResponseFormat};
 use super::openai::{
-    Chunks, Fields, Gone, check_lengths, check_stops, check_tools, conversation, ends_with_answer, stream,
+    Chunks, Fields, Gone, check_limit, check_stops, check_tools, conversation, ends_with_answer, stream,
 };
 use crate::runtime::{Completion, Event, FinishReason, GenerationRequest, SamplingParams, StopMatch};
 
@@ -169,7 +169,7 @@ pub(super) async fn create(
     let Some(max_tokens) = body.max_tokens else {
         return Err(ApiError::of_field("max_tokens", "max_tokens is missing; expected at least 1").into());
     };
-    check_lengths(("", None), ("max_tokens", Some(max_tokens)), false)?;
+    check_limit("max_tokens", Some(max_tokens))?;
     check_stops("stop_sequences", body.stop_sequences.as_deref().unwrap_or_default())?;
     let mut request = body.conversation(&app, &model).await?.max_tokens(max_tokens);
     let default = SamplingParams::from(&model.model.package().manifest().generation);

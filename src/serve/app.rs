@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
@@ -26,6 +26,13 @@ use crate::text::{ChatFormat, Tokenizer};
 
 /// Prompts that are rendered and encoded at once.
 const CONCURRENT_ENCODINGS: usize = 4;
+/// Large bodies that are parsed at once; a parsed one may take many times its size.
+const CONCURRENT_PARSES: usize = 2;
+/// Forms that are compiled at once. They wait for each other, and nobody else does.
+const CONCURRENT_COMPILATIONS: usize = 2;
+/// Longest wait for the compilation of a form, and for its turn. It cannot be stopped, so one that takes longer keeps others
+/// from being compiled until it ends.
+const COMPILATION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest request id taken from a client.
 pub(super) const MAX_REQUEST_ID: usize = 128;
 
@@ -35,7 +42,9 @@ pub(super) struct App {
     models: Vec<ServedModel>,
     metrics: Metrics,
     hear: HearServer,
-    encodings: Semaphore,
+    encodings: Arc<Semaphore>,
+    parses: Arc<Semaphore>,
+    compilations: Arc<Semaphore>,
     is_draining: AtomicBool,
     log: access::AccessLog,
     /// Requests whose responses are not over.
@@ -87,7 +96,9 @@ impl App {
             let mut names = source.names.clone();
             names.push(folder_name(&source.path));
             if let Some(twin) = names.iter().find(|name| models.iter().any(|model| model.answers_to(name))) {
-                let message = format!("two models are named {twin}; name one of them with --served-model-name");
+                let message = format!(
+                    "two models are named {twin}, after their folders; rename one of the folders, or link to it by another name"
+                );
                 return Err(Error::Serve(message));
             }
             let name = names.first().cloned().unwrap_or_default();
@@ -97,7 +108,9 @@ impl App {
         match models.is_empty() {
             true => Err(Error::Serve("there is no model to serve".into())),
             false => {
-                let encodings = Semaphore::new(CONCURRENT_ENCODINGS);
+                let encodings = Arc::new(Semaphore::new(CONCURRENT_ENCODINGS));
+                let parses = Arc::new(Semaphore::new(CONCURRENT_PARSES));
+                let compilations = Arc::new(Semaphore::new(CONCURRENT_COMPILATIONS));
                 let (is_draining, in_flight) = (AtomicBool::new(false), AtomicUsize::new(0));
                 Ok(App {
                     options,
@@ -105,6 +118,8 @@ impl App {
                     metrics,
                     hear,
                     encodings,
+                    parses,
+                    compilations,
                     is_draining,
                     log: access::AccessLog::start(),
                     in_flight,
@@ -197,21 +212,43 @@ impl App {
     /// Runs work on a text, such as rendering and encoding a prompt, on a blocking thread.
     ///
     /// # Errors
-    /// Those of the work.
+    /// Those of the work; 504 if that takes as long as a request may.
     pub async fn encode<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        let permit = self.encodings.acquire().await;
-        let done = tokio::task::spawn_blocking(work).await;
-        drop(permit);
-        done.unwrap_or_else(|_| Err(ApiError::internal()))
+        let encoded = App::on_blocking_thread(&self.encodings, work);
+        tokio::time::timeout(self.options.request_timeout, encoded).await.unwrap_or_else(|_| Err(ApiError::timed_out()))
+    }
+
+    /// Parses a large body on a blocking thread.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub async fn parse_large<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        App::on_blocking_thread(&self.parses, work).await
+    }
+
+    /// Runs work once there is a permit for it, which it holds to its end even if nobody waits for it any more.
+    async fn on_blocking_thread<T: Send + 'static>(
+        permits: &Arc<Semaphore>,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let permit = permits.clone().acquire_owned().await;
+        let done = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        });
+        done.await.unwrap_or_else(|_| Err(ApiError::internal()))
     }
 
     /// Gives a request the form that one of its fields asks for, if it does.
     ///
     /// # Errors
-    /// 400 naming the field.
+    /// 400 naming the field; 503 if it takes too long, or those before it do.
     pub async fn give_form(
         &self,
         model: &OpenedModel,
@@ -221,7 +258,12 @@ impl App {
         let Some((form, field)) = form else { return Ok(()) };
         let no_tokenizer = || ApiError::of_field(field, "this model has no tokenizer, so its answers have no form");
         let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-        request.grammar = Some(self.encode(move || grammars.compile(form, field)).await?);
+        let compiled = App::on_blocking_thread(&self.compilations, move || grammars.compile(form, field));
+        let compiled = tokio::time::timeout(COMPILATION_TIMEOUT, compiled).await.unwrap_or_else(|_| {
+            let words = "the form of the answer cannot be compiled in time, or others take long; try a simpler one";
+            Err(ApiError::unavailable(words, 5).or_of_field(field))
+        });
+        request.grammar = Some(compiled?);
         // Spaces around it may belong to the form.
         request.trim = false;
         Ok(())
@@ -412,10 +454,12 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
         json!({ "name": model.name(), "state": state })
     };
     let is_ready = app.is_ready();
-    let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let models: Vec<_> = app.models.iter().map(model).collect();
     let body = json!({ "ready": is_ready, "draining": app.is_draining(), "models": models });
-    (status, Json(body)).into_response()
+    match is_ready {
+        true => Json(body).into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], Json(body)).into_response(),
+    }
 }
 
 async fn version() -> Response {

@@ -18,14 +18,16 @@ use super::options::UnknownFields;
 
 /// Most unknown fields that are named in a reply.
 const NAMED_FIELDS: usize = 16;
+/// Bodies larger than this are parsed beside the threads that serve connections.
+const LARGE_BODY_BYTES: usize = 256 << 10;
 
-/// A value that is accepted, whatever it is, and has no effect. (`IgnoredAny` would count as an unknown field.)
+/// A value that is accepted, whatever it is, and has no effect. It is optional, by which it is told from an unknown field.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Accepted;
 
 impl<'de> Deserialize<'de> for Accepted {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Accepted, D::Error> {
-        serde_json::Value::deserialize(deserializer).map(|_| Accepted)
+        serde::de::IgnoredAny::deserialize(deserializer).map(|_| Accepted)
     }
 }
 
@@ -118,9 +120,16 @@ pub(super) struct ParsedBody<T> {
 ///
 /// # Errors
 /// As [`read_bytes`], and 400 naming the field that is wrong or, if the server is to reject them, unknown.
-pub(super) async fn read_json<T: DeserializeOwned>(app: &App, request: Request) -> Result<ParsedBody<T>, ApiError> {
+pub(super) async fn read_json<T: DeserializeOwned + Send + 'static>(
+    app: &App,
+    request: Request,
+) -> Result<ParsedBody<T>, ApiError> {
     let bytes = read_bytes(app, request).await?;
-    parse(&bytes, app.options().unknown_fields)
+    let unknown = app.options().unknown_fields;
+    match bytes.len() > LARGE_BODY_BYTES {
+        true => app.parse_large(move || parse(&bytes, unknown)).await,
+        false => parse(&bytes, unknown),
+    }
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8], unknown: UnknownFields) -> Result<ParsedBody<T>, ApiError> {

@@ -155,6 +155,11 @@ impl ApiError {
         ApiError::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
     }
 
+    /// A request that has taken as long as the server allows.
+    pub fn timed_out() -> ApiError {
+        ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", Error::DeadlineExceeded.to_string())
+    }
+
     /// A failure of the server. Its details belong into the log, not to the client.
     pub fn internal() -> ApiError {
         let message = "the server failed to answer; its log has the reason under this request id";
@@ -205,9 +210,7 @@ impl From<&Error> for ApiError {
                 ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", error.to_string())
             },
             Error::EngineStopped { .. } => ApiError::unavailable("the server is stopping", 5),
-            error @ Error::DeadlineExceeded => {
-                ApiError::new(StatusCode::GATEWAY_TIMEOUT, "timeout_error", error.to_string())
-            }
+            Error::DeadlineExceeded => ApiError::timed_out(),
             Error::Numerics(_) => {
                 let message = "the model computed numbers that are not finite for this request";
                 ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)

@@ -236,7 +236,10 @@ impl Grammars {
         let special: std::collections::HashSet<u32> = self.tokenizer.markers().into_iter().map(|(_, id)| id).collect();
         let word = |id: u32| {
             let bytes = self.tokenizer.token_bytes(id).unwrap_or_default();
-            let is_text = !bytes.is_empty() && !special.contains(&id) && !self.tokenizer.is_control(id);
+            // What ends an answer is no text, though a tokenizer may have `</s>` among its plain pieces: a string of JSON
+            // would allow it, and the answer end inside.
+            let is_end = self.stop_ids.contains(&id);
+            let is_text = !bytes.is_empty() && !is_end && !special.contains(&id) && !self.tokenizer.is_control(id);
             match is_text {
                 true => bytes.to_vec(),
                 false => [&[TokTrie::SPECIAL_TOKEN_MARKER], format!("<{id}>").as_bytes()].concat(),

@@ -137,6 +137,10 @@ pub struct Server {
     sources: Vec<ModelSource>,
 }
 
+/// Stack of a thread, of which only what is used takes memory. Compiling a form recurses once for each rule, definition or
+/// piece of a regular expression that leads to the next: 2 to 8 KiB each, and its source is bounded (`grammar::cost`).
+const STACK_BYTES: usize = 256 << 20;
+
 impl Server {
     /// Binds the addresses; nothing is answered before [`Server::run`].
     ///
@@ -153,6 +157,7 @@ impl Server {
             .worker_threads(options.io_threads)
             .max_blocking_threads(options.io_threads + 8)
             .thread_name("aotron-serve")
+            .thread_stack_size(STACK_BYTES)
             .enable_all()
             .build()
             .map_err(serve_error("cannot start the server's threads"))?;

@@ -172,6 +172,8 @@ fn a_second_signal_and_a_kill_end_it_at_once_and_it_starts_again() {
     server.wait_for("running requests", || server.metric("vllm:num_requests_running") > 0.0);
     server.signal("TERM");
     server.wait_for("draining", || server.log().contains("stopping"));
+    let ready = server.get("/ready");
+    assert_eq!((ready.status, ready.header("retry-after")), (503, Some("1")));
     server.signal("TERM");
     assert_eq!(server.wait().code(), Some(130));
     let server = Server::start(&[]);

@@ -328,6 +328,9 @@ fn the_beginning_of_an_answer_is_continued() {
     let ids = server.post("/tokenize", &body).ok()["tokens"].clone();
     let text = server.post("/detokenize", &json!({ "tokens": ids })).ok()["prompt"].as_str().unwrap().to_owned();
     assert!(text.ends_with(begun), "{text}");
+    let refused = server.post("/detokenize", &json!({ "tokens": [1, 4_000_000_000u32] }));
+    assert_eq!(refused.json()["error"]["param"], "tokens");
+    assert!(refused.refused(400).contains("cannot be decoded: id 4000000000 has no piece"), "{}", refused.text());
     for (field, value, words) in [
         ("add_generation_prompt", json!(true), "must be false"),
         ("continue_final_message", json!(false), "can be false"),
@@ -412,5 +415,25 @@ fn a_conversation_that_lost_its_slot_is_found_in_the_prefix_cache() {
             line.starts_with("aotron_prefix_cache_reused_tokens_total") && line.contains("source=\"blocks\"")
         });
         assert!(of_blocks.unwrap().ends_with(&format!(" {found}")), "{metrics}");
+    }
+}
+
+/// tiny-chat's tokenizer has `</s>` among its plain pieces.
+#[test]
+fn json_that_is_said_to_be_complete_is() {
+    let server = Server::start(&[]);
+    let schema = json!({ "type": "object", "properties": { "name": { "type": "string" } }, "required": ["name"] });
+    for format in [
+        json!({ "type": "json_schema", "json_schema": { "name": "x", "schema": schema } }),
+        json!({ "type": "json_object" }),
+    ] {
+        let body = json!({ "messages": [user(QUESTION)], "response_format": format, "max_tokens": 60, "n": 32,
+            "temperature": 1.0, "seed": 5 });
+        let reply = server.post("/v1/chat/completions", &body).ok();
+        for choice in reply["choices"].as_array().unwrap() {
+            let text = choice["message"]["content"].as_str().unwrap();
+            let is_json = serde_json::from_str::<Value>(text).is_ok();
+            assert!(choice["finish_reason"] == "length" || is_json, "{text}");
+        }
     }
 }

@@ -53,6 +53,7 @@ fn refusals_name_the_field_that_was_sent() {
         ),
         (json!({ "top_logprobs": 21 }), "top_logprobs", "top_logprobs is 21; expected 0 to 20"),
         (json!({ "temperature": "hot" }), "temperature", "expected a number"),
+        (json!({ "cache_salt": "s".repeat(2000) }), "cache_salt", "cache_salt has 2000 bytes"),
         (json!({ "logit_bias": { "5": 200 } }), "logit_bias", "expected -100 to 100"),
         (json!({ "stream": true, "stream_options": [true] }), "stream_options", "expected an object"),
         (json!({ "response_format": ["json_object"] }), "response_format", "expected an object"),
@@ -152,5 +153,39 @@ fn a_form_that_ends_nowhere_or_takes_long_is_refused_alone() {
         assert!(message.contains("the form of the answer"), "{message}");
         assert!(!message.contains("NoExtension"), "{message}");
         drop(slow);
+    }
+}
+
+/// Definitions, rules and terminals that lead to each other recurse in the compiler; each of these once ended the process.
+#[test]
+fn forms_of_long_chains_hurt_nobody() {
+    let server = Server::start(&[]);
+    let chain = |count: usize, link: &dyn Fn(usize) -> Value| {
+        let mut definitions: Map<String, Value> = (0..count).map(|n| (format!("a{n}"), link(n + 1))).collect();
+        definitions.insert(format!("a{count}"), json!({ "type": "string" }));
+        let schema = json!({ "$defs": definitions, "$ref": "#/$defs/a0" });
+        json!({ "response_format": { "type": "json_schema", "json_schema": { "schema": schema } } })
+    };
+    let to = |n: usize| json!({ "$ref": format!("#/$defs/a{n}") });
+    let lines = |first: &str, count: usize, line: &dyn Fn(usize) -> String| {
+        let lines: Vec<String> = (0..count).map(line).collect();
+        json!({ "structured_outputs": { "grammar": format!("start: {first}0\n{}\n{first}{count}: \"a\"", lines.join("\n")) } })
+    };
+    for fields in [
+        chain(700, &|n| json!({ "type": "object", "properties": { "x": to(n) }, "required": ["x"] })),
+        chain(1000, &|n| json!({ "type": "array", "items": to(n) })),
+        chain(900, &|n| json!({ "anyOf": [to(n), { "type": "null" }] })),
+        chain(1000, &|n| json!({ "allOf": [to(n)] })),
+        chain(1700, &|n| to(n)),
+        lines("r", 3500, &|n| format!("r{n}: r{} | \"0\"", n + 1)),
+        lines("T", 3500, &|n| format!("T{n}: T{} \"a\"", n + 1)),
+        json!({ "structured_outputs": { "regex": "a?".repeat(2000) } }),
+        json!({ "structured_outputs": { "grammar": format!("start: {}\"a\"{}", "(".repeat(20_000), ")".repeat(20_000)) } }),
+    ] {
+        let mut body = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 3 });
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let status = server.post("/v1/chat/completions", &body).status;
+        assert!([200, 400, 503].contains(&status), "{status} {}", &body.to_string()[..300]);
+        server.post("/v1/completions", &json!({ "prompt": "What is", "max_tokens": 2 })).ok();
     }
 }

@@ -9,8 +9,11 @@ use llguidance::CancellationHandle;
 /// Longest time for one token.
 const MAX_STEP: Duration = Duration::from_millis(100);
 /// Time for each token on average, over all of an answer's, and what the first ones may take besides.
-const TIME_PER_TOKEN: Duration = Duration::from_millis(10);
-const ALLOWANCE: Duration = Duration::from_millis(500);
+const TIME_PER_TOKEN: Duration = Duration::from_millis(5);
+const ALLOWANCE: Duration = Duration::from_millis(300);
+/// What the masks of all answers together may take besides half of the time: beyond it, those that take more than their
+/// share are ended.
+const COMMON_ALLOWANCE: Duration = Duration::from_millis(200);
 /// Interval at which what is being computed is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -25,6 +28,19 @@ struct Current {
     /// What is being computed, and since when. A model's masks are computed by one thread.
     work: Option<(Instant, CancellationHandle)>,
     has_thread: bool,
+    /// Time that masks took, less half of the time that has passed, and when that was reckoned.
+    common: Duration,
+    reckoned: Option<Instant>,
+}
+
+impl Current {
+    /// Adds what a mask has taken; returns true if it is too much for all of them together.
+    fn add(&mut self, now: Instant, taken: Duration) -> bool {
+        let passed = self.reckoned.map_or(Duration::ZERO, |then| now.saturating_duration_since(then));
+        self.reckoned = Some(now);
+        self.common = self.common.saturating_sub(passed / 2).saturating_add(taken);
+        self.common > COMMON_ALLOWANCE
+    }
 }
 
 impl Watch {
@@ -83,8 +99,12 @@ impl Budget {
         let started = Instant::now();
         self.watch.lock().work = self.handle.clone().map(|handle| (started, handle));
         let done = work();
-        self.watch.lock().work = None;
-        self.left = self.left.checked_sub(started.elapsed())?;
-        Some(done)
+        let (now, taken) = (Instant::now(), started.elapsed());
+        let mut current = self.watch.lock();
+        current.work = None;
+        let is_too_much = current.add(now, taken);
+        drop(current);
+        self.left = self.left.checked_sub(taken)?;
+        (!is_too_much || taken <= TIME_PER_TOKEN).then_some(done)
     }
 }

@@ -147,7 +147,7 @@ async fn submit(
     let known = ["stream", "id", "pad_id", "end_id"];
     ignored.extend(settings.other.keys().filter(|key| !known.contains(&key.as_str())).map(crate::error::clip));
     let max_tokens = settings.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-    check_lengths(("min_length", settings.min_length), ("max_tokens", Some(max_tokens)), true)?;
+    check_lengths(("min_length", settings.min_length), ("max_tokens", Some(max_tokens)))?;
     let stops = settings.stop_words.map_or_else(Vec::new, OneOrMany::into_vec);
     let ids = {
         let model = model.clone();

@@ -12,7 +12,9 @@ use uuid::Uuid;
 
 use super::logprobs::{ChatLogprob, of_chat};
 use super::messages::{Fields, conversation, final_message_continues};
-use super::settings::{MAX_CHOICES, check_lengths, check_tools, check_top_logprobs, for_choice, text_request};
+use super::settings::{
+    MAX_CHOICES, check_lengths, check_limit, check_tools, check_top_logprobs, for_choice, text_request,
+};
 use super::{Chunks, Gone, Usage, finish_reason, now, stop_reason, stream};
 use crate::runtime::{Completion, Event, GenerationRequest, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
@@ -250,7 +252,8 @@ async fn prepare(app: &App, context: RequestContext, mut body: ChatRequest) -> R
     }
     let max_tokens = body.max_completion_tokens.or(body.max_tokens);
     let limit = if body.max_completion_tokens.is_some() { "max_completion_tokens" } else { "max_tokens" };
-    check_lengths(("min_tokens", settings.min_tokens), (limit, max_tokens), false)?;
+    check_limit(limit, max_tokens)?;
+    check_lengths(("min_tokens", settings.min_tokens), (limit, max_tokens))?;
     let continues = final_message_continues(body.continue_final_message, body.add_generation_prompt, &body.messages)?;
     let request = conversation(app, &model, body.messages, Fields::MESSAGES, continues)
         .await?
@@ -278,12 +281,10 @@ impl Prepared {
         stop_reason(completion, &self.model.format.stop_ids(), &self.model.format.chat_stop_strings())
     }
 
-    /// Log-probabilities of tokens; the one that ended the answer has no text, so it is left out.
+    /// Log-probabilities of tokens, if they are wanted.
     fn logprobs(&self, reports: &[TokenReport]) -> Option<ChatLogprobs> {
         let tokenizer = self.model.model.tokenizer().filter(|_| self.wanted.logprobs)?;
-        let is_shown = |report: &&TokenReport| !self.request.stop_ids.contains(&report.id);
-        let content = reports.iter().filter(is_shown).filter_map(|report| of_chat(tokenizer, report)).collect();
-        Some(ChatLogprobs { content })
+        Some(ChatLogprobs { content: of_chat(tokenizer, reports, &self.request.stop_ids) })
     }
 
     fn token_ids(&self, reports: &[TokenReport]) -> Option<Vec<u32>> {

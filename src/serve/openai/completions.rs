@@ -156,7 +156,7 @@ async fn prepare(app: &App, context: RequestContext, mut body: CompletionRequest
         return Err(ApiError::unsupported("best_of", format!("best_of is {best_of}; expected n, which is {choices}")));
     }
     let max_tokens = body.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
-    check_lengths(("min_tokens", settings.min_tokens), ("max_tokens", Some(max_tokens)), true)?;
+    check_lengths(("min_tokens", settings.min_tokens), ("max_tokens", Some(max_tokens)))?;
     let adds = body.add_special_tokens.unwrap_or(false);
     let prompts: Vec<Prompt> = match body.prompt {
         Prompts::Text(text) => vec![Prompt::Text(text)],

@@ -49,8 +49,15 @@ pub(in crate::serve) struct TopLogprob {
     bytes: Vec<u8>,
 }
 
+/// `logprobs.content` of some tokens, as far as they have log-probabilities. One that ends the answer has no text, so it is
+/// left out.
+pub(super) fn of_chat(tokenizer: &Tokenizer, reports: &[TokenReport], stop_ids: &[u32]) -> Vec<ChatLogprob> {
+    let is_shown = |report: &&TokenReport| !stop_ids.contains(&report.id);
+    reports.iter().filter(is_shown).filter_map(|report| entry(tokenizer, report)).collect()
+}
+
 /// The entry of a token in `logprobs.content`.
-pub(super) fn of_chat(tokenizer: &Tokenizer, report: &TokenReport) -> Option<ChatLogprob> {
+fn entry(tokenizer: &Tokenizer, report: &TokenReport) -> Option<ChatLogprob> {
     let logprobs = report.logprobs.as_ref()?;
     let alternative = |(id, logprob): &(u32, f64)| TopLogprob {
         token: token_text(Some(tokenizer), *id),

@@ -9,7 +9,7 @@ mod settings;
 pub(super) mod tokens;
 
 pub(super) use messages::{Fields, conversation, ends_with_answer, normalized, prompt};
-pub(super) use settings::{OneOrMany, check_lengths, check_stops, check_tools};
+pub(super) use settings::{OneOrMany, check_lengths, check_limit, check_stops, check_tools};
 
 use std::convert::Infallible;
 use std::sync::Arc;

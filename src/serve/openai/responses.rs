@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::logprobs::of_chat;
 use super::messages::{Fields, conversation};
-use super::settings::{check_lengths, check_tools, check_top_logprobs};
+use super::settings::{check_limit, check_tools, check_top_logprobs};
 use super::{Chunks, Gone, now, stream};
 use crate::runtime::{Completion, Event, FinishReason, SamplingParams, TokenReport, TokenReports};
 use crate::serve::access::RequestContext;
@@ -20,7 +20,6 @@ use crate::serve::app::{App, OpenedModel};
 use crate::serve::body::{Accepted, ParsedBody, name_ignored, object_or_null, read_json};
 use crate::serve::error::ApiError;
 use crate::serve::grammar::{AnswerForm, NamedSchema, ResponseFormat};
-use crate::text::Tokenizer;
 
 /// The item of `include` that asks for log-probabilities.
 const INCLUDED_LOGPROBS: &str = "message.output_text.logprobs";
@@ -151,7 +150,7 @@ pub(in crate::serve) async fn create(
     }
     let has_none = body.tool_choice.as_ref().is_some_and(|choice| choice == "none");
     check_tools(body.tools.as_deref(), has_none)?;
-    check_lengths(("", None), ("max_output_tokens", body.max_output_tokens), false)?;
+    check_limit("max_output_tokens", body.max_output_tokens)?;
     let system = body.instructions.clone().filter(|text| !text.is_empty());
     let mut messages: Vec<Value> =
         system.map(|text| json!({ "role": "system", "content": text })).into_iter().collect();
@@ -262,9 +261,7 @@ impl Described {
     /// Log-probabilities of tokens, if they are reported, as in `/v1/chat/completions`.
     fn logprobs(&self, reports: &[TokenReport]) -> Value {
         let tokenizer = self.model.model.tokenizer();
-        let shown = reports.iter().filter(|report| !self.stop_ids.contains(&report.id));
-        let logprobs = |tokenizer: &Arc<Tokenizer>| shown.filter_map(|report| of_chat(tokenizer, report)).collect();
-        json!(tokenizer.map_or_else(Vec::new, logprobs))
+        json!(tokenizer.map_or_else(Vec::new, |tokenizer| of_chat(tokenizer, reports, &self.stop_ids)))
     }
 
     fn status(completion: &Completion) -> &'static str {

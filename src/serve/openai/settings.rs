@@ -14,6 +14,8 @@ use crate::serve::error::ApiError;
 use crate::serve::grammar::AnswerForm;
 use crate::text::MAX_STOP_BYTES;
 
+/// Longest salt: each of a request's answers has a copy.
+const MAX_SALT_BYTES: usize = 1024;
 /// Most answers of one request, all prompts together.
 pub(super) const MAX_CHOICES: usize = 128;
 
@@ -260,6 +262,10 @@ impl Settings {
         request.stop_ids.extend(self.stop_token_ids);
         request.stop_strings.extend(self.stop);
         request.priority = self.priority;
+        if let Some(bytes) = self.cache_salt.as_ref().map(String::len).filter(|bytes| *bytes > MAX_SALT_BYTES) {
+            let words = format!("cache_salt has {bytes} bytes; expected at most {MAX_SALT_BYTES}");
+            return Err(ApiError::of_field("cache_salt", words));
+        }
         request.cache_salt = self.cache_salt;
         request.client = context.client;
         request.deadline = app.deadline();
@@ -306,21 +312,27 @@ pub(in crate::serve) fn check_tools(tools: Option<&[Value]>, is_unused: bool) ->
     }
 }
 
-/// Refuses a limit of no tokens, and one that is below the least number of tokens; each with the name of its field.
+/// Refuses a limit of no tokens.
 ///
 /// # Errors
-/// 400 naming the field, or both.
-pub(in crate::serve) fn check_lengths(
-    least: (&str, Option<usize>),
-    most: (&str, Option<usize>),
-    is_zero_allowed: bool,
-) -> Result<(), ApiError> {
-    let (name, Some(most)) = most else { return Ok(()) };
-    if most == 0 && !is_zero_allowed {
-        return Err(ApiError::of_field(name, format!("{name} is 0; expected at least 1")));
+/// 400 naming the field.
+pub(in crate::serve) fn check_limit(field: &str, most: Option<usize>) -> Result<(), ApiError> {
+    match most {
+        Some(0) => Err(ApiError::of_field(field, format!("{field} is 0; expected at least 1"))),
+        _ => Ok(()),
     }
-    match least {
-        (field, Some(least)) if least > most => {
+}
+
+/// Refuses a limit that is below the least number of tokens; each with the name of its field.
+///
+/// # Errors
+/// 400 naming both.
+pub(in crate::serve) fn check_lengths(
+    (field, least): (&str, Option<usize>),
+    (name, most): (&str, Option<usize>),
+) -> Result<(), ApiError> {
+    match (least, most) {
+        (Some(least), Some(most)) if least > most => {
             Err(ApiError::of_field(field, format!("{field} is {least}, which is more than {name}, which is {most}")))
         }
         _ => Ok(()),

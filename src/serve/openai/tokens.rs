@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::messages::{Fields, final_message_continues, normalized, prompt};
+use crate::error::Error;
 use crate::serve::app::App;
 use crate::serve::body::{ParsedBody, name_ignored, read_json};
 use crate::serve::error::ApiError;
@@ -113,7 +114,14 @@ pub(in crate::serve) async fn detokenize(State(app): State<Arc<App>>, request: R
     if body.tokens.len() > MAX_IDS {
         return Err(ApiError::of_field("tokens", format!("{} tokens; expected at most {MAX_IDS}", body.tokens.len())));
     }
-    let text = app.encode(move || Ok(model.tokenizer()?.decode(&body.tokens)?)).await?;
+    let decoded = app.encode(move || {
+        let decoded = model.tokenizer()?.decode(&body.tokens);
+        decoded.map_err(|error| match error.root() {
+            Error::Tokenizer(words) => ApiError::of_field("tokens", format!("the ids cannot be decoded: {words}")),
+            error => ApiError::from(error),
+        })
+    });
+    let text = decoded.await?;
     // vLLM's name and llama.cpp's.
     let mut response = Json(json!({ "prompt": text, "content": text })).into_response();
     name_ignored(&mut response, &ignored);

@@ -78,6 +78,9 @@ function fieldsOf(schema) {
   return { properties, required };
 }
 
+/** A path that may be broken before its slashes and underscores. @param {string} path @returns {(Node | string)[]} */
+const breakable = (path) => path.split(/(?=[/_])/).flatMap((part, index) => (index ? [element("wbr"), part] : part));
+
 /** A table of an object's fields, or null without any. @param {Json} schema */
 function fields(schema) {
   const { properties, required } = fieldsOf(schema);
@@ -192,7 +195,7 @@ function show() {
     sections.push(element("h2", { id }, name), element("p", {}, ...prose(description)));
     sections.push(...own.map(({ method, path, operation }) => route(method, path, operation)));
     const items = own.map(({ path, operation }) =>
-      element("li", {}, element("a", { href: `#${routeId(operation)}` }, element("code", {}, path))),
+      element("li", {}, element("a", { href: `#${routeId(operation)}` }, element("code", {}, ...breakable(path)))),
     );
     links.push(element("h2", {}, name), element("ul", {}, ...items));
   }
