@@ -16,6 +16,8 @@ use std::marker::PhantomData;
 
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx2;
 use super::{
     Activations, FloatElement, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize,
 };
@@ -29,7 +31,7 @@ pub(super) static F32: Float<f32> = Float(PhantomData);
 pub(super) static BF16: Float<bf16> = Float(PhantomData);
 
 /// Outputs of one panel: four AVX-512 vectors.
-const NR: usize = 64;
+pub(super) const NR: usize = 64;
 /// Rows of `x` in registers at once: 6 × 4 vectors of sums, 4 of weights and 1 of inputs fit 32 registers.
 const MR: usize = 6;
 /// Rows of `x` that one task carries through all its input blocks: their partial sums stay in the L1/L2 caches.
@@ -157,7 +159,7 @@ impl<T: Weight> LinearKernel for Float<T> {
 dispatch! {
     fn tile_f32[](x: RowsRef<'_, f32>, panel: &[f32], sums: &mut [[f32; NR]]) {
         avx512 => tile_body::<x86::F32Avx512, 4>,
-        avx2 => tile_body::<x86::F32Avx2, 1>,
+        avx2 => avx2::tile_body::<f32>,
         portable => tile_body::<portable::F32, 1>,
     }
 }
@@ -166,7 +168,7 @@ dispatch! {
     fn tile_bf16[](x: RowsRef<'_, bf16>, panel: &[bf16], sums: &mut [[f32; NR]]) {
         avx512_bf16 => tile_body::<x86::Bf16Dot, 4>,
         avx512 => tile_body::<x86::Bf16Avx512, 4>,
-        avx2 => tile_body::<x86::Bf16Avx2, 1>,
+        avx2 => avx2::tile_body::<bf16>,
         portable => tile_body::<portable::Bf16, 1>,
     }
 }
@@ -368,8 +370,6 @@ mod x86 {
     pub struct F32Avx512;
     pub struct Bf16Avx512;
     pub struct Bf16Dot;
-    pub struct F32Avx2;
-    pub struct Bf16Avx2;
 
     /// The sums of every AVX-512 type.
     macro_rules! sums_avx512 {
@@ -384,26 +384,6 @@ mod x86 {
             unsafe fn store_sum(sum: __m512, to: *mut f32) {
                 // SAFETY: as above.
                 unsafe { _mm512_storeu_ps(to, sum) }
-            }
-        };
-    }
-
-    /// The sums of every AVX2 type: two halves.
-    macro_rules! sums_avx2 {
-        () => {
-            type Sum = [__m256; 2];
-            #[inline(always)]
-            unsafe fn load_sum(from: *const f32) -> [__m256; 2] {
-                // SAFETY: the caller has 16 elements there.
-                unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
-            }
-            #[inline(always)]
-            unsafe fn store_sum(sum: [__m256; 2], to: *mut f32) {
-                // SAFETY: as above.
-                unsafe {
-                    _mm256_storeu_ps(to, sum[0]);
-                    _mm256_storeu_ps(to.add(8), sum[1]);
-                }
             }
         };
     }
@@ -481,66 +461,6 @@ mod x86 {
         unsafe fn multiply_add(sum: __m512, inputs: [__m512; 2], weights: [__m512; 2]) -> __m512 {
             // SAFETY: the instructions are present.
             unsafe { _mm512_fmadd_ps(inputs[1], weights[1], _mm512_fmadd_ps(inputs[0], weights[0], sum)) }
-        }
-    }
-
-    impl Lanes for F32Avx2 {
-        type Weight = f32;
-        type Weights = [__m256; 2];
-        type Inputs = __m256;
-        sums_avx2!();
-
-        #[inline(always)]
-        unsafe fn load_weights(from: *const f32) -> [__m256; 2] {
-            // SAFETY: the caller has 16 weights there.
-            unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
-        }
-        #[inline(always)]
-        unsafe fn splat_inputs(from: *const f32, _len: usize) -> __m256 {
-            // SAFETY: the caller has an element there.
-            unsafe { _mm256_set1_ps(from.read()) }
-        }
-        #[inline(always)]
-        unsafe fn multiply_add(sum: [__m256; 2], x: __m256, w: [__m256; 2]) -> [__m256; 2] {
-            // SAFETY: the instructions are present.
-            unsafe { [_mm256_fmadd_ps(x, w[0], sum[0]), _mm256_fmadd_ps(x, w[1], sum[1])] }
-        }
-    }
-
-    impl Lanes for Bf16Avx2 {
-        type Weight = bf16;
-        type Weights = [[__m256; 2]; 2];
-        type Inputs = [__m256; 2];
-        sums_avx2!();
-
-        #[inline(always)]
-        unsafe fn load_weights(from: *const bf16) -> [[__m256; 2]; 2] {
-            // SAFETY: the caller has 16 pairs there: two vectors of 8.
-            unsafe {
-                let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-                let (a, b) = (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(16).cast()));
-                let (a0, b0) = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
-                let (a1, b1) = (_mm256_and_si256(a, high), _mm256_and_si256(b, high));
-                [[_mm256_castsi256_ps(a0), _mm256_castsi256_ps(a1)], [_mm256_castsi256_ps(b0), _mm256_castsi256_ps(b1)]]
-            }
-        }
-        #[inline(always)]
-        unsafe fn splat_inputs(from: *const bf16, len: usize) -> [__m256; 2] {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let pair = read_pair(from, len);
-                [_mm256_set1_ps(f32::from_bits(pair << 16)), _mm256_set1_ps(f32::from_bits(pair & 0xffff_0000))]
-            }
-        }
-        #[inline(always)]
-        unsafe fn multiply_add(sum: [__m256; 2], x: [__m256; 2], w: [[__m256; 2]; 2]) -> [__m256; 2] {
-            // SAFETY: the instructions are present.
-            unsafe {
-                [
-                    _mm256_fmadd_ps(x[1], w[0][1], _mm256_fmadd_ps(x[0], w[0][0], sum[0])),
-                    _mm256_fmadd_ps(x[1], w[1][1], _mm256_fmadd_ps(x[0], w[1][0], sum[1])),
-                ]
-            }
         }
     }
 }

@@ -17,7 +17,6 @@
 #![allow(unsafe_code)]
 
 use super::{Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize};
-use crate::backend::cpu::kernels::mul_add;
 use crate::error::Result;
 use crate::isa::{Isa, dispatch};
 use crate::tensor::DType;
@@ -27,7 +26,8 @@ pub(super) static PAIRS: Int4 = Int4;
 
 /// Outputs of one panel: four AVX-512 vectors of sums.
 const NR: usize = 64;
-/// Rows of `x` in registers at once: 4 × 4 vectors of sums, 4 × 2 of inputs and 3 of weights fit 32 registers.
+/// Rows of `x` in registers at once: 4 × 2 vectors of integer sums in two parts, as many of FP32 sums, 4 of weights and 2 of
+/// inputs fit 32 registers.
 const MR: usize = 4;
 /// Rows of `x` that one task carries.
 const MC: usize = 64;
@@ -37,6 +37,8 @@ const QUAD: usize = 4;
 const PAIR: usize = 2 * QUAD;
 /// What is added to a code so that it has no sign.
 const OFFSET: i32 = 8;
+/// Groups whose sums of inputs are kept at once.
+const GROUPS: usize = 64;
 /// The most inputs of a group, whose sum must fit 32 bits.
 const MAX_GROUP: usize = i32::MAX as usize / (128 * 15);
 
@@ -137,149 +139,181 @@ struct Panel<'a> {
 dispatch! {
     /// `sums[r] = Σ_g scales[g] · Σ x[r] · codes`, without the rows' scales.
     fn tile[](x: RowsRef<'_, i8>, panel: Panel<'_>, sums: &mut [[f32; NR]]) {
-        avx512_vnni => tile_body::<x86::Vnni, 4, 4, true>,
-        avx2 => tile_body::<x86::Avx2, 1, 8, true>,
-        portable => tile_body::<Portable, 1, 4, false>,
+        avx512_vnni => tile_body::<x86::Vnni, 2, 4>,
+        avx2 => tile_body::<x86::Avx2, 1, 4>,
+        portable => tile_body::<Portable, 1, 4>,
     }
 }
 
-/// A vector of 32-bit sums, and the products of four bytes that are added to each.
+/// A vector of 32-bit sums, and the products of eight bytes that are added to each.
 trait Nibbles {
     /// Sums in a vector.
     const LANES: usize;
     /// Products of eight inputs that [`Nibbles::Run`] can hold.
     const PAIRS_IN_RUN: usize;
+    /// 32-bit sums of a group.
     type Sums: Copy;
-    /// Sums of a few products, perhaps in fewer bits.
+    /// Sums of a few products, perhaps in fewer bits or in parts.
     type Run: Copy;
+    /// FP32 sums of groups.
+    type Floats: Copy;
     type Weights: Copy;
     type Inputs: Copy;
 
     unsafe fn zero_sums() -> Self::Sums;
-    unsafe fn store_sums(sums: Self::Sums, to: *mut i32);
     unsafe fn zero_run() -> Self::Run;
     unsafe fn add_run(sums: Self::Sums, run: Self::Run) -> Self::Sums;
     /// `LANES` quads of bytes: the low and the high halves.
     unsafe fn load_weights(from: *const [u8; QUAD]) -> [Self::Weights; 2];
-    /// One quad in every lane.
-    unsafe fn splat_inputs(quad: [i8; QUAD]) -> Self::Inputs;
-    unsafe fn add_dots(run: Self::Run, inputs: Self::Inputs, weights: Self::Weights) -> Self::Run;
+    /// Four bytes in every lane.
+    unsafe fn splat_inputs(from: *const i8) -> Self::Inputs;
+    unsafe fn add_dots(run: Self::Run, inputs: [Self::Inputs; 2], weights: [Self::Weights; 2]) -> Self::Run;
+    unsafe fn load_floats(from: *const f32) -> Self::Floats;
+    unsafe fn store_floats(floats: Self::Floats, to: *mut f32);
+    /// `floats + scales · (sums − offset)`
+    unsafe fn add_scaled(floats: Self::Floats, sums: Self::Sums, offset: i32, scales: *const f32) -> Self::Floats;
+    /// `Σ x`
+    fn sum(x: &[i8]) -> i32;
 }
 
-/// Group after group: [`MR`] rows by `VECTORS` vectors of outputs in registers, or one row by `ALONE`, which is the whole
-/// panel, so that it is read once from start to end. The instructions of `N` must be present, which the dispatcher above
-/// sees to.
+/// [`MR`] rows by `VECTORS` vectors of outputs in registers, or one row by `ALONE`. The instructions of `N` must be present,
+/// which the dispatcher above sees to.
 #[inline(always)]
-fn tile_body<N: Nibbles, const VECTORS: usize, const ALONE: usize, const FMA: bool>(
+fn tile_body<N: Nibbles, const VECTORS: usize, const ALONE: usize>(
     x: RowsRef<'_, i8>,
     panel: Panel<'_>,
     sums: &mut [[f32; NR]],
 ) {
-    let inputs = x.width();
-    assert!(panel.pairs.len() == inputs.div_ceil(PAIR));
-    for (index, scales) in panel.scales.iter().enumerate() {
-        let start = index * panel.group;
-        let end = inputs.min(start.saturating_add(panel.group));
-        let pairs = &panel.pairs[start / PAIR..end.div_ceil(PAIR)];
-        for (block, sums) in sums.chunks_mut(MR).enumerate() {
-            let row = |r: usize| &x.row(block * MR + r)[start..end];
-            match sums {
-                [a, b, c, d] => {
-                    let x = [row(0), row(1), row(2), row(3)];
-                    let dots = register_tile::<N, VECTORS, 4>(x, pairs);
-                    add_group::<4, FMA>(x, &dots, scales, [a, b, c, d]);
-                }
-                // A loop, not an iterator's closure: that would be compiled without the dispatcher's instructions.
-                sums => {
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let x = [row(r)];
-                        let dots = register_tile::<N, ALONE, 1>(x, pairs);
-                        add_group::<1, FMA>(x, &dots, scales, [sums]);
-                    }
+    assert!(panel.pairs.len() == x.width().div_ceil(PAIR));
+    for (block, sums) in sums.chunks_mut(MR).enumerate() {
+        let row = |r: usize| x.row(block * MR + r);
+        match sums {
+            [a, b, c, d] => register_tile::<N, VECTORS, 4>([row(0), row(1), row(2), row(3)], panel, [a, b, c, d]),
+            [a, b, c] => register_tile::<N, VECTORS, 3>([row(0), row(1), row(2)], panel, [a, b, c]),
+            [a, b] => register_tile::<N, VECTORS, 2>([row(0), row(1)], panel, [a, b]),
+            // A loop, not an iterator's closure: that would be compiled without the dispatcher's instructions.
+            sums => {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    register_tile::<N, ALONE, 1>([row(r)], panel, [sums]);
                 }
             }
         }
     }
 }
 
-/// Adds a group's sums times its scales, without what [`OFFSET`] added to them.
-#[inline(always)]
-fn add_group<const ROWS: usize, const FMA: bool>(
-    x: [&[i8]; ROWS],
-    dots: &[[i32; NR]; ROWS],
-    scales: &[f32; NR],
-    sums: [&mut [f32; NR]; ROWS],
-) {
-    for ((x, dots), sums) in x.into_iter().zip(dots).zip(sums) {
-        let mut added = 0i32;
-        for code in x {
-            added += i32::from(*code);
-        }
-        for lane in 0..NR {
-            sums[lane] = mul_add::<FMA>((dots[lane] - OFFSET * added) as f32, scales[lane], sums[lane]);
-        }
-    }
-}
-
-/// `ROWS` rows by one panel, `VECTORS` vectors of outputs at a time: `Σ x · (codes + 8)` over a group.
+/// `ROWS` rows by one panel, `VECTORS` vectors of outputs at a time: group after group, in integers, then in FP32.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // indices, not iterators: no closure may come between vectors and registers
 fn register_tile<N: Nibbles, const VECTORS: usize, const ROWS: usize>(
     x: [&[i8]; ROWS],
-    pairs: &[BytePair],
-) -> [[i32; NR]; ROWS] {
-    let whole = x.map(|x| x.as_chunks::<PAIR>().0);
-    let full = whole[0].len();
-    // The last inputs, if they are fewer than eight, with zeros behind them.
-    let rest = x.map(|x| {
-        let mut pair = [0; PAIR];
-        let rest = x.as_chunks::<PAIR>().1;
-        pair[..rest.len()].copy_from_slice(rest);
-        pair
-    });
-    let mut dots = [[0i32; NR]; ROWS];
-    let mut lane = 0;
-    while lane < NR {
-        // SAFETY: `lane + VECTORS * LANES <= NR`, the length of each row of sums and of weights.
-        unsafe {
-            let mut acc = [[N::zero_sums(); VECTORS]; ROWS];
-            let mut k = 0;
-            while k < pairs.len() {
-                let end = pairs.len().min(k + N::PAIRS_IN_RUN);
-                let mut run = [[N::zero_run(); VECTORS]; ROWS];
-                while k < end {
-                    let mut low = [N::splat_inputs([0; QUAD]); ROWS];
-                    let mut high = low;
-                    for r in 0..ROWS {
-                        let [a, b, c, d, e, f, g, h] = if k < full { whole[r][k] } else { rest[r] };
-                        low[r] = N::splat_inputs([a, b, c, d]);
-                        high[r] = N::splat_inputs([e, f, g, h]);
-                    }
-                    let from = pairs[k].as_ptr().add(lane);
+    panel: Panel<'_>,
+    sums: [&mut [f32; NR]; ROWS],
+) {
+    let (inputs, group) = (x[0].len(), panel.group.min(x[0].len()));
+    for first in (0..panel.scales.len()).step_by(GROUPS) {
+        let last = panel.scales.len().min(first + GROUPS);
+        // What the codes' offset adds to each group's sum.
+        let mut offsets = [[0i32; GROUPS]; ROWS];
+        for r in 0..ROWS {
+            for g in first..last {
+                offsets[r][g - first] = OFFSET * N::sum(&x[r][g * group..inputs.min((g + 1) * group)]);
+            }
+        }
+        let mut lane = 0;
+        while lane < NR {
+            // SAFETY: `lane + VECTORS * LANES <= NR`, the length of each row of sums, scales and weights; inputs and pairs are
+            // those of group `g`, the last of which may have fewer inputs, given with zeros behind them.
+            unsafe {
+                let mut floats = [[N::load_floats(sums[0].as_ptr()); VECTORS]; ROWS];
+                for r in 0..ROWS {
                     for v in 0..VECTORS {
-                        let weights = N::load_weights(from.add(v * N::LANES));
+                        floats[r][v] = N::load_floats(sums[r].as_ptr().add(lane + v * N::LANES));
+                    }
+                }
+                for g in first..last {
+                    let (start, end) = (g * group, inputs.min((g + 1) * group));
+                    let whole = (end - start) / PAIR;
+                    let mut acc = [[N::zero_sums(); VECTORS]; ROWS];
+                    let mut from = [x[0].as_ptr(); ROWS];
+                    for r in 0..ROWS {
+                        from[r] = x[r].as_ptr().add(start);
+                    }
+                    add_pairs::<N, VECTORS, ROWS>(&mut acc, from, panel.pairs.as_ptr().add(start / PAIR), whole, lane);
+                    if !(end - start).is_multiple_of(PAIR) {
+                        let rest = x.map(|x| padded(&x[start + whole * PAIR..end]));
                         for r in 0..ROWS {
-                            run[r][v] = N::add_dots(run[r][v], low[r], weights[0]);
-                            run[r][v] = N::add_dots(run[r][v], high[r], weights[1]);
+                            from[r] = rest[r].as_ptr();
+                        }
+                        let pairs = panel.pairs.as_ptr().add(start / PAIR + whole);
+                        add_pairs::<N, VECTORS, ROWS>(&mut acc, from, pairs, 1, lane);
+                    }
+                    for r in 0..ROWS {
+                        for v in 0..VECTORS {
+                            let scales = panel.scales[g].as_ptr().add(lane + v * N::LANES);
+                            floats[r][v] = N::add_scaled(floats[r][v], acc[r][v], offsets[r][g - first], scales);
                         }
                     }
-                    k += 1;
                 }
                 for r in 0..ROWS {
                     for v in 0..VECTORS {
-                        acc[r][v] = N::add_run(acc[r][v], run[r][v]);
+                        N::store_floats(floats[r][v], sums[r].as_mut_ptr().add(lane + v * N::LANES));
                     }
                 }
             }
+            lane += VECTORS * N::LANES;
+        }
+    }
+}
+
+/// The last inputs, fewer than eight, with zeros behind them.
+#[inline(always)]
+fn padded(rest: &[i8]) -> [i8; PAIR] {
+    let mut pair = [0; PAIR];
+    pair[..rest.len()].copy_from_slice(rest);
+    pair
+}
+
+/// Adds the products of `count` times eight inputs of each row with the outputs from `lane` on.
+///
+/// # Safety
+/// Each of `x` has `8 · count` inputs, `pairs` as many byte rows, and `lane + VECTORS · LANES` is at most [`NR`].
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // as above
+unsafe fn add_pairs<N: Nibbles, const VECTORS: usize, const ROWS: usize>(
+    acc: &mut [[N::Sums; VECTORS]; ROWS],
+    x: [*const i8; ROWS],
+    pairs: *const BytePair,
+    count: usize,
+    lane: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut k = 0;
+        while k < count {
+            let end = count.min(k.saturating_add(N::PAIRS_IN_RUN));
+            let mut run = [[N::zero_run(); VECTORS]; ROWS];
+            while k < end {
+                let from = pairs.add(k).cast::<[u8; QUAD]>().add(lane);
+                let mut weights = [N::load_weights(from); VECTORS];
+                for v in 1..VECTORS {
+                    weights[v] = N::load_weights(from.add(v * N::LANES));
+                }
+                for r in 0..ROWS {
+                    let at = x[r].add(k * PAIR);
+                    let inputs = [N::splat_inputs(at), N::splat_inputs(at.add(QUAD))];
+                    for v in 0..VECTORS {
+                        run[r][v] = N::add_dots(run[r][v], inputs, weights[v]);
+                    }
+                }
+                k += 1;
+            }
             for r in 0..ROWS {
                 for v in 0..VECTORS {
-                    N::store_sums(acc[r][v], dots[r].as_mut_ptr().add(lane + v * N::LANES));
+                    acc[r][v] = N::add_run(acc[r][v], run[r][v]);
                 }
             }
         }
-        lane += VECTORS * N::LANES;
     }
-    dots
 }
 
 /// The oracle of the others, and what runs where there are no byte dot products.
@@ -287,20 +321,16 @@ struct Portable;
 
 impl Nibbles for Portable {
     const LANES: usize = 16;
-    const PAIRS_IN_RUN: usize = usize::MAX / 2;
+    const PAIRS_IN_RUN: usize = usize::MAX;
     type Sums = [i32; 16];
     type Run = [i32; 16];
+    type Floats = [f32; 16];
     type Weights = [[u8; QUAD]; 16];
     type Inputs = [i8; QUAD];
 
     #[inline(always)]
     unsafe fn zero_sums() -> [i32; 16] {
         [0; 16]
-    }
-    #[inline(always)]
-    unsafe fn store_sums(sums: [i32; 16], to: *mut i32) {
-        // SAFETY: the caller has 16 sums there.
-        unsafe { to.cast::<[i32; 16]>().write(sums) }
     }
     #[inline(always)]
     unsafe fn zero_run() -> [i32; 16] {
@@ -320,17 +350,43 @@ impl Nibbles for Portable {
         [bytes.map(|quad| quad.map(|byte| byte & 0xf)), bytes.map(|quad| quad.map(|byte| byte >> 4))]
     }
     #[inline(always)]
-    unsafe fn splat_inputs(quad: [i8; QUAD]) -> [i8; QUAD] {
-        quad
+    unsafe fn splat_inputs(from: *const i8) -> [i8; QUAD] {
+        // SAFETY: the caller has four bytes there.
+        unsafe { from.cast::<[i8; QUAD]>().read() }
     }
     #[inline(always)]
-    unsafe fn add_dots(mut run: [i32; 16], inputs: [i8; QUAD], weights: [[u8; QUAD]; 16]) -> [i32; 16] {
-        for (sum, weights) in run.iter_mut().zip(weights) {
-            for (x, w) in inputs.iter().zip(weights) {
-                *sum += i32::from(*x) * i32::from(w);
+    unsafe fn add_dots(mut run: [i32; 16], inputs: [[i8; QUAD]; 2], weights: [[[u8; QUAD]; 16]; 2]) -> [i32; 16] {
+        for (inputs, weights) in inputs.into_iter().zip(weights) {
+            for (sum, weights) in run.iter_mut().zip(weights) {
+                for (x, w) in inputs.iter().zip(weights) {
+                    *sum += i32::from(*x) * i32::from(w);
+                }
             }
         }
         run
+    }
+    #[inline(always)]
+    unsafe fn load_floats(from: *const f32) -> [f32; 16] {
+        // SAFETY: the caller has 16 elements there.
+        unsafe { from.cast::<[f32; 16]>().read() }
+    }
+    #[inline(always)]
+    unsafe fn store_floats(floats: [f32; 16], to: *mut f32) {
+        // SAFETY: as above.
+        unsafe { to.cast::<[f32; 16]>().write(floats) }
+    }
+    #[inline(always)]
+    unsafe fn add_scaled(mut floats: [f32; 16], sums: [i32; 16], offset: i32, scales: *const f32) -> [f32; 16] {
+        // SAFETY: the caller has 16 scales there.
+        let scales = unsafe { scales.cast::<[f32; 16]>().read() };
+        for ((float, sum), scale) in floats.iter_mut().zip(sums).zip(scales) {
+            *float += (sum - offset) as f32 * scale;
+        }
+        floats
+    }
+    #[inline(always)]
+    fn sum(x: &[i8]) -> i32 {
+        x.iter().map(|x| i32::from(*x)).sum()
     }
 }
 
@@ -346,9 +402,25 @@ mod x86 {
     pub struct Avx2;
     pub struct Vnni;
 
+    /// Sums of absolute differences from -128, 32 bytes at a time.
     #[inline(always)]
-    fn bits_of(quad: [i8; QUAD]) -> i32 {
-        i32::from_le_bytes(quad.map(|byte| byte as u8))
+    fn sum_avx2(x: &[i8]) -> i32 {
+        let (blocks, rest) = x.as_chunks::<32>();
+        // SAFETY: the instructions are present, and each block has 32 bytes.
+        let blocks_sum = unsafe {
+            let mut sums = _mm256_setzero_si256();
+            for block in blocks {
+                let bytes = _mm256_xor_si256(_mm256_loadu_si256(block.as_ptr().cast()), _mm256_set1_epi8(-128));
+                sums = _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
+            }
+            let sums = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+            (_mm_cvtsi128_si64(sums) + _mm_extract_epi64::<1>(sums)) as i32
+        };
+        let mut sum = blocks_sum - 128 * 32 * blocks.len() as i32;
+        for x in rest {
+            sum += i32::from(*x);
+        }
+        sum
     }
 
     impl Nibbles for Avx2 {
@@ -358,6 +430,7 @@ mod x86 {
         type Sums = __m256i;
         /// 16 sums of 16 bits.
         type Run = __m256i;
+        type Floats = __m256;
         type Weights = __m256i;
         type Inputs = __m256i;
 
@@ -365,11 +438,6 @@ mod x86 {
         unsafe fn zero_sums() -> __m256i {
             // SAFETY: the instructions are present.
             unsafe { _mm256_setzero_si256() }
-        }
-        #[inline(always)]
-        unsafe fn store_sums(sums: __m256i, to: *mut i32) {
-            // SAFETY: the caller has 8 sums there.
-            unsafe { _mm256_storeu_si256(to.cast(), sums) }
         }
         #[inline(always)]
         unsafe fn zero_run() -> __m256i {
@@ -390,22 +458,50 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn splat_inputs(quad: [i8; QUAD]) -> __m256i {
-            // SAFETY: the instructions are present.
-            unsafe { _mm256_set1_epi32(bits_of(quad)) }
+        unsafe fn splat_inputs(from: *const i8) -> __m256i {
+            // SAFETY: the caller has four bytes there.
+            unsafe { _mm256_set1_epi32(from.cast::<i32>().read_unaligned()) }
         }
         #[inline(always)]
-        unsafe fn add_dots(run: __m256i, inputs: __m256i, weights: __m256i) -> __m256i {
+        unsafe fn add_dots(run: __m256i, inputs: [__m256i; 2], weights: [__m256i; 2]) -> __m256i {
             // SAFETY: the instructions are present.
-            unsafe { _mm256_add_epi16(run, _mm256_maddubs_epi16(weights, inputs)) }
+            unsafe {
+                let (low, high) =
+                    (_mm256_maddubs_epi16(weights[0], inputs[0]), _mm256_maddubs_epi16(weights[1], inputs[1]));
+                _mm256_add_epi16(run, _mm256_add_epi16(low, high))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_floats(from: *const f32) -> __m256 {
+            // SAFETY: the caller has 8 elements there.
+            unsafe { _mm256_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store_floats(floats: __m256, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(to, floats) }
+        }
+        #[inline(always)]
+        unsafe fn add_scaled(floats: __m256, sums: __m256i, offset: i32, scales: *const f32) -> __m256 {
+            // SAFETY: the caller has 8 scales there.
+            unsafe {
+                let sums = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, _mm256_set1_epi32(offset)));
+                _mm256_fmadd_ps(sums, _mm256_loadu_ps(scales), floats)
+            }
+        }
+        #[inline(always)]
+        fn sum(x: &[i8]) -> i32 {
+            sum_avx2(x)
         }
     }
 
     impl Nibbles for Vnni {
         const LANES: usize = 16;
-        const PAIRS_IN_RUN: usize = usize::MAX / 2;
+        const PAIRS_IN_RUN: usize = usize::MAX;
         type Sums = __m512i;
-        type Run = __m512i;
+        /// Of the low and of the high halves, so that neither waits for the other.
+        type Run = [__m512i; 2];
+        type Floats = __m512;
         type Weights = __m512i;
         type Inputs = __m512i;
 
@@ -415,19 +511,14 @@ mod x86 {
             unsafe { _mm512_setzero_si512() }
         }
         #[inline(always)]
-        unsafe fn store_sums(sums: __m512i, to: *mut i32) {
-            // SAFETY: the caller has 16 sums there.
-            unsafe { _mm512_storeu_si512(to.cast(), sums) }
-        }
-        #[inline(always)]
-        unsafe fn zero_run() -> __m512i {
+        unsafe fn zero_run() -> [__m512i; 2] {
             // SAFETY: the instructions are present.
-            unsafe { _mm512_setzero_si512() }
+            unsafe { [_mm512_setzero_si512(); 2] }
         }
         #[inline(always)]
-        unsafe fn add_run(_: __m512i, run: __m512i) -> __m512i {
-            // There is one run, which is the whole group.
-            run
+        unsafe fn add_run(sums: __m512i, run: [__m512i; 2]) -> __m512i {
+            // SAFETY: the instructions are present.
+            unsafe { _mm512_add_epi32(sums, _mm512_add_epi32(run[0], run[1])) }
         }
         #[inline(always)]
         unsafe fn load_weights(from: *const [u8; QUAD]) -> [__m512i; 2] {
@@ -438,14 +529,38 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn splat_inputs(quad: [i8; QUAD]) -> __m512i {
-            // SAFETY: the instructions are present.
-            unsafe { _mm512_set1_epi32(bits_of(quad)) }
+        unsafe fn splat_inputs(from: *const i8) -> __m512i {
+            // SAFETY: the caller has four bytes there.
+            unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
         }
         #[inline(always)]
-        unsafe fn add_dots(run: __m512i, inputs: __m512i, weights: __m512i) -> __m512i {
+        unsafe fn add_dots(run: [__m512i; 2], inputs: [__m512i; 2], weights: [__m512i; 2]) -> [__m512i; 2] {
             // SAFETY: the instructions are present.
-            unsafe { _mm512_dpbusd_epi32(run, weights, inputs) }
+            unsafe {
+                [_mm512_dpbusd_epi32(run[0], weights[0], inputs[0]), _mm512_dpbusd_epi32(run[1], weights[1], inputs[1])]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_floats(from: *const f32) -> __m512 {
+            // SAFETY: the caller has 16 elements there.
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store_floats(floats: __m512, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(to, floats) }
+        }
+        #[inline(always)]
+        unsafe fn add_scaled(floats: __m512, sums: __m512i, offset: i32, scales: *const f32) -> __m512 {
+            // SAFETY: the caller has 16 scales there.
+            unsafe {
+                let sums = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(offset)));
+                _mm512_fmadd_ps(sums, _mm512_loadu_ps(scales), floats)
+            }
+        }
+        #[inline(always)]
+        fn sum(x: &[i8]) -> i32 {
+            sum_avx2(x)
         }
     }
 }

@@ -12,7 +12,8 @@
 //! Integer sums are exact, so every path gives the same bits, and both packings do: which one a package has decides its
 //! speed on a CPU, not its answers.
 //!
-//! **Cost.** One `vpdpbusd` is 64 multiply-adds; AVX2 takes three instructions for 32.
+//! **Cost.** One `vpdpbusd` is 64 multiply-adds. AVX2 takes four instructions for 32 of one row, and two for 16 of several
+//! rows: `vpmaddwd` of what was widened to 16 bits, of which a core starts two in a cycle, and an addition.
 #![allow(unsafe_code)]
 
 use super::{Activations, LinearKernel, LinearShape, Operand, PackedWeight, PanelShape, RowsRef, TileSize};
@@ -142,7 +143,7 @@ impl LinearKernel for Int8 {
 dispatch! {
     /// `dots[r] = Σ x[r] · weights` over a panel, `[quads, NR, QUAD]`.
     fn dot[](x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
-        avx2 => dot_body::<x86::Avx2, 2, 8>,
+        avx2 => dot_avx2_body,
         portable => dot_body::<Portable, 1, 4>,
     }
 }
@@ -151,8 +152,8 @@ dispatch! {
     /// The same, with `offsets` of 128 times the weights' sums.
     fn dot_offset[](x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i8; QUAD]; NR], dots: &mut [[i32; NR]]) {
         avx512_vnni => dot_offset_body,
-        avx2 => dot_without_offset_body::<x86::Avx2, 2, 8>,
-        portable => dot_without_offset_body::<Portable, 1, 4>,
+        avx2 => dot_avx2_without_offset_body,
+        portable => dot_without_offset_body,
     }
 }
 
@@ -168,15 +169,38 @@ fn dot_offset_body(x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], offsets: &[[i
     }
 }
 
-/// For tiles that take signed inputs as they are.
+/// Where signed inputs are taken as they are.
 #[inline(always)]
-fn dot_without_offset_body<B: Bytes, const VECTORS: usize, const ALONE: usize>(
+fn dot_without_offset_body(
     x: RowsRef<'_, i8>,
     quads: &[[[i8; QUAD]; NR]],
     _: &[[i8; QUAD]; NR],
     dots: &mut [[i32; NR]],
 ) {
-    dot_body::<B, VECTORS, ALONE>(x, quads, dots);
+    dot_body::<Portable, 1, 4>(x, quads, dots);
+}
+
+/// The same.
+#[inline(always)]
+#[cfg(target_arch = "x86_64")]
+fn dot_avx2_without_offset_body(
+    x: RowsRef<'_, i8>,
+    quads: &[[[i8; QUAD]; NR]],
+    _: &[[i8; QUAD]; NR],
+    dots: &mut [[i32; NR]],
+) {
+    dot_avx2_body(x, quads, dots);
+}
+
+/// One row from memory to registers; several in 16 bits, which takes two instructions for 16 multiply-adds and so does as
+/// many in a cycle, without a sign to be moved for each row.
+#[inline(always)]
+#[cfg(target_arch = "x86_64")]
+fn dot_avx2_body(x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
+    match dots {
+        [_] => dot_body::<x86::Avx2, 2, 8>(x, quads, dots),
+        dots => wide::dot_body(x, quads, dots),
+    }
 }
 
 /// A vector of 32-bit sums, and the products of four bytes that are added to each.
@@ -213,6 +237,8 @@ fn dot_body<B: Bytes, const VECTORS: usize, const ALONE: usize>(
             let row = |r: usize| &x.row(index * MR + r)[start..end];
             match dots {
                 [a, b, c, d] => register_tile::<B, VECTORS, 4>([row(0), row(1), row(2), row(3)], quads, [a, b, c, d]),
+                [a, b, c] => register_tile::<B, VECTORS, 3>([row(0), row(1), row(2)], quads, [a, b, c]),
+                [a, b] => register_tile::<B, VECTORS, 2>([row(0), row(1)], quads, [a, b]),
                 // A loop, not an iterator's closure: that would be compiled without the dispatcher's instructions.
                 dots => {
                     for (r, dots) in dots.iter_mut().enumerate() {
@@ -309,6 +335,88 @@ impl Bytes for Portable {
             }
         }
         sums
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod wide {
+    //! Several rows, with inputs and weights widened to 16 bits, for AVX2. A vector holds two partial sums of four outputs.
+
+    use std::arch::x86_64::*;
+
+    use super::{NR, QUAD, RowsRef};
+
+    /// Rows in registers at once: 6 × 2 vectors of sums, 2 of weights and one of inputs fit 16 registers.
+    const MR: usize = 6;
+    /// Quads of a panel that stay in the nearest cache while the rows pass: 64 × 256 bytes.
+    const KC: usize = 64;
+    /// Outputs of two vectors.
+    const LANES: usize = 8;
+
+    /// Adds the products of `dots.len()` rows with a panel.
+    #[inline(always)]
+    pub(super) fn dot_body(x: RowsRef<'_, i8>, quads: &[[[i8; QUAD]; NR]], dots: &mut [[i32; NR]]) {
+        assert!(quads.len() == x.width().div_ceil(QUAD));
+        let mut wide = [[[0i16; QUAD]; KC]; MR];
+        for (index, quads) in quads.chunks(KC).enumerate() {
+            let start = index * KC * QUAD;
+            let end = x.width().min(start + KC * QUAD);
+            for (block, dots) in dots.chunks_mut(MR).enumerate() {
+                for (r, wide) in wide.iter_mut().enumerate().take(dots.len()) {
+                    let row = &x.row(block * MR + r)[start..end];
+                    let wide = wide.as_flattened_mut();
+                    for (wide, x) in wide.iter_mut().zip(row) {
+                        *wide = i16::from(*x);
+                    }
+                    wide[row.len()..row.len().next_multiple_of(QUAD)].fill(0);
+                }
+                match dots {
+                    [a] => register_tile::<1>(&wide, quads, [a]),
+                    [a, b] => register_tile::<2>(&wide, quads, [a, b]),
+                    [a, b, c] => register_tile::<3>(&wide, quads, [a, b, c]),
+                    [a, b, c, d] => register_tile::<4>(&wide, quads, [a, b, c, d]),
+                    [a, b, c, d, e] => register_tile::<5>(&wide, quads, [a, b, c, d, e]),
+                    [a, b, c, d, e, f] => register_tile::<MR>(&wide, quads, [a, b, c, d, e, f]),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// `ROWS` rows by one panel over `quads.len()` quads, at most [`KC`].
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // indices, not iterators: no closure may come between vectors and registers
+    fn register_tile<const ROWS: usize>(
+        x: &[[[i16; QUAD]; KC]; MR],
+        quads: &[[[i8; QUAD]; NR]],
+        dots: [&mut [i32; NR]; ROWS],
+    ) {
+        for lane in (0..NR).step_by(LANES) {
+            // SAFETY: the instructions are present, `lane + LANES <= NR`, and there are at most [`KC`] quads.
+            unsafe {
+                let mut acc = [[_mm256_setzero_si256(); 2]; ROWS];
+                for (k, quad) in quads.iter().enumerate() {
+                    let from = quad.as_ptr().add(lane).cast::<__m128i>();
+                    let weights = [
+                        _mm256_cvtepi8_epi16(_mm_loadu_si128(from)),
+                        _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(1))),
+                    ];
+                    for r in 0..ROWS {
+                        let inputs = _mm256_set1_epi64x(x[r].as_ptr().add(k).cast::<i64>().read_unaligned());
+                        for v in 0..2 {
+                            acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(inputs, weights[v]));
+                        }
+                    }
+                }
+                for r in 0..ROWS {
+                    // Neighbours are the parts of one output; the sum has the outputs' pairs in the order 0, 2, 1, 3.
+                    let pairs = _mm256_hadd_epi32(acc[r][0], acc[r][1]);
+                    let sums = _mm256_permute4x64_epi64::<0b11_01_10_00>(pairs);
+                    let to = dots[r].as_mut_ptr().add(lane).cast();
+                    _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), sums));
+                }
+            }
+        }
     }
 }
 

@@ -11,6 +11,9 @@
 //! **Same bits.** A kernel computes each sum by one fixed sequence of operations, whatever rows stand beside it and
 //! however rows are blocked; its tests check that a row alone gives the bits it gives in a batch.
 
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod avx2;
 mod codes;
 mod float;
 mod int4;
