@@ -22,10 +22,8 @@ use subtle::ConstantTimeEq;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use uuid::Uuid;
 
-use super::anthropic;
 use super::app::{App, InFlight, MAX_REQUEST_ID};
 use super::error::ApiError;
-use super::kserve;
 use super::options::{LogFormat, ServeOptions};
 use crate::runtime::Completion;
 
@@ -140,9 +138,7 @@ pub(super) async fn control(State(app): State<Arc<App>>, request: Request, next:
     let found = valid_key(keys, request.headers()).is_some();
     match found {
         true => next.run(request).await,
-        false if route.starts_with("/v1/messages") => anthropic::respond(&ApiError::unauthorized()),
-        false if route.starts_with("/v2") => kserve::respond(&ApiError::unauthorized()),
-        false => ApiError::unauthorized().into_response(),
+        false => ApiError::unauthorized().respond_as(route),
     }
 }
 

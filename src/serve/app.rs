@@ -12,7 +12,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde_json::json;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::answer::Answer;
 use super::error::ApiError;
@@ -32,6 +32,9 @@ const CONCURRENT_COMPILATIONS: usize = 2;
 /// Longest wait for the compilation of a form, and for its turn. It cannot be stopped, so one that takes longer keeps others
 /// from being compiled until it ends.
 const COMPILATION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Stack of a thread that compiles a form, of which only what is used takes memory. It recurses once for each rule, definition
+/// or piece of a regular expression that leads to the next: 2 to 8 KiB each, and its source is bounded (`grammar::cost`).
+const STACK_BYTES: usize = 256 << 20;
 /// Longest request id taken from a client.
 pub(super) const MAX_REQUEST_ID: usize = 128;
 
@@ -233,6 +236,23 @@ impl App {
         done.await.unwrap_or_else(|_| Err(ApiError::internal()))
     }
 
+    /// The same on a thread with a deep stack.
+    async fn on_deep_thread<T: Send + 'static>(
+        permits: &Arc<Semaphore>,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let permit = permits.clone().acquire_owned().await;
+        let (send, done) = oneshot::channel();
+        let thread = std::thread::Builder::new().name("aotron-form".into()).stack_size(STACK_BYTES);
+        let started = thread.spawn(move || {
+            let _permit = permit;
+            // Nobody may wait for it any more.
+            let _ = send.send(work());
+        });
+        started.map_err(|_| ApiError::unavailable("there is no memory for a thread", 5))?;
+        done.await.unwrap_or_else(|_| Err(ApiError::internal()))
+    }
+
     /// Gives a request the form that one of its fields asks for, if it does.
     ///
     /// # Errors
@@ -246,7 +266,7 @@ impl App {
         let Some((form, field)) = form else { return Ok(()) };
         let no_tokenizer = || ApiError::of_field(field, "this model has no tokenizer, so its answers have no form");
         let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-        let compiled = App::on_blocking_thread(&self.compilations, move || grammars.compile(form, field));
+        let compiled = App::on_deep_thread(&self.compilations, move || grammars.compile(form, field));
         let compiled = tokio::time::timeout(COMPILATION_TIMEOUT, compiled).await.unwrap_or_else(|_| {
             let words = "the form of the answer cannot be compiled in time, or others take long; try a simpler one";
             Err(ApiError::unavailable(words, 5).or_of_field(field))

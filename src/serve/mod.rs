@@ -139,9 +139,6 @@ pub struct Server {
     sources: Vec<ModelSource>,
 }
 
-/// Stack of a thread, of which only what is used takes memory. Compiling a form recurses once for each rule, definition or
-/// piece of a regular expression that leads to the next: 2 to 8 KiB each, and its source is bounded (`grammar::cost`).
-const STACK_BYTES: usize = 256 << 20;
 /// Threads for requests with large bodies, which may take a second each.
 const LARGE_BODY_THREADS: usize = 2;
 
@@ -160,8 +157,7 @@ impl Server {
         let threads = |count: usize, name: &str| {
             let mut threads = tokio::runtime::Builder::new_multi_thread();
             threads.worker_threads(count).max_blocking_threads(count + 8).thread_name(name);
-            let threads = threads.thread_stack_size(STACK_BYTES).enable_all().build();
-            threads.map_err(serve_error("cannot start the server's threads"))
+            threads.enable_all().build().map_err(serve_error("cannot start the server's threads"))
         };
         let runtime = threads(options.io_threads, "aotron-serve")?;
         let aside = threads(LARGE_BODY_THREADS, "aotron-large")?;

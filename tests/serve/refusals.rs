@@ -180,6 +180,9 @@ fn forms_that_are_endless_to_compile_are_refused_at_once_and_in_words() {
             (0..60).map(|n| format!("A{n}: (A{} \"y\")*", n + 1)).collect::<Vec<_>>().join("\n")
         )),
         grammar(format!("start: A\nA: {}\"x\"{}", "(".repeat(400), " \"y\")*".repeat(400))),
+        grammar("start: r0::0\nr0::_ : r0::incr(_) \"a\"\n".into()),
+        grammar(format!("start: {}\na: \"x\"", "a{1000,999999999} ".repeat(2400))),
+        grammar("start: p{\"a\"}\np{x}: p{x x} | x\n".into()),
         grammar("start: p::0\np::_ : [p::incr(_)] \"a\" %if lt(_,1000)\n".into()),
     ] {
         let mut body = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 3 });
