@@ -11,7 +11,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde_json::json;
-use tokio::sync::Semaphore;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::answer::Answer;
 use super::error::ApiError;
@@ -19,20 +20,21 @@ use super::grammar::{AnswerForm, Grammars};
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
 use super::routes::Routes;
-use super::{HearServer, ModelSource, ServeEvent, access, anthropic, kserve, openai, openapi, page};
+use super::{HearServer, ModelSource, ServeEvent, access, anthropic, body, kserve, openai, openapi, page};
 use crate::error::{Error, Result};
 use crate::runtime::{DrainMode, Engine, EngineHandle, EngineOptions, GenerationRequest, Model};
 use crate::text::{ChatFormat, Tokenizer};
 
 /// Prompts that are rendered and encoded at once.
 const CONCURRENT_ENCODINGS: usize = 4;
-/// Large bodies that are parsed at once; a parsed one may take many times its size.
-const CONCURRENT_PARSES: usize = 2;
 /// Forms that are compiled at once. They wait for each other, and nobody else does.
 const CONCURRENT_COMPILATIONS: usize = 2;
 /// Longest wait for the compilation of a form, and for its turn. It cannot be stopped, so one that takes longer keeps others
 /// from being compiled until it ends.
 const COMPILATION_TIMEOUT: Duration = Duration::from_secs(5);
+/// Stack of a thread that compiles a form, of which only what is used takes memory. It recurses once for each rule, definition
+/// or piece of a regular expression that leads to the next: 2 to 8 KiB each, and its source is bounded (`grammar::cost`).
+const STACK_BYTES: usize = 256 << 20;
 /// Longest request id taken from a client.
 pub(super) const MAX_REQUEST_ID: usize = 128;
 
@@ -43,7 +45,8 @@ pub(super) struct App {
     metrics: Metrics,
     hear: HearServer,
     encodings: Arc<Semaphore>,
-    parses: Arc<Semaphore>,
+    /// Threads for requests with large bodies, if they are not to be answered on those that serve connections.
+    aside: Option<Handle>,
     compilations: Arc<Semaphore>,
     is_draining: AtomicBool,
     log: access::AccessLog,
@@ -88,7 +91,7 @@ pub(super) struct OpenedModel {
 impl App {
     /// # Errors
     /// [`Error::Serve`] if there is no model or two have the same name.
-    pub fn new(sources: &[ModelSource], options: ServeOptions, hear: HearServer) -> Result<App> {
+    pub fn new(sources: &[ModelSource], options: ServeOptions, hear: HearServer, aside: Option<Handle>) -> Result<App> {
         let metrics = Metrics::new();
         let mut models: Vec<ServedModel> = Vec::new();
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -109,7 +112,6 @@ impl App {
             true => Err(Error::Serve("there is no model to serve".into())),
             false => {
                 let encodings = Arc::new(Semaphore::new(CONCURRENT_ENCODINGS));
-                let parses = Arc::new(Semaphore::new(CONCURRENT_PARSES));
                 let compilations = Arc::new(Semaphore::new(CONCURRENT_COMPILATIONS));
                 let (is_draining, in_flight) = (AtomicBool::new(false), AtomicUsize::new(0));
                 Ok(App {
@@ -118,7 +120,7 @@ impl App {
                     metrics,
                     hear,
                     encodings,
-                    parses,
+                    aside,
                     compilations,
                     is_draining,
                     log: access::AccessLog::start(),
@@ -221,17 +223,6 @@ impl App {
         tokio::time::timeout(self.options.request_timeout, encoded).await.unwrap_or_else(|_| Err(ApiError::timed_out()))
     }
 
-    /// Parses a large body on a blocking thread.
-    ///
-    /// # Errors
-    /// Those of the work.
-    pub async fn parse_large<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError> {
-        App::on_blocking_thread(&self.parses, work).await
-    }
-
     /// Runs work once there is a permit for it, which it holds to its end even if nobody waits for it any more.
     async fn on_blocking_thread<T: Send + 'static>(
         permits: &Arc<Semaphore>,
@@ -242,6 +233,23 @@ impl App {
             let _permit = permit;
             work()
         });
+        done.await.unwrap_or_else(|_| Err(ApiError::internal()))
+    }
+
+    /// The same on a thread with a deep stack.
+    async fn on_deep_thread<T: Send + 'static>(
+        permits: &Arc<Semaphore>,
+        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let permit = permits.clone().acquire_owned().await;
+        let (send, done) = oneshot::channel();
+        let thread = std::thread::Builder::new().name("aotron-form".into()).stack_size(STACK_BYTES);
+        let started = thread.spawn(move || {
+            let _permit = permit;
+            // Nobody may wait for it any more.
+            let _ = send.send(work());
+        });
+        started.map_err(|_| ApiError::unavailable("there is no memory for a thread", 5))?;
         done.await.unwrap_or_else(|_| Err(ApiError::internal()))
     }
 
@@ -258,7 +266,7 @@ impl App {
         let Some((form, field)) = form else { return Ok(()) };
         let no_tokenizer = || ApiError::of_field(field, "this model has no tokenizer, so its answers have no form");
         let grammars = model.grammars.clone().ok_or_else(no_tokenizer)?;
-        let compiled = App::on_blocking_thread(&self.compilations, move || grammars.compile(form, field));
+        let compiled = App::on_deep_thread(&self.compilations, move || grammars.compile(form, field));
         let compiled = tokio::time::timeout(COMPILATION_TIMEOUT, compiled).await.unwrap_or_else(|_| {
             let words = "the form of the answer cannot be compiled in time, or others take long; try a simpler one";
             Err(ApiError::unavailable(words, 5).or_of_field(field))
@@ -272,6 +280,11 @@ impl App {
     /// When a request that has just arrived has to be answered.
     pub fn deadline(&self) -> Option<Instant> {
         Instant::now().checked_add(self.options.request_timeout)
+    }
+
+    /// The threads for requests with large bodies.
+    pub fn aside(&self) -> Option<&Handle> {
+        self.aside.as_ref()
     }
 
     pub fn is_draining(&self) -> bool {
@@ -436,6 +449,7 @@ pub(super) fn router(app: Arc<App>) -> Router {
     router = router.fallback(|| async { ApiError::not_found() });
     router = router.method_not_allowed_fallback(|| async { ApiError::method_not_allowed() });
     router
+        .layer(middleware::from_fn_with_state(app.clone(), body::large_aside))
         .layer(middleware::from_fn_with_state(app.clone(), access::control))
         .layer(access::cors(&app.options))
         .layer(middleware::from_fn_with_state(app.clone(), access::log))

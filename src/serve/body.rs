@@ -2,24 +2,28 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
-use axum::extract::Request;
-use axum::http::{HeaderValue, header};
+use axum::body::{Body, Bytes};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::middleware::Next;
 use axum::response::Response;
 use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use tokio::task::JoinHandle;
 
 use super::app::App;
 use super::error::ApiError;
 use super::options::UnknownFields;
 
 /// Most unknown fields that are named in a reply.
-const NAMED_FIELDS: usize = 16;
-/// Bodies larger than this are parsed beside the threads that serve connections.
-const LARGE_BODY_BYTES: usize = 256 << 10;
+pub(super) const NAMED_FIELDS: usize = 16;
+/// Requests with bodies larger than this, or of unknown length, are not answered on the threads that serve connections.
+const LARGE_BODY_BYTES: u64 = 256 << 10;
 
 /// A value that is accepted, whatever it is, and has no effect. It is optional, by which it is told from an unknown field.
 #[derive(Debug, Clone, Copy)]
@@ -89,12 +93,16 @@ fn in_words(error: &serde_json::Error) -> String {
 ///
 /// # Errors
 /// 415 if it is compressed, 413 if it is too large, 408 if it does not arrive in time, 400 if the connection breaks.
-pub(super) async fn read_bytes(app: &App, request: Request) -> Result<axum::body::Bytes, ApiError> {
-    let encoding = request.headers().get(header::CONTENT_ENCODING);
+pub(super) async fn read_bytes(app: &App, request: Request) -> Result<Bytes, ApiError> {
+    let (parts, body) = request.into_parts();
+    read(app, &parts.headers, body).await
+}
+
+async fn read(app: &App, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+    let encoding = headers.get(header::CONTENT_ENCODING);
     if encoding.is_some_and(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity")) {
         return Err(ApiError::encoded_body());
     }
-    let body = request.into_body();
     let limit = app.options().max_body_bytes;
     // A length that is announced need not be waited for.
     if body.size_hint().lower() > limit as u64 {
@@ -116,20 +124,43 @@ pub(super) struct ParsedBody<T> {
     pub ignored: Vec<String>,
 }
 
+/// Answers requests with large bodies on threads of their own: to parse, to convert and even to drop what they hold may take
+/// a second, in which the threads that serve connections would serve none. They are read before, where nobody works on those
+/// of others.
+pub(super) async fn large_aside(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let is_small = request.body().size_hint().upper().is_some_and(|bytes| bytes <= LARGE_BODY_BYTES);
+    let Some(aside) = app.aside().filter(|_| !is_small) else { return next.run(request).await };
+    let route = request.extensions().get::<MatchedPath>().map_or("", MatchedPath::as_str).to_owned();
+    let (parts, body) = request.into_parts();
+    let bytes = match read(&app, &parts.headers, body).await {
+        Ok(bytes) => bytes,
+        Err(error) => return error.respond_as(&route),
+    };
+    let is_small = bytes.len() as u64 <= LARGE_BODY_BYTES;
+    let request = Request::from_parts(parts, Body::from(bytes));
+    if is_small {
+        return next.run(request).await;
+    }
+    let mut answer = Aborting(aside.spawn(next.run(request)));
+    (&mut answer.0).await.unwrap_or_else(|_| ApiError::internal().respond_as(&route))
+}
+
+/// A task that ends when nobody waits for it any more.
+struct Aborting<T>(JoinHandle<T>);
+
+impl<T> Drop for Aborting<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// Reads and parses a body.
 ///
 /// # Errors
 /// As [`read_bytes`], and 400 naming the field that is wrong or, if the server is to reject them, unknown.
-pub(super) async fn read_json<T: DeserializeOwned + Send + 'static>(
-    app: &App,
-    request: Request,
-) -> Result<ParsedBody<T>, ApiError> {
+pub(super) async fn read_json<T: DeserializeOwned>(app: &App, request: Request) -> Result<ParsedBody<T>, ApiError> {
     let bytes = read_bytes(app, request).await?;
-    let unknown = app.options().unknown_fields;
-    match bytes.len() > LARGE_BODY_BYTES {
-        true => app.parse_large(move || parse(&bytes, unknown)).await,
-        false => parse(&bytes, unknown),
-    }
+    parse(&bytes, app.options().unknown_fields)
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8], unknown: UnknownFields) -> Result<ParsedBody<T>, ApiError> {
@@ -143,7 +174,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8], unknown: UnknownFields) -> Result<Pa
         if matches!(path, serde_ignored::Path::Some { .. }) {
             return;
         }
-        if ignored.len() <= NAMED_FIELDS {
+        if ignored.len() < NAMED_FIELDS {
             ignored.push(crate::error::clip(&path).replace(|c: char| !c.is_ascii_graphic(), "?"));
         }
     };

@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::{anthropic, kserve};
 use crate::error::Error;
 
 /// Beginnings and other parts of the engine's refusals, and OpenAI's names of the fields that they are about.
@@ -170,6 +171,15 @@ impl ApiError {
     pub fn body(&self) -> Value {
         let ApiError { kind, message, param, code, .. } = self;
         json!({ "error": { "message": message, "type": kind, "param": param, "code": code } })
+    }
+
+    /// A response in the form of the API that a route belongs to.
+    pub fn respond_as(&self, route: &str) -> Response {
+        match () {
+            () if route.starts_with("/v1/messages") => anthropic::respond(self),
+            () if route.starts_with("/v2") => kserve::respond(self),
+            () => self.respond(self.body()),
+        }
     }
 
     /// A response of this error with another body.

@@ -32,6 +32,15 @@ const MAX_COMBINED_PATTERNS: usize = 10;
 const COMBINING: [&str; 6] = ["$ref", "allOf", "anyOf", "oneOf", "not", "if"];
 /// Most `&` and `~` in a grammar: intersections and complements of regular expressions.
 const MAX_INTERSECTIONS: usize = 16;
+/// Most `:` in a grammar, each of which begins a rule or a terminal: an error at the end of a chain of them is put into words
+/// at each, so the time grows with the square.
+const MAX_DEFINITIONS: usize = 256;
+/// Most repetitions of parts of a grammar, which are spelled out before they are counted; a number counts as at most that many.
+const MAX_REPETITIONS: usize = 20_000;
+const MOST_REPEATED: usize = 1000;
+/// Most terminals, which may be made of each other: a step of the lexer, which nothing can stop, takes time that grows with
+/// how deep they are.
+const MAX_TERMINALS: usize = 64;
 
 /// Refuses a form that would take long to compile, in words.
 pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
@@ -39,14 +48,22 @@ pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
     let bytes = match form {
         AnswerForm::Schema(schema) => {
             cost.schema(schema)?;
-            schema.to_string().len()
+            cost.bytes
         }
         AnswerForm::Regex(text) => cost.expression(text),
         AnswerForm::Grammar(text) => {
             let count = text.bytes().filter(|byte| b"&~".contains(byte)).count();
             within(count, MAX_INTERSECTIONS, "operators & and ~")?;
+            let definitions = text.bytes().filter(|byte| *byte == b':').count();
+            within(definitions, MAX_DEFINITIONS, "colons, for rules and terminals")?;
+            within(repetitions(text), MAX_REPETITIONS, "repetitions in {} and behind ~")?;
+            within(text.lines().filter(|line| is_terminal(line)).count(), MAX_TERMINALS, "terminals")?;
             if let Some(directive) = ["%json", "%regex", "%lark"].into_iter().find(|name| text.contains(name)) {
                 return Err(format!("it has {directive}, which is not supported; a form of its own kind is"));
+            }
+            if text.match_indices("::").any(|(at, _)| ends_in_name(&text[..at])) {
+                let words = "it has `::` behind a name, which begins the parameters of a rule and is not supported";
+                return Err(format!("{words}; in a text, put what stands before `::` into quotes of its own"));
             }
             cost.expression(text)
         }
@@ -64,6 +81,27 @@ pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
             Err(format!("the values of its multipleOf sum up to {}; expected at most {MAX_MULTIPLES}", cost.multiples))
         }
     }
+}
+
+/// The sum of the numbers that may be counts of repetitions: those behind `{`, `,`, `~` and `..`.
+fn repetitions(text: &str) -> usize {
+    let parts = text.split(['{', ',', '~', '.']).skip(1);
+    let count = |part: &str| {
+        let digits = part.trim_start().split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
+        if digits.len() > 4 { MOST_REPEATED } else { digits.parse::<usize>().unwrap_or(0).min(MOST_REPEATED) }
+    };
+    parts.map(count).sum()
+}
+
+/// Returns true if a part of a grammar ends in a name, but for blanks. A rule with parameters may count to any number while it
+/// is compiled.
+fn ends_in_name(part: &str) -> bool {
+    part.trim_end_matches([' ', '\t', '\r', '\u{c}']).ends_with(|c: char| c.is_alphanumeric() || "_}".contains(c))
+}
+
+/// Returns true if a line of a grammar begins the definition of a terminal, whose names are in capitals.
+fn is_terminal(line: &str) -> bool {
+    line.trim_start().trim_start_matches(['_', '?', '!']).starts_with(|c: char| c.is_ascii_uppercase())
 }
 
 fn operators(text: &str) -> usize {
@@ -87,6 +125,8 @@ fn within(count: usize, most: usize, what: &str) -> Result<(), String> {
 /// What has been counted so far.
 #[derive(Debug, Default)]
 struct Cost {
+    /// Of a schema's texts and numbers, roughly as it would be written.
+    bytes: usize,
     entries: usize,
     multiples: f64,
     classes: usize,
@@ -106,6 +146,8 @@ impl Cost {
 
     /// Counts in a schema and everything in it. serde_json bounds its depth.
     fn schema(&mut self, value: &Value) -> Result<(), String> {
+        self.bytes += value.as_str().map_or(1, str::len);
+        within(self.bytes, MAX_SOURCE_BYTES, "bytes")?;
         match value {
             Value::Array(items) => items.iter().try_for_each(|item| self.schema(item)),
             Value::Object(fields) => {
@@ -137,6 +179,7 @@ impl Cost {
             }
             _ => {}
         }
+        self.bytes += name.len();
         self.text(name);
         self.schema(value)
     }
@@ -171,6 +214,7 @@ mod tests {
         let nested = json!({ "properties": { "a": { "properties": map(400), "required": names(400) } } });
         assert_eq!(schema(nested.clone()), Ok(()));
         assert_eq!(schema(json!({ "enum": names(5000) })), Ok(()));
+        assert_eq!(check(&AnswerForm::Grammar("start: \"std\" \"::\" /::/".into())), Ok(()));
         let multiples: Vec<Value> = (1..40).map(|n| json!({ "multipleOf": n * 100 })).collect();
         let classes = "\\p{L}|[^a]|\\\\p".repeat(MAX_CLASSES);
         assert_eq!(check(&AnswerForm::Regex(classes.clone())), Ok(()));
@@ -190,6 +234,10 @@ mod tests {
             (schema(json!({ "const": "x".repeat(MAX_SOURCE_BYTES) })), "bytes; expected at most 65536"),
             (check(&AnswerForm::Regex(format!("{classes}\\S"))), "501 classes"),
             (check(&AnswerForm::Grammar(format!("start: T\nT: /a/{}", " & /b/".repeat(17)))), "17 operators"),
+            (check(&AnswerForm::Grammar("a: b\n".repeat(257))), "257 colons"),
+            (check(&AnswerForm::Grammar(format!("start: {}", "a{1000, 999999999} ".repeat(11)))), "22000 repetitions"),
+            (check(&AnswerForm::Grammar("start: p ::0\np::_ : \"a\"".into())), "`::` behind a name"),
+            (check(&AnswerForm::Grammar("  A1: /b/\n_B: \"c\"\n".repeat(33))), "66 terminals"),
         ] {
             let found = found.unwrap_err();
             assert!(found.contains(words), "{found}");

@@ -13,7 +13,7 @@ use crate::runtime::{Event, GenerationRequest, SamplingParams};
 use crate::serve::access::RequestContext;
 use crate::serve::answer::{Answer, log_failure};
 use crate::serve::app::{App, OpenedModel};
-use crate::serve::body::{ParsedBody, name_ignored, object_or_null, read_json};
+use crate::serve::body::{NAMED_FIELDS, ParsedBody, name_ignored, object_or_null, read_json};
 use crate::serve::error::ApiError;
 use crate::serve::openai::{OneOrMany, check_lengths, stream};
 
@@ -145,7 +145,8 @@ async fn submit(
         return Err(ApiError::unsupported("bad_words", "bad_words is not supported"));
     }
     let known = ["stream", "id", "pad_id", "end_id"];
-    ignored.extend(settings.other.keys().filter(|key| !known.contains(&key.as_str())).map(crate::error::clip));
+    let others = settings.other.keys().filter(|key| !known.contains(&key.as_str()));
+    ignored.extend(others.take(NAMED_FIELDS.saturating_sub(ignored.len())).map(crate::error::clip));
     let max_tokens = settings.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
     check_lengths(("min_length", settings.min_length), ("max_tokens", Some(max_tokens)))?;
     let stops = settings.stop_words.map_or_else(Vec::new, OneOrMany::into_vec);

@@ -82,10 +82,12 @@ fn one(message: Value, is_jinja: bool) -> Result<Map<String, Value>, String> {
     };
     if !is_jinja {
         let calls = message.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty());
-        if calls || !["system", "user", "assistant"].contains(&role.as_str()) {
-            return Err(format!(
-                "this model's chat format has no tools, so it takes no message of role {role} like this"
-            ));
+        const ROLES: [&str; 3] = ["system", "user", "assistant"];
+        if calls || ["tool", "function"].contains(&role.as_str()) {
+            return Err("this model's chat format has no tools, so it takes no calls of them and no results".into());
+        }
+        if !ROLES.contains(&role.as_str()) {
+            return Err(format!("its role is {}; expected one of {}", clip(&role), ROLES.join(", ")));
         }
         if content.is_null() {
             return Err("its content is missing".into());
