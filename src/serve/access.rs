@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{ConnectInfo, MatchedPath, Request, State};
@@ -16,6 +16,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::{BodyExt, Limited};
 use serde_json::json;
 use subtle::ConstantTimeEq;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
@@ -43,6 +44,9 @@ const OPEN_ROUTES: [&str; 10] = [
     "/v2/health/live",
     "/v2/health/ready",
 ];
+
+/// Longest rest of a body that is taken from a client whose request is refused before the body is read.
+const MAX_REST_BYTES: usize = 128 << 20;
 
 /// What is known of a request, for its handler and for the log.
 #[derive(Debug, Clone)]
@@ -102,7 +106,10 @@ pub(super) async fn log(State(app): State<Arc<App>>, mut request: Request, next:
     // What is left of a body would be taken for the next request, so hyper closes the connection: the client is told.
     let is_read = Arc::new(AtomicBool::new(request.body().is_end_stream()));
     let flag = is_read.clone();
-    let request = request.map(|body| Body::new(WatchedBody { body, is_read: flag }));
+    // A client that waits for a word before it sends the body is not given it.
+    let takes_rest = !request.headers().contains_key(header::EXPECT);
+    let patience = app.options().client_timeout;
+    let request = request.map(|body| Body::new(WatchedBody { body, is_read: flag, takes_rest, patience }));
     let mut response = next.run(request).await;
     if !is_read.load(Ordering::Relaxed) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -265,9 +272,29 @@ impl Drop for Record {
 }
 
 /// A request's body, and whether it was read to its end.
+///
+/// What the handler left of it is read and dropped, within bounds: many clients send all of a body before they read a reply,
+/// and see a broken connection, not the refusal, where nobody takes it from them.
 struct WatchedBody {
     body: Body,
     is_read: Arc<AtomicBool>,
+    takes_rest: bool,
+    /// The longest that the rest may take.
+    patience: Duration,
+}
+
+impl Drop for WatchedBody {
+    fn drop(&mut self) {
+        let is_bounded = self.body.size_hint().lower() <= MAX_REST_BYTES as u64;
+        let runtime = tokio::runtime::Handle::try_current();
+        if let (false, true, true, Ok(runtime)) =
+            (self.is_read.load(Ordering::Relaxed), self.takes_rest, is_bounded, runtime)
+        {
+            let mut rest = Limited::new(std::mem::take(&mut self.body), MAX_REST_BYTES);
+            let patience = self.patience;
+            runtime.spawn(tokio::time::timeout(patience, async move { while let Some(Ok(_)) = rest.frame().await {} }));
+        }
+    }
 }
 
 impl http_body::Body for WatchedBody {

@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use serde_json::json;
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::answer::Answer;
@@ -19,15 +20,13 @@ use super::grammar::{AnswerForm, Grammars};
 use super::metrics::{Metrics, ModelMetrics};
 use super::options::ServeOptions;
 use super::routes::Routes;
-use super::{HearServer, ModelSource, ServeEvent, access, anthropic, kserve, openai, openapi, page};
+use super::{HearServer, ModelSource, ServeEvent, access, anthropic, body, kserve, openai, openapi, page};
 use crate::error::{Error, Result};
 use crate::runtime::{DrainMode, Engine, EngineHandle, EngineOptions, GenerationRequest, Model};
 use crate::text::{ChatFormat, Tokenizer};
 
 /// Prompts that are rendered and encoded at once.
 const CONCURRENT_ENCODINGS: usize = 4;
-/// Large bodies that are parsed at once; a parsed one may take many times its size.
-const CONCURRENT_PARSES: usize = 2;
 /// Forms that are compiled at once. They wait for each other, and nobody else does.
 const CONCURRENT_COMPILATIONS: usize = 2;
 /// Longest wait for the compilation of a form, and for its turn. It cannot be stopped, so one that takes longer keeps others
@@ -43,7 +42,8 @@ pub(super) struct App {
     metrics: Metrics,
     hear: HearServer,
     encodings: Arc<Semaphore>,
-    parses: Arc<Semaphore>,
+    /// Threads for requests with large bodies, if they are not to be answered on those that serve connections.
+    aside: Option<Handle>,
     compilations: Arc<Semaphore>,
     is_draining: AtomicBool,
     log: access::AccessLog,
@@ -88,7 +88,7 @@ pub(super) struct OpenedModel {
 impl App {
     /// # Errors
     /// [`Error::Serve`] if there is no model or two have the same name.
-    pub fn new(sources: &[ModelSource], options: ServeOptions, hear: HearServer) -> Result<App> {
+    pub fn new(sources: &[ModelSource], options: ServeOptions, hear: HearServer, aside: Option<Handle>) -> Result<App> {
         let metrics = Metrics::new();
         let mut models: Vec<ServedModel> = Vec::new();
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -109,7 +109,6 @@ impl App {
             true => Err(Error::Serve("there is no model to serve".into())),
             false => {
                 let encodings = Arc::new(Semaphore::new(CONCURRENT_ENCODINGS));
-                let parses = Arc::new(Semaphore::new(CONCURRENT_PARSES));
                 let compilations = Arc::new(Semaphore::new(CONCURRENT_COMPILATIONS));
                 let (is_draining, in_flight) = (AtomicBool::new(false), AtomicUsize::new(0));
                 Ok(App {
@@ -118,7 +117,7 @@ impl App {
                     metrics,
                     hear,
                     encodings,
-                    parses,
+                    aside,
                     compilations,
                     is_draining,
                     log: access::AccessLog::start(),
@@ -221,17 +220,6 @@ impl App {
         tokio::time::timeout(self.options.request_timeout, encoded).await.unwrap_or_else(|_| Err(ApiError::timed_out()))
     }
 
-    /// Parses a large body on a blocking thread.
-    ///
-    /// # Errors
-    /// Those of the work.
-    pub async fn parse_large<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError> {
-        App::on_blocking_thread(&self.parses, work).await
-    }
-
     /// Runs work once there is a permit for it, which it holds to its end even if nobody waits for it any more.
     async fn on_blocking_thread<T: Send + 'static>(
         permits: &Arc<Semaphore>,
@@ -272,6 +260,11 @@ impl App {
     /// When a request that has just arrived has to be answered.
     pub fn deadline(&self) -> Option<Instant> {
         Instant::now().checked_add(self.options.request_timeout)
+    }
+
+    /// The threads for requests with large bodies.
+    pub fn aside(&self) -> Option<&Handle> {
+        self.aside.as_ref()
     }
 
     pub fn is_draining(&self) -> bool {
@@ -436,6 +429,7 @@ pub(super) fn router(app: Arc<App>) -> Router {
     router = router.fallback(|| async { ApiError::not_found() });
     router = router.method_not_allowed_fallback(|| async { ApiError::method_not_allowed() });
     router
+        .layer(middleware::from_fn_with_state(app.clone(), body::large_aside))
         .layer(middleware::from_fn_with_state(app.clone(), access::control))
         .layer(access::cors(&app.options))
         .layer(middleware::from_fn_with_state(app.clone(), access::log))

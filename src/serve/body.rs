@@ -2,15 +2,18 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, header};
-use axum::response::Response;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
 use http_body::Body as _;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use tokio::task::JoinHandle;
 
 use super::app::App;
 use super::error::ApiError;
@@ -18,8 +21,8 @@ use super::options::UnknownFields;
 
 /// Most unknown fields that are named in a reply.
 const NAMED_FIELDS: usize = 16;
-/// Bodies larger than this are parsed beside the threads that serve connections.
-const LARGE_BODY_BYTES: usize = 256 << 10;
+/// Requests with bodies larger than this, or of unknown length, are not answered on the threads that serve connections.
+const LARGE_BODY_BYTES: u64 = 256 << 10;
 
 /// A value that is accepted, whatever it is, and has no effect. It is optional, by which it is told from an unknown field.
 #[derive(Debug, Clone, Copy)]
@@ -116,20 +119,35 @@ pub(super) struct ParsedBody<T> {
     pub ignored: Vec<String>,
 }
 
+/// Answers requests with large bodies on threads of their own: to parse, to convert and even to drop what they hold may take
+/// a second, in which the threads that serve connections would serve none.
+pub(super) async fn large_aside(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let is_large = request.body().size_hint().upper().is_none_or(|bytes| bytes > LARGE_BODY_BYTES);
+    match app.aside().filter(|_| is_large) {
+        None => next.run(request).await,
+        Some(aside) => {
+            let mut answer = Aborting(aside.spawn(next.run(request)));
+            (&mut answer.0).await.unwrap_or_else(|_| ApiError::internal().into_response())
+        }
+    }
+}
+
+/// A task that ends when nobody waits for it any more.
+struct Aborting<T>(JoinHandle<T>);
+
+impl<T> Drop for Aborting<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// Reads and parses a body.
 ///
 /// # Errors
 /// As [`read_bytes`], and 400 naming the field that is wrong or, if the server is to reject them, unknown.
-pub(super) async fn read_json<T: DeserializeOwned + Send + 'static>(
-    app: &App,
-    request: Request,
-) -> Result<ParsedBody<T>, ApiError> {
+pub(super) async fn read_json<T: DeserializeOwned>(app: &App, request: Request) -> Result<ParsedBody<T>, ApiError> {
     let bytes = read_bytes(app, request).await?;
-    let unknown = app.options().unknown_fields;
-    match bytes.len() > LARGE_BODY_BYTES {
-        true => app.parse_large(move || parse(&bytes, unknown)).await,
-        false => parse(&bytes, unknown),
-    }
+    parse(&bytes, app.options().unknown_fields)
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8], unknown: UnknownFields) -> Result<ParsedBody<T>, ApiError> {

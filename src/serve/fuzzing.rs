@@ -64,7 +64,7 @@ static SERVED: LazyLock<Served> = LazyLock::new(|| {
     let open = move || Model::options().slots(1).threads(1).open(path);
     let source = ModelSource { path: package, names: Vec::new(), open: Box::new(open) };
     let options = ServeOptions { log: LogFormat::Off, ..ServeOptions::default() };
-    let app = Arc::new(App::new(std::slice::from_ref(&source), options, Arc::new(|_| {})).unwrap());
+    let app = Arc::new(App::new(std::slice::from_ref(&source), options, Arc::new(|_| {}), None).unwrap());
     // Its files are mapped, and deleted with the folder.
     assert!(app.open(0, source), "tiny-chat does not open");
     let model = app.model(None).unwrap();

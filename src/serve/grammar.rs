@@ -3,10 +3,12 @@
 mod cost;
 mod watch;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, OnceLock};
 
-use llguidance::api::TopLevelGrammar;
-use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
+use llguidance::api::{GrammarInit, ParserLimits, TopLevelGrammar};
+use llguidance::earley::lexerspec::LexerSpec;
+use llguidance::{JsonCompileOptions, Matcher, ParserFactory, panic_utils};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
@@ -25,6 +27,8 @@ const SPACE: &str = " ";
 /// Work to compile a form, in nodes of its regular expressions and symbols of its rules.
 const COMPILE_LEXER_FUEL: u64 = 50_000;
 const MAX_GRAMMAR_SYMBOLS: usize = 50_000;
+/// The same for the first bytes of an answer.
+const BEGINNING_LEXER_FUEL: u64 = 50_000;
 /// Work for the mask of one token, in steps of the lexer (some 14,000 take a millisecond) and items of the parser. `watch`
 /// bounds its time.
 const STEP_LEXER_FUEL: u64 = 100_000;
@@ -168,7 +172,9 @@ fn refusal(field: &str, words: &str) -> ApiError {
 /// A schema whose JSON has single spaces at most: a model may go on with spaces for ever.
 fn with_bounded_space(schema: Value) -> Value {
     let mut schema = if schema == Value::Bool(true) { json!({}) } else { schema };
-    if schema.is_object() && schema.get("x-guidance").is_none() {
+    if let Some(fields) = schema.as_object_mut() {
+        // The compiler's own options, which are not the client's to choose.
+        fields.remove("x-guidance");
         let options = JsonCompileOptions { whitespace_pattern: Some(SPACE.into()), ..JsonCompileOptions::default() };
         options.apply_to(&mut schema);
     }
@@ -211,12 +217,24 @@ impl Grammars {
         let factory = factory.map_err(|words| {
             ApiError::of_field(field, format!("this model's tokenizer cannot be used with grammars: {words}"))
         })?;
+        // The others are known by their names, and this one has many dialects.
+        let kind = if matches!(form, AnswerForm::Grammar(_)) { " (grammars are in Lark's form)" } else { "" };
         let grammar = match form {
             AnswerForm::Schema(schema) => TopLevelGrammar::from_json_schema(with_bounded_space(schema)),
             AnswerForm::Regex(regex) => TopLevelGrammar::from_regex(&regex),
             AnswerForm::Grammar(lark) => TopLevelGrammar::from_lark(lark),
         };
-        let parser = factory.create_parser(grammar).map_err(|error| refusal(field, &in_words(&error)))?;
+        let refuse = |words: &dyn std::fmt::Display| refusal(field, &format!("{}{kind}", in_words(&words)));
+        let (limits, env) = (factory.limits().clone(), factory.tok_env().clone());
+        // As llguidance contains its own panics, which here are those of a client's form.
+        let read = panic_utils::catch_unwind(AssertUnwindSafe(|| {
+            let (grammar, lexer) = GrammarInit::Serialized(grammar).to_internal(Some(env), limits.clone())?;
+            let beginning = check_beginning(&lexer, limits);
+            Ok((GrammarInit::Internal(grammar, lexer), beginning))
+        }));
+        let (init, beginning) = read.map_err(|error| refuse(&error))?;
+        beginning.map_err(|words| refuse(&words))?;
+        let parser = factory.create_parser_from_init_default(init).map_err(|error| refuse(&error))?;
         let matcher = Matcher::new(Ok(parser)).into_cancellable();
         if let Some(words) = matcher.get_error() {
             return Err(refusal(field, &in_words(&words)));
@@ -261,6 +279,20 @@ impl Grammars {
     }
 }
 
+/// Refuses, in words, a form of which it takes too much work to tell the bytes that an answer may begin with. llguidance tells
+/// them once more, without a bound: the intersection of a few loops, or a few `multipleOf` of one number, have as many states
+/// as their least common multiple.
+fn check_beginning(lexer: &LexerSpec, mut limits: ParserLimits) -> Result<(), String> {
+    let mut states = lexer.to_regex_vec(&mut limits).map_err(|error| error.to_string())?;
+    states.set_fuel(BEGINNING_LEXER_FUEL);
+    let start = states.initial_state(&lexer.all_lexemes());
+    let is_bounded = (0..=u8::MAX).all(|byte| {
+        states.transition(start, byte);
+        !states.has_error()
+    });
+    if is_bounded { Ok(()) } else { Err("it takes too much work to tell how an answer may begin".into()) }
+}
+
 /// A grammar that follows one answer.
 struct Following {
     matcher: Matcher,
@@ -272,9 +304,11 @@ struct Following {
 /// A message of llguidance, less what is for its developers.
 fn in_words(error: &impl std::fmt::Display) -> String {
     let words = error.to_string();
-    match words.contains("NoExtension") {
-        true => "no text keeps to it from here on".into(),
-        false => words.replace("<non-verbose/>", "").trim().to_owned(),
+    match () {
+        () if words.contains("NoExtension") => "no text keeps to it from here on".into(),
+        // With a backtrace, which is no client's business.
+        () if words.contains("panic: ") => "it cannot be compiled by this server".into(),
+        () => words.replace("<non-verbose/>", "").trim().to_owned(),
     }
 }
 

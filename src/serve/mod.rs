@@ -131,6 +131,8 @@ impl StopSignal {
 /// A server that listens.
 pub struct Server {
     runtime: tokio::runtime::Runtime,
+    /// For requests with large bodies.
+    aside: tokio::runtime::Runtime,
     listeners: Vec<TcpListener>,
     tls: Option<tls::Tls>,
     app: Arc<app::App>,
@@ -140,6 +142,8 @@ pub struct Server {
 /// Stack of a thread, of which only what is used takes memory. Compiling a form recurses once for each rule, definition or
 /// piece of a regular expression that leads to the next: 2 to 8 KiB each, and its source is bounded (`grammar::cost`).
 const STACK_BYTES: usize = 256 << 20;
+/// Threads for requests with large bodies, which may take a second each.
+const LARGE_BODY_THREADS: usize = 2;
 
 impl Server {
     /// Binds the addresses; nothing is answered before [`Server::run`].
@@ -153,14 +157,14 @@ impl Server {
             move |error: std::io::Error| Error::Serve(format!("{what}: {error}"))
         };
         let tls = options.tls.as_ref().map(tls::Tls::load).transpose()?;
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(options.io_threads)
-            .max_blocking_threads(options.io_threads + 8)
-            .thread_name("aotron-serve")
-            .thread_stack_size(STACK_BYTES)
-            .enable_all()
-            .build()
-            .map_err(serve_error("cannot start the server's threads"))?;
+        let threads = |count: usize, name: &str| {
+            let mut threads = tokio::runtime::Builder::new_multi_thread();
+            threads.worker_threads(count).max_blocking_threads(count + 8).thread_name(name);
+            let threads = threads.thread_stack_size(STACK_BYTES).enable_all().build();
+            threads.map_err(serve_error("cannot start the server's threads"))
+        };
+        let runtime = threads(options.io_threads, "aotron-serve")?;
+        let aside = threads(LARGE_BODY_THREADS, "aotron-large")?;
         let listeners = runtime.block_on(async {
             let target = (options.host.as_str(), options.port);
             let found = tokio::net::lookup_host(target).await;
@@ -176,8 +180,8 @@ impl Server {
                 false => Ok(listeners),
             }
         })?;
-        let app = Arc::new(app::App::new(&sources, options, hear)?);
-        Ok(Server { runtime, listeners, tls, app, sources })
+        let app = Arc::new(app::App::new(&sources, options, hear, Some(aside.handle().clone()))?);
+        Ok(Server { runtime, aside, listeners, tls, app, sources })
     }
 
     /// The addresses it listens on.
@@ -196,7 +200,7 @@ impl Server {
     /// # Errors
     /// [`Error::Serve`] if no model could be opened.
     pub fn run(self, stop: StopSignal) -> Result<bool> {
-        let Server { runtime, listeners, tls, app, sources } = self;
+        let Server { runtime, aside, listeners, tls, app, sources } = self;
         let loaders: Vec<_> = sources
             .into_iter()
             .enumerate()
@@ -233,6 +237,7 @@ impl Server {
         });
         app.shut_down();
         runtime.shutdown_timeout(Duration::from_secs(1));
+        aside.shutdown_background();
         outcome
     }
 }

@@ -158,3 +158,42 @@ fn honest_clients_are_answered_beside_many_that_are_not() {
     }
     is_well(&server);
 }
+
+/// Clients that send all of a body before they read the reply are told why it is refused, not cut off; and what is large is
+/// not worked on by the threads that serve everybody else.
+#[test]
+fn large_bodies_are_refused_in_words_and_hold_up_nobody() {
+    let server = Server::start(&[]);
+    let head = |length: usize| format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n");
+    let length = 30 << 20;
+    let mut stream = server.connect();
+    stream.write_all(head(length).as_bytes()).unwrap();
+    for _ in 0..30 {
+        stream.write_all(&vec![b' '; 1 << 20]).unwrap();
+    }
+    let mut reply = Vec::new();
+    stream.read_to_end(&mut reply).unwrap();
+    assert_eq!(Reply::parse(&reply).status, 413);
+    let entries = |name: &str| -> serde_json::Map<String, Value> {
+        (0..400_000).map(|n| (format!("{name}{n}"), json!(1))).collect()
+    };
+    let bodies = [
+        ("/v1/completions", json!({ "prompt": "a", "logit_bias": entries("") })),
+        ("/v1/responses", json!({ "input": "a", "max_output_tokens": 2, "metadata": entries("k") })),
+        ("/v1/completions", json!({ "prompt": vec![[1]; 1_000_000] })),
+        ("/v2/models/m/infer", json!({ "inputs": vec![json!({ "name": "x", "shape": [1], "data": [1] }); 100_000] })),
+    ];
+    std::thread::scope(|scope| {
+        let senders: Vec<_> =
+            bodies.iter().map(|(path, body)| scope.spawn(|| server.post(path, body).status)).collect();
+        while senders.iter().any(|sender| !sender.is_finished()) {
+            let started = Instant::now();
+            is_well(&server);
+            assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+        }
+        for sender in senders {
+            let status = sender.join().unwrap();
+            assert!([200, 400, 413].contains(&status), "{status}");
+        }
+    });
+}

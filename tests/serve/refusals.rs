@@ -156,6 +156,47 @@ fn a_form_that_ends_nowhere_or_takes_long_is_refused_alone() {
     }
 }
 
+/// Each of these once compiled without an end, or told of a panic.
+#[test]
+fn forms_that_are_endless_to_compile_are_refused_at_once_and_in_words() {
+    let server = Server::start(&[]);
+    let multiples: Vec<Value> = [97, 89, 83, 79].map(|n| json!({ "type": "integer", "multipleOf": n })).to_vec();
+    let schema = |schema: &Value| json!({ "response_format": { "type": "json_object", "schema": schema } });
+    let grammar = |text: String| json!({ "structured_outputs": { "grammar": text } });
+    let loops = |lengths: &[u32]| {
+        let loops: Vec<String> = lengths.iter().map(|n| format!("/(.{{{n}}})*/")).collect();
+        grammar(format!("start: A\nA: {}", loops.join(" & ")))
+    };
+    let chain: Vec<String> = (0..5000).map(|n| format!("a{n:x}: a{:x}", n + 1)).collect();
+    for fields in [
+        schema(&json!({ "allOf": multiples })),
+        schema(&json!({ "type": "object", "properties": { "x": { "allOf": &multiples[..3] } }, "required": ["x"] })),
+        loops(&[2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47]),
+        loops(&[97, 89, 83]),
+        grammar(format!("start: a0\n{}", chain.join("\n"))),
+        grammar(format!("start: a0\n{}", chain[..200].join("\n"))),
+        grammar(format!(
+            "start: A0\n{}\nA60: \"x\"",
+            (0..60).map(|n| format!("A{n}: (A{} \"y\")*", n + 1)).collect::<Vec<_>>().join("\n")
+        )),
+        grammar(format!("start: A\nA: {}\"x\"{}", "(".repeat(400), " \"y\")*".repeat(400))),
+        grammar("start: p::0\np::_ : [p::incr(_)] \"a\" %if lt(_,1000)\n".into()),
+    ] {
+        let mut body = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 3 });
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let asked = Instant::now();
+        let reply = server.post("/v1/chat/completions", &body);
+        let took = asked.elapsed();
+        // An answer to the second, whose numbers may be found one by one, is no less right.
+        assert!([200, 400].contains(&reply.status), "{} {}: {fields}", reply.status, reply.text());
+        assert!(!reply.text().contains("backtrace") && !reply.text().contains("panic"), "{}", reply.text());
+        assert!(took < Duration::from_secs(3), "{took:?}: {fields}");
+        let asked = Instant::now();
+        server.post("/v1/completions", &json!({ "prompt": "What is", "max_tokens": 2 })).ok();
+        assert!(asked.elapsed() < Duration::from_secs(2), "{:?}: {fields}", asked.elapsed());
+    }
+}
+
 /// Definitions, rules and terminals that lead to each other recurse in the compiler; each of these once ended the process.
 #[test]
 fn forms_of_long_chains_hurt_nobody() {

@@ -32,6 +32,12 @@ const MAX_COMBINED_PATTERNS: usize = 10;
 const COMBINING: [&str; 6] = ["$ref", "allOf", "anyOf", "oneOf", "not", "if"];
 /// Most `&` and `~` in a grammar: intersections and complements of regular expressions.
 const MAX_INTERSECTIONS: usize = 16;
+/// Most `:` in a grammar, each of which begins a rule or a terminal: an error at the end of a chain of them is put into words
+/// at each, so the time grows with the square.
+const MAX_DEFINITIONS: usize = 256;
+/// Most terminals, which may be made of each other: a step of the lexer, which nothing can stop, takes time that grows with
+/// how deep they are.
+const MAX_TERMINALS: usize = 64;
 
 /// Refuses a form that would take long to compile, in words.
 pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
@@ -39,12 +45,15 @@ pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
     let bytes = match form {
         AnswerForm::Schema(schema) => {
             cost.schema(schema)?;
-            schema.to_string().len()
+            cost.bytes
         }
         AnswerForm::Regex(text) => cost.expression(text),
         AnswerForm::Grammar(text) => {
             let count = text.bytes().filter(|byte| b"&~".contains(byte)).count();
             within(count, MAX_INTERSECTIONS, "operators & and ~")?;
+            let definitions = text.bytes().filter(|byte| *byte == b':').count();
+            within(definitions, MAX_DEFINITIONS, "colons, for rules and terminals")?;
+            within(text.lines().filter(|line| is_terminal(line)).count(), MAX_TERMINALS, "terminals")?;
             if let Some(directive) = ["%json", "%regex", "%lark"].into_iter().find(|name| text.contains(name)) {
                 return Err(format!("it has {directive}, which is not supported; a form of its own kind is"));
             }
@@ -64,6 +73,11 @@ pub(super) fn check(form: &AnswerForm) -> Result<(), String> {
             Err(format!("the values of its multipleOf sum up to {}; expected at most {MAX_MULTIPLES}", cost.multiples))
         }
     }
+}
+
+/// Returns true if a line of a grammar begins the definition of a terminal, whose names are in capitals.
+fn is_terminal(line: &str) -> bool {
+    line.trim_start().trim_start_matches(['_', '?', '!']).starts_with(|c: char| c.is_ascii_uppercase())
 }
 
 fn operators(text: &str) -> usize {
@@ -87,6 +101,8 @@ fn within(count: usize, most: usize, what: &str) -> Result<(), String> {
 /// What has been counted so far.
 #[derive(Debug, Default)]
 struct Cost {
+    /// Of a schema's texts and numbers, roughly as it would be written.
+    bytes: usize,
     entries: usize,
     multiples: f64,
     classes: usize,
@@ -106,6 +122,8 @@ impl Cost {
 
     /// Counts in a schema and everything in it. serde_json bounds its depth.
     fn schema(&mut self, value: &Value) -> Result<(), String> {
+        self.bytes += value.as_str().map_or(1, str::len);
+        within(self.bytes, MAX_SOURCE_BYTES, "bytes")?;
         match value {
             Value::Array(items) => items.iter().try_for_each(|item| self.schema(item)),
             Value::Object(fields) => {
@@ -137,6 +155,7 @@ impl Cost {
             }
             _ => {}
         }
+        self.bytes += name.len();
         self.text(name);
         self.schema(value)
     }
@@ -190,6 +209,8 @@ mod tests {
             (schema(json!({ "const": "x".repeat(MAX_SOURCE_BYTES) })), "bytes; expected at most 65536"),
             (check(&AnswerForm::Regex(format!("{classes}\\S"))), "501 classes"),
             (check(&AnswerForm::Grammar(format!("start: T\nT: /a/{}", " & /b/".repeat(17)))), "17 operators"),
+            (check(&AnswerForm::Grammar("a: b\n".repeat(257))), "257 colons"),
+            (check(&AnswerForm::Grammar("  A1: /b/\n_B: \"c\"\n".repeat(33))), "66 terminals"),
         ] {
             let found = found.unwrap_err();
             assert!(found.contains(words), "{found}");
