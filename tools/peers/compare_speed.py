@@ -7,8 +7,8 @@
 
 A round measures every pair of an aotron package and a GGUF once: prefill of a prompt, decoding after as many tokens, and decoding
 of several sequences after as many tokens each, by `aotron bench`, and by `llama-bench` and `llama-batched-bench`, each without and
-with flash attention, of which the one with the better median counts. Both see the same minutes of a shared machine, so compare
-ratios. aotron's fraction of what the machine allowed beside each measurement is in the last column: of the multiply
+with flash attention, of which the one with the better median counts. Both see the same minutes, so compare ratios; but leave the
+machine idle, since other load does not slow both alike. aotron's fraction of what the machine allowed beside each measurement is in the last column: of the multiply
 instruction's rate for prefill, of the rate of reading memory for decoding.
 
 --isa avx2 sets AOTRON_CPU=avx2 and takes the build of llama.cpp that `LLAMA_CPU=avx2 tools/peers/build_llama.sh` made; give it
@@ -197,6 +197,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(table(results["summary"]))
+    busy = sum(entry["load_before"] > options.threads + 1 for entry in rounds)
+    if busy:
+        print(f"warning: {busy} of {len(rounds)} measurements began under other load; they say little", file=sys.stderr)
     return 0
 
 
