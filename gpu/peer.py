@@ -48,7 +48,7 @@ def main():
             {
                 "transformers": transformers.__version__,
                 "torch": torch.__version__,
-                "figures": [
+                "cases": [
                     {
                         "batch": batch,
                         "prefill_tokens_per_second": batch * PROMPT / statistics.median(prefill_seconds),

@@ -74,18 +74,18 @@ def logits(found):
 def speed(found, rate):
     lines = ["", "| speed | batch | prefill tokens/s | decode tokens/s | at most, by the copy rate |", "|---|---|---|---|---|"]
     for name, told in found.items():
-        figures = told["answer"].get("figures", []) if isinstance(told.get("answer"), dict) else []
+        cases = told["answer"].get("cases", []) if isinstance(told.get("answer"), dict) else []
         if not name.startswith(("speed-", "peer-")):
             continue
-        if not figures:
+        if not cases:
             lines.append(f"| {name} | | {told['status']} | | |")
-        for figure in figures:
-            median = lambda key: figure[key]["median"] if isinstance(figure[key], dict) else figure[key]
+        for case in cases:
+            median = lambda key: case[key]["median"] if isinstance(case[key], dict) else case[key]
             floor = ""
-            if rate and "decode_step_bytes" in figure:
-                floor = f"{figure['batch'] * rate / figure['decode_step_bytes']:.0f}"
+            if rate and "weight_bytes_per_token" in case:
+                floor = f"{rate / (case['weight_bytes_per_token'] + case['kv_bytes_per_token']):.0f}"
             prefill, decode = median("prefill_tokens_per_second"), median("decode_tokens_per_second")
-            lines.append(f"| {name} | {figure['batch']} | {prefill:.0f} | {decode:.1f} | {floor} |")
+            lines.append(f"| {name} | {case['batch']} | {prefill:.0f} | {decode:.1f} | {floor} |")
     return lines if len(lines) > 3 else []
 
 

@@ -9,6 +9,7 @@ use std::sync::LazyLock;
 
 use aotron::backend::tensorrt::{LibraryKind, TensorRtLibrary};
 use aotron::compile::Precision;
+use aotron::isa::Isa;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -690,21 +691,82 @@ fn bench_measures_within_the_limits() {
     let args = ["bench", odd(), "--prompt-tokens", "20", "--decode-tokens", "4", "--repeat", "2", "--threads", "2"];
     let with = |more: &[&str]| aotron(&[&args[..], more].concat());
     let json = with(&["--batch", "1,3", "--format", "json"]).ok().json();
-    let figures = json["figures"].as_array().unwrap();
-    assert_eq!(figures.len(), 2);
-    for (figure, batch) in figures.iter().zip([1, 3]) {
-        assert_eq!(figure["batch"], batch);
+    let cases = json["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 2);
+    for (case, batch) in cases.iter().zip([1, 3]) {
+        assert_eq!(case["batch"], batch);
         for speed in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
-            let at = |part: &str| figure[speed][part].as_f64().unwrap();
-            assert!(at("min") > 0.0 && at("min") <= at("median") && at("median") <= at("max"), "{figure}");
+            let at = |part: &str| case[speed][part].as_f64().unwrap();
+            assert!(at("min") > 0.0 && at("min") <= at("median") && at("median") <= at("max"), "{case}");
         }
     }
-    assert!(json["weight_bytes"].as_u64().unwrap() > 0);
-    assert!(with(&[]).ok().out.contains("GB/s"));
+    assert_eq!((&json["threads"], &json["repeat"], &json["target"]), (&2.into(), &2.into(), &"cpu".into()));
+    let text = with(&[]).ok().out;
+    assert!(text.contains("memory reads") && text.contains("GB/s") && text.contains("prompt"), "{text}");
     with(&["--batch", "9"]).fails(2, &["--batch 9", "8 sequences"]);
     let long = ["bench", odd(), "--prompt-tokens", "60", "--decode-tokens", "5"];
     aotron(&long).fails(2, &["65 tokens", "holds 64"]);
     aotron(&["bench", odd(), "--repeat", "0"]).fails(2, &["0"]);
+}
+
+#[test]
+fn bench_measures_decoding_at_a_depth() {
+    let args = ["bench", odd(), "--decode-tokens", "4", "--repeat", "1", "--threads", "2"];
+    let with = |more: &[&str]| aotron(&[&args[..], more].concat());
+    let json = with(&["--depth", "5,60", "--batch", "2", "--format", "json"]).ok().json();
+    let cases = json["cases"].as_array().unwrap();
+    assert_eq!(cases.iter().map(|case| &case["depth"]).collect::<Vec<_>>(), [&json!(5), &json!(60)]);
+    for case in cases {
+        assert!(case["decode_tokens_per_second"]["median"].as_f64().unwrap() > 0.0, "{case}");
+        for absent in ["prompt_tokens", "prefill_tokens_per_second", "multiply_fraction", "multiply_unit"] {
+            assert!(case[absent].is_null() && case.as_object().unwrap().contains_key(absent), "{absent}: {case}");
+        }
+    }
+    let kv = |index: usize| cases[index]["kv_bytes_per_token"].as_f64().unwrap();
+    assert_eq!(kv(1) / kv(0), 62.5 / 7.5);
+    assert!(with(&["--depth", "5"]).ok().out.contains("depth"));
+    with(&["--depth", "5,61"]).fails(2, &["--depth 61", "--decode-tokens 4", "65 tokens", "holds 64"]);
+    with(&["--depth", "5", "--prompt-tokens", "9"]).fails(2, &["--depth", "--prompt-tokens"]);
+}
+
+#[test]
+fn bench_compares_with_probes_on_every_instruction_set() {
+    let plan = &aotron(&["inspect", chat(), "--format", "json"]).ok().json()["manifest"]["plans"][0];
+    let kv_bytes = plan["kv_bytes_per_token"].as_f64().unwrap();
+    // tiny-chat: 5 layers of width 192, 6 heads of 32, an MLP of 768, 2,816 tokens.
+    let (width, layers, vocab) = (192.0, 5.0, 2816.0);
+    let layer = width * (3.0 * width + width + 2.0 * 768.0);
+    let norms = (2.0 * layers + 1.0) * 2.0 * width;
+    let (prompt, decoded, batch) = (48.0, 8.0, 2.0);
+    let flops = 2.0 * (layers * layer * prompt + vocab * width) + 4.0 * width * layers * prompt * (prompt + 1.0) / 2.0;
+    for isa in Isa::available() {
+        let isa = isa.to_string();
+        let args = ["bench", chat(), "--prompt-tokens", "48", "--decode-tokens", "8", "--batch", "2", "--repeat", "1"];
+        let json = aotron(&[&args[..], &["--isa", &isa, "--format", "json"]].concat()).ok().json();
+        assert_eq!(json["instructions"], isa.as_str());
+        let case = &json["cases"][0];
+        let number = |key: &str| {
+            case[key].as_f64().filter(|n| n.is_finite() && *n > 0.0).unwrap_or_else(|| panic!("{key}: {case}"))
+        };
+        let near =
+            |value: f64, expected: f64| assert!((value / expected - 1.0).abs() < 1e-9, "{value}, {expected}: {case}");
+        near(number("weight_bytes_per_token"), 4.0 * (layers * layer + vocab * width + norms) / batch);
+        near(number("kv_bytes_per_token"), kv_bytes * (prompt + (decoded + 1.0) / 2.0));
+        let speed = |key: &str| case[key]["median"].as_f64().unwrap();
+        let bytes = number("weight_bytes_per_token") + number("kv_bytes_per_token");
+        near(number("read_bytes_per_second"), bytes * speed("decode_tokens_per_second"));
+        near(number("bandwidth_fraction"), number("read_bytes_per_second") / number("probe_read_bytes_per_second"));
+        near(number("prefill_flops_per_second"), flops / prompt * speed("prefill_tokens_per_second"));
+        if isa == "portable" {
+            for absent in ["probe_multiply_flops_per_second", "multiply_unit", "multiply_fraction"] {
+                assert!(case[absent].is_null(), "{absent}: {case}");
+            }
+        } else {
+            assert_eq!(case["multiply_unit"], "vfmadd231ps");
+            let rate = number("probe_multiply_flops_per_second");
+            near(number("multiply_fraction"), number("prefill_flops_per_second") / rate);
+        }
+    }
 }
 
 #[test]

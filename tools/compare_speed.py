@@ -42,11 +42,11 @@ def aotron_speed(program: str, engine: str, prompt_tokens: int, decode_tokens: i
     command = [program, "bench", engine, "--batch", "1", "--repeat", "1", "--format", "json"]
     command += ["--prompt-tokens", str(prompt_tokens), "--decode-tokens", str(decode_tokens)]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    batch = result["figures"][0]
+    case = result["cases"][0]
     return {
-        "prefill": batch["prefill_tokens_per_second"]["median"],
-        "decode": batch["decode_tokens_per_second"]["median"],
-        "bandwidth": result["memory_gigabytes_per_second"],
+        "prefill": case["prefill_tokens_per_second"]["median"],
+        "decode": case["decode_tokens_per_second"]["median"],
+        "bandwidth": case["probe_read_bytes_per_second"] / 1e9,
     }
 
 

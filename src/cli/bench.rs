@@ -1,26 +1,32 @@
-//! `aotron bench`: measures an engine's speed and this machine's memory bandwidth.
+//! `aotron bench`: measures an engine's speed, and beside each measurement what limits it on this machine.
+//!
+//! A CPU's memory bandwidth and clock change from minute to minute where other work shares the machine. So every
+//! repetition is probe, prefill, probe, decode, probe, and each figure is a fraction of the mean of the probes next to it:
+//! prefill of the multiply units' rate, decoding of the rate at which memory is read.
 
 use std::io::Write;
 use std::time::Instant;
 
-use anyhow::bail;
-use aotron::backend::cpu::program::{Program, WeightRule};
+use aotron::backend::cpu::probe::{MultiplyRate, Probe};
+use aotron::backend::cpu::program::Program;
 use aotron::backend::{Chunk, Executor, Limits, NextToken, Rows, Step, cpu_program};
 use aotron::checkpoint::EMBEDDING;
 use aotron::engine::{Package, PlanInfo};
 use aotron::isa::Isa;
-use aotron::memory::available_memory_bytes;
+use aotron::tensor::DType;
 use aotron::tensor_file::TensorFile;
-use rayon::prelude::*;
+use indicatif::ProgressBar;
 use serde::Serialize;
 
 use super::args::{EngineFlags, Format, count, usage};
-use super::term;
+use super::{doctor, term};
 
-/// Buffer size of the bandwidth probe: far larger than any cache, if there is enough memory.
-const PROBE_BYTES: u64 = 1 << 30;
-/// Passes over the buffer; the fastest counts.
-const PROBE_PASSES: usize = 4;
+/// Untimed decode steps before a case's first repetition, at most: the first ones touch the mapping's pages.
+const WARM_UP_STEPS: usize = 6;
+/// Warming up ends when a step takes as long as the one before, within this fraction.
+const STEADY: f64 = 0.1;
+/// Tokens of the untimed prefill before those steps.
+const WARM_UP_TOKENS: usize = 16;
 
 /// Flags of `aotron bench`.
 #[derive(Debug, clap::Args)]
@@ -36,6 +42,9 @@ pub struct Flags {
     /// Numbers of concurrent sequences, comma-separated
     #[arg(long, value_name = "N", default_value = "1", value_delimiter = ',', value_parser = count(1024), allow_negative_numbers = true)]
     batch: Vec<usize>,
+    /// Time decoding alone, after sequences of so many tokens that are computed untimed; comma-separated
+    #[arg(long, value_name = "N", value_delimiter = ',', conflicts_with = "prompt_tokens", value_parser = count(1 << 20), allow_negative_numbers = true)]
+    depth: Vec<usize>,
     /// Repetitions of each measurement; the median is reported
     #[arg(long, value_name = "N", default_value = "5", value_parser = count(1000), allow_negative_numbers = true)]
     repeat: usize,
@@ -46,17 +55,27 @@ pub struct Flags {
 
 impl Flags {
     fn check(&self, limits: &Limits) -> anyhow::Result<()> {
-        let tokens = self.prompt_tokens + self.decode_tokens;
-        if tokens > limits.max_sequence_tokens {
-            return Err(usage(format!(
-                "--prompt-tokens {} and --decode-tokens {} make sequences of {tokens} tokens; this engine holds {}",
-                self.prompt_tokens, self.decode_tokens, limits.max_sequence_tokens
-            )));
+        for (flag, held) in self.held() {
+            let tokens = held + self.decode_tokens;
+            if tokens > limits.max_sequence_tokens {
+                return Err(usage(format!(
+                    "{flag} {held} and --decode-tokens {} make sequences of {tokens} tokens; this engine holds {}",
+                    self.decode_tokens, limits.max_sequence_tokens
+                )));
+            }
         }
         if let Some(batch) = self.batch.iter().find(|batch| **batch > limits.slots) {
             return Err(usage(format!("--batch {batch}; this engine was built for {} sequences", limits.slots)));
         }
         Ok(())
+    }
+
+    /// Tokens that sequences hold before decoding, with the flag that says so.
+    fn held(&self) -> Vec<(&'static str, usize)> {
+        match &self.depth[..] {
+            [] => vec![("--prompt-tokens", self.prompt_tokens)],
+            depths => depths.iter().map(|depth| ("--depth", *depth)).collect(),
+        }
     }
 }
 
@@ -79,16 +98,33 @@ impl Spread {
     }
 }
 
-/// Results for one batch size, in tokens per second over all its sequences.
+/// Figures of one batch size at one depth. Rates are of all sequences together.
 #[derive(Debug, Serialize)]
-struct Figures {
+struct Case {
+    precision: String,
+    /// Tokens of the prompts, whose prefill was timed; `None` at a given depth.
+    prompt_tokens: Option<usize>,
+    decode_tokens: usize,
     batch: usize,
-    prefill_tokens_per_second: Spread,
+    /// Tokens that sequences held before decoding, without a timed prefill.
+    depth: Option<usize>,
+    prefill_tokens_per_second: Option<Spread>,
     decode_tokens_per_second: Spread,
-    /// Bytes of weights and, on average, of KV cache read by one decode step.
-    decode_step_bytes: f64,
-    /// Fraction of the memory bandwidth used by decoding at the median; CPU only.
-    decode_bandwidth_fraction: Option<f64>,
+    /// Bytes of weights read for a decoded token: those of a step, which reads them once for all sequences, over `batch`.
+    weight_bytes_per_token: f64,
+    /// Bytes of KV cache read for a decoded token, the mean over the steps.
+    kv_bytes_per_token: f64,
+    /// Both, at the median speed.
+    read_bytes_per_second: f64,
+    /// Bytes per second that the threads read from memory beside the measurements; CPU only, as what follows.
+    probe_read_bytes_per_second: Option<f64>,
+    bandwidth_fraction: Option<f64>,
+    /// Operations of linear layers and attention, two for a multiply-add, at the median speed of prefill.
+    prefill_flops_per_second: Option<f64>,
+    /// Operations per second of the instruction `multiply_unit` beside the measurements; `None` without vectors.
+    probe_multiply_flops_per_second: Option<f64>,
+    multiply_unit: Option<&'static str>,
+    multiply_fraction: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -98,18 +134,13 @@ struct BenchResults {
     /// The reason for selecting this plan.
     selected: String,
     load_seconds: f64,
-    /// CPU only.
+    /// CPU only, as the next two.
     threads: Option<usize>,
     instructions: Option<String>,
-    precision: String,
-    prompt_tokens: usize,
-    decode_tokens: usize,
+    /// The processor's name, where the system tells.
+    cpu: Option<String>,
     repeat: usize,
-    /// Bytes of weights read by each decode step, whatever the batch.
-    weight_bytes: u64,
-    /// Read bandwidth of all threads together; CPU only.
-    memory_gigabytes_per_second: Option<f64>,
-    figures: Vec<Figures>,
+    cases: Vec<Case>,
 }
 
 pub fn run(flags: &Flags) -> anyhow::Result<()> {
@@ -117,85 +148,145 @@ pub fn run(flags: &Flags) -> anyhow::Result<()> {
     flags.check(&flags.engine.plan(most)?.limits)?;
     let engine = flags.engine.open_to_measure(most)?;
     let (plan, load_seconds) = (engine.plan()?, engine.load_seconds);
-    let is_cpu = engine.selection.device.is_none();
-    let weight_bytes = match is_cpu {
-        true => decode_weight_bytes(&cpu_program(&engine.package)?.1),
-        false => gpu_weight_bytes(&engine.package, &plan)?,
+    let program = match engine.selection.device {
+        None => Some(cpu_program(&engine.package)?.1),
+        Some(_) => None,
+    };
+    let weight_bytes = match &program {
+        Some(program) => program.decode_weight_bytes(),
+        None => gpu_weight_bytes(&engine.package, &plan)?,
     };
     let selected = engine.selection.reason.clone();
     let mut executor = engine.executor;
     flags.check(executor.limits())?;
-    let available = || std::thread::available_parallelism().map_or(1, |n| n.get());
-    let threads = is_cpu.then(|| flags.engine.threads.unwrap_or_else(available));
 
-    let bar =
-        term::bar("measuring", (flags.batch.len() * flags.repeat + 1) as u64, "{prefix:>10} {bar:32} {pos}/{len}");
-    let memory = threads.map(memory_bandwidth).transpose()?;
-    bar.inc(1);
-    let mut figures = Vec::new();
-    for batch in &flags.batch {
-        let runs = (0..=flags.repeat).map(|index| {
-            let times = measure(&mut *executor, *batch, flags.prompt_tokens, flags.decode_tokens);
-            // The first run is a warm-up, because it touches weights and memory for the first time.
-            if index > 0 {
-                bar.inc(1);
-            }
-            times
-        });
-        let runs = runs.collect::<aotron::Result<Vec<Times>>>()?;
-        let counted = || runs.iter().skip(1);
-        let tokens = |n: usize| (batch * n) as f64;
-        let decode = Spread::of(counted().map(|t| tokens(flags.decode_tokens) / t.decode_seconds).collect());
-        let held = flags.prompt_tokens as f64 + (flags.decode_tokens + 1) as f64 / 2.0;
-        let decode_step_bytes = weight_bytes as f64 + (batch * plan.kv_bytes_per_token) as f64 * held;
-        figures.push(Figures {
-            batch: *batch,
-            prefill_tokens_per_second: Spread::of(
-                counted().map(|t| tokens(flags.prompt_tokens) / t.prefill_seconds).collect(),
-            ),
-            decode_tokens_per_second: decode,
-            decode_step_bytes,
-            decode_bandwidth_fraction: memory.map(|memory| decode_step_bytes * decode.median / *batch as f64 / memory),
-        });
+    let cpu = program.map(|program| Cpu::new(flags, program)).transpose()?;
+    let mut cases = Vec::new();
+    let held = flags.held();
+    let total = flags.batch.len() * held.len() * flags.repeat;
+    let bar = term::bar("measuring", total as u64, "{prefix:>10} {bar:32} {pos}/{len}");
+    for (batch, (_, held)) in flags.batch.iter().flat_map(|batch| held.iter().map(move |held| (*batch, *held))) {
+        let times_prefill = flags.depth.is_empty();
+        let workload = Workload { batch, held, decode_tokens: flags.decode_tokens, times_prefill };
+        let repetitions = measure(&mut *executor, &workload, flags.repeat, cpu.as_ref(), &bar)?;
+        cases.push(Case::of(&plan, weight_bytes, &workload, &repetitions, cpu.as_ref()));
     }
     bar.finish_and_clear();
-    let isa = flags.engine.isa.map_or_else(Isa::from_environment, Ok)?;
     let results = BenchResults {
         target: plan.target.clone(),
         selected,
         load_seconds,
-        threads,
-        instructions: is_cpu.then(|| isa.to_string()),
-        precision: plan.precision.clone(),
-        prompt_tokens: flags.prompt_tokens,
-        decode_tokens: flags.decode_tokens,
+        threads: cpu.as_ref().map(|cpu| cpu.threads),
+        instructions: cpu.as_ref().map(|cpu| cpu.isa.to_string()),
+        cpu: cpu.and_then(|_| doctor::cpu_name()),
         repeat: flags.repeat,
-        weight_bytes,
-        memory_gigabytes_per_second: memory.map(|memory| memory / 1e9),
-        figures,
+        cases,
     };
     match flags.format {
         Format::Json => term::print_json(&results),
-        Format::Text => print(&results),
+        Format::Text => print(&results, weight_bytes),
     }
 }
 
-struct Times {
-    prefill_seconds: f64,
-    decode_seconds: f64,
+/// What measurements on a CPU are compared with.
+struct Cpu {
+    program: Program,
+    threads: usize,
+    isa: Isa,
+    probe: Probe,
+    /// Type of the activations that are multiplied most.
+    activations: Option<DType>,
 }
 
-/// Prefills `batch` prompts and decodes them together.
+impl Cpu {
+    fn new(flags: &Flags, program: Program) -> anyhow::Result<Cpu> {
+        let available = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = flags.engine.threads.unwrap_or_else(available);
+        let isa = flags.engine.isa.map_or_else(Isa::from_environment, Ok)?;
+        let activations = program.multiplied_dtype();
+        Ok(Cpu { program, threads, isa, probe: Probe::new(threads, isa)?, activations })
+    }
+
+    fn multiply_rate(&self) -> Option<MultiplyRate> {
+        self.probe.multiply_rate(self.activations?)
+    }
+}
+
+/// What is timed.
+struct Workload {
+    batch: usize,
+    /// Tokens of each sequence before decoding.
+    held: usize,
+    decode_tokens: usize,
+    /// True if these are prefilled in every repetition, which is timed; false if once, before the first.
+    times_prefill: bool,
+}
+
+/// One repetition: seconds, and the means of the probes next to them.
+struct Repetition {
+    prefill_seconds: Option<f64>,
+    multiply: Option<MultiplyRate>,
+    decode_seconds: f64,
+    read_bytes_per_second: Option<f64>,
+}
+
+impl Case {
+    fn of(
+        plan: &PlanInfo,
+        weight_bytes: u64,
+        workload: &Workload,
+        repetitions: &[Repetition],
+        cpu: Option<&Cpu>,
+    ) -> Case {
+        let Workload { batch, held, decode_tokens, times_prefill } = *workload;
+        let median = |of: &dyn Fn(&Repetition) -> Option<f64>| {
+            let values: Option<Vec<f64>> = repetitions.iter().map(of).collect();
+            values.map(|values| Spread::of(values).median)
+        };
+        let decode_rate = |r: &Repetition| (batch * decode_tokens) as f64 / r.decode_seconds;
+        let prefill_rate = |r: &Repetition| Some((batch * held) as f64 / r.prefill_seconds?);
+        let decode = Spread::of(repetitions.iter().map(decode_rate).collect());
+        let prefill: Option<Vec<f64>> = repetitions.iter().map(prefill_rate).collect();
+        let prefill = prefill.map(Spread::of);
+
+        let weight_bytes_per_token = weight_bytes as f64 / batch as f64;
+        let mean_context = held as f64 + (decode_tokens + 1) as f64 / 2.0;
+        let kv_bytes_per_token = plan.kv_bytes_per_token as f64 * mean_context;
+        let bytes_per_token = weight_bytes_per_token + kv_bytes_per_token;
+        let flops_per_token = cpu.map(|cpu| cpu.program.prefill_flops(held) / held as f64);
+        Case {
+            precision: plan.precision.clone(),
+            prompt_tokens: times_prefill.then_some(held),
+            decode_tokens,
+            batch,
+            depth: (!times_prefill).then_some(held),
+            prefill_tokens_per_second: prefill,
+            decode_tokens_per_second: decode,
+            weight_bytes_per_token,
+            kv_bytes_per_token,
+            read_bytes_per_second: bytes_per_token * decode.median,
+            probe_read_bytes_per_second: median(&|r| r.read_bytes_per_second),
+            bandwidth_fraction: median(&|r| Some(bytes_per_token * decode_rate(r) / r.read_bytes_per_second?)),
+            prefill_flops_per_second: prefill.zip(flops_per_token).map(|(prefill, flops)| flops * prefill.median),
+            probe_multiply_flops_per_second: median(&|r| Some(r.multiply?.flops_per_second)),
+            multiply_unit: repetitions.iter().find_map(|r| r.multiply).map(|rate| rate.unit),
+            multiply_fraction: median(&|r| Some(flops_per_token? * prefill_rate(r)? / r.multiply?.flops_per_second)),
+        }
+    }
+}
+
+/// Warms up and runs `repeat` repetitions.
 fn measure(
     executor: &mut dyn Executor,
-    batch: usize,
-    prompt_tokens: usize,
-    decode_tokens: usize,
-) -> aotron::Result<Times> {
+    workload: &Workload,
+    repeat: usize,
+    cpu: Option<&Cpu>,
+    bar: &ProgressBar,
+) -> aotron::Result<Vec<Repetition>> {
+    let Workload { batch, held, decode_tokens, times_prefill } = *workload;
     let limits = executor.limits().clone();
     let mut ids = Ids { state: 1, vocab_size: limits.vocab_size };
-    let prompts: Vec<Vec<u32>> = (0..batch).map(|_| (0..prompt_tokens).map(|_| ids.next()).collect()).collect();
-    let most_tokens = prompt_tokens + decode_tokens;
+    let most_tokens = held + decode_tokens;
     for slot in 0..batch {
         if !executor.reserve(slot, most_tokens) {
             (0..slot).for_each(|slot| executor.release(slot));
@@ -204,25 +295,73 @@ fn measure(
             )));
         }
     }
-    let started = Instant::now();
+    let prompts: Vec<Vec<u32>> = (0..batch).map(|_| (0..held).map(|_| ids.next()).collect()).collect();
+    let decode = |executor: &mut dyn Executor, ids: &mut Ids, past_tokens: usize| {
+        let next: Vec<NextToken> = (0..batch).map(|slot| NextToken { slot, past_tokens, token: ids.next() }).collect();
+        executor.forward(&Step::decode(&limits, &next)?).map(drop)
+    };
+
+    // A sequence is cut back to what a step says it has, so what was held before is decoded after again and again.
+    let warm_tokens = if times_prefill { held.min(WARM_UP_TOKENS) } else { held };
     for (slot, prompt) in prompts.iter().enumerate() {
-        let mut past_tokens = 0;
-        for tokens in prompt.chunks(limits.max_step_tokens.max(1)) {
-            let is_last = past_tokens + tokens.len() == prompt.len();
-            let rows = if is_last { Rows::Last } else { Rows::None };
-            executor.forward(&Step::prefill(&limits, &[Chunk { slot, past_tokens, tokens, rows }])?)?;
-            past_tokens += tokens.len();
+        let is_copied = !times_prefill && slot > 0 && executor.copy_prefix(0, slot, held)?;
+        if !is_copied {
+            prefill(executor, slot, prompt.get(..warm_tokens).unwrap_or(prompt))?;
         }
     }
-    let prefill_seconds = started.elapsed().as_secs_f64();
-    let started = Instant::now();
-    for past_tokens in prompt_tokens..prompt_tokens + decode_tokens {
-        let next: Vec<NextToken> = (0..batch).map(|slot| NextToken { slot, past_tokens, token: ids.next() }).collect();
-        executor.forward(&Step::decode(&limits, &next)?)?;
+    let mut last = f64::INFINITY;
+    for _ in 0..WARM_UP_STEPS {
+        let started = Instant::now();
+        decode(executor, &mut ids, warm_tokens)?;
+        let seconds = started.elapsed().as_secs_f64();
+        if (seconds - last).abs() <= STEADY * last {
+            break;
+        }
+        last = seconds;
     }
-    let decode_seconds = started.elapsed().as_secs_f64();
+
+    let mut repetitions = Vec::new();
+    for _ in 0..repeat {
+        let (mut prefill_seconds, mut multiply) = (None, None);
+        if times_prefill {
+            let before = cpu.and_then(Cpu::multiply_rate);
+            let started = Instant::now();
+            for (slot, prompt) in prompts.iter().enumerate() {
+                prefill(executor, slot, prompt)?;
+            }
+            prefill_seconds = Some(started.elapsed().as_secs_f64());
+            let after = cpu.and_then(Cpu::multiply_rate);
+            multiply = before.zip(after).map(|(before, after)| MultiplyRate {
+                flops_per_second: (before.flops_per_second + after.flops_per_second) / 2.0,
+                ..before
+            });
+        }
+        let before = cpu.map(|cpu| cpu.probe.read_bytes_per_second());
+        let started = Instant::now();
+        for past_tokens in held..most_tokens {
+            decode(executor, &mut ids, past_tokens)?;
+        }
+        let decode_seconds = started.elapsed().as_secs_f64();
+        let after = cpu.map(|cpu| cpu.probe.read_bytes_per_second());
+        let read_bytes_per_second = before.zip(after).map(|(before, after)| (before + after) / 2.0);
+        repetitions.push(Repetition { prefill_seconds, multiply, decode_seconds, read_bytes_per_second });
+        bar.inc(1);
+    }
     (0..batch).for_each(|slot| executor.release(slot));
-    Ok(Times { prefill_seconds, decode_seconds })
+    Ok(repetitions)
+}
+
+/// Computes a prompt in a slot, in steps as long as the plan allows, and the logits of its last token.
+fn prefill(executor: &mut dyn Executor, slot: usize, prompt: &[u32]) -> aotron::Result<()> {
+    let limits = executor.limits().clone();
+    let mut past_tokens = 0;
+    for tokens in prompt.chunks(limits.max_step_tokens.max(1)) {
+        let is_last = past_tokens + tokens.len() == prompt.len();
+        let rows = if is_last { Rows::Last } else { Rows::None };
+        executor.forward(&Step::prefill(&limits, &[Chunk { slot, past_tokens, tokens, rows }])?)?;
+        past_tokens += tokens.len();
+    }
+    Ok(())
 }
 
 /// Pseudorandom ids, the same in every run.
@@ -238,20 +377,8 @@ impl Ids {
     }
 }
 
-/// Bytes of weights that every decode step reads in full: all except tables that it looks up single rows in.
-fn decode_weight_bytes(program: &Program) -> u64 {
-    let mut read = vec![false; program.weights.len()];
-    let used = program.kernels.iter().flat_map(|kernel| kernel.operands().weights);
-    for weight in used.filter(|weight| !matches!(weight.rule, WeightRule::Table(_))) {
-        if let Some(read) = read.get_mut(weight.index) {
-            *read = true;
-        }
-    }
-    let bytes = program.weights.iter().zip(read).filter(|(_, read)| *read).filter_map(|(w, _)| w.stored_bytes());
-    bytes.sum::<usize>() as u64
-}
-
-/// The same for a GPU plan, whose kernels the package does not list: its weights file without the tables.
+/// Bytes of weights that a decode step of a GPU plan reads. The package does not list its kernels, so these are its weights
+/// file without the tables.
 fn gpu_weight_bytes(package: &Package, plan: &PlanInfo) -> anyhow::Result<u64> {
     let file = TensorFile::open(&package.file_path(&plan.weights))?;
     let is_tied = package.manifest().model.tie_word_embeddings;
@@ -260,66 +387,58 @@ fn gpu_weight_bytes(package: &Package, plan: &PlanInfo) -> anyhow::Result<u64> {
     Ok(read.map(|tensor| tensor.bytes.len() as u64).sum())
 }
 
-/// Measures the bytes per second that `threads` threads read from memory, by summing a large buffer.
-fn memory_bandwidth(threads: usize) -> anyhow::Result<f64> {
-    let bytes = PROBE_BYTES.min(available_memory_bytes().unwrap_or(PROBE_BYTES) / 4).max(1 << 20);
-    let elements = (bytes / 8) as usize;
-    let mut buffer: Vec<u64> = Vec::new();
-    if buffer.try_reserve_exact(elements).is_err() {
-        bail!("cannot reserve {} to measure the memory bandwidth", term::bytes(bytes));
-    }
-    buffer.resize(elements, 1);
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-    let mut best = f64::INFINITY;
-    for _ in 0..PROBE_PASSES {
-        let started = Instant::now();
-        let part = elements.div_ceil(threads.max(1)).max(1);
-        let sum: u64 = pool.install(|| buffer.par_chunks(part).map(sum).sum());
-        std::hint::black_box(sum);
-        best = best.min(started.elapsed().as_secs_f64());
-    }
-    Ok((elements * 8) as f64 / best)
-}
-
-/// Eight independent sums, which the compiler keeps in vector registers.
-fn sum(values: &[u64]) -> u64 {
-    let mut sums = [0u64; 8];
-    for group in values.as_chunks::<8>().0 {
-        for (sum, value) in sums.iter_mut().zip(group) {
-            *sum = sum.wrapping_add(*value);
-        }
-    }
-    sums.iter().fold(0, |all, sum| all.wrapping_add(*sum))
-}
-
-fn print(results: &BenchResults) -> anyhow::Result<()> {
+fn print(results: &BenchResults, weight_bytes: u64) -> anyhow::Result<()> {
     let style = term::on_stdout();
     let mut out = term::stdout();
-    let BenchResults { target, threads, instructions, precision, prompt_tokens, decode_tokens, repeat, .. } = results;
+    let BenchResults { target, threads, instructions, cpu, repeat, cases, .. } = results;
+    let Some(first) = cases.first() else { return Ok(()) };
     let on = match (threads, instructions) {
-        (Some(threads), Some(instructions)) => format!("{}, {instructions}", term::plural(*threads, "thread")),
+        (Some(threads), Some(instructions)) => {
+            let cpu = cpu.as_ref().map(|cpu| format!("{cpu}, ")).unwrap_or_default();
+            format!("{cpu}{}, {instructions}", term::plural(*threads, "thread"))
+        }
         _ => target.to_uppercase(),
     };
-    writeln!(out, "{precision}, {on}; {prompt_tokens} prompt and {decode_tokens} decoded tokens")?;
-    let weights = term::bytes(results.weight_bytes);
-    let memory = results.memory_gigabytes_per_second.map(|memory| format!("memory reads {memory:.1} GB/s; "));
-    writeln!(out, "{}a decode step reads {weights} of weights", memory.unwrap_or_default())?;
+    writeln!(out, "{} on {on}; {} decoded", first.precision, term::plural(first.decode_tokens, "token"))?;
+    let mut limits = vec![format!("a decode step reads {} of weights", term::bytes(weight_bytes))];
+    let probes = |of: &dyn Fn(&Case) -> Option<f64>| {
+        let values: Option<Vec<f64>> = cases.iter().map(of).collect();
+        values.map(|values| Spread::of(values).median / 1e9)
+    };
+    if let Some(read) = probes(&|case| case.probe_read_bytes_per_second) {
+        limits.push(format!("memory reads {read:.1} GB/s"));
+    }
+    if let (Some(unit), Some(rate)) = (first.multiply_unit, probes(&|case| case.probe_multiply_flops_per_second)) {
+        limits.push(format!("{unit} does {rate:.0} G operations/s"));
+    }
+    writeln!(out, "{}", limits.join("; "))?;
     writeln!(out, "tokens per second, median of {repeat} (minimum to maximum):")?;
-    let part = if threads.is_some() { "decode's share of the bandwidth" } else { "decode reads" };
-    let header = format!("{:>6}  {:<28}  {:<28}  {part}", "batch", "prefill", "decode");
-    writeln!(out, "{}", style.dim(header))?;
-    for f in &results.figures {
-        let spread = |s: Spread| format!("{:.1} ({:.1} to {:.1})", s.median, s.min, s.max);
-        let (prefill, decode) = (spread(f.prefill_tokens_per_second), spread(f.decode_tokens_per_second));
-        let part = match f.decode_bandwidth_fraction {
-            Some(fraction) if fraction > 1.0 => format!("{:.0}% (from the CPU's caches)", 100.0 * fraction),
-            Some(fraction) => format!("{:.0}%", 100.0 * fraction),
-            None => {
-                let steps = f.decode_tokens_per_second.median / f.batch as f64;
-                format!("{:.0} GB/s", f.decode_step_bytes * steps / 1e9)
-            }
+
+    let unit = first.multiply_unit.map(|unit| format!("of {unit}"));
+    let is_cpu = threads.is_some();
+    let held = if first.depth.is_some() { "depth" } else { "prompt" };
+    let read = if is_cpu { "of reads" } else { "reads" };
+    let mut header = format!("{:>6}  {held:>6}  ", "batch");
+    if first.prefill_tokens_per_second.is_some() {
+        header += &format!("{:<28}  ", "prefill");
+        header += &unit.as_ref().map(|unit| format!("{unit:<14}  ")).unwrap_or_default();
+    }
+    writeln!(out, "{}", style.dim(format!("{header}{:<28}  {read}", "decode")))?;
+    let percent = |fraction: f64| format!("{:.0}%", 100.0 * fraction);
+    let spread = |s: Spread| format!("{:.1} ({:.1} to {:.1})", s.median, s.min, s.max);
+    for case in cases {
+        let held = case.depth.or(case.prompt_tokens).unwrap_or_default();
+        let mut line = format!("{:>6}  {held:>6}  ", case.batch);
+        if let Some(prefill) = case.prefill_tokens_per_second {
+            line += &format!("{:<28}  ", spread(prefill));
+            line += &case.multiply_fraction.map(|f| format!("{:<14}  ", percent(f))).unwrap_or_default();
+        }
+        let read = match case.bandwidth_fraction {
+            Some(fraction) if fraction > 1.0 => format!("{} (from the CPU's caches)", percent(fraction)),
+            Some(fraction) => percent(fraction),
+            None => format!("{:.0} GB/s", case.read_bytes_per_second / 1e9),
         };
-        writeln!(out, "{:>6}  {prefill:<28}  {decode:<28}  {part}", f.batch)?;
+        writeln!(out, "{line}{:<28}  {read}", spread(case.decode_tokens_per_second))?;
     }
     Ok(())
 }

@@ -282,7 +282,8 @@ fn bytes_8b(precision: Precision) -> u64 {
     }
 }
 
-fn cpu_name() -> Option<String> {
+/// The processor's name, where the system tells.
+pub(super) fn cpu_name() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = text.lines().find(|line| line.starts_with("model name"))?;
     Some(term::harmless(line.split_once(':')?.1.trim()))

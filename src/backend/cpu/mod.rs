@@ -6,6 +6,7 @@ pub mod kernels;
 pub mod lower;
 mod observe;
 pub mod pack;
+pub mod probe;
 pub mod program;
 mod run;
 pub mod streamed;

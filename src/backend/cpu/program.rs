@@ -1,6 +1,7 @@
 //! The CPU plan: a sequence of kernel calls over one arena, and the weights they read. It is stored as JSON in the
 //! engine package and therefore validated in full before it runs.
 
+mod cost;
 mod kernel;
 
 use std::fmt;
