@@ -249,7 +249,8 @@ mod tests {
             (json!({"content": "x"}), "no role"),
             (json!({"role": "user"}), "content is missing"),
             (json!({"role": "user", "content": 123}), "a string or a list"),
-            (json!({"role": "tool", "content": "x"}), "role tool"),
+            (json!({"role": "tool", "content": "x"}), "no tools"),
+            (json!({"role": "narrator", "content": "x"}), "its role is narrator; expected one of system"),
         ] {
             let found = read(wrong).unwrap_err();
             assert!(found.contains(words), "{found}");
