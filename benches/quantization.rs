@@ -46,6 +46,7 @@ The number formats of `aotron build --precision` and their effect on quality, me
 | `int8` | 8-bit integers, -127 to 127, per-channel FP32 scales | BF16 | BF16 |
 | `int8` with `activations = \"int8\"` in the recipe (CPU) | as `int8` | 8-bit integers, one scale per token | BF16 |
 | `int4` | 4-bit integers, -8 to 7, FP32 scales with group size 128 | BF16 | BF16 |
+| `int4` with `activations = \"int8\"` (CPU) | as `int4` | 8-bit integers, one scale per token | BF16 |
 | `fp8` | E4M3 floats, per-channel FP32 scales; `qkv_proj` BF16 | E4M3 floats, one calibrated scale per layer | BF16 |
 | `w8a8` | as `int8`, after SmoothQuant; `down_proj` BF16 | 8-bit integers, -128 to 127, one calibrated scale per layer, after SmoothQuant | BF16 |
 
@@ -204,6 +205,7 @@ fn variants() -> Outcome<Vec<Variant>> {
         row("int8", of(Precision::Int8)),
         row("int8, int8 activations", Recipe { quantize_activations: Some(true), ..of(Precision::Int8) }),
         row("int4", of(Precision::Int4)),
+        row("int4, int8 activations", Recipe { quantize_activations: Some(true), ..of(Precision::Int4) }),
         similar("int4, similar prompts", of(Precision::Int4)),
         row("int4, nearest", nearest(Precision::Int4)),
         row("fp8", of(Precision::Fp8)),

@@ -28,7 +28,7 @@ pub struct Flags {
     /// Checkpoint, a .nemo file or Hugging Face folder; with --finish, an engine package
     #[arg(value_name = "CHECKPOINT|ENGINE")]
     source: PathBuf,
-    /// Targets to build for, comma-separated: recipe names (cpu, a100, h100) or recipe files, each optionally followed
+    /// Targets to build for, comma-separated: recipe names (cpu, cpu-fast, cpu-small, a100, h100) or recipe files, each optionally followed
     /// by a precision: cpu,a100:int8 [default: cpu]
     #[arg(long, value_name = "NAME|FILE[,…]", value_delimiter = ',', value_parser = recipe_and_precision)]
     recipe: Vec<(String, Option<Precision>)>,

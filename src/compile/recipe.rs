@@ -20,6 +20,8 @@ const MAX_RECIPE_BYTES: u64 = 1 << 20;
 /// The built-in recipes, by name.
 const BUILT_IN: &[(&str, &str)] = &[
     ("cpu", include_str!("../../engines/cpu.toml")),
+    ("cpu-fast", include_str!("../../engines/cpu-fast.toml")),
+    ("cpu-small", include_str!("../../engines/cpu-small.toml")),
     ("a100", include_str!("../../engines/a100.toml")),
     ("h100", include_str!("../../engines/h100.toml")),
 ];
@@ -579,6 +581,6 @@ mod tests {
         assert!(refused_gpu("40 = 16", "big = 16").contains("big"));
         assert!(refused_gpu("40 = 16", "40 = 0").contains("kv_cache_gib"));
         assert!(refused(GOOD.replace("'cpu'", "'a100'").replace("f32", "bf16")).contains("needs a section [tensorrt]"));
-        assert!(Recipe::load("nonesuch").unwrap_err().to_string().contains("the recipes are: cpu, a100, h100"));
+        assert!(Recipe::load("nonesuch").unwrap_err().to_string().contains("the recipes are: cpu, cpu-fast, cpu-small, a100, h100"));
     }
 }
