@@ -581,6 +581,11 @@ mod tests {
         assert!(refused_gpu("40 = 16", "big = 16").contains("big"));
         assert!(refused_gpu("40 = 16", "40 = 0").contains("kv_cache_gib"));
         assert!(refused(GOOD.replace("'cpu'", "'a100'").replace("f32", "bf16")).contains("needs a section [tensorrt]"));
-        assert!(Recipe::load("nonesuch").unwrap_err().to_string().contains("the recipes are: cpu, cpu-fast, cpu-small, a100, h100"));
+        assert!(
+            Recipe::load("nonesuch")
+                .unwrap_err()
+                .to_string()
+                .contains("the recipes are: cpu, cpu-fast, cpu-small, a100, h100")
+        );
     }
 }
