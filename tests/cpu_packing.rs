@@ -88,6 +88,13 @@ fn packing_again_gives_what_the_checkpoint_gives() {
     // 8-bit activations can be enabled and disabled without the checkpoint.
     let float = package(recipe("avx2", Precision::Int8, false), &folder.path().join("float"));
     assert_eq!(digests(&repacked(&output, recipe("avx2", Precision::Int8, false))), digests(&float));
+    // With 4-bit weights that takes another packing.
+    let output = folder.path().join("int4-float");
+    let float = digests(&package(recipe("avx2", Precision::Int4, false), &output));
+    let int8 = digests(&package(recipe("avx2", Precision::Int4, true), &folder.path().join("int4-int8")));
+    assert_ne!(int8, float);
+    assert_eq!(digests(&repacked(&output, recipe("avx2", Precision::Int4, true))), int8);
+    assert_eq!(digests(&repacked(&output, recipe("avx2", Precision::Int4, false))), float);
     for precision in [Precision::Bf16, Precision::Int4, Precision::Fp8, Precision::W8a8] {
         let output = folder.path().join(precision.to_string());
         let before = package(Recipe { quantize_activations: None, ..recipe("avx2", precision, false) }, &output);
@@ -149,7 +156,7 @@ fn what_cannot_be_packed_again_says_so() {
     };
     let error = refused(recipe("avx2", Precision::Int8, true));
     assert!(
-        error.contains("activations = \"int8\" is for the target cpu in precision int8, not for cpu in bf16"),
+        error.contains("activations = \"int8\" is for the target cpu in precision int8 or int4, not for cpu in bf16"),
         "{error}"
     );
     let before = std::fs::read(output.join("plans/cpu.json")).unwrap();
